@@ -1,0 +1,1 @@
+"""Checkpoints whose tree never depends on the mesh."""

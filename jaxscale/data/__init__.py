@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizers, packing, mixtures and the loader."""

@@ -1,0 +1,1 @@
+"""Evaluators and the baselines they are read beside."""

@@ -1,0 +1,1 @@
+"""Model definitions: single-device code that never names a mesh."""

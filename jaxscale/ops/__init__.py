@@ -1,0 +1,1 @@
+"""Tensor operations, one function each with its backend choice; the only package that imports the kernels."""
