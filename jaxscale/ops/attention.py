@@ -1,0 +1,170 @@
+"""Attention: one call with its mask structure, and the backends behind it."""
+
+import dataclasses
+import functools
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxscale.ops.precision import accumulator
+from jaxscale.types import Array, InputError, check_choice
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "chunked", "cudnn")
+QUERY_CHUNK = 512
+NEVER = -1e30  # finite, so that a fully masked row has a finite (and unused) softmax
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "segments", "key_positions", "key_segments"],
+    meta_fields=["window", "softcap", "scale"],
+)
+@dataclasses.dataclass(frozen=True)
+class AttentionContext:
+    """Who may attend to whom: a query sees keys of its own segment at positions (p - window, p].
+
+    Args:
+        positions: [B, T] position of each query within its document, rising along T.
+        segments: [B, T] document number, 0 for padding; None when a row is one document.
+        key_positions: [B, S] positions of the keys, negative where a slot is empty; None when the keys are the
+            queries' own tokens in the same order (then backends may use that order).
+        key_segments: [B, S] or None, as `segments`.
+        window: number of keys a query sees, itself included; None for all.
+        softcap: c in c * tanh(logits / c); None for none.
+        scale: factor on the logits; None for 1 / sqrt(H).
+    """
+
+    positions: Array
+    segments: Array | None = None
+    key_positions: Array | None = None
+    key_segments: Array | None = None
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the keys are the queries' own tokens in the same order."""
+        return self.key_positions is None
+
+    def mask(self) -> Array:
+        """The dense mask [B, 1, T, S], True where a query may see a key."""
+        key_positions = self.positions if self.is_aligned else self.key_positions
+        key_segments = self.segments if self.is_aligned else self.key_segments
+        distance = self.positions[:, :, None] - key_positions[:, None, :]
+        visible = (distance >= 0) & (key_positions >= 0)[:, None, :]
+        if self.window is not None:
+            visible &= distance < self.window
+        if self.segments is not None:
+            visible &= self.segments[:, :, None] == key_segments[:, None, :]
+        return visible[:, None]
+
+
+def attention(
+    q: Array, k: Array, v: Array, context: AttentionContext, cache: None = None, *, implementation: str | None = None
+) -> tuple[Array, None]:
+    """Softmax attention of each query over the keys that `context` lets it see.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; grouped queries as in arXiv 2305.13245.
+    Args:
+        q: [B, T, N, H].
+        k: [B, S, K, H], N a multiple of K; query head n reads kv head n // (N / K).
+        v: [B, S, K, H].
+        context: the mask structure.
+        cache: None: this callable keeps no keys between calls (see `kv_cache.attend` for one that does).
+        implementation: one of BACKENDS; None picks one and logs it.
+    Returns:
+        ([B, T, N, H] in the type of `q`, None).
+    Raises:
+        InputError: the named backend is unknown or cannot do what is asked; there is no silent fallback.
+    """
+    if implementation is None:
+        implementation = _choose(q, context)
+        logger.info("attention: backend %s for q%s k%s %s", implementation, q.shape, k.shape, q.dtype)
+    check_choice("attention", implementation, BACKENDS)
+    return {"reference": reference, "chunked": chunked, "cudnn": cudnn}[implementation](q, k, v, context), cache
+
+
+def _choose(q: Array, context: AttentionContext) -> str:
+    is_half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() == "gpu" and is_half and _cudnn_refusal(q, context) is None:
+        return "cudnn"
+    return "chunked" if q.shape[1] > QUERY_CHUNK and q.shape[1] % QUERY_CHUNK == 0 else "reference"
+
+
+def reference(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
+    """The slow twin: dense logits and mask in at least float32; arguments as `attention`."""
+    groups = q.shape[2] // k.shape[2]
+    q32, k32, v32 = accumulator(q), accumulator(k), accumulator(v)
+    q_BTKGH = q32.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
+    logits = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k32) * _scale(q, context)
+    if context.softcap is not None:
+        logits = context.softcap * jnp.tanh(logits / context.softcap)
+    logits = jnp.where(context.mask()[:, :, None], logits, NEVER)
+    return jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(logits), v32).reshape(q.shape).astype(q.dtype)
+
+
+def chunked(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
+    """The reference over QUERY_CHUNK queries at a time, recomputed in the backward: memory [chunk, S], any device.
+
+    Raises:
+        InputError: T is not a multiple of QUERY_CHUNK.
+    """
+    num_chunks, rest = divmod(q.shape[1], QUERY_CHUNK)
+    if rest:
+        raise InputError("attention", "chunked", f"T % {QUERY_CHUNK} == 0, but T = {q.shape[1]}")
+    key_positions = context.positions if context.is_aligned else context.key_positions
+    key_segments = context.segments if context.is_aligned else context.key_segments
+
+    def split(x: Array | None) -> Array | None:
+        return None if x is None else jnp.moveaxis(x.reshape(x.shape[0], num_chunks, QUERY_CHUNK, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(chunk: tuple[Array, Array, Array | None]) -> Array:
+        q_chunk, positions, segments = chunk
+        part = dataclasses.replace(
+            context, positions=positions, segments=segments, key_positions=key_positions, key_segments=key_segments
+        )
+        return reference(q_chunk, k, v, part)
+
+    out = lax.map(one, (split(q), split(context.positions), split(context.segments)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def cudnn(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
+    """cuDNN's fused attention (float16 or bfloat16 on NVIDIA GPUs); documents go through a dense mask.
+
+    Raises:
+        InputError: soft-cap, keys other than the queries' own tokens, or a head dim that cuDNN does not take.
+    """
+    refusal = _cudnn_refusal(q, context)
+    if refusal:
+        raise InputError("attention", "cudnn", refusal)
+    window = None if context.window is None else (context.window - 1, 0)
+    same_document = None
+    if context.segments is not None:
+        same_document = (context.segments[:, :, None] == context.segments[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=same_document, is_causal=True, local_window_size=window, scale=_scale(q, context),
+        implementation="cudnn",
+    )  # fmt: skip
+
+
+def _cudnn_refusal(q: Array, context: AttentionContext) -> str | None:
+    """What of the request cuDNN cannot do, as the text of an error; None when it can."""
+    if context.softcap is not None:
+        return "a backend with soft-cap (cuDNN has none)"
+    if not context.is_aligned:
+        return "a backend that takes keys at other positions than the queries'"
+    if q.shape[3] % 8 or q.shape[3] > 256:
+        return f"head_dim % 8 == 0 and head_dim <= 256, but head_dim = {q.shape[3]}"
+    return None
+
+
+def _scale(q: Array, context: AttentionContext) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if context.scale is None else context.scale

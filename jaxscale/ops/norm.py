@@ -1,0 +1,40 @@
+"""RMSNorm and LayerNorm over the model dim."""
+
+from jax import lax
+
+from jaxscale.ops.precision import accumulator
+from jaxscale.types import Array
+
+
+def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
+    """x / rms(x) * scale over the last dim.
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
+    Args:
+        x: [..., D]; the mean is taken in at least float32.
+        scale: [D].
+        epsilon: added to the mean square.
+    Returns:
+        [..., D] in the type of `x`.
+    """
+    x32 = accumulator(x)
+    inverse = lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + epsilon)
+    return (x32 * inverse * accumulator(scale)).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> Array:
+    """(x - mean) / std * scale + bias over the last dim.
+
+    Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450), section 3.
+    Args:
+        x: [..., D]; statistics in at least float32.
+        scale: [D].
+        bias: [D] or None.
+        epsilon: added to the variance.
+    Returns:
+        [..., D] in the type of `x`.
+    """
+    x32 = accumulator(x)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    y = centred * lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon) * accumulator(scale)
+    return (y if bias is None else y + accumulator(bias)).astype(x.dtype)

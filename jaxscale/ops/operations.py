@@ -1,0 +1,50 @@
+"""The operations that a mesh injects into a model: on one device each is the identity or the plain function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxscale.ops import attention, loss, moe
+from jaxscale.types import Array
+
+
+def _embed(table: Array, tokens: Array) -> Array:
+    return table[tokens]
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _stored(section: str, params: Any) -> Any:
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+    """What a model calls wherever a mesh could matter; the defaults are one device.
+
+    The residual stream between `exit` and `enter` belongs to this device alone (on a mesh: its tokens only), so every
+    token's loss is counted on exactly one device and a parameter's gradient is the sum over the devices that hold it.
+
+    Args:
+        attention: (q, k, v, context, cache) -> (output, cache); owns the cache's layout.
+        experts: (x, index, gates, weights, activation) -> this device's part of the output, summed by `exit`.
+        gather: (section, params) -> params as the forward uses them; section is "embedding", "layers/0", "head" ...
+        enter: residual [B, own T, D] -> [B, T, D], input of column-parallel matmuls.
+        exit: [B, T, D] partial sums of row-parallel matmuls -> residual [B, own T, D].
+        own: [B, T, ...] known to the whole tensor group -> the own tokens [B, own T, ...].
+        embed: (table [V, D], tokens [B, T]) -> residual [B, own T, D].
+        token_loss: (logits [B, T, V], labels [B, T]) -> (nll, log-normaliser) of the own tokens.
+        total: sums over the tokens of all devices a figure that is not differentiated.
+    """
+
+    attention: Callable = attention.attention
+    experts: Callable = moe.experts
+    gather: Callable = _stored
+    enter: Callable = _identity
+    exit: Callable = _identity
+    own: Callable = _identity
+    embed: Callable = _embed
+    token_loss: Callable = loss.token_loss
+    total: Callable = _identity

@@ -1,0 +1,43 @@
+"""The dtype policy: which type holds parameters, computes, reduces and leaves the model."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxscale.types import Array, check_choice, check_types
+
+FLOAT_TYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Names of the floating-point types of a run.
+
+    Args:
+        parameters: type of the stored (master) parameters and of the optimizer state.
+        compute: type of activations and of the parameters as matmuls see them.
+        reduction: type in which gradients are accumulated over micro-batches and summed over devices.
+        output: type of logits returned to a caller (the loss always works in at least float32).
+    """
+
+    parameters: str = "float32"
+    compute: str = "bfloat16"
+    reduction: str = "float32"
+    output: str = "float32"
+
+    def __post_init__(self):
+        check_types(self)
+        for field in dataclasses.fields(self):
+            check_choice(f"Policy.{field.name}", getattr(self, field.name), FLOAT_TYPES)
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    """Casts the floating-point leaves of a tree to `dtype`; other leaves pass unchanged."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def accumulator(x: Array) -> Array:
+    """Casts to at least float32, the type in which norms, softmax and sums are taken (float64 stays)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
