@@ -1,16 +1,15 @@
 """Mixture-of-experts feed-forward on one device: dropless by sorting, and its slow twin."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.ops.activation import activate
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, Params
 
 
-def experts(x: Array, index: Array, gates: Array, weights: Params, activation: Callable) -> Array:
+def experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
     """Sends each token to its experts and returns the gated sum of their outputs; no token is ever dropped.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538), equation 1; dropless by sorting as in arXiv 2211.15841.
@@ -19,7 +18,7 @@ def experts(x: Array, index: Array, gates: Array, weights: Params, activation: C
         index: [B, T, A] the chosen experts of each token, A experts a token.
         gates: [B, T, A] their weights.
         weights: expert matrices with leading dim E: `up` [E, D, F], `down` [E, F, D], and `gate` when gated.
-        activation: maps (gate or None, up) of shape [rows, F] to [rows, F].
+        activation: name of the feed-forward's activation.
     Returns:
         [B, T, D] in the type of `x`.
     Cost: 6 D F FLOPs a row (gated), B T A rows.
@@ -34,7 +33,7 @@ def experts(x: Array, index: Array, gates: Array, weights: Params, activation: C
     return unsorted.reshape(*x.shape[:-1], num_active, -1).sum(-2)
 
 
-def grouped_ffn(rows: Array, group_sizes: Array, weights: Params, activation: Callable) -> Array:
+def grouped_ffn(rows: Array, group_sizes: Array, weights: Params, activation: str) -> Array:
     """The feed-forward of expert e on its consecutive `group_sizes[e]` rows; rows past the last group give zero.
 
     Args:
@@ -45,16 +44,16 @@ def grouped_ffn(rows: Array, group_sizes: Array, weights: Params, activation: Ca
         [rows, D].
     """
     gate = lax.ragged_dot(rows, weights["gate"], group_sizes) if "gate" in weights else None
-    hidden = activation(gate, lax.ragged_dot(rows, weights["up"], group_sizes))
+    hidden = activate(activation, gate, lax.ragged_dot(rows, weights["up"], group_sizes))
     return lax.ragged_dot(hidden, weights["down"], group_sizes)
 
 
-def reference(x: Array, index: Array, gates: Array, weights: Params, activation: Callable) -> Array:
+def reference(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
     """The slow twin: every expert on every token, in at least float32; arguments as `experts`."""
 
     def one(expert: Params) -> Array:
         project = {name: jnp.einsum("btd,df->btf", x32, accumulator(expert[name])) for name in expert if name != "down"}
-        hidden = activation(project.get("gate"), project["up"])
+        hidden = activate(activation, project.get("gate"), project["up"])
         return jnp.einsum("btf,fd->btd", hidden, accumulator(expert["down"]))
 
     x32 = accumulator(x)

@@ -1,0 +1,174 @@
+"""The configuration of a decoder and what follows from it: layer patterns, parameter and FLOP counts."""
+
+import dataclasses
+import math
+
+from jaxscale.ops.activation import ACTIVATIONS
+from jaxscale.types import InputError, check_choice, check_positive, check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What distinguishes one layer from its neighbours: its attention window (None: all) and whether it is MoE."""
+
+    window: int | None
+    is_moe: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer, dense or mixture-of-experts.
+
+    Layers repeat a pattern whose period is the least common multiple of the lengths of `windows` and `moe_pattern`;
+    the first `num_dense_prefix` layers stand before it and are dense whatever the pattern says.
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        num_layers: L, prefix included.
+        model_dim: D.
+        num_heads: N query heads.
+        num_kv_heads: K key-value heads, dividing N (1: multi-query, N: multi-head).
+        head_dim: H.
+        ffn_dim: F of the dense layers.
+        max_length: longest sequence the model is made for (rows of a learned position table).
+        norm: "rmsnorm" or "layernorm".
+        norm_epsilon: added to the (mean) square.
+        use_bias: biases in projections, feed-forwards and LayerNorms.
+        activation: "swiglu", "geglu" or "gelu".
+        positions: "rope", "learned" or "none".
+        rope_theta: base of the rotary frequencies.
+        windows: attention window of each layer of the pattern, in tokens; None is full attention.
+        is_tied: whether the unembedding is the embedding.
+        use_qk_norm: normalise queries and keys over the head dim.
+        logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
+        attention_softcap: the same on attention logits.
+        moe_pattern: whether each layer of the pattern is mixture-of-experts.
+        num_dense_prefix: leading layers outside the pattern.
+        num_experts: E; 0 for a dense model.
+        num_active_experts: A experts per token.
+        expert_dim: F of one expert.
+        balance_loss: weight of the load-balance loss (arXiv 2101.03961, equation 4).
+        router_z_loss: weight of the router's z-loss (arXiv 2202.08906, equation 5).
+        init_std: standard deviation of initial weights; output projections divide it by sqrt(2 L).
+    """
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    max_length: int
+    norm: str = "rmsnorm"
+    norm_epsilon: float = 1e-5
+    use_bias: bool = False
+    activation: str = "swiglu"
+    positions: str = "rope"
+    rope_theta: float = 10000.0
+    windows: tuple[int | None, ...] = (None,)
+    is_tied: bool = False
+    use_qk_norm: bool = False
+    logit_softcap: float | None = None
+    attention_softcap: float | None = None
+    moe_pattern: tuple[bool, ...] = (False,)
+    num_dense_prefix: int = 0
+    num_experts: int = 0
+    num_active_experts: int = 2
+    expert_dim: int = 0
+    balance_loss: float = 0.01
+    router_z_loss: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "max_length"):
+            check_positive(f"ModelConfig.{name}", getattr(self, name))
+        check_choice("ModelConfig.norm", self.norm, ("rmsnorm", "layernorm"))
+        check_choice("ModelConfig.activation", self.activation, ACTIVATIONS)
+        check_choice("ModelConfig.positions", self.positions, ("rope", "learned", "none"))
+        self._check_attention()
+        self._check_layers()
+        self._check_experts()
+
+    def _check_attention(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                "ModelConfig.num_kv_heads", self.num_kv_heads, f"num_heads % num_kv_heads == 0 ({self.num_heads} heads)"
+            )
+        if self.positions == "rope" and self.head_dim % 2:
+            raise InputError("ModelConfig.head_dim", self.head_dim, "an even number for rotary positions")
+        for window in self.windows:
+            if window is not None:
+                check_positive("ModelConfig.windows", window)
+
+    def _check_layers(self) -> None:
+        if not self.windows or not self.moe_pattern:
+            raise InputError("ModelConfig.windows", self.windows, "at least one layer in windows and in moe_pattern")
+        if not 0 <= self.num_dense_prefix < self.num_layers:
+            raise InputError("ModelConfig.num_dense_prefix", self.num_dense_prefix, f"0 to {self.num_layers - 1}")
+        if (self.num_layers - self.num_dense_prefix) % self.period:
+            raise InputError(
+                "ModelConfig.num_layers",
+                self.num_layers,
+                f"(num_layers - num_dense_prefix) % period == 0 with num_dense_prefix {self.num_dense_prefix} and "
+                f"period lcm(len(windows), len(moe_pattern)) = {self.period}",
+            )
+
+    def _check_experts(self) -> None:
+        if not any(self.moe_pattern):
+            return check_positive("ModelConfig.ffn_dim", self.ffn_dim)
+        check_positive("ModelConfig.num_experts", self.num_experts)
+        check_positive("ModelConfig.expert_dim", self.expert_dim)
+        if not 1 <= self.num_active_experts <= self.num_experts:
+            raise InputError(
+                "ModelConfig.num_active_experts", self.num_active_experts, f"1 to num_experts = {self.num_experts}"
+            )
+
+    @property
+    def period(self) -> int:
+        """Layers in the repeating pattern."""
+        return math.lcm(len(self.windows), len(self.moe_pattern))
+
+    @property
+    def pattern(self) -> tuple[LayerKind, ...]:
+        """The layers of one period."""
+        return tuple(
+            LayerKind(self.windows[i % len(self.windows)], self.moe_pattern[i % len(self.moe_pattern)])
+            for i in range(self.period)
+        )
+
+    @property
+    def prefix(self) -> tuple[LayerKind, ...]:
+        """The dense layers before the pattern."""
+        return tuple(LayerKind(self.windows[i % len(self.windows)], False) for i in range(self.num_dense_prefix))
+
+    @property
+    def num_periods(self) -> int:
+        """How often the pattern repeats: the leading dim of each stack."""
+        return (self.num_layers - self.num_dense_prefix) // self.period
+
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """Every layer in order."""
+        return self.prefix + self.pattern * self.num_periods
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward has a gate matrix."""
+        return self.activation in ("swiglu", "geglu")
+
+
+def training_flops_per_token(config: ModelConfig, num_active_parameters: int, length: int) -> float:
+    """FLOPs of forward and backward per token: 6 N_active plus causal attention counted at half.
+
+    Args:
+        config: the model.
+        num_active_parameters: parameters that one token multiplies with; the embedding look-up is no matmul and is
+            left out, the unembedding is in.
+        length: T, tokens a row.
+    Returns:
+        FLOPs per token; recompute is not counted.
+    """
+    attended = sum(length / 2 if kind.window is None else min(kind.window, length / 2) for kind in config.layers)
+    return 6 * num_active_parameters + 12 * attended * config.num_heads * config.head_dim

@@ -1,0 +1,90 @@
+"""One decoder layer as three functions, token-wise but for the middle one: `qkv`, `attend`, `finish`.
+
+Batch and time may be a batch of rows, a chunk of a sequence or one flat ragged row; only `attend` mixes tokens.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxscale.models import moe
+from jaxscale.models.config import LayerKind, ModelConfig
+from jaxscale.ops.activation import activate
+from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.norm import layer_norm, rms_norm
+from jaxscale.ops.operations import Operations
+from jaxscale.ops.rope import rope
+from jaxscale.types import Array, Params
+
+
+def normalise(params: Params, x: Array, config: ModelConfig) -> Array:
+    """The configured norm over the last dim of `x`."""
+    if config.norm == "rmsnorm":
+        return rms_norm(x, params["scale"], epsilon=config.norm_epsilon)
+    return layer_norm(x, params["scale"], params.get("bias"), epsilon=config.norm_epsilon)
+
+
+def qkv(
+    params: Params, x: Array, positions: Array, config: ModelConfig, operations: Operations
+) -> tuple[Array, Array, Array]:
+    """Norm, projections, QK-norm and rotary positions.
+
+    Args:
+        params: one layer, as `operations.gather` gave it.
+        x: residual [B, own T, D].
+        positions: [B, T].
+    Returns:
+        q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]; on a mesh the local heads.
+    """
+    attention = params["attention"]
+    h = operations.enter(normalise(attention["norm"], x, config))
+    q, k, v = (jnp.einsum("btd,dnh->btnh", h, attention[name]) for name in "qkv")
+    if config.use_bias:
+        q, k, v = (y + attention[f"{name}_bias"] for y, name in zip((q, k, v), "qkv", strict=True))
+    if config.use_qk_norm:
+        q, k = normalise(attention["q_norm"], q, config), normalise(attention["k_norm"], k, config)
+    if config.positions == "rope":
+        q, k = (rope(y, positions, theta=config.rope_theta) for y in (q, k))
+    return q, k, v
+
+
+def attend(
+    q: Array, k: Array, v: Array, context: AttentionContext, cache: Any, kind: LayerKind, operations: Operations
+) -> tuple[Array, Any]:
+    """The only step in which tokens meet; the attention callable owns `cache`."""
+    return operations.attention(q, k, v, dataclasses.replace(context, window=kind.window), cache)
+
+
+def finish(
+    params: Params, x: Array, o: Array, weights: Array, config: ModelConfig, operations: Operations
+) -> tuple[Array, moe.RouterSums]:
+    """Output projection, residual, feed-forward, residual.
+
+    Args:
+        params: one layer.
+        x: residual [B, own T, D].
+        o: attention output [B, T, N, H].
+        weights: [B, T], 0 for padding, which the router's figures leave out.
+    Returns:
+        (residual [B, own T, D], the router's sums; zeros in a dense layer).
+    """
+    attention = params["attention"]
+    y = operations.exit(jnp.einsum("btnh,nhd->btd", o, attention["o"]))
+    x = x + (y + attention["o_bias"] if config.use_bias else y)
+    ffn = params.get("moe") or params["ffn"]
+    h = operations.enter(normalise(ffn["norm"], x, config))
+    if "moe" in params:
+        y, sums = moe.feed_forward(ffn, h, weights, config, operations)
+        return x + operations.exit(y), sums
+    y = operations.exit(_feed_forward(ffn, h, config))
+    return x + (y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)
+
+
+def _feed_forward(params: Params, h: Array, config: ModelConfig) -> Array:
+    def project(name: str) -> Array:
+        y = jnp.einsum("btd,df->btf", h, params[name])
+        return y + params[f"{name}_bias"] if config.use_bias else y
+
+    hidden = activate(config.activation, project("gate") if config.is_gated else None, project("up"))
+    return jnp.einsum("btf,fd->btd", hidden, params["down"])

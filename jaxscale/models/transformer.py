@@ -1,0 +1,247 @@
+"""The decoder: embed, run the layer stack, unembed; plain functions over the parameter tree, and an nnx surface."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxscale.models import layers
+from jaxscale.models.config import LayerKind, ModelConfig
+from jaxscale.models.moe import RouterSums
+from jaxscale.models.parameters import init_params
+from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.operations import Operations
+from jaxscale.ops.precision import Policy, accumulator, cast
+from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_types
+
+NAMES = ("residual", "q", "k", "v", "attention")
+KEEPS_PARAMETER_TYPE = "router"  # a router in low precision picks other experts (GRIN keeps it in float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """How the layer stack is executed; no setting changes what it computes.
+
+    Args:
+        is_scanned: one compiled layer in a loop, or every layer unrolled (longer to compile, faster on a GPU).
+        remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots" (keep matmul
+            outputs); "names" (keep `saved_names` on the device and `offloaded_names` in host memory).
+        saved_names: of NAMES.
+        offloaded_names: of NAMES.
+        num_loss_chunks: chunks of T in which logits exist.
+        attention: a backend of `ops.attention`; None picks one and logs it.
+    """
+
+    is_scanned: bool = True
+    remat: str = "full"
+    saved_names: tuple[str, ...] = ()
+    offloaded_names: tuple[str, ...] = ()
+    num_loss_chunks: int = 8
+    attention: str | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("StackConfig.remat", self.remat, ("none", "full", "dots", "names"))
+        for name in self.saved_names + self.offloaded_names:
+            check_choice("StackConfig.saved_names", name, NAMES)
+        if (self.saved_names or self.offloaded_names) and self.remat != "names":
+            raise InputError("StackConfig.remat", self.remat, '"names" when saved_names or offloaded_names are given')
+
+    def rematerialise(self, f: Callable) -> Callable:
+        """`f` with the configured policy."""
+        policies = jax.checkpoint_policies
+        if self.remat == "none":
+            return f
+        policy = None
+        if self.remat == "dots":
+            policy = policies.checkpoint_dots_with_no_batch_dims
+        elif self.remat == "names":
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=list(self.saved_names),
+                names_which_can_be_offloaded=list(self.offloaded_names),
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        return jax.checkpoint(f, policy=policy, prevent_cse=not self.is_scanned)
+
+
+def attention_context(batch: Batch, config: ModelConfig) -> AttentionContext:
+    """The mask structure of a batch; without `segments` a row is one document."""
+    return AttentionContext(
+        positions=batch["positions"], segments=batch.get("segments"), softcap=config.attention_softcap
+    )
+
+
+def use(params: Params, section: str, operations: Operations, policy: Policy) -> Params:
+    """Parameters of a section as the forward uses them: gathered, and all but routers cast to the compute type."""
+    params = operations.gather(section, params)
+
+    def one(path: Any, leaf: Array) -> Array:
+        return leaf if path[-1].key == KEEPS_PARAMETER_TYPE else cast(leaf, policy.compute)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def embed(params: Params, batch: Batch, config: ModelConfig, operations: Operations, policy: Policy) -> Array:
+    """Tokens [B, T] to the residual [B, own T, D]."""
+    embedding = use(params["embedding"], "embedding", operations, policy)
+    x = operations.embed(embedding["tokens"], batch["tokens"])
+    if config.positions == "learned":
+        x = x + embedding["positions"][operations.own(batch["positions"])]
+    return x
+
+
+def run_layer(
+    params: Params, x: Array, context: AttentionContext, weights: Array, cache: Any, *, kind: LayerKind, section: str,
+    config: ModelConfig, operations: Operations, policy: Policy,
+) -> tuple[Array, Any, RouterSums]:  # fmt: skip
+    """One layer: residual [B, own T, D] and cache to the next residual, the layer's cache and its router's sums."""
+    params = use(params, section, operations, policy)
+    x = checkpoint_name(x, "residual")
+    q, k, v = layers.qkv(params, x, context.positions, config, operations)
+    q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), "qkv", strict=True))
+    o, cache = layers.attend(q, k, v, context, cache, kind, operations)
+    o = checkpoint_name(o, "attention")
+    x, sums = layers.finish(params, x, o, weights, config, operations)
+    return x, cache, sums
+
+
+def run_layers(
+    params: Params, x: Array, context: AttentionContext, weights: Array, caches: Any = None, *, config: ModelConfig,
+    operations: Operations, policy: Policy, stack: StackConfig,
+) -> tuple[Array, Any, list[RouterSums]]:  # fmt: skip
+    """Runs the prefix and the stack.
+
+    Args:
+        params: the whole tree; only `prefix` and `layers` are read.
+        x: residual [B, own T, D].
+        context: mask structure of these tokens.
+        weights: [B, T] 0 for padding.
+        caches: {"prefix": {i: cache}, "layers": {i: stacked caches}} or None; opaque, see `Operations.attention`.
+    Returns:
+        (residual, caches, router sums with one leading dim a stack: RouterSums of [periods] per pattern position).
+    """
+    settings = dict(config=config, operations=operations, policy=policy)
+    caches = caches or {"prefix": {}, "layers": {}}
+    new = {"prefix": {}, "layers": {}}
+    for i, kind in enumerate(config.prefix):
+        layer = stack.rematerialise(functools.partial(run_layer, kind=kind, section=f"prefix/{i}", **settings))
+        x, new["prefix"][str(i)], _ = layer(
+            params["prefix"][str(i)], x, context, weights, caches["prefix"].get(str(i))
+        )
+
+    def period(x: Array, stacks: tuple[Params, Any]) -> tuple[Array, tuple[Any, list[RouterSums]]]:
+        layer_params, layer_caches = stacks
+        kept, sums = {}, []
+        for i, kind in enumerate(config.pattern):
+            one = functools.partial(run_layer, kind=kind, section=f"layers/{i}", **settings)
+            x, kept[str(i)], s = stack.rematerialise(one)(
+                layer_params[str(i)], x, context, weights, layer_caches.get(str(i))
+            )
+            sums.append(s)
+        return x, (kept, sums)
+
+    stacks = (params["layers"], caches["layers"])
+    loop = lax.scan if stack.is_scanned else _unrolled
+    x, (new["layers"], sums) = loop(period, x, stacks)
+    return x, new, sums
+
+
+def _unrolled(body: Callable, carry: Any, stacks: Any) -> tuple[Any, Any]:
+    """`lax.scan(body, carry, stacks)` with every iteration written out."""
+    outputs = []
+    for period in _unstack(stacks):
+        carry, output = body(carry, period)
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+@jax.custom_vjp
+def _unstack(tree: Any) -> list[Any]:
+    """Splits the leading dim of every leaf; its gradient is one stack, where slicing's would be L padded sums."""
+    num_periods = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(num_periods)]  # noqa: B023
+
+
+_unstack.defvjp(
+    lambda tree: (_unstack(tree), None),
+    lambda _, cotangents: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *cotangents),),
+)
+
+
+def unembedding(params: Params, config: ModelConfig, operations: Operations, policy: Policy) -> Array:
+    """The unembedding matrix [V, D] (on a mesh: the local rows)."""
+    if config.is_tied:
+        return use(params["embedding"], "embedding", operations, policy)["tokens"]
+    return use(params["head"], "head", operations, policy)["weights"]
+
+
+def final_hidden(params: Params, x: Array, config: ModelConfig, operations: Operations, policy: Policy) -> Array:
+    """Final norm: residual [B, own T, D] to the unembedding's input [B, T, D]."""
+    norm = use(params["final_norm"], "final_norm", operations, policy)
+    return operations.enter(layers.normalise(norm, x, config))
+
+
+def unembed(h: Array, head: Array, config: ModelConfig) -> Array:
+    """Logits [B, T, V] in at least float32, soft-capped if the model is."""
+    logits = accumulator(jnp.einsum("btd,vd->btv", h, head))
+    return logits if config.logit_softcap is None else config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+
+
+def forward(
+    params: Params, batch: Batch, caches: Any = None, *, config: ModelConfig, operations: Operations | None = None,
+    policy: Policy | None = None, stack: StackConfig | None = None,
+) -> tuple[Array, Any]:  # fmt: skip
+    """Logits of every token.
+
+    Args:
+        params: the parameter tree.
+        batch: tokens and positions [B, T] int32; optionally segments and weights.
+        caches: as `run_layers`.
+    Returns:
+        (logits [B, T, V] in `policy.output`, caches).
+    """
+    operations, policy, stack = operations or Operations(), policy or Policy(), stack or StackConfig()
+    context = attention_context(batch, config)
+    weights = batch.get("weights", jnp.ones(batch["tokens"].shape, jnp.float32))
+    x = embed(params, batch, config, operations, policy)
+    x, caches, _ = run_layers(
+        params, x, context, weights, caches, config=config, operations=operations, policy=policy, stack=stack
+    )
+    h = final_hidden(params, x, config, operations, policy)
+    logits = unembed(h, unembedding(params, config, operations, policy), config)
+    return logits.astype(policy.output), caches
+
+
+class Transformer(nnx.Module):
+    """The decoder as an nnx module: holds the configuration and the parameters; `forward` does the work.
+
+    Args:
+        config: the model.
+        rngs: its `params` stream seeds the parameters.
+        policy: dtype policy.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, policy: Policy | None = None):
+        self.config = config
+        self.policy = policy or Policy()
+        params = init_params(config, rngs.params(), self.policy.parameters)
+        self.params = nnx.data(jax.tree.map(nnx.Param, params))
+
+    def __call__(self, tokens: Array, positions: Array | None = None, segments: Array | None = None) -> Array:
+        """Logits [B, T, V] of tokens [B, T]; positions default to 0 .. T - 1."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        batch = {"tokens": tokens, "positions": positions}
+        batch |= {} if segments is None else {"segments": segments}
+        return forward(self.pure_params(), batch, config=self.config, policy=self.policy)[0]
+
+    def pure_params(self) -> Params:
+        """The parameter tree as plain arrays, as the train step takes it."""
+        return jax.tree.map(lambda p: p[...], self.params, is_leaf=lambda p: isinstance(p, nnx.Param))
