@@ -23,7 +23,7 @@ class RouterSums:
     Args:
         balance: [] load-balance loss times tokens, weighted as the configuration says.
         z: [] router z-loss times tokens, weighted.
-        load: [E] tokens sent to each expert by the whole (micro-)batch, not differentiated.
+        load: [E] choices that fell on each expert, not differentiated.
     """
 
     balance: Array
@@ -65,8 +65,9 @@ def router_sums(
     own = operations.own
     index, logits, weights = own(index), own(logits), own(weights)
     chosen = jax.nn.one_hot(index, config.num_experts, dtype=logits.dtype).sum(-2) * weights[..., None]
-    load = operations.total(lax.stop_gradient(chosen.sum((0, 1))))
-    share = load / jnp.maximum(load.sum(), 1)
+    load = lax.stop_gradient(chosen.sum((0, 1)))
+    total = operations.total(load)
+    share = total / jnp.maximum(total.sum(), 1)
     probabilities = jax.nn.softmax(logits) * weights[..., None]
     balance = config.num_experts * jnp.einsum("e,bte->", share, probabilities)
     z = (jax.nn.logsumexp(logits, -1) ** 2 * weights).sum()

@@ -1,0 +1,113 @@
+"""The one manual region: loss and gradient of a micro-batched batch, every collective written by us."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxscale import tree
+from jaxscale.ops import moe
+from jaxscale.ops.operations import Operations
+from jaxscale.parallel import expert, tensor
+from jaxscale.parallel.mesh import AXES, BATCH_SPEC, MeshConfig
+from jaxscale.parallel.rules import Specs, is_spec
+from jaxscale.parallel.zero import make_gather, reduce_gradient
+from jaxscale.types import Batch
+
+LossFn = Callable[..., tuple[Any, Any, dict[str, Any]]]
+
+
+def make_operations(config: MeshConfig, specs: Specs, *, attention: Callable, reduction: str) -> Operations:
+    """The operations a mesh injects; `attention` runs on local heads and rows as it would on one device."""
+    return Operations(
+        attention=attention,
+        experts=moe.experts if config.expert == 1 else expert.experts,
+        gather=make_gather(specs, reduction),
+        enter=tensor.enter,
+        exit=tensor.exit,
+        own=tensor.own,
+        embed=tensor.embed,
+        token_loss=tensor.token_loss,
+        total=tensor.total,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """What the manual region needs to know about a run.
+
+    Args:
+        mesh: the device mesh.
+        specs: of the parameter tree.
+        operations: as `make_operations` returns them.
+        num_microbatches: M; global row r belongs to micro-batch r % M, on any mesh.
+        reduction: type in which gradients are accumulated and summed.
+        trainable: regular expression over parameter paths; the others get no gradient.
+    """
+
+    mesh: Mesh
+    specs: Specs
+    operations: Operations
+    num_microbatches: int = 1
+    reduction: str = "float32"
+    trainable: str = ".*"
+
+    def gradient(self, loss_fn: LossFn) -> Callable:
+        """Returns f(params, batch, key) -> ((sum_loss, sum_weight, metrics), gradients of sum_loss).
+
+        Gradients have None where a parameter is not trainable, are of the reduction type and sharded as
+        `specs.gradients` says. Sums are over all micro-batches and devices; nothing is divided here.
+        """
+        stored = tree.select(self.specs.parameters, self.trainable, is_leaf=is_spec)
+        wanted = tree.select(self.specs.gradients, self.trainable, is_leaf=is_spec)
+
+        def local(params: Any, batch: Batch, key: jax.Array):
+            sums, gradients = self._accumulate(loss_fn, params, batch, key)
+            gradients = jax.tree.map(reduce_gradient, gradients, stored, wanted)
+            return lax.psum(sums, AXES), gradients
+
+        return self._manual(local, (PartitionSpec(), wanted))
+
+    def evaluate(self, loss_fn: LossFn) -> Callable:
+        """Returns f(params, batch, key) -> (sum_loss, sum_weight, metrics), without gradients."""
+
+        def local(params: Any, batch: Batch, key: jax.Array):
+            return lax.psum(loss_fn(params, batch, key, operations=self.operations), AXES)
+
+        return self._manual(local, PartitionSpec())
+
+    def _manual(self, local: Callable, out_specs: Any) -> Callable:
+        in_specs = (self.specs.parameters, BATCH_SPEC, PartitionSpec())
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def _accumulate(self, loss_fn: LossFn, params: Any, batch: Batch, key: jax.Array):
+        frozen = params
+        trained = tree.select(params, self.trainable)
+
+        def one(batch: Batch, key: jax.Array):
+            def sum_loss(trained: Any):
+                sums = loss_fn(tree.merge(trained, frozen), batch, key, operations=self.operations)
+                return sums[0], sums
+
+            gradients, sums = jax.grad(sum_loss, has_aux=True)(trained)
+            return sums, jax.tree.map(lambda g: g.astype(self.reduction), gradients)
+
+        if self.num_microbatches == 1:
+            return one(batch, jax.random.fold_in(key, 0))
+
+        def add(carry: Any, item: tuple[jax.Array, Batch]):
+            number, microbatch = item
+            return jax.tree.map(jnp.add, carry, one(microbatch, jax.random.fold_in(key, number))), None
+
+        microbatches = jax.tree.map(self._split, batch)
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, key))
+        return lax.scan(add, zeros, (jnp.arange(self.num_microbatches), microbatches))[0]
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """[b, ...] -> [M, b / M, ...], row r to micro-batch r % M."""
+        return jnp.moveaxis(x.reshape(-1, self.num_microbatches, *x.shape[1:]), 1, 0)
