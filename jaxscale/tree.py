@@ -1,4 +1,4 @@
-"""Pytrees by path: a leaf's name is its keys joined by "/", such as "layers/0/attention/q"."""
+"""Trees whose leaves have names: the keys on the way to a leaf, joined by "/", such as `layers/0/attention/q`."""
 
 import re
 from collections.abc import Callable
@@ -6,31 +6,66 @@ from typing import Any
 
 import jax
 
+from jaxscale.types import InputError
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """The name of a key path as `jax.tree_util` gives it."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def flatten(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """{name: leaf} in tree order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return {path_name(path): leaf for path, leaf in leaves}
+SEPARATOR = "/"
 
 
-def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """Maps f(name, leaf, ...) over a tree."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: f(path_name(path), *leaves), tree, *rest, is_leaf=is_leaf
-    )
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves by path, in the tree's order; None is no leaf.
+
+    Raises:
+        ValueError: two leaves have the same path, because a key contains "/".
+    """
+    leaves = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    flat = dict(leaves)
+    if len(flat) != len(leaves):
+        names = [name for name, _ in leaves]
+        raise ValueError(f"two leaves are called {next(name for name in names if names.count(name) > 1)}")
+    return flat
 
 
-def select(tree: Any, pattern: str, *, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """The tree with None in place of every leaf whose whole name does not match the regular expression."""
-    keep = re.compile(pattern)
-    return map_with_path(lambda name, leaf: leaf if keep.fullmatch(name) else None, tree, is_leaf=is_leaf)
+def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Maps `function(path, leaf, *leaves of others)` over trees of one structure."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_name(path), *leaves), tree, *others)
 
 
-def merge(chosen: Any, rest: Any) -> Any:
-    """The leaves of `chosen`, and those of `rest` where `chosen` has None."""
-    return jax.tree.map(lambda c, r: r if c is None else c, chosen, rest, is_leaf=lambda x: x is None)
+def mask(tree: Any, pattern: str) -> Any:
+    """The tree with True at each leaf whose whole path matches the regular expression, False elsewhere.
+
+    Raises:
+        InputError: `pattern` is no regular expression.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError("pattern", pattern, f"a regular expression ({error})") from None
+    return map_with_path(lambda path, _: compiled.fullmatch(path) is not None, tree)
+
+
+def select(tree: Any, pattern: str) -> Any:
+    """The tree with None for each leaf whose whole path does not match the regular expression.
+
+    Raises:
+        InputError: `pattern` is no regular expression.
+    """
+    return jax.tree.map(lambda leaf, is_selected: leaf if is_selected else None, tree, mask(tree, pattern))
+
+
+def merge(first: Any, second: Any) -> Any:
+    """The leaves of two trees of one structure; each has None where the other has a leaf.
+
+    Raises:
+        ValueError: both have a leaf at some path.
+    """
+
+    def either(path: tuple, one: Any, other: Any) -> Any:
+        if one is not None and other is not None:
+            raise ValueError(f"{_name(path)}: both trees have a leaf")
+        return other if one is None else one
+
+    return jax.tree_util.tree_map_with_path(either, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=SEPARATOR)
