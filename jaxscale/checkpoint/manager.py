@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 # A chunk is the least that a restore reads, so it bounds what another sharding must read for nothing.
 CHUNK_BYTES = 1 << 26
-PARAMS_FILES = ("meta/", "state/_", "state/array_metadatas/", "state/params.")
-COMMIT_TIMEOUT_S = 3600
+PARAMS_FILES = ("state/_", "state/array_metadatas/", "state/params.")
 TENSORSTORE_OS_ERROR = "os_error_code="  # tensorstore reports a full disk as a ValueError with this in its message
 
 
@@ -86,12 +85,11 @@ class Checkpoints:
             raise InputError("checkpoint.directory", str(self._directory), "a folder; this is a file")
         self._saving: int | None = None
         self._damaged: list[int] = []
-        logging.getLogger("absl").addFilter(_is_news)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_news)
         self._leaves = _LeafFolders(use_ocdbt=False)
         options = ocp.options.AsyncOptions(
-            timeout_secs=COMMIT_TIMEOUT_S,
-            post_finalization_callback=self._seal,
-            create_directories_asynchronously=False,
+            post_finalization_callback=self._seal, create_directories_asynchronously=False
         )
         self._checkpointer = ocp.AsyncCheckpointer(_composite(self._leaves), async_options=options)
 
@@ -185,7 +183,7 @@ class Checkpoints:
         Raises:
             InputError: as `restore`.
         """
-        path = self._sound_path(step, lambda name: name.startswith(PARAMS_FILES))
+        path = self._sound_path(step, _is_for_params)
         matching.check_leaves(self._saved_leaves(path)["params"], abstract_params, str(path), is_cast_allowed=True)
         args = _restore_args({"params": abstract_params}, partial_restore=True)
         return self._checkpointer.restore(path, args=ocp.args.Composite(state=args)).state["params"]
@@ -236,7 +234,9 @@ class Checkpoints:
             if damage is None:
                 return path
             if not self._config.use_previous:
-                raise InputError("checkpoint.directory", str(path), f"a sound checkpoint; {damage}.{self._advice(candidate)}")
+                raise InputError(
+                    "checkpoint.directory", str(path), f"a sound checkpoint; {damage}; {self._advice(candidate)}"
+                )
             logger.warning("checkpoint %s is damaged (%s): passing it over", path, damage)
             self._damaged.append(candidate)
         raise InputError("checkpoint.directory", str(self._directory), "a sound checkpoint; every one is damaged")
@@ -251,7 +251,7 @@ class Checkpoints:
 
     def _advice(self, step: int) -> str:
         previous = [number for number in self._committed() if number < step]
-        return f" checkpoint.use_previous = True restores step {previous[-1]}" if previous else " There is none before it"
+        return f"checkpoint.use_previous = True restores step {previous[-1]}" if previous else "there is none before it"
 
     def _find_damage(self, path: pathlib.Path, is_wanted: Callable[[str], bool]) -> str | None:
         share = slice(jax.process_index(), None, jax.process_count())
@@ -277,9 +277,13 @@ class Checkpoints:
             raise InputError("checkpoint.directory", str(self._directory), f"{expected} ({error})") from error
 
 
+def _is_for_params(name: str) -> bool:
+    return name.startswith(PARAMS_FILES) or name.endswith("/.zarray")  # every leaf's shape is looked at
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that orbax logs, several times over, of an error which `wait` raises."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """Drops the tracebacks that orbax logs or leaves, several times over, of an error which `wait` raises."""
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
 
 
 def _composite(leaves: _LeafFolders) -> ocp.CompositeCheckpointHandler:

@@ -1,0 +1,406 @@
+import os
+import pathlib
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.types import InputError
+
+FINGERPRINT = {"num_layers": 2, "attention": {"num_heads": 4, "window": None}, "pattern": (1, 2)}
+
+
+def mesh_of(*shape):
+    devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+    return jax.sharding.Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def make_state(mesh, seed=0, dim=16):
+    q, embed = jax.random.split(jax.random.key(seed))
+    params = {
+        "layers": {"0": {"attention": {"q": jax.random.normal(q, (2, dim, 8))}}},
+        "embed": jax.random.normal(embed, (dim, 8), jnp.bfloat16),
+    }
+    opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(params)
+    state = {"step": jnp.int32(7), "params": params, "opt_state": opt_state, "key": jax.random.key(seed + 1)}
+    return jax.device_put(state, shardings(state, mesh))
+
+
+def shardings(state, mesh):
+    def spec(leaf):
+        return PartitionSpec(*(None,) * (leaf.ndim - 2), "data", "tensor") if leaf.ndim >= 2 else PartitionSpec()
+
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), state)
+
+
+def abstract(state, mesh):
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(state, mesh),
+    )
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        assert a.dtype == b.dtype
+        if jax.dtypes.issubdtype(b.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def open_at(directory, *, fingerprint=FINGERPRINT, **settings):
+    config = CheckpointConfig(**{"directory": str(directory), "save_every": 1, "keep_last": 10, **settings})
+    return Checkpoints(config, fingerprint=fingerprint)
+
+
+def committed(directory):
+    return sorted(int(path.name) for path in pathlib.Path(directory).iterdir() if path.name.isdecimal())
+
+
+def saved_steps(directory, *step_numbers):
+    """Saves a state of its own seed at each step on one device; returns the states by step."""
+    mesh, states = mesh_of(1, 1), {}
+    checkpoints = open_at(directory)
+    for step in step_numbers:
+        states[step] = make_state(mesh, seed=step)
+        checkpoints.save(step, states[step], {"position": step})
+    checkpoints.close()
+    return states
+
+
+def flip_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_same_mesh_is_bit_identical(tmp_path, is_async):
+    state = make_state(mesh_of(4, 2))
+    checkpoints = open_at(tmp_path / "new" / "folder", is_async=is_async)
+    assert checkpoints.latest_step() is None
+    assert checkpoints.save(7, state, {"sources": {"a": [1, 2]}, "step": 7})
+    restored, data_state = checkpoints.restore(abstract(state, mesh_of(4, 2)))
+    checkpoints.close()
+    assert_same(restored, state)
+    assert data_state == {"sources": {"a": [1, 2]}, "step": 7}
+
+
+def test_every_mesh_gives_the_same_values_in_the_placement_asked_for(tmp_path):
+    state = make_state(mesh_of(4, 2))
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, state, {})
+    for shape in [(2, 4), (8, 1), (2, 2), (1, 1)]:
+        wanted = abstract(state, mesh_of(*shape))
+        restored, _ = checkpoints.restore(wanted)
+        assert_same(restored, state)
+        assert jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, wanted))
+    checkpoints.close()
+
+
+def test_tree_on_disk_does_not_depend_on_the_mesh(tmp_path):
+    def leaf_folders(name, mesh):
+        checkpoints = open_at(tmp_path / name)
+        checkpoints.save(1, make_state(mesh), {})
+        checkpoints.close()
+        return {path.name for path in (tmp_path / name / "1" / "state").iterdir()}
+
+    assert leaf_folders("one", mesh_of(1, 1)) == leaf_folders("eight", mesh_of(4, 2))
+
+
+def test_state_may_be_donated_right_after_save(tmp_path):
+    mesh = mesh_of(4, 2)
+    sharding = NamedSharding(mesh, PartitionSpec("data", "tensor"))
+    overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0, out_shardings=sharding)
+    value = jax.device_put(jnp.arange(1 << 20, dtype=jnp.float32).reshape(1 << 10, 1 << 10), sharding)
+    want = np.array(value)
+    state = {"params": {"w": value}}
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, state, {})
+    overwrite(value).block_until_ready()
+    restored, _ = checkpoints.restore(
+        {"params": {"w": jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=sharding)}}
+    )
+    checkpoints.close()
+    np.testing.assert_array_equal(np.asarray(restored["params"]["w"]), want)
+
+
+def test_restore_params_reads_no_optimizer_byte_and_casts(tmp_path):
+    state = saved_steps(tmp_path, 1)[1]
+    for path in (tmp_path / "1" / "state").glob("opt_state.*/[0-9]*"):
+        path.unlink()
+    checkpoints = open_at(tmp_path)
+    wanted = abstract(state["params"], mesh_of(2, 1))
+    assert_same(checkpoints.restore_params(wanted), state["params"])
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), wanted)
+    assert_same(checkpoints.restore_params(half), jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["params"]))
+    checkpoints.close()
+
+
+def test_an_earlier_step_can_be_named(tmp_path):
+    states = saved_steps(tmp_path, 1, 2)
+    checkpoints = open_at(tmp_path)
+    restored, data_state = checkpoints.restore(abstract(states[1], mesh_of(1, 1)), step=1)
+    assert_same(restored, states[1])
+    assert data_state == {"position": 1}
+    with pytest.raises(InputError, match=r"checkpoint.step: given 3, expected one of the steps .*\[1, 2\]"):
+        checkpoints.restore(abstract(states[1], mesh_of(1, 1)), step=3)
+
+
+# What is saved and kept
+
+
+def test_only_due_steps_are_saved_unless_forced(tmp_path):
+    checkpoints, state = open_at(tmp_path, save_every=5), make_state(mesh_of(1, 1))
+    assert [checkpoints.save(step, state, {}) for step in (4, 5, 6)] == [False, True, False]
+    assert checkpoints.save(7, state, {}, force=True)
+    checkpoints.close()
+    assert committed(tmp_path) == [5, 7]
+
+
+def test_keep_last_and_keep_every(tmp_path):
+    checkpoints, state = open_at(tmp_path, save_every=2, keep_last=2, keep_every=4), make_state(mesh_of(1, 1))
+    for step in range(2, 15, 2):
+        checkpoints.save(step, state, {})
+    checkpoints.close()
+    assert committed(tmp_path) == [4, 8, 12, 14]
+
+
+def test_a_committed_step_is_not_written_again(tmp_path):
+    states = saved_steps(tmp_path, 3)
+    checkpoints = open_at(tmp_path)
+    assert not checkpoints.save(3, make_state(mesh_of(1, 1), seed=99), {}, force=True)
+    assert_same(checkpoints.restore(abstract(states[3], mesh_of(1, 1)))[0], states[3])
+
+
+def test_newer_checkpoints_in_the_folder_stop_a_run_that_did_not_resume(tmp_path):
+    states = saved_steps(tmp_path, 3)
+    with pytest.raises(InputError, match="without checkpoints newer than step 1; this one has step 3"):
+        open_at(tmp_path).save(1, states[3], {})
+    assert committed(tmp_path) == [3]
+
+
+def test_half_written_and_half_deleted_steps_are_ignored_then_removed(tmp_path):
+    states = saved_steps(tmp_path, 1)
+    for name in ("2.orbax-checkpoint-tmp", "0.deleted"):
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+    checkpoints = open_at(tmp_path)
+    assert checkpoints.latest_step() == 1
+    assert_same(checkpoints.restore(abstract(states[1], mesh_of(1, 1)))[0], states[1])
+    assert (tmp_path / "2.orbax-checkpoint-tmp").exists(), "reading must not write"
+    checkpoints.save(2, states[1], {})
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+# Damage
+
+
+def test_every_damaged_file_is_named_with_its_step(tmp_path):
+    state = saved_steps(tmp_path / "sound", 1, 2)[2]
+    wanted = abstract(state, mesh_of(1, 1))
+    files = [path for path in (tmp_path / "sound" / "2").rglob("*") if path.is_file() and path.stat().st_size]
+    leaf_files = [path for path in files if "params.layers.0.attention.q" in str(path)]
+    assert leaf_files
+    for number, sound in enumerate(files):
+        damage = (flip_byte, truncate, pathlib.Path.unlink)[number % 3]
+        check_damage(tmp_path, sound, damage, wanted, state)
+    for damage in (flip_byte, truncate, pathlib.Path.unlink):
+        message = check_damage(tmp_path, leaf_files[0], damage, wanted, state)
+        assert "leaf params/layers/0/attention/q" in message
+
+
+def check_damage(tmp_path, sound, damage, wanted, state):
+    """Restoring with `sound` damaged names step and file; orbax's own notes in the step's root may go unread."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "sound", copy)
+    name = sound.relative_to(tmp_path / "sound")
+    damage(copy / name)
+    checkpoints = open_at(copy)
+    try:
+        if name.name in ("_CHECKPOINT_METADATA", "commit_success.txt") and len(name.parts) == 2:
+            assert_same(checkpoints.restore(wanted)[0], state)
+            return ""
+        with pytest.raises(InputError, match=r"copy/2'.*use_previous = True restores step 1") as caught:
+            checkpoints.restore(wanted)
+        assert str(name.relative_to("2")) in str(caught.value)
+        return str(caught.value)
+    finally:
+        checkpoints.close()
+        shutil.rmtree(copy)
+
+
+def test_the_step_before_is_used_only_on_request_and_the_run_goes_on_from_there(tmp_path):
+    states = saved_steps(tmp_path, 1, 2, 3)
+    wanted = abstract(states[1], mesh_of(1, 1))
+    for step in (2, 3):
+        flip_byte(tmp_path / str(step) / "state" / "params.embed" / "0.0")
+    checkpoints = open_at(tmp_path, use_previous=True, keep_last=1)
+    restored, data_state = checkpoints.restore(wanted)
+    assert_same(restored, states[1])
+    assert data_state == {"position": 1}
+    checkpoints.save(2, states[1], {"position": 2})
+    checkpoints.close()
+    assert committed(tmp_path) == [2]
+    assert {path.name for path in tmp_path.glob("*.damaged")} == {"2.damaged", "3.damaged"}
+    assert_same(open_at(tmp_path).restore(wanted)[0], states[1])
+
+
+def test_nothing_but_damage_is_an_error_even_with_use_previous(tmp_path):
+    state = saved_steps(tmp_path, 1)[1]
+    (tmp_path / "1" / "checksums.json").unlink()
+    with pytest.raises(InputError, match="a sound checkpoint; every one is damaged"):
+        open_at(tmp_path, use_previous=True).restore(abstract(state, mesh_of(1, 1)))
+
+
+# Not this run's checkpoint
+
+
+def test_another_model_is_named_by_its_fields(tmp_path):
+    state = saved_steps(tmp_path, 1)[1]
+    other = {"num_layers": 2, "attention": {"num_heads": 8, "window": None}, "pattern": (1, 2), "bias": True}
+    expected = (
+        r"with attention.num_heads=8, bias=True; it is of another model with attention.num_heads=4, bias='\(absent\)'"
+    )
+    for call in (lambda c: c.restore(abstract(state, mesh_of(1, 1))), lambda c: c.restore_params({})):
+        with pytest.raises(InputError, match=expected):
+            call(open_at(tmp_path, fingerprint=other))
+
+
+def test_wrong_leaves_are_named(tmp_path):
+    saved_steps(tmp_path, 1)
+    mesh = mesh_of(1, 1)
+    checkpoints = open_at(tmp_path)
+
+    def message_for(state):
+        with pytest.raises(InputError) as caught:
+            checkpoints.restore(abstract(state, mesh))
+        return str(caught.value)
+
+    for dim in (8, 32):  # neither padded nor cut
+        wider = {**make_state(mesh), "params": make_state(mesh, dim=dim)["params"]}
+        assert f"leaf params/layers/0/attention/q as float32[2, {dim}, 8]; it holds float32[2, 16, 8]" in message_for(
+            {**wider, "params": {**wider["params"], "embed": make_state(mesh)["params"]["embed"]}}
+        )
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(mesh)["params"])
+    assert "as bfloat16[2, 16, 8]; it holds float32[2, 16, 8]" in message_for({**make_state(mesh), "params": half})
+    assert "the checkpoint lacks extra" in message_for({**make_state(mesh), "extra": jnp.zeros(3)})
+    less = make_state(mesh)
+    del less["key"]
+    assert "only the checkpoint has key" in message_for(less)
+
+
+def test_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="a folder with a checkpoint; there is none"):
+        open_at(tmp_path / "absent").restore({})
+    assert not (tmp_path / "absent").exists()
+
+
+# Where nothing can be written
+
+
+def test_directory_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"checkpoint.directory: given '.*/file', expected a folder; this is a file"):
+        open_at(tmp_path / "file")
+    with pytest.raises(InputError, match="Not a directory"):
+        open_at(tmp_path / "file" / "below").check_writable()
+
+
+def test_unwritable_directory(tmp_path, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    checkpoints = open_at(tmp_path / "a" / "b")
+    checkpoints.check_writable()
+    assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    for call in (checkpoints.check_writable, lambda: checkpoints.save(1, make_state(mesh_of(1, 1)), {})):
+        with pytest.raises(InputError, match=r"a/b', expected a folder in which .*Permission denied"):
+            call()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KiB, or a skip where none can be mounted."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_full_disk_stops_the_save_and_harms_nothing(small_disk):
+    state = saved_steps(small_disk / "run", 1)[1]
+    big = {"params": {"w": jax.random.normal(jax.random.key(0), (1 << 17,))}}
+    checkpoints = open_at(small_disk / "run")
+    checkpoints.save(2, big, {})
+    with pytest.raises(
+        InputError, match=r"run', expected a folder in which step 2 can be written .*No space left"
+    ) as caught:
+        checkpoints.wait()
+    assert caught.value.__cause__ is not None
+    assert checkpoints.latest_step() == 1
+    assert_same(checkpoints.restore(abstract(state, mesh_of(1, 1)))[0], state)
+    checkpoints.save(2, state, {})
+    checkpoints.close()
+    assert committed(small_disk / "run") == [1, 2]
+
+
+def test_an_error_while_writing_surfaces_in_wait_with_its_cause(tmp_path, monkeypatch):
+    def fail(folder):
+        raise OSError(28, "No space left on device", str(folder))
+
+    state = saved_steps(tmp_path, 1)[1]
+    checkpoints = open_at(tmp_path)
+    monkeypatch.setattr("jaxscale.checkpoint.manifest.write_manifest", fail)
+    checkpoints.save(2, state, {})
+    with pytest.raises(InputError, match=r"step 2 can be written .*No space left on device") as caught:
+        checkpoints.wait()
+    assert isinstance(caught.value.__cause__, OSError)
+    checkpoints.wait()
+    monkeypatch.undo()
+    assert checkpoints.save(2, state, {})
+    checkpoints.close()
+    assert committed(tmp_path) == [1, 2]
+
+
+def test_an_error_of_ours_while_writing_keeps_its_type(tmp_path, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("a bug")
+
+    checkpoints = open_at(tmp_path)
+    monkeypatch.setattr("jaxscale.checkpoint.manifest.write_manifest", fail)
+    checkpoints.save(1, make_state(mesh_of(1, 1)), {})
+    with pytest.raises(RuntimeError, match="a bug"):
+        checkpoints.wait()
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameter"),
+    [
+        ({"save_every": 0}, "save_every"),
+        ({"keep_last": 0}, "keep_last"),
+        ({"save_every": 4, "keep_every": 6}, "keep_every % save_every == 0, with save_every = 4"),
+        ({"save_every": 1.5}, "save_every"),
+        ({"directory": "gs://bucket/run"}, "local or mounted folder"),
+    ],
+)
+def test_settings_are_checked(settings, parameter):
+    with pytest.raises(InputError, match=parameter):
+        CheckpointConfig(**{"directory": "runs/x", "save_every": 1, "keep_last": 1, **settings})
