@@ -1,0 +1,105 @@
+"""The `jaxscale` command: each verb calls one function with what a gin file and `--set` give it."""
+
+import argparse
+import errno
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jaxscale
+from jaxscale import config
+from jaxscale.types import InputError
+
+EXIT_BAD_INPUT = 2
+# The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps its traceback.
+REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
+
+
+class Verb(NamedTuple):
+    """Where a verb's function is, imported only when the verb is used, and a line of help."""
+
+    function: str
+    help: str
+
+
+VERBS = {
+    "pretrain": Verb(
+        "jaxscale.train.pretrain:pretrain", "train a model; resumes if the run's directory has a checkpoint"
+    ),
+    "generate": Verb("jaxscale.serve.generate:generate", "sample text from a checkpoint"),
+    "evaluate": Verb("jaxscale.evaluate.perplexity:evaluate", "measure a checkpoint on held-out text"),
+    "tokenizer": Verb("jaxscale.data.tokenizer:train_tokenizer", "train a tokenizer"),
+    "inspect": Verb(
+        "jaxscale.train.inspect:inspect", "print configuration, parameters, shardings and bytes; allocates nothing"
+    ),
+}
+
+EXAMPLES = """\
+examples:
+  jaxscale inspect  experiments/configs/runs/tiny.gin
+  jaxscale pretrain experiments/configs/runs/tiny.gin --set directory=runs/tiny --set train.steps=100
+  jaxscale pretrain runs/tiny/config.gin             # the configuration that a run leaves behind repeats it
+  jaxscale generate runs/sample.gin --set 'prompt="Once upon"' --set sampling.temperature=0.7
+
+--set FIELD=VALUE            a parameter of the verb's function
+--set NAME.FIELD=VALUE       a field of the configuration that its parameter NAME holds, and so on inwards
+--set SCOPE/NAME.FIELD=VALUE the same in one gin scope, where a file configures two of a kind
+VALUE is a Python literal; anything else is taken as text.
+
+exit status: 0 done, 2 bad input (one line says what was given and what was expected)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        config.run(_load(VERBS[options.verb].function), [options.file], options.set)
+    except (InputError, OSError) as error:
+        if options.debug or (isinstance(error, OSError) and error.errno not in REFUSALS):
+            raise
+        print(f"jaxscale {options.verb}: {_one_line(error)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("jaxscale", description=jaxscale.__doc__, epilog=EXAMPLES, formatter_class=layout)
+    parser.add_argument("--version", action="version", version=f"jaxscale {jaxscale.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        description = f"{verb.help[0].upper()}{verb.help[1:]}. Calls {verb.function.replace(':', '.')}."
+        each = verbs.add_parser(
+            name, help=verb.help, description=description, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False
+        )
+        each.add_argument("file", metavar="FILE.gin", help="binds the function's parameters")
+        each.add_argument("--set", metavar="NAME.FIELD=VALUE", action="append", default=[], help="override one value")
+        each.add_argument("--debug", action="store_true", help="show the traceback of bad input")
+    return parser
+
+
+def _load(function: str) -> Callable:
+    module, name = function.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _one_line(error: InputError | OSError) -> str:
+    """The error's message on one line; the file system's errors name the path first, as others do their parameter."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

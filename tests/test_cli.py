@@ -1,0 +1,123 @@
+"""The command: arguments reach the verb's function, and exit codes and messages are what a shell script can use."""
+
+import subprocess
+import sys
+
+import pytest
+
+import jaxscale
+from jaxscale import cli
+
+VERB = """
+import dataclasses, errno, os
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1
+
+def verb(*, train: TrainConfig, directory: str = "", fault: str = "") -> None:
+    if fault == "full disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
+    if fault == "bug":
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    if fault == "unwritable":
+        open(os.path.join(directory, "metrics"), "w")
+    print("steps", train.steps)
+"""
+
+
+@pytest.fixture
+def gin_file(tmp_path, monkeypatch):
+    """A stub verb called `pretrain`, and a gin file for it."""
+    (tmp_path / "stub_verb.py").write_text(VERB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "stub_verb", raising=False)
+    monkeypatch.setitem(cli.VERBS, "pretrain", cli.Verb("stub_verb:verb", "train"))
+    file = tmp_path / "a.gin"
+    file.write_text(
+        "from __gin__ import dynamic_registration\nimport stub_verb\nstub_verb.verb.train = @stub_verb.TrainConfig()\n"
+    )
+    return str(file)
+
+
+def test_overrides_reach_the_function(gin_file, capsys):
+    assert cli.main(["pretrain", gin_file, "--set", "train.steps=7", "--set", "directory=x"]) == 0
+    assert capsys.readouterr().out == "steps 7\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=7", "closest is 'steps'"),
+        ("train.steps=many", "given 'many', expected a value of type int"),
+        ("directory=3", "given 3, expected a value of type str"),
+    ],
+)
+def test_bad_input_exits_2_with_one_line(gin_file, capsys, override, message):
+    assert cli.main(["pretrain", gin_file, "--set", override]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("jaxscale pretrain: --set ") and message in captured.err
+    assert captured.err.count("\n") == 1 and not captured.out
+
+
+def test_a_missing_file_exits_2(gin_file, capsys):
+    assert cli.main(["pretrain", gin_file + "x"]) == 2
+    assert "a.ginx', expected an existing gin file; closest is 'a.gin'" in capsys.readouterr().err
+
+
+def test_a_full_disk_and_an_unwritable_directory_are_one_line(gin_file, capsys, tmp_path):
+    assert cli.main(["pretrain", gin_file, "--set", "fault=full disk", "--set", f"directory={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"jaxscale pretrain: {tmp_path}: No space left on device\n"
+    missing = tmp_path / "absent"
+    assert cli.main(["pretrain", gin_file, "--set", "fault=unwritable", "--set", f"directory={missing}"]) == 2
+    assert f"{missing}/metrics: No such file" in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_keeps_its_traceback(gin_file):
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        cli.main(["pretrain", gin_file, "--set", "fault=bug"])
+
+
+def test_debug_shows_the_traceback(gin_file):
+    with pytest.raises(ValueError, match="closest is 'steps'"):
+        cli.main(["pretrain", gin_file, "--debug", "--set", "train.step=7"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["pretrian"], ["pretrain"], ["pretrain", "a.gin", "--sett", "x=1"]])
+def test_a_wrong_command_line_exits_2_with_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: jaxscale" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in cli.VERBS)])
+def test_help_has_examples(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert "jaxscale pretrain experiments/configs/" in shown and "--set train.steps=100" in shown
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"jaxscale {jaxscale.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_its_function(verb):
+    assert callable(cli._load(cli.VERBS[verb].function))
+
+
+def test_no_backend_starts_before_the_verb_runs():
+    """The verb applies its runtime settings, such as the number of devices, before JAX looks at the devices."""
+    program = (
+        "import jaxscale.cli\n"
+        "from jax._src import xla_bridge\n"
+        "for verb in jaxscale.cli.VERBS.values():\n"
+        "    jaxscale.cli._load(verb.function)\n"
+        "assert not xla_bridge._backends, xla_bridge._backends\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)
