@@ -53,18 +53,8 @@ def select(tree: Any, pattern: str) -> Any:
 
 
 def merge(first: Any, second: Any) -> Any:
-    """The leaves of two trees of one structure; each has None where the other has a leaf.
-
-    Raises:
-        ValueError: both have a leaf at some path.
-    """
-
-    def either(path: tuple, one: Any, other: Any) -> Any:
-        if one is not None and other is not None:
-            raise ValueError(f"{_name(path)}: both trees have a leaf")
-        return other if one is None else one
-
-    return jax.tree_util.tree_map_with_path(either, first, second, is_leaf=lambda leaf: leaf is None)
+    """The leaves of `first`, and those of `second` where `first` has None."""
+    return jax.tree.map(lambda one, other: other if one is None else one, first, second, is_leaf=lambda x: x is None)
 
 
 def _name(path: tuple) -> str:

@@ -57,9 +57,9 @@ def test_what_is_selected_merges_with_the_rest():
     assert tree.merge(chosen, rest) == tree.merge(rest, chosen) == PARAMS
 
 
-def test_trees_that_overlap_are_refused():
-    with pytest.raises(ValueError, match="layers/0/attention/bias: both trees have a leaf"):
-        tree.merge(tree.select(PARAMS, "layers/0/.*"), tree.select(PARAMS, ".*/bias"))
+def test_the_first_tree_wins_where_both_have_a_leaf():
+    doubled = jax.tree.map(lambda x: 2 * x, tree.select({"a": 1, "b": 2}, "a"))
+    assert tree.merge(doubled, {"a": 1, "b": 2}) == {"a": 2, "b": 2}
 
 
 def test_a_split_can_be_differentiated():

@@ -111,15 +111,10 @@ class _Builder:
         return self.config.init_std / math.sqrt(2 * self.config.num_layers)
 
 
-def is_parameter(x: Any) -> bool:
-    """For `is_leaf`: whether `x` is an entry of the table."""
-    return isinstance(x, Parameter)
-
-
 def abstract_params(config: ModelConfig, dtype: str) -> Params:
     """The parameter tree as shapes, nothing allocated."""
     return jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), parameter_table(config), is_leaf=is_parameter
+        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), parameter_table(config)
     )
 
 
@@ -140,7 +135,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: str) -> Params:
         leaf_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         return (parameter.std * jax.random.normal(leaf_key, parameter.shape)).astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, parameter_table(config), is_leaf=is_parameter)
+    return jax.tree_util.tree_map_with_path(draw, parameter_table(config))
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -149,7 +144,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     The embedding counts as active only where it is also the unembedding.
     """
     total = active = 0
-    leaves = jax.tree_util.tree_leaves_with_path(parameter_table(config), is_leaf=is_parameter)
+    leaves = jax.tree_util.tree_leaves_with_path(parameter_table(config))
     for path, parameter in leaves:
         size = math.prod(parameter.shape)
         total += size

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.models import layers
 from jaxscale.models.config import LayerKind, ModelConfig
@@ -94,7 +93,7 @@ def embed(params: Params, batch: Batch, config: ModelConfig, operations: Operati
     x = operations.embed(embedding["tokens"], batch["tokens"])
     if config.positions == "learned":
         x = x + embedding["positions"][operations.own(batch["positions"])]
-    return x
+    return operations.mark("embedding", x)
 
 
 def run_layer(
@@ -103,12 +102,15 @@ def run_layer(
 ) -> tuple[Array, Any, RouterSums]:  # fmt: skip
     """One layer: residual [B, own T, D] and cache to the next residual, the layer's cache and its router's sums."""
     params = use(params, section, operations, policy)
-    x = checkpoint_name(x, "residual")
+
+    def mark(name: str, y: Array) -> Array:
+        return operations.mark(f"{section}/{name}", y)
+
+    x = mark("residual", x)
     q, k, v = layers.qkv(params, x, context.positions, config, operations)
-    q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), "qkv", strict=True))
+    q, k, v = mark("q", q), mark("k", k), mark("v", v)
     o, cache = layers.attend(q, k, v, context, cache, kind, operations)
-    o = checkpoint_name(o, "attention")
-    x, sums = layers.finish(params, x, o, weights, config, operations)
+    x, sums = layers.finish(params, x, mark("attention", o), weights, config, operations)
     return x, cache, sums
 
 
@@ -185,7 +187,7 @@ def unembedding(params: Params, config: ModelConfig, operations: Operations, pol
 def final_hidden(params: Params, x: Array, config: ModelConfig, operations: Operations, policy: Policy) -> Array:
     """Final norm: residual [B, own T, D] to the unembedding's input [B, T, D]."""
     norm = use(params["final_norm"], "final_norm", operations, policy)
-    return operations.enter(layers.normalise(norm, x, config))
+    return operations.mark("final_norm", operations.enter(layers.normalise(norm, x, config)))
 
 
 def unembed(h: Array, head: Array, config: ModelConfig) -> Array:

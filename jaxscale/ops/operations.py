@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from jax.ad_checkpoint import checkpoint_name
+
 from jaxscale.ops import attention, loss, moe
 from jaxscale.types import Array
 
@@ -14,6 +16,10 @@ def _embed(table: Array, tokens: Array) -> Array:
 
 def _identity(x: Any) -> Any:
     return x
+
+
+def _mark(name: str, x: Array) -> Array:
+    return checkpoint_name(x, name.rsplit("/", 1)[-1])
 
 
 def _stored(section: str, params: Any) -> Any:
@@ -36,6 +42,8 @@ class Operations:
         own: [B, T, ...] known to the whole tensor group -> the own tokens [B, own T, ...].
         embed: (table [V, D], tokens [B, T]) -> residual [B, own T, D].
         token_loss: (logits [B, T, V], labels [B, T]) -> (nll, log-normaliser) of the own tokens.
+        mark: (path, x) -> x; names a tensor for rematerialisation policies by the last part of its path, and lets a
+            diagnosis look at it.
         total: sums over the tokens of all devices a figure that is not differentiated.
     """
 
@@ -47,4 +55,5 @@ class Operations:
     own: Callable = _identity
     embed: Callable = _embed
     token_loss: Callable = loss.token_loss
+    mark: Callable = _mark
     total: Callable = _identity

@@ -14,7 +14,7 @@ from jaxscale.ops import moe
 from jaxscale.ops.operations import Operations
 from jaxscale.parallel import expert, tensor
 from jaxscale.parallel.mesh import AXES, BATCH_SPEC, MeshConfig
-from jaxscale.parallel.rules import Specs, is_spec
+from jaxscale.parallel.rules import Specs
 from jaxscale.parallel.zero import make_gather, reduce_gradient
 from jaxscale.types import Batch
 
@@ -62,8 +62,8 @@ class Region:
         Gradients have None where a parameter is not trainable, are of the reduction type and sharded as
         `specs.gradients` says. Sums are over all micro-batches and devices; nothing is divided here.
         """
-        stored = tree.select(self.specs.parameters, self.trainable, is_leaf=is_spec)
-        wanted = tree.select(self.specs.gradients, self.trainable, is_leaf=is_spec)
+        stored = tree.select(self.specs.parameters, self.trainable)
+        wanted = tree.select(self.specs.gradients, self.trainable)
 
         def local(params: Any, batch: Batch, key: jax.Array):
             sums, gradients = self._accumulate(loss_fn, params, batch, key)

@@ -43,13 +43,13 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
     Raises:
         InputError: a sharded dim does not divide its axis, with the equation.
     """
-    flat = tree.flatten(table, is_leaf=_is_entry)
+    flat = tree.flatten(table)
     for path, entry in flat.items():
         _check_divides(path, entry, config)
-    dense = jax.tree.map(_dense_spec, table, is_leaf=_is_entry)
-    zero = jax.tree.map(lambda entry: _zero_spec(entry, config), table, is_leaf=_is_entry)
+    dense = jax.tree.map(_dense_spec, table)
+    zero = jax.tree.map(lambda entry: _zero_spec(entry, config), table)
     return Specs(
-        dims=jax.tree.map(lambda entry: entry.dims, table, is_leaf=_is_entry),
+        dims=jax.tree.map(lambda entry: entry.dims, table),
         parameters=zero if config.zero >= 3 else dense,
         gradients=zero if config.zero >= 2 else dense,
         optimizer=zero if config.zero >= 1 else dense,
@@ -69,7 +69,7 @@ def mirror_specs(abstract: Any, params: Any, specs: Any) -> Any:
     flat = {
         path: (leaf.shape, spec)
         for (path, leaf), spec in zip(
-            tree.flatten(params).items(), jax.tree.leaves(specs, is_leaf=is_spec), strict=True
+            tree.flatten(params).items(), jax.tree.leaves(specs), strict=True
         )
     }
 
@@ -84,11 +84,6 @@ def mirror_specs(abstract: Any, params: Any, specs: Any) -> Any:
     return tree.map_with_path(one, abstract)
 
 
-def is_spec(x: Any) -> bool:
-    """For `is_leaf`: whether `x` is a PartitionSpec."""
-    return isinstance(x, PartitionSpec)
-
-
 def axes_of(spec: PartitionSpec) -> set[str]:
     """The mesh axes a spec names."""
     entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec if entry is not None]
@@ -98,10 +93,6 @@ def axes_of(spec: PartitionSpec) -> set[str]:
 def zero_dim(spec: PartitionSpec) -> int | None:
     """The dim that ZeRO sharded over `data`, if any."""
     return next((i for i, entry in enumerate(spec) if entry == DATA), None)
-
-
-def _is_entry(x: Any) -> bool:
-    return hasattr(x, "dims")
 
 
 def _sharded_letters(entry: Any) -> str:

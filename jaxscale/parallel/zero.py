@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from jaxscale import tree
 from jaxscale.parallel.mesh import AXES, DATA
-from jaxscale.parallel.rules import Specs, axes_of, is_spec, zero_dim
+from jaxscale.parallel.rules import Specs, axes_of, zero_dim
 from jaxscale.types import Array
 
 
@@ -26,7 +26,7 @@ def make_gather(specs: Specs, reduction: str) -> Any:
     flat = dict(
         zip(
             tree.flatten(specs.dims),
-            zip(jax.tree.leaves(specs.dims), jax.tree.leaves(specs.parameters, is_leaf=is_spec), strict=True),
+            zip(jax.tree.leaves(specs.dims), jax.tree.leaves(specs.parameters), strict=True),
             strict=True,
         )
     )

@@ -1,0 +1,131 @@
+"""Optimizers and learning-rate schedules, by optax."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from jaxscale import tree
+from jaxscale.types import InputError, check_choice, check_positive, check_types
+
+DECAYED = r".*/(q|k|v|o|gate|up|down|tokens|weights)"  # matrices; not norms, biases, routers or positions
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer with its schedule.
+
+    Args:
+        name: "adamw" (arXiv 1711.05101), "muon" (Jordan 2024; matrices by Newton-Schulz, the rest by AdamW) or "lion"
+            (arXiv 2302.06675).
+        learning_rate: peak.
+        schedule: after the warm-up, "cosine" or "linear" down to the end, or "wsd" (arXiv 2404.06395): constant, then
+            linear over the last `decay_fraction`.
+        warmup_steps: linear from 0.
+        final_fraction: learning rate at the last step over the peak.
+        decay_fraction: share of all steps in which "wsd" decays.
+        beta1: decay of the first moment (Muon: its momentum).
+        beta2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        weight_decay: decoupled, on parameters whose path matches `decayed`.
+        decayed: regular expression over whole paths.
+        clip_norm: largest global gradient norm; None for no clipping.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 3e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    decayed: str = DECAYED
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("OptimizerConfig.name", self.name, ("adamw", "muon", "lion"))
+        check_choice("OptimizerConfig.schedule", self.schedule, ("cosine", "linear", "wsd"))
+        check_positive("OptimizerConfig.learning_rate", self.learning_rate)
+        if self.warmup_steps < 0:
+            raise InputError("OptimizerConfig.warmup_steps", self.warmup_steps, "0 or more steps")
+        if not 0 <= self.final_fraction <= 1 or not 0 <= self.decay_fraction <= 1:
+            given = (self.final_fraction, self.decay_fraction)
+            raise InputError("OptimizerConfig.final_fraction, decay_fraction", given, "fractions from 0 to 1")
+        if self.clip_norm is not None:
+            check_positive("OptimizerConfig.clip_norm", self.clip_norm)
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step.
+
+    Raises:
+        InputError: the warm-up (and for "wsd" the decay) does not fit in `steps`.
+    """
+    decay = round(config.decay_fraction * steps) if config.schedule == "wsd" else steps - config.warmup_steps
+    constant = steps - config.warmup_steps - decay
+    if constant < 0 or decay < 0:
+        raise InputError(
+            "OptimizerConfig.warmup_steps", config.warmup_steps, f"warmup_steps + decay steps <= steps = {steps}"
+        )
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, max(decay, 1), config.final_fraction)
+    else:
+        fall = optax.linear_schedule(peak, final, max(decay, 1))
+    rise = optax.linear_schedule(peak / max(config.warmup_steps, 1), peak, max(config.warmup_steps - 1, 1))
+    boundaries = [config.warmup_steps, config.warmup_steps + constant]
+    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], boundaries)
+
+
+def make_optimizer(config: OptimizerConfig, *, steps: int, dims: Any) -> optax.GradientTransformation:
+    """The optimizer over a parameter tree (None where a parameter is frozen).
+
+    Args:
+        config: which.
+        steps: of the whole run, for the schedule.
+        dims: tree of dim letters, one string a parameter; Muon reads from it which dims are a matrix.
+    """
+    schedule = make_schedule(config, steps)
+
+    def decay_mask(params: Any) -> Any:
+        return tree.map_with_path(lambda path, _: path in decayed, params)
+
+    decayed = {path for path, leaf in tree.flatten(tree.select(dims, config.decayed)).items() if leaf is not None}
+    if config.name == "adamw":
+        optimizer = optax.adamw(
+            schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decay_mask
+        )
+    elif config.name == "lion":
+        optimizer = optax.lion(
+            schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay_mask
+        )
+    else:
+        optimizer = muon(
+            schedule, beta=config.beta1, weight_decay=config.weight_decay, weight_decay_mask=decay_mask,
+            adam_b1=config.beta1, adam_b2=config.beta2, adam_eps_root=0.0, eps=config.epsilon,
+            adam_weight_decay=config.weight_decay, consistent_rms=0.2,
+            muon_weight_dimension_numbers=lambda params: _matrix_dims(params, dims),
+        )  # fmt: skip
+    return optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _matrix_dims(params: Any, dims: Any) -> Any:
+    """Which dims of each leaf Muon treats as matrix rows and columns; layers and experts are batch dims."""
+    letters = tree.flatten(dims)
+
+    def one(path: str, _: jax.Array) -> MuonDimensionNumbers | None:
+        matrix = letters[path].replace("L", "")
+        if path.startswith(("embedding", "head")) or not set(matrix) & set("NKF") or "D" not in matrix:
+            return None
+        inputs = "D" if matrix.index("D") < len(matrix) - 1 else "NKFH"
+        where = [(i, d) for i, d in enumerate(letters[path]) if d not in "LE"]
+        reduction = tuple(i for i, d in where if d in inputs)
+        return MuonDimensionNumbers(reduction, tuple(i for i, d in where if d not in inputs))
+
+    return tree.map_with_path(one, params)

@@ -1,0 +1,63 @@
+"""What must be set before JAX first touches a device: platform, virtual devices, determinism, compile cache."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+
+from jaxscale.types import InputError, check_choice, check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    """Settings of the process.
+
+    Args:
+        platform: "cpu", "cuda" or "tpu"; None leaves the choice to JAX.
+        num_cpu_devices: virtual devices that a CPU is split into; None for JAX's default.
+        is_deterministic: same bits from the same run on a GPU: deterministic operations, and the autotuner's choices
+            kept in the run's directory and used again on resume.
+        xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false".
+    """
+
+    platform: str | None = None
+    num_cpu_devices: int | None = None
+    is_deterministic: bool = False
+    xla_flags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("RuntimeConfig.platform", self.platform, (None, "cpu", "cuda", "tpu"))
+
+
+def apply_runtime(config: RuntimeConfig, directory: str) -> None:
+    """Applies the settings to this process.
+
+    Args:
+        config: the settings.
+        directory: of the run; holds the saved autotuning of a deterministic run.
+    Raises:
+        InputError: JAX has already started with other devices than the configuration asks for.
+    """
+    flags = list(config.xla_flags)
+    if config.is_deterministic:
+        autotune = Path(directory, "autotune.txtpb").absolute()
+        action = "load_autotune_results_from" if autotune.exists() else "dump_autotune_results_to"
+        flags += ["--xla_gpu_deterministic_ops=true", f"--xla_gpu_{action}={autotune}"]
+    present = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(present + [flag for flag in flags if flag not in present])
+    if config.platform is not None:
+        jax.config.update("jax_platforms", config.platform)
+    if config.num_cpu_devices is not None:
+        _set_cpu_devices(config.num_cpu_devices)
+
+
+def _set_cpu_devices(number: int) -> None:
+    try:
+        jax.config.update("jax_num_cpu_devices", number)
+    except RuntimeError:  # the backends are up: fine if they are what is wanted
+        if len(jax.devices("cpu")) != number:
+            raise InputError(
+                "RuntimeConfig.num_cpu_devices", number, f"{len(jax.devices('cpu'))}, as this process has started with"
+            ) from None

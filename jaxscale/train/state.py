@@ -1,0 +1,76 @@
+"""The training state, how it starts and where each of its leaves lives."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxscale import tree
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.parameters import abstract_params, init_params
+from jaxscale.parallel.rules import Specs, mirror_specs
+from jaxscale.types import Params
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "key", "is_finite"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes.
+
+    Args:
+        step: [] int32, finished steps.
+        params: the parameter tree, in the policy's parameter type.
+        opt_state: optimizer state of the trainable parameters.
+        key: typed PRNG key of the run; step n draws from fold_in(key, n).
+        is_finite: [] bool; False once a loss or gradient was not finite, after which no step changes anything.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    key: jax.Array
+    is_finite: jax.Array
+
+
+def abstract_state(
+    model: ModelConfig, optimizer: optax.GradientTransformation, *, mesh: Mesh, specs: Specs, dtype: str, trainable: str
+) -> TrainState:
+    """The state as shapes with shardings, nothing allocated: what init makes and a checkpoint is restored to."""
+    params = abstract_params(model, dtype)
+    trained = tree.select(params, trainable)
+    opt_state = jax.eval_shape(optimizer.init, trained)
+    trained_specs = tree.select(specs.optimizer, trainable)
+    opt_specs = mirror_specs(opt_state, trained, trained_specs)
+
+    def place(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    scalar = PartitionSpec()
+    return TrainState(
+        step=place(jax.ShapeDtypeStruct((), jnp.int32), scalar),
+        params=jax.tree.map(place, params, specs.parameters),
+        opt_state=jax.tree.map(place, opt_state, opt_specs),
+        key=place(jax.eval_shape(lambda: jax.random.key(0)), scalar),
+        is_finite=place(jax.ShapeDtypeStruct((), jnp.bool_), scalar),
+    )
+
+
+def init_state(
+    model: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, *, seed: int, trainable: str
+) -> TrainState:
+    """The first state, each leaf made where it lives; the same numbers on any mesh."""
+    dtype = jax.tree.leaves(abstract.params)[0].dtype
+
+    def init() -> TrainState:
+        key = jax.random.key(seed)
+        params = init_params(model, jax.random.fold_in(key, 0), dtype)
+        opt_state = optimizer.init(tree.select(params, trainable))
+        return TrainState(jnp.int32(0), params, opt_state, jax.random.fold_in(key, 1), jnp.bool_(True))
+
+    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()

@@ -1,0 +1,78 @@
+"""One training step: gradient, clipping, update and the select that keeps a broken step out of the state."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from jaxscale import tree
+from jaxscale.parallel.region import LossFn, Region
+from jaxscale.train.state import TrainState
+from jaxscale.types import Batch
+
+
+def make_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, region: Region, abstract: TrainState
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles step(state, batch) -> (state, metrics); the state is donated.
+
+    A loss or gradient norm that is not finite leaves parameters, optimizer and step as they were and clears
+    `is_finite`, so that no later step changes them either.
+
+    Args:
+        loss_fn: under the contract of `train.losses`.
+        optimizer: of the trainable parameters.
+        region: mesh, micro-batches and trainable pattern.
+        abstract: the state as shapes with shardings.
+    Returns:
+        The step. Metrics are means over valid tokens (`loss`, `nll`), norms, the number of valid tokens and what
+        else the loss reports as sums.
+    """
+    gradient = region.gradient(loss_fn)
+    shards = _constrain(region)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        (loss, weight, sums), gradients = gradient(state.params, batch, key)
+        scale = 1 / jnp.maximum(weight, 1)
+        gradients = shards(jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients))
+        gradient_norm = optax.global_norm(gradients)
+        is_finite = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+
+        trained = shards(tree.select(state.params, region.trainable))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        params = tree.merge(optax.apply_updates(trained, updates), state.params)
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+        kept = jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), *map(_without_key, (new, state)))
+        metrics = {
+            **{name: value * scale if value.ndim == 0 else value for name, value in sums.items()},
+            "loss": loss * scale,
+            "weight": weight,
+            "gradient_norm": gradient_norm,
+            "parameter_norm": optax.global_norm(trained),
+            "is_finite": is_finite,
+        }
+        return dataclasses.replace(kept, key=state.key, is_finite=is_finite), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _without_key(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, key=None)
+
+
+def _constrain(region: Region) -> Callable[[Any], Any]:
+    """Lays a tree of trainable leaves out as the optimizer state is, so that each device updates its share."""
+    specs = tree.flatten(region.specs.optimizer)
+
+    def constrain(params: Any) -> Any:
+        return tree.map_with_path(
+            lambda path, leaf: jax.lax.with_sharding_constraint(leaf, NamedSharding(region.mesh, specs[path])), params
+        )
+
+    return constrain
