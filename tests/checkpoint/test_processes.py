@@ -13,8 +13,8 @@ import pytest
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 
 SCRIPT = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
+import pathlib, sys
+import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.types import InputError
@@ -38,7 +38,7 @@ for shard in restored["params"]["w"].addressable_shards:
 checkpoints.close()
 jax.experimental.multihost_utils.sync_global_devices("saved")
 if process == 0:
-    path = next(iter(__import__("pathlib").Path(directory, "3", "state", "params.w").glob("[0-9]*")))
+    path = next(pathlib.Path(directory, "3", "state", "params.w").glob("[0-9]*"))
     path.write_bytes(path.read_bytes()[:-1])
 jax.experimental.multihost_utils.sync_global_devices("damaged")
 try:
