@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# -qq shows errors and leaves out warnings.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .PHONY: train test long lint clean
 
@@ -25,7 +26,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 		|| { echo "jaxscale needs Python 3.11 or newer; $(PYTHON) is not. Name one: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version); this takes some minutes."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(PIP) --upgrade pip
 	@$(PIP) --editable .
 	@touch $@
 

@@ -145,7 +145,7 @@ class Builder:
     def arguments(self, target: Callable, scopes: Scopes) -> dict[str, Any]:
         """The checked keyword arguments for `target` in `scopes`; defaults are left out."""
         signature = inspect.signature(target).parameters
-        arguments, self.used[scopes, target] = self._bound(target, scopes)
+        arguments, self.used[scopes, target] = self.bound(target, scopes)
         missing = [each.name for each in signature.values() if _is_required(each) and each.name not in arguments]
         if missing:
             name = f"{target.__name__}.{missing[0]}"
@@ -153,7 +153,7 @@ class Builder:
         self.used[scopes, target] = _literal_defaults(signature) | self.used[scopes, target]
         return arguments
 
-    def _bound(self, target: Callable, scopes: Scopes) -> tuple[dict[str, Any], dict[str, Any]]:
+    def bound(self, target: Callable, scopes: Scopes) -> tuple[dict[str, Any], dict[str, Any]]:
         """What is bound for `target` in `scopes`: built and checked, and as written."""
         hints = _hints(target)
         built, written = {}, {}
@@ -173,7 +173,7 @@ class Builder:
             return target(**self.arguments(target, inner))
         if not self.bindings.of(target, inner):
             return target
-        arguments, self.used[inner, target] = self._bound(target, inner)
+        arguments, self.used[inner, target] = self.bound(target, inner)
         return functools.partial(target, **arguments)
 
 

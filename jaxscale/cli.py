@@ -26,10 +26,14 @@ REFUSALS = {
 
 
 class Verb(NamedTuple):
-    """Where a verb's function is, imported only when the verb is used, and a line of help."""
+    """Where a verb's function is, imported only when the verb is used, and a line of help.
+
+    `bound_as` is the function whose parameters the gin file binds, where the verb takes the arguments of another one.
+    """
 
     function: str
     help: str
+    bound_as: str = ""
 
 
 VERBS = {
@@ -40,7 +44,9 @@ VERBS = {
     "evaluate": Verb("jaxscale.evaluate.perplexity:evaluate", "measure a checkpoint on held-out text"),
     "tokenizer": Verb("jaxscale.data.tokenizer:train_tokenizer", "train a tokenizer"),
     "inspect": Verb(
-        "jaxscale.train.inspect:inspect", "print configuration, parameters, shardings and bytes; allocates nothing"
+        "jaxscale.train.inspect:inspect",
+        "print a training run's configuration, parameters, shardings and bytes; allocates nothing",
+        bound_as="jaxscale.train.pretrain:pretrain",
     ),
 }
 
@@ -64,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        config.run(_load(VERBS[options.verb].function), [options.file], options.set)
+        verb = VERBS[options.verb]
+        function, bound_as = _load(verb.function), _load(verb.bound_as or verb.function)
+        config.run(function, [options.file], options.set, bound_as=bound_as)
     except (InputError, OSError) as error:
         if options.debug or (isinstance(error, OSError) and error.errno not in REFUSALS):
             raise
@@ -79,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jaxscale {jaxscale.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
-        description = f"{verb.help[0].upper()}{verb.help[1:]}. Calls {verb.function.replace(':', '.')}."
+        bound = (verb.bound_as or verb.function).replace(":", ".")
+        description = f"{verb.help[0].upper()}{verb.help[1:]}. The file binds the parameters of {bound}."
         each = verbs.add_parser(
             name, help=verb.help, description=description, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False
         )

@@ -32,18 +32,25 @@ DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
 _operative_config = contextvars.ContextVar("operative_config", default="")
 
 
-def run(function: Callable, files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Any:
+def run(
+    function: Callable,
+    files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    bound_as: Callable | None = None,
+) -> Any:
     """Calls `function` with the arguments that gin files and overrides give it; returns what it returns.
 
     Args:
         function: keyword-only function, the verb.
         files: gin files; later ones override earlier ones.
         overrides: `NAME.FIELD=VALUE` or `FIELD=VALUE`, see `Bindings.override`.
+        bound_as: the function whose parameters the files bind, where `function` takes the arguments of another one.
 
     Raises:
         InputError: a name, type or file is wrong, or a required value is missing.
     """
-    loaded = load(function, files, overrides)
+    loaded = load(bound_as or function, files, overrides)
     token = _operative_config.set(loaded.text)
     try:
         return function(**loaded.arguments)
@@ -66,15 +73,21 @@ class Loaded:
 
 def load(function: Callable, files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Loaded:
     """Builds the arguments of `function` without calling it; Args and Raises as in `run`."""
-    bindings = Bindings()
-    for file in files:
-        _read(Path(file), bindings)
+    bindings = read(files)
     for text in overrides:
         bindings.override(function, text)
     bindings.check_scopes()
     builder = Builder(bindings)
     arguments = builder.arguments(function, ())
     return Loaded(arguments, render(builder.used))
+
+
+def read(files: Sequence[str | Path]) -> Bindings:
+    """Everything that the files bind, every name resolved and nothing built; Raises as in `run`."""
+    bindings = Bindings()
+    for file in files:
+        _read(Path(file), bindings)
+    return bindings
 
 
 class _Delegate(config_parser.ParserDelegate):

@@ -72,6 +72,8 @@ def _is_of_type(value: Any, annotation: Any) -> bool:
         return any(type(value) is type(arg) and value == arg for arg in args)
     if origin is tuple:
         return isinstance(value, tuple) and _are_items_of_type(value, args)
+    if origin is list:
+        return isinstance(value, list) and all(_is_of_type(item, args[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(
             _is_of_type(key, args[0]) and _is_of_type(item, args[1]) for key, item in value.items()

@@ -106,6 +106,13 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"jaxscale {jaxscale.__version__}\n"
 
 
+def test_a_verb_may_take_what_the_file_binds_for_another(gin_file, capsys, monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "inspect", cli.Verb("builtins:print", "inspect", bound_as="stub_verb:verb"))
+    monkeypatch.setattr("builtins.print", lambda **given: sys.stdout.write(repr(given)))
+    assert cli.main(["inspect", gin_file, "--set", "directory=x"]) == 0
+    assert capsys.readouterr().out == "{'train': TrainConfig(steps=1), 'directory': 'x'}"
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_its_function(verb):
     assert callable(cli._load(cli.VERBS[verb].function))

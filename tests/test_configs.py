@@ -1,0 +1,86 @@
+"""Every gin file of the experiments binds names that exist to values of their types, and its model and mesh fit."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from jaxscale import cli, config
+from jaxscale.bindings import REQUIRED, Bindings, Builder, Macro
+from jaxscale.types import InputError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "experiments" / "configs"
+FILES = sorted(CONFIGS.rglob("*.gin"))
+
+
+def each_file(test):
+    return pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))(test)
+
+
+def test_there_are_files():
+    assert FILES
+
+
+@each_file
+def test_the_header_says_what_the_file_is(path):
+    assert path.read_text().startswith("# "), "the first line says what the file configures"
+
+
+@each_file
+def test_every_name_is_known_and_every_value_of_its_type(path):
+    bind(path)
+
+
+@each_file
+def test_the_run_fits(path, tmp_path, capsys):
+    """A file that binds a verb's parameters gives it all of them; a training run is inspected, which is abstract."""
+    bindings = config.read([path])
+    if left_open(bindings):
+        pytest.skip("left open for another file or --set: " + ", ".join(left_open(bindings)))
+    for name, verb in cli.VERBS.items():
+        function = cli._load(verb.bound_as or verb.function)
+        if bindings.of(function, ()):
+            overrides = [f"directory={tmp_path}"] if is_directory_open(bindings, function) else []
+            loaded = config.load(function, [path], overrides)
+            if name == "inspect":
+                cli._load(verb.function)(**loaded.arguments)
+                assert capsys.readouterr().out
+
+
+def bind(path: Path) -> None:
+    """Binds all that a file binds: each value is built and checked, each complete configuration constructed."""
+    bindings = config.read([path])
+    bindings.check_scopes()
+    incomplete = {name.split(".")[0] for name in left_open(bindings)}
+    for scopes, target in list(bindings.parameters):
+        if target.__name__ in incomplete:
+            continue
+        built, _ = Builder(bindings).bound(target, scopes)
+        signature = inspect.signature(target).parameters.values()
+        if inspect.isclass(target) and all(each.name in built or each.default is not each.empty for each in signature):
+            target(**built)
+
+
+def left_open(bindings: Bindings) -> list[str]:
+    """What a file marks as required from another file or --set."""
+    return [
+        f"{target.__name__}.{name}"
+        for (_, target), bound in bindings.parameters.items()
+        for name, binding in bound.items()
+        if binding.value == Macro(REQUIRED)
+    ]
+
+
+def is_directory_open(bindings: Bindings, function) -> bool:
+    return "directory" in inspect.signature(function).parameters and "directory" not in bindings.of(function, ())
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["types.InputErorr.given = 1", "types.InputError.gven = 1", "types.InputError.expected = 1", "a = = 1"],
+)
+def test_a_file_that_cannot_be_bound_fails(line, tmp_path):
+    path = tmp_path / "a.gin"
+    path.write_text(f"from __gin__ import dynamic_registration\nfrom jaxscale import types\n{line}\n")
+    with pytest.raises(InputError, match=r"a\.gin:3"):
+        bind(path)
