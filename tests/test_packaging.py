@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,14 @@ def test_wheel(checkout, tmp_path):
 def test_editable_install(checkout, tmp_path):
     target = tmp_path / "site"
     install(target, "--editable", checkout, cwd=tmp_path)
+    # -S: the environment of this test may itself hold an editable jaxscale, which must not be the one found.
+    python = [sys.executable, "-S", "-c"]
     follow_pth = f"import site; site.addsitedir({str(target)!r}); "
-    printed = run([sys.executable, "-c", follow_pth + PRINT_KERNELS], cwd=tmp_path)
+    packages = sysconfig.get_path("purelib")
+    printed = run([*python, follow_pth + PRINT_KERNELS], cwd=tmp_path, PYTHONPATH=packages)
     assert Path(printed).is_relative_to(checkout)
     shadow = "import importlib.util; print(importlib.util.find_spec('kernels'))"
-    assert run([sys.executable, "-c", follow_pth + shadow], cwd=tmp_path) == "None"
+    assert run([*python, follow_pth + shadow], cwd=tmp_path, PYTHONPATH=packages) == "None"
 
 
 def test_transformers_imports_from_the_repository_root():
