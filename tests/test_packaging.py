@@ -66,11 +66,11 @@ def test_editable_install(checkout, tmp_path):
     # -S: the environment of this test may itself hold an editable jaxscale, which must not be the one found.
     python = [sys.executable, "-S", "-c"]
     follow_pth = f"import site; site.addsitedir({str(target)!r}); "
-    packages = sysconfig.get_path("purelib")
-    printed = run([*python, follow_pth + PRINT_KERNELS], cwd=tmp_path, PYTHONPATH=packages)
+    paths = f"{target}:{sysconfig.get_path('purelib')}"
+    printed = run([*python, follow_pth + PRINT_KERNELS], cwd=tmp_path, PYTHONPATH=paths)
     assert Path(printed).is_relative_to(checkout)
     shadow = "import importlib.util; print(importlib.util.find_spec('kernels'))"
-    assert run([*python, follow_pth + shadow], cwd=tmp_path, PYTHONPATH=packages) == "None"
+    assert run([*python, follow_pth + shadow], cwd=tmp_path, PYTHONPATH=paths) == "None"
 
 
 def test_transformers_imports_from_the_repository_root():
