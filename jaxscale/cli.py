@@ -72,13 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb = VERBS[options.verb]
         function, bound_as = _load(verb.function), _load(verb.bound_as or verb.function)
-        config.run(function, [options.file], options.set, bound_as=bound_as)
+        outcome = config.run(function, [options.file], options.set, bound_as=bound_as)
     except (InputError, OSError) as error:
         if options.debug or (isinstance(error, OSError) and error.errno not in REFUSALS):
             raise
         print(f"jaxscale {options.verb}: {_one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    return 0
+    return getattr(outcome, "exit_status", 0)  # a run that a signal stopped says so
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -117,7 +117,8 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         if not any(self.moe_pattern):
-            return check_positive("ModelConfig.ffn_dim", self.ffn_dim)
+            check_positive("ModelConfig.ffn_dim", self.ffn_dim)
+            return
         check_positive("ModelConfig.num_experts", self.num_experts)
         check_positive("ModelConfig.expert_dim", self.expert_dim)
         if not 1 <= self.num_active_experts <= self.num_experts:

@@ -13,9 +13,7 @@ from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, Params
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["balance", "z", "load"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["balance", "z", "load"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class RouterSums:
     """Sums over this device's own valid tokens.
@@ -52,9 +50,7 @@ def route(params: Params, h: Array, config: ModelConfig) -> tuple[Array, Array, 
     return index, gates / gates.sum(-1, keepdims=True), logits
 
 
-def router_sums(
-    index: Array, logits: Array, weights: Array, config: ModelConfig, operations: Operations
-) -> RouterSums:
+def router_sums(index: Array, logits: Array, weights: Array, config: ModelConfig, operations: Operations) -> RouterSums:
     """Balance loss E sum_e f_e P_e and z-loss log^2 Z, as sums over own valid tokens.
 
     f_e is the share of all tokens' choices that fell on expert e, over all devices, and is not differentiated; so

@@ -113,9 +113,7 @@ class _Builder:
 
 def abstract_params(config: ModelConfig, dtype: str) -> Params:
     """The parameter tree as shapes, nothing allocated."""
-    return jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), parameter_table(config)
-    )
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), parameter_table(config))
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: str) -> Params:

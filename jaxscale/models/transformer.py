@@ -134,9 +134,7 @@ def run_layers(
     new = {"prefix": {}, "layers": {}}
     for i, kind in enumerate(config.prefix):
         layer = stack.rematerialise(functools.partial(run_layer, kind=kind, section=f"prefix/{i}", **settings))
-        x, new["prefix"][str(i)], _ = layer(
-            params["prefix"][str(i)], x, context, weights, caches["prefix"].get(str(i))
-        )
+        x, new["prefix"][str(i)], _ = layer(params["prefix"][str(i)], x, context, weights, caches["prefix"].get(str(i)))
 
     def period(x: Array, stacks: tuple[Params, Any]) -> tuple[Array, tuple[Any, list[RouterSums]]]:
         layer_params, layer_caches = stacks

@@ -67,7 +67,5 @@ def attend(q: Array, k: Array, v: Array, context: AttentionContext, cache: KVCac
         segments=put(cache.segments, segments.astype(jnp.int32)),
         length=cache.length + q.shape[1],
     )
-    seen = dataclasses.replace(
-        context, segments=segments, key_positions=cache.positions, key_segments=cache.segments
-    )
+    seen = dataclasses.replace(context, segments=segments, key_positions=cache.positions, key_segments=cache.segments)
     return reference(q, cache.k, cache.v, seen), cache

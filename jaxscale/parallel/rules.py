@@ -68,9 +68,7 @@ def mirror_specs(abstract: Any, params: Any, specs: Any) -> Any:
     """
     flat = {
         path: (leaf.shape, spec)
-        for (path, leaf), spec in zip(
-            tree.flatten(params).items(), jax.tree.leaves(specs), strict=True
-        )
+        for (path, leaf), spec in zip(tree.flatten(params).items(), jax.tree.leaves(specs), strict=True)
     }
 
     def one(path: str, leaf: Any) -> PartitionSpec:

@@ -48,9 +48,7 @@ class NextTokenLoss:
         settings = dict(config=self.model, operations=operations, policy=self.policy)
         x = transformer.embed(params, batch, **settings)
         context = transformer.attention_context(batch, self.model)
-        x, _, routers = transformer.run_layers(
-            params, x, context, batch["weights"], stack=self.stack, **settings
-        )
+        x, _, routers = transformer.run_layers(params, x, context, batch["weights"], stack=self.stack, **settings)
         h = transformer.final_hidden(params, x, **settings)
         head = transformer.unembedding(params, **settings)
 

@@ -102,9 +102,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, dims: Any) -> optax.G
             schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decay_mask
         )
     elif config.name == "lion":
-        optimizer = optax.lion(
-            schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay_mask
-        )
+        optimizer = optax.lion(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay_mask)
     else:
         optimizer = muon(
             schedule, beta=config.beta1, weight_decay=config.weight_decay, weight_decay_mask=decay_mask,
@@ -112,7 +110,9 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, dims: Any) -> optax.G
             adam_weight_decay=config.weight_decay, consistent_rms=0.2,
             muon_weight_dimension_numbers=lambda params: _matrix_dims(params, dims),
         )  # fmt: skip
-    return optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
 def _matrix_dims(params: Any, dims: Any) -> Any:

@@ -1,0 +1,95 @@
+"""`inspect`: what a run would be, computed from shapes alone."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import PartitionSpec
+
+from jaxscale import tree
+from jaxscale.config import operative_config
+from jaxscale.data.loader import DataConfig
+from jaxscale.models.config import ModelConfig, training_flops_per_token
+from jaxscale.models.parameters import abstract_params, count_parameters, parameter_table
+from jaxscale.models.transformer import StackConfig
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.rules import Specs, axes_of, make_specs, mirror_specs
+from jaxscale.train.optim import OptimizerConfig, make_optimizer
+from jaxscale.train.plan import TrainConfig, check_fit
+from jaxscale.types import Params
+
+GIB = 2**30
+
+
+def inspect(
+    *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig, train: TrainConfig,
+    policy: Policy = Policy(), stack: StackConfig = StackConfig(), **_: Any,
+) -> None:  # fmt: skip
+    """Prints the resolved configuration, parameter counts, the sharding table and bytes per device.
+
+    Nothing is allocated and no device is needed; arguments as `train.pretrain.pretrain`.
+
+    Raises:
+        InputError: the parts do not fit one another.
+    """
+    check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
+    specs = make_specs(parameter_table(model), mesh)
+    params = abstract_params(model, policy.parameters)
+    total, active = count_parameters(model)
+    flops = training_flops_per_token(model, active, data.sequence_length)
+    print(operative_config())
+    print(_sharding_table(params, specs))
+    print(f"\nparameters    {total:,} total, {active:,} active per token (look-up tables left out)")
+    print(f"FLOPs         {flops:.4g} per token, forward and backward, at sequence length {data.sequence_length}")
+    print(f"mesh          {dataclasses.asdict(mesh)}, {math.prod(mesh.sizes)} devices")
+    for name, size in bytes_per_device(params, specs, optimizer, train, policy, mesh).items():
+        print(f"{name:<13} {size / GIB:.3f} GiB per device")
+
+
+def bytes_per_device(
+    params: Params, specs: Specs, optimizer: OptimizerConfig, train: TrainConfig, policy: Policy, mesh: MeshConfig
+) -> dict[str, int]:
+    """Bytes that one device holds of parameters, gradients and optimizer state; activations are not in it.
+
+    Args:
+        params: the parameter tree as shapes.
+        specs, optimizer, train, policy, mesh: the run.
+    """
+    trained = tree.select(params, train.trainable)
+    transformation: optax.GradientTransformation = make_optimizer(optimizer, steps=train.steps, dims=specs.dims)
+    opt_state = jax.eval_shape(transformation.init, trained)
+    opt_specs = mirror_specs(opt_state, trained, tree.select(specs.optimizer, train.trainable))
+    gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, policy.reduction), trained)
+    gradient_specs = tree.select(specs.gradients, train.trainable)
+    sizes = {
+        "parameters": _tree_bytes(params, specs.parameters, mesh),
+        "gradients": _tree_bytes(gradients, gradient_specs, mesh),
+        "optimizer": _tree_bytes(opt_state, opt_specs, mesh),
+    }
+    return sizes | {"sum": sum(sizes.values())}
+
+
+def _tree_bytes(abstract: Any, specs: Any, mesh: MeshConfig) -> int:
+    return sum(jax.tree.leaves(jax.tree.map(lambda leaf, spec: _leaf_bytes(leaf, spec, mesh), abstract, specs)))
+
+
+def _leaf_bytes(leaf: Any, spec: PartitionSpec, mesh: MeshConfig) -> int:
+    shards = math.prod(getattr(mesh, axis) for axis in axes_of(spec))
+    return math.prod(leaf.shape) * leaf.dtype.itemsize // shards
+
+
+def _sharding_table(params: Params, specs: Specs) -> str:
+    rows = [("parameter", "dims", "shape", "stored", "optimizer state")]
+    flat = [tree.flatten(t) for t in (params, specs.dims, specs.parameters, specs.optimizer)]
+    for path in flat[0]:
+        leaf, dims, stored, optimizer = (f[path] for f in flat)
+        rows.append((path, dims, str(leaf.shape), _spec_text(stored), _spec_text(optimizer)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _spec_text(spec: PartitionSpec) -> str:
+    return "(" + ", ".join("-" if entry is None else str(entry) for entry in spec) + ")"

@@ -1,0 +1,174 @@
+"""The training loop: step, report one step late, checkpoint and evaluate when due, stop cleanly."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from jaxscale.train.metrics import Reporter, Speed
+from jaxscale.train.state import TrainState
+from jaxscale.types import Batch
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm was not finite; the message says at which step and in which tensor."""
+
+
+class Loader(Protocol):
+    """An endless, checkpointable source of host batches."""
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able position: what `restore` needs to go on after the batches handed out so far."""
+
+
+class Saver(Protocol):
+    """What the loop asks of checkpoints."""
+
+    def save(self, step: int, state: Any, data_state: dict[str, Any], *, force: bool = False) -> Any:
+        """Starts a save when one is due."""
+
+    def wait(self) -> None:
+        """Returns once everything is committed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the steps finished, and the signal that stopped it early, if one did."""
+
+    step: int
+    signal: signal.Signals | None
+
+    @property
+    def exit_status(self) -> int:
+        """0, or 128 plus the signal's number as shells report it."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A dispatched step whose figures have not been fetched."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    batch: Batch
+    data_state: dict[str, Any]
+    data_wait_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Everything a run does between its first and its last step.
+
+    Args:
+        step_fn: (state, batch) -> (state, metrics), the state donated.
+        loader: host batches.
+        place: puts a host batch on the mesh.
+        steps: total, counted from the run's very first.
+        checkpoints: see `Saver`.
+        save_every: steps between checkpoints.
+        reporters: told the figures of every step.
+        speed: throughput between steps.
+        evaluate: (params, step) -> figures.
+        evaluate_every: steps between evaluations; the last step is always evaluated.
+        diagnose: (state, batch) -> name of the first tensor that is not finite.
+        preemption: says when a signal asks for the end.
+        profile_steps: the profiler runs from the first number of finished steps to the second; None for never.
+        profile_directory: where the profile goes.
+    """
+
+    step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    loader: Loader
+    place: Callable[[Batch], Batch]
+    steps: int
+    checkpoints: Saver
+    save_every: int
+    reporters: Sequence[Reporter]
+    speed: Speed
+    evaluate: Callable[[Any, int], dict[str, Any]]
+    evaluate_every: int
+    diagnose: Callable[[TrainState, Batch], str]
+    preemption: Any
+    profile_steps: tuple[int, int] | None
+    profile_directory: Path
+
+    def run(self, state: TrainState) -> Outcome:
+        """Trains from `state` (donated) to the last step or a signal; the end is always a committed checkpoint.
+
+        Raises:
+            NonFiniteError: the state before the bad step has been saved.
+        """
+        pending = None
+        for step in range(int(state.step) + 1, self.steps + 1):
+            self._profile(step - 1, state)
+            state, started = self._start(state, step)
+            self._report(pending, state)
+            pending = started
+            if step == self.steps or step % self.evaluate_every == 0 or step % self.save_every == 0:
+                self._report(pending, state)
+                pending = None
+                self._save_and_evaluate(state, step)
+            if self.preemption.is_requested():
+                break
+        self._report(pending, state)
+        self._profile(self.steps, state)
+        self.checkpoints.save(int(state.step), state, self.loader.state(), force=True)
+        self.checkpoints.wait()
+        return Outcome(int(state.step), self.preemption.received)
+
+    def _start(self, state: TrainState, step: int) -> tuple[TrainState, _Pending]:
+        before, data_state = time.perf_counter(), self.loader.state()
+        batch = next(self.loader)
+        waited = time.perf_counter() - before
+        batch = self.place(batch)
+        state, metrics = self.step_fn(state, batch)
+        return state, _Pending(step, metrics, batch, data_state, waited)
+
+    def _report(self, pending: _Pending | None, state: TrainState) -> None:
+        """Fetches a step's figures while the next one runs."""
+        if pending is None:
+            return
+        figures = {name: _host_value(value) for name, value in jax.device_get(pending.metrics).items()}
+        if not figures.pop("is_finite"):
+            self._stop_non_finite(pending, state)
+        for reporter in self.reporters:
+            reporter.report(pending.step, figures | self.speed.figures() | {"data_wait_s": pending.data_wait_s})
+
+    def _stop_non_finite(self, pending: _Pending, state: TrainState) -> None:
+        """`state` is what it was before the bad step: no step after it has changed it."""
+        name = self.diagnose(state, pending.batch)
+        good = dataclasses.replace(state, is_finite=jax.numpy.ones_like(state.is_finite))
+        self.checkpoints.save(pending.step - 1, good, pending.data_state, force=True)
+        self.checkpoints.wait()
+        raise NonFiniteError(
+            f"step {pending.step}: loss {pending.metrics['loss']}, gradient norm {pending.metrics['gradient_norm']}; "
+            f"first non-finite: {name}; the state after step {pending.step - 1} is saved"
+        )
+
+    def _save_and_evaluate(self, state: TrainState, step: int) -> None:
+        self.checkpoints.save(step, state, self.loader.state())
+        if step % self.evaluate_every == 0 or step == self.steps:
+            figures = self.evaluate(state.params, step)
+            for reporter in self.reporters if figures else ():
+                reporter.report(step, figures)
+            self.speed.figures()  # restarts the clock: evaluation is not training time
+
+    def _profile(self, finished: int, state: TrainState) -> None:
+        """Starts and stops the profiler at its window's edges, with the devices idle at both."""
+        if self.profile_steps is None or finished not in self.profile_steps:
+            return
+        jax.block_until_ready(state)
+        if finished == self.profile_steps[0]:
+            jax.profiler.start_trace(str(self.profile_directory))
+        else:
+            jax.profiler.stop_trace()
+
+
+def _host_value(value: Any) -> Any:
+    return value.item() if value.ndim == 0 else value

@@ -1,0 +1,138 @@
+"""Where a run's figures go: a JSONL history, TensorBoard and the progress bar; and what they say about speed."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+# Dense bf16 peak per device in FLOP/s, from the vendors' data sheets (no sparsity).
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "v5p": 459e12, "v6e": 918e12}
+
+
+class Reporter(Protocol):
+    """Takes the figures of one step."""
+
+    def report(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Records the figures of a finished step."""
+
+    def close(self) -> None:
+        """Flushes what is buffered."""
+
+
+class History:
+    """One JSON object a line: `{"step": 7, "loss": 3.1, ...}`; floats are written so that they read back bit-identical.
+
+    Args:
+        path: the file; lines of steps after `step` are dropped, for those steps will run again.
+        step: finished steps of the state the run starts from.
+    """
+
+    def __init__(self, path: Path, step: int):
+        kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def report(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Appends a line; evaluations of a step are a line of their own."""
+        values = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The lines of a history in order; a last line cut short by a kill is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) < np.inf]
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return np.inf
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, and expert loads as histograms' place-holders: one scalar an expert."""
+
+    def __init__(self, directory: Path, step: int):
+        self._writer = SummaryWriter(str(directory), purge_step=step + 1)
+
+    def report(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Writes the scalars."""
+        for name, value in figures.items():
+            if np.ndim(value) == 0:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._writer.close()
+
+
+class ProgressBar:
+    """A live line: step, loss, speed."""
+
+    def __init__(self, steps: int, step: int):
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, desc="train", smoothing=0.1)
+        self._shown: dict[str, str] = {}
+
+    def report(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Moves the bar and shows the newest figures."""
+        for name, text in {"loss": "{:.3f}", "tokens_per_second": "{:,.0f}", "mfu": "{:.1%}"}.items():
+            if name in figures:
+                self._shown[name.replace("tokens_per_second", "tokens/s")] = text.format(figures[name])
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Leaves the bar where it stands."""
+        self._bar.close()
+
+
+@dataclasses.dataclass
+class Speed:
+    """Turns the time between steps into throughput.
+
+    Args:
+        tokens_per_step: positions in the global batch, padding included.
+        flops_per_token: 6 N_active plus causal attention at half; recompute is not counted.
+    """
+
+    tokens_per_step: int
+    flops_per_token: float
+    _last: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def figures(self) -> dict[str, float]:
+        """Seconds since the last call, tokens/s, TFLOP/s and MFU per device, and peak device memory in bytes."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        flops = self.flops_per_token * self.tokens_per_step / seconds / jax.device_count()
+        figures = {
+            "seconds": seconds,
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "tflops_per_device": flops / 1e12,
+        }
+        if peak := peak_flops():
+            figures["mfu"] = flops / peak
+        memory = jax.local_devices()[0].memory_stats()
+        if memory:
+            figures["peak_memory_bytes"] = memory["peak_bytes_in_use"]
+        return figures
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 peak of one device in FLOP/s; None where it is not known, such as a CPU."""
+    kind = jax.local_devices()[0].device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)

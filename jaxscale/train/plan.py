@@ -1,0 +1,112 @@
+"""What follows from a configuration before anything is allocated; every misfit is refused here."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxscale.data.loader import DataConfig
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.parameters import parameter_table
+from jaxscale.models.transformer import StackConfig
+from jaxscale.ops.attention import attention
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
+from jaxscale.parallel.region import Region, make_operations
+from jaxscale.parallel.rules import make_specs
+from jaxscale.train.losses import NextTokenLoss
+from jaxscale.train.optim import OptimizerConfig, make_optimizer
+from jaxscale.train.state import TrainState, abstract_state
+from jaxscale.types import InputError, check_positive, check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long and how to train.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        num_microbatches: M; the batch is cut in M parts whose gradients are summed.
+        seed: of the initial parameters and every draw.
+        z_loss: weight of log^2 Z in the loss.
+        trainable: regular expression over whole parameter paths; what does not match stays as it is and has no
+            optimizer state.
+        evaluate_every: steps between evaluations.
+        init_from: checkpoint directory of the same model whose parameters a new run starts from; None to draw them.
+        profile_steps: the profiler records from the first number of finished steps to the second.
+    """
+
+    steps: int
+    num_microbatches: int = 1
+    seed: int = 0
+    z_loss: float = 0.0
+    trainable: str = ".*"
+    evaluate_every: int = 100
+    init_from: str | None = None
+    profile_steps: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("steps", "num_microbatches", "evaluate_every"):
+            check_positive(f"TrainConfig.{name}", getattr(self, name))
+        if self.profile_steps and not 0 <= self.profile_steps[0] < self.profile_steps[1] <= self.steps:
+            raise InputError("TrainConfig.profile_steps", self.profile_steps, f"0 <= first < second <= {self.steps}")
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            raise InputError("TrainConfig.trainable", self.trainable, f"a regular expression ({error})") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What follows from the configuration before anything is allocated: mesh, loss, optimizer, abstract state."""
+
+    mesh: Mesh
+    region: Region
+    loss_fn: NextTokenLoss
+    optimizer: optax.GradientTransformation
+    state: TrainState
+
+
+def check_fit(
+    *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, train: TrainConfig, stack: StackConfig
+) -> None:
+    """Raises InputError, with the equation that fails, unless lengths, batch and chunks fit one another."""
+    if data.sequence_length > model.max_length:
+        raise InputError(
+            "DataConfig.sequence_length", data.sequence_length, f"sequence_length <= max_length = {model.max_length}"
+        )
+    check_batch(mesh, batch_size=data.batch_size, length=data.sequence_length, num_microbatches=train.num_microbatches)
+    parts = stack.num_loss_chunks * mesh.tensor
+    if data.sequence_length % parts:
+        raise InputError(
+            "StackConfig.num_loss_chunks",
+            stack.num_loss_chunks,
+            f"sequence_length % (num_loss_chunks * tensor) == 0, here {data.sequence_length} % "
+            f"({stack.num_loss_chunks} * {mesh.tensor}) = {data.sequence_length % parts}",
+        )
+
+
+def make_plan(
+    *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig, train: TrainConfig,
+    policy: Policy, stack: StackConfig, devices: list[jax.Device] | None = None,
+) -> Plan:  # fmt: skip
+    """Checks that the parts fit one another and lays the run out; arguments as `pretrain`.
+
+    Raises:
+        InputError: they do not fit, with the equation that fails.
+    """
+    check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
+    device_mesh = make_mesh(mesh, devices)
+    specs = make_specs(parameter_table(model), mesh)
+    run_attention = functools.partial(attention, implementation=stack.attention)
+    operations = make_operations(mesh, specs, attention=run_attention, reduction=policy.reduction)
+    region = Region(device_mesh, specs, operations, train.num_microbatches, policy.reduction, train.trainable)
+    transformation = make_optimizer(optimizer, steps=train.steps, dims=specs.dims)
+    state = abstract_state(
+        model, transformation, mesh=device_mesh, specs=specs, dtype=policy.parameters, trainable=train.trainable
+    )
+    return Plan(device_mesh, region, NextTokenLoss(model, policy, stack, train.z_loss), transformation, state)

@@ -1,0 +1,176 @@
+"""`pretrain`: one gin file to a trained model, from scratch or from where the last run stopped."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+import jaxscale
+from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.config import operative_config
+from jaxscale.data.loader import DataConfig, make_loader
+from jaxscale.models.config import ModelConfig, training_flops_per_token
+from jaxscale.models.parameters import count_parameters
+from jaxscale.models.transformer import StackConfig
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig
+from jaxscale.train import diagnosis
+from jaxscale.train.evaluation import EvaluationContext
+from jaxscale.train.loop import Loop, Outcome
+from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops
+from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.plan import Plan, TrainConfig, make_plan
+from jaxscale.train.preemption import Preemption
+from jaxscale.train.runtime import RuntimeConfig, apply_runtime
+from jaxscale.train.state import TrainState, init_state
+from jaxscale.train.step import make_step
+from jaxscale.types import Batch, Params
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(
+    *, directory: str, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig,
+    train: TrainConfig, checkpoint: CheckpointConfig, policy: Policy = Policy(), stack: StackConfig = StackConfig(),
+    runtime: RuntimeConfig = RuntimeConfig(), evaluators: dict[str, Callable] | None = None,
+) -> Outcome:  # fmt: skip
+    """Trains a model; a run that was stopped goes on from its newest checkpoint, on whatever mesh is asked now.
+
+    Args:
+        directory: of the run: its configuration, metrics, checkpoints and profile.
+        model: the model.
+        mesh: axis sizes and ZeRO level.
+        data: sources, tokenizer, sequence length and global batch size.
+        optimizer: optimizer and schedule.
+        train: steps, micro-batches, seed.
+        checkpoint: its directory is relative to `directory`.
+        policy: dtypes.
+        stack: how the layers are executed.
+        runtime: platform and flags.
+        evaluators: name -> evaluator(context) -> figures, see `train.evaluation`.
+    Returns:
+        The steps finished and the signal that ended the run early, if any.
+    Raises:
+        InputError: before anything on disk is touched, when something does not fit.
+        NonFiniteError: a loss or gradient norm was not finite.
+    """
+    apply_runtime(runtime, directory)
+    plan = make_plan(model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack)
+    checkpoint = dataclasses.replace(checkpoint, directory=str(Path(directory, checkpoint.directory)))
+    checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
+    loader = make_loader(data, split="train", process_index=jax.process_index(), process_count=jax.process_count())
+    loader.check_vocabulary(model.vocab_size)
+    checkpoints.check_writable()
+    run = Path(directory)
+    with Preemption() as preemption:
+        state = _restore_or_start(plan, checkpoints, loader, model, train)
+        _write_run_files(run, int(state.step))
+        loop = Loop(
+            step_fn=make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state),
+            loader=loader,
+            place=functools.partial(_place, plan.mesh),
+            steps=train.steps,
+            checkpoints=checkpoints,
+            save_every=checkpoint.save_every,
+            reporters=_make_reporters(run, train.steps, int(state.step)),
+            speed=_make_speed(model, data),
+            evaluate=_make_evaluate(plan, model, evaluators or {}),
+            evaluate_every=train.evaluate_every,
+            diagnose=functools.partial(_diagnose, plan),
+            preemption=preemption,
+            profile_steps=train.profile_steps,
+            profile_directory=run / "profile",
+        )
+        try:
+            return loop.run(state)
+        finally:
+            for reporter in loop.reporters:
+                reporter.close()
+            checkpoints.close()
+
+
+def _restore_or_start(plan: Plan, checkpoints: Checkpoints, loader: Any, model: ModelConfig, train: TrainConfig):
+    """Resume, else the parameters of another run, else a fresh draw."""
+    if checkpoints.latest_step() is not None:
+        state, data_state = checkpoints.restore(plan.state)
+        loader.restore(data_state)
+        logger.info("resumed after step %d", int(state.step))
+        return state
+    state = init_state(model, plan.optimizer, plan.state, seed=train.seed, trainable=train.trainable)
+    if train.init_from is None:
+        return state
+    config = CheckpointConfig(directory=train.init_from, save_every=1, keep_last=1)
+    source = Checkpoints(config, fingerprint=dataclasses.asdict(model))
+    return dataclasses.replace(state, params=source.restore_params(plan.state.params))
+
+
+def _write_run_files(directory: Path, step: int) -> None:
+    """What a rerun needs: the configuration, and a line for each start with versions and command."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.gin").write_text(operative_config())
+    start = {
+        "step": step,
+        "command": sys.argv,
+        "jaxscale": jaxscale.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+    with (directory / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def _make_reporters(directory: Path, steps: int, step: int) -> list[Reporter]:
+    """Only the first process reports."""
+    if jax.process_index() != 0:
+        return []
+    return [
+        History(directory / "metrics.jsonl", step),
+        TensorBoard(directory / "tensorboard", step),
+        ProgressBar(steps, step),
+    ]
+
+
+def _make_speed(model: ModelConfig, data: DataConfig) -> Speed:
+    peak = peak_flops()
+    logger.info("MFU is against %s", f"{peak / 1e12:.0f} TFLOP/s a device (dense bf16)" if peak else "no known peak")
+    flops = training_flops_per_token(model, count_parameters(model)[1], data.sequence_length)
+    return Speed(data.batch_size * data.sequence_length, flops)
+
+
+def _place(mesh: Mesh, batch: Batch) -> Batch:
+    """This host's rows of the global batch to the devices."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def _make_evaluate(plan: Plan, model: ModelConfig, evaluators: dict[str, Callable]) -> Callable:
+    context = EvaluationContext(
+        params=None, step=0, model=model, mesh=plan.mesh, sums=jax.jit(plan.region.evaluate(plan.loss_fn)),
+        place=functools.partial(_place, plan.mesh),
+    )  # fmt: skip
+
+    def evaluate(params: Params, step: int) -> dict[str, Any]:
+        now = dataclasses.replace(context, params=params, step=step)
+        return {
+            f"{name}/{figure}": value
+            for name, evaluator in evaluators.items()
+            for figure, value in evaluator(now).items()
+        }
+
+    return evaluate
+
+
+def _diagnose(plan: Plan, state: TrainState, batch: Batch) -> str:
+    key = jax.random.fold_in(state.key, state.step)
+    return diagnosis.first_non_finite(plan.loss_fn, plan.region, state.params, batch, key)
