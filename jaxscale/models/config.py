@@ -163,6 +163,8 @@ class ModelConfig:
 def training_flops_per_token(config: ModelConfig, num_active_parameters: int, length: int) -> float:
     """FLOPs of forward and backward per token: 6 N_active plus causal attention counted at half.
 
+    A window of w tokens is counted as what a query sees on average, w - w^2 / 2T: half of T where w = T.
+
     Args:
         config: the model.
         num_active_parameters: parameters that one token multiplies with; the embedding look-up is no matmul and is
@@ -171,5 +173,6 @@ def training_flops_per_token(config: ModelConfig, num_active_parameters: int, le
     Returns:
         FLOPs per token; recompute is not counted.
     """
-    attended = sum(length / 2 if kind.window is None else min(kind.window, length / 2) for kind in config.layers)
+    windows = [min(kind.window or length, length) for kind in config.layers]
+    attended = sum(window - window**2 / (2 * length) for window in windows)
     return 6 * num_active_parameters + 12 * attended * config.num_heads * config.head_dim

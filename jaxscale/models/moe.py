@@ -36,18 +36,24 @@ def no_router(config: ModelConfig) -> RouterSums:
 
 
 def route(params: Params, h: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
-    """Top-k routing with gates renormalised over the chosen experts.
+    """Top-k routing; gates are renormalised over the chosen experts, unless there is only one.
 
-    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 2.2; without capacity, so nothing is dropped.
+    A single renormalised gate would be 1 and give the router no gradient, so it stays the expert's probability.
+
+    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 2.2; top-1, Fedus et al. 2021 (arXiv 2101.03961),
+        equation 2; without capacity, so nothing is dropped.
     Args:
         params: the layer's `moe` parameters.
         h: [B, T, D].
     Returns:
         index [B, T, A], gates [B, T, A], logits [B, T, E], the last two in at least float32.
     """
-    logits = jnp.einsum("btd,de->bte", accumulator(h), accumulator(params["router"]))
+    router = accumulator(params["router"])
+    logits = jnp.einsum("btd,de->bte", accumulator(h), router, precision=lax.Precision.HIGHEST)
     gates, index = lax.top_k(jax.nn.softmax(logits), config.num_active_experts)
-    return index, gates / gates.sum(-1, keepdims=True), logits
+    if config.num_active_experts > 1:
+        gates = gates / gates.sum(-1, keepdims=True)
+    return index, gates, logits
 
 
 def router_sums(index: Array, logits: Array, weights: Array, config: ModelConfig, operations: Operations) -> RouterSums:

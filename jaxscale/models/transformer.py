@@ -14,13 +14,15 @@ from jaxscale.models import layers
 from jaxscale.models.config import LayerKind, ModelConfig
 from jaxscale.models.moe import RouterSums
 from jaxscale.models.parameters import init_params
-from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.attention import AttentionContext, attention
 from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import Policy, accumulator, cast
 from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_types
 
 NAMES = ("residual", "q", "k", "v", "attention")
-KEEPS_PARAMETER_TYPE = "router"  # a router in low precision picks other experts (GRIN keeps it in float32)
+# A router in low precision picks other experts (GRIN keeps it in float32); a norm's scale next to 1 has steps of 2^-7
+# in bfloat16, so an update of it would be lost.
+KEEP_PARAMETER_TYPE = ("router", "scale", "bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,10 @@ class StackConfig:
         if (self.saved_names or self.offloaded_names) and self.remat != "names":
             raise InputError("StackConfig.remat", self.remat, '"names" when saved_names or offloaded_names are given')
 
+    def operations(self) -> Operations:
+        """What the model calls on one device: the plain functions, with the named attention backend."""
+        return Operations(attention=functools.partial(attention, implementation=self.attention))
+
     def rematerialise(self, f: Callable) -> Callable:
         """`f` with the configured policy."""
         policies = jax.checkpoint_policies
@@ -78,22 +84,26 @@ def attention_context(batch: Batch, config: ModelConfig) -> AttentionContext:
 
 
 def use(params: Params, section: str, operations: Operations, policy: Policy) -> Params:
-    """Parameters of a section as the forward uses them: gathered, and all but routers cast to the compute type."""
+    """Parameters of a section as the forward uses them: gathered; all but routers and norms in the compute type."""
     params = operations.gather(section, params)
 
     def one(path: Any, leaf: Array) -> Array:
-        return leaf if path[-1].key == KEEPS_PARAMETER_TYPE else cast(leaf, policy.compute)
+        return leaf if path[-1].key in KEEP_PARAMETER_TYPE else cast(leaf, policy.compute)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def embed(params: Params, batch: Batch, config: ModelConfig, operations: Operations, policy: Policy) -> Array:
-    """Tokens [B, T] to the residual [B, own T, D]."""
-    embedding = use(params["embedding"], "embedding", operations, policy)
+    """Tokens [B, T] to the residual [B, own T, D].
+
+    Looked up in the parameter type: the gradient of a row adds up all occurrences of its token, and a sum in bfloat16
+    stands still after 256 equal terms.
+    """
+    embedding = operations.gather("embedding", params["embedding"])
     x = operations.embed(embedding["tokens"], batch["tokens"])
     if config.positions == "learned":
         x = x + embedding["positions"][operations.own(batch["positions"])]
-    return operations.mark("embedding", x)
+    return operations.mark("embedding", x.astype(policy.compute))
 
 
 def run_layer(
@@ -207,7 +217,8 @@ def forward(
     Returns:
         (logits [B, T, V] in `policy.output`, caches).
     """
-    operations, policy, stack = operations or Operations(), policy or Policy(), stack or StackConfig()
+    policy, stack = policy or Policy(), stack or StackConfig()
+    operations = operations or stack.operations()
     context = attention_context(batch, config)
     weights = batch.get("weights", jnp.ones(batch["tokens"].shape, jnp.float32))
     x = embed(params, batch, config, operations, policy)

@@ -54,9 +54,10 @@ def attend(q: Array, k: Array, v: Array, context: AttentionContext, cache: KVCac
         k: [B, T, K, H] their keys.
         v: [B, T, K, H] their values.
         context: positions and segments of the new tokens, [B, T]; the layer's window, soft-cap and scale.
-        cache: what came before; its capacity must hold T more slots (`jax.lax.dynamic_update_slice` would clamp).
+        cache: what came before; its capacity must hold T more slots.
     Returns:
-        ([B, T, N, H], the longer cache).
+        ([B, T, N, H], the longer cache). The output is NaN once the cache has overflowed: a compiled loop cannot raise,
+        and the write lands on the last slots.
     """
     segments = jnp.ones_like(context.positions) if context.segments is None else context.segments
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.length, axis=1)
@@ -68,4 +69,5 @@ def attend(q: Array, k: Array, v: Array, context: AttentionContext, cache: KVCac
         length=cache.length + q.shape[1],
     )
     seen = dataclasses.replace(context, segments=segments, key_positions=cache.positions, key_segments=cache.segments)
-    return reference(q, cache.k, cache.v, seen), cache
+    o = reference(q, cache.k, cache.v, seen)
+    return jnp.where(cache.length <= cache.k.shape[1], o, jnp.nan), cache

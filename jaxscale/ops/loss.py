@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.ops.precision import accumulator
-from jaxscale.types import Array
+from jaxscale.types import Array, InputError
 
 
 def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
@@ -40,9 +40,11 @@ def sum_over_chunks(loss: Callable, num_chunks: int, x: Array, head: Array, labe
         x: [B, T, D] final hidden states.
         head: [V, D] unembedding.
         labels: [B, T] int32.
-        weights: [B, T] float32.
+        weights: [B, T] float32, not differentiated.
     Returns:
         The pytree of sums over all chunks.
+    Raises:
+        InputError: n does not divide T.
     """
     chunks = _split(num_chunks, x, labels, weights)
     return jax.tree.map(lambda s: s.sum(0), lax.map(lambda c: loss(c[0], head, c[1], c[2]), chunks))
@@ -76,6 +78,9 @@ sum_over_chunks.defvjp(_forward, _backward)
 
 def _split(num_chunks: int, *arrays: Array) -> tuple[Array, ...]:
     """[B, T, ...] -> [n, B, T/n, ...] of each array."""
+    length = arrays[0].shape[1]
+    if length % num_chunks:
+        raise InputError("num_loss_chunks", num_chunks, f"T % num_loss_chunks == 0, but T = {length}")
     return tuple(
         jnp.moveaxis(a.reshape(a.shape[0], num_chunks, a.shape[1] // num_chunks, *a.shape[2:]), 1, 0) for a in arrays
     )

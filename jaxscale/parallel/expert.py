@@ -11,6 +11,8 @@ from jaxscale.types import Array, Params
 def experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
     """`ops.moe.experts` with the experts spread over `expert`: local weights have leading dim E / expert.
 
+    The choices of a token are different experts.
+
     Tokens travel in one dense all-to-all whose buffers hold the worst case, so no routing can drop a token: with n
     local tokens and A choices each, `expert` blocks of n min(A, E / expert) rows each way. The same devices get the
     outputs back and weigh them.

@@ -42,9 +42,9 @@ class NextTokenLoss:
             key: unused; for losses that draw.
             operations: what the mesh injects.
         Returns:
-            (sum_loss, sum_weight, {"nll": ..., "load": [L_moe, E] ...}).
+            (sum_loss, sum_weight, {"nll": [], "load": [MoE layers in order, E] choices, for MoE models}).
         """
-        operations = operations or Operations()
+        operations = operations or self.stack.operations()
         settings = dict(config=self.model, operations=operations, policy=self.policy)
         x = transformer.embed(params, batch, **settings)
         context = transformer.attention_context(batch, self.model)
@@ -52,7 +52,7 @@ class NextTokenLoss:
         h = transformer.final_hidden(params, x, **settings)
         head = transformer.unembedding(params, **settings)
 
-        def chunk(h: Array, head: Array, labels: Array, weights: Array) -> dict[str, Array]:
+        def chunk(h: Array, head: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
             logits = transformer.unembed(h, head, self.model)
             nll, normaliser = operations.token_loss(logits, labels)
             weights = operations.own(weights)
@@ -65,7 +65,6 @@ class NextTokenLoss:
         metrics = {"nll": nll}
         if any(self.model.moe_pattern):
             loss = loss + sum(router.balance.sum() + router.z.sum() for router in routers)
-            metrics["load"] = jnp.concatenate(
-                [r.load for r, kind in zip(routers, self.model.pattern, strict=True) if kind.is_moe]
-            )
+            loads = [r.load for r, kind in zip(routers, self.model.pattern, strict=True) if kind.is_moe]
+            metrics["load"] = jnp.stack(loads, 1).reshape(-1, self.model.num_experts)
         return loss, weight, metrics
