@@ -13,6 +13,7 @@ from jaxscale.types import InputError, check_type
 
 Scopes = tuple[str, ...]
 REQUIRED = "gin.REQUIRED"
+UNWRITABLE = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,32 +108,29 @@ class Bindings:
         if value.lstrip().startswith(("@", "%")):
             raise InputError(f"--set {key}", value, "a Python literal or plain text; references belong in a gin file")
         target, scope = function, ()
-        for depth, parent in enumerate(parents):
-            target, scope = self._enter(target, scope, parent, location, tuple(parents[: depth + 1]))
+        for parent in parents:
+            target, scope = self._enter(target, scope, parent, location)
         self.bind(tuple(scopes) or scope, target, name, Binding(_literal_or_text(value.strip()), location))
 
-    def _enter(
-        self, target: Callable, scopes: Scopes, name: str, location: str, path: Scopes
-    ) -> tuple[Callable, Scopes]:
-        """What is built for parameter `name` of `target`, and its scopes; binds its default, in the scope `path`,
-        where no configuration is bound.
-        """
+    def _enter(self, target: Callable, scopes: Scopes, name: str, location: str) -> tuple[Callable, Scopes]:
+        """What is built for parameter `name` of `target`, and its scopes; binds its default where nothing is bound."""
         signature = inspect.signature(target).parameters
         if name not in signature:
             raise InputError(f"{location}: {name}", name, one_of(name, signature))
         bound = self.of(target, scopes).get(name)
         value = self.expand(bound.value, f"{bound.location}: {name}") if bound else signature[name].default
-        if isinstance(value, Reference) and value.is_called:
-            return value.target, value.scopes or scopes
-        kind = type(value) if dataclasses.is_dataclass(value) else _dataclass_in(_hints(target).get(name))
-        if kind is None:
+        kind = _dataclass_in(_hints(target).get(name))
+        if kind is not None and not dataclasses.is_dataclass(value) and not isinstance(value, Reference):
+            value = Reference(kind, default_scopes(scopes, target, name), is_called=True)
+        reference, fields = as_written(value, default_scopes(scopes, target, name))
+        if not (isinstance(reference, Reference) and reference.is_called):
             raise InputError(f"{location}: {name}", value, "a configuration that has fields")
-        reference = Reference(kind, path, is_called=True)
-        self.bind(scopes, target, name, Binding(reference, location))
-        if isinstance(value, kind):
-            for field in dataclasses.fields(kind):
-                self.bind(reference.scopes, kind, field.name, Binding(getattr(value, field.name), location))
-        return kind, reference.scopes
+        if not bound or bound.value != reference:
+            self.bind(scopes, target, name, Binding(reference, location))
+        for (inner, inner_target), values in fields.items():
+            for field, each in values.items():
+                self.bind(inner, inner_target, field, Binding(each, location))
+        return reference.target, reference.scopes or scopes
 
 
 class Builder:
@@ -150,7 +148,12 @@ class Builder:
         if missing:
             name = f"{target.__name__}.{missing[0]}"
             raise InputError(name, None, f"a value for each of {', '.join(missing)} in a gin file or by --set")
-        self.used[scopes, target] = _literal_defaults(signature) | self.used[scopes, target]
+        defaults = {each.name: each.default for each in signature.values() if each.name not in arguments}
+        for name, value in defaults.items():
+            written, fields = as_written(value, default_scopes(scopes, target, name))
+            if written is not UNWRITABLE:
+                self.used[scopes, target][name] = written
+                self.used |= fields
         return arguments
 
     def bound(self, target: Callable, scopes: Scopes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -197,9 +200,26 @@ def _is_required(parameter: inspect.Parameter) -> bool:
     )
 
 
-def _literal_defaults(signature: dict[str, inspect.Parameter]) -> dict[str, Any]:
-    """The defaults that a gin file can hold; others (functions, default configurations) stay the code's."""
-    return {each.name: each.default for each in signature.values() if _is_literal(each.default)}
+def default_scopes(scopes: Scopes, target: Callable, name: str) -> Scopes:
+    """The scopes in which the default of one parameter is written out, so that it is nobody else's."""
+    return (*scopes, target.__name__, name)
+
+
+def as_written(value: Any, scopes: Scopes) -> tuple[Any, dict[tuple[Scopes, Callable], dict[str, Any]]]:
+    """A value as a gin file would hold it, and the bindings in `scopes` that this takes; UNWRITABLE if none would."""
+    if isinstance(value, Reference) or _is_literal(value):
+        return value, {}
+    if inspect.isfunction(value) and "<" not in value.__qualname__:
+        return Reference(value, (), is_called=False), {}
+    if not dataclasses.is_dataclass(value) or inspect.isclass(value):
+        return UNWRITABLE, {}
+    written, bindings = {}, {}
+    for field in dataclasses.fields(value):
+        written[field.name], more = as_written(getattr(value, field.name), (*scopes, field.name))
+        bindings |= more
+    if UNWRITABLE in written.values():
+        return UNWRITABLE, {}
+    return Reference(type(value), scopes, is_called=True), {(scopes, type(value)): written} | bindings
 
 
 def _is_literal(value: Any) -> bool:

@@ -55,7 +55,7 @@ examples:
   jaxscale inspect  experiments/configs/runs/tiny.gin
   jaxscale pretrain experiments/configs/runs/tiny.gin --set directory=runs/tiny --set train.steps=100
   jaxscale pretrain runs/tiny/config.gin             # the configuration that a run leaves behind repeats it
-  jaxscale generate runs/sample.gin --set 'prompt="Once upon"' --set sampling.temperature=0.7
+  jaxscale generate experiments/configs/runs/sample.gin --set 'prompt="Once upon"'
 
 --set FIELD=VALUE            a parameter of the verb's function
 --set NAME.FIELD=VALUE       a field of the configuration that its parameter NAME holds, and so on inwards

@@ -1,13 +1,16 @@
 """The command: arguments reach the verb's function, and exit codes and messages are what a shell script can use."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import jaxscale
 from jaxscale import cli
 
+ROOT = Path(__file__).resolve().parents[1]
 VERB = """
 import dataclasses, errno, os
 
@@ -98,6 +101,11 @@ def test_help_has_examples(arguments, capsys):
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
     assert "jaxscale pretrain experiments/configs/" in shown and "--set train.steps=100" in shown
+
+
+def test_the_files_that_help_names_exist():
+    named = re.findall(r"experiments/configs/\S+\.gin", cli.EXAMPLES)
+    assert named and all((ROOT / name).is_file() for name in named), named
 
 
 def test_version(capsys):

@@ -195,6 +195,14 @@ house.paint.coats = %SLOPES
     assert run(first["text"], "room.width=20", name="again.gin")["room"].width == 20
 
 
+def test_the_operative_configuration_holds_the_defaults(run):
+    text = run(SMALLEST)["text"]
+    assert "house.build.roof = @build/roof/house.Roof()" in text
+    assert "build/roof/house.Roof.tiles = (7, 8)" in text
+    assert run(text, name="again.gin")["roof"].tiles == (7, 8)
+    assert run(text, "roof.slope=0.75", name="again.gin")["roof"].slope == 0.75
+
+
 def test_nothing_outlives_a_call(run):
     run(SMALLEST + "house.Room.height = 8\n", "name=x")
     assert config.operative_config() == ""
