@@ -3,10 +3,13 @@
 import inspect
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxscale import cli, config
 from jaxscale.bindings import REQUIRED, Bindings, Builder, Macro
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.parameters import abstract_params, count_parameters
 from jaxscale.types import InputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "experiments" / "configs"
@@ -58,7 +61,15 @@ def bind(path: Path) -> None:
         built, _ = Builder(bindings).bound(target, scopes)
         signature = inspect.signature(target).parameters.values()
         if inspect.isclass(target) and all(each.name in built or each.default is not each.empty for each in signature):
-            target(**built)
+            check_shapes(target(**built))
+
+
+def check_shapes(built) -> None:
+    """A model has a parameter tree; the constructors of other configurations check all that they can."""
+    if isinstance(built, ModelConfig):
+        assert count_parameters(built)[0] == sum(
+            leaf.size for leaf in jax.tree.leaves(abstract_params(built, "float32"))
+        )
 
 
 def left_open(bindings: Bindings) -> list[str]:
