@@ -47,18 +47,17 @@ class SamplingConfig:
             raise InputError("SamplingConfig.seed", self.seed, f"0 <= seed <= {MAX_SEED}")
 
 
-def token_keys(seed: int, sequences: Array, positions: Array) -> Array:
-    """The key of each draw, a function of the seed, the sequence and the position, so no draw knows its batch.
+def token_keys(key: Array, sequences: Array, positions: Array) -> Array:
+    """The key of each draw, a function of the run's, the sequence and the position, so no draw knows its batch.
 
     Args:
-        seed: of the run.
+        key: [] typed PRNG key of the run.
         sequences: [B] int32, number of each sequence in the run.
         positions: [B] int32, position in its sequence of the token to be drawn.
     Returns:
         [B] typed PRNG keys.
     """
-    base = jax.random.key(seed)
-    return jax.vmap(lambda s, p: jax.random.fold_in(jax.random.fold_in(base, s), p))(sequences, positions)
+    return jax.vmap(lambda s, p: jax.random.fold_in(jax.random.fold_in(key, s), p))(sequences, positions)
 
 
 def sample(logits: Array, keys: Array, config: SamplingConfig) -> Array:

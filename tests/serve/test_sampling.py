@@ -57,20 +57,20 @@ def test_of_equal_tokens_the_lowest_stay():
     assert support(SamplingConfig(top_p=0.3)) == [[False, True, True, False], [True, True, False, False]]
     assert support(SamplingConfig(top_p=1e-9)) == [[False, True, False, False], [True, False, False, False]]
     assert support(SamplingConfig(min_p=1.0)) == [[False, True, True, True], [True] * 4]
-    assert sample(logits, token_keys(0, jnp.arange(2), jnp.arange(2)), SamplingConfig(temperature=0)).tolist() == [1, 0]
+    assert sample(logits, token_keys(jax.random.key(0), jnp.arange(2), jnp.arange(2)), SamplingConfig(temperature=0)).tolist() == [1, 0]
 
 
 def test_extreme_logits_keep_the_arg_max():
     logits = jnp.asarray([[-1e30, 1e30, 0.0, -jnp.inf]])
     for config in [*CONFIGS, SamplingConfig(temperature=1e-6)]:
-        tokens = jax.vmap(lambda s: sample(logits, token_keys(0, s, s), config))(jnp.arange(50)[:, None])  # noqa: B023
+        tokens = jax.vmap(lambda s: sample(logits, token_keys(jax.random.key(0), s, s), config))(jnp.arange(50)[:, None])  # noqa: B023
         assert set(tokens.ravel().tolist()) == {1}
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["plain", "filtered"])
 def test_frequencies_are_the_probabilities(config):
     logits, count = np.random.default_rng(1).normal(size=12).astype(np.float32), 20_000
-    keys = token_keys(3, jnp.arange(count), jnp.arange(count) % 17)
+    keys = token_keys(jax.random.key(3), jnp.arange(count), jnp.arange(count) % 17)
     tokens = jax.jit(lambda: sample(jnp.tile(logits, (count, 1)), keys, config))()
     wanted = naive_distribution(logits, config)
     frequencies = np.bincount(tokens, minlength=12) / count
@@ -78,8 +78,8 @@ def test_frequencies_are_the_probabilities(config):
 
 
 def test_a_key_depends_on_seed_sequence_and_position_only():
-    def words(*arguments):
-        return jax.random.key_data(token_keys(*arguments)).tolist()
+    def words(seed, *arguments):
+        return jax.random.key_data(token_keys(jax.random.key(seed), *arguments)).tolist()
 
     base = words(0, jnp.asarray([4, 5]), jnp.asarray([7, 8]))
     assert words(0, jnp.asarray([9, 5, 4]), jnp.asarray([9, 8, 7]))[1:] == base[::-1]
