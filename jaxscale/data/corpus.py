@@ -1,0 +1,53 @@
+"""The documents of one source that are in one split, tokenised."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxscale.data.cache import TokenCache
+from jaxscale.data.split import Split, is_held_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents of a cache, in its order.
+
+    Args:
+        cache: the source's tokens.
+        documents: int64 [n], which documents of the cache.
+    """
+
+    cache: TokenCache
+    documents: np.ndarray
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """int64 [n], the first token of each document in the cache."""
+        return np.asarray(self.cache.offsets)[self.documents]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n], tokens of each document with the one that ends it."""
+        return np.diff(self.cache.offsets)[self.documents]
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the documents' text."""
+        return int(self.cache.num_bytes[self.documents].sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are predicted in one epoch: all but the first of each document; the one that ends it counts."""
+        return int(self.lengths.sum()) - len(self.documents)
+
+    def token_arrays(self) -> Iterator[np.ndarray]:
+        """The tokens of each document."""
+        for offset, length in zip(self.offsets, self.lengths):
+            yield self.cache.tokens[offset : offset + length]
+
+
+def select_split(cache: TokenCache, split: Split, held_out_fraction: float) -> Corpus:
+    """The documents of `cache` that belong to `split`; there may be none."""
+    held_out = is_held_out(cache.key_hashes, held_out_fraction)
+    return Corpus(cache, np.flatnonzero(held_out if split == "held_out" else ~held_out))

@@ -1,0 +1,276 @@
+"""Tokenizers: raw bytes, Hugging Face `tokenizers` files and SentencePiece models, and the training of new ones."""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from jaxscale.data.sources import Source
+from jaxscale.data.split import check_held_out_fraction, hash_key, is_held_out
+from jaxscale.types import InputError, check_choice, check_types
+
+END_OF_TEXT = "<|endoftext|>"
+HUGGING_FACE_FILE = "tokenizer.json"
+SENTENCE_PIECE_FILE = "tokenizer.model"
+SMALLEST_TRAINED = 260
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. `eos_id` ends a document; no text encodes to it."""
+
+    vocab_size: int
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def save(self, directory: str | Path) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer to load.
+
+    Args:
+        kind: `byte`, `huggingface` (a tokenizer.json) or `sentencepiece` (a tokenizer.model).
+        path: the file, or the folder that holds it under its usual name; None for `byte`.
+        eos_token: the token that ends a document, for `huggingface`.
+    """
+
+    kind: Literal["byte", "huggingface", "sentencepiece"] = "byte"
+    path: str | None = None
+    eos_token: str = END_OF_TEXT
+
+    def __post_init__(self):
+        check_types(self)
+        if (self.path is None) != (self.kind == "byte"):
+            expected = "no path" if self.kind == "byte" else "the tokenizer's file or folder"
+            raise InputError("TokenizerConfig.path", self.path, f"{expected} for kind={self.kind!r}")
+
+
+def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `config` names.
+
+    Raises:
+        InputError: the file is missing or is not such a tokenizer.
+    """
+    if config.kind == "byte":
+        return ByteTokenizer()
+    if config.kind == "huggingface":
+        return HuggingFaceTokenizer(_read(config.path, HUGGING_FACE_FILE).decode(), config.eos_token)
+    return SentencePieceTokenizer(_read(config.path, SENTENCE_PIECE_FILE))
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises InputError if the tokenizer knows more tokens than a model with `vocab_size` has rows."""
+    if tokenizer.vocab_size > vocab_size:
+        expected = f"at least the tokenizer's: {vocab_size} >= {tokenizer.vocab_size} does not hold"
+        raise InputError("model.vocab_size", vocab_size, expected)
+
+
+def train_tokenizer(
+    *,
+    sources: tuple[Source, ...],
+    output: str,
+    vocab_size: int,
+    kind: Literal["bpe", "sentencepiece"] = "bpe",
+    held_out_fraction: float = 0.0,
+) -> Tokenizer:
+    """Trains a tokenizer and writes it to the folder `output`; the same text gives the same file.
+
+    Args:
+        sources: the text.
+        output: folder for tokenizer.json (`bpe`) or tokenizer.model (`sentencepiece`).
+        vocab_size: number of tokens, with the 256 bytes and the special tokens.
+        kind: byte-level BPE of the `tokenizers` library, or a SentencePiece unigram model with bytes to fall back on.
+            (The unigram trainer of `tokenizers` is not offered: it gives another vocabulary each time.)
+        held_out_fraction: leaves out the documents that a DataConfig with this fraction holds out.
+
+    Raises:
+        InputError: no text, a vocabulary too small or too large for it, or `output` cannot be written.
+
+    Source: Sennrich et al. 2016, arXiv 1508.07909 (BPE); Kudo and Richardson 2018, arXiv 1808.06226 (SentencePiece).
+    """
+    check_choice("kind", kind, ("bpe", "sentencepiece"))
+    check_held_out_fraction("held_out_fraction", held_out_fraction)
+    if vocab_size < SMALLEST_TRAINED:
+        raise InputError("vocab_size", vocab_size, f"at least {SMALLEST_TRAINED}: the bytes and the special tokens")
+    texts = _training_texts(sources, held_out_fraction)
+    train = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}[kind]
+    tokenizer = train(texts, vocab_size)
+    tokenizer.save(output)
+    return tokenizer
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8, and 256 for the end of a document."""
+
+    vocab_size = 257
+    eos_id = 256
+    fingerprint = "byte"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(id for id in ids if id < self.eos_id).decode(errors="replace")
+
+    def save(self, directory: str | Path) -> None:
+        """Writes nothing: there is nothing to know."""
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of the `tokenizers` library.
+
+    Args:
+        serialized: the text of its tokenizer.json.
+        eos_token: the token that ends a document.
+    """
+
+    def __init__(self, serialized: str, eos_token: str = END_OF_TEXT):
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError("TokenizerConfig.path", serialized[:40], f"a tokenizer.json ({error})") from error
+        # Text that spells a special token must not become one, least of all the end of a document.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.eos_id = self._tokenizer.token_to_id(eos_token)
+        if self.eos_id is None:
+            raise InputError("TokenizerConfig.eos_token", eos_token, "a token of the vocabulary")
+        # Ids may have gaps: what a model needs is a row for the largest.
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.fingerprint = hashlib.sha256(f"{eos_token}\n{serialized}".encode()).hexdigest()
+        self._serialized = serialized
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
+
+    def save(self, directory: str | Path) -> None:
+        _write(Path(directory), HUGGING_FACE_FILE, self._serialized.encode())
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model.
+
+    Args:
+        serialized: the bytes of its tokenizer.model.
+    """
+
+    def __init__(self, serialized: bytes):
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
+        except RuntimeError as error:
+            raise InputError("TokenizerConfig.path", serialized[:20], f"a SentencePiece model ({error})") from error
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise InputError("TokenizerConfig.path", "a SentencePiece model without </s>", "one that has it")
+        self.fingerprint = hashlib.sha256(serialized).hexdigest()
+        self._serialized = serialized
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.uint32) for ids in self._processor.encode(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(id) for id in ids])
+
+    def save(self, directory: str | Path) -> None:
+        _write(Path(directory), SENTENCE_PIECE_FILE, self._serialized)
+
+
+def _training_texts(sources: Iterable[Source], held_out_fraction: float) -> Iterator[str]:
+    """The texts that are not held out.
+
+    Raises:
+        InputError: there are none.
+    """
+    documents = (document for source in sources for document in source.documents())
+    kept = (text for key, text in documents if text and not is_held_out([hash_key(key)], held_out_fraction)[0])
+    first = next(kept, None)
+    if first is None:
+        raise InputError("sources", sources, "at least one document with text that is not held out")
+    return itertools.chain([first], kept)
+
+
+def _train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Byte-level: whatever the text, it is spelt with the 256 bytes."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return HuggingFaceTokenizer(tokenizer.to_str())
+
+
+def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Nothing is normalised and unknown characters become bytes; one thread fixes the order of sums."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            byte_fallback=True,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError("vocab_size", vocab_size, f"a size that the text supports ({error})") from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _read(path: str, name: str) -> bytes:
+    file = Path(path).expanduser()
+    file = file / name if file.is_dir() else file
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError("TokenizerConfig.path", str(file), f"a file that can be read ({error.strerror})") from error
+
+
+def _write(directory: Path, name: str, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    temporary = directory / f".{name}.part"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(directory / name)
+    except OSError as error:
+        raise InputError("output", str(directory), f"a folder that can be written ({error.strerror})") from error
