@@ -1,0 +1,181 @@
+"""Every attention backend against a loop over queries in float64, forward and gradient, and across documents."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale.ops import attention as module
+from jaxscale.ops.attention import BACKENDS, AttentionContext, attention
+from jaxscale.types import InputError
+
+HERE = [name for name in BACKENDS if name != "cudnn" or jax.default_backend() == "gpu"]
+
+# batch, T, N, K, H, window, softcap, documents: lengths in each row, 0 stands for padding to the end
+CASES = {
+    "multi_head": (2, 12, 4, 4, 8, None, None, None),
+    "grouped": (2, 12, 4, 2, 8, None, None, None),
+    "multi_query": (2, 12, 4, 1, 8, None, None, None),
+    "window_of_one": (1, 12, 2, 2, 8, 1, None, None),
+    "softcap": (1, 12, 2, 1, 8, None, 2.0, None),
+    "documents": (2, 12, 4, 2, 8, None, None, (5, 4, 0)),
+    "odd_shapes": (3, 9, 3, 1, 24, 4, None, (1, 7, 1)),
+    "everything": (2, 12, 6, 3, 8, 2, 5.0, (1, 8, 0)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "QUERY_CHUNK", 3)
+
+
+def make(case, dtype=np.float32):
+    """q, k, v, a cotangent of the output, and the context."""
+    rows, length, heads, kv_heads, dim, window, softcap, documents = CASES[case]
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (
+        jnp.asarray(rng.normal(size=(rows, length, n, dim)), dtype) for n in (heads, kv_heads, kv_heads, heads)
+    )
+    positions, segments = np.arange(length), None
+    if documents:
+        lengths = [n or length - sum(documents) for n in documents]
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        segments = np.repeat([0 if n == 0 else i + 1 for i, n in enumerate(documents)], lengths)
+        segments = jnp.asarray(np.tile(segments, (rows, 1)), jnp.int32)
+    positions = jnp.asarray(np.tile(positions, (rows, 1)), jnp.int32)
+    return (q, k, v), cotangent, AttentionContext(positions, segments, window=window, softcap=softcap)
+
+
+@functools.cache
+def expected(case):
+    """Output and gradients of q, k, v: each query over the list of keys that it may see, in float64, by hand."""
+    (q, k, v), cotangent, context = make(case)
+    q, k, v, cotangent = (np.asarray(a, np.float64) for a in (q, k, v, cotangent))
+    rows, length, heads, dim = q.shape
+    out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    cap = context.softcap
+    for b, t, n in np.ndindex(rows, length, heads):
+        documents = np.ones(length) if context.segments is None else np.asarray(context.segments[b])
+        first = 0 if context.window is None else t - context.window + 1
+        seen = [s for s in range(t + 1) if s >= first and documents[s] == documents[t]]
+        head = n * k.shape[2] // heads
+        keys, values = k[b, seen, head], v[b, seen, head]
+        logits = keys @ q[b, t, n] / np.sqrt(dim)
+        capped = cap * np.tanh(logits / cap) if cap else logits
+        weights = np.exp(capped) / np.exp(capped).sum()
+        out[b, t, n] = weights @ values
+        dweights = values @ cotangent[b, t, n]
+        dlogits = weights * (dweights - weights @ dweights) / np.sqrt(dim)
+        dlogits *= 1 - (capped / cap) ** 2 if cap else 1
+        dq[b, t, n] = dlogits @ keys
+        dk[b, seen, head] += np.outer(dlogits, q[b, t, n])
+        dv[b, seen, head] += np.outer(weights, cotangent[b, t, n])
+    return out, (dq, dk, dv)
+
+
+COMBINATIONS = [
+    (backend, case, dtype)
+    for backend in HERE
+    for case in CASES
+    for dtype in ("float32", "bfloat16")
+    if (dtype == "bfloat16" and CASES[case][6] is None if backend == "cudnn" else dtype == "float32")
+    or (backend != "cudnn" and case == "everything")
+]
+
+
+@pytest.mark.parametrize("backend, case, dtype", COMBINATIONS)
+def test_forward_and_gradient_equal_the_loop(backend, case, dtype):
+    arrays, cotangent, context = make(case, dtype)
+    attend = functools.partial(attention, context=context, implementation=backend)
+    out, pullback = jax.vjp(jax.jit(lambda *a: attend(*a)[0]), *arrays)
+    assert out.dtype == dtype
+    tolerance = 2e-6 if dtype == "float32" else 3e-2
+    wanted, wanted_gradients = expected(case)
+    np.testing.assert_allclose(out.astype("float32"), wanted, atol=tolerance)
+    for got, want, name in zip(pullback(cotangent), wanted_gradients, "qkv"):
+        error = np.abs(got.astype("float32") - want).max()
+        assert error < 2 * tolerance * max(1, np.abs(want).max()), f"gradient of {name}: {error}"
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_a_document_sends_no_gradient_to_another(backend):
+    """The packing leak: exactly zero, and not zero when the documents are one."""
+    arrays, _, context = make("documents", jnp.bfloat16 if backend == "cudnn" else jnp.float32)
+    second = np.asarray(context.segments) == 2
+
+    def loss_of_second(arrays, context):
+        return (attention(*arrays, context, implementation=backend)[0].astype("float32") ** 2).sum((2, 3))[second].sum()
+
+    for gradient in jax.jit(jax.grad(loss_of_second))(arrays, context):
+        gradient = np.asarray(gradient, np.float32)
+        assert (gradient[~second] == 0).all()
+        assert np.abs(gradient[second]).max() > 0
+    one_document = AttentionContext(jnp.broadcast_to(jnp.arange(12), (2, 12)))
+    _, dk, _ = jax.jit(jax.grad(loss_of_second))(arrays, one_document)
+    assert np.abs(np.asarray(dk, np.float32)[np.asarray(context.segments) == 1]).max() > 0
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_no_future_token_is_seen(backend):
+    arrays, _, context = make("multi_head", jnp.bfloat16 if backend == "cudnn" else jnp.float32)
+
+    def loss_of_first_half(arrays):
+        return attention(*arrays, context, implementation=backend)[0][:, :6].astype("float32").sum()
+
+    for gradient in jax.jit(jax.grad(loss_of_first_half))(arrays):
+        assert (np.asarray(gradient, np.float32)[:, 6:] == 0).all()
+
+
+def test_scale_replaces_the_default():
+    (q, k, v), _, context = make("grouped")
+    double = AttentionContext(context.positions, scale=2 / np.sqrt(8))
+    np.testing.assert_allclose(
+        attention(q, k, v, double, implementation="reference")[0],
+        attention(2 * q, k, v, context, implementation="reference")[0],
+        atol=1e-6,
+    )
+
+
+def test_chunked_keeps_no_logits_of_all_queries():
+    """Its gradient's largest intermediate has a chunk of queries, not T of them."""
+    (q, k, v), _, context = make("multi_head")
+
+    def shapes(backend):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda q: attention(q, k, v, context, implementation=backend)[0].sum()))(q)
+        return str(jaxpr)
+
+    assert "12,12]" in shapes("reference")
+    assert "12,12]" not in shapes("chunked")
+
+
+@pytest.mark.parametrize(
+    "backend, change, expected_text",
+    [
+        ("flash", {}, "'reference', 'chunked', 'cudnn'"),
+        ("chunked", {"length": 11}, "T % 3 == 0, but T = 11"),
+        ("cudnn", {"softcap": 3.0}, "soft-cap"),
+        ("cudnn", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
+        ("cudnn", {"dim": 12}, "head_dim % 8 == 0"),
+    ],
+)
+def test_a_named_backend_refuses_and_never_falls_back(backend, change, expected_text):
+    length, dim = change.pop("length", 12), change.pop("dim", 8)
+    x = jnp.ones((1, length, 2, dim), jnp.bfloat16)
+    with pytest.raises(InputError, match=expected_text) as error:
+        attention(x, x, x, AttentionContext(jnp.arange(length)[None], **change), implementation=backend)
+    assert error.value.parameter == "attention"
+    assert repr(backend) in str(error.value)
+
+
+@pytest.mark.parametrize("length, chosen", [(12, "chunked"), (11, "reference"), (3, "reference")])
+def test_the_chosen_backend_is_logged(length, chosen, caplog):
+    x = jnp.ones((1, length, 2, 8))
+    with caplog.at_level(logging.INFO, logger="jaxscale"):
+        attention(x, x, x, AttentionContext(jnp.arange(length)[None]))
+        assert f"backend {chosen}" in caplog.text
+        caplog.clear()
+        attention(x, x, x, AttentionContext(jnp.arange(length)[None]), implementation="reference")
+        assert not caplog.records

@@ -1,0 +1,98 @@
+"""The chunked cross-entropy against logits of all tokens at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale.ops.loss import sum_over_chunks, token_loss
+from jaxscale.types import InputError
+
+B, T, D, V = 2, 12, 8, 20
+
+
+def make(dtype="float32"):
+    rng = np.random.default_rng(0)
+    x, head = jnp.asarray(rng.normal(size=(B, T, D)), dtype), jnp.asarray(rng.normal(size=(V, D)), dtype)
+    labels = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 2, (B, T)), jnp.float32).at[1].set(0)
+    return x, head, labels, weights
+
+
+def loss(x, head, labels, weights):
+    nll, normaliser = token_loss(jnp.einsum("btd,vd->btv", x, head), labels)
+    return ((nll + 0.1 * normaliser**2) * weights).sum(), (nll * weights).sum(), weights.sum()
+
+
+def plain(x, head, labels, weights):
+    """Softmax written out: no log-sum-exp, no chunk, no custom gradient."""
+    logits = jnp.einsum("btd,vd->btv", x, head)
+    normaliser = jnp.log(jnp.exp(logits).sum(-1))
+    nll = normaliser - (logits * jax.nn.one_hot(labels, V)).sum(-1)
+    return ((nll + 0.1 * normaliser**2) * weights).sum(), (nll * weights).sum(), weights.sum()
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 12])
+def test_value_and_gradient_equal_the_plain_loss(num_chunks):
+    """With a cotangent other than 1, z-loss, masked tokens and a row without valid tokens."""
+    x, head, labels, weights = make()
+
+    def scaled(f):
+        return jax.jit(jax.value_and_grad(lambda x, head: (-2.5 * f(x, head)[0], f(x, head)[1:]), (0, 1), has_aux=True))
+
+    (value, sums), gradients = scaled(lambda x, head: sum_over_chunks(loss, num_chunks, x, head, labels, weights))(
+        x, head
+    )
+    (wanted, wanted_sums), wanted_gradients = scaled(lambda x, head: plain(x, head, labels, weights))(x, head)
+    np.testing.assert_allclose((value, *sums), (wanted, *wanted_sums), rtol=1e-5)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    assert (gradients[0][1] == 0).all()
+
+
+def test_the_value_alone_equals_the_value_with_gradient():
+    arguments = make()
+    alone = sum_over_chunks(loss, 3, *arguments)
+    with_gradient, _ = jax.vjp(lambda x: sum_over_chunks(loss, 3, x, *arguments[1:]), arguments[0])
+    np.testing.assert_allclose(alone, with_gradient, rtol=1e-6)
+
+
+def test_no_valid_token_gives_zero_and_no_nan():
+    x, head, labels, weights = make()
+    value, gradients = jax.value_and_grad(
+        lambda x, head: sum_over_chunks(loss, 3, x, head, labels, 0 * weights)[0], (0, 1)
+    )(x, head)
+    assert value == 0
+    assert all((g == 0).all() for g in gradients)
+
+
+def test_the_gradient_of_the_head_adds_up_chunks_in_float32():
+    """256 and 128 times 1/64: each term would be lost in bfloat16, whose step there is 2."""
+
+    def pick(x, head, labels, weights):
+        return ((x @ head.T)[..., 0].astype(jnp.float32) * weights).sum()
+
+    x = jnp.ones((1, 129, 1), jnp.bfloat16)
+    weights = jnp.full((1, 129), 2.0**-6).at[0, 0].set(256.0)
+    head, labels = jnp.ones((1, 1), jnp.bfloat16), jnp.zeros((1, 129), jnp.int32)
+    gradient = jax.grad(lambda head: sum_over_chunks(pick, 129, x, head, labels, weights))(head)
+    assert gradient.dtype == jnp.bfloat16
+    assert gradient == 258
+
+
+def test_large_logits_do_not_overflow():
+    nll, normaliser = token_loss(jnp.array([[[1e4, 0.0], [0.0, 1e4]]]), jnp.array([[0, 0]]))
+    np.testing.assert_allclose(nll, [[0, 1e4]])
+    np.testing.assert_allclose(normaliser, [[1e4, 1e4]])
+
+
+def test_the_backward_keeps_no_logits():
+    x, head, labels, weights = make()
+    _, pullback = jax.vjp(lambda x, head: sum_over_chunks(loss, 3, x, head, labels, weights)[0], x, head)
+    assert V not in {dim for leaf in jax.tree.leaves(pullback) for dim in leaf.shape[:-1] if leaf.ndim == 3}
+    assert sum(leaf.size for leaf in jax.tree.leaves(pullback)) <= x.size + head.size
+
+
+def test_chunks_that_do_not_divide_are_refused():
+    with pytest.raises(InputError, match=r"T % num_loss_chunks == 0, but T = 12"):
+        sum_over_chunks(loss, 5, *make())

@@ -1,0 +1,70 @@
+"""Sorted experts against every expert on every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale.ops.moe import experts, grouped_ffn, reference
+
+B, T, D, F, E = 2, 6, 8, 12, 5
+RNG = np.random.default_rng(0)
+ROUTINGS = {
+    "random": np.stack([RNG.permutation(E)[:2] for _ in range(B * T)]).reshape(B, T, 2),
+    "empty_experts": np.stack([RNG.permutation([1, 3])[:2] for _ in range(B * T)]).reshape(B, T, 2),
+    "all_to_one": np.full((B, T, 1), 3),
+    "all_to_the_last_two": np.full((B, T, 2), (3, 4)),
+    "all_experts": np.broadcast_to(np.arange(E), (B, T, E)),
+}
+
+
+def make(activation="swiglu", dtype="float32", num_active=2):
+    rng = np.random.default_rng(1)
+    names = ("up", "gate", "down") if activation != "gelu" else ("up", "down")
+    weights = {n: jnp.asarray(rng.normal(size=(E, F, D) if n == "down" else (E, D, F)) / 3, dtype) for n in names}
+    x = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
+    gates = jnp.asarray(rng.uniform(size=(B, T, num_active)), "float32")
+    return x, gates, weights
+
+
+def gradients(function, x, index, gates, weights, activation):
+    """Output and gradients of a loss that weighs every output differently."""
+    cotangent = jnp.asarray(np.random.default_rng(2).normal(size=x.shape), "float32")
+
+    def loss(x, gates, weights):
+        y = function(x, jnp.asarray(index), gates, weights, activation)
+        return (y.astype("float32") * cotangent).sum(), y
+
+    (_, y), gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(x, gates, weights)
+    return y, gradient
+
+
+@pytest.mark.parametrize(
+    "routing, activation, dtype",
+    [(routing, "swiglu", "float32") for routing in ROUTINGS]
+    + [("random", "gelu", "float32"), ("random", "geglu", "float32"), ("random", "swiglu", "bfloat16")],
+)
+def test_forward_and_gradient_equal_the_reference(routing, activation, dtype):
+    index = ROUTINGS[routing]
+    x, gates, weights = make(activation, dtype, index.shape[-1])
+    got, wanted = (gradients(f, x, index, gates, weights, activation) for f in (experts, reference))
+    assert got[0].dtype == dtype
+    tolerance = 1e-5 if dtype == "float32" else 3e-2
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = a.astype("float32"), b.astype("float32")
+        assert jnp.abs(a - b).max() < tolerance * jnp.abs(b).max()
+
+
+def test_an_expert_without_tokens_has_no_gradient():
+    x, gates, weights = make(num_active=1)
+    _, (_, _, dweights) = gradients(experts, x, ROUTINGS["all_to_one"], gates, weights, "swiglu")
+    for leaf in dweights.values():
+        assert (leaf[jnp.array([0, 1, 2, 4])] == 0).all()
+        assert jnp.abs(leaf[3]).max() > 0
+
+
+def test_rows_past_the_last_group_give_zero():
+    _, _, weights = make()
+    rows = jnp.ones((7, D))
+    y = grouped_ffn(rows, jnp.array([2, 0, 1, 0, 1], jnp.int32), weights, "swiglu")
+    assert (y[4:] == 0).all() and (y[:4] != 0).any(1).all()

@@ -1,0 +1,49 @@
+"""Norms against their formulas in float64, and the type in which they work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaxscale.ops.norm import layer_norm, rms_norm
+
+X = np.random.default_rng(0).normal(2, 3, (2, 3, 16))
+SCALE, BIAS = np.random.default_rng(1).normal(size=(2, 16))
+
+
+def run(kind, x, scale, bias):
+    return rms_norm(x, scale, epsilon=1e-3) if kind == "rms" else layer_norm(x, scale, bias, epsilon=1e-3)
+
+
+def formula(kind, x):
+    if kind == "rms":
+        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-3) * SCALE
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * SCALE + BIAS
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_forward_equals_the_formula(kind, dtype, tolerance):
+    x, scale, bias = (jnp.asarray(a, dtype) for a in (X, SCALE, BIAS))
+    y = run(kind, x, scale, bias)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.astype("float32"), formula(kind, X), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_gradient_equals_finite_differences(kind):
+    with jax.enable_x64(True):
+        check_grads(lambda *a: run(kind, *a), (X, SCALE, BIAS), order=1, modes=["rev"])
+
+
+def test_layer_norm_without_bias():
+    x = jnp.asarray(X)
+    without, zero = (layer_norm(x, SCALE, bias, epsilon=1e-3) for bias in (None, np.zeros(16)))
+    np.testing.assert_allclose(without, zero, rtol=1e-6)
+
+
+def test_statistics_are_not_taken_in_bfloat16():
+    """The mean of 4,096 equal numbers; a sum in bfloat16 would stop at 256 of them."""
+    y = rms_norm(jnp.full((1, 4096), 3.0, jnp.bfloat16), jnp.ones(4096, jnp.bfloat16), epsilon=0.0)
+    assert (y == 1).all()

@@ -1,0 +1,25 @@
+"""The dtype policy."""
+
+import jax.numpy as jnp
+import pytest
+
+from jaxscale.ops.precision import Policy, accumulator, cast
+from jaxscale.types import InputError
+
+
+@pytest.mark.parametrize("field", ["parameters", "compute", "reduction", "output"])
+@pytest.mark.parametrize("value", ["float8", "int32", 32, None])
+def test_other_types_are_refused_by_name(field, value):
+    with pytest.raises(InputError, match=rf"Policy\.{field}: given {value!r}, expected"):
+        Policy(**{field: value})
+
+
+def test_cast_leaves_integers_alone():
+    tree = cast({"w": jnp.ones(2), "n": jnp.ones(2, jnp.int32)}, "bfloat16")
+    assert tree["w"].dtype == jnp.bfloat16
+    assert tree["n"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize("given, wanted", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32")])
+def test_sums_are_taken_in_at_least_float32(given, wanted):
+    assert accumulator(jnp.ones(2, given)).dtype == wanted
