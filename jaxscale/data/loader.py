@@ -109,12 +109,16 @@ class TrainLoader:
         config: what to read.
         corpora: the training documents of each source.
         local_rows: int64 [b], which rows of a global batch this host reads.
+
+    Attributes:
+        rows_per_epoch: how many rows hold each source once.
     """
 
     def __init__(self, config: DataConfig, corpora: list[Corpus], local_rows: np.ndarray):
         self._config = config
         self._local_rows = local_rows
         self._rows = [_Rows(corpus, config) for corpus in corpora]
+        self.rows_per_epoch = [rows.num_rows for rows in self._rows]
         self._mixture = Mixture(config.weights or (1.0,) * len(corpora), config.seed)
         self._facts = _facts(config, corpora)
         self._batches = iter(_prefetched(self, sys.maxsize))
@@ -140,7 +144,7 @@ class TrainLoader:
 
     def _shuffled(self, source: int, positions: np.ndarray) -> np.ndarray:
         """The rows of the source's plan that stand at `positions` of its stream of epochs."""
-        size = self._rows[source].num_rows
+        size = self.rows_per_epoch[source]
         epochs, within = positions // size, positions % size
         rows = np.zeros_like(positions)
         for epoch in np.unique(epochs):

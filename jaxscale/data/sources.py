@@ -1,9 +1,9 @@
 """Where text comes from: each source yields its documents in the same order every time."""
 
 import dataclasses
+import functools
 import gzip
 import importlib
-import io
 import json
 import os
 import sysconfig
@@ -20,6 +20,7 @@ from jaxscale.types import InputError, check_types
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+CHUNK_BYTES = 1 << 20
 
 
 class Document(NamedTuple):
@@ -265,21 +266,40 @@ def _read(path: Path) -> bytes:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
+    rest = b""
     try:
-        with path.open("rb") as file, _decompressed(file) as stream:
-            yield from stream
+        with path.open("rb") as file:
+            for chunk in _decompressed(file):
+                *whole, rest = (rest + chunk).split(b"\n")
+                yield from whole
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise InputError("JsonLinesSource.paths", str(path), f"a whole compressed file ({error})") from error
+    yield rest
 
 
-def _decompressed(file: BinaryIO) -> BinaryIO:
+def _decompressed(file: BinaryIO) -> Iterator[bytes]:
     magic = file.read(4)
     file.seek(0)
-    if magic.startswith(GZIP_MAGIC):
-        return gzip.open(file)
     if magic == ZSTD_MAGIC:
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-    return file
+        return _zstd_chunks(file)
+    return _chunks(gzip.open(file) if magic.startswith(GZIP_MAGIC) else file)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    return iter(functools.partial(file.read, CHUNK_BYTES), b"")
+
+
+def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The content of one frame after the other; zstandard's own reader takes a file cut short for a whole one."""
+    frame = None
+    for chunk in _chunks(file):
+        while chunk:
+            if frame is None or frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data
+    if not frame.eof:
+        raise EOFError("the last frame has no end")
 
 
 def _json_object(label: str, line: bytes) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""The token cache: what it holds, and that it is there whole or not at all."""
+
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxscale.data.cache import open_cache
+from jaxscale.data.sources import Document, TextSource
+from jaxscale.data.split import hash_key
+from jaxscale.data.tokenizer import ByteTokenizer
+from jaxscale.types import InputError
+
+SCRIPT = pathlib.Path(__file__).with_name("write_cache.py")
+ROOT = SCRIPT.parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """Documents given by hand."""
+
+    texts: tuple[str, ...]
+
+    def documents(self):
+        return (Document(f"key {n}\n", text) for n, text in enumerate(self.texts))
+
+    def version(self):
+        return []
+
+
+def open_listed(directory, *texts):
+    return open_cache(Listed(texts), ByteTokenizer(), directory)
+
+
+def test_holds_the_documents_that_have_text(tmp_path):
+    cache = open_listed(tmp_path, "ab", "", "é")
+    assert cache.tokens.dtype == np.uint16
+    assert cache.tokens.tolist() == [97, 98, 256, 0xC3, 0xA9, 256]
+    assert cache.offsets.tolist() == [0, 3, 6]
+    assert cache.num_bytes.tolist() == [2, 2]
+    assert cache.keys() == ["key 0\n", "key 2\n"]
+    assert cache.key_hashes.tolist() == [hash_key("key 0\n"), hash_key("key 2\n")]
+
+
+def test_large_vocabularies_take_32_bits(tmp_path):
+    class Wide(ByteTokenizer):
+        vocab_size, eos_id, fingerprint = 70001, 70000, "wide"
+
+    assert open_cache(Listed(("a",)), Wide(), tmp_path).tokens.tolist() == [97, 70000]
+
+
+def test_is_built_once_and_anew_when_the_text_changes(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    source, directory = TextSource(paths=(str(tmp_path),)), tmp_path / "cache"
+    first = open_cache(source, ByteTokenizer(), directory)
+    stamp = (first.directory / "tokens.bin").stat().st_mtime_ns
+    assert open_cache(source, ByteTokenizer(), directory).directory == first.directory
+    assert (first.directory / "tokens.bin").stat().st_mtime_ns == stamp
+    (tmp_path / "a.txt").write_text("other")
+    assert len(open_cache(source, ByteTokenizer(), directory).tokens) == 6
+    assert len(first.tokens) == 4
+
+
+def test_a_finished_cache_needs_no_right_to_write(tmp_path, monkeypatch):
+    open_listed(tmp_path, "a")
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    assert len(open_listed(tmp_path, "a").tokens) == 2
+
+
+def refuse(path, *arguments, **options):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_killed_writer_leaves_nothing_that_is_taken_for_a_cache(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"writing\n"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    (abandoned,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert (abandoned / "tokens.bin").stat().st_size > 0
+
+    endless = runpy.run_path(str(SCRIPT))["Endless"]
+    finite = dataclasses.make_dataclass("Endless", [], bases=(endless,), frozen=True)
+    finite.documents = lambda self: iter([Document("key", "text")])
+    cache = open_cache(finite(), ByteTokenizer(), tmp_path)
+    assert abandoned.name.startswith(f".{cache.fingerprint}.")
+    assert len(cache.tokens) == 5
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [cache.directory]
+
+
+def test_processes_that_race_get_the_same_cache(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        sizes = pool.starmap(racing_size, [(str(tmp_path),)] * 4)
+    assert sizes == [8 * 100_001] * 4
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+
+
+def racing_size(directory):
+    return len(open_listed(directory, *["x" * 100_000] * 8).tokens)
+
+
+def test_another_host_that_was_faster_wins(tmp_path, monkeypatch):
+    rename = pathlib.Path.rename
+
+    def rename_second(folder, target):
+        monkeypatch.setattr(pathlib.Path, "rename", rename)
+        open_listed_elsewhere(folder, target)
+        return rename(folder, target)
+
+    def open_listed_elsewhere(folder, target):
+        target.mkdir()
+        for path in folder.iterdir():
+            (target / path.name).write_bytes(path.read_bytes())
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename_second)
+    cache = open_listed(tmp_path, "a")
+    assert cache.tokens.tolist() == [97, 256]
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [cache.directory]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB, or a skip where none can be mounted."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_full_disk_is_named_and_leaves_nothing(small_disk):
+    with pytest.raises(InputError, match=r"cache_directory.*has space \(No space left"):
+        open_listed(small_disk, "x" * 100_000)
+    assert not [path for path in small_disk.iterdir() if path.is_dir()]
+    assert len(open_listed(small_disk, "small").tokens) == 6
+
+
+def test_error_of_the_system_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InputError, match="has space"):
+        open_listed(tmp_path, "text")
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cache_directory.*a folder that can be written"):
+        open_listed(tmp_path / "file" / "cache", "text")
+
+
+def test_empty_corpus_is_named_and_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="the corpus is empty"):
+        open_listed(tmp_path, "", "")
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_text_with_half_a_character_is_named(tmp_path):
+    with pytest.raises(InputError, match="text of whole characters"):
+        open_listed(tmp_path, "a\ud800")
+
+
+@pytest.mark.parametrize("damage", ["shorten", "remove", "manifest"])
+def test_damaged_cache_is_named(tmp_path, damage):
+    folder = open_listed(tmp_path, "text").directory
+    if damage == "shorten":
+        os.truncate(folder / "tokens.bin", 4)
+    elif damage == "remove":
+        (folder / "offsets.bin").unlink()
+    else:
+        (folder / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"a whole cache.*delete it"):
+        open_listed(tmp_path, "text")

@@ -1,0 +1,214 @@
+"""The loader: batch n for any number of hosts and after any seek, epochs, mixtures, held-out text, bad input."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from jaxscale.data.loader import DataConfig, make_loader, open_corpora
+from jaxscale.data.sources import TextSource
+from jaxscale.data.split import hash_key, is_held_out
+from jaxscale.data.tokenizer import ByteTokenizer, TokenizerConfig
+from jaxscale.types import InputError
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def joined(batches):
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def take(loader, num_batches):
+    return list(itertools.islice(loader, num_batches))
+
+
+def documents_of(batches):
+    """The pieces of text in packed rows, in any order."""
+    pieces = []
+    for batch in batches:
+        for tokens, segments in zip(batch["tokens"], batch["segments"]):
+            pieces += [tuple(tokens[segments == segment].tolist()) for segment in range(1, segments.max() + 1)]
+    return sorted(pieces)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_batches_are_the_same_for_1_2_and_4_hosts(make_config, split, is_packed):
+    config = make_config(is_packed=is_packed)
+    single = take(make_loader(config, split=split), 3)
+    for count in (2, 4):
+        hosts = [make_loader(config, split=split, process_index=i, process_count=count) for i in range(count)]
+        for expected, *parts in zip(single, *(take(host, 3) for host in hosts)):
+            assert_equal(expected, joined(parts))
+
+
+def test_batches_are_the_same_after_a_seek(make_config):
+    config = make_config()
+    loader = make_loader(config)
+    batches = take(loader, 20)
+    for n in (19, 0, 7):
+        assert_equal(loader.batch_at(n), batches[n])
+    fresh = make_loader(config)
+    take(fresh, 3)
+    before = make_loader(config)
+    take(before, 11)
+    fresh.restore(json.loads(json.dumps(before.state())))
+    assert fresh.state() == before.state()
+    for n in (11, 12):
+        assert_equal(next(fresh), batches[n])
+
+
+def test_state_counts_what_was_taken_not_what_was_read_ahead(make_config):
+    loader = make_loader(make_config())
+    take(loader, 5)
+    state = loader.state()
+    assert state["batch"] == 5
+    assert sum(state["positions"]) == 5 * 8
+
+
+def test_state_of_two_hosts_continues_on_one(make_config):
+    config = make_config()
+    host = make_loader(config, process_index=1, process_count=2)
+    take(host, 4)
+    single = make_loader(config)
+    single.restore(host.state())
+    assert_equal(next(single), make_loader(config).batch_at(4))
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_every_row_once_per_epoch_in_another_order(make_config, folders, is_packed):
+    config = make_config(
+        sources=(TextSource(paths=folders),), weights=None, is_packed=is_packed, batch_size=1, sequence_length=64
+    )
+    loader = make_loader(config)
+    (corpus,) = open_corpora(config, "train")
+    rows = [tuple(batch["tokens"][0].tolist()) for batch in take(loader, 2 * loader.rows_per_epoch[0])]
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    tokens = sum(len(document) for document in corpus.token_arrays())
+    used = sum(int((batch["segments"] > 0).sum()) for batch in take(make_loader(config), loader.rows_per_epoch[0]))
+    assert used == tokens
+
+
+def test_an_epoch_holds_the_training_documents(make_config, folders):
+    config = make_config(sources=(TextSource(paths=folders[:1]),), weights=None, sequence_length=1000, batch_size=1)
+    loader = make_loader(config)
+    found = documents_of(take(loader, loader.rows_per_epoch[0]))
+    documents = list(config.sources[0].documents())
+    held_out = is_held_out([hash_key(key) for key, _ in documents], config.held_out_fraction)
+    expected = [
+        (*ByteTokenizer().encode(text), 256) for (_, text), is_hidden in zip(documents, held_out) if not is_hidden
+    ]
+    assert found == sorted(expected)
+    assert 0 < held_out.sum() < len(documents)
+
+
+def test_mixture_follows_the_weights(make_config):
+    loader = make_loader(make_config())
+    batches = take(loader, 50)
+    served = loader.state()["positions"]
+    assert np.abs(np.array(served) - [300, 100]).max() <= 2
+    assert joined(batches)["tokens"].shape == (400, 32)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_held_out_pass_asks_for_each_token_once(make_config, is_packed):
+    config = make_config(is_packed=is_packed)
+    loader = make_loader(config, split="held_out")
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    assert [batch["tokens"].shape for batch in batches] == [(8, 32)] * len(batches)
+    assert sum(int(batch["weights"].sum()) for batch in batches) == loader.num_tokens
+    texts = [text for source in config.sources for key, text in source.documents() if is_held_out([hash_key(key)], 0.2)]
+    assert loader.num_bytes == sum(len(text.encode()) for text in texts)
+    assert loader.num_tokens == loader.num_bytes  # bytes: the first is given, the end is asked for
+    for again, batch in zip(loader, batches):
+        assert_equal(again, batch)
+
+
+def test_splits_do_not_share_documents_and_do_not_depend_on_the_seed(make_config):
+    train, held_out = (
+        {
+            hash
+            for corpus in open_corpora(make_config(seed=seed), split)
+            for hash in corpus.cache.key_hashes[corpus.documents].tolist()
+        }
+        for seed, split in ((0, "train"), (1, "held_out"))
+    )
+    assert not train & held_out
+    assert len(train | held_out) == 85
+
+
+def test_positions_and_segments_without_packing(make_config):
+    batch = make_loader(make_config(is_packed=False)).batch_at(0)
+    assert (batch["segments"] == 1).all()
+    assert (batch["positions"] == np.arange(32)).all()
+    ends = batch["tokens"] == 256
+    assert ends.any()
+    assert (batch["weights"] == ~ends).all()
+
+
+def test_seed_shuffles(make_config):
+    first, second = (make_loader(make_config(seed=seed)).batch_at(0) for seed in (0, 1))
+    assert (first["tokens"] != second["tokens"]).any()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seed", 1), ("sequence_length", 64), ("batch_size", 4), ("weights", (1.0, 1.0)), ("is_packed", False)],
+)
+def test_state_of_another_configuration_is_refused(make_config, field, value):
+    state = make_loader(make_config()).state()
+    with pytest.raises(InputError, match=rf"DataConfig\.{field}.*with which the run was begun"):
+        make_loader(make_config(**{field: value})).restore(state)
+
+
+def test_state_of_other_text_and_a_forged_state_are_refused(make_config, folders):
+    loader = make_loader(make_config())
+    state = loader.state()
+    with pytest.raises(InputError, match=r"DataConfig\.sources"):
+        make_loader(make_config(sources=tuple(TextSource(paths=(f,)) for f in reversed(folders)))).restore(state)
+    with pytest.raises(InputError, match="positions"):
+        loader.restore(state | {"batch": 3})
+    with pytest.raises(InputError):
+        loader.restore({})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sources": ()}, "at least one source"),
+        ({"sources": ("text.txt",)}, r"DataConfig\.sources"),
+        ({"weights": (1.0,)}, "1 == 2 does not hold"),
+        ({"weights": (1.0, -1.0)}, "positive numbers"),
+        ({"sequence_length": 0}, r"DataConfig\.sequence_length"),
+        ({"batch_size": "8"}, r"DataConfig\.batch_size"),
+        ({"held_out_fraction": 1.0}, "0 <= fraction < 1"),
+        ({"held_out_fraction": 0.999999}, r"leaves documents in the split 'train'"),
+        ({"sources": (TextSource(paths=("/none/at/all",)),), "weights": None}, "exists"),
+        ({"tokenizer": TokenizerConfig("huggingface", "/none")}, "can be read"),
+    ],
+)
+def test_bad_configurations_are_named(make_config, fields, message):
+    with pytest.raises(InputError, match=message):
+        make_loader(make_config(**fields))
+
+
+def test_bad_calls_are_named(make_config):
+    with pytest.raises(InputError, match=r"8 % 3 = 2, not 0"):
+        make_loader(make_config(), process_count=3)
+    with pytest.raises(InputError, match=r"leaves documents in the split 'held_out'"):
+        make_loader(make_config(held_out_fraction=0.0), split="held_out")
+    with pytest.raises(InputError, match="one of 'train', 'held_out'"):
+        make_loader(make_config(), split="test")
+
+
+def test_defaults_need_only_sources_and_shape(folders):
+    config = DataConfig(sources=(TextSource(paths=folders),), sequence_length=8, batch_size=2)
+    assert config.tokenizer == TokenizerConfig()

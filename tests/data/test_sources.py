@@ -1,0 +1,137 @@
+"""Sources: what they yield, in which order, and what they say about bad input."""
+
+import gzip
+import json
+import sys
+
+import pytest
+import zstandard
+
+from jaxscale.data.sources import HuggingFaceSource, JsonLinesSource, ParquetSource, StandardLibrary, TextSource
+from jaxscale.types import InputError
+
+ROWS = [{"id": f"key-{n}", "text": f"text {n} é\n\n漢", "other": n} for n in range(5)]
+EXPECTED = [(row["id"], row["text"]) for row in ROWS]
+
+
+def lines() -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def frames(content: bytes) -> bytes:
+    """Two zstd frames in one file, as parallel compressors write them."""
+    compress = zstandard.ZstdCompressor().compress
+    return compress(content[:100]) + compress(content[100:])
+
+
+def test_text_files_come_in_the_order_of_their_keys(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/c.md", "skipped/d.txt", "B.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(f"{name}\r\n".encode())
+    documents = list(TextSource(paths=(str(tmp_path),), patterns=("*.txt",), excluded=("skip*",)).documents())
+    assert documents == [(name, f"{name}\r\n") for name in ("B.txt", "a/z.txt", "b.txt")]
+    single = TextSource(paths=(str(tmp_path / "a" / "c.md"),))
+    assert list(single.documents()) == [("c.md", "a/c.md\r\n")]
+
+
+def test_version_changes_with_the_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    source = TextSource(paths=(str(tmp_path),))
+    before = source.version()
+    assert source.version() == before
+    (tmp_path / "a.txt").write_text("two!")
+    assert source.version() != before
+
+
+def test_standard_library_is_the_interpreters_own():
+    documents = dict(StandardLibrary(excluded=("[a-z]*",)).documents())
+    assert documents["abc.py"].startswith("# Copyright")
+    assert not any(key.startswith("json/") for key in documents)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, frames])
+def test_json_lines_whatever_the_compression_or_name(tmp_path, compress):
+    path = tmp_path / "data.bin"
+    path.write_bytes(compress(lines() + b"\n"))
+    source = JsonLinesSource(paths=(str(path),), key_field="id")
+    assert list(source.documents()) == EXPECTED
+    assert next(JsonLinesSource(paths=(str(path),)).documents()).key == "data.bin:1"
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=2)
+    assert list(ParquetSource(paths=(str(tmp_path),), key_column="id").documents()) == EXPECTED
+    with pytest.raises(InputError, match="a column 'body'"):
+        next(ParquetSource(paths=(str(tmp_path),), text_column="body").documents())
+    (tmp_path / "b.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(InputError, match="a Parquet file"):
+        list(ParquetSource(paths=(str(tmp_path / "b.parquet"),)).documents())
+
+
+def test_hugging_face_datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "parts")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_bytes(lines())
+    plain = HuggingFaceSource(directory=str(tmp_path / "plain"), key_column="id")
+    parts = HuggingFaceSource(directory=str(tmp_path / "parts"), key_column="id")
+    named = HuggingFaceSource(name=str(tmp_path / "files"), key_column="id")
+    for source in (plain, parts, named):
+        assert list(source.documents()) == EXPECTED
+        assert source.version() == source.version()
+    with pytest.raises(InputError, match="one of train"):
+        next(HuggingFaceSource(directory=str(tmp_path / "parts"), split="test").documents())
+    with pytest.raises(InputError, match="a dataset"):
+        next(HuggingFaceSource(directory=str(tmp_path / "none")).documents())
+
+
+@pytest.mark.parametrize("source", [ParquetSource(paths=(__file__,)), HuggingFaceSource(directory="x")])
+def test_missing_extra_is_named(source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"jaxscale\[data\]"):
+        next(source.documents())
+
+
+def test_missing_file_and_folder_without_matches(tmp_path):
+    with pytest.raises(InputError, match="exists"):
+        next(TextSource(paths=(str(tmp_path / "none"),)).documents())
+    with pytest.raises(InputError, match=r"matches \*.txt"):
+        next(TextSource(paths=(str(tmp_path),)).documents())
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"bad\.txt.*UTF-8"):
+        next(TextSource(paths=(str(tmp_path),)).documents())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": \n', r"x\.jsonl:2: .*one JSON object per line"),
+        (b"[1]\n", "a JSON object"),
+        (b'{"body": "a"}\n', "a field 'text'"),
+        (b'{"text": null}\n', "a string"),
+        (gzip.compress(b'{"text": "a"}\n' * 999)[:40], "a whole compressed file"),
+        (zstandard.ZstdCompressor().compress(lines())[:-1], "a whole compressed file"),
+        (zstandard.ZstdCompressor().compress(lines()) + b"more", "a whole compressed file"),
+    ],
+)
+def test_bad_json_lines_are_named(tmp_path, content, message):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(JsonLinesSource(paths=(str(path),)).documents())
+
+
+def test_wrong_types_are_refused():
+    with pytest.raises(InputError, match=r"TextSource\.paths"):
+        TextSource(paths="folder")
+    with pytest.raises(InputError, match="exactly one"):
+        HuggingFaceSource()

@@ -1,0 +1,117 @@
+"""Tokenizers: round trips, training, the end of documents, bad input."""
+
+import json
+import pathlib
+
+import pytest
+
+from jaxscale.data.sources import TextSource
+from jaxscale.data.split import hash_key, is_held_out
+from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_tokenizer, train_tokenizer
+from jaxscale.types import InputError
+
+# Spells the special tokens, mixes line ends, repeats spaces, leaves the training alphabet.
+HARD_TEXT = "  a\n\n\tb \r\n</s><s><unk><|endoftext|> é漢字🎉\0   "
+KINDS = {"bpe": "huggingface", "sentencepiece": "sentencepiece"}
+
+
+@pytest.fixture(scope="module", params=["byte", *KINDS])
+def config(request, folders, tmp_path_factory):
+    if request.param == "byte":
+        return TokenizerConfig()
+    output = str(tmp_path_factory.mktemp(request.param))
+    sources = (TextSource(paths=folders),)
+    train_tokenizer(sources=sources, output=output, vocab_size=312, kind=request.param)
+    return TokenizerConfig(kind=KINDS[request.param], path=output)
+
+
+def test_round_trip(config):
+    tokenizer = load_tokenizer(config)
+    ids = tokenizer.encode(HARD_TEXT)
+    assert tokenizer.decode(ids) == HARD_TEXT
+    assert [batch.tolist() for batch in tokenizer.encode_batch([HARD_TEXT, "b"])] == [ids, tokenizer.encode("b")]
+    assert max(ids) < tokenizer.vocab_size
+
+
+def test_no_text_ends_a_document(config):
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.eos_id < tokenizer.vocab_size
+    assert tokenizer.eos_id not in tokenizer.encode(HARD_TEXT)
+    assert tokenizer.decode([*tokenizer.encode("end"), tokenizer.eos_id]) == "end"
+
+
+def test_saved_tokenizer_is_the_same(config, tmp_path):
+    tokenizer = load_tokenizer(config)
+    tokenizer.save(tmp_path / "copy")
+    again = load_tokenizer(TokenizerConfig(config.kind, config.path and str(tmp_path / "copy")))
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.encode(HARD_TEXT) == tokenizer.encode(HARD_TEXT)
+
+
+def test_vocabulary_must_fit_the_model(config):
+    tokenizer = load_tokenizer(config)
+    check_vocabulary(tokenizer, tokenizer.vocab_size)
+    with pytest.raises(InputError, match=r"model\.vocab_size.* >= .* does not hold"):
+        check_vocabulary(tokenizer, tokenizer.vocab_size - 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_repeatable_and_shortens_text(tmp_path, kind):
+    source = TextSource(paths=(str(pathlib.Path(json.__file__).parent),), patterns=("*.py",))
+    arguments = {"sources": (source,), "vocab_size": 500, "kind": kind}
+    first = train_tokenizer(**arguments, output=str(tmp_path / "a"))
+    second = train_tokenizer(**arguments, output=str(tmp_path / "b"))
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 500
+    text = next(source.documents()).text
+    assert len(first.encode(text)) < 0.6 * len(text)
+
+
+def test_held_out_documents_do_not_train_the_tokenizer(tmp_path):
+    names = [f"{n}.txt" for n in range(20)]
+    held_out = is_held_out([hash_key(name) for name in names], 0.5)
+    assert 0 < held_out.sum() < 20
+    for name, is_hidden in zip(names, held_out):
+        (tmp_path / name).write_text(("zq" if is_hidden else "ab") * 50)
+    tokenizer = train_tokenizer(
+        sources=(TextSource(paths=(str(tmp_path),)),),
+        output=str(tmp_path / "tokenizer"),
+        vocab_size=262,
+        held_out_fraction=0.5,
+    )
+    assert len(tokenizer.encode("abab")) < 4
+    assert len(tokenizer.encode("zqzq")) == 4
+
+
+def test_bad_input_is_named(tmp_path):
+    bad, empty = tmp_path / "bad", tmp_path / "empty"
+    bad.mkdir()
+    empty.mkdir()
+    (bad / "tokenizer.json").write_text("{}")
+    (bad / "tokenizer.model").write_bytes(b"no model")
+    (empty / "a.txt").write_text("")
+    (bad / "a.txt").write_text("word " * 9)
+    for kind in ("huggingface", "sentencepiece"):
+        with pytest.raises(InputError, match="can be read"):
+            load_tokenizer(TokenizerConfig(kind, str(empty)))
+        with pytest.raises(InputError, match=r"a (tokenizer\.json|SentencePiece model)"):
+            load_tokenizer(TokenizerConfig(kind, str(bad)))
+    with pytest.raises(InputError, match="file or folder"):
+        TokenizerConfig("huggingface")
+    source, output = (TextSource(paths=(str(bad),)),), str(tmp_path / "output")
+    with pytest.raises(InputError, match="at least one document"):
+        train_tokenizer(sources=(TextSource(paths=(str(empty),)),), output=output, vocab_size=300)
+    with pytest.raises(InputError, match="the bytes and the special tokens"):
+        train_tokenizer(sources=source, output=output, vocab_size=100)
+    with pytest.raises(InputError, match="one of 'bpe', 'sentencepiece'"):
+        train_tokenizer(sources=source, output=output, vocab_size=300, kind="words")
+    with pytest.raises(InputError, match="a size that the text supports"):
+        train_tokenizer(sources=source, output=output, vocab_size=5000, kind="sentencepiece")
+    with pytest.raises(InputError, match="can be written"):
+        train_tokenizer(sources=source, output=str(bad / "a.txt"), vocab_size=300)
+
+
+def test_unknown_end_token_is_named(config):
+    if config.kind == "huggingface":
+        with pytest.raises(InputError, match="a token of the vocabulary"):
+            load_tokenizer(TokenizerConfig(config.kind, config.path, eos_token="<none>"))
