@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jax.sharding import Mesh
+import jax
+from jax.sharding import Mesh, NamedSharding
 
 from jaxscale.models.config import ModelConfig
+from jaxscale.parallel.mesh import BATCH_SPEC
 from jaxscale.types import Array, Batch, Params
 
 
@@ -30,3 +32,9 @@ class EvaluationContext:
     mesh: Mesh
     sums: Callable[..., tuple[Array, Array, dict[str, Any]]]
     place: Callable[[Batch], Batch]
+
+
+def place(mesh: Mesh, batch: Batch) -> Batch:
+    """This host's rows of the global batch, numpy, to the devices."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

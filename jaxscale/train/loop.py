@@ -137,8 +137,9 @@ class Loop:
         figures = {name: _host_value(value) for name, value in jax.device_get(pending.metrics).items()}
         if not figures.pop("is_finite"):
             self._stop_non_finite(pending, state)
+        figures |= self.speed.figures() | {"data_wait_s": pending.data_wait_s}
         for reporter in self.reporters:
-            reporter.report(pending.step, figures | self.speed.figures() | {"data_wait_s": pending.data_wait_s})
+            reporter.report(pending.step, figures)
 
     def _stop_non_finite(self, pending: _Pending, state: TrainState) -> None:
         """`state` is what it was before the bad step: no step after it has changed it."""

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 
 import jaxscale
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.config import operative_config
 from jaxscale.data.loader import DataConfig, make_loader
+from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.models.config import ModelConfig, training_flops_per_token
 from jaxscale.models.parameters import count_parameters
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig
+from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.train import diagnosis
-from jaxscale.train.evaluation import EvaluationContext
+from jaxscale.train.evaluation import EvaluationContext, place
 from jaxscale.train.loop import Loop, Outcome
 from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops
 from jaxscale.train.optim import OptimizerConfig
@@ -66,9 +66,9 @@ def pretrain(
     apply_runtime(runtime, directory)
     plan = make_plan(model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack)
     checkpoint = dataclasses.replace(checkpoint, directory=str(Path(directory, checkpoint.directory)))
+    check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
     checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
     loader = make_loader(data, split="train", process_index=jax.process_index(), process_count=jax.process_count())
-    loader.check_vocabulary(model.vocab_size)
     checkpoints.check_writable()
     run = Path(directory)
     with Preemption() as preemption:
@@ -77,7 +77,7 @@ def pretrain(
         loop = Loop(
             step_fn=make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state),
             loader=loader,
-            place=functools.partial(_place, plan.mesh),
+            place=functools.partial(place, plan.mesh),
             steps=train.steps,
             checkpoints=checkpoints,
             save_every=checkpoint.save_every,
@@ -148,16 +148,10 @@ def _make_speed(model: ModelConfig, data: DataConfig) -> Speed:
     return Speed(data.batch_size * data.sequence_length, flops)
 
 
-def _place(mesh: Mesh, batch: Batch) -> Batch:
-    """This host's rows of the global batch to the devices."""
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
-
-
 def _make_evaluate(plan: Plan, model: ModelConfig, evaluators: dict[str, Callable]) -> Callable:
     context = EvaluationContext(
         params=None, step=0, model=model, mesh=plan.mesh, sums=jax.jit(plan.region.evaluate(plan.loss_fn)),
-        place=functools.partial(_place, plan.mesh),
+        place=functools.partial(place, plan.mesh),
     )  # fmt: skip
 
     def evaluate(params: Params, step: int) -> dict[str, Any]:
