@@ -1,0 +1,160 @@
+"""Held-out loss: nats a token, perplexity and bits per byte; as an evaluator of a run and as the `evaluate` verb."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.data.loader import DataConfig, HeldOutLoader, make_loader
+from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.parameters import abstract_params, parameter_table
+from jaxscale.models.transformer import StackConfig
+from jaxscale.ops.attention import attention
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.region import Region, make_operations
+from jaxscale.parallel.rules import make_specs
+from jaxscale.train.evaluation import EvaluationContext, place
+from jaxscale.train.losses import NextTokenLoss
+from jaxscale.train.plan import TrainConfig, check_fit
+from jaxscale.train.runtime import RuntimeConfig, apply_runtime
+from jaxscale.types import Batch, InputError, check_positive, check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class BitsPerByte:
+    """Evaluator that goes once over the held-out documents.
+
+    A document's first token is given and the one that ends it is predicted; bytes are those of the documents' text, so
+    that models with different tokenizers can be compared.
+
+    Source: bits per byte, Gao et al. 2020 (arXiv 2101.00027), section 3.1.
+    Args:
+        data: as the run's.
+        max_batches: at most so many batches, evenly spread over the pass, with the bytes per token of the whole pass.
+    """
+
+    data: DataConfig
+    max_batches: int | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        if self.max_batches is not None:
+            check_positive("BitsPerByte.max_batches", self.max_batches)
+        if self.data.held_out_fraction == 0:
+            raise InputError("DataConfig.held_out_fraction", 0, "above 0: no document is held out to be evaluated on")
+
+    def __call__(self, context: EvaluationContext) -> dict[str, float]:
+        """Returns `loss` (nats a token), `perplexity` and `bits_per_byte`.
+
+        Raises:
+            InputError: the tokenizer knows more tokens than the model, or there are no held-out documents.
+        """
+        check_vocabulary(self._tokenizer, context.model.vocab_size)
+        nll = weight = 0.0
+        for batch in self._batches():
+            _, batch_weight, metrics = context.sums(context.params, context.place(batch), jax.random.key(0))
+            nll, weight = nll + float(metrics["nll"]), weight + float(batch_weight)
+        loss = nll / max(weight, 1.0)
+        tokens_per_byte = self._loader.num_tokens / self._loader.num_bytes
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),  # beyond is no float
+            "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        }
+
+    @functools.cached_property
+    def _loader(self) -> HeldOutLoader:
+        return make_loader(
+            self.data, split="held_out", process_index=jax.process_index(), process_count=jax.process_count()
+        )
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.data.tokenizer)
+
+    def _batches(self) -> Iterator[Batch]:
+        """All in order, or some of them: rows are packed longest piece first, so the first batches are no sample."""
+        total = len(self._loader)
+        if self.max_batches is None or self.max_batches >= total:
+            return iter(self._loader)
+        numbers = np.linspace(0, total - 1, self.max_batches).round().astype(int)
+        return (self._loader.batch_at(int(n)) for n in numbers)
+
+
+def evaluate(
+    *, directory: str, model: ModelConfig, mesh: MeshConfig, data: DataConfig, checkpoint: CheckpointConfig,
+    policy: Policy = Policy(), stack: StackConfig = StackConfig(), runtime: RuntimeConfig = RuntimeConfig(),
+    evaluators: dict[str, Callable] | None = None, step: int | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Measures a checkpoint, on any mesh; prints the figures and writes them to `directory`/evaluation_STEP.json.
+
+    Args:
+        directory: of the run, as `train.pretrain.pretrain` had it.
+        model: the model.
+        mesh: axis sizes and ZeRO level.
+        data: held-out documents, sequence length and global batch size.
+        checkpoint: its directory is relative to `directory`.
+        policy: dtypes.
+        stack: how the layers are executed.
+        runtime: platform and flags.
+        evaluators: name -> evaluator(context) -> figures; None for BitsPerByte on `data` as "held_out".
+        step: which checkpoint; the newest when None.
+    Returns:
+        "name/figure" -> value.
+    Raises:
+        InputError: the parts do not fit one another or there is no such checkpoint.
+    """
+    apply_runtime(runtime, directory)
+    evaluators = {"held_out": BitsPerByte(data)} if evaluators is None else evaluators
+    check_fit(model=model, mesh=mesh, data=data, train=TrainConfig(steps=1), stack=stack)
+    region = _make_region(model, mesh, policy, stack)
+    step, params = _restore(Path(directory), checkpoint, model, region, policy, step)
+    context = EvaluationContext(
+        params=params, step=step, model=model, mesh=region.mesh, place=functools.partial(place, region.mesh),
+        sums=jax.jit(region.evaluate(NextTokenLoss(model, policy, stack))),
+    )  # fmt: skip
+    figures = {
+        f"{name}/{figure}": value for name, each in evaluators.items() for figure, value in each(context).items()
+    }
+    if jax.process_index() == 0:
+        print("\n".join([f"step {step}", *(f"{name:<30} {value:.6g}" for name, value in figures.items())]))
+        text = json.dumps({"step": step, **figures}, indent=1)
+        Path(directory, f"evaluation_{step}.json").write_text(text + "\n")
+    return figures
+
+
+def _make_region(model: ModelConfig, mesh: MeshConfig, policy: Policy, stack: StackConfig) -> Region:
+    specs = make_specs(parameter_table(model), mesh)
+    run_attention = functools.partial(attention, implementation=stack.attention)
+    return Region(
+        make_mesh(mesh), specs, make_operations(mesh, specs, attention=run_attention, reduction=policy.reduction)
+    )
+
+
+def _restore(
+    directory: Path, checkpoint: CheckpointConfig, model: ModelConfig, region: Region, policy: Policy, step: int | None
+) -> tuple[int, Any]:
+    """The step and its parameters, placed as the region wants them."""
+    abstract = jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(region.mesh, spec)),
+        abstract_params(model, policy.parameters),
+        region.specs.parameters,
+    )
+    config = dataclasses.replace(checkpoint, directory=str(directory / checkpoint.directory))
+    checkpoints = Checkpoints(config, fingerprint=dataclasses.asdict(model))
+    try:
+        params = checkpoints.restore_params(abstract, step)
+        # After the restore: a damaged checkpoint that was passed over no longer counts as the latest.
+        return checkpoints.latest_step() if step is None else step, params
+    finally:
+        checkpoints.close()

@@ -1,0 +1,169 @@
+"""Held-out figures against a loop over the documents, on several meshes; every held-out token counts once."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.data.loader import DataConfig
+from jaxscale.data.sources import TextSource
+from jaxscale.data.split import hash_key, is_held_out
+from jaxscale.evaluate.perplexity import BitsPerByte, evaluate
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.parameters import init_params
+from jaxscale.models.transformer import StackConfig, forward
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.train.evaluation import EvaluationContext
+from jaxscale.types import InputError
+
+FLOAT32 = Policy(compute="float32")
+LENGTH = 32
+MODEL = ModelConfig(
+    vocab_size=258, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32, max_length=LENGTH,
+    moe_pattern=(False, True), num_experts=4, expert_dim=16, init_std=0.2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """40 documents of 1 to 70 characters, some longer than a row, one of them not of ASCII alone."""
+    rng = np.random.default_rng(0)
+    texts = {f"{i}.txt": "".join(map(chr, rng.integers(97, 123, 1 + i * 70 // 40))) + "é" * (i == 7) for i in range(40)}
+    (tmp_path / "texts").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "texts" / name).write_text(text, encoding="utf-8")
+    return texts
+
+
+@pytest.fixture
+def data(tmp_path, texts):
+    source = TextSource(paths=(str(tmp_path / "texts"),))
+    return DataConfig(
+        sources=(source,), sequence_length=LENGTH, batch_size=8, held_out_fraction=0.6,
+        cache_directory=str(tmp_path / "cache"),
+    )  # fmt: skip
+
+
+def held_out(texts, data):
+    return [text.encode() for key, text in texts.items() if is_held_out([hash_key(key)], data.held_out_fraction)[0]]
+
+
+def naive_figures(params, documents):
+    """Each document in pieces of a row, alone, without padding, in float64 sums."""
+    nll, count = 0.0, 0
+    for document in documents:
+        tokens = np.array([*document, 256])
+        for start in range(0, len(tokens), LENGTH):
+            labels = tokens[start + 1 : start + LENGTH + 1]
+            row = np.zeros((1, LENGTH), np.int32)
+            row[0, : len(tokens[start : start + LENGTH])] = tokens[start : start + LENGTH]
+            batch = {"tokens": row, "positions": np.arange(LENGTH)[None]}
+            logits = np.asarray(FORWARD(params, batch))[0, : len(labels)].astype(np.float64)
+            probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+            nll -= np.log(probabilities[np.arange(len(labels)), labels]).sum()
+            count += len(labels)
+    return {
+        "held_out/loss": nll / count,
+        "held_out/perplexity": np.exp(nll / count),
+        "held_out/bits_per_byte": nll / np.log(2) / sum(map(len, documents)),
+    }
+
+
+FORWARD = jax.jit(lambda params, batch: forward(params, batch, config=MODEL, policy=FLOAT32)[0])
+
+
+@pytest.fixture
+def run(tmp_path, data):
+    """Arguments of `evaluate` for a run's directory with two checkpoints."""
+    config = CheckpointConfig(directory="checkpoints", save_every=1, keep_last=2)
+    checkpoints = Checkpoints(
+        dataclasses.replace(config, directory=str(tmp_path / "checkpoints")), fingerprint=dataclasses.asdict(MODEL)
+    )
+    for step in (1, 2):
+        checkpoints.save(step, {"params": init_params(MODEL, jax.random.key(step), "float32")}, {})
+    checkpoints.close()
+    return dict(
+        directory=str(tmp_path), model=MODEL, data=data, checkpoint=config, policy=FLOAT32,
+        stack=StackConfig(num_loss_chunks=2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=8, zero=3), MeshConfig(data=2, expert=2, tensor=2)], ids=["data", "data expert tensor"]
+)
+def test_figures_are_the_naive_ones_on_any_mesh(run, mesh, texts, capsys, tmp_path):
+    figures = evaluate(**run, mesh=mesh)
+    wanted = naive_figures(init_params(MODEL, jax.random.key(2), "float32"), held_out(texts, run["data"]))
+    assert figures.keys() == wanted.keys()
+    printed = capsys.readouterr().out
+    for name, value in wanted.items():
+        assert math.isclose(figures[name], value, rel_tol=2e-5), name  # float32 rounding of the forward
+        assert f"{figures[name]:.6g}" in printed
+    assert json.loads((tmp_path / "evaluation_2.json").read_text()) == {"step": 2, **figures}
+
+
+def test_evaluators_are_named_by_the_caller_and_see_the_wanted_step(run):
+    def seen(context):
+        wanted = init_params(MODEL, jax.random.key(1), "float32")
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), context.params, wanted)
+        return {"step": context.step, "same": all(jax.tree.leaves(same))}
+
+    figures = evaluate(**run, mesh=MeshConfig(data=8), step=1, evaluators={"seen": seen})
+    assert figures == {"seen/step": 1, "seen/same": True}
+
+
+def counted(evaluator):
+    """What an evaluator returns for a model that loses 2 nats on each token, and the labels it was asked for."""
+    labels = []
+
+    def sums(params, batch, key):
+        labels.extend(batch["labels"][batch["weights"] > 0].tolist())
+        weight = jnp.asarray(batch["weights"]).sum()
+        return 9 * weight, weight, {"nll": 2 * weight}
+
+    context = EvaluationContext(params=None, step=0, model=MODEL, mesh=None, sums=sums, place=lambda batch: batch)
+    return evaluator(context), labels
+
+
+def test_every_held_out_token_counts_once(data, texts):
+    documents = held_out(texts, data)
+    figures, labels = counted(BitsPerByte(data))
+    assert sorted(labels) == sorted(token for document in documents for token in [*document[1:], 256])
+    assert figures["loss"] == 2
+    assert math.isclose(figures["bits_per_byte"], 2 / math.log(2) * len(labels) / sum(map(len, documents)))
+    assert counted(BitsPerByte(data))[1] == labels
+    evaluator = BitsPerByte(data)
+    assert counted(evaluator) == counted(evaluator), "a second pass is as the first"
+
+
+def test_a_bounded_pass_takes_some_batches(data):
+    data = dataclasses.replace(data, batch_size=1)
+    whole, labels = counted(BitsPerByte(data))
+    bounded, some = counted(BitsPerByte(data, max_batches=3))
+    assert 0 < len(some) <= 3 * LENGTH < len(labels)
+    assert bounded == whole
+    assert counted(BitsPerByte(data, max_batches=10**6))[1] == labels
+
+
+def test_what_does_not_fit_is_refused(run, data, tmp_path):
+    mesh = MeshConfig(data=8)
+    with pytest.raises(InputError, match=r"held_out_fraction: given 0, expected above 0"):
+        BitsPerByte(dataclasses.replace(data, held_out_fraction=0.0))
+    with pytest.raises(InputError, match=r"BitsPerByte.max_batches: given 0"):
+        BitsPerByte(data, max_batches=0)
+    with pytest.raises(InputError, match=r"model.vocab_size: given 256"):
+        context = EvaluationContext(None, 0, dataclasses.replace(MODEL, vocab_size=256), None, None, None)
+        BitsPerByte(data)(context)
+    with pytest.raises(InputError, match=r"sequence_length <= max_length = 16"):
+        evaluate(**run | {"model": dataclasses.replace(MODEL, max_length=16)}, mesh=mesh)
+    with pytest.raises(InputError, match=r"number of devices, 8"):
+        evaluate(**run, mesh=MeshConfig(data=4))
+    with pytest.raises(InputError, match=r"one of the steps .*\[1, 2\]"):
+        evaluate(**run, mesh=mesh, step=3)
+    assert not list(tmp_path.glob("evaluation_*"))
