@@ -33,7 +33,8 @@ class TokenCache:
         offsets: int64 [num_documents + 1]; document d is tokens[offsets[d]:offsets[d + 1]].
         num_bytes: int64 [num_documents], UTF-8 bytes of the text.
         key_hashes: uint64 [num_documents].
-        fingerprint: names source, tokenizer and content.
+        fingerprint: names source, tokenizer and the state of the source's files on this machine.
+        content: names the tokens, the documents' ends and their keys; the same wherever they were read.
         directory: where the files are.
     """
 
@@ -42,6 +43,7 @@ class TokenCache:
     num_bytes: np.ndarray
     key_hashes: np.ndarray
     fingerprint: str
+    content: str
     directory: Path
 
     def keys(self) -> list[str]:
@@ -111,6 +113,7 @@ def _publish(folder: Path, target: Path) -> None:
 def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths, num_bytes, hashes = [], [], []
+    content = hashlib.sha256()
     with _writer(folder / "tokens.bin") as tokens, _writer(folder / "keys.jsonl") as keys:
         for documents in _groups(source.documents()):
             num_bytes += [_num_bytes(document) for document in documents]
@@ -118,7 +121,9 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
             lengths += map(len, ended)
             hashes += [hash_key(document.key) for document in documents]
-            tokens(np.concatenate(ended).tobytes())
+            flat = np.concatenate(ended).tobytes()
+            content.update(flat)
+            tokens(flat)
             keys("".join(json.dumps(document.key) + "\n" for document in documents).encode())
     if not lengths:
         raise InputError("DataConfig.sources", source, "at least one document with text: the corpus is empty")
@@ -126,12 +131,13 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     for name, array in arrays.items():
         with _writer(folder / f"{name}.bin") as write:
             write(array.tobytes())
-    _write_manifest(folder, np.dtype(dtype).name)
+        content.update(array.tobytes())
+    _write_manifest(folder, np.dtype(dtype).name, content.hexdigest())
 
 
-def _write_manifest(folder: Path, tokens_dtype: str) -> None:
+def _write_manifest(folder: Path, tokens_dtype: str, content: str) -> None:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    manifest = {"format": FORMAT, "tokens_dtype": tokens_dtype, "sizes_bytes": sizes}
+    manifest = {"format": FORMAT, "tokens_dtype": tokens_dtype, "content": content, "sizes_bytes": sizes}
     with _writer(folder / MANIFEST) as write:
         write(json.dumps(manifest, indent=1, sort_keys=True).encode())
 
@@ -140,7 +146,7 @@ def _open(folder: Path) -> TokenCache:
     manifest = _read_manifest(folder)
     dtypes = {"tokens": manifest["tokens_dtype"], "offsets": "int64", "num_bytes": "int64", "key_hashes": "uint64"}
     arrays = {name: np.memmap(folder / f"{name}.bin", dtype, mode="r") for name, dtype in dtypes.items()}
-    return TokenCache(**arrays, fingerprint=folder.name, directory=folder)
+    return TokenCache(**arrays, fingerprint=folder.name, content=manifest["content"], directory=folder)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

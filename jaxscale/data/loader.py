@@ -247,5 +247,6 @@ def _facts(config: DataConfig, corpora: list[Corpus]) -> dict[str, Any]:
     """Everything that decides what the global batches hold, by field of DataConfig."""
     fields = ("sequence_length", "batch_size", "held_out_fraction", "seed", "is_packed")
     weights = config.weights or (1.0,) * len(corpora)
-    sources = [corpus.cache.fingerprint for corpus in corpora]
+    # Not the cache's fingerprint: the same text may lie elsewhere, with other times, on the machine that resumes.
+    sources = [corpus.cache.content for corpus in corpora]
     return {name: getattr(config, name) for name in fields} | {"weights": list(weights), "sources": sources}

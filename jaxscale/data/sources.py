@@ -217,7 +217,7 @@ class HuggingFaceSource:
             if self.directory is None:
                 return datasets.load_dataset(self.name, self.configuration, revision=self.revision, split=self.split)
             found = datasets.load_from_disk(self.directory)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ConnectionError, ValueError) as error:
             raise InputError("HuggingFaceSource", self.directory or self.name, f"a dataset ({error})") from error
         if not isinstance(found, datasets.DatasetDict):
             return found

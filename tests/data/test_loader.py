@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -167,6 +168,13 @@ def test_state_of_another_configuration_is_refused(make_config, field, value):
     state = make_loader(make_config()).state()
     with pytest.raises(InputError, match=rf"DataConfig\.{field}.*with which the run was begun"):
         make_loader(make_config(**{field: value})).restore(state)
+
+
+def test_state_continues_where_the_same_text_lies_elsewhere(make_config, folders, tmp_path):
+    state = make_loader(make_config()).state()
+    copies = [shutil.copytree(folder, tmp_path / str(n), copy_function=shutil.copy) for n, folder in enumerate(folders)]
+    elsewhere = make_config(sources=tuple(TextSource(paths=(str(copy),)) for copy in copies))
+    make_loader(elsewhere).restore(state)
 
 
 def test_state_of_other_text_and_a_forged_state_are_refused(make_config, folders):
