@@ -10,7 +10,7 @@ from jaxscale.data.tokenizer import ByteTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Endless:
-    """Never runs out; its version is that of `Finite` in the test, so that both have one cache."""
+    """Never runs out; name and version are those of its finite twin in the test: both have one cache."""
 
     def documents(self):
         for number in range(sys.maxsize):
