@@ -1,6 +1,6 @@
-"""The peer of train_step.py: Hugging Face Llama or Mixtral, torch.compile, fused AdamW, on the same shapes; one JSON line.
+"""The peer of train_step.py: Hugging Face Llama or Mixtral with torch.compile and fused AdamW; prints one JSON line.
 
-    python experiments/bench/huggingface_step.py llama --precision autocast
+python experiments/bench/huggingface_step.py llama --precision autocast
 """
 
 import argparse
@@ -12,56 +12,51 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 LLAMA = dict(
     vocab_size=32064, hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=8,
-    intermediate_size=8192, max_position_embeddings=4096, use_cache=False,
+    intermediate_size=8192, max_position_embeddings=4096, use_cache=False, attn_implementation="sdpa",
 )  # fmt: skip
 MIXTRAL = LLAMA | dict(
-    num_hidden_layers=12, num_key_value_heads=4, intermediate_size=3200, num_local_experts=16, num_experts_per_tok=2
-)
+    num_hidden_layers=12, num_key_value_heads=4, intermediate_size=3200, num_local_experts=16, num_experts_per_tok=2,
+    experts_implementation="grouped_mm",
+)  # fmt: skip
+MODELS = {"llama": (LlamaConfig, LlamaForCausalLM, LLAMA), "mixtral": (MixtralConfig, MixtralForCausalLM, MIXTRAL)}
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", choices=MODELS)
+parser.add_argument("--precision", choices=("autocast", "bf16"), default="autocast")
+parser.add_argument("--rows", type=int, default=4)
+parser.add_argument("--length", type=int, default=4096)
+parser.add_argument("--steps", type=int, default=20)
+options = parser.parse_args()
+
+config_class, model_class, shape = MODELS[options.model]
+torch.set_default_dtype(torch.float32 if options.precision == "autocast" else torch.bfloat16)
+with torch.device("cuda"):
+    model = model_class(config_class(**shape))
+    tokens = torch.randint(0, shape["vocab_size"], (options.rows, options.length))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+compiled = torch.compile(model)
 
 
-def make_model(name, dtype):
-    """The model on the GPU, attention by torch's scaled_dot_product_attention."""
-    torch.set_default_dtype(dtype)
-    with torch.device("cuda"):
-        if name == "llama":
-            return LlamaForCausalLM(LlamaConfig(**LLAMA, attn_implementation="sdpa"))
-        return MixtralForCausalLM(
-            MixtralConfig(**MIXTRAL, attn_implementation="sdpa", experts_implementation="grouped_mm")
-        )
+def step():
+    """Forward, backward, clipping and update; returns the loss on the device."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=options.precision == "autocast"):
+        loss = compiled(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
 
 
-def main(name, precision, rows, length, num_steps):
-    """Compiles, warms up for five steps, times `num_steps` steps."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    model = make_model(name, torch.float32 if precision == "autocast" else torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    compiled = torch.compile(model)
-    tokens = torch.randint(0, LLAMA["vocab_size"], (rows, length), device="cuda")
-    times = []
-    for _ in range(num_steps + 5):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
-            loss = compiled(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    seconds = sorted(times[5:])[num_steps // 2]
-    print(json.dumps({
-        "peer": f"huggingface {name} {precision}", "ms": round(seconds * 1e3, 1), "loss": loss.item(),
-        "tokens_per_second": round(rows * length / seconds), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-    }))  # fmt: skip
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=("llama", "mixtral"))
-    parser.add_argument("--precision", choices=("autocast", "bf16"), default="autocast")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=15)
-    options = parser.parse_args()
-    main(options.model, options.precision, options.rows, options.length, options.steps)
+for _ in range(5):
+    step()
+torch.cuda.synchronize()
+began = time.perf_counter()
+for _ in range(options.steps):
+    last = step()
+torch.cuda.synchronize()
+seconds = (time.perf_counter() - began) / options.steps
+figures = {"ms": seconds * 1e3, "tokens_per_second": options.rows * options.length / seconds, "loss": last.item()}
+figures |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+peer = f"huggingface {options.model} {options.precision}"
+print(json.dumps({"peer": peer} | {name: round(value, 4) for name, value in figures.items()}))

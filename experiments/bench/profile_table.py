@@ -1,6 +1,6 @@
 """Prints where the device time of a profile goes: kernels by name, most expensive first.
 
-    python experiments/bench/profile_table.py DIRECTORY [ROWS]
+python experiments/bench/profile_table.py DIRECTORY [ROWS]
 """
 
 import collections

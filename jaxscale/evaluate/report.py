@@ -1,5 +1,6 @@
-"""Pictures of a run."""
+"""What a run came to: its loss curve, and how it stands beside counting baselines."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,49 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxscale.data.loader import DataConfig
+from jaxscale.evaluate.ngram import ngram_figures
+from jaxscale.train.metrics import read_history
+
 SMOOTHING_STEPS = 10
+
+
+class ShortfallError(RuntimeError):
+    """A run ended without what was expected of it."""
+
+
+def plot_run(directory: Path, *, held_out: str) -> None:
+    """Draws `loss.png` from a run's `metrics.jsonl`; resumes are those of `starts.jsonl`."""
+    starts = [json.loads(line)["step"] for line in (directory / "starts.jsonl").read_text().splitlines()]
+    plot_losses(read_history(directory / "metrics.jsonl"), directory / "loss.png", held_out=held_out, starts=starts[1:])
+    print(f"\nloss curve: {directory / 'loss.png'}   every step's figures: {directory / 'metrics.jsonl'}")
+
+
+def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> str:
+    """A run's held-out bits per byte beside a byte unigram's and a token bigram's, and how its experts are used.
+
+    Args:
+        directory: of the run; its evaluator of BitsPerByte is called "held_out".
+        data: as the run's.
+        margin: the model must be at least this fraction below the bigram.
+    Returns:
+        Two lines of text.
+    Raises:
+        ShortfallError: the model is not below the margin, or an expert got no token in the last step.
+    """
+    history, ngrams = read_history(directory / "metrics.jsonl"), ngram_figures(data)
+    bits = [line["held_out/bits_per_byte"] for line in history if "held_out/bits_per_byte" in line][-1]
+    loads = [line["load"] for line in history if "load" in line][-1]
+    shares = [count / sum(layer) for layer in loads for count in layer]
+    gain = 1 - bits / ngrams.token_bigram
+    text = (
+        f"held-out bits per byte: byte unigram {ngrams.byte_unigram:.3f}, Kneser-Ney bigram {ngrams.token_bigram:.3f}, "
+        f"this model {bits:.3f} ({gain:.1%} below the bigram)\n"
+        f"experts' shares of a step's tokens: {min(shares):.1%} to {max(shares):.1%}"
+    )
+    if gain < margin or min(shares) == 0:
+        raise ShortfallError(f"expected at least {margin:.0%} below the bigram and every expert used:\n{text}")
+    return text
 
 
 def plot_losses(

@@ -53,7 +53,9 @@ class History:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a history in order; a last line cut short by a kill is left out."""
+    """The lines of a history in order, none if there is no file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
     return [json.loads(line) for line in path.read_text().splitlines() if _step(line) < np.inf]
 
 

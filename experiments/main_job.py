@@ -1,0 +1,54 @@
+"""The main job: pretrain on one mesh, stop as a preempted job would, resume on another mesh, compare, plot, sample.
+
+make train        (or: python experiments/main_job.py)
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from jaxscale import config
+from jaxscale.evaluate.report import compare_with_ngrams, plot_run
+from jaxscale.train.metrics import read_history
+from jaxscale.train.pretrain import pretrain
+
+FILE = "experiments/configs/runs/main_job.gin"
+RUN = Path("runs/main_job")
+SECOND_MESH = ("mesh.data=4", "mesh.expert=1", "mesh.tensor=2", "mesh.zero=3")
+
+
+def jaxscale(verb, *overrides):
+    """Starts `jaxscale VERB FILE --set ...` as a process of its own."""
+    command = [sys.executable, "-m", "jaxscale.cli", verb, FILE, *(f"--set={override}" for override in overrides)]
+    print("\n$ jaxscale", *command[3:], flush=True)
+    return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def expect(process, status):
+    """Waits; another exit status than the expected one ends the main job."""
+    if process.wait() != status:
+        sys.exit(f"{' '.join(process.args)}: exit status {process.returncode}, expected {status}")
+
+
+def main():
+    """Runs everything from scratch."""
+    shutil.rmtree(RUN, ignore_errors=True)
+    expect(jaxscale("tokenizer"), 0)
+    run = config.load(pretrain, [FILE]).arguments
+    first = jaxscale("pretrain")
+    while first.poll() is None and len(read_history(RUN / "metrics.jsonl")) < run["train"].steps // 2:
+        time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    expect(first, 128 + signal.SIGTERM)
+    expect(jaxscale("pretrain", *SECOND_MESH), 0)
+    plot_run(RUN, held_out="held_out/loss")
+    expect(jaxscale("generate"), 0)
+    print(compare_with_ngrams(RUN, run["data"], margin=0.05))
+
+
+if __name__ == "__main__":
+    main()
