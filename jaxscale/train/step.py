@@ -40,7 +40,7 @@ def make_step(
         (loss, weight, sums), gradients = gradient(state.params, batch, key)
         scale = 1 / jnp.maximum(weight, 1)
         gradients = shards(jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients))
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         is_finite = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
         trained = shards(tree.select(state.params, region.trainable))
@@ -53,7 +53,7 @@ def make_step(
             "loss": loss * scale,
             "weight": weight,
             "gradient_norm": gradient_norm,
-            "parameter_norm": optax.global_norm(trained),
+            "parameter_norm": optax.tree.norm(trained),
             "is_finite": is_finite,
         }
         return dataclasses.replace(kept, key=state.key, is_finite=is_finite), metrics
