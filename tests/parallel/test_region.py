@@ -1,6 +1,8 @@
 """Loss and every gradient on a mesh equal the single device's, through remat, the stack, MoE and a Pallas call."""
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
+from jaxscale import tree
 from jaxscale.models.config import ModelConfig
-from jaxscale.models.parameters import init_params, parameter_table
+from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import attention
 from jaxscale.ops.precision import Policy
@@ -73,36 +76,102 @@ def make_loss(model, **stack):
 
 
 @functools.cache
-def single_device(model):
+def make_params(model):
+    """No leaf at a value that would hide it: norm scales are not 1 and biases not 0."""
+    rng = np.random.default_rng(0)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: jnp.asarray(rng.normal(path[-1].key == "scale", 0.1, p.shape)),
+        abstract_params(model, "float64"),
+    )
+
+
+@functools.cache
+def single_device(model, num_microbatches=1):
+    """Loss and gradients of the micro-batches one by one, with the plain operations, added up."""
     with jax.enable_x64(True):
-        params = init_params(model, jax.random.key(0), "float64")
-        loss = make_loss(model)
-        value, gradients = jax.jit(jax.value_and_grad(lambda p: loss(p, make_batch(), None)[0]))(params)
-    return params, value, gradients
+        run = jax.jit(jax.value_and_grad(lambda p, batch: make_loss(model)(p, batch, None)[0]))
+        parts = [
+            run(make_params(model), jax.tree.map(lambda a: a[m::num_microbatches], make_batch()))  # noqa: B023
+            for m in range(num_microbatches)
+        ]
+        return jax.tree.map(lambda *leaves: sum(leaves), *parts)
 
 
-def on_mesh(model, config, *, num_microbatches=1, **stack):
-    mesh = make_mesh(config)
+def on_mesh(model, *, num_microbatches=1, trainable=".*", remat="full", is_scanned=True, **sizes):
+    config = MeshConfig(**sizes)
+    mesh = make_mesh(config, jax.devices()[: math.prod(config.sizes)])
     specs = make_specs(parameter_table(model), config)
     operations = make_operations(config, specs, attention=pallas_attention, reduction="float64")
-    region = Region(mesh, specs, operations, num_microbatches, reduction="float64")
-    params = single_device(model)[0]
-    return jax.jit(region.gradient(make_loss(model, **stack)))(params, make_batch(), jax.random.key(1))
+    region = Region(mesh, specs, operations, num_microbatches, reduction="float64", trainable=trainable)
+    loss = make_loss(model, remat=remat, is_scanned=is_scanned)
+    return jax.jit(region.gradient(loss))(make_params(model), make_batch(), jax.random.key(1))
 
 
-def assert_equal_to_single_device(model, result):
-    _, loss, gradients = single_device(model)
-    (mesh_loss, weight, _), mesh_gradients = result
-    np.testing.assert_allclose(mesh_loss, loss, rtol=1e-12)
-    assert weight == make_batch()["weights"].sum()
-    for path, wanted in jax.tree_util.tree_leaves_with_path(gradients):
-        got = functools.reduce(lambda t, key: t[key.key], path, mesh_gradients)
-        error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
-        assert error < 1e-11, f"{jax.tree_util.keystr(path)}: {error}"
+def assert_equal_to_single_device(result, wanted):
+    (loss, weight, metrics), gradients = result
+    np.testing.assert_allclose(loss, wanted[0], rtol=1e-12)
+    valid = make_batch()["weights"].sum()
+    assert weight == valid
+    if "load" in metrics:
+        np.testing.assert_array_equal(metrics["load"].sum(1), MOE.num_active_experts * valid)
+    for (path, got), want in zip(tree.flatten(gradients).items(), jax.tree.leaves(wanted[1]), strict=True):
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error < 1e-11, f"{path}: {error}"
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize(
+    "model, settings",
+    [
+        (DENSE, dict(data=2, expert=2, tensor=2, zero=3)),
+        (MOE, dict(data=2, expert=2, tensor=2, zero=3)),
+        (MOE, dict(data=2, expert=2, tensor=2, zero=2, is_scanned=False, remat="none")),
+    ],
+    ids=["dense", "moe", "moe_unrolled"],
+)
+def test_data_expert_tensor_equal_one_device(model, settings):
+    assert_equal_to_single_device(on_mesh(model, **settings), single_device(model))
+
+
+def test_microbatches_equal_one_batch():
+    """Of unequal and, in one of them on one device, no valid tokens; gradients are sums, so nothing is averaged."""
+    result = on_mesh(DENSE, num_microbatches=2, data=2, zero=1)
+    assert_equal_to_single_device(result, single_device(DENSE))
+
+
+def test_microbatches_of_experts_equal_those_on_one_device():
+    """The balance loss is a mean over a micro-batch, so the twin is cut in micro-batches too: rows r % M."""
+    result = on_mesh(MOE, num_microbatches=2, expert=2)
+    assert_equal_to_single_device(result, single_device(MOE, 2))
+
+
+def test_frozen_parameters_have_no_gradient():
+    _, gradients = on_mesh(DENSE, trainable=".*attention/[qk]", data=2, zero=3)
+    _, wanted = single_device(DENSE)
+    attention = gradients["layers"]["0"].pop("attention")
+    for name in "qk":
+        np.testing.assert_allclose(attention.pop(name), wanted["layers"]["0"]["attention"][name], rtol=1e-9, atol=1e-14)
+    assert jax.tree.leaves((gradients, attention)) == []
+    assert set(gradients) == set(wanted)
+
+
+def test_gradients_leave_the_region_in_their_shards():
+    """ZeRO 2: a device holds its share of each gradient, and parameters whole."""
+    _, gradients = on_mesh(DENSE, data=2, zero=2)
+    for path, leaf in tree.flatten(gradients).items():
+        assert leaf.addressable_shards[0].data.size == leaf.size // 2, path
+
+
+SINGLES = [dict(data=2), dict(expert=2), dict(tensor=2), dict(data=8), dict(expert=4), dict(tensor=4)]
+PAIRS = [dict(data=2, expert=2), dict(data=2, tensor=2), dict(expert=2, tensor=2), dict(data=4, tensor=2)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("sizes", [*SINGLES, *PAIRS, dict(data=2, expert=2, tensor=2)], ids=str)
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
-def test_data_expert_tensor_equal_one_device(model, zero):
-    config = MeshConfig(data=2, expert=2, tensor=2, zero=zero)
-    assert_equal_to_single_device(model, on_mesh(model, config, is_scanned=zero == 0, remat="full"))
+def test_every_mesh_equals_one_device(model, sizes, zero):
+    if sizes.get("tensor") == 4:
+        model = dataclasses.replace(model, num_kv_heads=4)
+    if zero and "data" not in sizes:
+        pytest.skip("ZeRO has nothing to shard over without data")
+    assert_equal_to_single_device(on_mesh(model, **sizes, zero=zero), single_device(model))

@@ -1,0 +1,83 @@
+"""The mesh's configuration: each misfit is refused with the equation that fails."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.parameters import parameter_table
+from jaxscale.parallel.mesh import AXES, MeshConfig, check_batch, make_mesh
+from jaxscale.parallel.rules import make_specs
+from jaxscale.types import InputError
+
+MODEL = dict(vocab_size=64, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32,
+             max_length=16)  # fmt: skip
+
+
+def message_of(function, *arguments, **settings):
+    with pytest.raises(InputError) as error:
+        function(*arguments, **settings)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(pipeline=2), "MeshConfig.pipeline: given 2, expected 1: this axis is not available yet"),
+        (dict(sequence=4), "MeshConfig.sequence: given 4, expected 1: this axis is not available yet"),
+        (dict(data=0), "MeshConfig.data: given 0, expected a number above 0"),
+        (dict(tensor=-2), "MeshConfig.tensor: given -2, expected a number above 0"),
+        (dict(data=2.0), "MeshConfig.data: given 2.0, expected a value of type int"),
+        (dict(zero=4), "MeshConfig.zero: given 4, expected 0, 1, 2 or 3"),
+    ],
+)
+def test_a_wrong_axis_is_named(sizes, message):
+    assert message in message_of(MeshConfig, **sizes)
+
+
+@pytest.mark.parametrize("sizes, product", [((4, 1, 1), 4), ((4, 2, 2), 16)])
+def test_sizes_multiply_to_the_number_of_devices(sizes, product):
+    data, expert, tensor = sizes
+    message = message_of(make_mesh, MeshConfig(data=data, expert=expert, tensor=tensor))
+    assert "pipeline * data * expert * sequence * tensor" in message
+    assert f"1 * {data} * {expert} * 1 * {tensor} = {product} to equal the number of devices, 8" in message
+
+
+def test_tensor_neighbours_are_neighbouring_devices():
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    assert mesh.axis_names == AXES
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    np.testing.assert_array_equal(ids.reshape(4, 2), np.arange(8).reshape(4, 2))
+    assert make_mesh(MeshConfig(data=2), jax.devices()[:2]).devices.size == 2
+
+
+@pytest.mark.parametrize(
+    "change, sizes, message",
+    [
+        ({"num_heads": 6, "num_kv_heads": 6}, dict(tensor=4), "heads % tensor == 0 for layers/0/attention/"),
+        ({"num_kv_heads": 1}, dict(tensor=2), "num_kv_heads % tensor == 0 for layers/0/attention/k, but 1 % 2 = 1"),
+        ({"ffn_dim": 31}, dict(tensor=2), "ffn_dim % tensor == 0 for layers/0/ffn/down, but 31 % 2 = 1"),
+        ({"vocab_size": 63}, dict(tensor=2), "vocab_size % tensor == 0 for embedding/tokens, but 63 % 2 = 1"),
+        (
+            {"moe_pattern": (True,), "num_experts": 6, "expert_dim": 8},
+            dict(expert=4),
+            "num_experts % expert == 0 for layers/0/moe/experts/down, but 6 % 4 = 2",
+        ),
+    ],
+)
+def test_a_model_that_does_not_divide_is_refused(change, sizes, message):
+    table = parameter_table(ModelConfig(**MODEL | change))
+    text = message_of(make_specs, table, MeshConfig(**sizes))
+    assert message in text
+    assert text.startswith("MeshConfig.")
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    config = MeshConfig(data=2, expert=2, tensor=2)
+    check_batch(config, batch_size=24, length=6, num_microbatches=3)
+    assert "batch_size % (data * expert * num_microbatches) == 0, here 20 % (2 * 2 * 3) = 8" in message_of(
+        check_batch, config, batch_size=20, length=6, num_microbatches=3
+    )
+    assert "sequence_length % (sequence * tensor) == 0, here 7 % (1 * 2) = 1" in message_of(
+        check_batch, config, batch_size=24, length=7, num_microbatches=3
+    )

@@ -1,0 +1,109 @@
+"""Where each parameter, gradient and optimizer leaf lives, and what ZeRO saves."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxscale import tree
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.parameters import abstract_params, parameter_table
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.rules import make_specs, mirror_specs
+
+MODEL = ModelConfig(
+    vocab_size=64, num_layers=4, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_length=16,
+    moe_pattern=(False, True), num_experts=4, expert_dim=32, num_dense_prefix=2,
+)  # fmt: skip
+BIASES = dataclasses.replace(MODEL, use_bias=True)
+SIZES = dict(data=2, expert=2, tensor=2)
+
+
+def specs_by_path(role, model=MODEL, **sizes):
+    return tree.flatten(getattr(make_specs(parameter_table(model), MeshConfig(**sizes)), role))
+
+
+@pytest.mark.parametrize(
+    "path, spec",
+    [
+        ("embedding/tokens", ("tensor", None)),
+        ("head/weights", ("tensor", None)),
+        ("layers/0/attention/q", ("pipeline", None, "tensor", None)),
+        ("layers/0/attention/k", ("pipeline", None, "tensor", None)),
+        ("layers/0/attention/o", ("pipeline", "tensor", None, None)),
+        ("layers/0/attention/q_bias", ("pipeline", "tensor", None)),
+        ("layers/0/attention/o_bias", ("pipeline", None)),
+        ("layers/0/attention/norm/scale", ("pipeline", None)),
+        ("layers/0/ffn/down", ("pipeline", "tensor", None)),
+        ("layers/1/moe/experts/up", ("pipeline", "expert", None, "tensor")),
+        ("layers/1/moe/experts/down", ("pipeline", "expert", "tensor", None)),
+        ("layers/1/moe/router", ("pipeline", None, None)),
+        ("prefix/1/ffn/up", (None, "tensor")),
+        ("final_norm/scale", (None,)),
+    ],
+)
+def test_dense_rules(path, spec):
+    assert specs_by_path("parameters", BIASES, **SIZES)[path] == PartitionSpec(*spec)
+
+
+@pytest.mark.parametrize(
+    "path, spec",
+    [
+        ("embedding/tokens", ("tensor", "data")),
+        ("layers/0/attention/q", ("pipeline", "data", "tensor", None)),
+        ("layers/0/attention/q_bias", ("pipeline", "tensor", "data")),
+        ("layers/1/moe/experts/up", ("pipeline", "expert", "data", "tensor")),
+        ("layers/1/moe/router", ("pipeline", "data", None)),
+        ("final_norm/scale", ("data",)),
+    ],
+)
+def test_zero_takes_the_largest_free_dim_and_never_the_layers(path, spec):
+    assert specs_by_path("optimizer", BIASES, **SIZES)[path] == PartitionSpec(*spec)
+
+
+def test_a_leaf_without_a_free_dim_that_divides_stays_whole():
+    assert specs_by_path("parameters", BIASES, **SIZES, zero=3)["layers/0/ffn/up_bias"] == PartitionSpec(
+        "pipeline", "tensor"
+    )
+    assert specs_by_path("parameters", data=3, zero=3)["final_norm/scale"] == PartitionSpec(None)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_each_level_shards_one_role_more(zero):
+    dense = specs_by_path("parameters", **SIZES, zero=0)
+    for level, role in ((1, "optimizer"), (2, "gradients"), (3, "parameters")):
+        specs = specs_by_path(role, **SIZES, zero=zero)
+        assert (specs == dense) == (zero < level), role
+        assert all("data" in spec for spec in specs.values()) == (zero >= level), role
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_bytes_on_a_device(zero):
+    """Read off the arrays' shards: 4 bytes a parameter, split over tensor and expert, and over data by ZeRO."""
+    config = MeshConfig(**SIZES, zero=zero)
+    mesh, specs = make_mesh(config), make_specs(parameter_table(MODEL), config)
+    dense = specs_by_path("parameters", **SIZES, zero=0)
+    table = tree.flatten(parameter_table(MODEL))
+    shards = {path: 2 ** sum(axis in spec for axis in ("tensor", "expert")) for path, spec in dense.items()}
+    split = sum(4 * math.prod(table[path].shape) // shards[path] for path in table)
+    for level, role in ((1, specs.optimizer), (2, specs.gradients), (3, specs.parameters)):
+        arrays = jax.tree.map(
+            lambda leaf, spec: jax.device_put(jnp.zeros(leaf.shape), NamedSharding(mesh, spec)),
+            abstract_params(MODEL, "float32"),
+            role,
+        )
+        on_first = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(arrays))
+        assert on_first == (split // 2 if zero >= level else split)
+
+
+def test_optimizer_leaves_live_where_their_parameter_does():
+    params = abstract_params(MODEL, "float32")
+    specs = make_specs(parameter_table(MODEL), MeshConfig(**SIZES, zero=1)).optimizer
+    state = jax.eval_shape(optax.adamw(1e-3).init, params)
+    mirrored = mirror_specs(state, params, specs)
+    assert mirrored[0].mu == mirrored[0].nu == specs
+    assert mirrored[0].count == PartitionSpec()

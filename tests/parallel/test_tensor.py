@@ -1,0 +1,78 @@
+"""The vocabulary-parallel look-up and loss, value and gradient, against one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxscale.ops import loss
+from jaxscale.parallel import tensor
+from jaxscale.parallel.mesh import AXES, TENSOR, MeshConfig, make_mesh
+
+B, T, V, D, SHARDS = 2, 8, 12, 6, 4
+RNG = np.random.default_rng(0)
+OWN = P(None, TENSOR)  # residual and figures of the own tokens
+
+
+def on_mesh(function, in_specs, out_specs):
+    mesh = make_mesh(MeshConfig(tensor=SHARDS), jax.devices()[:SHARDS])
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+
+
+def test_look_up():
+    with jax.enable_x64(True):
+        table, tokens = jnp.asarray(RNG.normal(size=(V, D))), jnp.asarray(RNG.integers(0, V, (B, T)))
+        cotangent = jnp.asarray(RNG.normal(size=(B, T, D)))
+
+        def both(embed, table, tokens, cotangent):
+            x, pullback = jax.vjp(lambda t: embed(t, tokens), table)
+            return x, pullback(cotangent)[0]
+
+        run = on_mesh(functools.partial(both, tensor.embed), (P(TENSOR), P(), OWN), (OWN, P(TENSOR)))
+        wanted = both(lambda table, tokens: table[tokens], table, tokens, cotangent)
+        jax.tree.map(np.testing.assert_allclose, run(table, tokens, cotangent), wanted)
+
+
+def test_token_loss():
+    """With logits whose exponential overflows and a label on every shard."""
+    with jax.enable_x64(True):
+        logits = jnp.asarray(RNG.normal(size=(B, T, V))) * jnp.array([1, 1, 10, 100, 1e3, 1e4, 1e5, 0])[:, None]
+        labels = jnp.asarray(RNG.permutation(np.arange(B * T) % V).reshape(B, T))
+        cotangents = tuple(jnp.asarray(RNG.normal(size=(B, T))) for _ in range(2))
+
+        def both(token_loss, logits, labels, cotangents):
+            values, pullback = jax.vjp(lambda x: token_loss(x, labels), logits)
+            return values, pullback(cotangents)[0]
+
+        columns = P(None, None, TENSOR)
+        run = on_mesh(functools.partial(both, tensor.token_loss), (columns, P(), OWN), (OWN, columns))
+        wanted = both(loss.token_loss, logits, labels, cotangents)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
+            run(logits, labels, cotangents),
+            wanted,
+        )
+
+
+def test_enter_and_exit_are_each_other_s_transpose():
+    """<enter(x), y> = <x, exit(y)>, summed over the group; a bare psum would give this times the axis size."""
+    x, y = jnp.asarray(RNG.normal(size=(B, T, D))), jnp.asarray(RNG.normal(size=(SHARDS, B, T, D)))
+
+    def products(x, y):
+        entered, pullback = jax.vjp(tensor.enter, x)
+        left = (entered * y[0]).sum()
+        right = (x * tensor.exit(y[0])).sum()
+        error = jnp.abs(pullback(y[0])[0] - tensor.exit(y[0])).max()
+        return lax.psum(left, AXES), lax.psum(right, AXES), lax.psum(error, AXES)
+
+    left, right, error = on_mesh(products, (OWN, P(TENSOR)), P())(x, y)
+    np.testing.assert_allclose(left, right, rtol=1e-4)
+    assert error < 1e-6
+
+
+def test_own_tokens_partition_the_sequence():
+    x = jnp.arange(B * T).reshape(B, T)
+    np.testing.assert_array_equal(on_mesh(tensor.own, (P(),), OWN)(x), x)
