@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, by optax."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -18,12 +19,12 @@ class OptimizerConfig:
     """An optimizer with its schedule.
 
     Args:
-        name: "adamw" (arXiv 1711.05101), "muon" (Jordan 2024; matrices by Newton-Schulz, the rest by AdamW) or "lion"
-            (arXiv 2302.06675).
+        name: "adamw" (arXiv 1711.05101), "muon" (Jordan 2024; matrices by Newton-Schulz, the rest by AdamW, both
+            with Nesterov momentum) or "lion" (arXiv 2302.06675).
         learning_rate: peak.
         schedule: after the warm-up, "cosine" or "linear" down to the end, or "wsd" (arXiv 2404.06395): constant, then
             linear over the last `decay_fraction`.
-        warmup_steps: linear from 0.
+        warmup_steps: linear up to the peak, which the last of them has; the first step's rate is above 0.
         final_fraction: learning rate at the last step over the peak.
         decay_fraction: share of all steps in which "wsd" decays.
         beta1: decay of the first moment (Muon: its momentum).
@@ -59,28 +60,37 @@ class OptimizerConfig:
             raise InputError("OptimizerConfig.final_fraction, decay_fraction", given, "fractions from 0 to 1")
         if self.clip_norm is not None:
             check_positive("OptimizerConfig.clip_norm", self.clip_norm)
+        check_pattern("OptimizerConfig.decayed", self.decayed)
+
+
+def check_pattern(parameter: str, pattern: str) -> None:
+    """Raises InputError unless `pattern` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(parameter, pattern, f"a regular expression ({error})") from None
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step.
+    """Learning rate by the number of finished steps: the last step, at `steps` - 1, has the final one.
 
     Raises:
         InputError: the warm-up (and for "wsd" the decay) does not fit in `steps`.
     """
-    decay = round(config.decay_fraction * steps) if config.schedule == "wsd" else steps - config.warmup_steps
-    constant = steps - config.warmup_steps - decay
-    if constant < 0 or decay < 0:
-        raise InputError(
-            "OptimizerConfig.warmup_steps", config.warmup_steps, f"warmup_steps + decay steps <= steps = {steps}"
-        )
-    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = config.warmup_steps
+    decay = round(config.decay_fraction * steps) if config.schedule == "wsd" else 0
+    if warmup + decay > steps:
+        expected = f"warmup_steps + decay steps <= steps, but {warmup} + {decay} > {steps}"
+        raise InputError("OptimizerConfig.warmup_steps", warmup, expected)
+    peak = config.learning_rate
+    last_at_peak = max((steps - decay if config.schedule == "wsd" else warmup) - 1, 0)
+    falling = max(steps - 1 - last_at_peak, 1)
     if config.schedule == "cosine":
-        fall = optax.cosine_decay_schedule(peak, max(decay, 1), config.final_fraction)
+        fall = optax.cosine_decay_schedule(peak, falling, config.final_fraction)
     else:
-        fall = optax.linear_schedule(peak, final, max(decay, 1))
-    rise = optax.linear_schedule(peak / max(config.warmup_steps, 1), peak, max(config.warmup_steps - 1, 1))
-    boundaries = [config.warmup_steps, config.warmup_steps + constant]
-    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], boundaries)
+        fall = optax.linear_schedule(peak, peak * config.final_fraction, falling)
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, last_at_peak])
 
 
 def make_optimizer(config: OptimizerConfig, *, steps: int, dims: Any) -> optax.GradientTransformation:
@@ -104,12 +114,13 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, dims: Any) -> optax.G
     elif config.name == "lion":
         optimizer = optax.lion(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay_mask)
     else:
-        optimizer = muon(
-            schedule, beta=config.beta1, weight_decay=config.weight_decay, weight_decay_mask=decay_mask,
-            adam_b1=config.beta1, adam_b2=config.beta2, adam_eps_root=0.0, eps=config.epsilon,
-            adam_weight_decay=config.weight_decay, consistent_rms=0.2,
+        # muon's own AdamW takes no mask for its decay, so decay and rate come after it; -1 undoes its sign.
+        direction = muon(
+            -1.0, beta=config.beta1, adam_b1=config.beta1, adam_b2=config.beta2, eps=config.epsilon, consistent_rms=0.2,
             muon_weight_dimension_numbers=lambda params: _matrix_dims(params, dims),
         )  # fmt: skip
+        decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
+        optimizer = optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
     if config.clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

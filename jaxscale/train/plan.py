@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import optax
@@ -18,7 +17,7 @@ from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.rules import make_specs
 from jaxscale.train.losses import NextTokenLoss
-from jaxscale.train.optim import OptimizerConfig, make_optimizer
+from jaxscale.train.optim import OptimizerConfig, check_pattern, make_optimizer
 from jaxscale.train.state import TrainState, abstract_state
 from jaxscale.types import InputError, check_positive, check_types
 
@@ -54,10 +53,7 @@ class TrainConfig:
             check_positive(f"TrainConfig.{name}", getattr(self, name))
         if self.profile_steps and not 0 <= self.profile_steps[0] < self.profile_steps[1] <= self.steps:
             raise InputError("TrainConfig.profile_steps", self.profile_steps, f"0 <= first < second <= {self.steps}")
-        try:
-            re.compile(self.trainable)
-        except re.error as error:
-            raise InputError("TrainConfig.trainable", self.trainable, f"a regular expression ({error})") from None
+        check_pattern("TrainConfig.trainable", self.trainable)
 
 
 @dataclasses.dataclass(frozen=True)
