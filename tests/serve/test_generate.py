@@ -11,7 +11,7 @@ import pytest
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.tokenizer import ByteTokenizer, TokenizerConfig
 from jaxscale.models.config import ModelConfig
-from jaxscale.models.parameters import init_params
+from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import forward
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.generate import PADDING, advance, empty_caches, generate, generate_tokens
@@ -22,9 +22,8 @@ FLOAT32 = Policy(compute="float32")
 TOLERANCE = 2e-5  # float32 rounding of logits of size 1, summed in another order
 GREEDY = SamplingConfig(temperature=0)
 SMALL = dict(
-    vocab_size=61, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=4, head_dim=8, ffn_dim=32, max_length=32,
-    init_std=0.3,
-)  # fmt: skip
+    vocab_size=61, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=4, head_dim=8, ffn_dim=32, max_length=32
+)
 MODELS = {
     "dense": ModelConfig(**SMALL),
     "grouped queries, window, qk norm": ModelConfig(
@@ -44,7 +43,11 @@ PROMPTS = [[7, 3, 9, 60, 1], [5], [2, 2, 8]]
 
 @functools.cache
 def params_of(config):
-    return jax.jit(lambda: init_params(config, jax.random.key(1), "float32"))()
+    """Normal draws by numpy: to compile `init_params` takes longer than all else here."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype), abstract_params(config, "float32")
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -68,7 +71,7 @@ def test_cached_logits_equal_full_forward_logits(config):
     pads = [width - len(prompt) for prompt in PROMPTS]
     tokens = np.asarray([[0] * pad + row for pad, row in zip(pads, rows, strict=True)])
     positions = np.asarray([[PADDING] * pad + list(range(len(row))) for pad, row in zip(pads, rows, strict=True)])
-    run = jax.jit(lambda *arguments: advance(params, *arguments, config=config, policy=FLOAT32))
+    run = functools.partial(jax.jit(functools.partial(advance, config=config, policy=FLOAT32)), params)
     logits, caches = run(tokens[:, :width], positions[:, :width], empty_caches(config, 3, width + steps, "float32"))
     cached = [logits]
     for i in range(width, width + steps):
