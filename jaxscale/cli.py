@@ -52,10 +52,11 @@ VERBS = {
 
 EXAMPLES = """\
 examples:
-  jaxscale inspect  experiments/configs/runs/tiny.gin
-  jaxscale pretrain experiments/configs/runs/tiny.gin --set directory=runs/tiny --set train.steps=100
-  jaxscale pretrain runs/tiny/config.gin             # the configuration that a run leaves behind repeats it
-  jaxscale generate experiments/configs/runs/sample.gin --set 'prompt="Once upon"'
+  jaxscale inspect experiments/configs/runs/main_job.gin
+  jaxscale tokenizer experiments/configs/runs/main_job.gin
+  jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
+  jaxscale pretrain runs/main_job/config.gin --set directory=runs/again    # repeats a run from what it left behind
+  jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
 
 --set FIELD=VALUE            a parameter of the verb's function
 --set NAME.FIELD=VALUE       a field of the configuration that its parameter NAME holds, and so on inwards
