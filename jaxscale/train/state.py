@@ -15,6 +15,9 @@ from jaxscale.models.parameters import abstract_params, init_params
 from jaxscale.parallel.rules import Specs, mirror_specs
 from jaxscale.types import Params
 
+# The generator is slow to optimise (seconds a leaf on a CPU) and runs once.
+RUNS_ONCE = {"xla_backend_optimization_level": 0}
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "key", "is_finite"], meta_fields=[]
@@ -73,4 +76,5 @@ def init_state(
         opt_state = optimizer.init(tree.select(params, trainable))
         return TrainState(jnp.int32(0), params, opt_state, jax.random.fold_in(key, 1), jnp.bool_(True))
 
-    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(init, out_shardings=shardings, compiler_options=RUNS_ONCE)()
