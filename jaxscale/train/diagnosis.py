@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxscale import tree
 from jaxscale.parallel.region import Region
@@ -23,7 +24,7 @@ def first_non_finite(loss_fn: NextTokenLoss, region: Region, params: Params, bat
         key: the step's key.
     Returns:
         The path of a parameter, else of a tensor of the forward ("layers/0/q, layer 3 of its stack"), else "loss",
-        else of a gradient.
+        else of a gradient, else their norm.
     """
     for path, leaf in tree.flatten(params).items():
         if not bool(jnp.isfinite(leaf).all()):
@@ -41,6 +42,8 @@ def first_non_finite(loss_fn: NextTokenLoss, region: Region, params: Params, bat
     for path, leaf in tree.flatten(gradients).items():
         if not bool(jnp.isfinite(leaf).all()):
             return f"gradient of {path}"
+    if not bool(jnp.isfinite(optax.tree.norm(gradients))):
+        return "the gradients' norm, though every gradient is finite"
     return "nothing: this time every tensor was finite"
 
 

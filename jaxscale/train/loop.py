@@ -4,12 +4,12 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
 from jaxscale.train.metrics import Reporter, Speed
+from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import TrainState
 from jaxscale.types import Batch
 
@@ -79,8 +79,7 @@ class Loop:
         evaluate_every: steps between evaluations; the last step is always evaluated.
         diagnose: (state, batch) -> name of the first tensor that is not finite.
         preemption: says when a signal asks for the end.
-        profile_steps: the profiler runs from the first number of finished steps to the second; None for never.
-        profile_directory: where the profile goes.
+        profiler: records a window of steps.
     """
 
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -95,8 +94,7 @@ class Loop:
     evaluate_every: int
     diagnose: Callable[[TrainState, Batch], str]
     preemption: Any
-    profile_steps: tuple[int, int] | None
-    profile_directory: Path
+    profiler: Profiler
 
     def run(self, state: TrainState) -> Outcome:
         """Trains from `state` (donated) to the last step or a signal; the end is always a committed checkpoint.
@@ -106,18 +104,18 @@ class Loop:
         """
         pending = None
         for step in range(int(state.step) + 1, self.steps + 1):
-            self._profile(step - 1, state)
+            self.profiler.update(step - 1, state)
             state, started = self._start(state, step)
             self._report(pending, state)
             pending = started
             if step == self.steps or step % self.evaluate_every == 0 or step % self.save_every == 0:
                 self._report(pending, state)
                 pending = None
-                self._save_and_evaluate(state, step)
+                self._evaluate_and_save(state, step)
             if self.preemption.is_requested():
                 break
         self._report(pending, state)
-        self._profile(self.steps, state)
+        self.profiler.close()
         self.checkpoints.save(int(state.step), state, self.loader.state(), force=True)
         self.checkpoints.wait()
         return Outcome(int(state.step), self.preemption.received)
@@ -152,23 +150,14 @@ class Loop:
             f"first non-finite: {name}; the state after step {pending.step - 1} is saved"
         )
 
-    def _save_and_evaluate(self, state: TrainState, step: int) -> None:
-        self.checkpoints.save(step, state, self.loader.state())
+    def _evaluate_and_save(self, state: TrainState, step: int) -> None:
+        """In this order: a committed step has all its figures in the history."""
         if step % self.evaluate_every == 0 or step == self.steps:
             figures = self.evaluate(state.params, step)
             for reporter in self.reporters if figures else ():
                 reporter.report(step, figures)
             self.speed.figures()  # restarts the clock: evaluation is not training time
-
-    def _profile(self, finished: int, state: TrainState) -> None:
-        """Starts and stops the profiler at its window's edges, with the devices idle at both."""
-        if self.profile_steps is None or finished not in self.profile_steps:
-            return
-        jax.block_until_ready(state)
-        if finished == self.profile_steps[0]:
-            jax.profiler.start_trace(str(self.profile_directory))
-        else:
-            jax.profiler.stop_trace()
+        self.checkpoints.save(step, state, self.loader.state())
 
 
 def _host_value(value: Any) -> Any:

@@ -43,8 +43,8 @@ class History:
 
     def report(self, step: int, figures: Mapping[str, Any]) -> None:
         """Appends a line; evaluations of a step are a line of their own."""
-        values = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in figures.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **figures}, default=lambda value: np.asarray(value).tolist())
+        self._file.write(line + "\n")
         self._file.flush()
 
     def close(self) -> None:

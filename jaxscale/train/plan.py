@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from jaxscale import tree
 from jaxscale.data.loader import DataConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import parameter_table
@@ -75,6 +76,9 @@ def check_fit(
         raise InputError(
             "DataConfig.sequence_length", data.sequence_length, f"sequence_length <= max_length = {model.max_length}"
         )
+    if not tree.flatten(tree.select(parameter_table(model), train.trainable)):
+        paths = ", ".join(tree.flatten(parameter_table(model)))
+        raise InputError("TrainConfig.trainable", train.trainable, f"a pattern that matches one of {paths}")
     check_batch(mesh, batch_size=data.batch_size, length=data.sequence_length, num_microbatches=train.num_microbatches)
     parts = stack.num_loss_chunks * mesh.tensor
     if data.sequence_length % parts:

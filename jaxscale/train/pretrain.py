@@ -1,5 +1,6 @@
 """`pretrain`: one gin file to a trained model, from scratch or from where the last run stopped."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -30,10 +31,11 @@ from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, Tensor
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import Plan, TrainConfig, make_plan
 from jaxscale.train.preemption import Preemption
+from jaxscale.train.profiler import Profiler
 from jaxscale.train.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train.state import TrainState, init_state
 from jaxscale.train.step import make_step
-from jaxscale.types import Batch, Params
+from jaxscale.types import Batch, InputError, Params
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +71,10 @@ def pretrain(
     check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
     checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
     loader = make_loader(data, split="train", process_index=jax.process_index(), process_count=jax.process_count())
-    checkpoints.check_writable()
     run = Path(directory)
     with Preemption() as preemption:
         state = _restore_or_start(plan, checkpoints, loader, model, train)
+        checkpoints.check_writable()
         _write_run_files(run, int(state.step))
         loop = Loop(
             step_fn=make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state),
@@ -87,15 +89,12 @@ def pretrain(
             evaluate_every=train.evaluate_every,
             diagnose=functools.partial(_diagnose, plan),
             preemption=preemption,
-            profile_steps=train.profile_steps,
-            profile_directory=run / "profile",
+            profiler=Profiler(train.profile_steps, run / "profile"),
         )
-        try:
+        with contextlib.ExitStack() as exit_stack:  # closes each, whichever of them fails
+            for resource in (checkpoints, *loop.reporters, loop.profiler):
+                exit_stack.callback(resource.close)
             return loop.run(state)
-        finally:
-            for reporter in loop.reporters:
-                reporter.close()
-            checkpoints.close()
 
 
 def _restore_or_start(plan: Plan, checkpoints: Checkpoints, loader: Any, model: ModelConfig, train: TrainConfig):
@@ -109,14 +108,20 @@ def _restore_or_start(plan: Plan, checkpoints: Checkpoints, loader: Any, model: 
     if train.init_from is None:
         return state
     config = CheckpointConfig(directory=train.init_from, save_every=1, keep_last=1)
-    source = Checkpoints(config, fingerprint=dataclasses.asdict(model))
-    return dataclasses.replace(state, params=source.restore_params(plan.state.params))
+    with contextlib.closing(Checkpoints(config, fingerprint=dataclasses.asdict(model))) as source:
+        if source.latest_step() is None:
+            raise InputError("TrainConfig.init_from", train.init_from, "a folder with a checkpoint; there is none")
+        return dataclasses.replace(state, params=source.restore_params(plan.state.params))
 
 
 def _write_run_files(directory: Path, step: int) -> None:
     """What a rerun needs: the configuration, and a line for each start with versions and command."""
+    if jax.process_index() != 0:
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.gin").write_text(operative_config())
+    temporary = directory / "config.gin.tmp"  # renamed when whole: a full disk must not cost the old one
+    temporary.write_text(operative_config())
+    temporary.replace(directory / "config.gin")
     start = {
         "step": step,
         "command": sys.argv,

@@ -1,4 +1,4 @@
-"""What must be set before JAX first touches a device: platform, virtual devices, determinism, compile cache."""
+"""What must be set before JAX first touches a device: platform, virtual devices, determinism and flags."""
 
 import dataclasses
 import os

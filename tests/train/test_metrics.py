@@ -1,0 +1,119 @@
+"""The history survives kills and resumes; figures of speed; TensorBoard's file."""
+
+import json
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from jaxscale.train import metrics
+from jaxscale.train.metrics import History, ProgressBar, Speed, TensorBoard, peak_flops, read_history
+
+
+def write(path, steps, first=0):
+    history = History(path, first)
+    for step in steps:
+        history.report(step, {"loss": 1 / step})
+    history.close()
+
+
+def steps_of(path):
+    return [line["step"] for line in read_history(path)]
+
+
+def test_floats_read_back_bit_identical(tmp_path):
+    values = [float(np.float32(x)) for x in (0.1, 1 / 3, 1e-38, 3.4e38, math.pi)]
+    history = History(tmp_path / "metrics.jsonl", 0)
+    history.report(1, {str(i): value for i, value in enumerate(values)})
+    history.close()
+    (line,) = read_history(tmp_path / "metrics.jsonl")
+    assert [line[str(i)] for i in range(len(values))] == values
+
+
+def test_arrays_of_any_kind_are_written(tmp_path):
+    """Evaluators return what they like."""
+    history = History(tmp_path / "metrics.jsonl", 0)
+    history.report(1, {"load": np.float32([[1, 2]]), "a": np.float32(0.5), "b": jax.numpy.int32(3), "c": True})
+    history.close()
+    assert read_history(tmp_path / "metrics.jsonl") == [{"step": 1, "load": [[1, 2]], "a": 0.5, "b": 3, "c": True}]
+
+
+def test_a_resumed_history_drops_the_steps_that_run_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 8))
+    write(path, range(6, 9), first=5)
+    assert steps_of(path) == [1, 2, 3, 4, 5, 6, 7, 8]
+    write(path, [1], first=0)
+    assert steps_of(path) == [1]
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out_and_then_overwritten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3])
+    path.write_text(path.read_text()[:-9])
+    assert steps_of(path) == [1, 2]
+    write(path, [3, 4], first=3)
+    assert steps_of(path) == [1, 2, 3, 4]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_no_history_reads_as_none(tmp_path):
+    assert read_history(tmp_path / "absent.jsonl") == []
+
+
+def test_a_reader_sees_every_reported_step_at_once(tmp_path):
+    history = History(tmp_path / "metrics.jsonl", 0)
+    history.report(1, {"loss": 2.0})
+    assert steps_of(tmp_path / "metrics.jsonl") == [1]
+    history.close()
+
+
+def test_speed_and_mfu(monkeypatch):
+    """1,000 tokens of 989e9 FLOPs in half a second on two H200 are 989 TFLOP/s a device: the whole peak."""
+    memory = {"peak_bytes_in_use": 5}
+    device = types.SimpleNamespace(device_kind="NVIDIA H200", memory_stats=lambda: memory)
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(metrics.jax, "device_count", lambda: 2)
+    clock = iter([10.0, 10.5])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    speed = Speed(tokens_per_step=1000, flops_per_token=989e9, _last=metrics.time.perf_counter())
+    assert speed.figures() == pytest.approx(
+        dict(seconds=0.5, tokens_per_second=2000, tflops_per_device=989, mfu=1.0, peak_memory_bytes=5)
+    )
+
+
+def test_no_mfu_where_the_peak_is_not_known():
+    assert peak_flops() is None
+    assert "mfu" not in Speed(1, 1.0).figures()
+
+
+def read_scalars(directory):
+    """(tag, step, value) of each scalar in a TensorBoard file: length, checksum, event, checksum, and so on."""
+    (path,) = directory.iterdir()
+    data, scalars = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    return scalars
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+    writer = TensorBoard(tmp_path, 0)
+    writer.report(1, {"loss": 2.5, "load": np.ones((2, 4))})
+    writer.report(2, {"held_out/loss": 1.5})
+    writer.close()
+    assert read_scalars(tmp_path) == [("loss", 1, 2.5), ("held_out/loss", 2, 1.5)]
+
+
+def test_the_bar_shows_step_and_figures(capsys):
+    bar = ProgressBar(10, 4)
+    bar.report(5, {"loss": 2.345678, "tokens_per_second": 12345.6, "mfu": 0.5, "gradient_norm": 1.0})
+    bar.report(5, {"held_out/loss": 9.0})
+    bar.close()
+    shown = capsys.readouterr().err
+    assert "5/10" in shown and "loss=2.346" in shown and "tokens/s=12,346" in shown and "mfu=50.0%" in shown
