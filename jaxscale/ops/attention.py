@@ -140,7 +140,8 @@ def cudnn(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
     """cuDNN's fused attention (float16 or bfloat16 on NVIDIA GPUs); documents go through a dense mask.
 
     Raises:
-        InputError: soft-cap, keys other than the queries' own tokens, or a head dim that cuDNN does not take.
+        InputError: soft-cap, keys other than the queries' own tokens, documents in an odd T, or a head dim that cuDNN
+            does not take.
     """
     refusal = _cudnn_refusal(q, context)
     if refusal:
@@ -161,6 +162,8 @@ def _cudnn_refusal(q: Array, context: AttentionContext) -> str | None:
         return "a backend with soft-cap (cuDNN has none)"
     if not context.is_aligned:
         return "a backend that takes keys at other positions than the queries'"
+    if context.segments is not None and q.shape[1] % 2:
+        return f"T % 2 == 0 where rows hold documents, but T = {q.shape[1]}"
     if q.shape[3] % 8 or q.shape[3] > 256:
         return f"head_dim % 8 == 0 and head_dim <= 256, but head_dim = {q.shape[3]}"
     return None

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxscale import tree
 from jaxscale.models.config import ModelConfig
-from jaxscale.models.parameters import abstract_params, init_params
+from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import StackConfig, Transformer, forward
 from jaxscale.ops.precision import Policy
 from jaxscale.train.losses import NextTokenLoss
@@ -31,7 +31,13 @@ DENSE = ModelConfig(
 
 @functools.cache
 def make_params(model=MODEL):
-    return jax.jit(functools.partial(init_params, model, dtype="float32"))(jax.random.key(0))
+    """Waves, so that no random generator and no value such as 0 or 1 is in the golden numbers."""
+
+    def wave(path, leaf):
+        phase = sum(map(ord, jax.tree_util.keystr(path))) + np.arange(np.prod(leaf.shape)).reshape(leaf.shape)
+        return jnp.asarray(0.2 * np.sin(1.7 * phase + phase**2 % 11) + (path[-1].key == "scale"), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(wave, abstract_params(model, "float32"))
 
 
 def make_batch():
@@ -61,7 +67,7 @@ def fingerprint(**stack):
 
 @pytest.mark.parametrize("is_scanned", [True, False])
 def test_one_step_fingerprint(is_scanned):
-    """Golden numbers of draws, loss and every gradient; 2e-5 relative covers float32 sums in another order."""
+    """Golden numbers of the loss and every gradient; 2e-5 relative covers float32 sums in another order."""
     golden, got = json.loads(GOLDEN.read_text()), fingerprint(is_scanned=is_scanned)
     assert got["loss"] == pytest.approx(golden["loss"], rel=2e-5)
     assert got["gradient_norms"] == pytest.approx(golden["gradient_norms"], rel=2e-5)
@@ -72,11 +78,10 @@ def test_one_step_fingerprint(is_scanned):
     [
         dict(remat="none"),
         dict(remat="dots"),
-        dict(remat="names", saved_names=("residual", "attention")),
         dict(remat="names", saved_names=("q",), offloaded_names=("residual",)),
         dict(remat="names", offloaded_names=("attention",), is_scanned=False),
     ],
-    ids=["none", "dots", "names", "offloaded", "offloaded_unrolled"],
+    ids=["none", "dots", "offloaded", "offloaded_unrolled"],
 )
 def test_remat_changes_no_gradient(stack):
     value, gradient = value_and_gradient(DENSE, **stack)
@@ -93,8 +98,8 @@ def test_offloaded_names_go_to_the_host():
         loss = NextTokenLoss(DENSE, FLOAT32, StackConfig(num_loss_chunks=2, **stack))
         return str(jax.make_jaxpr(jax.grad(lambda p: loss(p, make_batch(), None)[0]))(make_params(DENSE)))
 
-    assert "host" in traced(remat="names", offloaded_names=("residual",))
-    assert "host" not in traced(remat="names", saved_names=("residual",))
+    assert "device_put" in traced(remat="names", offloaded_names=("residual",))
+    assert "device_put" not in traced(remat="names", saved_names=("residual",))
 
 
 @pytest.mark.parametrize(
@@ -114,9 +119,9 @@ def test_a_wrong_setting_is_named(settings, message):
 def test_a_named_attention_backend_is_used_on_one_device():
     stack = StackConfig(attention="chunked")
     with pytest.raises(InputError, match="T % 512 == 0, but T = 16"):
-        forward(make_params(), make_batch(), config=MODEL, stack=stack)
+        jax.eval_shape(functools.partial(forward, config=MODEL, stack=stack), make_params(), make_batch())
     with pytest.raises(InputError, match="T % 512 == 0, but T = 16"):
-        NextTokenLoss(MODEL, FLOAT32, stack)(make_params(), make_batch(), None)
+        jax.eval_shape(NextTokenLoss(MODEL, FLOAT32, stack), make_params(), make_batch(), None)
 
 
 def test_the_loss_traces_on_abstract_shapes():

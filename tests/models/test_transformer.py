@@ -156,7 +156,7 @@ def test_logits_equal_the_naive_forward(name):
     np.testing.assert_allclose(logits, expected(name), atol=2e-5 * np.abs(expected(name)).max())
 
 
-@pytest.mark.parametrize("name", ["gemma", "mixture"])
+@pytest.mark.parametrize("name", ["mixture", pytest.param("gemma", marks=pytest.mark.long)])
 def test_unrolled_equals_scanned(name):
     run = jax.jit(functools.partial(forward, config=MODELS[name], policy=FLOAT32, stack=StackConfig(is_scanned=False)))
     np.testing.assert_allclose(run(make_params(name), make_batch())[0], expected(name), atol=2e-5)
@@ -169,7 +169,7 @@ def test_logits_in_bfloat16_are_near():
     np.testing.assert_allclose(logits, expected("llama"), atol=0.05 * np.abs(expected("llama")).max())
 
 
-@pytest.mark.parametrize("name", ["gemma", "mixture"])
+@pytest.mark.parametrize("name", ["mixture", pytest.param("gemma", marks=pytest.mark.long)])
 def test_a_layer_runs_over_chunks_of_the_sequence(name):
     """Layer by layer, chunk by chunk, with the three functions of a layer and a cache, as a long sequence would run."""
     config, params, batch = MODELS[name], make_params(name), make_batch()
@@ -190,7 +190,7 @@ def test_a_layer_runs_over_chunks_of_the_sequence(name):
     np.testing.assert_allclose(logits, expected(name), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixture"])
+@pytest.mark.parametrize("name", ["mixture", pytest.param("gpt2", marks=pytest.mark.long)])
 def test_a_flat_ragged_row_equals_separate_rows(name):
     lengths = (5, 3, 7, 1)
     tokens = np.random.default_rng(2).integers(0, 40, (4, 7))
@@ -225,7 +225,7 @@ def test_cached_logits_equal_the_full_forward(is_scanned):
     np.testing.assert_allclose(jnp.concatenate(logits, 1), expected("mixture"), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixture"])
+@pytest.mark.parametrize("name", ["mixture", pytest.param("llama", marks=pytest.mark.long)])
 def test_the_loss_of_one_document_has_no_gradient_in_another(name):
     """The packing leak through the whole stack, at the embeddings of the packed row."""
     config, params, batch = MODELS[name], make_params(name), make_batch()
