@@ -1,0 +1,104 @@
+"""What the README says holds: paths, commands, snippets, and which module has which paper."""
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaxscale import cli, config
+from jaxscale.data.sources import Source
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "experiments" / "results"
+ARXIV = r"\b\d{4}\.\d{4,5}\b"
+STUBBED = ("pretrain", "generate", "tokenizer")  # verbs that a snippet may call
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == language]
+
+
+def shell_lines() -> list[str]:
+    return [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+def paper_rows() -> list[tuple[list[str], str]]:
+    """arXiv numbers and place of each row of the tables of papers."""
+    rows = [line.strip("|").split("|") for line in README.splitlines() if line.startswith("|")]
+    return [(re.findall(ARXIV, row[1]), row[2].strip()) for row in rows if re.findall(ARXIV, row[1])]
+
+
+def test_the_paths_exist():
+    quoted = re.findall(r"`([\w.-]+/[\w./-]+)`", README)
+    linked = re.findall(r"\]\(([^)#:]+)\)", README)
+    named = re.findall(r"experiments/[\w./-]+\.(?:gin|py)", README)
+    paths = {path for path in [*quoted, *linked, *named] if not path.startswith("runs/")}
+    assert paths and not [path for path in sorted(paths) if not (ROOT / path).exists()]
+
+
+def test_the_tree_is_what_exists():
+    tree = next(block for block in blocks("") if block.startswith("Makefile"))
+    folder = ROOT
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = ROOT / name if name.endswith("/") else ROOT
+            names = [ROOT / each for each in (line.split() if line.startswith("Makefile") else [name])]
+        else:
+            names = [folder / name]
+        assert not [path for path in names if not path.exists()], line
+
+
+def test_the_tree_names_every_package():
+    packages = {path.parent.name for path in (ROOT / "jaxscale").glob("*/__init__.py")}
+    assert not [name for name in packages if f" {name}/" not in README and f"\n{name}/" not in README]
+
+
+def test_the_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z]+)", "\n".join(shell_lines()))) | set(re.findall(r"`make ([a-z]+)`", README))
+    assert {"train", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("jaxscale ")])
+def test_the_commands_load(line, monkeypatch):
+    """Everything up to the verb's call; what a run leaves behind cannot be asked for here."""
+    monkeypatch.chdir(ROOT)
+    options = cli._parser().parse_args(shlex.split(line)[1:])
+    verb = cli.VERBS[options.verb]
+    if not options.file.startswith("runs/"):
+        assert config.load(cli._load(verb.bound_as or verb.function), [options.file], options.set).arguments
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[-1][:40])
+def test_the_snippets_run_up_to_the_verbs_calls(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    calls = []
+    for name in STUBBED:
+        module, function = cli.VERBS[name].function.split(":")
+        original = cli._load(cli.VERBS[name].function)
+        stub = functools.wraps(original)(lambda **arguments: calls.append(arguments))
+        monkeypatch.setattr(f"{module}.{function}", stub)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert calls or isinstance(names["Lines"]("x"), Source)
+
+
+@pytest.mark.parametrize(("numbers", "place"), paper_rows(), ids=lambda value: str(value))
+def test_a_module_cites_its_papers(numbers, place):
+    if place == "planned":
+        return
+    paths = [ROOT / path for path in re.findall(r"`([^`]+)`", place)]
+    files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    text = "".join(file.read_text() for file in files)
+    assert files and not [number for number in numbers if number not in text]
+
+
+def test_every_result_says_when_where_and_how():
+    for page in RESULTS.glob("20*.md"):
+        assert re.match(r"\d{4}-\d{2}-\d{2}_\w+\.md$", page.name), page.name
+        assert not [word for word in ("Hardware", "Versions", "Command") if word not in page.read_text()], page.name
