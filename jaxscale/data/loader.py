@@ -35,7 +35,7 @@ class DataConfig:
         seed: shuffles the rows of each source anew in each epoch, and phases the mixture.
         cache_directory: where tokenised sources are kept; runs share it.
         is_packed: documents are packed into rows and attention stays within a document; otherwise they are joined end
-            to end, rows are cut every T tokens and attention crosses documents.
+            to end, rows are cut every T tokens, attention crosses documents and batches have no `segments`.
     """
 
     sources: tuple[Source, ...]
@@ -220,7 +220,10 @@ class _Rows:
         self.num_rows = self._plan.num_rows
 
     def read(self, rows: np.ndarray) -> Batch:
-        return read_rows(self._tokens, self._plan, rows, is_packed=self._is_packed)
+        batch = read_rows(self._tokens, self._plan, rows, is_packed=self._is_packed)
+        if not self._is_packed:
+            del batch["segments"]  # a row is one document to attention, whose plain causal backends are the fast ones
+        return batch
 
 
 @dataclasses.dataclass(frozen=True)

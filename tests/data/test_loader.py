@@ -92,9 +92,9 @@ def test_every_row_once_per_epoch_in_another_order(make_config, folders, is_pack
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert sorted(first) == sorted(second)
     assert first != second
-    tokens = sum(len(document) for document in corpus.token_arrays())
-    used = sum(int((batch["segments"] > 0).sum()) for batch in take(make_loader(config), loader.rows_per_epoch[0]))
-    assert used == tokens
+    predicted = sum(len(document) - 1 for document in corpus.token_arrays())
+    weight = sum(int(batch["weights"].sum()) for batch in take(make_loader(config), loader.rows_per_epoch[0]))
+    assert weight == predicted
 
 
 def test_an_epoch_holds_the_training_documents(make_config, folders):
@@ -146,9 +146,9 @@ def test_splits_do_not_share_documents_and_do_not_depend_on_the_seed(make_config
     assert len(train | held_out) == 85
 
 
-def test_positions_and_segments_without_packing(make_config):
+def test_without_packing_a_row_is_one_document(make_config):
     batch = make_loader(make_config(is_packed=False)).batch_at(0)
-    assert (batch["segments"] == 1).all()
+    assert "segments" not in batch
     assert (batch["positions"] == np.arange(32)).all()
     ends = batch["tokens"] == 256
     assert ends.any()
