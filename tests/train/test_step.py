@@ -17,6 +17,8 @@ from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import TrainConfig
 from jaxscale.types import InputError
 
+LONG = pytest.mark.long
+
 
 def run(setup, *batches, state=None):
     state = setup.start() if state is None else state
@@ -110,7 +112,7 @@ def test_a_pattern_that_trains_nothing_is_refused(make_setup):
         make_setup(trainable="attention")
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=LONG), pytest.param(2, marks=LONG), 3])
 def test_zero_levels_give_the_same_update(make_setup, make_batch, zero):
     mesh = MeshConfig(data=2, zero=zero)
     wanted, wanted_metrics = run(make_setup(mesh=MeshConfig(data=2, zero=1)), make_batch(), make_batch(1))
@@ -121,7 +123,7 @@ def test_zero_levels_give_the_same_update(make_setup, make_batch, zero):
     assert_close(got, single, 1e-6)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=LONG), 1, pytest.param(2, marks=LONG), 3])
 def test_bytes_on_a_device_are_those_that_inspect_tells(make_setup, make_batch, zero):
     """After a step: from ZeRO 1 on half of the optimizer state, with ZeRO 3 also half of the parameters."""
     setup = make_setup(mesh=MeshConfig(data=2, zero=zero))

@@ -1,0 +1,173 @@
+"""The loop with stand-ins for everything it drives: what happens when, and in which order."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxscale.train.loop import Loop, NonFiniteError, Outcome
+from jaxscale.train.metrics import Speed
+from jaxscale.train.preemption import Preemption
+from jaxscale.train.profiler import Profiler
+from jaxscale.train.state import TrainState
+
+
+@dataclasses.dataclass
+class World:
+    """Every stand-in, writing what it was asked to do into one log."""
+
+    bad_step: int = 0
+    position: int = 0
+    log: list = dataclasses.field(default_factory=list)
+    committed: dict = dataclasses.field(default_factory=dict)
+
+    # the loader
+    def __next__(self):
+        self.position += 1
+        return {"tokens": self.position}
+
+    def state(self):
+        return {"position": self.position}
+
+    # the step
+    def step(self, state, batch):
+        number = int(state.step) + 1
+        is_good = state.is_finite & (batch["tokens"] != self.bad_step)
+        self.log.append(f"step {number if is_good else 'refused'}")
+        kept = dataclasses.replace(state, step=state.step + is_good, is_finite=is_good)
+        loss = jnp.float32(1 / number if batch["tokens"] != self.bad_step else jnp.nan)
+        return kept, {"loss": loss, "gradient_norm": loss, "is_finite": is_good}
+
+    # checkpoints
+    def save(self, step, state, data_state, *, force=False):
+        self.log.append(f"save {step}{' forced' if force else ''}")
+        if force or step % 4 == 0:
+            self.committed[step] = (int(state.step), bool(state.is_finite), data_state)
+
+    def wait(self):
+        self.log.append("wait")
+
+    # the reporter
+    def report(self, step, figures):
+        names = "evaluation" if "held_out" in figures else "figures"
+        self.log.append(f"{names} of {step}")
+
+    # the evaluator and the diagnosis
+    def evaluate(self, params, step):
+        self.log.append(f"evaluate {step}")
+        return {"held_out": 1.0}
+
+    def diagnose(self, state, batch):
+        return f"tensor x of step {int(state.step) + 1}, batch {batch['tokens']}"
+
+
+def make_state(step=0):
+    return TrainState(jnp.int32(step), {"w": jnp.zeros(2)}, (), jax.random.key(0), jnp.bool_(True))
+
+
+def make_loop(world, tmp_path, *, steps=5, evaluate_every=100, window=None, preemption=None):
+    return Loop(
+        step_fn=world.step, loader=world, place=lambda batch: batch, steps=steps, checkpoints=world, save_every=4,
+        reporters=[world], speed=Speed(1, 1.0), evaluate=world.evaluate, evaluate_every=evaluate_every,
+        diagnose=world.diagnose, preemption=preemption or Preemption(), profiler=Profiler(window, tmp_path),
+    )  # fmt: skip
+
+
+def test_figures_come_one_step_late_and_before_what_is_saved(tmp_path):
+    world = World()
+    outcome = make_loop(world, tmp_path).run(make_state())
+    assert world.log == [
+        "step 1", "step 2", "figures of 1", "step 3", "figures of 2", "step 4", "figures of 3", "figures of 4",
+        "save 4", "step 5", "figures of 5", "evaluate 5", "evaluation of 5", "save 5", "save 5 forced", "wait",
+    ]  # fmt: skip
+    assert world.committed == {n: (n, True, {"position": n}) for n in (4, 5)}
+    assert outcome == Outcome(5, None) and outcome.exit_status == 0
+
+
+def test_a_step_is_evaluated_before_it_is_committed(tmp_path):
+    world = World()
+    make_loop(world, tmp_path, steps=9, evaluate_every=2).run(make_state())
+    assert [line for line in world.log if line.startswith("evaluate")] == [f"evaluate {n}" for n in (2, 4, 6, 8, 9)]
+    assert world.log.index("evaluation of 8") < world.log.index("save 8")
+
+
+def test_a_resumed_run_does_the_rest(tmp_path):
+    world = World(position=3)
+    make_loop(world, tmp_path).run(make_state(3))
+    assert [line for line in world.log if line.startswith("step")] == ["step 4", "step 5"]
+    assert [line for line in world.log if line.startswith("figures")] == ["figures of 4", "figures of 5"]
+
+
+def test_a_finished_run_does_nothing(tmp_path):
+    world = World(position=5)
+    assert make_loop(world, tmp_path).run(make_state(5)).step == 5
+    assert world.log == ["save 5 forced", "wait"]
+
+
+def test_a_signal_stops_after_the_step_with_everything_reported_and_saved(tmp_path):
+    world = World()
+
+    def step(state, batch):
+        if batch["tokens"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return world.step(state, batch)
+
+    with Preemption() as preemption:
+        loop = dataclasses.replace(make_loop(world, tmp_path, steps=9, preemption=preemption), step_fn=step)
+        outcome = loop.run(make_state())
+    assert world.log[-4:] == ["figures of 2", "figures of 3", "save 3 forced", "wait"]
+    assert world.committed == {3: (3, True, {"position": 3})}
+    assert outcome == Outcome(3, signal.SIGTERM) and outcome.exit_status == 143
+
+
+@pytest.mark.parametrize("bad_step", [1, 3, 4, 5])
+def test_a_bad_step_stops_the_run_with_the_state_before_it(tmp_path, bad_step):
+    world = World(bad_step=bad_step)
+    with pytest.raises(NonFiniteError) as error:
+        make_loop(world, tmp_path, steps=9).run(make_state())
+    message = str(error.value)
+    assert f"step {bad_step}: loss nan" in message and f"state after step {bad_step - 1} is saved" in message
+    assert f"tensor x of step {bad_step}, batch {bad_step}" in message
+    # What is saved can go on: it is not marked as broken, and the bad batch comes next.
+    before = bad_step - 1
+    assert world.committed[before] == (before, True, {"position": before})
+    assert max(world.committed) == before
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "profiled"), [(0, 9, [3, 4, 5]), (4, 9, [5]), (6, 9, []), (0, 4, [3, 4])], ids=str
+)
+def test_the_profiler_records_its_window(tmp_path, monkeypatch, start, stop, profiled):
+    """From the start, resumed within the window, resumed after it, and stopped within it."""
+    world = World(position=start)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: world.log.append(f"on {directory}"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: world.log.append("off"))
+    make_loop(world, tmp_path, steps=stop, window=(2, 5)).run(make_state(start))
+    lines = [line for line in world.log if line.startswith(("step", "on", "off"))]
+    if not profiled:
+        assert f"on {tmp_path}" not in lines
+        return
+    inside = lines[lines.index(f"on {tmp_path}") + 1 : lines.index("off")]
+    assert inside == [f"step {number}" for number in profiled]
+
+
+def test_a_profile_is_written(tmp_path):
+    profiler = Profiler((0, 1), tmp_path)
+    profiler.update(0, make_state())
+    jnp.ones(3).sum().block_until_ready()
+    profiler.update(1, make_state())
+    profiler.close()
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_figures_are_json(tmp_path):
+    """What reaches a reporter is host numbers."""
+    seen = []
+    world = World()
+    world.report = lambda step, figures: seen.append(json.dumps(figures))
+    make_loop(world, tmp_path, steps=2).run(make_state())
+    assert set(json.loads(seen[0])) >= {"loss", "gradient_norm", "tokens_per_second", "data_wait_s", "seconds"}
