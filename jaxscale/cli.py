@@ -1,11 +1,15 @@
 """The `jaxscale` command: each verb calls one function with what a gin file and `--set` give it."""
 
 import argparse
+import contextlib
 import errno
 import importlib
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 import jaxscale
 from jaxscale import config
@@ -73,13 +77,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb = VERBS[options.verb]
         function, bound_as = _load(verb.function), _load(verb.bound_as or verb.function)
-        outcome = config.run(function, [options.file], options.set, bound_as=bound_as)
+        with _news_on_stderr():
+            outcome = config.run(function, [options.file], options.set, bound_as=bound_as)
     except (InputError, OSError) as error:
         if options.debug or (isinstance(error, OSError) and error.errno not in REFUSALS):
             raise
         print(f"jaxscale {options.verb}: {_one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return getattr(outcome, "exit_status", 0)  # a run that a signal stopped says so
+
+
+class _News(logging.Handler):
+    """Writes each message once (a backend is chosen anew in every layer that is traced), above a progress bar."""
+
+    def __init__(self):
+        super().__init__()
+        self._written: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = self.format(record)
+        if message not in self._written:
+            self._written.add(message)
+            tqdm.write(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _news_on_stderr() -> Iterator[None]:
+    """Shows what the library logs: chosen backends, the peak behind MFU, resumes."""
+    logger, news = logging.getLogger("jaxscale"), _News()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(news)
+    try:
+        yield
+    finally:
+        logger.removeHandler(news)
+        logger.setLevel(level)
 
 
 def _parser() -> argparse.ArgumentParser:

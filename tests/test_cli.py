@@ -12,7 +12,7 @@ from jaxscale import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 VERB = """
-import dataclasses, errno, os
+import dataclasses, errno, logging, os
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -25,6 +25,8 @@ def verb(*, train: TrainConfig, directory: str = "", fault: str = "") -> None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     if fault == "unwritable":
         open(os.path.join(directory, "metrics"), "w")
+    for _ in range(2):
+        logging.getLogger("jaxscale.stub").info("a backend is chosen")
     print("steps", train.steps)
 """
 
@@ -46,6 +48,12 @@ def gin_file(tmp_path, monkeypatch):
 def test_overrides_reach_the_function(gin_file, capsys):
     assert cli.main(["pretrain", gin_file, "--set", "train.steps=7", "--set", "directory=x"]) == 0
     assert capsys.readouterr().out == "steps 7\n"
+
+
+def test_what_the_library_logs_is_shown_once(gin_file, capsys):
+    for _ in range(2):
+        cli.main(["pretrain", gin_file])
+        assert capsys.readouterr().err == "a backend is chosen\n"
 
 
 @pytest.mark.parametrize(
