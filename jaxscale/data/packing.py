@@ -25,6 +25,7 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
+        """Rows that the documents fill."""
         return len(self.row_offsets) - 1
 
 

@@ -149,8 +149,8 @@ def _make_reporters(directory: Path, steps: int, step: int) -> list[Reporter]:
 def _make_speed(model: ModelConfig, data: DataConfig) -> Speed:
     peak = peak_flops()
     kind = jax.local_devices()[0].device_kind
-    against = f"{peak / 1e12:.0f} TFLOP/s a device (dense bf16, {kind})" if peak else f"nothing: no peak known for {kind}"
-    logger.info("MFU is measured against %s", against)
+    against = f"measured against {peak / 1e12:.0f} TFLOP/s (dense bf16)" if peak else "left out: its peak is not known"
+    logger.info("MFU of a %s is %s", kind, against)
     flops = training_flops_per_token(model, count_parameters(model)[1], data.sequence_length)
     return Speed(data.batch_size * data.sequence_length, flops)
 

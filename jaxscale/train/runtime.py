@@ -43,7 +43,8 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
     flags = list(config.xla_flags)
     if config.is_deterministic:
         autotune = Path(directory, "autotune.txtpb").absolute()
-        is_saved = autotune.exists() and autotune.stat().st_size > 0  # a run that failed to compile leaves an empty file
+        # A run that failed to compile leaves an empty file.
+        is_saved = autotune.exists() and autotune.stat().st_size > 0
         action = "load_autotune_results_from" if is_saved else "dump_autotune_results_to"
         flags += ["--xla_gpu_deterministic_ops=true", f"--xla_gpu_{action}={autotune}"]
     present = os.environ.get("XLA_FLAGS", "").split()
