@@ -26,9 +26,9 @@ from jaxscale.types import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, STOP = 30, 7
-# What sharding changes is the order of float32 sums: measured 2e-6 in the loss after 30 steps at this size.
-LOSS_TOLERANCE = 2e-5
-PARAMETER_TOLERANCE = 2e-4
+# Sharding changes the order of float32 sums: after 30 steps at most 2e-7 of a loss and 3e-7 in a parameter were seen.
+LOSS_TOLERANCE = 2e-6
+PARAMETER_TOLERANCE = 1e-5
 OTHER_MESH = ("mesh.data=2", "mesh.expert=2", "mesh.tensor=2", "mesh.zero=3")
 
 
@@ -78,7 +78,7 @@ def start(file, directory, *overrides):
     """`pretrain` in a process of its own, with eight devices unless the environment says otherwise."""
     command = [sys.executable, "-m", "jaxscale.cli", "pretrain", str(file), f"--set=directory={str(directory)!r}"]
     command += [f"--set={override}" for override in overrides]
-    with open(f"{directory}.log", "a") as log:
+    with Path(f"{directory}.log").open("a") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
