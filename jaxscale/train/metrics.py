@@ -1,16 +1,22 @@
 """Where a run's figures go: a JSONL history, TensorBoard and the progress bar; and what they say about speed."""
 
+import contextlib
 import dataclasses
 import json
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
+
+from jaxscale.types import InputError
 
 # Dense bf16 peak per device in FLOP/s, from the vendors' data sheets (no sparsity).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "v5p": 459e12, "v6e": 918e12}
@@ -26,6 +32,15 @@ class Reporter(Protocol):
         """Flushes what is buffered."""
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises InputError where the block could not write to `path`, such as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError("directory", str(path), f"a place that can be written ({error.strerror})") from error
+
+
 class History:
     """One JSON object a line: `{"step": 7, "loss": 3.1, ...}`; floats are written so that they read back bit-identical.
 
@@ -35,21 +50,25 @@ class History:
     """
 
     def __init__(self, path: Path, step: int):
+        self._path = path
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
-        self._file = path.open("a")
+        with writing(path):
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.replace(path)
+            self._file = path.open("a")
 
     def report(self, step: int, figures: Mapping[str, Any]) -> None:
         """Appends a line; evaluations of a step are a line of their own."""
         line = json.dumps({"step": step, **figures}, default=lambda value: np.asarray(value).tolist())
-        self._file.write(line + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(line + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
@@ -67,20 +86,41 @@ def _step(line: str) -> float:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, and expert loads as histograms' place-holders: one scalar an expert."""
+    """Scalars for TensorBoard, in a file of its own for each start; written as they come, by no thread.
+
+    Args:
+        directory: where the files are.
+        step: finished steps of the state the run starts from; TensorBoard hides what earlier files have after it.
+    """
 
     def __init__(self, directory: Path, step: int):
-        self._writer = SummaryWriter(str(directory), purge_step=step + 1)
+        self._path = directory / f"events.out.tfevents.{time.time_ns()}"
+        with writing(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("xb")
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def report(self, step: int, figures: Mapping[str, Any]) -> None:
         """Writes the scalars."""
-        for name, value in figures.items():
-            if np.ndim(value) == 0:
-                self._writer.add_scalar(name, value, step)
+        scalars = {name: value for name, value in figures.items() if np.ndim(value) == 0}
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Flushes and closes."""
-        self._writer.close()
+        """Closes the file."""
+        with writing(self._path):
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        """Appends a record: length, its checksum, event, its checksum."""
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        with writing(self._path):
+            self._file.write(length + checksums[0] + data + checksums[1])
+            self._file.flush()
 
 
 class ProgressBar:

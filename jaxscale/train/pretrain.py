@@ -24,15 +24,15 @@ from jaxscale.models.parameters import count_parameters
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train import diagnosis
 from jaxscale.train.evaluation import EvaluationContext, place
 from jaxscale.train.loop import Loop, Outcome
-from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops
+from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops, writing
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import Plan, TrainConfig, make_plan
 from jaxscale.train.preemption import Preemption
 from jaxscale.train.profiler import Profiler
-from jaxscale.train.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train.state import TrainState, init_state
 from jaxscale.train.step import make_step
 from jaxscale.types import Batch, InputError, Params
@@ -118,10 +118,6 @@ def _write_run_files(directory: Path, step: int) -> None:
     """What a rerun needs: the configuration, and a line for each start with versions and command."""
     if jax.process_index() != 0:
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / "config.gin.tmp"  # renamed when whole: a full disk must not cost the old one
-    temporary.write_text(operative_config())
-    temporary.replace(directory / "config.gin")
     start = {
         "step": step,
         "command": sys.argv,
@@ -131,8 +127,13 @@ def _write_run_files(directory: Path, step: int) -> None:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
     }
-    with (directory / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(start) + "\n")
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / "config.gin.tmp"  # renamed when whole: a full disk must not cost the old one
+        temporary.write_text(operative_config())
+        temporary.replace(directory / "config.gin")
+        with (directory / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(start) + "\n")
 
 
 def _make_reporters(directory: Path, steps: int, step: int) -> list[Reporter]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from jaxscale.train import metrics
 from jaxscale.train.metrics import History, ProgressBar, Speed, TensorBoard, peak_flops, read_history
@@ -90,16 +91,22 @@ def test_no_mfu_where_the_peak_is_not_known():
     assert "mfu" not in Speed(1, 1.0).figures()
 
 
-def read_scalars(directory):
-    """(tag, step, value) of each scalar in a TensorBoard file: length, checksum, event, checksum, and so on."""
-    (path,) = directory.iterdir()
-    data, scalars = path.read_bytes(), []
+def read_events(path):
+    """The events of a TensorBoard file: length, its checksum, event, its checksum, and so on."""
+    data, events = path.read_bytes(), []
     while data:
         length = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + length])
-        scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+        event = data[12 : 12 + length]
+        assert int.from_bytes(data[12 + length : 16 + length], "little") == masked_crc32c(event)
+        events.append(Event.FromString(event))
         data = data[16 + length :]
-    return scalars
+    return events
+
+
+def read_scalars(directory):
+    (path,) = directory.iterdir()
+    return [(value.tag, event.step, value.simple_value) for event in read_events(path) for value in event.summary.value]
 
 
 def test_tensorboard_gets_the_scalars(tmp_path):
@@ -108,6 +115,14 @@ def test_tensorboard_gets_the_scalars(tmp_path):
     writer.report(2, {"held_out/loss": 1.5})
     writer.close()
     assert read_scalars(tmp_path) == [("loss", 1, 2.5), ("held_out/loss", 2, 1.5)]
+
+
+def test_each_start_has_a_tensorboard_file_of_its_own(tmp_path):
+    for step in (0, 7):
+        TensorBoard(tmp_path, step).close()
+    first, second = sorted(tmp_path.iterdir())
+    assert [event.step for event in read_events(second)] == [0, 8]  # what the first has from step 8 on is hidden
+    assert read_events(first)[0].file_version == "brain.Event:2"
 
 
 def test_the_bar_shows_step_and_figures(capsys):

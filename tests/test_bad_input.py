@@ -1,0 +1,215 @@
+"""Bad input through the command: one line that names the parameter, what was given and what was expected; exit code 2;
+no traceback unless asked for; nothing on disk is harmed or left behind."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxscale import cli
+from jaxscale.train.metrics import read_history
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUP = """
+include '{tiny}'
+CORPUS = ('{root}/corpus',)
+CACHE = '{root}/cache'
+DIRECTORY = '{root}/run'
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A corpus, and the finished run of two steps that some cases find in their directory."""
+    root = tmp_path_factory.mktemp("bad_input")
+    (root / "corpus").mkdir()
+    for number in range(20):
+        (root / "corpus" / f"{number}.txt").write_text(f"document {number}\n" * (number + 5))
+    write_file(root)
+    assert pretrain(root, "train.steps=2", "optimizer.warmup_steps=1") == 0
+    return root
+
+
+@pytest.fixture
+def root(shared, tmp_path):
+    """The corpus and its cache, without the run."""
+    for name in ("corpus", "cache"):
+        shutil.copytree(shared / name, tmp_path / name, copy_function=shutil.copy2)
+    write_file(tmp_path)
+    return tmp_path
+
+
+def write_file(root, more=""):
+    (root / "run.gin").write_text(SETUP.format(tiny=ROOT / "tests/tiny.gin", root=root) + more)
+
+
+def pretrain(root, *overrides, debug=False):
+    arguments = ["pretrain", str(root / "run.gin"), *(f"--set={override}" for override in overrides)]
+    return cli.main(arguments + ["--debug"] * debug)
+
+
+def files(root):
+    """Every file and folder with what is in it; the cache of tokens may come and go."""
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None
+        for path in sorted(root.rglob("*"))
+        if path.relative_to(root).parts[0] != "cache"
+    }
+
+
+def refused(capsys, root, *overrides):
+    """The message of a call that must fail as bad input should."""
+    before = files(root)
+    capsys.readouterr()
+    assert pretrain(root, *overrides) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert lines[-1].startswith("jaxscale pretrain: ") and "Traceback" not in captured.err
+    assert len(lines) == 1, captured.err
+    assert files(root) == before
+    return lines[0]
+
+
+EXPERTS = ("model.moe_pattern=(True,)", "model.num_experts=3", "model.expert_dim=16")
+CASES = {
+    "misspelt name": (["train.stepz=3"], "stepz", "closest is 'steps'"),
+    "misspelt parameter": (["trian.steps=3"], "trian", "'train'"),
+    "text for a number": (["train.steps=many"], "steps", "given 'many', expected a value of type int"),
+    "number for a text": (["directory=3"], "directory", "given 3, expected a value of type str"),
+    "float for an int": (["data.batch_size=8.0"], "batch_size", "given 8.0, expected a value of type int"),
+    "unknown choice": (["optimizer.name='sgd'"], "OptimizerConfig.name", "'adamw', 'muon', 'lion'"),
+    "no steps": (["train.steps=0"], "TrainConfig.steps", "given 0, expected a number above 0"),
+    "warm-up": (["optimizer.warmup_steps=99"], "warmup_steps", "warmup_steps + decay steps <= steps, but 99 + 0 > 30"),
+    "missing tokenizer": (
+        ["data.tokenizer.kind='huggingface'", "data.tokenizer.path='/absent/tokenizer'"],
+        "TokenizerConfig.path", "given '/absent/tokenizer'",
+    ),
+    "mesh": (["mesh.data=2"], "MeshConfig", "= 1 * 2 * 1 * 1 * 2 = 4 to equal the number of devices, 8"),
+    "pipeline": (["mesh.pipeline=2", "mesh.data=2"], "MeshConfig.pipeline", "given 2, expected 1"),
+    "heads of a group": (["model.num_kv_heads=3"], "num_kv_heads", "num_heads % num_kv_heads == 0 (4 heads)"),
+    "heads on the mesh": (
+        ["model.num_kv_heads=1"], "MeshConfig.tensor", "num_kv_heads % tensor == 0", "1 % 2 = 1",
+    ),
+    "experts on the mesh": (
+        [*EXPERTS, "mesh.data=2", "mesh.expert=2"], "MeshConfig.expert", "num_experts % expert == 0", "3 % 2 = 1",
+    ),
+    "batch": (
+        ["data.batch_size=6"],
+        "DataConfig.batch_size", "batch_size % (data * expert * num_microbatches) == 0, here 6 % (4 * 1 * 1) = 2",
+    ),
+    "micro-batches": (["train.num_microbatches=3"], "DataConfig.batch_size", "here 8 % (4 * 1 * 3) = 8"),
+    "sequence": (
+        ["data.sequence_length=64"], "DataConfig.sequence_length: given 64", "sequence_length <= max_length = 32",
+    ),
+    "vocabulary": (["model.vocab_size=200"], "model.vocab_size: given 200", "200 >= 257 does not hold"),
+    "pattern": (["train.trainable='('"], "TrainConfig.trainable: given '('", "a regular expression"),
+    "pattern that matches nothing": (["train.trainable='lora'"], "TrainConfig.trainable", "embedding/tokens"),
+    "profile": (["train.profile_steps=(5, 99)"], "TrainConfig.profile_steps", "0 <= first < second <= 30"),
+    "start of a run": (["train.init_from='/absent'"], "TrainConfig.init_from: given '/absent'", "a checkpoint"),
+    "devices": (["runtime.num_cpu_devices=5"], "RuntimeConfig.num_cpu_devices: given 5", "8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_misfit_is_refused_before_anything_happens(root, capsys, name):
+    overrides, *parts = CASES[name]
+    message = refused(capsys, root, *overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_a_misspelt_name_in_the_file(root, capsys):
+    write_file(
+        root, "from __gin__ import dynamic_registration\nfrom jaxscale.train import plan\nplan.TrainConfig.stepz = 3"
+    )
+    assert "run.gin:8" in (message := refused(capsys, root)) and "closest is 'steps'" in message
+
+
+def test_a_missing_file(root, capsys):
+    (root / "run.gin").rename(root / "run2.gin")
+    message = refused(capsys, root)
+    assert f"given '{root / 'run.gin'}', expected an existing gin file; closest is 'run2.gin'" in message
+
+
+def test_a_missing_corpus(root, capsys):
+    shutil.rmtree(root / "corpus")
+    message = refused(capsys, root)
+    assert "TextSource.paths" in message and str(root / "corpus") in message
+
+
+@pytest.mark.parametrize("content", [None, ""], ids=["no files", "an empty file"])
+def test_an_empty_corpus(root, capsys, content):
+    for path in (root / "corpus").iterdir():
+        path.unlink()
+    if content is not None:
+        (root / "corpus" / "0.txt").write_text(content)
+    message = refused(capsys, root)
+    assert "TextSource" in message or "sources" in message, message
+
+
+def test_a_checkpoint_of_another_model(shared, root, capsys):
+    shutil.copytree(shared / "run", root / "run")
+    message = refused(capsys, root, "model.ffn_dim=64")
+    assert "ffn_dim" in message and "64" in message and "32" in message
+
+
+def test_a_checkpoint_of_another_optimizer(shared, root, capsys):
+    shutil.copytree(shared / "run", root / "run")
+    assert "opt_state" in refused(capsys, root, "optimizer.name='lion'")
+
+
+def test_other_data_than_the_run_was_begun_with(shared, root, capsys):
+    shutil.copytree(shared / "run", root / "run")
+    assert "DataConfig.seed: given 1, expected 0" in refused(capsys, root, "data.seed=1")
+
+
+def test_an_unwritable_directory(root, capsys):
+    (root / "run").write_text("a file where the folder should be")
+    message = refused(capsys, root)
+    assert str(root / "run") in message and "folder" in message
+
+
+def test_debug_shows_the_traceback(root):
+    with pytest.raises(ValueError, match="closest is 'steps'"):
+        pretrain(root, "train.stepz=3", debug=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk, *, but):
+    """Takes all space but `but` bytes."""
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - but))
+
+
+@pytest.mark.parametrize("free_bytes", [0, 96 * 1024], ids=["at the start", "at the second checkpoint"])
+def test_a_full_disk_harms_nothing(shared, root, small_disk, capsys, free_bytes):
+    """The run goes on where it was once there is space again."""
+    run = shutil.copytree(shared / "run", small_disk / "run")
+    before = files(run / "checkpoints")
+    fill(small_disk, but=free_bytes)
+    command = [sys.executable, "-m", "jaxscale.cli", "pretrain", str(root / "run.gin")]
+    for override in (f"directory={str(run)!r}", "train.steps=9", "checkpoint.save_every=3"):
+        command.append(f"--set={override}")
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 2, process.stderr
+    (message,) = [line for line in process.stderr.splitlines() if line.startswith("jaxscale pretrain: ")]
+    assert "directory: given" in message and "No space left" in message and str(run) in message
+    assert "Traceback" not in process.stderr, process.stderr
+    after = files(run / "checkpoints")
+    assert {name: after[name] for name in before} == before
+    assert "TrainConfig.steps" in (run / "config.gin").read_text()
+    (small_disk / "ballast").unlink()
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+    losses = [line["step"] for line in read_history(run / "metrics.jsonl") if "loss" in line]
+    assert losses == list(range(1, 10))
