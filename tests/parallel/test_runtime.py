@@ -1,0 +1,42 @@
+"""Settings of the process reach JAX before it starts, in a process of their own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
+from jaxscale.types import InputError
+
+PROGRAM = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
+apply_runtime({config}, sys.argv[1])
+import jax
+print(jax.device_count(), jax.devices()[0].platform, os.environ["XLA_FLAGS"])
+"""
+
+
+def started_with(config, directory):
+    command = [sys.executable, "-c", PROGRAM.format(config=config), str(directory)]
+    environment = {"JAX_PLATFORMS": "cpu", "PATH": "", "HOME": str(directory)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_platform_devices_and_flags(tmp_path):
+    config = "RuntimeConfig(platform='cpu', num_cpu_devices=3, xla_flags=('--xla_cpu_enable_fast_math=false',))"
+    assert started_with(config, tmp_path) == "3 cpu --xla_cpu_enable_fast_math=false\n"
+
+
+def test_the_devices_that_are_there_already_may_be_asked_for(tmp_path):
+    apply_runtime(RuntimeConfig(platform="cpu", num_cpu_devices=8), str(tmp_path))
+    with pytest.raises(InputError, match=r"num_cpu_devices: given 3, expected 8"):
+        apply_runtime(RuntimeConfig(num_cpu_devices=3), str(tmp_path))
+
+
+def test_a_platform_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match=r"RuntimeConfig.platform: given 'gpu', expected one of None, 'cpu', 'cuda'"):
+        RuntimeConfig(platform="gpu")
