@@ -12,10 +12,10 @@ train: $(VENV)/.installed
 	$(BIN)/python experiments/main_job.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 long: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m long
+	$(BIN)/python -m pytest -q -n 2 -m long
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import jax
 
 from jaxscale import config
 from jaxscale.data.loader import make_loader
+from jaxscale.parallel.runtime import apply_runtime
 from jaxscale.train.evaluation import place
 from jaxscale.train.loop import Loop
 from jaxscale.train.metrics import History, ProgressBar, Speed, TensorBoard
@@ -24,7 +25,6 @@ from jaxscale.train.plan import make_plan
 from jaxscale.train.preemption import Preemption
 from jaxscale.train.pretrain import pretrain
 from jaxscale.train.profiler import Profiler
-from jaxscale.train.runtime import apply_runtime
 from jaxscale.train.state import init_state
 from jaxscale.train.step import make_step
 

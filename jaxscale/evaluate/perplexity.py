@@ -16,17 +16,15 @@ from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig, HeldOutLoader, make_loader
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.models.config import ModelConfig
-from jaxscale.models.parameters import abstract_params, parameter_table
+from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.attention import attention
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.mesh import MeshConfig, make_mesh
-from jaxscale.parallel.region import Region, make_operations
-from jaxscale.parallel.rules import make_specs
+from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.region import Region
+from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train.evaluation import EvaluationContext, place
 from jaxscale.train.losses import NextTokenLoss
-from jaxscale.train.plan import TrainConfig, check_fit
-from jaxscale.train.runtime import RuntimeConfig, apply_runtime
+from jaxscale.train.plan import TrainConfig, check_fit, make_region
 from jaxscale.types import Batch, InputError, check_positive, check_types
 
 
@@ -116,8 +114,9 @@ def evaluate(
     """
     apply_runtime(runtime, directory)
     evaluators = {"held_out": BitsPerByte(data)} if evaluators is None else evaluators
-    check_fit(model=model, mesh=mesh, data=data, train=TrainConfig(steps=1), stack=stack)
-    region = _make_region(model, mesh, policy, stack)
+    train = TrainConfig(steps=1)
+    region = make_region(model=model, mesh=mesh, train=train, policy=policy, stack=stack)
+    check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
     step, params = _restore(Path(directory), checkpoint, model, region, policy, step)
     context = EvaluationContext(
         params=params, step=step, model=model, mesh=region.mesh, place=functools.partial(place, region.mesh),
@@ -131,14 +130,6 @@ def evaluate(
         text = json.dumps({"step": step, **figures}, indent=1)
         Path(directory, f"evaluation_{step}.json").write_text(text + "\n")
     return figures
-
-
-def _make_region(model: ModelConfig, mesh: MeshConfig, policy: Policy, stack: StackConfig) -> Region:
-    specs = make_specs(parameter_table(model), mesh)
-    run_attention = functools.partial(attention, implementation=stack.attention)
-    return Region(
-        make_mesh(mesh), specs, make_operations(mesh, specs, attention=run_attention, reduction=policy.reduction)
-    )
 
 
 def _restore(

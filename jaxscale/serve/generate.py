@@ -20,6 +20,7 @@ from jaxscale.models.transformer import StackConfig
 from jaxscale.ops import kv_cache
 from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.serve.sampling import SamplingConfig, sample, token_keys
 from jaxscale.types import Array, InputError, Params, check_positive
 
@@ -31,7 +32,7 @@ OPERATIONS = Operations(attention=kv_cache.attend)
 def generate(
     *, directory: str, model: ModelConfig, tokenizer: TokenizerConfig, checkpoint: CheckpointConfig,
     prompts: tuple[str, ...] | str, max_new_tokens: int = 100, sampling: SamplingConfig = SamplingConfig(),
-    policy: Policy = Policy(), step: int | None = None,
+    policy: Policy = Policy(), step: int | None = None, runtime: RuntimeConfig = RuntimeConfig(),
 ) -> list[str]:  # fmt: skip
     """Continues prompts with a trained model, on one device, and prints each with its continuation.
 
@@ -45,11 +46,13 @@ def generate(
         sampling: how tokens are drawn.
         policy: dtypes.
         step: which checkpoint; the newest when None.
+        runtime: platform and flags.
     Returns:
         The continuations, without the prompts.
     Raises:
         InputError: no such checkpoint, or a prompt is empty or too long for the model.
     """
+    apply_runtime(runtime, directory)
     prompts = (prompts,) if isinstance(prompts, str) else prompts
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, model.vocab_size)

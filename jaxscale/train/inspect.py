@@ -21,8 +21,6 @@ from jaxscale.train.optim import OptimizerConfig, make_optimizer
 from jaxscale.train.plan import TrainConfig, check_fit
 from jaxscale.types import Params
 
-GIB = 2**30
-
 
 def inspect(
     *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig, train: TrainConfig,
@@ -46,7 +44,7 @@ def inspect(
     print(f"FLOPs         {flops:.4g} per token, forward and backward, at sequence length {data.sequence_length}")
     print(f"mesh          {dataclasses.asdict(mesh)}, {math.prod(mesh.sizes)} devices")
     for name, size in bytes_per_device(params, specs, optimizer, train, policy, mesh).items():
-        print(f"{name:<13} {size / GIB:.3f} GiB per device")
+        print(f"{name:<13} {_bytes_text(size)} per device")
 
 
 def bytes_per_device(
@@ -70,6 +68,12 @@ def bytes_per_device(
         "optimizer": _tree_bytes(opt_state, opt_specs, mesh),
     }
     return sizes | {"sum": sum(sizes.values())}
+
+
+def _bytes_text(size: int) -> str:
+    """In the largest unit that leaves a number of at least 1."""
+    exponent = min(max(size, 1).bit_length() - 1, 49) // 10
+    return f"{size / 2 ** (10 * exponent):.2f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
 
 
 def _tree_bytes(abstract: Any, specs: Any, mesh: MeshConfig) -> int:

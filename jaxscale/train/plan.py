@@ -90,6 +90,22 @@ def check_fit(
         )
 
 
+def make_region(
+    *, model: ModelConfig, mesh: MeshConfig, train: TrainConfig, policy: Policy, stack: StackConfig,
+    devices: list[jax.Device] | None = None,
+) -> Region:  # fmt: skip
+    """The manual region of a run on all devices or on `devices`; arguments as `pretrain`.
+
+    Raises:
+        InputError: mesh, devices and model do not fit.
+    """
+    device_mesh = make_mesh(mesh, devices)
+    specs = make_specs(parameter_table(model), mesh)
+    run_attention = functools.partial(attention, implementation=stack.attention)
+    operations = make_operations(mesh, specs, attention=run_attention, reduction=policy.reduction)
+    return Region(device_mesh, specs, operations, train.num_microbatches, policy.reduction, train.trainable)
+
+
 def make_plan(
     *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig, train: TrainConfig,
     policy: Policy, stack: StackConfig, devices: list[jax.Device] | None = None,
@@ -99,14 +115,10 @@ def make_plan(
     Raises:
         InputError: they do not fit, with the equation that fails.
     """
+    region = make_region(model=model, mesh=mesh, train=train, policy=policy, stack=stack, devices=devices)
     check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
-    device_mesh = make_mesh(mesh, devices)
-    specs = make_specs(parameter_table(model), mesh)
-    run_attention = functools.partial(attention, implementation=stack.attention)
-    operations = make_operations(mesh, specs, attention=run_attention, reduction=policy.reduction)
-    region = Region(device_mesh, specs, operations, train.num_microbatches, policy.reduction, train.trainable)
-    transformation = make_optimizer(optimizer, steps=train.steps, dims=specs.dims)
+    transformation = make_optimizer(optimizer, steps=train.steps, dims=region.specs.dims)
     state = abstract_state(
-        model, transformation, mesh=device_mesh, specs=specs, dtype=policy.parameters, trainable=train.trainable
+        model, transformation, mesh=region.mesh, specs=region.specs, dtype=policy.parameters, trainable=train.trainable
     )
-    return Plan(device_mesh, region, NextTokenLoss(model, policy, stack, train.z_loss), transformation, state)
+    return Plan(region.mesh, region, NextTokenLoss(model, policy, stack, train.z_loss), transformation, state)

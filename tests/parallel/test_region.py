@@ -160,14 +160,18 @@ def test_frozen_parameters_have_no_gradient():
 SINGLES = [dict(data=2), dict(expert=2), dict(tensor=2), dict(data=8), dict(expert=4), dict(tensor=4)]
 PAIRS = [dict(data=2, expert=2), dict(data=2, tensor=2), dict(expert=2, tensor=2), dict(data=4, tensor=2)]
 
+TRIPLE = dict(data=2, expert=2, tensor=2)
+MESHES = [
+    sizes | {"zero": zero}
+    for sizes in [*SINGLES, *PAIRS, TRIPLE]
+    for zero in ([0, 1, 2, 3] if "data" in sizes else [0])  # without data ZeRO has nothing to shard over
+]
+
 
 @pytest.mark.long
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("sizes", [*SINGLES, *PAIRS, dict(data=2, expert=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
-def test_every_mesh_equals_one_device(model, sizes, zero):
+def test_every_mesh_equals_one_device(model, sizes):
     if sizes.get("tensor") == 4:
         model = dataclasses.replace(model, num_kv_heads=4)
-    if zero and "data" not in sizes:
-        pytest.skip("ZeRO has nothing to shard over without data")
-    assert_equal_to_single_device(on_mesh(model, **sizes, zero=zero), single_device(model))
+    assert_equal_to_single_device(on_mesh(model, **sizes), single_device(model))
