@@ -55,10 +55,10 @@ def _setup(model, mesh, optimizer, train, policy, stack):
 def make_setup():
     """Setup by its differences from one device, AdamW and float32; the same differences share their compilations."""
 
-    def make(model=MODEL, mesh=None, optimizer=OPTIMIZER, compute="float32", is_scanned=True, **train):
+    def make(model=MODEL, mesh=None, optimizer=OPTIMIZER, compute="float32", **train):
         return _setup(
             model, mesh or MeshConfig(), optimizer, TrainConfig(**{"steps": 10} | train), Policy(compute=compute),
-            StackConfig(num_loss_chunks=2, is_scanned=is_scanned),
+            StackConfig(num_loss_chunks=1, remat="none"),
         )  # fmt: skip
 
     return make

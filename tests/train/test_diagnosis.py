@@ -12,9 +12,9 @@ from jaxscale.train.diagnosis import first_non_finite
 from jaxscale.train.evaluation import place
 
 
-@pytest.fixture(params=[MeshConfig(), MeshConfig(data=2, tensor=2)], ids=["one_device", "mesh"])
-def setup(request, make_setup):
-    return make_setup(mesh=request.param)
+@pytest.fixture
+def setup(make_setup):
+    return make_setup()
 
 
 def diagnose(setup, params, batch):
@@ -28,8 +28,10 @@ def test_a_parameter(setup, make_batch):
     assert diagnose(setup, params, make_batch()) == "parameter layers/0/ffn/up"
 
 
-def test_an_activation_that_overflows_names_its_layer(setup, make_batch):
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, tensor=2)], ids=["one_device", "mesh"])
+def test_an_activation_that_overflows_names_its_layer(make_setup, make_batch, mesh):
     """Finite values of 2e38 in the second layer: their sum is not."""
+    setup = make_setup(mesh=mesh)
     params = setup.start().params
     params["layers"]["0"]["attention"]["v"] = params["layers"]["0"]["attention"]["v"].at[1].set(2e38)
     assert diagnose(setup, params, make_batch()) == "layers/0/v, layer 1 of its stack"
