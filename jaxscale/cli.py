@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 import jaxscale
 from jaxscale import config
-from jaxscale.types import InputError
+from jaxscale.types import InputError, RunError
 
-EXIT_BAD_INPUT = 2
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 # The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps its traceback.
 REFUSALS = {
     errno.ENOSPC,
@@ -67,7 +67,8 @@ examples:
 --set SCOPE/NAME.FIELD=VALUE the same in one gin scope, where a file configures two of a kind
 VALUE is a Python literal; anything else is taken as text.
 
-exit status: 0 done, 2 bad input (one line says what was given and what was expected)
+exit status: 0 done, 1 the run failed, 2 bad input (one line says what was given and what was expected),
+143 or 130 stopped by SIGTERM or SIGINT with everything saved
 """
 
 
@@ -84,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"jaxscale {options.verb}: {_one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except RunError as error:
+        if options.debug:
+            raise
+        print(f"jaxscale {options.verb}: {error}", file=sys.stderr)
+        return EXIT_FAILED
     return getattr(outcome, "exit_status", 0)  # a run that a signal stopped says so
 
 
@@ -105,7 +111,7 @@ class _News(logging.Handler):
 def _news_on_stderr() -> Iterator[None]:
     """Shows what the library logs: chosen backends, the peak behind MFU, resumes."""
     logger, news = logging.getLogger("jaxscale"), _News()
-    level = logger.level
+    level, logger.propagate = logger.level, False  # a library may have given the root logger a handler of its own
     logger.setLevel(logging.INFO)
     logger.addHandler(news)
     try:
@@ -113,6 +119,7 @@ def _news_on_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(news)
         logger.setLevel(level)
+        logger.propagate = True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,6 +32,10 @@ class InputError(ValueError):
         self.parameter = parameter
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on or missed what was expected of it; the message says why and what is on disk."""
+
+
 def check_types(instance: Any) -> None:
     """Checks each field of a dataclass instance against its annotation.
 

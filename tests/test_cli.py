@@ -13,6 +13,7 @@ from jaxscale import cli
 ROOT = Path(__file__).resolve().parents[1]
 VERB = """
 import dataclasses, errno, logging, os
+from jaxscale.types import RunError
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -25,6 +26,8 @@ def verb(*, train: TrainConfig, directory: str = "", fault: str = "") -> None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     if fault == "unwritable":
         open(os.path.join(directory, "metrics"), "w")
+    if fault == "not finite":
+        raise RunError("step 3: first non-finite: layers/0/q")
     for _ in range(2):
         logging.getLogger("jaxscale.stub").info("a backend is chosen")
     print("steps", train.steps)
@@ -48,6 +51,11 @@ def gin_file(tmp_path, monkeypatch):
 def test_overrides_reach_the_function(gin_file, capsys):
     assert cli.main(["pretrain", gin_file, "--set", "train.steps=7", "--set", "directory=x"]) == 0
     assert capsys.readouterr().out == "steps 7\n"
+
+
+def test_a_failed_run_says_why_on_one_line(gin_file, capsys):
+    assert cli.main(["pretrain", gin_file, "--set", "fault=not finite"]) == 1
+    assert capsys.readouterr().err == "jaxscale pretrain: step 3: first non-finite: layers/0/q\n"
 
 
 def test_what_the_library_logs_is_shown_once(gin_file, capsys):

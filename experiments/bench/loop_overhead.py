@@ -1,6 +1,6 @@
-"""What the training loop adds to the bare jitted step: waiting for data, placing it, reporting. Nothing is saved.
+"""What the training loop adds to the bare jitted step: data, placing, reporting; nothing is saved.
 
-JAX_PLATFORMS=cpu python experiments/bench/loop_overhead.py experiments/configs/runs/main_job.gin
+python experiments/bench/loop_overhead.py experiments/configs/runs/main_job.gin
 """
 
 import argparse

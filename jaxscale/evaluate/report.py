@@ -11,12 +11,9 @@ from matplotlib.figure import Figure
 from jaxscale.data.loader import DataConfig
 from jaxscale.evaluate.ngram import ngram_figures
 from jaxscale.train.metrics import read_history
+from jaxscale.types import RunError
 
 SMOOTHING_STEPS = 10
-
-
-class ShortfallError(RuntimeError):
-    """A run ended without what was expected of it."""
 
 
 def plot_run(directory: Path, *, held_out: str) -> None:
@@ -36,7 +33,7 @@ def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> 
     Returns:
         Two lines of text.
     Raises:
-        ShortfallError: the model is not below the margin, or an expert got no token in the last step.
+        RunError: the model is not below the margin, or an expert got no token in the last step.
     """
     history, ngrams = read_history(directory / "metrics.jsonl"), ngram_figures(data)
     bits = [line["held_out/bits_per_byte"] for line in history if "held_out/bits_per_byte" in line][-1]
@@ -49,7 +46,7 @@ def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> 
         f"experts' shares of a step's tokens: {min(shares):.1%} to {max(shares):.1%}"
     )
     if gain < margin or min(shares) == 0:
-        raise ShortfallError(f"expected at least {margin:.0%} below the bigram and every expert used:\n{text}")
+        raise RunError(f"expected at least {margin:.0%} below the bigram and every expert used:\n{text}")
     return text
 
 

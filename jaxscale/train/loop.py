@@ -11,10 +11,10 @@ import jax
 from jaxscale.train.metrics import Reporter, Speed
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import TrainState
-from jaxscale.types import Batch
+from jaxscale.types import Batch, RunError
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A loss or gradient norm was not finite; the message says at which step and in which tensor."""
 
 

@@ -129,9 +129,10 @@ def _write_run_files(directory: Path, step: int) -> None:
     }
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / "config.gin.tmp"  # renamed when whole: a full disk must not cost the old one
-        temporary.write_text(operative_config())
-        temporary.replace(directory / "config.gin")
+        if text := operative_config():  # there is none when Python code calls
+            temporary = directory / "config.gin.tmp"  # renamed when whole: a full disk must not cost the old one
+            temporary.write_text(text)
+            temporary.replace(directory / "config.gin")
         with (directory / "starts.jsonl").open("a") as file:
             file.write(json.dumps(start) + "\n")
 
