@@ -7,24 +7,35 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jaxscale.types import InputError, check_positive, check_types
+from jaxscale.types import InputError, check_choice, check_positive, check_types
 
 PIPELINE, DATA, EXPERT, SEQUENCE, TENSOR = AXES = ("pipeline", "data", "expert", "sequence", "tensor")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 BATCH_SPEC = PartitionSpec((DATA, EXPERT), SEQUENCE)  # [B, T]: dense layers share the batch over data and expert
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the axes, outermost on the slowest link, and the ZeRO level.
+    """Sizes of the axes, outermost on the slowest link, and how each axis is used.
 
     Args:
-        pipeline: stages of the layer stack; 1 for now.
+        pipeline: stages of the layer stack.
         data: replicas of the model, over which ZeRO shards.
         expert: shares of the experts; dense layers use it as more data.
-        sequence: shares of the sequence; 1 for now.
+        sequence: shares of the sequence.
         tensor: shares of heads, feed-forward, experts' width and vocabulary.
-        zero: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters sharded over `data`
+        zero: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters sharded over `zero_axes`
             (arXiv 1910.02054, section 5).
+        zero_axes: ("data",) or ("data", "sequence"): both hold replicas of the parameters.
+        ring: of the `sequence` shares, rings of so many pass keys round (arXiv 2310.01889); the sequence / ring
+            members of a group exchange heads (arXiv 2309.14509).
+        schedule: of the pipeline, one of SCHEDULES.
+        num_chunks: chunks of the stack that each stage holds, above 1 for "interleaved".
+        stage_periods: periods of the stack in each chunk, in the order of the layers; None is as even as possible.
+        expert_axis: "expert" exchanges tokens; "tensor" holds whole experts on each tensor rank, which sees all its
+            group's tokens already (arXiv 2409.12136, section 3.2).
+        expert_exchange: "dense", worst-case buffers; "ragged", only the rows there are (GPU).
+        is_optimizer_on_host: optimizer state rests in host memory between updates.
     """
 
     pipeline: int = 1
@@ -33,16 +44,30 @@ class MeshConfig:
     sequence: int = 1
     tensor: int = 1
     zero: int = 1
+    zero_axes: tuple[str, ...] = (DATA, SEQUENCE)
+    ring: int = 1
+    schedule: str = "1f1b"
+    num_chunks: int = 1
+    stage_periods: tuple[int, ...] | None = None
+    expert_axis: str = EXPERT
+    expert_exchange: str = "dense"
+    is_optimizer_on_host: bool = False
 
     def __post_init__(self):
         check_types(self)
-        for axis in AXES:
-            check_positive(f"MeshConfig.{axis}", getattr(self, axis))
-        for axis in (PIPELINE, SEQUENCE):
-            if getattr(self, axis) != 1:
-                raise InputError(f"MeshConfig.{axis}", getattr(self, axis), "1: this axis is not available yet")
+        for name in (*AXES, "ring", "num_chunks"):
+            check_positive(f"MeshConfig.{name}", getattr(self, name))
         if self.zero not in (0, 1, 2, 3):
             raise InputError("MeshConfig.zero", self.zero, "0, 1, 2 or 3")
+        check_choice("MeshConfig.zero_axes", self.zero_axes, ((DATA,), (DATA, SEQUENCE)))
+        check_choice("MeshConfig.schedule", self.schedule, SCHEDULES)
+        check_choice("MeshConfig.expert_axis", self.expert_axis, (EXPERT, TENSOR))
+        check_choice("MeshConfig.expert_exchange", self.expert_exchange, ("dense", "ragged"))
+        if self.sequence % self.ring:
+            expected = f"sequence % ring == 0, but {self.sequence} % {self.ring} = {self.sequence % self.ring}"
+            raise InputError("MeshConfig.ring", self.ring, expected)
+        if self.num_chunks > 1 and self.schedule != "interleaved":
+            raise InputError("MeshConfig.num_chunks", self.num_chunks, '1 unless schedule is "interleaved"')
 
     @property
     def sizes(self) -> tuple[int, ...]:

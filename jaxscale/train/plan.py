@@ -14,7 +14,7 @@ from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import attention
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
+from jaxscale.parallel.mesh import PIPELINE, SEQUENCE, MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.rules import make_specs
 from jaxscale.train.losses import NextTokenLoss
@@ -99,6 +99,9 @@ def make_region(
     Raises:
         InputError: mesh, devices and model do not fit.
     """
+    for axis in (PIPELINE, SEQUENCE):
+        if getattr(mesh, axis) != 1:
+            raise InputError(f"MeshConfig.{axis}", getattr(mesh, axis), "1: this axis is not available yet")
     device_mesh = make_mesh(mesh, devices)
     specs = make_specs(parameter_table(model), mesh)
     run_attention = functools.partial(attention, implementation=stack.attention)
