@@ -110,6 +110,10 @@ CASES = {
     "pattern that matches nothing": (["train.trainable='lora'"], "TrainConfig.trainable", "embedding/tokens"),
     "profile": (["train.profile_steps=(5, 99)"], "TrainConfig.profile_steps", "0 <= first < second <= 30"),
     "start of a run": (["train.init_from='/absent'"], "TrainConfig.init_from: given '/absent'", "a checkpoint"),
+    "determinism": (
+        ["runtime.is_deterministic=True", "stack.attention='cudnn'"],
+        "StackConfig.attention", "given 'cudnn'", '"chunked" or "reference"',
+    ),
     "devices": (["runtime.num_cpu_devices=5"], "RuntimeConfig.num_cpu_devices: given 5", "8"),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 
 import jax
 import optax
@@ -12,7 +13,7 @@ from jaxscale.data.loader import DataConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.attention import attention
+from jaxscale.ops.attention import QUERY_CHUNK, attention
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import PIPELINE, SEQUENCE, MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.region import Region, make_operations
@@ -21,6 +22,8 @@ from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.optim import OptimizerConfig, check_pattern, make_optimizer
 from jaxscale.train.state import TrainState, abstract_state
 from jaxscale.types import InputError, check_positive, check_types
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,27 @@ def check_fit(
             f"sequence_length % (num_loss_chunks * tensor) == 0, here {data.sequence_length} % "
             f"({stack.num_loss_chunks} * {mesh.tensor}) = {data.sequence_length % parts}",
         )
+
+
+def deterministic_stack(stack: StackConfig, length: int) -> StackConfig:
+    """The stack with an attention backend that gives the same bits again.
+
+    cuDNN's backward adds up in whatever order its blocks finish, and does not compile under XLA's deterministic flags.
+
+    Args:
+        stack: as configured; with no backend named, one is chosen.
+        length: T, which "chunked" must divide.
+    Raises:
+        InputError: cuDNN was named.
+    """
+    if stack.attention == "cudnn":
+        raise InputError(
+            "StackConfig.attention", "cudnn", '"chunked" or "reference" with RuntimeConfig.is_deterministic: cuDNN\'s '
+            "backward is not deterministic"
+        )  # fmt: skip
+    backend = stack.attention or ("reference" if length % QUERY_CHUNK else "chunked")
+    logger.info("attention: backend %s, as the run is deterministic", backend)
+    return dataclasses.replace(stack, attention=backend)
 
 
 def make_region(

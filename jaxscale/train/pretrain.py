@@ -30,7 +30,7 @@ from jaxscale.train.evaluation import EvaluationContext, place
 from jaxscale.train.loop import Loop, Outcome
 from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops, writing
 from jaxscale.train.optim import OptimizerConfig
-from jaxscale.train.plan import Plan, TrainConfig, make_plan
+from jaxscale.train.plan import Plan, TrainConfig, deterministic_stack, make_plan
 from jaxscale.train.preemption import Preemption
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import TrainState, init_state
@@ -66,6 +66,8 @@ def pretrain(
         NonFiniteError: a loss or gradient norm was not finite.
     """
     apply_runtime(runtime, directory)
+    if runtime.is_deterministic:
+        stack = deterministic_stack(stack, data.sequence_length)
     plan = make_plan(model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack)
     checkpoint = dataclasses.replace(checkpoint, directory=str(Path(directory, checkpoint.directory)))
     check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
