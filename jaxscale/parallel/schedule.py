@@ -112,7 +112,7 @@ def make_schedule(name: str, num_stages: int, num_chunks: int, num_microbatches:
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
-    """All forwards, then all backwards; the first micro-batch's backward is first, so gradients add up as in the others.
+    """All forwards, then all backwards, the first micro-batch's first, so that gradients add up as in the others.
 
     Source: Huang et al. 2019 (arXiv 1811.06965), section 2.3: bubble (S - 1) / (M + S - 1).
     Cost: M residual slots.
@@ -127,7 +127,7 @@ def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
 def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
     """A backward as soon as it can be.
 
-    Source: Narayanan et al. 2019 (PipeDream, SOSP), 2021 (arXiv 2104.04473), section 2.2.1: bubble (S - 1) / (M + S - 1).
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.1, its PipeDream-Flush: bubble (S - 1) / (M + S - 1).
     Cost: min(M, 2 S - 1) residual slots. A stage that waits for its neighbours once per F and B gets a micro-batch
         back after 2 (S - 1) ticks; the paper's S micro-batches in flight would need an exchange after each F and after
         each B, where all wait for the slower of the two.
@@ -162,7 +162,8 @@ def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
     """ZB-H1: B gives the input's gradient only, and W, which nobody waits for, fills what would be idle.
 
     F and B are 1F1B's. W is done in each tick between the first B and the last F of stage 0, then where a stage has run
-    out of Fs while others have not. Once all Fs are done, a tick of B, or W where no B is left, alternates with one of W.
+    out of Fs while others have not. Once all Fs are done, a tick of B, or W where no B is left, alternates with a tick
+    of W.
 
     Source: Qi et al. 2023 (arXiv 2401.10241), section 2.1: idle time (S - 1)(F + B - W), here for W <= F, W <= B and
         M >= 2 (S - 1); more for fewer micro-batches, never more than 1F1B's.
