@@ -125,41 +125,78 @@ def run_layer(
 
 
 def run_layers(
+    params: Params, x: Array, context: AttentionContext, weights: Array, caches: Any = None, **settings: Any
+) -> tuple[Array, Any, list[RouterSums]]:
+    """Runs the prefix and the whole stack; `settings` as theirs, `caches` {"prefix": ..., "layers": ...} or None."""
+    caches = caches or {"prefix": None, "layers": None}
+    x, prefix = run_prefix(params, x, context, weights, caches["prefix"], **settings)
+    x, layers, sums = run_stack(params["layers"], x, context, weights, caches["layers"], **settings)
+    return x, {"prefix": prefix, "layers": layers}, sums
+
+
+def run_prefix(
     params: Params, x: Array, context: AttentionContext, weights: Array, caches: Any = None, *, config: ModelConfig,
     operations: Operations, policy: Policy, stack: StackConfig,
-) -> tuple[Array, Any, list[RouterSums]]:  # fmt: skip
-    """Runs the prefix and the stack.
+) -> tuple[Array, Any]:  # fmt: skip
+    """Runs the layers before the stack.
 
     Args:
-        params: the whole tree; only `prefix` and `layers` are read.
+        params: the whole tree; only `prefix` is read.
         x: residual [B, own T, D].
         context: mask structure of these tokens.
         weights: [B, T] 0 for padding.
-        caches: {"prefix": {i: cache}, "layers": {i: stacked caches}} or None; opaque, see `Operations.attention`.
+        caches: {i: cache} or None; opaque, see `Operations.attention`.
     Returns:
-        (residual, caches, router sums with one leading dim a stack: RouterSums of [periods] per pattern position).
+        (residual, caches).
     """
-    settings = dict(config=config, operations=operations, policy=policy)
-    caches = caches or {"prefix": {}, "layers": {}}
-    new = {"prefix": {}, "layers": {}}
+    caches, new = caches or {}, {}
     for i, kind in enumerate(config.prefix):
-        layer = stack.rematerialise(functools.partial(run_layer, kind=kind, section=f"prefix/{i}", **settings))
-        x, new["prefix"][str(i)], _ = layer(params["prefix"][str(i)], x, context, weights, caches["prefix"].get(str(i)))
+        one = functools.partial(
+            run_layer, kind=kind, section=f"prefix/{i}", config=config, operations=operations, policy=policy
+        )
+        layer = stack.rematerialise(one)
+        x, new[str(i)], _ = layer(params["prefix"][str(i)], x, context, weights, caches.get(str(i)))
+    return x, new
 
-    def period(x: Array, stacks: tuple[Params, Any]) -> tuple[Array, tuple[Any, list[RouterSums]]]:
-        layer_params, layer_caches = stacks
+
+def run_stack(
+    params: Params, x: Array, context: AttentionContext, weights: Array, caches: Any = None,
+    is_real: Array | None = None, *, config: ModelConfig, operations: Operations, policy: Policy, stack: StackConfig,
+) -> tuple[Array, Any, list[RouterSums]]:  # fmt: skip
+    """Runs periods of the repeating pattern: all of them, or those that one pipeline stage holds.
+
+    Args:
+        params: the tree `layers`, leaves [periods, ...].
+        x: residual [B, own T, D].
+        context: mask structure of these tokens.
+        weights: [B, T] 0 for padding.
+        caches: {position in the pattern: stacked caches} or None.
+        is_real: [periods] bool; a period that is not real is skipped. None: all are.
+    Returns:
+        (residual, caches, RouterSums of [periods] per position of the pattern).
+    """
+
+    def period(x: Array, stacks: tuple[Params, Any, Array | None]) -> tuple[Array, tuple[Any, list[RouterSums]]]:
+        layer_params, layer_caches, is_real = stacks
+        if is_real is None:
+            return run(x, layer_params, layer_caches)
+        shapes = jax.eval_shape(run, x, layer_params, layer_caches)[1]
+        skipped = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return lax.cond(is_real, lambda x: run(x, layer_params, layer_caches), lambda x: (x, skipped), x)
+
+    def run(x: Array, layer_params: Params, layer_caches: Any) -> tuple[Array, tuple[Any, list[RouterSums]]]:
         kept, sums = {}, []
         for i, kind in enumerate(config.pattern):
-            one = functools.partial(run_layer, kind=kind, section=f"layers/{i}", **settings)
-            x, kept[str(i)], s = stack.rematerialise(one)(
-                layer_params[str(i)], x, context, weights, layer_caches.get(str(i))
+            one = functools.partial(
+                run_layer, kind=kind, section=f"layers/{i}", config=config, operations=operations, policy=policy
             )
+            layer = stack.rematerialise(one)
+            x, kept[str(i)], s = layer(layer_params[str(i)], x, context, weights, layer_caches.get(str(i)))
             sums.append(s)
         return x, (kept, sums)
 
-    stacks = (params["layers"], caches["layers"])
     loop = lax.scan if stack.is_scanned else _unrolled
-    x, (new["layers"], sums) = loop(period, x, stacks)
+    x, (new, sums) = loop(period, x, (params, caches or {}, is_real))
     return x, new, sums
 
 

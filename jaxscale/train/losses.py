@@ -45,10 +45,46 @@ class NextTokenLoss:
             (sum_loss, sum_weight, {"nll": [], "load": [MoE layers in order, E] choices, for MoE models}).
         """
         operations = operations or self.stack.operations()
+        x = self.start(params, batch, operations=operations)
+        x, router_loss, layer_metrics = self.body(params["layers"], x, batch, operations=operations)
+        loss, weight, metrics = self.finish(params, x, batch, operations=operations)
+        return loss + router_loss, weight, metrics | layer_metrics
+
+    def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array:
+        """Embedding and prefix: the residual [B, own T, D] before the stack; `layers` is not read."""
         settings = dict(config=self.model, operations=operations, policy=self.policy)
         x = transformer.embed(params, batch, **settings)
         context = transformer.attention_context(batch, self.model)
-        x, _, routers = transformer.run_layers(params, x, context, batch["weights"], stack=self.stack, **settings)
+        return transformer.run_prefix(params, x, context, batch["weights"], stack=self.stack, **settings)[0]
+
+    def body(
+        self, layers: Params, x: Array, batch: Batch, is_real: Array | None = None, *, operations: Operations
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Consecutive periods of the stack.
+
+        Args:
+            layers: the tree `layers`, of any number of periods.
+            x: residual [B, own T, D].
+            batch: as `__call__`.
+            is_real: [periods] bool, false for periods to skip; None skips none.
+            operations: what the mesh injects.
+        Returns:
+            (residual, the routers' losses, metrics with a leading dim of MoE layers).
+        """
+        settings = dict(config=self.model, operations=operations, policy=self.policy, stack=self.stack)
+        context = transformer.attention_context(batch, self.model)
+        x, _, routers = transformer.run_stack(layers, x, context, batch["weights"], None, is_real, **settings)
+        if not any(self.model.moe_pattern):
+            return x, jnp.zeros((), jnp.float32), {}
+        loss = sum(router.balance.sum() + router.z.sum() for router in routers)
+        loads = [r.load for r, kind in zip(routers, self.model.pattern, strict=True) if kind.is_moe]
+        return x, loss, {"load": jnp.stack(loads, 1).reshape(-1, self.model.num_experts)}
+
+    def finish(
+        self, params: Params, x: Array, batch: Batch, *, operations: Operations
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Final norm, unembedding and cross-entropy, as sums; `layers` is not read."""
+        settings = dict(config=self.model, operations=operations, policy=self.policy)
         h = transformer.final_hidden(params, x, **settings)
         head = transformer.unembedding(params, **settings)
 
@@ -62,9 +98,4 @@ class NextTokenLoss:
         loss, nll, weight = sum_over_chunks(
             chunk, self.stack.num_loss_chunks, h, head, batch["labels"], batch["weights"]
         )
-        metrics = {"nll": nll}
-        if any(self.model.moe_pattern):
-            loss = loss + sum(router.balance.sum() + router.z.sum() for router in routers)
-            loads = [r.load for r, kind in zip(routers, self.model.pattern, strict=True) if kind.is_moe]
-            metrics["load"] = jnp.stack(loads, 1).reshape(-1, self.model.num_experts)
-        return loss, weight, metrics
+        return loss, weight, {"nll": nll}
