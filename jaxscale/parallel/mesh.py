@@ -113,3 +113,11 @@ def check_batch(config: MeshConfig, *, batch_size: int, length: int, num_microba
             f"sequence_length % (sequence * tensor) == 0, here {length} % ({config.sequence} * {config.tensor}) = "
             f"{length % (config.sequence * config.tensor)}",
         )
+
+
+def nearest_divisors(size: int, given: int) -> str:
+    """The divisors of `size` next below and above `given`, as text."""
+    divisors = [number for number in range(1, size + 1) if size % number == 0]
+    below = [number for number in divisors if number <= given][-1:]
+    above = [number for number in divisors if number > given][:1]
+    return " or ".join(map(str, below + above))

@@ -62,12 +62,12 @@ class Region:
         Gradients have None where a parameter is not trainable, are of the reduction type and sharded as
         `specs.gradients` says. Sums are over all micro-batches and devices; nothing is divided here.
         """
-        stored = tree.select(self.specs.parameters, self.trainable)
+        held = tree.select(self.specs.held, self.trainable)
         wanted = tree.select(self.specs.gradients, self.trainable)
 
         def local(params: Any, batch: Batch, key: jax.Array):
             sums, gradients = self._accumulate(loss_fn, params, batch, key)
-            gradients = jax.tree.map(reduce_gradient, gradients, stored, wanted)
+            gradients = jax.tree.map(reduce_gradient, gradients, held, wanted)
             return lax.psum(sums, AXES), gradients
 
         return self._manual(local, (PartitionSpec(), wanted))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.ops.precision import accumulator
-from jaxscale.parallel.mesh import AXES, TENSOR
+from jaxscale.parallel.mesh import AXES, PIPELINE, TENSOR
 from jaxscale.types import Array
 
 
@@ -54,5 +54,5 @@ def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def total(x: Array) -> Array:
-    """Sum over every device; the caller has stopped its gradient."""
-    return lax.psum(x, AXES)
+    """Sum over all tokens: over every device of this pipeline stage; the caller has stopped its gradient."""
+    return lax.psum(x, tuple(axis for axis in AXES if axis != PIPELINE))

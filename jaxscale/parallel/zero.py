@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxscale import tree
-from jaxscale.parallel.mesh import AXES, DATA
-from jaxscale.parallel.rules import Specs, axes_of, zero_dim
+from jaxscale.parallel.mesh import AXES, DATA, PIPELINE, SEQUENCE
+from jaxscale.parallel.rules import Specs, all_axes_of, axes_of
 from jaxscale.types import Array
 
 
@@ -23,51 +23,62 @@ def make_gather(specs: Specs, reduction: str) -> Any:
         specs: of the whole parameter tree.
         reduction: type in which the transposed reduce-scatter sums.
     """
-    flat = dict(
-        zip(
-            tree.flatten(specs.dims),
-            zip(jax.tree.leaves(specs.dims), jax.tree.leaves(specs.parameters), strict=True),
-            strict=True,
-        )
-    )
+    dims, held = (jax.tree.leaves(each) for each in (specs.dims, specs.held))
+    flat = dict(zip(tree.flatten(specs.dims), zip(dims, held, strict=True), strict=True))
 
     def gather(section: str, params: Any) -> Any:
         def one(path: str, leaf: Array) -> Array:
             dims, spec = flat[f"{section}/{path}"]
-            dim = zero_dim(spec)
-            return leaf if dim is None else _gather(leaf, dim - dims.startswith("L"), reduction)
+            for dim, entry in enumerate(spec):
+                axes = tuple(axis for axis in axes_of(entry) if axis in (DATA, SEQUENCE))
+                if axes:
+                    leaf = _gather(leaf, dim - dims.startswith("L"), axes, reduction)
+            return leaf
 
         return tree.map_with_path(one, params)
 
     return gather
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: Array, dim: int, reduction: str) -> Array:
-    return lax.all_gather(x, DATA, axis=dim, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: Array, dim: int, axes: tuple[str, ...], reduction: str) -> Array:
+    return lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
-def _scatter(dim: int, reduction: str, _: None, cotangent: Array) -> tuple[Array]:
-    summed = lax.psum_scatter(cotangent.astype(reduction), DATA, scatter_dimension=dim, tiled=True)
+def _scatter(dim: int, axes: tuple[str, ...], reduction: str, _: None, cotangent: Array) -> tuple[Array]:
+    summed = lax.psum_scatter(cotangent.astype(reduction), axes, scatter_dimension=dim, tiled=True)
     return (summed.astype(cotangent.dtype),)
 
 
-_gather.defvjp(lambda x, dim, reduction: (_gather(x, dim, reduction), None), _scatter)
+_gather.defvjp(lambda x, dim, axes, reduction: (_gather(x, dim, axes, reduction), None), _scatter)
 
 
-def reduce_gradient(gradient: Array, stored: PartitionSpec, wanted: PartitionSpec) -> Array:
+def hold(params: Any, specs: Specs) -> Any:
+    """What a stage holds during a step: parameters that are in no layer, gathered from the shares of all stages."""
+
+    def one(leaf: Array, stored: PartitionSpec, held: PartitionSpec) -> Array:
+        for dim, (entry, kept) in enumerate(zip(stored, held, strict=True)):
+            if PIPELINE in axes_of(entry) and PIPELINE not in axes_of(kept):
+                leaf = lax.all_gather(leaf, PIPELINE, axis=dim, tiled=True)
+        return leaf
+
+    return jax.tree.map(one, params, specs.parameters, specs.held)
+
+
+def reduce_gradient(gradient: Array, held: PartitionSpec, wanted: PartitionSpec) -> Array:
     """Sums a local gradient over the devices that hold the parameter.
 
     Every token's loss is counted on one device, so the gradient is the sum over all axes absent from the spec; over
-    `data` as a reduce-scatter where the gradient is wanted sharded.
+    axes that cut the gradient further than the parameter, as a reduce-scatter.
 
     Args:
-        gradient: local, shaped as the parameter is stored.
-        stored: spec of the parameter.
+        gradient: local, shaped as the parameter is held during the step.
+        held: spec of the parameter.
         wanted: spec of the gradient.
     """
-    dim = zero_dim(wanted)
-    if dim is not None and zero_dim(stored) is None:
-        gradient = lax.psum_scatter(gradient, DATA, scatter_dimension=dim, tiled=True)
-    absent = tuple(axis for axis in AXES if axis not in axes_of(wanted))
+    for dim, (entry, whole) in enumerate(zip(wanted, held, strict=True)):
+        axes = axes_of(entry)[len(axes_of(whole)) :]
+        if axes:
+            gradient = lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+    absent = tuple(axis for axis in AXES if axis not in all_axes_of(wanted))
     return lax.psum(gradient, absent)

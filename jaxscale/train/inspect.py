@@ -16,7 +16,7 @@ from jaxscale.models.parameters import abstract_params, count_parameters, parame
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.parallel.rules import Specs, axes_of, make_specs, mirror_specs
+from jaxscale.parallel.rules import Specs, all_axes_of, make_specs, mirror
 from jaxscale.train.optim import OptimizerConfig, make_optimizer
 from jaxscale.train.plan import TrainConfig, check_fit
 from jaxscale.types import Params
@@ -59,7 +59,7 @@ def bytes_per_device(
     trained = tree.select(params, train.trainable)
     transformation: optax.GradientTransformation = make_optimizer(optimizer, steps=train.steps, dims=specs.dims)
     opt_state = jax.eval_shape(transformation.init, trained)
-    opt_specs = mirror_specs(opt_state, trained, tree.select(specs.optimizer, train.trainable))
+    opt_specs = mirror(opt_state, trained, tree.select(specs.optimizer, train.trainable), PartitionSpec())
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, policy.reduction), trained)
     gradient_specs = tree.select(specs.gradients, train.trainable)
     sizes = {
@@ -81,7 +81,7 @@ def _tree_bytes(abstract: Any, specs: Any, mesh: MeshConfig) -> int:
 
 
 def _leaf_bytes(leaf: Any, spec: PartitionSpec, mesh: MeshConfig) -> int:
-    shards = math.prod(getattr(mesh, axis) for axis in axes_of(spec))
+    shards = math.prod(getattr(mesh, axis) for axis in all_axes_of(spec))
     return math.prod(leaf.shape) * leaf.dtype.itemsize // shards
 
 

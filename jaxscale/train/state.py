@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxscale import tree
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params, init_params
-from jaxscale.parallel.rules import Specs, mirror_specs
+from jaxscale.parallel.rules import Specs, mirror
 from jaxscale.types import Params
 
 # The generator is slow to optimise (seconds a leaf on a CPU) and runs once.
@@ -49,7 +49,7 @@ def abstract_state(
     trained = tree.select(params, trainable)
     opt_state = jax.eval_shape(optimizer.init, trained)
     trained_specs = tree.select(specs.optimizer, trainable)
-    opt_specs = mirror_specs(opt_state, trained, trained_specs)
+    opt_specs = mirror(opt_state, trained, trained_specs, PartitionSpec())
 
     def place(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))

@@ -13,7 +13,7 @@ from jaxscale import tree
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
-from jaxscale.parallel.rules import make_specs, mirror_specs
+from jaxscale.parallel.rules import make_specs, mirror
 
 MODEL = ModelConfig(
     vocab_size=64, num_layers=4, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_length=16,
@@ -104,6 +104,6 @@ def test_optimizer_leaves_live_where_their_parameter_does():
     params = abstract_params(MODEL, "float32")
     specs = make_specs(parameter_table(MODEL), MeshConfig(**SIZES, zero=1)).optimizer
     state = jax.eval_shape(optax.adamw(1e-3).init, params)
-    mirrored = mirror_specs(state, params, specs)
+    mirrored = mirror(state, params, specs, PartitionSpec())
     assert mirrored[0].mu == mirrored[0].nu == specs
     assert mirrored[0].count == PartitionSpec()
