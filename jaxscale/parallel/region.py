@@ -14,8 +14,10 @@ from jaxscale.ops import moe
 from jaxscale.ops.operations import Operations
 from jaxscale.parallel import expert, tensor
 from jaxscale.parallel.mesh import AXES, BATCH_SPEC, MeshConfig
+from jaxscale.parallel.pipeline import Pipeline, StagedLoss
 from jaxscale.parallel.rules import Specs
-from jaxscale.parallel.zero import make_gather, reduce_gradient
+from jaxscale.parallel.schedule import Schedule
+from jaxscale.parallel.zero import hold, make_gather, reduce_gradient
 from jaxscale.types import Batch
 
 LossFn = Callable[..., tuple[Any, Any, dict[str, Any]]]
@@ -45,6 +47,7 @@ class Region:
         specs: of the parameter tree.
         operations: as `make_operations` returns them.
         num_microbatches: M; global row r belongs to micro-batch r % M, on any mesh.
+        schedule: of the pipeline; None without one.
         reduction: type in which gradients are accumulated and summed.
         trainable: regular expression over parameter paths; the others get no gradient.
     """
@@ -53,6 +56,7 @@ class Region:
     specs: Specs
     operations: Operations
     num_microbatches: int = 1
+    schedule: Schedule | None = None
     reduction: str = "float32"
     trainable: str = ".*"
 
@@ -66,7 +70,11 @@ class Region:
         wanted = tree.select(self.specs.gradients, self.trainable)
 
         def local(params: Any, batch: Batch, key: jax.Array):
-            sums, gradients = self._accumulate(loss_fn, params, batch, key)
+            params, batch = self._enter(params, batch)
+            if self.schedule is None:
+                sums, gradients = self._accumulate(loss_fn, params, batch, key)
+            else:
+                sums, gradients = self._pipeline(loss_fn, params, jax.tree.map(self._split, batch)).gradient()
             gradients = jax.tree.map(reduce_gradient, gradients, held, wanted)
             return lax.psum(sums, AXES), gradients
 
@@ -76,9 +84,24 @@ class Region:
         """Returns f(params, batch, key) -> (sum_loss, sum_weight, metrics), without gradients."""
 
         def local(params: Any, batch: Batch, key: jax.Array):
-            return lax.psum(loss_fn(params, batch, key, operations=self.operations), AXES)
+            params, batch = self._enter(params, batch)
+            if self.schedule is None:
+                return lax.psum(loss_fn(params, batch, key, operations=self.operations), AXES)
+            whole = jax.tree.map(lambda x: x[None], batch)
+            return lax.psum(self._pipeline(loss_fn, params, whole).evaluate(), AXES)
 
         return self._manual(local, PartitionSpec())
+
+    def _enter(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
+        """Once a step: what stages share is gathered, and the tokens are laid out for the ring."""
+        return hold(params, self.specs), batch
+
+    def _pipeline(self, loss_fn: StagedLoss, params: Any, microbatches: Batch) -> Pipeline:
+        trained = tree.select(params, self.trainable)
+        frozen = jax.tree.map(lambda t, p: p if t is None else None, trained, params, is_leaf=lambda leaf: leaf is None)
+        return Pipeline(
+            loss_fn, self.operations, self.specs.layout, self.schedule, trained, frozen, microbatches, self.reduction
+        )
 
     def _manual(self, local: Callable, out_specs: Any) -> Callable:
         in_specs = (self.specs.parameters, BATCH_SPEC, PartitionSpec())

@@ -31,11 +31,12 @@ class Rows(NamedTuple):
         weight, weight_chunk: of W; NONE everywhere where B does both.
         activation_store: activation slot for what the previous stage sent.
         activation_read: activation slot that F reads; NONE in the first virtual stage, which embeds tokens.
-        residual_store, residual_read: residual slot that F fills and B reads.
+        residual_store, residual_read: residual slot that F fills and B reads; where W is apart, it reads it too.
         cotangent_store: cotangent slot for what the next stage sent.
         cotangent_own: cotangent slot that F of the last virtual stage fills.
         cotangent_read: cotangent slot that B reads.
-        weight_store, weight_read: weight slot, of W's inputs, that B fills and W reads.
+        weight_store, weight_read: weight slot, of what B leaves for W, that B fills and W reads.
+        weight_residual: residual slot that W reads.
     """
 
     forward: np.ndarray
@@ -53,6 +54,7 @@ class Rows(NamedTuple):
     cotangent_read: np.ndarray
     weight_store: np.ndarray
     weight_read: np.ndarray
+    weight_residual: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,8 +169,8 @@ def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
 
     Source: Qi et al. 2023 (arXiv 2401.10241), section 2.1: idle time (S - 1)(F + B - W), here for W <= F, W <= B and
         M >= 2 (S - 1); more for fewer micro-batches, never more than 1F1B's.
-    Cost: min(M, 2 S - 1) residual and at most max(1, 2 S - 2) weight slots; on no stage more than 2 S - 1
-        micro-batches are between F and W, as many as 1F1B's stage 0 has between F and B.
+    Cost: min(M, 2 S - 1) residual slots, held from F to W, as many as 1F1B's stage 0 holds from F to B; and at most
+        max(1, 2 S - 2) weight slots.
     """
     forward, backward = _one_f_one_b_ticks(num_stages, num_microbatches)
     last = num_microbatches + num_stages - 1  # the first tick without any F
@@ -253,9 +255,9 @@ def _schedule(
     activation_at = np.vstack([np.full_like(forward[:1], NONE), forward[:-1] + 1])  # k - 1 sent it one tick before
     cotangent_at = np.vstack([backward[1:] + 1, forward[-1:]])
     activation, num_activation = _assign(activation_at, forward, num_stages)
-    residual, num_residual = _assign(forward, backward, num_stages)
     cotangent, num_cotangent = _assign(cotangent_at, backward, num_stages)
     weight = np.full_like(backward, NONE) if weight is None else weight
+    residual, num_residual = _assign(forward, np.maximum(backward, weight), num_stages)
     inputs, num_inputs = _assign(np.where(weight == NONE, NONE, backward), weight, num_stages)
 
     virtual, microbatch = np.indices(forward.shape)
@@ -284,6 +286,7 @@ def _schedule(
         cotangent_read=column(backward, cotangent),
         weight_store=column(backward, inputs),
         weight_read=column(weight, inputs),
+        weight_residual=column(weight, residual),
     )
     counts = (num_activation, num_residual, num_cotangent, num_inputs)
     return Schedule(name, num_stages, len(forward) // num_stages, forward.shape[1], rows, *counts)

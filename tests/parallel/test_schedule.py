@@ -73,7 +73,8 @@ class Machine:
 
     def backward(self, stage, row):
         k, m = self.operate("B", stage, row.backward, row.backward_chunk)
-        assert self.take("residual", stage, row.residual_read) == ("residual", k, m)
+        take = self.look if self.schedule.is_split else self.take
+        assert take("residual", stage, row.residual_read) == ("residual", k, m)
         assert self.take("cotangent", stage, row.cotangent_read) == ("cotangent", k, m)
         if self.schedule.is_split:
             self.put("weight", stage, row.weight_store, ("weight", k, m))
@@ -82,6 +83,7 @@ class Machine:
     def weight(self, stage, row):
         k, m = self.operate("W", stage, row.weight, row.weight_chunk)
         assert self.take("weight", stage, row.weight_read) == ("weight", k, m)
+        assert self.take("residual", stage, row.weight_residual) == ("residual", k, m)
 
     def operate(self, kind, stage, microbatch, chunk):
         virtual = chunk * self.schedule.num_stages + stage
@@ -94,6 +96,10 @@ class Machine:
         if label is not None:
             assert self.slots[kind][stage][slot] is None, f"{label} overwrites {self.slots[kind][stage][slot]}"
             self.slots[kind][stage][slot] = label
+
+    def look(self, kind, stage, slot):
+        assert slot >= 0
+        return self.slots[kind][stage][slot]
 
     def take(self, kind, stage, slot):
         assert slot >= 0
@@ -117,7 +123,7 @@ def test_what_is_idle_names_no_slot(schedule):
     for operation, columns in (
         (rows.forward, (rows.forward_chunk, rows.activation_read, rows.residual_store, rows.cotangent_own)),
         (rows.backward, (rows.backward_chunk, rows.residual_read, rows.cotangent_read, rows.weight_store)),
-        (rows.weight, (rows.weight_chunk, rows.weight_read)),
+        (rows.weight, (rows.weight_chunk, rows.weight_read, rows.weight_residual)),
     ):
         assert all((column[operation == NONE] == NONE).all() for column in columns)
     assert schedule.is_split == (rows.weight_store != NONE).any() == (rows.weight != NONE).any()

@@ -1,0 +1,317 @@
+"""Pipeline parallelism: runs a schedule's table inside the manual region.
+
+Nothing here is differentiated from outside: each stage pulls its own cotangents back, in the tick its table says. What
+only some stages do stands in a branch (`lax.cond`); a branch may hold collectives of a group in which all take it, over
+any axis but `pipeline`, and never a permute. The two permutes between neighbours stand after the branches.
+
+Source: Narayanan et al. 2021 (arXiv 2104.04473); Qi et al. 2023 (arXiv 2401.10241).
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxscale import tree
+from jaxscale.ops.operations import Operations
+from jaxscale.parallel.mesh import PIPELINE
+from jaxscale.parallel.schedule import NONE, Rows, Schedule
+from jaxscale.parallel.split import Split, split
+from jaxscale.parallel.stages import PADDING, StageLayout
+from jaxscale.types import Array, Batch, Params
+
+Sums = tuple[Array, Array, dict[str, Array]]
+
+
+class StagedLoss(Protocol):
+    """A loss in the three parts that stages run; `train.losses.NextTokenLoss` says what each takes and returns."""
+
+    def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array: ...
+    def body(self, layers: Params, x: Array, batch: Batch, is_real: Array | None, *, operations: Operations) -> Any: ...
+    def finish(self, params: Params, x: Array, batch: Batch, *, operations: Operations) -> Sums: ...
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["activations", "cotangents", "residuals", "extras", "sent", "layers", "rest", "sums", "by_layer"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """What a stage holds between ticks; each kind of slot has one more than the schedule needs, into which nothing goes.
+
+    Args:
+        activations, cotangents: [slots, b, t, D].
+        residuals, extras: what F keeps and B leaves for W, leaves [slots, ...].
+        sent: (activation for the next stage, cotangent for the previous one).
+        layers, rest: gradients so far, of the own chunks [V, periods, ...] and of what is in no layer.
+        sums: the loss's sums so far.
+        by_layer: the body's metrics so far, leaves [V, layers, ...].
+    """
+
+    activations: Array
+    cotangents: Array
+    residuals: tuple
+    extras: tuple
+    sent: tuple[Array, Array]
+    layers: Params
+    rest: Params
+    sums: Sums
+    by_layer: dict[str, Array]
+
+
+class _Shapes(NamedTuple):
+    """Shapes of a stage's residual, its body's loss and metrics, and the sums of the end."""
+
+    x: jax.ShapeDtypeStruct
+    loss: jax.ShapeDtypeStruct
+    by_layer: dict[str, jax.ShapeDtypeStruct]
+    sums: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """One stage's view of a pipelined loss; made and used inside the manual region.
+
+    Args:
+        loss: what is computed.
+        operations: what the mesh injects.
+        layout: which periods each stage holds.
+        schedule: when each stage does what.
+        trained: the stage's parameters that are trained, as `zero.hold` returns them; None elsewhere.
+        frozen: the others; None elsewhere.
+        microbatches: leaves [M, b, ...].
+        reduction: type in which gradients add up.
+    """
+
+    loss: StagedLoss
+    operations: Operations
+    layout: StageLayout
+    schedule: Schedule
+    trained: Params
+    frozen: Params
+    microbatches: Batch
+    reduction: str
+
+    def gradient(self) -> tuple[Sums, Params]:
+        """The sums over own micro-batches and the gradients of the sum of losses: this stage's share of both."""
+        rows = jax.tree.map(jnp.asarray, self.schedule.rows)
+        carry = lax.scan(self._tick, self._first_carry(), rows)[0]
+        layers = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), carry.layers)
+        loss, weight, metrics = carry.sums
+        return (loss, weight, metrics | self._in_order(carry.by_layer)), {**carry.rest, "layers": layers}
+
+    # One tick
+
+    def _tick(self, carry: _Carry, rows: Rows) -> tuple[_Carry, None]:
+        row = jax.tree.map(lambda column: column[lax.axis_index(PIPELINE)], rows)
+        activation, cotangent = carry.sent
+        carry = dataclasses.replace(
+            carry,
+            activations=_put(carry.activations, row.activation_store, activation),
+            cotangents=_put(carry.cotangents, row.cotangent_store, cotangent),
+        )
+        carry = lax.cond(row.forward != NONE, self._forward, _idle, carry, row)
+        carry = lax.cond(row.backward != NONE, self._backward, _idle, carry, row)
+        if self.schedule.is_split:
+            carry = lax.cond(row.weight != NONE, self._weight, _idle, carry, row)
+        activation, cotangent = carry.sent
+        return dataclasses.replace(carry, sent=(self._shift(activation, 1), self._shift(cotangent, -1))), None
+
+    def _forward(self, carry: _Carry, row: Rows) -> _Carry:
+        batch = _get(self.microbatches, row.forward)
+        x = lax.cond(
+            row.activation_read == NONE,
+            lambda: self._start(self._rest, batch),
+            lambda: _get(carry.activations, row.activation_read),
+        )
+        (y, loss), metrics, kept = self._split.forward(*self._chunk(row.forward_chunk, x, batch))
+        carry = dataclasses.replace(
+            carry,
+            residuals=_put(carry.residuals, row.residual_store, kept),
+            sent=(y, carry.sent[1]),
+            sums=(carry.sums[0] + loss, *carry.sums[1:]),
+            by_layer=jax.tree.map(lambda old, new: old.at[row.forward_chunk].add(new), carry.by_layer, metrics),
+        )
+        return lax.cond(row.cotangent_own != NONE, self._turn, _idle, carry, row, y, batch)
+
+    def _turn(self, carry: _Carry, row: Rows, y: Array, batch: Batch) -> _Carry:
+        """The end of the last chunk: the loss, and its cotangent where other stages store what arrives."""
+
+        def sum_loss(rest: Params, y: Array) -> tuple[Array, Sums]:
+            sums = self._finish(rest, y, batch)
+            return sums[0], sums
+
+        (gradient, dy), sums = jax.grad(sum_loss, argnums=(0, 1), has_aux=True)(self._rest, y)
+        return dataclasses.replace(
+            carry,
+            cotangents=_put(carry.cotangents, row.cotangent_own, dy),
+            rest=_add(carry.rest, gradient),
+            sums=jax.tree.map(jnp.add, carry.sums, sums),
+        )
+
+    def _backward(self, carry: _Carry, row: Rows) -> _Carry:
+        batch = _get(self.microbatches, row.backward)
+        dy = _get(carry.cotangents, row.cotangent_read), jnp.ones((), self._shapes.loss.dtype)
+        layers, _, inputs = self._chunk(row.backward_chunk, None, batch)
+        kept = _get(carry.residuals, row.residual_read)
+        dx, extra = self._split.backward(layers, inputs, kept, dy)
+        carry = dataclasses.replace(carry, sent=(carry.sent[0], dx))
+        if self.schedule.is_split:
+            carry = dataclasses.replace(carry, extras=_put(carry.extras, row.weight_store, extra))
+        else:
+            gradient = self._split.weight(layers, inputs, kept, extra)
+            carry = dataclasses.replace(carry, layers=_add(carry.layers, gradient, row.backward_chunk))
+        is_first = (row.backward_chunk == 0) & (lax.axis_index(PIPELINE) == 0)
+        return lax.cond(is_first, self._start_backward, _idle, carry, row, dx, batch)
+
+    def _start_backward(self, carry: _Carry, row: Rows, dx: Array, batch: Batch) -> _Carry:
+        (gradient,) = jax.vjp(lambda rest: self._start(rest, batch), self._rest)[1](dx)
+        return dataclasses.replace(carry, rest=_add(carry.rest, gradient))
+
+    def _weight(self, carry: _Carry, row: Rows) -> _Carry:
+        layers, _, inputs = self._chunk(row.weight_chunk, None, _get(self.microbatches, row.weight))
+        kept, extra = _get(carry.residuals, row.weight_residual), _get(carry.extras, row.weight_read)
+        gradient = self._split.weight(layers, inputs, kept, extra)
+        return dataclasses.replace(carry, layers=_add(carry.layers, gradient, row.weight_chunk))
+
+    def _shift(self, x: Array, by: int) -> Array:
+        """To the next (+1) or previous (-1) stage; round the ring only where chunks need it."""
+        num = self.layout.num_stages
+        pairs = [(i, (i + by) % num) for i in range(num) if self.layout.num_chunks > 1 or 0 <= i + by < num]
+        return lax.ppermute(x, PIPELINE, pairs)
+
+    # The parts of the loss as functions of the trained parameters
+
+    @property
+    def _rest(self) -> Params:
+        return {name: value for name, value in self.trained.items() if name != "layers"}
+
+    def _start(self, rest: Params, batch: Batch) -> Array:
+        return self.loss.start(self._whole(rest), batch, operations=self.operations)
+
+    def _finish(self, rest: Params, x: Array, batch: Batch) -> Sums:
+        return self.loss.finish(self._whole(rest), x, batch, operations=self.operations)
+
+    def _whole(self, rest: Params) -> Params:
+        return tree.merge(rest, {name: value for name, value in self.frozen.items() if name != "layers"})
+
+    def _body(self, layers: Params, x: Array, inputs: tuple[Params, Batch, Array | None]):
+        frozen, batch, is_real = inputs
+        y, loss, metrics = self.loss.body(tree.merge(layers, frozen), x, batch, is_real, operations=self.operations)
+        return (y, loss), metrics
+
+    def _chunk(self, chunk: Array | int, x: Array | None, batch: Batch) -> tuple[Params, Array | None, tuple]:
+        """The arguments of `_body` for one chunk: only the first is differentiated."""
+        is_real = self.layout.is_real
+        real = None if is_real.all() else jnp.asarray(is_real)[lax.axis_index(PIPELINE), chunk]
+        trained, frozen = (_get(jax.tree.map(self._by_chunk, p["layers"]), chunk) for p in (self.trained, self.frozen))
+        return trained, x, (frozen, batch, real)
+
+    def _by_chunk(self, leaf: Array) -> Array:
+        return leaf.reshape(self.layout.num_chunks, -1, *leaf.shape[1:])
+
+    @functools.cached_property
+    def _shapes(self) -> _Shapes:
+        batch = _get(self.microbatches, 0)
+        x = jax.eval_shape(self._start, self._rest, batch)
+        (_, loss), by_layer = jax.eval_shape(lambda x: self._body(*self._chunk(0, x, batch)), x)
+        return _Shapes(x, loss, by_layer, jax.eval_shape(self._finish, self._rest, x, batch))
+
+    @functools.cached_property
+    def _split(self) -> Split:
+        arguments = jax.eval_shape(lambda x: self._chunk(0, x, _get(self.microbatches, 0)), self._shapes.x)
+        return split(self._body, *arguments, is_deep=self.schedule.is_split)
+
+    def _first_carry(self) -> _Carry:
+        schedule, shapes = self.schedule, self._shapes
+        zeros, gradient = jnp.zeros(shapes.x.shape, shapes.x.dtype), functools.partial(_zeros, dtype=self.reduction)
+        return _Carry(
+            activations=_slots(shapes.x, schedule.num_activation_slots),
+            cotangents=_slots(shapes.x, schedule.num_cotangent_slots),
+            residuals=_slots(self._split.kept, schedule.num_residual_slots),
+            extras=_slots(self._split.extra, schedule.num_weight_slots),
+            sent=(zeros, zeros),
+            layers=gradient(jax.tree.map(self._by_chunk, self.trained["layers"])),
+            rest=gradient(self._rest),
+            sums=_zeros(shapes.sums),
+            by_layer=_zeros(_stacked(shapes.by_layer, self.layout.num_chunks)),
+        )
+
+    def _in_order(self, by_layer: dict[str, Array]) -> dict[str, Array]:
+        """Metrics [V, layers of a chunk, ...] to rows of all layers in canonical order, zero where others have them."""
+        order = self.layout.order.reshape(self.layout.num_stages, -1)
+        rows = jnp.asarray(np.where(order == PADDING, self.layout.num_periods, order))[lax.axis_index(PIPELINE)]
+
+        def one(leaf: Array) -> Array:
+            by_period = leaf.reshape(len(rows), -1, *leaf.shape[2:])
+            whole = jnp.zeros((self.layout.num_periods, *by_period.shape[1:]), leaf.dtype)
+            return whole.at[rows].set(by_period, mode="drop").reshape(-1, *leaf.shape[2:])
+
+        return jax.tree.map(one, by_layer)
+
+    def evaluate(self) -> Sums:
+        """The sums of the first micro-batch; it passes the chunks one by one, while the other stages wait."""
+        batch, shapes = _get(self.microbatches, 0), self._shapes
+        carry = (
+            jnp.zeros(shapes.x.shape, shapes.x.dtype),
+            jnp.zeros((), shapes.loss.dtype),
+            _zeros(_stacked(shapes.by_layer, self.layout.num_chunks)),
+        )
+        stage = lax.axis_index(PIPELINE)
+        for virtual in range(self.layout.num_virtual):
+            chunk, owner = divmod(virtual, self.layout.num_stages)
+            run = functools.partial(self._evaluate_chunk, chunk=chunk, is_first=virtual == 0, batch=batch)
+            carry = lax.cond(stage == owner, run, lambda carry: carry, carry)
+            if virtual + 1 < self.layout.num_virtual:
+                carry = (self._shift(carry[0], 1), *carry[1:])
+        x, loss, by_layer = carry
+        is_last = stage == self.layout.num_stages - 1
+        sums = lax.cond(is_last, lambda: self._finish(self._rest, x, batch), lambda: _zeros(shapes.sums))
+        return sums[0] + loss, sums[1], sums[2] | self._in_order(by_layer)
+
+    def _evaluate_chunk(self, carry: tuple, *, chunk: int, is_first: bool, batch: Batch) -> tuple:
+        x, loss, by_layer = carry
+        x = self._start(self._rest, batch) if is_first else x
+        (y, own), metrics = self._body(*self._chunk(chunk, x, batch))
+        return y, loss + own, jax.tree.map(lambda old, new: old.at[chunk].set(new), by_layer, metrics)
+
+
+def _idle(carry: _Carry, *_: Any) -> _Carry:
+    return carry
+
+
+def _get(slots: Any, index: Array | int) -> Any:
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), slots)
+
+
+def _put(slots: Any, index: Array, values: Any) -> Any:
+    """Writes to a slot; NONE is the one past the end, which nobody reads."""
+
+    def one(leaf: Array, value: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(leaf, value, jnp.where(index == NONE, leaf.shape[0] - 1, index), 0)
+
+    return jax.tree.map(one, slots, values)
+
+
+def _add(sums: Any, gradients: Any, chunk: Array | None = None) -> Any:
+    """Adds in the type of `sums`, to all or to one chunk."""
+    if chunk is None:
+        return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, gradients)
+    return jax.tree.map(lambda s, g: s.at[chunk].add(g.astype(s.dtype)), sums, gradients)
+
+
+def _zeros(shapes: Any, dtype: str | None = None) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, dtype or s.dtype), shapes)
+
+
+def _stacked(shapes: Any, num: int) -> Any:
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((num, *s.shape), s.dtype), shapes)
+
+
+def _slots(shapes: Any, num: int) -> Any:
+    return _zeros(_stacked(shapes, num + 1))
