@@ -68,7 +68,8 @@ examples:
 VALUE is a Python literal; anything else is taken as text.
 
 exit status: 0 done, 1 the run failed, 2 bad input (one line says what was given and what was expected),
-143 or 130 stopped by SIGTERM or SIGINT with everything saved
+143 or 130 stopped by SIGTERM or SIGINT with everything saved,
+75 or 134 another process of the run is stuck or dead: start it again
 """
 
 

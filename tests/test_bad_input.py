@@ -89,7 +89,14 @@ CASES = {
         "TokenizerConfig.path", "given '/absent/tokenizer'",
     ),
     "mesh": (["mesh.data=2"], "MeshConfig", "= 1 * 2 * 1 * 1 * 2 = 4 to equal the number of devices, 8"),
-    "pipeline": (["mesh.pipeline=2", "mesh.data=2"], "MeshConfig.pipeline", "given 2, expected 1"),
+    "pipeline": (
+        ["mesh.pipeline=2", "mesh.data=2"],
+        "MeshConfig.pipeline", "given 2", "pipeline * num_chunks <= periods of the stack, but 2 * 1 = 2 > 1",
+    ),
+    "zero bubble": (
+        ["mesh.pipeline=2", "mesh.data=2", "model.num_layers=2", "mesh.schedule='zero_bubble'"],
+        "StackConfig.is_scanned", "given True, expected False",
+    ),
     "heads of a group": (["model.num_kv_heads=3"], "num_kv_heads", "num_heads % num_kv_heads == 0 (4 heads)"),
     "heads on the mesh": (
         ["model.num_kv_heads=1"], "MeshConfig.tensor", "num_kv_heads % tensor == 0", "1 % 2 = 1",

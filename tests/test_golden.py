@@ -53,7 +53,7 @@ def train(optimizer, *, is_scanned):
         train=TrainConfig(steps=STEPS, num_microbatches=2, z_loss=1e-3), policy=Policy(compute="float32"),
         stack=StackConfig(is_scanned=is_scanned, num_loss_chunks=2), devices=jax.devices()[:1],
     )  # fmt: skip
-    state = init_state(MODEL, plan.optimizer, plan.state, seed=0, trainable=".*")
+    state = init_state(MODEL, plan.optimizer, plan.state, specs=plan.region.specs, seed=0, trainable=".*")
     step, curve = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state), []
     for number in range(STEPS):
         state, metrics = step(state, place(plan.mesh, make_batch(number)))

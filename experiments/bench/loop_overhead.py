@@ -27,6 +27,7 @@ from jaxscale.train.pretrain import pretrain
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import init_state
 from jaxscale.train.step import make_step
+from jaxscale.train.watchdog import Watchdog
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("file")
@@ -47,7 +48,7 @@ reporters = [History(folder / "metrics.jsonl", 0), TensorBoard(folder, 0), Progr
 loop = Loop(
     step_fn=step_fn, loader=loader, place=put, steps=0, checkpoints=saver, save_every=10**6, reporters=reporters,
     speed=Speed(1, 1.0), evaluate=lambda params, step: {}, evaluate_every=10**6, diagnose=str,
-    preemption=Preemption(), profiler=Profiler(None, folder),
+    preemption=Preemption(), profiler=Profiler(None, folder), watchdog=Watchdog(None),
 )  # fmt: skip
 times = {"bare": [], "loop": []}
 for _ in range(options.rounds + 1):

@@ -33,7 +33,8 @@ defaults = {name: each.default for name, each in inspect.signature(pretrain).par
 run = defaults | config.load(pretrain, [options.file], options.set).arguments
 apply_runtime(run["runtime"], ".")
 plan = make_plan(**{name: run[name] for name in ("model", "mesh", "data", "optimizer", "train", "policy", "stack")})
-state = init_state(run["model"], plan.optimizer, plan.state, seed=0, trainable=run["train"].trainable)
+settings = dict(specs=plan.region.specs, seed=0, trainable=run["train"].trainable)
+state = init_state(run["model"], plan.optimizer, plan.state, **settings)
 rows, length = run["data"].batch_size, run["data"].sequence_length
 text = np.random.default_rng(0).integers(0, run["model"].vocab_size, (rows, length + 1), np.int32)
 weights, positions = np.ones((rows, length), np.float32), np.tile(np.arange(length, dtype=np.int32), (rows, 1))

@@ -20,8 +20,10 @@ from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.processes import batch_share
 from jaxscale.parallel.region import Region
 from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
+from jaxscale.parallel.stages import canonical_shapes, from_canonical
 from jaxscale.train.evaluation import EvaluationContext, place
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.plan import TrainConfig, check_fit, make_region
@@ -59,11 +61,12 @@ class BitsPerByte:
         """
         check_vocabulary(self._tokenizer, context.model.vocab_size)
         nll = weight = 0.0
-        for batch in self._batches():
+        loader = _open(self.data, *batch_share(context.mesh))
+        for batch in self._batches(loader):
             _, batch_weight, metrics = context.sums(context.params, context.place(batch), jax.random.key(0))
             nll, weight = nll + float(metrics["nll"]), weight + float(batch_weight)
         loss = nll / max(weight, 1.0)
-        tokens_per_byte = self._loader.num_tokens / self._loader.num_bytes
+        tokens_per_byte = loader.num_tokens / loader.num_bytes
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),  # beyond is no float
@@ -71,22 +74,21 @@ class BitsPerByte:
         }
 
     @functools.cached_property
-    def _loader(self) -> HeldOutLoader:
-        return make_loader(
-            self.data, split="held_out", process_index=jax.process_index(), process_count=jax.process_count()
-        )
-
-    @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.data.tokenizer)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, loader: HeldOutLoader) -> Iterator[Batch]:
         """All in order, or some of them: rows are packed longest piece first, so the first batches are no sample."""
-        total = len(self._loader)
+        total = len(loader)
         if self.max_batches is None or self.max_batches >= total:
-            return iter(self._loader)
+            return iter(loader)
         numbers = np.linspace(0, total - 1, self.max_batches).round().astype(int)
-        return (self._loader.batch_at(int(n)) for n in numbers)
+        return (loader.batch_at(int(n)) for n in numbers)
+
+
+@functools.lru_cache(maxsize=4)  # opened once for all of a run's evaluations
+def _open(data: DataConfig, index: int, count: int) -> HeldOutLoader:
+    return make_loader(data, split="held_out", process_index=index, process_count=count)
 
 
 def evaluate(
@@ -136,15 +138,19 @@ def _restore(
     directory: Path, checkpoint: CheckpointConfig, model: ModelConfig, region: Region, policy: Policy, step: int | None
 ) -> tuple[int, Any]:
     """The step and its parameters, placed as the region wants them."""
-    abstract = jax.tree.map(
+    specs = region.specs
+    stored = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(region.mesh, spec)),
-        abstract_params(model, policy.parameters),
-        region.specs.parameters,
+        jax.eval_shape(
+            lambda params: specs.layout.store(params, specs.dims), abstract_params(model, policy.parameters)
+        ),
+        specs.parameters,
     )
     config = dataclasses.replace(checkpoint, directory=str(directory / checkpoint.directory))
     checkpoints = Checkpoints(config, fingerprint=dataclasses.asdict(model))
     try:
-        params = checkpoints.restore_params(abstract, step)
+        params = checkpoints.restore_params(canonical_shapes(stored, specs.dims, specs.layout), step)
+        params = from_canonical(params, stored, specs.dims, specs.layout)
         # After the restore: a damaged checkpoint that was passed over no longer counts as the latest.
         return checkpoints.latest_step() if step is None else step, params
     finally:

@@ -28,11 +28,16 @@ Sums = tuple[Array, Array, dict[str, Array]]
 
 
 class StagedLoss(Protocol):
-    """A loss in the three parts that stages run; `train.losses.NextTokenLoss` says what each takes and returns."""
+    """A loss in the three parts that stages run; see `train.losses.NextTokenLoss`."""
 
-    def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array: ...
-    def body(self, layers: Params, x: Array, batch: Batch, is_real: Array | None, *, operations: Operations) -> Any: ...
-    def finish(self, params: Params, x: Array, batch: Batch, *, operations: Operations) -> Sums: ...
+    def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array:
+        """What comes before the layers: the residual [b, own T, D]."""
+
+    def body(self, layers: Params, x: Array, batch: Batch, is_real: Array | None, *, operations: Operations) -> Any:
+        """Periods of the stack: (residual, sum of their losses, metrics by layer)."""
+
+    def finish(self, params: Params, x: Array, batch: Batch, *, operations: Operations) -> Sums:
+        """What comes after the layers: the loss as sums."""
 
 
 @functools.partial(
@@ -42,7 +47,7 @@ class StagedLoss(Protocol):
 )
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What a stage holds between ticks; each kind of slot has one more than the schedule needs, into which nothing goes.
+    """What a stage holds between ticks; each kind of slot has one more than the schedule needs, for what nobody reads.
 
     Args:
         activations, cotangents: [slots, b, t, D].

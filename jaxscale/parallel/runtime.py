@@ -1,4 +1,4 @@
-"""What must be set before JAX first touches a device: platform, virtual devices, determinism and flags."""
+"""What must be set before JAX first touches a device: platform, virtual devices, flags and the other processes."""
 
 import dataclasses
 import os
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import jax
 
-from jaxscale.types import InputError, check_choice, check_types
+from jaxscale.parallel.processes import ProcessesConfig, start_processes
+from jaxscale.types import InputError, check_choice, check_positive, check_types
+
+DEFAULT_WATCHDOG_S = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +22,28 @@ class RuntimeConfig:
         is_deterministic: same bits from the same run on a GPU: deterministic operations, and the autotuner's choices
             kept in the run's directory and used again on resume.
         xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false".
+        processes: how the run's processes find one another; None for a run of one process.
+        watchdog_timeout_s: a step that takes longer ends the process, see `train.watchdog`; a process that is dead or
+            frozen ends the others within twice that, whatever they do. None: DEFAULT_WATCHDOG_S with several processes,
+            no watch in a run of one, which waits for nobody.
     """
 
     platform: str | None = None
     num_cpu_devices: int | None = None
     is_deterministic: bool = False
     xla_flags: tuple[str, ...] = ()
+    processes: ProcessesConfig | None = None
+    watchdog_timeout_s: int | None = None
 
     def __post_init__(self):
         check_types(self)
         check_choice("RuntimeConfig.platform", self.platform, (None, "cpu", "cuda", "tpu"))
+        if self.watchdog_timeout_s is not None:
+            check_positive("RuntimeConfig.watchdog_timeout_s", self.watchdog_timeout_s)
+
+    def watchdog_s(self, num_processes: int) -> int | None:
+        """Seconds that a step may take in a run of so many processes; None for ever."""
+        return self.watchdog_timeout_s or (DEFAULT_WATCHDOG_S if num_processes > 1 else None)
 
 
 def apply_runtime(config: RuntimeConfig, directory: str) -> None:
@@ -38,7 +53,9 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         config: the settings.
         directory: of the run; holds the saved autotuning of a deterministic run.
     Raises:
-        InputError: JAX has already started with other devices than the configuration asks for.
+        InputError: JAX has already started with other devices than the configuration asks for, or a launcher's
+            variable is missing.
+        RunError: this process could not join the others.
     """
     flags = list(config.xla_flags)
     if config.is_deterministic:
@@ -53,6 +70,9 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         jax.config.update("jax_platforms", config.platform)
     if config.num_cpu_devices is not None:
         _set_cpu_devices(config.num_cpu_devices)
+    if config.processes is not None:
+        # Later than the watchdog's, which says more.
+        start_processes(config.processes, 2 * (config.watchdog_timeout_s or DEFAULT_WATCHDOG_S))
 
 
 def _set_cpu_devices(number: int) -> None:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.types import Array, InputError, check_positive
 
@@ -93,6 +96,14 @@ class StageLayout:
         rows = np.argsort(self.order, stable=True)[-self.num_periods :]  # padding sorts first
         return jnp.take(leaf, rows, axis=0, unique_indices=True)
 
+    def store(self, tree: Any, dims: Any) -> Any:
+        """`from_canonical` on every layer stack of a tree: the leaves whose dim letters begin with "L"."""
+        return jax.tree.map(lambda leaf, d: self.from_canonical(leaf) if d.startswith("L") else leaf, tree, dims)
+
+    def restore(self, tree: Any, dims: Any) -> Any:
+        """`to_canonical` on every layer stack of a tree."""
+        return jax.tree.map(lambda leaf, d: self.to_canonical(leaf) if d.startswith("L") else leaf, tree, dims)
+
     def _check_rows(self, leaf: Array, num: int) -> None:
         if leaf.shape[:1] != (num,):
             raise ValueError(f"a leaf of {self} needs {num} rows, not shape {leaf.shape}")
@@ -117,6 +128,45 @@ class StageLayout:
         if sum(sizes) != self.num_periods:
             equation = f"a sum of {self.num_periods} periods, but {' + '.join(map(str, sizes))} = {sum(sizes)}"
             raise InputError("MeshConfig.stage_periods", sizes, equation + nearest)
+
+
+def canonical_shapes(stored: Any, dims: Any, layout: StageLayout) -> Any:
+    """Shapes and shardings of a tree as it is on disk; stacks that do not divide over the stages are whole on each.
+
+    Args:
+        stored: shapes with shardings of the run's tree.
+        dims: its dim letters; the leaves of layer stacks begin with "L".
+        layout: of the run.
+    """
+    if layout.is_identity:
+        return stored
+
+    def one(leaf: jax.ShapeDtypeStruct, letters: str) -> jax.ShapeDtypeStruct:
+        if not letters.startswith("L"):
+            return leaf
+        spec = leaf.sharding.spec
+        if layout.num_periods % layout.num_stages:
+            spec = PartitionSpec(None, *spec[1:])
+        sharding = NamedSharding(leaf.sharding.mesh, spec)
+        return jax.ShapeDtypeStruct((layout.num_periods, *leaf.shape[1:]), leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, stored, dims)
+
+
+def to_canonical(tree: Any, stored: Any, dims: Any, layout: StageLayout) -> Any:
+    """A run's tree as it is on disk; arguments as `canonical_shapes`."""
+    if layout.is_identity:
+        return tree
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, canonical_shapes(stored, dims, layout))
+    return jax.jit(lambda tree: layout.restore(tree, dims), out_shardings=shardings)(tree)
+
+
+def from_canonical(tree: Any, stored: Any, dims: Any, layout: StageLayout) -> Any:
+    """A tree from disk as a run stores it; arguments as `canonical_shapes`."""
+    if layout.is_identity:
+        return tree
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, stored)
+    return jax.jit(lambda tree: layout.store(tree, dims), out_shardings=shardings)(tree)
 
 
 def _even(num_periods: int, num_parts: int) -> tuple[int, ...]:

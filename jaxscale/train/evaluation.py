@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxscale.models.config import ModelConfig
 from jaxscale.parallel.mesh import BATCH_SPEC
+from jaxscale.parallel.processes import batch_share
 from jaxscale.types import Array, Batch, Params
 
 
@@ -35,6 +37,17 @@ class EvaluationContext:
 
 
 def place(mesh: Mesh, batch: Batch) -> Batch:
-    """This host's rows of the global batch, numpy, to the devices."""
+    """This process's share of the global batch, numpy, to its devices."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    index, count = batch_share(mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        first, size = index * len(rows), count * len(rows)
+
+        def shard(where: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = where[0].indices(size)
+            return rows[start - first : stop - first, *where[1:]]
+
+        return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, shard)
+
+    return jax.tree.map(put, batch)

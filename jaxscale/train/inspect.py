@@ -35,7 +35,7 @@ def inspect(
     """
     check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
     specs = make_specs(parameter_table(model), mesh)
-    params = abstract_params(model, policy.parameters)
+    params = jax.eval_shape(lambda p: specs.layout.store(p, specs.dims), abstract_params(model, policy.parameters))
     total, active = count_parameters(model)
     flops = training_flops_per_token(model, active, data.sequence_length)
     print(operative_config())
@@ -61,7 +61,8 @@ def bytes_per_device(
     opt_state = jax.eval_shape(transformation.init, trained)
     opt_specs = mirror(opt_state, trained, tree.select(specs.optimizer, train.trainable), PartitionSpec())
     gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, policy.reduction), trained)
-    gradient_specs = tree.select(specs.gradients, train.trainable)
+    # As they add up during the step; ZeRO-2 shards them only at its end.
+    gradient_specs = tree.select(specs.held, train.trainable)
     sizes = {
         "parameters": _tree_bytes(params, specs.parameters, mesh),
         "gradients": _tree_bytes(gradients, gradient_specs, mesh),

@@ -11,6 +11,7 @@ import jax
 from jaxscale.train.metrics import Reporter, Speed
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import TrainState
+from jaxscale.train.watchdog import Watchdog
 from jaxscale.types import Batch, RunError
 
 
@@ -80,6 +81,7 @@ class Loop:
         diagnose: (state, batch) -> name of the first tensor that is not finite.
         preemption: says when a signal asks for the end.
         profiler: records a window of steps.
+        watchdog: told what begins.
     """
 
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -95,6 +97,7 @@ class Loop:
     diagnose: Callable[[TrainState, Batch], str]
     preemption: Any
     profiler: Profiler
+    watchdog: Watchdog
 
     def run(self, state: TrainState) -> Outcome:
         """Trains from `state` (donated) to the last step or a signal; the end is always a committed checkpoint.
@@ -103,7 +106,10 @@ class Loop:
             NonFiniteError: the state before the bad step has been saved.
         """
         pending = None
-        for step in range(int(state.step) + 1, self.steps + 1):
+        first = int(state.step) + 1
+        for step in range(first, self.steps + 1):
+            # The first is compiled, and its figures are waited for in the second.
+            self.watchdog.watch(f"step {step}", is_slow=step <= first + 1)
             self.profiler.update(step - 1, state)
             state, started = self._start(state, step)
             self._report(pending, state)
@@ -115,6 +121,7 @@ class Loop:
             if self.preemption.is_requested():
                 break
         self._report(pending, state)
+        self.watchdog.watch("the last checkpoint", is_slow=True)
         self.profiler.close()
         self.checkpoints.save(int(state.step), state, self.loader.state(), force=True)
         self.checkpoints.wait()
@@ -141,6 +148,7 @@ class Loop:
 
     def _stop_non_finite(self, pending: _Pending, state: TrainState) -> None:
         """`state` is what it was before the bad step: no step after it has changed it."""
+        self.watchdog.watch(f"the diagnosis of step {pending.step}", is_slow=True)
         name = self.diagnose(state, pending.batch)
         good = dataclasses.replace(state, is_finite=jax.numpy.ones_like(state.is_finite))
         self.checkpoints.save(pending.step - 1, good, pending.data_state, force=True)
@@ -153,10 +161,12 @@ class Loop:
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
         """In this order: a committed step has all its figures in the history."""
         if step % self.evaluate_every == 0 or step == self.steps:
+            self.watchdog.watch(f"the evaluation after step {step}", is_slow=True)
             figures = self.evaluate(state.params, step)
             for reporter in self.reporters if figures else ():
                 reporter.report(step, figures)
             self.speed.figures()  # restarts the clock: evaluation is not training time
+        self.watchdog.watch(f"the checkpoint of step {step}", is_slow=True)
         self.checkpoints.save(step, state, self.loader.state())
 
 

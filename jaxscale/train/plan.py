@@ -15,12 +15,14 @@ from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import QUERY_CHUNK, attention
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.mesh import PIPELINE, SEQUENCE, MeshConfig, check_batch, make_mesh
+from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.rules import make_specs
+from jaxscale.parallel.schedule import Schedule, make_schedule
+from jaxscale.parallel.stages import StageLayout, canonical_shapes, from_canonical, to_canonical
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.optim import OptimizerConfig, check_pattern, make_optimizer
-from jaxscale.train.state import TrainState, abstract_state
+from jaxscale.train.state import TrainState, abstract_state, state_dims
 from jaxscale.types import InputError, check_positive, check_types
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,24 @@ class Plan:
     optimizer: optax.GradientTransformation
     state: TrainState
 
+    @functools.cached_property
+    def dims(self) -> TrainState:
+        """Dim letters of the state's leaves."""
+        return state_dims(self.state, self.region.specs, self.region.trainable)
+
+    @property
+    def canonical_state(self) -> TrainState:
+        """The state as it is on disk: shapes with shardings, whatever the pipeline."""
+        return canonical_shapes(self.state, self.dims, self.region.specs.layout)
+
+    def to_canonical(self, state: TrainState) -> TrainState:
+        """The state as it is on disk."""
+        return to_canonical(state, self.state, self.dims, self.region.specs.layout)
+
+    def from_canonical(self, state: TrainState) -> TrainState:
+        """A state from disk as this run's pipeline stores it."""
+        return from_canonical(state, self.state, self.dims, self.region.specs.layout)
+
 
 def check_fit(
     *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, train: TrainConfig, stack: StackConfig
@@ -82,6 +102,8 @@ def check_fit(
     if not tree.flatten(tree.select(parameter_table(model), train.trainable)):
         paths = ", ".join(tree.flatten(parameter_table(model)))
         raise InputError("TrainConfig.trainable", train.trainable, f"a pattern that matches one of {paths}")
+    _make_schedule(mesh, train, stack)
+    StageLayout(model.num_periods, mesh.pipeline, mesh.num_chunks, mesh.stage_periods)
     check_batch(mesh, batch_size=data.batch_size, length=data.sequence_length, num_microbatches=train.num_microbatches)
     parts = stack.num_loss_chunks * mesh.tensor
     if data.sequence_length % parts:
@@ -123,14 +145,26 @@ def make_region(
     Raises:
         InputError: mesh, devices and model do not fit.
     """
-    for axis in (PIPELINE, SEQUENCE):
-        if getattr(mesh, axis) != 1:
-            raise InputError(f"MeshConfig.{axis}", getattr(mesh, axis), "1: this axis is not available yet")
+    if mesh.sequence != 1:
+        raise InputError("MeshConfig.sequence", mesh.sequence, "1: this axis is not available yet")
     device_mesh = make_mesh(mesh, devices)
     specs = make_specs(parameter_table(model), mesh)
     run_attention = functools.partial(attention, implementation=stack.attention)
     operations = make_operations(mesh, specs, attention=run_attention, reduction=policy.reduction)
-    return Region(device_mesh, specs, operations, train.num_microbatches, policy.reduction, train.trainable)
+    return Region(
+        device_mesh, specs, operations, num_microbatches=train.num_microbatches,
+        schedule=_make_schedule(mesh, train, stack), reduction=policy.reduction, trainable=train.trainable,
+    )  # fmt: skip
+
+
+def _make_schedule(mesh: MeshConfig, train: TrainConfig, stack: StackConfig) -> Schedule | None:
+    """The pipeline's schedule; None without a pipeline."""
+    if mesh.pipeline == 1:
+        return None
+    if mesh.schedule == "zero_bubble" and stack.is_scanned:
+        expected = 'False with MeshConfig.schedule = "zero_bubble": a loop over layers cannot be split into B and W'
+        raise InputError("StackConfig.is_scanned", True, expected)
+    return make_schedule(mesh.schedule, mesh.pipeline, mesh.num_chunks, train.num_microbatches)
 
 
 def make_plan(

@@ -24,6 +24,7 @@ from jaxscale.models.parameters import count_parameters
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.processes import batch_share
 from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train import diagnosis
 from jaxscale.train.evaluation import EvaluationContext, place
@@ -35,6 +36,7 @@ from jaxscale.train.preemption import Preemption
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import TrainState, init_state
 from jaxscale.train.step import make_step
+from jaxscale.train.watchdog import Watchdog
 from jaxscale.types import Batch, InputError, Params
 
 logger = logging.getLogger(__name__)
@@ -57,13 +59,14 @@ def pretrain(
         checkpoint: its directory is relative to `directory`.
         policy: dtypes.
         stack: how the layers are executed.
-        runtime: platform and flags.
+        runtime: platform, flags, processes and watchdog.
         evaluators: name -> evaluator(context) -> figures, see `train.evaluation`.
     Returns:
         The steps finished and the signal that ended the run early, if any.
     Raises:
         InputError: before anything on disk is touched, when something does not fit.
         NonFiniteError: a loss or gradient norm was not finite.
+        RunError: this process could not join the run's others.
     """
     apply_runtime(runtime, directory)
     if runtime.is_deterministic:
@@ -72,9 +75,11 @@ def pretrain(
     checkpoint = dataclasses.replace(checkpoint, directory=str(Path(directory, checkpoint.directory)))
     check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
     checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
-    loader = make_loader(data, split="train", process_index=jax.process_index(), process_count=jax.process_count())
+    index, count = batch_share(plan.mesh)
+    loader = make_loader(data, split="train", process_index=index, process_count=count)
     run = Path(directory)
-    with Preemption() as preemption:
+    with Preemption() as preemption, Watchdog(runtime.watchdog_s(jax.process_count())) as watchdog:
+        watchdog.watch("the restore or first draw of the state", is_slow=True)
         state = _restore_or_start(plan, checkpoints, loader, model, train)
         checkpoints.check_writable()
         _write_run_files(run, int(state.step))
@@ -92,6 +97,7 @@ def pretrain(
             diagnose=functools.partial(_diagnose, plan),
             preemption=preemption,
             profiler=Profiler(train.profile_steps, run / "profile"),
+            watchdog=watchdog,
         )
         with contextlib.ExitStack() as exit_stack:  # closes each, whichever of them fails
             for resource in (checkpoints, *loop.reporters, loop.profiler):

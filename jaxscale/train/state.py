@@ -45,7 +45,7 @@ def abstract_state(
     model: ModelConfig, optimizer: optax.GradientTransformation, *, mesh: Mesh, specs: Specs, dtype: str, trainable: str
 ) -> TrainState:
     """The state as shapes with shardings, nothing allocated: what init makes and a checkpoint is restored to."""
-    params = abstract_params(model, dtype)
+    params = jax.eval_shape(lambda params: specs.layout.store(params, specs.dims), abstract_params(model, dtype))
     trained = tree.select(params, trainable)
     opt_state = jax.eval_shape(optimizer.init, trained)
     trained_specs = tree.select(specs.optimizer, trainable)
@@ -64,15 +64,23 @@ def abstract_state(
     )
 
 
+def state_dims(abstract: TrainState, specs: Specs, trainable: str) -> TrainState:
+    """Dim letters of every leaf of the state; "" where it mirrors no parameter."""
+    trained = tree.select(abstract.params, trainable)
+    opt_state = mirror(abstract.opt_state, trained, tree.select(specs.dims, trainable), "")
+    return TrainState(step="", params=specs.dims, opt_state=opt_state, key="", is_finite="")
+
+
 def init_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, *, seed: int, trainable: str
-) -> TrainState:
+    model: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, *, specs: Specs, seed: int,
+    trainable: str,
+) -> TrainState:  # fmt: skip
     """The first state, each leaf made where it lives; the same numbers on any mesh."""
     dtype = jax.tree.leaves(abstract.params)[0].dtype
 
     def init() -> TrainState:
         key = jax.random.key(seed)
-        params = init_params(model, jax.random.fold_in(key, 0), dtype)
+        params = specs.layout.store(init_params(model, jax.random.fold_in(key, 0), dtype), specs.dims)
         opt_state = optimizer.init(tree.select(params, trainable))
         return TrainState(jnp.int32(0), params, opt_state, jax.random.fold_in(key, 1), jnp.bool_(True))
 

@@ -18,7 +18,7 @@ from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import init_params
 from jaxscale.models.transformer import StackConfig, forward
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.train.evaluation import EvaluationContext
 from jaxscale.types import InputError
 
@@ -127,7 +127,8 @@ def counted(evaluator):
         weight = jnp.asarray(batch["weights"]).sum()
         return 9 * weight, weight, {"nll": 2 * weight}
 
-    context = EvaluationContext(params=None, step=0, model=MODEL, mesh=None, sums=sums, place=lambda batch: batch)
+    mesh = make_mesh(MeshConfig(data=jax.device_count()))
+    context = EvaluationContext(params=None, step=0, model=MODEL, mesh=mesh, sums=sums, place=lambda batch: batch)
     return evaluator(context), labels
 
 

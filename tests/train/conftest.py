@@ -48,7 +48,8 @@ def _setup(model, mesh, optimizer, train, policy, stack):
         model=model, mesh=mesh, data=DATA, optimizer=optimizer, train=train, policy=policy, stack=stack, devices=devices
     )
     step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
-    return Setup(plan, step, init_state(model, plan.optimizer, plan.state, seed=0, trainable=train.trainable))
+    settings = dict(specs=plan.region.specs, seed=0, trainable=train.trainable)
+    return Setup(plan, step, init_state(model, plan.optimizer, plan.state, **settings))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from jaxscale.train.metrics import Speed
 from jaxscale.train.preemption import Preemption
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import TrainState
+from jaxscale.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass
@@ -73,7 +74,7 @@ def make_loop(world, tmp_path, *, steps=5, evaluate_every=100, window=None, pree
     return Loop(
         step_fn=world.step, loader=world, place=lambda batch: batch, steps=steps, checkpoints=world, save_every=4,
         reporters=[world], speed=Speed(1, 1.0), evaluate=world.evaluate, evaluate_every=evaluate_every,
-        diagnose=world.diagnose, preemption=preemption or Preemption(), profiler=Profiler(window, tmp_path),
+        diagnose=world.diagnose, preemption=preemption or Preemption(), profiler=Profiler(window, tmp_path), watchdog=Watchdog(None),
     )  # fmt: skip
 
 

@@ -1,0 +1,210 @@
+"""Starts JAX in every process of a run, and says which share of the batch each process reads."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import threading
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxscale.parallel.mesh import AXES, DATA, EXPERT
+from jaxscale.types import InputError, RunError, check_choice, check_positive, check_types
+
+EXIT_FAILED = 1  # as the command has it
+GRACE_S = 60
+ADDRESS_VARIABLE = "JAX_COORDINATOR_ADDRESS"  # JAX's own name for it
+
+
+class Launcher(NamedTuple):
+    """The variables in which a launcher tells a process who it is, and JAX's name for how it finds the coordinator."""
+
+    number: str | None = None
+    index: str | None = None
+    local_index: str | None = None
+    others: tuple[str, ...] = ()
+    detection: str = "deactivate"
+
+
+LAUNCHERS = {
+    "explicit": Launcher(),
+    "slurm": Launcher(
+        "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", ("SLURM_JOB_ID", "SLURM_STEP_NODELIST"), "slurm"
+    ),
+    "openmpi": Launcher("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", (), "ompi"),
+    "mpi": Launcher(detection="mpi4py"),
+    "kubernetes": Launcher("NUM_PROCESSES", "JOB_COMPLETION_INDEX"),
+}
+OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # from Open MPI 5 on the launcher no longer says where it runs
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    """How the processes of a run find one another; what is None here, the launcher's variables say.
+
+    Args:
+        launcher: "slurm" (srun), "openmpi" (mpirun), "mpi" (any other MPI, through the package mpi4py), "kubernetes"
+            (an indexed Job with $NUM_PROCESSES) or "explicit".
+        coordinator: "host:port" of process 0, as the others reach it; None: $JAX_COORDINATOR_ADDRESS, else what JAX
+            finds out by Slurm or MPI.
+        number: of processes.
+        index: of this process, from 0.
+        gpus_per_process: under Slurm and Open MPI, where the process of rank r on its host takes GPUs
+            [r * n, (r + 1) * n), None for n = 1; the other launchers' processes take every GPU that they see.
+        start_timeout_s: how long to wait until all are there.
+    """
+
+    launcher: str
+    coordinator: str | None = None
+    number: int | None = None
+    index: int | None = None
+    gpus_per_process: int | None = None
+    start_timeout_s: int = 300
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("ProcessesConfig.launcher", self.launcher, LAUNCHERS)
+        for name in ("number", "gpus_per_process", "start_timeout_s"):
+            if getattr(self, name) is not None:
+                check_positive(f"ProcessesConfig.{name}", getattr(self, name))
+        host, _, port = (self.coordinator or "host:1").rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 65536):
+            raise InputError("ProcessesConfig.coordinator", self.coordinator, '"host:port", such as "node1:55527"')
+        if self.gpus_per_process is not None and LAUNCHERS[self.launcher].local_index is None:
+            expected = "None: this launcher does not number a host's processes; set CUDA_VISIBLE_DEVICES for each"
+            raise InputError("ProcessesConfig.gpus_per_process", self.gpus_per_process, expected)
+
+
+def start_processes(config: ProcessesConfig, heartbeat_timeout_s: int) -> None:
+    """Joins the run's other processes; does nothing in a process that has joined already.
+
+    When they are not all there in time, this ends the process with a line on stderr and status 1: JAX waits outside
+    Python, and would abort.
+
+    Args:
+        config: who they are.
+        heartbeat_timeout_s: JAX ends every process when one of them has been dead or frozen for so long.
+    Raises:
+        InputError: a variable of the launcher is missing or out of range.
+        RunError: JAX refused, such as when the coordinator's port is taken.
+    """
+    if jax.distributed.is_initialized():
+        return
+    arguments = start_arguments(config)
+    # Its handler would swallow a SIGTERM that comes before training has set its own.
+    jax.config.update("jax_enable_preemption_service", False)
+    failure = (
+        f"process {arguments['process_id']} of {arguments['num_processes']} could not join the run "
+        f"(RuntimeConfig.processes: launcher {config.launcher!r}, coordinator {arguments['coordinator_address']!r})"
+    )
+    expected = f"the coordinator cannot be reached or a process is missing after {config.start_timeout_s} s"
+    timer = threading.Timer(config.start_timeout_s, _give_up, (f"{failure}: {expected}",))
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=config.start_timeout_s + GRACE_S,
+            heartbeat_timeout_seconds=heartbeat_timeout_s,
+            shutdown_timeout_seconds=heartbeat_timeout_s,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RunError(f"{failure}: {' '.join(str(error).split())}") from error
+    finally:
+        timer.cancel()
+
+
+def _give_up(message: str) -> None:
+    os.write(2, f"jaxscale: {message}\n".encode())
+    os._exit(EXIT_FAILED)
+
+
+def start_arguments(config: ProcessesConfig) -> dict[str, Any]:
+    """What `jax.distributed.initialize` is called with: only what JAX's detection finds by itself is None.
+
+    Raises:
+        InputError: as `start_processes`.
+    """
+    launcher = LAUNCHERS[config.launcher]
+    coordinator = config.coordinator or os.environ.get(ADDRESS_VARIABLE)
+    for name in launcher.others if coordinator is None else ():
+        _variable(config, name)
+    number = _given_or_variable(config, "number", launcher.number)
+    index = _given_or_variable(config, "index", launcher.index)
+    if config.launcher != "mpi" and not 0 <= index < number:
+        raise InputError("RuntimeConfig.processes.index", index, f"0 <= index < number of processes = {number}")
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": number,
+        "process_id": index,
+        "local_device_ids": _local_devices(config, launcher),
+        "cluster_detection_method": _detection(config, launcher, coordinator),
+    }
+
+
+def _detection(config: ProcessesConfig, launcher: Launcher, coordinator: str | None) -> str:
+    """JAX's name for the method that finds what is not known yet."""
+    if coordinator is not None and config.launcher != "mpi":
+        return "deactivate"
+    if launcher.detection == "deactivate":
+        expected = f'"host:port" of process 0, here or in ${ADDRESS_VARIABLE}'
+        raise InputError("RuntimeConfig.processes.coordinator", None, expected)
+    if config.launcher == "slurm" or OPEN_MPI_4 in os.environ:
+        return launcher.detection
+    if importlib.util.find_spec("mpi4py") is None:
+        expected = '"host:port" of process 0, or the package mpi4py, which finds it'
+        raise InputError("RuntimeConfig.processes.coordinator", coordinator, expected)
+    return "mpi4py"
+
+
+def _local_devices(config: ProcessesConfig, launcher: Launcher) -> list[int] | None:
+    """Numbers of the GPUs that this process takes; None for all that it sees, or for JAX to say."""
+    if launcher.local_index is None:
+        return None
+    count = config.gpus_per_process or 1
+    first = _variable(config, launcher.local_index, is_number=True) * count
+    return list(range(first, first + count))
+
+
+def _given_or_variable(config: ProcessesConfig, field: str, variable: str | None) -> int | None:
+    given = getattr(config, field)
+    if given is not None or config.launcher == "mpi":
+        return given
+    if variable is None:
+        raise InputError(f"RuntimeConfig.processes.{field}", None, 'a number, as launcher is "explicit"')
+    return _variable(config, variable, is_number=True)
+
+
+def _variable(config: ProcessesConfig, name: str, *, is_number: bool = False) -> Any:
+    value = os.environ.get(name)
+    if value is None or (is_number and not value.isdecimal()):
+        kind = "a number" if is_number else "a value"
+        expected = f"{kind}, which launcher {config.launcher!r} sets in every process that it starts"
+        raise InputError(f"environment variable {name}", value, expected)
+    return int(value) if is_number else value
+
+
+@functools.cache
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which rows of each global batch this process reads: share `index` of `count` equal ones.
+
+    Processes that hold other layers, positions or columns for the same rows read the same share.
+
+    Raises:
+        InputError: the devices of some process do not make up one share.
+    """
+    num_shards = mesh.shape[DATA] * mesh.shape[EXPERT]
+    kept = (AXES.index(DATA), AXES.index(EXPERT))
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    owners = np.moveaxis(owners, kept, (0, 1)).reshape(num_shards, -1)
+    for process in np.unique(owners):
+        held = np.flatnonzero((owners == process).any(axis=1))
+        if num_shards % len(held) or held[0] % len(held) or held[-1] - held[0] + 1 != len(held):
+            raise InputError(
+                "MeshConfig", tuple(mesh.devices.shape), "axes that give each process whole shares of the batch: of "
+                f"data * expert = {num_shards} shares, process {process} holds parts of {held.tolist()}"
+            )  # fmt: skip
+    held = np.flatnonzero((owners == jax.process_index()).any(axis=1))
+    return int(held[0]) // len(held), num_shards // len(held)
