@@ -1,0 +1,184 @@
+"""Runs of two processes through the command: one history, one checkpoint; stopped, stuck and killed ones."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxscale.train.metrics import read_history
+from jaxscale.train.watchdog import EXIT_LOST_PEER
+
+ROOT = Path(__file__).resolve().parents[2]
+# Other processes sum in another order: at most 3e-7 of a loss was seen.
+LOSS_TOLERANCE = 2e-6
+WATCHDOG_S = 4
+
+
+@pytest.fixture(scope="module")
+def gin_file(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "corpus").mkdir()
+    for number in range(40):
+        text = " ".join(f"{number * k % 17} times" for k in range(number % 23 + 5))
+        (root / "corpus" / f"{number}.txt").write_text(text)
+    file = root / "run.gin"
+    file.write_text(
+        "from __gin__ import dynamic_registration\nfrom jaxscale.data import loader\n"
+        "from jaxscale.evaluate import perplexity\nfrom jaxscale.train import pretrain\n"
+        f"include '{ROOT / 'tests/tiny.gin'}'\nCORPUS = ('{root / 'corpus'}',)\nCACHE = '{root / 'cache'}'\n"
+        "DIRECTORY = %gin.REQUIRED\npretrain.pretrain.evaluators = {'held_out': @perplexity.BitsPerByte()}\n"
+        "perplexity.BitsPerByte.data = @loader.DataConfig()\n"
+    )
+    return file
+
+
+class Run:
+    """The processes of one `jaxscale pretrain`: one with eight CPU devices, or two with four each."""
+
+    def __init__(self, file, directory, *overrides, number):
+        self.directory = directory
+        command = [sys.executable, "-m", "jaxscale.cli", "pretrain", str(file), f"--set=directory={str(directory)!r}"]
+        command += [f"--set={each}" for each in (f"runtime.num_cpu_devices={8 // number}", *overrides)]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            coordinator = f"localhost:{free.getsockname()[1]}"
+        self.processes, self.logs = [], []
+        for index in range(number):
+            settings = {"launcher": "explicit", "coordinator": coordinator, "number": number, "index": index}
+            extra = [f"--set=runtime.processes.{name}={value}" for name, value in settings.items() if number > 1]
+            self.logs.append(Path(f"{directory}.{time.monotonic_ns()}.log"))
+            with self.logs[-1].open("w") as log:
+                environment = {**os.environ, "XLA_FLAGS": ""}
+                started = subprocess.Popen(command + extra, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            self.processes.append(started)
+
+    def statuses(self):
+        """Waits for the ends."""
+        return [process.wait(timeout=200) for process in self.processes]
+
+    def log(self, index):
+        return self.logs[index].read_text()
+
+    def wait_for_step(self, step):
+        deadline = time.monotonic() + 200
+        while len(losses(self.directory)) < step:
+            assert all(process.poll() is None for process in self.processes), self.log(0) + self.log(1)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def end(self):
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def start(gin_file):
+    """Starts a run; whatever is left of it at the test's end is killed."""
+    with contextlib.ExitStack() as stack:
+
+        def start_run(directory, *overrides, number=2):
+            run = Run(gin_file, directory, *overrides, number=number)
+            stack.callback(run.end)
+            return run
+
+        yield start_run
+
+
+def losses(directory):
+    """The loss of each step; a step that is missing or there twice fails."""
+    lines = [line for line in read_history(directory / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def evaluations(directory):
+    return [line for line in read_history(directory / "metrics.jsonl") if "held_out/loss" in line]
+
+
+def checkpoints(directory):
+    return sorted(int(each.name) for each in directory.glob("checkpoints/*") if each.name.isdecimal())
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on(start, tmp_path):
+    steps = ("train.steps=10", "checkpoint.keep_last=3", "mesh.zero=3")
+    whole, two = start(tmp_path / "whole", *steps, number=1), start(tmp_path / "two", *steps)
+    assert whole.statuses() == [0], whole.log(0)
+    assert two.statuses() == [0, 0], two.log(0) + two.log(1)
+    assert_same_figures(two.directory, whole.directory)
+    (begun,) = map(json.loads, (two.directory / "starts.jsonl").read_text().splitlines())
+    assert begun["processes"] == 2 and begun["devices"].startswith("8 x ")
+    assert len(list((two.directory / "tensorboard").iterdir())) == 1
+    assert checkpoints(two.directory) == [5, 10]
+
+    shutil.rmtree(two.directory / "checkpoints" / "10")
+    one = start(two.directory, *steps, number=1)
+    assert one.statuses() == [0], one.log(0)
+    assert "resumed after step 5" in one.log(0)
+    assert_same_figures(one.directory, whole.directory)
+
+
+def assert_same_figures(got, wanted):
+    np.testing.assert_allclose(losses(got), losses(wanted), rtol=LOSS_TOLERANCE)
+    got, wanted = evaluations(got), evaluations(wanted)
+    assert [line["step"] for line in got] == [line["step"] for line in wanted] == [7, 10]
+    for name in ("held_out/loss", "held_out/bits_per_byte"):
+        np.testing.assert_allclose([line[name] for line in got], [line[name] for line in wanted], rtol=LOSS_TOLERANCE)
+
+
+ENDLESS = ("train.steps=100000", "train.evaluate_every=100000")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(start, tmp_path, victim):
+    run = start(tmp_path / "run", *ENDLESS, "checkpoint.save_every=100000")
+    run.wait_for_step(3)
+    run.processes[victim].send_signal(signal.SIGTERM)
+    assert run.statuses() == [143, 143], run.log(0) + run.log(1)
+    assert checkpoints(run.directory) == [len(losses(run.directory))]
+    on = start(tmp_path / "run", *ENDLESS, number=1)  # the step is committed whole: one process can go on from it
+    on.wait_for_step(checkpoints(run.directory)[0] + 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stuck_or_dead_process_ends_the_other_within_the_stated_time(start, tmp_path, victim, number):
+    run = start(tmp_path / "run", *ENDLESS, f"runtime.watchdog_timeout_s={WATCHDOG_S}", "checkpoint.save_every=2")
+    run.wait_for_step(8)
+    run.processes[victim].send_signal(number)
+    began = time.monotonic()
+    status = run.processes[1 - victim].wait(timeout=60)
+    assert time.monotonic() - began < 2 * WATCHDOG_S + 2  # two for writing the stacks on a busy machine
+    log = run.log(1 - victim)
+    if victim == 0 and number == signal.SIGKILL:  # JAX's own client may be first to see that its coordinator is gone
+        assert status in (EXIT_LOST_PEER, -signal.SIGABRT)
+        assert "process 1 of 2: failed in step " in log or "another task died" in log
+    else:
+        assert status == EXIT_LOST_PEER
+        assert f"process {1 - victim} of 2: " in log and "Another process is stuck or dead" in log
+    run.end()
+    newest = checkpoints(run.directory)[-1]
+    on = start(tmp_path / "run", *ENDLESS, number=1)
+    on.wait_for_step(newest + 1)
+    assert f"resumed after step {newest}" in on.log(0)
+
+
+@pytest.mark.long
+def test_a_step_that_is_not_finite_is_diagnosed_by_both(start, tmp_path):
+    run = start(tmp_path / "run", "optimizer.learning_rate=1e30", "optimizer.warmup_steps=1")
+    assert run.statuses() == [1, 1], run.log(0) + run.log(1)
+    for index in range(2):
+        assert "first non-finite: " in run.log(index) and "Traceback" not in run.log(index)
+    assert checkpoints(run.directory)
