@@ -88,7 +88,7 @@ def pretrain(
             loader=loader,
             place=functools.partial(place, plan.mesh),
             steps=train.steps,
-            checkpoints=checkpoints,
+            checkpoints=_CanonicalCheckpoints(checkpoints, plan),
             save_every=checkpoint.save_every,
             reporters=_make_reporters(run, train.steps, int(state.step)),
             speed=_make_speed(model, data),
@@ -105,21 +105,39 @@ def pretrain(
             return loop.run(state)
 
 
+@dataclasses.dataclass(frozen=True)
+class _CanonicalCheckpoints:
+    """Saves states as they are on disk, whatever order a pipeline runs the layers in; see `loop.Saver`."""
+
+    checkpoints: Checkpoints
+    plan: Plan
+
+    def save(self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False) -> bool:
+        return self.checkpoints.save(step, self.plan.to_canonical(state), data_state, force=force)
+
+    def wait(self) -> None:
+        self.checkpoints.wait()
+
+
 def _restore_or_start(plan: Plan, checkpoints: Checkpoints, loader: Any, model: ModelConfig, train: TrainConfig):
     """Resume, else the parameters of another run, else a fresh draw."""
     if checkpoints.latest_step() is not None:
-        state, data_state = checkpoints.restore(plan.state)
+        saved, data_state = checkpoints.restore(plan.canonical_state)
+        state = plan.from_canonical(saved)
         loader.restore(data_state)
         logger.info("resumed after step %d", int(state.step))
         return state
-    state = init_state(model, plan.optimizer, plan.state, seed=train.seed, trainable=train.trainable)
+    state = init_state(
+        model, plan.optimizer, plan.state, specs=plan.region.specs, seed=train.seed, trainable=train.trainable
+    )
     if train.init_from is None:
         return state
     config = CheckpointConfig(directory=train.init_from, save_every=1, keep_last=1)
     with contextlib.closing(Checkpoints(config, fingerprint=dataclasses.asdict(model))) as source:
         if source.latest_step() is None:
             raise InputError("TrainConfig.init_from", train.init_from, "a folder with a checkpoint; there is none")
-        return dataclasses.replace(state, params=source.restore_params(plan.state.params))
+        params = source.restore_params(plan.canonical_state.params)
+        return dataclasses.replace(state, params=plan.from_canonical(dataclasses.replace(state, params=params)).params)
 
 
 def _write_run_files(directory: Path, step: int) -> None:
