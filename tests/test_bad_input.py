@@ -161,6 +161,23 @@ def test_an_empty_corpus(root, capsys, content):
     assert "TextSource" in message or "sources" in message, message
 
 
+EVALUATOR = """
+from __gin__ import dynamic_registration
+from jaxscale.data import loader
+from jaxscale.evaluate import perplexity
+from jaxscale.train import pretrain
+pretrain.pretrain.evaluators = {'held_out': @perplexity.BitsPerByte%s}
+perplexity.BitsPerByte.data = @loader.DataConfig()
+loader.DataConfig.held_out_fraction = 1e-9
+"""
+
+
+@pytest.mark.parametrize(("brackets", "part"), [("()", "leaves documents in the split 'held_out'"), ("", "brackets")])
+def test_an_evaluator_that_cannot_evaluate(root, capsys, brackets, part):
+    write_file(root, EVALUATOR % brackets)
+    assert part in refused(capsys, root)
+
+
 def test_a_checkpoint_of_another_model(shared, root, capsys):
     shutil.copytree(shared / "run", root / "run")
     message = refused(capsys, root, "model.ffn_dim=64")

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig, HeldOutLoader, make_loader
-from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import StackConfig
@@ -24,7 +24,7 @@ from jaxscale.parallel.processes import batch_share
 from jaxscale.parallel.region import Region
 from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.parallel.stages import canonical_shapes, from_canonical
-from jaxscale.train.evaluation import EvaluationContext, place
+from jaxscale.train.evaluation import EvaluationContext, check_evaluators, place
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.plan import TrainConfig, check_fit, make_region
 from jaxscale.types import Batch, InputError, check_positive, check_types
@@ -53,13 +53,17 @@ class BitsPerByte:
         if self.data.held_out_fraction == 0:
             raise InputError("DataConfig.held_out_fraction", 0, "above 0: no document is held out to be evaluated on")
 
-    def __call__(self, context: EvaluationContext) -> dict[str, float]:
-        """Returns `loss` (nats a token), `perplexity` and `bits_per_byte`.
+    def check(self, context: EvaluationContext) -> None:
+        """Opens the held-out documents, for the first time.
 
         Raises:
             InputError: the tokenizer knows more tokens than the model, or there are no held-out documents.
         """
-        check_vocabulary(self._tokenizer, context.model.vocab_size)
+        check_vocabulary(load_tokenizer(self.data.tokenizer), context.model.vocab_size)
+        _open(self.data, *batch_share(context.mesh))
+
+    def __call__(self, context: EvaluationContext) -> dict[str, float]:
+        """Returns `loss` (nats a token), `perplexity` and `bits_per_byte`."""
         nll = weight = 0.0
         loader = _open(self.data, *batch_share(context.mesh))
         for batch in self._batches(loader):
@@ -72,10 +76,6 @@ class BitsPerByte:
             "perplexity": math.exp(min(loss, 700.0)),  # beyond is no float
             "bits_per_byte": loss / math.log(2) * tokens_per_byte,
         }
-
-    @functools.cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.data.tokenizer)
 
     def _batches(self, loader: HeldOutLoader) -> Iterator[Batch]:
         """All in order, or some of them: rows are packed longest piece first, so the first batches are no sample."""
@@ -119,11 +119,13 @@ def evaluate(
     train = TrainConfig(steps=1)
     region = make_region(model=model, mesh=mesh, train=train, policy=policy, stack=stack)
     check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
-    step, params = _restore(Path(directory), checkpoint, model, region, policy, step)
     context = EvaluationContext(
-        params=params, step=step, model=model, mesh=region.mesh, place=functools.partial(place, region.mesh),
+        params=None, step=0, model=model, mesh=region.mesh, place=functools.partial(place, region.mesh),
         sums=jax.jit(region.evaluate(NextTokenLoss(model, policy, stack))),
     )  # fmt: skip
+    check_evaluators(evaluators, context)
+    step, params = _restore(Path(directory), checkpoint, model, region, policy, step)
+    context = dataclasses.replace(context, params=params, step=step)
     figures = {
         f"{name}/{figure}": value for name, each in evaluators.items() for figure, value in each(context).items()
     }

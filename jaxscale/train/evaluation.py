@@ -1,7 +1,14 @@
-"""What the train loop hands to an evaluator: `evaluator(context) -> {name: figure}`."""
+"""What an evaluator is, and what it is given.
+
+An evaluator is called as `evaluator(context) -> {name: figure}`, by every process of a run. One that also has
+`check(context)` is asked before the run writes anything, with `context.params` None and step 0: there it opens what it
+reads and raises InputError if it could not evaluate this run.
+"""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxscale.models.config import ModelConfig
 from jaxscale.parallel.mesh import BATCH_SPEC
 from jaxscale.parallel.processes import batch_share
-from jaxscale.types import Array, Batch, Params
+from jaxscale.types import Array, Batch, InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +41,16 @@ class EvaluationContext:
     mesh: Mesh
     sums: Callable[..., tuple[Array, Array, dict[str, Any]]]
     place: Callable[[Batch], Batch]
+
+
+def check_evaluators(evaluators: Mapping[str, Callable], context: EvaluationContext) -> None:
+    """Raises InputError for an evaluator that was not built, or that says itself that it cannot evaluate this run."""
+    for name, evaluator in evaluators.items():
+        target = evaluator.func if isinstance(evaluator, functools.partial) else evaluator
+        if inspect.isclass(target):
+            expected = f"an evaluator: @{target.__name__}() with brackets builds it"
+            raise InputError(f"evaluators[{name!r}]", target, expected)
+        getattr(evaluator, "check", lambda context: None)(context)
 
 
 def place(mesh: Mesh, batch: Batch) -> Batch:

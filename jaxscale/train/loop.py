@@ -159,15 +159,20 @@ class Loop:
         )
 
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
-        """In this order: a committed step has all its figures in the history."""
-        if step % self.evaluate_every == 0 or step == self.steps:
-            self.watchdog.watch(f"the evaluation after step {step}", is_slow=True)
-            figures = self.evaluate(state.params, step)
-            for reporter in self.reporters if figures else ():
-                reporter.report(step, figures)
-            self.speed.figures()  # restarts the clock: evaluation is not training time
-        self.watchdog.watch(f"the checkpoint of step {step}", is_slow=True)
-        self.checkpoints.save(step, state, self.loader.state())
+        """In this order: a committed step has all its figures in the history, unless its evaluation failed."""
+        try:
+            if step % self.evaluate_every == 0 or step == self.steps:
+                self._evaluate(state, step)
+        finally:
+            self.watchdog.watch(f"the checkpoint of step {step}", is_slow=True)
+            self.checkpoints.save(step, state, self.loader.state())
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        self.watchdog.watch(f"the evaluation after step {step}", is_slow=True)
+        figures = self.evaluate(state.params, step)
+        for reporter in self.reporters if figures else ():
+            reporter.report(step, figures)
+        self.speed.figures()  # restarts the clock: evaluation is not training time
 
 
 def _host_value(value: Any) -> Any:

@@ -27,7 +27,7 @@ from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.processes import batch_share
 from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train import diagnosis
-from jaxscale.train.evaluation import EvaluationContext, place
+from jaxscale.train.evaluation import EvaluationContext, check_evaluators, place
 from jaxscale.train.loop import Loop, Outcome
 from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops, writing
 from jaxscale.train.optim import OptimizerConfig
@@ -75,6 +75,7 @@ def pretrain(
     checkpoint = dataclasses.replace(checkpoint, directory=str(Path(directory, checkpoint.directory)))
     check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
     checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
+    evaluate = _make_evaluate(plan, model, evaluators or {})
     index, count = batch_share(plan.mesh)
     loader = make_loader(data, split="train", process_index=index, process_count=count)
     run = Path(directory)
@@ -92,7 +93,7 @@ def pretrain(
             save_every=checkpoint.save_every,
             reporters=_make_reporters(run, train.steps, int(state.step)),
             speed=_make_speed(model, data),
-            evaluate=_make_evaluate(plan, model, evaluators or {}),
+            evaluate=evaluate,
             evaluate_every=train.evaluate_every,
             diagnose=functools.partial(_diagnose, plan),
             preemption=preemption,
@@ -188,6 +189,7 @@ def _make_evaluate(plan: Plan, model: ModelConfig, evaluators: dict[str, Callabl
         params=None, step=0, model=model, mesh=plan.mesh, sums=jax.jit(plan.region.evaluate(plan.loss_fn)),
         place=functools.partial(place, plan.mesh),
     )  # fmt: skip
+    check_evaluators(evaluators, context)
 
     def evaluate(params: Params, step: int) -> dict[str, Any]:
         now = dataclasses.replace(context, params=params, step=step)

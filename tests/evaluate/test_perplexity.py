@@ -1,6 +1,7 @@
 """Held-out figures against a loop over the documents, on several meshes; every held-out token counts once."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -19,7 +20,7 @@ from jaxscale.models.parameters import init_params
 from jaxscale.models.transformer import StackConfig, forward
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
-from jaxscale.train.evaluation import EvaluationContext
+from jaxscale.train.evaluation import EvaluationContext, check_evaluators
 from jaxscale.types import InputError
 
 FLOAT32 = Policy(compute="float32")
@@ -121,15 +122,17 @@ def test_evaluators_are_named_by_the_caller_and_see_the_wanted_step(run):
 def counted(evaluator):
     """What an evaluator returns for a model that loses 2 nats on each token, and the labels it was asked for."""
     labels = []
+    return evaluator(counting_context(labels)), labels
 
+
+def counting_context(labels):
     def sums(params, batch, key):
         labels.extend(batch["labels"][batch["weights"] > 0].tolist())
         weight = jnp.asarray(batch["weights"]).sum()
         return 9 * weight, weight, {"nll": 2 * weight}
 
     mesh = make_mesh(MeshConfig(data=jax.device_count()))
-    context = EvaluationContext(params=None, step=0, model=MODEL, mesh=mesh, sums=sums, place=lambda batch: batch)
-    return evaluator(context), labels
+    return EvaluationContext(params=None, step=0, model=MODEL, mesh=mesh, sums=sums, place=lambda batch: batch)
 
 
 def test_every_held_out_token_counts_once(data, texts):
@@ -160,7 +163,12 @@ def test_what_does_not_fit_is_refused(run, data, tmp_path):
         BitsPerByte(data, max_batches=0)
     with pytest.raises(InputError, match=r"model.vocab_size: given 256"):
         context = EvaluationContext(None, 0, dataclasses.replace(MODEL, vocab_size=256), None, None, None)
-        BitsPerByte(data)(context)
+        check_evaluators({"held_out": BitsPerByte(data)}, context)
+    with pytest.raises(InputError, match=r"leaves documents in the split 'held_out'"):
+        BitsPerByte(dataclasses.replace(data, held_out_fraction=1e-9)).check(counting_context([]))
+    for unbuilt in (BitsPerByte, functools.partial(BitsPerByte, data)):
+        with pytest.raises(InputError, match=r"evaluators\['a'\]: given .*BitsPerByte.*@BitsPerByte\(\) with brackets"):
+            check_evaluators({"a": unbuilt}, context)
     with pytest.raises(InputError, match=r"sequence_length <= max_length = 16"):
         evaluate(**run | {"model": dataclasses.replace(MODEL, max_length=16)}, mesh=mesh)
     with pytest.raises(InputError, match=r"number of devices, 8"):

@@ -172,3 +172,13 @@ def test_figures_are_json(tmp_path):
     world.report = lambda step, figures: seen.append(json.dumps(figures))
     make_loop(world, tmp_path, steps=2).run(make_state())
     assert set(json.loads(seen[0])) >= {"loss", "gradient_norm", "tokens_per_second", "data_wait_s", "seconds"}
+
+
+def test_what_is_due_is_saved_though_the_evaluation_fails(tmp_path):
+    def evaluate(params, step):
+        raise ZeroDivisionError
+
+    world = World()
+    with pytest.raises(ZeroDivisionError):
+        dataclasses.replace(make_loop(world, tmp_path, steps=9, evaluate_every=4), evaluate=evaluate).run(make_state())
+    assert world.committed == {4: (4, True, {"position": 4})}
