@@ -69,7 +69,7 @@ def router_sums(index: Array, logits: Array, weights: Array, config: ModelConfig
     chosen = jax.nn.one_hot(index, config.num_experts, dtype=logits.dtype).sum(-2) * weights[..., None]
     load = lax.stop_gradient(chosen.sum((0, 1)))
     total = operations.total(load)
-    share = total / jnp.maximum(total.sum(), 1)
+    share = total / jnp.where(total.sum() > 0, total.sum(), 1)
     probabilities = jax.nn.softmax(logits) * weights[..., None]
     balance = config.num_experts * jnp.einsum("e,bte->", share, probabilities)
     z = (jax.nn.logsumexp(logits, -1) ** 2 * weights).sum()

@@ -16,7 +16,7 @@ from jaxscale.types import Batch, RunError
 
 
 class NonFiniteError(RunError):
-    """A loss or gradient norm was not finite; the message says at which step and in which tensor."""
+    """A loss, gradient norm or update was not finite; the message says at which step and in which tensor."""
 
 
 class Loader(Protocol):
@@ -103,7 +103,7 @@ class Loop:
         """Trains from `state` (donated) to the last step or a signal; the end is always a committed checkpoint.
 
         Raises:
-            NonFiniteError: the state before the bad step has been saved.
+            NonFiniteError: the state before the bad step has been saved, if the step has not replaced it.
         """
         pending = None
         first = int(state.step) + 1
@@ -147,16 +147,29 @@ class Loop:
             reporter.report(pending.step, figures)
 
     def _stop_non_finite(self, pending: _Pending, state: TrainState) -> None:
-        """`state` is what it was before the bad step: no step after it has changed it."""
+        """`state` is what it was before the bad step, and is saved before it is looked at.
+
+        Unless the step counts as done: then its update broke the parameters, and they must not be saved.
+        """
+        if int(state.step) == pending.step:
+            outcome = "the update was not finite; the last good state is that of the newest checkpoint"
+        else:
+            self.watchdog.watch(f"the checkpoint before step {pending.step}", is_slow=True)
+            good = dataclasses.replace(state, is_finite=jax.numpy.ones_like(state.is_finite))
+            self.checkpoints.save(pending.step - 1, good, pending.data_state, force=True)
+            self.checkpoints.wait()
+            outcome = f"the state after step {pending.step - 1} is saved"
         self.watchdog.watch(f"the diagnosis of step {pending.step}", is_slow=True)
-        name = self.diagnose(state, pending.batch)
-        good = dataclasses.replace(state, is_finite=jax.numpy.ones_like(state.is_finite))
-        self.checkpoints.save(pending.step - 1, good, pending.data_state, force=True)
-        self.checkpoints.wait()
         raise NonFiniteError(
             f"step {pending.step}: loss {pending.metrics['loss']}, gradient norm {pending.metrics['gradient_norm']}; "
-            f"first non-finite: {name}; the state after step {pending.step - 1} is saved"
+            f"first non-finite: {self._name_tensor(state, pending.batch)}; {outcome}"
         )
+
+    def _name_tensor(self, state: TrainState, batch: Batch) -> str:
+        try:
+            return self.diagnose(state, batch)
+        except jax.errors.JaxRuntimeError as error:  # it may need more memory than the step
+            return f"unknown, for the diagnosis failed ({str(error).splitlines()[0]})"
 
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
         """In this order: a committed step has all its figures in the history, unless its evaluation failed."""

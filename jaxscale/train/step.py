@@ -21,7 +21,9 @@ def make_step(
     """Compiles step(state, batch) -> (state, metrics); the state is donated.
 
     A loss or gradient norm that is not finite leaves parameters, optimizer and step as they were and clears
-    `is_finite`, so that no later step changes them either.
+    `is_finite`, so that no later step changes them either. Where only the update is not finite, `is_finite` is cleared
+    and the step counted, but the old parameters are gone: to decide on the new ones before writing them would take
+    a second pass over the optimizer state at every step.
 
     Args:
         loss_fn: under the contract of `train.losses`.
@@ -29,8 +31,8 @@ def make_step(
         region: mesh, micro-batches and trainable pattern.
         abstract: the state as shapes with shardings.
     Returns:
-        The step. Metrics are means over valid tokens (`loss`, `nll`), norms, the number of valid tokens and what
-        else the loss reports as sums.
+        The step. Metrics are means over valid tokens (`loss`, `nll`), norms (of the parameters: after the step), the
+        number of valid tokens and what else the loss reports as sums.
     """
     gradient = region.gradient(loss_fn)
     shards = _constrain(region)
@@ -38,22 +40,24 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
         (loss, weight, sums), gradients = gradient(state.params, batch, key)
-        scale = 1 / jnp.maximum(weight, 1)
+        scale = jnp.where(weight > 0, 1 / weight, 0)
         gradients = shards(jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients))
         gradient_norm = optax.tree.norm(gradients)
-        is_finite = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        is_good = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
         trained = shards(tree.select(state.params, region.trainable))
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = tree.merge(optax.apply_updates(trained, updates), state.params)
         new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-        kept = jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), *map(_without_key, (new, state)))
+        kept = jax.tree.map(lambda n, o: jnp.where(is_good, n, o), *map(_without_key, (new, state)))
+        parameter_norm = optax.tree.norm(tree.select(kept.params, region.trainable))
+        is_finite = is_good & jnp.isfinite(parameter_norm)
         metrics = {
             **{name: value * scale if value.ndim == 0 else value for name, value in sums.items()},
             "loss": loss * scale,
             "weight": weight,
             "gradient_norm": gradient_norm,
-            "parameter_norm": optax.tree.norm(trained),
+            "parameter_norm": parameter_norm,
             "is_finite": is_finite,
         }
         return dataclasses.replace(kept, key=state.key, is_finite=is_finite), metrics

@@ -61,6 +61,12 @@ def test_padding_is_in_no_figure():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(nothing))
 
 
+def test_small_weights_scale_the_losses():
+    index, _, logits = route(ROUTER, H, CONFIG)
+    whole, part = (router_sums(index, logits, f * WEIGHTS, CONFIG, Operations()) for f in (1, 0.001))
+    jax.tree.map(lambda p, w: np.testing.assert_allclose(p, 0.001 * w, rtol=1e-5), part, whole)
+
+
 def test_the_balance_loss_pushes_away_from_the_loaded_expert():
     index = jnp.zeros((B, T, 1), int)
 

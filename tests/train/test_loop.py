@@ -22,6 +22,7 @@ class World:
     """Every stand-in, writing what it was asked to do into one log."""
 
     bad_step: int = 0
+    is_update_bad: bool = False
     position: int = 0
     log: list = dataclasses.field(default_factory=list)
     committed: dict = dataclasses.field(default_factory=dict)
@@ -38,8 +39,9 @@ class World:
     def step(self, state, batch):
         number = int(state.step) + 1
         is_good = state.is_finite & (batch["tokens"] != self.bad_step)
+        is_kept = state.is_finite if self.is_update_bad else is_good
         self.log.append(f"step {number if is_good else 'refused'}")
-        kept = dataclasses.replace(state, step=state.step + is_good, is_finite=is_good)
+        kept = dataclasses.replace(state, step=state.step + is_kept, is_finite=is_good)
         loss = jnp.float32(1 / number if batch["tokens"] != self.bad_step else jnp.nan)
         return kept, {"loss": loss, "gradient_norm": loss, "is_finite": is_good}
 
@@ -63,6 +65,7 @@ class World:
         return {"held_out": 1.0}
 
     def diagnose(self, state, batch):
+        self.log.append("diagnosis")
         return f"tensor x of step {int(state.step) + 1}, batch {batch['tokens']}"
 
 
@@ -74,7 +77,8 @@ def make_loop(world, tmp_path, *, steps=5, evaluate_every=100, window=None, pree
     return Loop(
         step_fn=world.step, loader=world, place=lambda batch: batch, steps=steps, checkpoints=world, save_every=4,
         reporters=[world], speed=Speed(1, 1.0), evaluate=world.evaluate, evaluate_every=evaluate_every,
-        diagnose=world.diagnose, preemption=preemption or Preemption(), profiler=Profiler(window, tmp_path), watchdog=Watchdog(None),
+        diagnose=world.diagnose, preemption=preemption or Preemption(), profiler=Profiler(window, tmp_path),
+        watchdog=Watchdog(None),
     )  # fmt: skip
 
 
@@ -137,6 +141,25 @@ def test_a_bad_step_stops_the_run_with_the_state_before_it(tmp_path, bad_step):
     before = bad_step - 1
     assert world.committed[before] == (before, True, {"position": before})
     assert max(world.committed) == before
+    assert world.log[-3:] == [f"save {before} forced", "wait", "diagnosis"]
+
+
+def test_a_diagnosis_that_fails_costs_no_state(tmp_path):
+    def diagnose(state, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile allocating")
+
+    world = World(bad_step=3)
+    with pytest.raises(NonFiniteError, match=r"diagnosis failed \(RESOURCE_EXHAUSTED: Out of memory\); .* 2 is saved"):
+        dataclasses.replace(make_loop(world, tmp_path), diagnose=diagnose).run(make_state())
+    assert world.committed == {2: (2, True, {"position": 2})}
+
+
+@pytest.mark.parametrize("bad_step", [3, 4, 5])
+def test_parameters_that_an_update_broke_are_never_saved(tmp_path, bad_step):
+    world = World(bad_step=bad_step, is_update_bad=True)
+    with pytest.raises(NonFiniteError, match=f"step {bad_step}: .* the update was not finite; .* newest checkpoint"):
+        make_loop(world, tmp_path).run(make_state())
+    assert world.committed == ({4: (4, True, {"position": 4})} if bad_step == 5 else {})
 
 
 @pytest.mark.parametrize(

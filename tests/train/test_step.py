@@ -48,13 +48,13 @@ def test_figures_are_means_over_valid_tokens(make_setup, make_batch):
     setup, batch = make_setup(), make_batch()
     loss_and_gradient = jax.jit(jax.value_and_grad(lambda params: setup.plan.loss_fn(params, batch, None)[0]))
     total, gradient = loss_and_gradient(setup.first.params)
-    _, metrics = run(setup, batch)
+    state, metrics = run(setup, batch)
     valid, total = batch["weights"].sum(), float(total)
     assert metrics["weight"] == valid
     assert metrics["loss"] == pytest.approx(total / valid, rel=1e-5)
     assert metrics["nll"] == pytest.approx(total / valid, rel=1e-5)
     assert metrics["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradient)) / valid, rel=1e-5)
-    assert metrics["parameter_norm"] == pytest.approx(float(optax.tree.norm(setup.first.params)), rel=1e-5)
+    assert metrics["parameter_norm"] == pytest.approx(float(optax.tree.norm(state.params)), rel=1e-5)
 
 
 def test_microbatches_equal_one_batch(make_setup, make_batch):
@@ -86,6 +86,24 @@ def test_a_bad_batch_leaves_the_state_and_stops_all_later_steps(make_setup, make
     later, metrics = run(setup, good, state=after)
     assert not metrics["is_finite"] and np.isfinite(metrics["loss"])
     assert_same_bits(dataclasses.replace(later, is_finite=wanted.is_finite), wanted)
+
+
+def test_weights_of_any_scale_give_the_same_means(make_setup, make_batch):
+    batch = make_batch()
+    (wanted, _), (got, metrics) = (run(make_setup(), batch | {"weights": batch["weights"] * f}) for f in (1, 0.001))
+    assert metrics["weight"] < 1
+    assert_close(got, wanted, 1e-6)
+
+
+def test_an_update_that_is_not_finite_stops_the_run(make_setup, make_batch):
+    """Loss and gradient are finite; what the optimizer makes of them is not."""
+    setup = make_setup(optimizer=OptimizerConfig(learning_rate=3e38, weight_decay=10.0))
+    state, metrics = run(setup, make_batch())
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+    assert not metrics["is_finite"] and not state.is_finite and state.step == 1
+    later, metrics = run(setup, make_batch(1), state=jax.tree.map(jnp.copy, state))
+    assert not metrics["is_finite"]
+    assert_same_bits(later, state)
 
 
 def test_a_bad_parameter_leaves_the_state(make_setup, make_batch):
