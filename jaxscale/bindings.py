@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -46,6 +47,12 @@ class Bindings:
     def __init__(self):
         self.macros: dict[str, Binding] = {}
         self.parameters: dict[tuple[Scopes, Callable], dict[str, Binding]] = {}
+        self._written: list[Any] = []  # every value, also those that a later one replaced
+
+    def define(self, name: str, binding: Binding) -> None:
+        """Gives a macro its value; the last one wins."""
+        self.macros[name] = binding
+        self._written.append(binding.value)
 
     def bind(self, scopes: Scopes, target: Callable, name: str, binding: Binding) -> None:
         """Binds one parameter; the last one wins.
@@ -58,6 +65,7 @@ class Bindings:
         if name not in known and not takes_any:
             raise InputError(f"{binding.location}: {target.__name__}.{name}", name, one_of(name, known))
         self.parameters.setdefault((scopes, target), {})[name] = binding
+        self._written.append(binding.value)
 
     def of(self, target: Callable, scopes: Scopes) -> dict[str, Binding]:
         """The bindings for `target` built in `scopes`; those of inner scopes override those of outer ones."""
@@ -76,10 +84,32 @@ class Bindings:
             return self.expand(self.macros[value.name].value, label, seen | {value.name})
         return _mapped(lambda item: self.expand(item, label, seen), value)
 
+    def check_used(self, function: Callable) -> None:
+        """Raises InputError for what would silently do nothing, whichever verb the file is given to.
+
+        That is a macro that no value mentions and a parameter of what no reference names; a function of keyword-only
+        parameters is taken for a verb.
+        """
+        mentioned = {macro.name for macro in _found(Macro, self._written)}
+        for name, binding in self.macros.items():
+            if name not in mentioned:
+                expected = f"a macro that a value mentions: {one_of(name, mentioned - {REQUIRED})}"
+                raise InputError(f"{binding.location}: {name}", name, expected)
+        targets = {function, *(reference.target for reference in _found(Reference, self._written))}
+        for (_, target), bound in self.parameters.items():
+            if target not in targets and not _is_verb(target):
+                name, binding = next(iter(bound.items()))
+                kinds = {each: _dataclass_in(hint) for each, hint in _hints(function).items()}
+                places = [f"{_selector(function)}.{each} = " for each, kind in kinds.items() if kind is target]
+                expected = (
+                    f"also `{''.join(places[:1])}@{_selector(target)}()`: nothing builds it, so this does nothing"
+                )
+                raise InputError(f"{binding.location}: {target.__name__}.{name}", _written(binding.value), expected)
+
     def check_scopes(self) -> None:
         """Raises InputError for a binding in a scope that no reference enters: it would silently do nothing."""
         written = [binding for bound in self.parameters.values() for binding in bound.values()]
-        references = _references([binding.value for binding in [*written, *self.macros.values()]])
+        references = _found(Reference, [binding.value for binding in [*written, *self.macros.values()]])
         entered = {reference.scopes[:depth] for reference in references for depth in range(len(reference.scopes) + 1)}
         for (scopes, target), bound in self.parameters.items():
             if scopes and scopes not in entered:
@@ -96,8 +126,8 @@ class Bindings:
         Args:
             function: the verb; its parameters are the first names.
             text: `FIELD=VALUE` for a parameter of the function, `NAME.FIELD=VALUE` for a field of the configuration
-                bound to its parameter NAME (and so on inwards), `SCOPE/NAME.FIELD=VALUE` to bind in that scope.
-                VALUE is a Python literal, or else a plain string.
+                bound to its parameter NAME (and so on inwards), `SCOPE/NAME.FIELD=VALUE` to bind in that scope,
+                `MACRO=VALUE` for a macro that the files define. VALUE is a Python literal, or else a plain string.
         """
         location = f"--set {text}"
         key, equals, value = text.partition("=")
@@ -107,10 +137,14 @@ class Bindings:
             raise InputError("--set", text, "NAME.FIELD=VALUE or FIELD=VALUE")
         if value.lstrip().startswith(("@", "%")):
             raise InputError(f"--set {key}", value, "a Python literal or plain text; references belong in a gin file")
+        binding = Binding(_literal_or_text(value.strip()), location)
+        if key.strip() in self.macros:
+            self.define(key.strip(), binding)
+            return
         target, scope = function, ()
         for parent in parents:
             target, scope = self._enter(target, scope, parent, location)
-        self.bind(tuple(scopes) or scope, target, name, Binding(_literal_or_text(value.strip()), location))
+        self.bind(tuple(scopes) or scope, target, name, binding)
 
     def _enter(self, target: Callable, scopes: Scopes, name: str, location: str) -> tuple[Callable, Scopes]:
         """What is built for parameter `name` of `target`, and its scopes; binds its default where nothing is bound."""
@@ -124,7 +158,7 @@ class Bindings:
             value = Reference(kind, default_scopes(scopes, target, name), is_called=True)
         reference, fields = as_written(value, default_scopes(scopes, target, name))
         if not (isinstance(reference, Reference) and reference.is_called):
-            raise InputError(f"{location}: {name}", value, "a configuration that has fields")
+            raise InputError(f"{location}: {name}", _written(value), "a configuration that has fields")
         if not bound or bound.value != reference:
             self.bind(scopes, target, name, Binding(reference, location))
         for (inner, inner_target), values in fields.items():
@@ -146,8 +180,11 @@ class Builder:
         arguments, self.used[scopes, target] = self.bound(target, scopes)
         missing = [each.name for each in signature.values() if _is_required(each) and each.name not in arguments]
         if missing:
-            name = f"{target.__name__}.{missing[0]}"
-            raise InputError(name, None, f"a value for each of {', '.join(missing)} in a gin file or by --set")
+            expected = f"a value for each of {', '.join(missing)} in a gin file or by --set"
+            bound = {_selector(each) for _, each in self.bindings.parameters if _is_verb(each)}
+            if not scopes and bound and _selector(target) not in bound:
+                expected += f"; the file binds only {', '.join(sorted(bound))}"
+            raise InputError(f"{target.__name__}.{missing[0]}", None, expected)
         defaults = {each.name: each.default for each in signature.values() if each.name not in arguments}
         for name, value in defaults.items():
             written, fields = as_written(value, default_scopes(scopes, target, name))
@@ -200,6 +237,11 @@ def _is_required(parameter: inspect.Parameter) -> bool:
     )
 
 
+def _is_verb(target: Callable) -> bool:
+    kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
+    return not inspect.isclass(target) and kinds <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+
+
 def default_scopes(scopes: Scopes, target: Callable, name: str) -> Scopes:
     """The scopes in which the default of one parameter is written out, so that it is nobody else's."""
     return (*scopes, target.__name__, name)
@@ -232,7 +274,9 @@ def _is_literal(value: Any) -> bool:
 
 def render(used: dict[tuple[Scopes, Callable], dict[str, Any]]) -> str:
     """The text of a gin file that binds `used`; macros are written out as their values."""
-    modules = {each.__module__ for each in [*(target for _, target in used), *(r.target for r in _references(used))]}
+    modules = {
+        each.__module__ for each in [*(target for _, target in used), *(r.target for r in _found(Reference, used))]
+    }
     lines = ["from __gin__ import dynamic_registration", *(f"import {module}" for module in sorted(modules))]
     for (scopes, target), values in sorted(used.items(), key=lambda item: (_selector(item[0][1]), item[0][0])):
         prefix = "/".join([*scopes, _selector(target)])
@@ -257,14 +301,14 @@ def _selector(target: Callable) -> str:
     return f"{target.__module__}.{target.__qualname__}"
 
 
-def _references(value: Any) -> list[Reference]:
-    """Every reference in a value as written."""
-    if isinstance(value, Reference):
+def _found(kind: type, value: Any) -> list[Any]:
+    """Every reference, or every macro, in a value as written."""
+    if isinstance(value, kind):
         return [value]
     if isinstance(value, dict):
-        return _references([*value.keys(), *value.values()])
+        return _found(kind, [*value.keys(), *value.values()])
     if isinstance(value, (list, tuple)):
-        return [reference for item in value for reference in _references(item)]
+        return [each for item in value for each in _found(kind, item)]
     return []
 
 
@@ -277,7 +321,9 @@ def _literal_or_text(text: str) -> Any:
 
 def _dataclass_in(annotation: Any) -> type | None:
     """The one configuration class that an annotation such as `MoeConfig | None` allows."""
-    found = [each for each in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(each)]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else (annotation,)
+    found = [each for each in members if dataclasses.is_dataclass(each)]
     return found[0] if len(found) == 1 else None
 
 

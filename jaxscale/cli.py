@@ -65,6 +65,7 @@ examples:
 --set FIELD=VALUE            a parameter of the verb's function
 --set NAME.FIELD=VALUE       a field of the configuration that its parameter NAME holds, and so on inwards
 --set SCOPE/NAME.FIELD=VALUE the same in one gin scope, where a file configures two of a kind
+--set MACRO=VALUE            a macro of the file, such as DIRECTORY
 VALUE is a Python literal; anything else is taken as text.
 
 exit status: 0 done, 1 the run failed, 2 bad input (one line says what was given and what was expected),

@@ -44,7 +44,7 @@ def run(
     Args:
         function: keyword-only function, the verb.
         files: gin files; later ones override earlier ones.
-        overrides: `NAME.FIELD=VALUE` or `FIELD=VALUE`, see `Bindings.override`.
+        overrides: `NAME.FIELD=VALUE`, `FIELD=VALUE` or `MACRO=VALUE`, see `Bindings.override`.
         bound_as: the function whose parameters the files bind, where `function` takes the arguments of another one.
 
     Raises:
@@ -79,6 +79,7 @@ def load(function: Callable, files: Sequence[str | Path], overrides: Sequence[st
     bindings.check_scopes()
     builder = Builder(bindings)
     arguments = builder.arguments(function, ())
+    bindings.check_used(function)
     return Loaded(arguments, render(builder.used))
 
 
@@ -132,7 +133,8 @@ class _Names:
             raise InputError(location, selector, "`from __gin__ import dynamic_registration` as the file's first line")
         first, *rest = selector.split(".")
         if first not in self.modules:
-            raise InputError(f"{location}: {selector}", first, "an imported module, " + one_of(first, self.modules))
+            known = one_of(first, self.modules) if self.modules else "it imports none"
+            raise InputError(f"{location}: {selector}", first, f"a module that this file imports: {known}")
         found = self.modules[first]
         for name in rest:
             if not hasattr(found, name):
@@ -163,11 +165,13 @@ def _read(path: Path, bindings: Bindings, including: tuple[Path, ...] = (), labe
             bindings.bind(scopes, target, statement.arg_name, Binding(statement.value, location))
         else:
             name = "/".join(filter(None, [statement.scope, statement.selector]))
-            bindings.macros[name] = Binding(statement.value, location)
+            bindings.define(name, Binding(statement.value, location))
 
 
 def _statements(path: Path, names: _Names, label: str) -> Iterator[Any]:
     """gin's statements in a file, in order; what cannot be opened or parsed raises InputError."""
+    if path.is_dir():
+        raise InputError(label, str(path), "a gin file; this is a folder")
     if not path.is_file():
         siblings = [other.name for other in path.parent.glob("*.gin")] if path.parent.is_dir() else []
         raise InputError(label, str(path), "an existing gin file" + closest(path.name, siblings))

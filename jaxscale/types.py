@@ -90,6 +90,8 @@ def _is_of_type(value: Any, annotation: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation is None or annotation is type(None):
         return value is None
+    if isinstance(value, type):  # it has the methods of a protocol without being one
+        return type in (annotation, origin)
     return isinstance(value, origin or annotation)
 
 

@@ -162,6 +162,25 @@ def test_override_of_an_unbound_configuration_starts_from_its_default(run, house
     assert given["room"] == house.Room(width=2, roof=house.Roof(slope=0.5))
 
 
+def test_override_of_a_macro_reaches_all_that_mention_it(run):
+    text = SMALLEST + "WIDTH = 3\nhouse.Room.width = %WIDTH\nhouse.build.name = %NAME\nNAME = 'a'\n"
+    given = run(text, "WIDTH=9", "NAME=b")
+    assert (given["room"].width, given["name"]) == (9, "b")
+    with pytest.raises(InputError, match=r"--set WDITH=9: .*'WDITH'"):
+        run(text, "WDITH=9")
+
+
+def test_a_macro_and_a_reference_that_a_later_binding_replaced_are_no_mistakes(run):
+    text = SMALLEST + "WIDTH = 3\nhouse.Room.width = %WIDTH\nhouse.Room.roof = @house.Roof()\nhouse.Roof.slope = 1\n"
+    given = run(text + "house.Room.roof = None\n", "room.width=4")
+    assert (given["room"].width, given["room"].roof) == (4, None)
+
+
+def test_what_another_verb_binds_is_no_mistake(run, house):
+    house.demolish = lambda *, room, force=1: None
+    assert run(SMALLEST + "house.demolish.force = 2\n")["room"].width == 2
+
+
 def test_override_in_a_scope(run):
     text = SMALLEST + "house.build.guest = @guest/house.Room()\n"
     assert run(text, "guest.width=9")["room"].width == 2
@@ -216,6 +235,12 @@ def test_nothing_outlives_a_call(run):
         ("house.Room.widht = 1", r"a\.gin:5: Room\.widht: .*closest is 'width'"),
         ("house.Rom.width = 1", r"a\.gin:5: house\.Rom: .*closest is 'Room'"),
         ("hose.Room.width = 1", r"a\.gin:5: hose\.Room: .*closest is 'house'"),
+        ("WIDHT = 1\nWIDTH = 2\nhouse.Room.width = %WIDTH", r"a\.gin:5: WIDHT: .* mentions: .*closest is 'WIDTH'"),
+        (
+            "house.Roof.slope = 1",
+            r"a\.gin:5: Roof\.slope: .* also `house\.build\.roof = @house\.Roof\(\)`: nothing builds",
+        ),
+        ("house.paint.coats = 5", r"a\.gin:5: paint\.coats: .*@house\.paint"),
         ("house.build.guest = @house.Rooom()", r"a\.gin:5: house\.Rooom: .*closest is 'Room'"),
         ("house.build.gest = None", r"a\.gin:5: build\.gest: .*closest is 'guest'"),
         ("gest/house.Room.width = 1\nhouse.build.guest = @guest/house.Room()", r"a\.gin:5: .*closest is 'guest'"),
@@ -230,6 +255,7 @@ def test_nothing_outlives_a_call(run):
         ("house.Room.width = (1,", r"a\.gin:\d: given .*, expected gin syntax"),
         ("  house.Room.width 3", r"a\.gin:5: given .*expected gin syntax"),
         ("import hosue", r"a\.gin:5: import: given 'hosue', expected an importable module"),
+        ("include '.'", r"a\.gin:5: include: .*a gin file; this is a folder"),
         ("include 'b.gin'", r"a\.gin:5: include: given '.*b\.gin', expected an existing gin file"),
     ],
 )
@@ -245,11 +271,14 @@ def test_an_error_of_a_constructor_comes_out_as_it_was_raised(run):
     assert type(caught.value) is InputError
 
 
-def test_missing_values_are_named(run):
+def test_missing_values_are_named(run, house):
     with pytest.raises(InputError, match=r"build\.room: .*each of room in a gin file or by --set"):
         run(HEADER)
     with pytest.raises(InputError, match=r"Room\.width"):
         run(HEADER + "house.build.room = @house.Room()\n")
+    house.demolish = lambda *, room: None
+    with pytest.raises(InputError, match=r"build\.room: .*; the file binds only .*demolish$"):
+        run(HEADER + "house.demolish.room = 3\n")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +287,8 @@ def test_missing_values_are_named(run):
         ("rom.width=3", "closest is 'room'"),
         ("room.widht=3", "--set room.widht=3: Room.widht: .*closest is 'width'"),
         ("room.width=wide", "--set room.width=wide: Room.width: given 'wide', expected a value of type int"),
-        ("room.width.x=3", "width: given 2, expected a configuration that has fields"),
+        ("room.width.x=3", "width: given '2', expected a configuration that has fields"),
+        ("rooms.x.width=3", r"rooms: given \"{'x': @house\.Room\(\)}\", expected a configuration that has fields"),
         ("room.width", "--set: given 'room.width', expected NAME.FIELD=VALUE or FIELD=VALUE"),
         ("=3", "expected NAME.FIELD=VALUE"),
         ("room=@house.Room()", "expected a Python literal or plain text"),
@@ -266,14 +296,14 @@ def test_missing_values_are_named(run):
 )
 def test_a_mistake_in_an_override_is_named(run, override, message):
     with pytest.raises(InputError, match=message):
-        run(SMALLEST, override)
+        run(SMALLEST + "house.build.rooms = {'x': @house.Room()}\n", override)
 
 
 def test_files_that_cannot_be_read(house, tmp_path, run):
     (tmp_path / "base.gin").write_text("")
     with pytest.raises(InputError, match=r"bse\.gin', expected an existing gin file; closest is 'base\.gin'"):
         config.run(house.build, [tmp_path / "bse.gin"])
-    with pytest.raises(InputError, match="expected an existing gin file"):
+    with pytest.raises(InputError, match="expected a gin file; this is a folder"):
         config.run(house.build, [tmp_path])
     (tmp_path / "binary.gin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="expected UTF-8 text"):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pytest
 
@@ -23,6 +23,11 @@ class Outer:
         check_types(self)
 
 
+@runtime_checkable
+class Sized(Protocol):
+    def __len__(self) -> int: ...
+
+
 @pytest.mark.parametrize(
     ("annotation", "good", "bad"),
     [
@@ -40,7 +45,9 @@ class Outer:
         (dict, [{}], [[]]),
         (Callable[[int], int], [abs], [3]),
         (Callable | None, [abs, None], [3]),
-        (Inner, [Inner()], [{"size": 1}]),
+        (Inner, [Inner()], [{"size": 1}, Inner]),
+        (Sized, [""], [3, str]),
+        (type, [Inner], [Inner()]),
         (Any, [3, None, "a"], []),
     ],
 )
