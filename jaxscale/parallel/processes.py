@@ -1,6 +1,7 @@
 """Starts JAX in every process of a run, and says which share of the batch each process reads."""
 
 import dataclasses
+import faulthandler
 import functools
 import importlib.util
 import os
@@ -103,6 +104,7 @@ def start_processes(config: ProcessesConfig, heartbeat_timeout_s: int) -> None:
     expected = f"the coordinator cannot be reached or a process is missing after {config.start_timeout_s} s"
     timer = threading.Timer(config.start_timeout_s, _give_up, (f"{failure}: {expected}",))
     timer.start()
+    faulthandler.enable()  # JAX aborts when a process is dead: show where this one was
     try:
         jax.distributed.initialize(
             **arguments,
