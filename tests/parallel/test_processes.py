@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from jax.sharding import Mesh
 
 from jaxscale.parallel.mesh import AXES
@@ -82,6 +83,35 @@ def test_what_is_missing_or_out_of_range_is_named(environment, variables, config
     environment(variables)
     with pytest.raises(InputError, match=message):
         start_arguments(ProcessesConfig(**config))
+
+
+def test_the_manifest_gives_what_the_launcher_reads():
+    text = (ROOT / "experiments" / "kubernetes_jobset.yaml").read_text()
+    job = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    assert variables.keys() | {"JOB_COMPLETION_INDEX"} >= KUBERNETES.keys()
+    assert job["parallelism"] == job["completions"] == int(variables["NUM_PROCESSES"])
+    assert job["completionMode"] == "Indexed"
+    port = variables["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2]
+    assert int(port) == container["ports"][0]["containerPort"]
+    assert "--set=runtime.processes.launcher=kubernetes" in container["args"]
+
+
+@pytest.mark.parametrize(("status", "is_requeued"), [(0, False), (2, False), (75, True), (137, True)])
+def test_the_slurm_script_tries_again_what_was_stuck(tmp_path, status, is_requeued):
+    for name, text in {"srun": f"echo srun $@; exit {status}", "scontrol": "echo scontrol $@"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "2"}
+    command = ["bash", ROOT / "experiments" / "slurm.sh", "run.gin", "--set", "train.steps=2"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == status and not result.stderr
+    first, *rest = result.stdout.splitlines()
+    assert first.endswith("jaxscale pretrain run.gin --set train.steps=2 --set runtime.processes.launcher=slurm")
+    assert rest == ["scontrol requeue 17"] * is_requeued
 
 
 def test_every_launcher_is_described():
