@@ -83,14 +83,19 @@ def attention_context(batch: Batch, config: ModelConfig) -> AttentionContext:
     )
 
 
-def use(params: Params, section: str, operations: Operations, policy: Policy) -> Params:
-    """Parameters of a section as the forward uses them: gathered, all but routers and norms in the compute type."""
+def to_compute(params: Params, policy: Policy) -> Params:
+    """All parameters but those of routers and norms in the compute type."""
 
     def one(path: Any, leaf: Array) -> Array:
         return leaf if path[-1].key in KEEP_PARAMETER_TYPE else cast(leaf, policy.compute)
 
-    # Cast first: the gather then moves bytes of the compute type.
-    return operations.gather(section, jax.tree_util.tree_map_with_path(one, params))
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def use(params: Params, section: str, operations: Operations, policy: Policy) -> Params:
+    """Parameters of a section as the forward uses them: in the compute type, gathered."""
+    # In this order: the gather then moves bytes of the compute type.
+    return operations.gather(section, to_compute(params, policy))
 
 
 def embed(params: Params, batch: Batch, config: ModelConfig, operations: Operations, policy: Policy) -> Array:

@@ -33,6 +33,9 @@ class StagedLoss(Protocol):
     def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array:
         """What comes before the layers: the residual [b, own T, D]."""
 
+    def prepare(self, layers: Params) -> Params:
+        """The layers' parameters in other types; its gradient is one more such conversion."""
+
     def body(self, layers: Params, x: Array, batch: Batch, is_real: Array | None, *, operations: Operations) -> Any:
         """Periods of the stack: (residual, sum of their losses, metrics by layer)."""
 
@@ -87,7 +90,7 @@ class Pipeline:
         operations: what the mesh injects.
         layout: which periods each stage holds.
         schedule: when each stage does what.
-        trained: the stage's parameters that are trained, as `zero.hold` returns them; None elsewhere.
+        trained: the stage's parameters that are trained, held for the step and `loss.prepare`d; None elsewhere.
         frozen: the others; None elsewhere.
         microbatches: leaves [M, b, ...].
         reduction: type in which gradients add up.
@@ -319,4 +322,4 @@ def _stacked(shapes: Any, num: int) -> Any:
 
 
 def _slots(shapes: Any, num: int) -> Any:
-    return _zeros(_stacked(shapes, num + 1))
+    return jax.tree.map(lambda s: lax.empty(s.shape, s.dtype), _stacked(shapes, num + 1))

@@ -97,6 +97,7 @@ class Region:
         return hold(params, self.specs), batch
 
     def _pipeline(self, loss_fn: StagedLoss, params: Any, microbatches: Batch) -> Pipeline:
+        params = {**params, "layers": loss_fn.prepare(params["layers"])}
         trained = tree.select(params, self.trainable)
         frozen = jax.tree.map(lambda t, p: p if t is None else None, trained, params, is_leaf=lambda leaf: leaf is None)
         return Pipeline(

@@ -57,6 +57,10 @@ class NextTokenLoss:
         context = transformer.attention_context(batch, self.model)
         return transformer.run_prefix(params, x, context, batch["weights"], stack=self.stack, **settings)[0]
 
+    def prepare(self, layers: Params) -> Params:
+        """The tree `layers` in the types that `body` uses, once a step: its micro-batches need not convert it again."""
+        return transformer.to_compute(layers, self.policy)
+
     def body(
         self, layers: Params, x: Array, batch: Batch, is_real: Array | None = None, *, operations: Operations
     ) -> tuple[Array, Array, dict[str, Array]]:
