@@ -135,14 +135,14 @@ def test_a_port_that_is_taken_is_named():
     with socket.socket(socket.AF_INET6) as taken:
         taken.bind(("::", 0))
         taken.listen()
-        result = run_start(f"localhost:{taken.getsockname()[1]}", 0)
+        result = run_start(f"localhost:{taken.getsockname()[1]}", 0, timeout_s=50)
     assert result.returncode == 0 and "process 0 of 2 could not join the run" in result.stdout, result.stderr
 
 
-def run_start(address, index):
+def run_start(address, index, timeout_s=2):
     program = (
         "from jaxscale.parallel.processes import *\nfrom jaxscale.types import RunError\ntry:\n"
-        f"    start_processes(ProcessesConfig('explicit', '{address}', 2, {index}, start_timeout_s=2), 10)\n"
+        f"    start_processes(ProcessesConfig('explicit', '{address}', 2, {index}, start_timeout_s={timeout_s}), 10)\n"
         "except RunError as error:\n    print(error)\n"
     )
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -128,6 +128,42 @@ def test_two_processes_train_as_one_does_and_one_goes_on(start, tmp_path):
     assert_same_figures(one.directory, whole.directory)
 
 
+PLACE = """
+import sys
+import numpy as np
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.processes import batch_share
+from jaxscale.parallel.runtime import ProcessesConfig, RuntimeConfig, apply_runtime
+from jaxscale.train.evaluation import place
+
+processes = ProcessesConfig("explicit", sys.argv[1], 2, int(sys.argv[2]))
+apply_runtime(RuntimeConfig("cpu", num_cpu_devices=4, processes=processes), ".")
+whole = np.arange(8 * 16).reshape(8, 16)
+for axes in ({"data": 8}, {"pipeline": 2, "data": 2, "tensor": 2}, {"sequence": 8}, {"data": 2, "sequence": 4}):
+    mesh = make_mesh(MeshConfig(**axes))
+    index, count = batch_share(mesh)
+    placed = place(mesh, {"tokens": np.split(whole, count)[index]})["tokens"]
+    assert placed.shape == whole.shape
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index])
+"""
+
+
+def test_each_process_places_its_share_on_any_mesh():
+    """Also where both need the same rows: each a pipeline stage, or each a part of every row."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PLACE, address, str(index)], cwd=ROOT, env=environment, **pipe)
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=100)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+
+
 def assert_same_figures(got, wanted):
     np.testing.assert_allclose(losses(got), losses(wanted), rtol=LOSS_TOLERANCE)
     got, wanted = evaluations(got), evaluations(wanted)
