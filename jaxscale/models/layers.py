@@ -71,13 +71,13 @@ def finish(
     """
     attention = params["attention"]
     y = operations.exit(jnp.einsum("btnh,nhd->btd", o, attention["o"]))
-    x = x + (y + attention["o_bias"] if config.use_bias else y)
+    x = operations.mark("attended", x + (y + attention["o_bias"] if config.use_bias else y))
     ffn = params.get("moe") or params["ffn"]
     h = operations.enter(normalise(ffn["norm"], x, config))
     if "moe" in params:
         y, sums = moe.feed_forward(ffn, h, weights, config, operations)
-        return x + operations.exit(y), sums
-    y = operations.exit(_feed_forward(ffn, h, config))
+        return x + operations.mark("feed_forward", operations.exit(y)), sums
+    y = operations.mark("feed_forward", operations.exit(_feed_forward(ffn, h, config)))
     return x + (y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)
 
 

@@ -89,5 +89,6 @@ def feed_forward(
         (this device's part of the output [B, T, D], the router's sums).
     """
     index, gates, logits = route(params, h, config)
+    logits = operations.mark("router", logits)
     y = operations.experts(h, index, gates, params["experts"], config.activation)
     return y, router_sums(index, logits, weights, config, operations)

@@ -1,9 +1,11 @@
 """The first tensor that is not finite is named: a parameter, an activation of one layer, a gradient."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxscale.parallel.mesh import MeshConfig
@@ -37,11 +39,58 @@ def test_an_activation_that_overflows_names_its_layer(make_setup, make_batch, me
     assert diagnose(setup, params, make_batch()) == "layers/0/v, layer 1 of its stack"
 
 
-def test_a_feed_forward_that_overflows_shows_in_the_next_residual(setup, make_batch):
+def test_a_feed_forward_that_overflows(setup, make_batch):
+    """Of the last layer, which no other follows."""
     params = setup.start().params
     for name in ("up", "down"):
-        params["layers"]["0"]["ffn"][name] = params["layers"]["0"]["ffn"][name].at[0].set(1e25)
-    assert diagnose(setup, params, make_batch()) == "layers/0/residual, layer 1 of its stack"
+        params["layers"]["0"]["ffn"][name] = params["layers"]["0"]["ffn"][name].at[1].set(1e25)
+    assert diagnose(setup, params, make_batch()) == "layers/0/feed_forward, layer 1 of its stack"
+
+
+def test_an_output_projection_that_overflows(setup, make_batch):
+    params = setup.start().params
+    for name in ("v", "o"):
+        params["layers"]["0"]["attention"][name] = params["layers"]["0"]["attention"][name].at[1].set(1e25)
+    assert diagnose(setup, params, make_batch()) == "layers/0/attended, layer 1 of its stack"
+
+
+def test_a_router_that_overflows(make_setup, make_batch):
+    model = dataclasses.replace(
+        make_setup().plan.loss_fn.model, moe_pattern=(False, True), num_experts=4, expert_dim=16
+    )
+    setup = make_setup(model=model)
+    params = setup.start().params
+    params["layers"]["1"]["moe"]["router"] = params["layers"]["1"]["moe"]["router"].at[:].set(2e38)
+    assert diagnose(setup, params, make_batch()) == "layers/1/router, layer 0 of its stack"
+
+
+def test_logits_that_overflow(make_setup, make_batch):
+    setup = make_setup(mesh=MeshConfig(data=2, tensor=2))
+    params = setup.start().params
+    params["head"]["weights"] = params["head"]["weights"].at[7].set(2e38)
+    assert diagnose(setup, params, make_batch()) == "logits"
+
+
+def test_the_micro_batch_is_named(make_setup, make_batch):
+    """Only row 2, of micro-batch 2 % 4, holds the token that has a part in dim 0, whose values overflow."""
+    setup, batch = make_setup(num_microbatches=4), make_batch()
+    batch["tokens"] = np.where(np.arange(8)[:, None] == 2, 31, batch["tokens"]).astype(np.int32)
+    params = setup.start().params
+    params["embedding"]["tokens"] = params["embedding"]["tokens"].at[:, 0].set(0).at[31].set(jnp.eye(16)[0])
+    params["layers"]["0"]["attention"]["v"] = params["layers"]["0"]["attention"]["v"].at[0, 0].set(2e38)
+    assert diagnose(setup, params, batch) == "layers/0/v, layer 0 of its stack, micro-batch 2"
+
+
+def test_a_loss_of_ones_own(setup, make_batch):
+    """Of a loss that has no stack nothing is known but the contract."""
+    batch = place(setup.plan.mesh, make_batch())
+
+    def loss_fn(params, batch, key, *, operations):
+        loss, weight, _ = setup.plan.loss_fn(params, batch, key, operations=operations)
+        return loss * jnp.inf, weight, {}
+
+    name = first_non_finite(loss_fn, setup.plan.region, setup.start().params, batch, jax.random.key(0))
+    assert name == "loss"
 
 
 def test_nothing(setup, make_batch):
@@ -61,4 +110,5 @@ def test_a_gradient_alone(make_setup, make_batch, monkeypatch):
     final_hidden = losses.transformer.final_hidden
     monkeypatch.setattr(losses.transformer, "final_hidden", lambda p, x, **s: final_hidden(p, blow_up(x), **s))
     setup = make_setup()
-    assert diagnose(setup, setup.start().params, make_batch()) == "gradient of embedding/tokens"
+    gradient = "gradient of layers/0/ffn/down, layer 1 of its stack"
+    assert diagnose(setup, setup.start().params, make_batch()) == gradient
