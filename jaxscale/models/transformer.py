@@ -19,7 +19,7 @@ from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import Policy, accumulator, cast
 from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_types
 
-NAMES = ("residual", "q", "k", "v", "attention")
+NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
 # A router in low precision picks other experts (GRIN keeps it in float32); a norm's scale next to 1 has steps of 2^-7
 # in bfloat16, so an update of it would be lost.
 KEEP_PARAMETER_TYPE = ("router", "scale", "bias")
@@ -125,7 +125,8 @@ def run_layer(
     q, k, v = layers.qkv(params, x, context.positions, config, operations)
     q, k, v = mark("q", q), mark("k", k), mark("v", v)
     o, cache = layers.attend(q, k, v, context, cache, kind, operations)
-    x, sums = layers.finish(params, x, mark("attention", o), weights, config, operations)
+    marking = dataclasses.replace(operations, mark=mark)
+    x, sums = layers.finish(params, x, mark("attention", o), weights, config, marking)
     return x, cache, sums
 
 
