@@ -5,6 +5,7 @@ import faulthandler
 import functools
 import importlib.util
 import os
+import socket
 import threading
 from typing import Any, NamedTuple
 
@@ -71,9 +72,8 @@ class ProcessesConfig:
         for name in ("number", "gpus_per_process", "start_timeout_s"):
             if getattr(self, name) is not None:
                 check_positive(f"ProcessesConfig.{name}", getattr(self, name))
-        host, _, port = (self.coordinator or "host:1").rpartition(":")
-        if not (host and port.isdecimal() and 0 < int(port) < 65536):
-            raise InputError("ProcessesConfig.coordinator", self.coordinator, '"host:port", such as "node1:55527"')
+        if self.coordinator is not None:
+            _check_address("ProcessesConfig.coordinator", self.coordinator)
         if self.gpus_per_process is not None and LAUNCHERS[self.launcher].local_index is None:
             expected = "None: this launcher does not number a host's processes; set CUDA_VISIBLE_DEVICES for each"
             raise InputError("ProcessesConfig.gpus_per_process", self.gpus_per_process, expected)
@@ -89,12 +89,14 @@ def start_processes(config: ProcessesConfig, heartbeat_timeout_s: int) -> None:
         config: who they are.
         heartbeat_timeout_s: JAX ends every process when one of them has been dead or frozen for so long.
     Raises:
-        InputError: a variable of the launcher is missing or out of range.
-        RunError: JAX refused, such as when the coordinator's port is taken.
+        InputError: a variable of the launcher is missing or out of range, or the coordinator's port is taken.
+        RunError: JAX refused, such as when it has been used before in this process.
     """
     if jax.distributed.is_initialized():
         return
     arguments = start_arguments(config)
+    if arguments["process_id"] == 0 and arguments["coordinator_address"] is not None:
+        _check_port(arguments["coordinator_address"])
     # Its handler would swallow a SIGTERM that comes before training has set its own.
     jax.config.update("jax_enable_preemption_service", False)
     failure = (
@@ -118,6 +120,23 @@ def start_processes(config: ProcessesConfig, heartbeat_timeout_s: int) -> None:
         timer.cancel()
 
 
+def _check_address(parameter: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise InputError(parameter, address, '"host:port", such as "node1:55527"')
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises InputError where this process cannot listen on the port: JAX would crash."""
+    port, is_dual = int(coordinator.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=is_dual).close()
+    except OSError as error:
+        expected = f"a port on which process 0 can listen ({os.strerror(error.errno)})"
+        raise InputError("RuntimeConfig.processes.coordinator", coordinator, expected) from None
+
+
 def _give_up(message: str) -> None:
     os.write(2, f"jaxscale: {message}\n".encode())
     os._exit(EXIT_FAILED)
@@ -131,6 +150,8 @@ def start_arguments(config: ProcessesConfig) -> dict[str, Any]:
     """
     launcher = LAUNCHERS[config.launcher]
     coordinator = config.coordinator or os.environ.get(ADDRESS_VARIABLE)
+    if coordinator is not None:
+        _check_address(f"environment variable {ADDRESS_VARIABLE}", coordinator)
     for name in launcher.others if coordinator is None else ():
         _variable(config, name)
     number = _given_or_variable(config, "number", launcher.number)

@@ -14,8 +14,8 @@ import yaml
 from jax.sharding import Mesh
 
 from jaxscale.parallel.mesh import AXES
-from jaxscale.parallel.processes import LAUNCHERS, ProcessesConfig, batch_share, start_arguments
-from jaxscale.types import InputError
+from jaxscale.parallel.processes import LAUNCHERS, ProcessesConfig, batch_share, start_arguments, start_processes
+from jaxscale.types import InputError, RunError
 
 ROOT = Path(__file__).parents[2]
 SLURM = {
@@ -68,6 +68,7 @@ def test_a_launcher_says_who_the_process_is(environment, variables, config, want
         (SLURM | {"SLURM_PROCID": "8"}, {"launcher": "slurm"}, r"index: given 8, .* number of processes = 8"),
         (OPEN_MPI, {"launcher": "openmpi"}, r'coordinator: given None, expected "host:port" .* mpi4py'),
         ({}, {"launcher": "mpi"}, r'coordinator: given None, expected "host:port" .* mpi4py'),
+        (KUBERNETES | {"JAX_COORDINATOR_ADDRESS": "job:"}, {"launcher": "kubernetes"}, "ADDRESS: given 'job:', expected"),
         ({}, {"launcher": "kubernetes"}, "environment variable NUM_PROCESSES: given None"),
         ({}, {"launcher": "explicit"}, r"processes.number: given None, expected a number"),
         ({}, {"launcher": "explicit", "number": 2, "index": 1}, r"coordinator: given None, .*JAX_COORDINATOR"),
@@ -135,14 +136,24 @@ def test_a_port_that_is_taken_is_named():
     with socket.socket(socket.AF_INET6) as taken:
         taken.bind(("::", 0))
         taken.listen()
-        result = run_start(f"localhost:{taken.getsockname()[1]}", 0, timeout_s=50)
-    assert result.returncode == 0 and "process 0 of 2 could not join the run" in result.stdout, result.stderr
+        config = ProcessesConfig("explicit", f"localhost:{taken.getsockname()[1]}", 2, 0)
+        with pytest.raises(InputError, match=r"port on which process 0 can listen \(Address already in use\)"):
+            start_processes(config, 10)
 
 
-def run_start(address, index, timeout_s=2):
+def test_a_process_that_has_used_jax_already_is_refused():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    jax.devices()
+    with pytest.raises(RunError, match=r"could not join the run .* must be called before any JAX calls"):
+        start_processes(ProcessesConfig("explicit", address, 2, 1), 10)
+
+
+def run_start(address, index):
     program = (
         "from jaxscale.parallel.processes import *\nfrom jaxscale.types import RunError\ntry:\n"
-        f"    start_processes(ProcessesConfig('explicit', '{address}', 2, {index}, start_timeout_s={timeout_s}), 10)\n"
+        f"    start_processes(ProcessesConfig('explicit', '{address}', 2, {index}, start_timeout_s=2), 10)\n"
         "except RunError as error:\n    print(error)\n"
     )
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

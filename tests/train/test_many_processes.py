@@ -183,15 +183,15 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(start, tmp_path,
     run.processes[victim].send_signal(signal.SIGTERM)
     assert run.statuses() == [143, 143], run.log(0) + run.log(1)
     assert checkpoints(run.directory) == [len(losses(run.directory))]
-    assert_one_can_go_on(start, run)
+    assert_can_go_on(start, run, number=2)
 
 
-def assert_one_can_go_on(start, run):
-    """Two more steps from the newest checkpoint, in one process."""
+def assert_can_go_on(start, run, number):
+    """Two more steps from the newest checkpoint."""
     newest = checkpoints(run.directory)[-1]
-    one = start(run.directory, f"train.steps={newest + 2}", number=1)
-    assert one.statuses() == [0] and f"resumed after step {newest}" in one.log(0), one.log(0)
-    assert len(losses(one.directory)) == newest + 2
+    again = start(run.directory, f"train.steps={newest + 2}", number=number)
+    assert again.statuses() == [0] * number and f"resumed after step {newest}" in again.log(0), again.log(0)
+    assert len(losses(again.directory)) == newest + 2
 
 
 @pytest.mark.long
@@ -212,7 +212,7 @@ def test_a_stuck_or_dead_process_ends_the_other_within_the_stated_time(start, tm
         assert status == EXIT_LOST_PEER
         assert f"process {1 - victim} of 2: " in log and "Another process is stuck or dead" in log
     run.end()
-    assert_one_can_go_on(start, run)
+    assert_can_go_on(start, run, number=1)
 
 
 @pytest.mark.long
