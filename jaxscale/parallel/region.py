@@ -17,6 +17,7 @@ from jaxscale.parallel.mesh import AXES, BATCH_SPEC, MeshConfig
 from jaxscale.parallel.pipeline import Pipeline, StagedLoss
 from jaxscale.parallel.rules import Specs
 from jaxscale.parallel.schedule import Schedule
+from jaxscale.parallel.ulysses import ulysses
 from jaxscale.parallel.zero import hold, make_gather, reduce_gradient
 from jaxscale.types import Batch
 
@@ -25,8 +26,9 @@ LossFn = Callable[..., tuple[Any, Any, dict[str, Any]]]
 
 def make_operations(config: MeshConfig, specs: Specs, *, attention: Callable, reduction: str) -> Operations:
     """The operations a mesh injects; `attention` runs on local heads and rows as it would on one device."""
+    num_members = config.sequence // config.ring
     return Operations(
-        attention=attention,
+        attention=attention if num_members == 1 else ulysses(attention, num_members=num_members, ring=config.ring),
         experts=moe.experts if config.expert == 1 else expert.experts,
         gather=make_gather(specs, reduction),
         enter=tensor.enter,

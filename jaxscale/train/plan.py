@@ -145,8 +145,8 @@ def make_region(
     Raises:
         InputError: mesh, devices and model do not fit.
     """
-    if mesh.sequence != 1:
-        raise InputError("MeshConfig.sequence", mesh.sequence, "1: this axis is not available yet")
+    if mesh.ring != 1:
+        raise InputError("MeshConfig.ring", mesh.ring, "1: rings are not available yet")
     device_mesh = make_mesh(mesh, devices)
     specs = make_specs(parameter_table(model), mesh)
     run_attention = functools.partial(attention, implementation=stack.attention)

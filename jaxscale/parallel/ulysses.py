@@ -1,0 +1,74 @@
+"""Ulysses: each device keeps its share of the sequence everywhere but in attention, where it has a share of the heads.
+
+Source: Jacobs et al. 2023, DeepSpeed-Ulysses (arXiv 2309.14509), section 3.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxscale.ops.attention import AttentionContext
+from jaxscale.parallel.mesh import SEQUENCE
+from jaxscale.types import Array
+
+
+def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable:
+    """Wraps a single-device attention for members that hold consecutive shares of a sequence.
+
+    Queries, keys and values change from shares of the sequence to shares of the heads and the output back, by
+    all-to-all; the wrapped attention sees all the members' tokens in order, so windows, documents and soft-caps are
+    its own affair. Grouped queries need every kv head beside its query heads: with P members and K kv heads each is
+    repeated lcm(K, P) / K times; where that does not divide the heads, keys become as many as queries and both are
+    filled up with heads that nobody reads. The gradient of a repeated head is the sum of its copies' by transposition.
+
+    Args:
+        attention: (q, k, v, context, cache) -> (o, cache).
+        num_members: P, devices that exchange heads, neighbours on the `sequence` axis.
+        ring: groups of P on the axis, which `attention` connects.
+    Returns:
+        The same on local q [B, T / P, N, H], k and v [B, T / P, K, H] and their context.
+    Cost: a device sends 2 (N + lcm(K, P)) / P of its B T / P H elements' share, forward (4 N H T B / P^2 with as many kv
+        heads as queries, less the P-th part that stays).
+    """
+    members = [[r * num_members + i for i in range(num_members)] for r in range(ring)]
+    groups = dict(axis_index_groups=members if ring > 1 else None, tiled=True)
+    to_heads = functools.partial(lax.all_to_all, axis_name=SEQUENCE, split_axis=2, concat_axis=1, **groups)
+    to_sequence = functools.partial(lax.all_to_all, axis_name=SEQUENCE, split_axis=1, concat_axis=2, **groups)
+
+    def whole(x: Array | None) -> Array | None:
+        return None if x is None else lax.all_gather(x, SEQUENCE, axis=1, **groups)
+
+    def exchanged(q: Array, k: Array, v: Array, context: AttentionContext, cache: Any) -> tuple[Array, Any]:
+        num_heads = q.shape[2]
+        q, k, v = spread_heads(q, k, v, num_members)
+        context = dataclasses.replace(context, positions=whole(context.positions), segments=whole(context.segments))
+        o, cache = attention(to_heads(q), to_heads(k), to_heads(v), context, cache)
+        return to_sequence(o)[:, :, :num_heads], cache
+
+    return exchanged
+
+
+def spread_heads(q: Array, k: Array, v: Array, num_members: int) -> tuple[Array, Array, Array]:
+    """Repeats and fills up heads so that each of P members gets equal shares, with the kv heads its queries read.
+
+    Args:
+        q: [B, T, N, H].
+        k, v: [B, T, K, H].
+        num_members: P.
+    Returns:
+        q [B, T, N', H], k and v [B, T, K', H]; P divides both, and N' / K' queries read a kv head.
+    """
+    num_heads, num_kv_heads = q.shape[2], k.shape[2]
+    spread = math.lcm(num_kv_heads, num_members)
+    if num_heads % num_members or num_heads % spread:
+        spread = num_heads
+    k, v = (jnp.repeat(x, spread // num_kv_heads, axis=2) for x in (k, v))
+    missing = -num_heads % num_members
+    if not missing:
+        return q, k, v
+    return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in (q, k, v))
