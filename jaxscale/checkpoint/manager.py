@@ -58,6 +58,11 @@ class CheckpointConfig:
         if not self.directory or "://" in self.directory:
             raise InputError("CheckpointConfig.directory", self.directory, "the path of a local or mounted folder")
 
+    def within(self, run: str | pathlib.Path) -> "CheckpointConfig":
+        """This configuration with its directory taken relative to that of a run; "~" is the user's home in both."""
+        directory = pathlib.Path(run).expanduser() / pathlib.Path(self.directory).expanduser()
+        return dataclasses.replace(self, directory=str(directory))
+
 
 class _LeafFolders(ocp.PyTreeCheckpointHandler):
     """Stores each leaf in its own folder, so that a damaged file names its leaf; nothing is merged at the end."""
@@ -188,6 +193,11 @@ class Checkpoints:
         args = _restore_args({"params": abstract_params}, partial_restore=True)
         return self._checkpointer.restore(path, args=ocp.args.Composite(state=args)).state["params"]
 
+    def data_state(self, step: int | None = None) -> dict[str, Any]:
+        """Returns the loader's position alone; arguments and errors as `restore_params`."""
+        path = self._sound_path(step, lambda name: name.startswith("data/"))
+        return self._checkpointer.restore(path, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+
     def close(self) -> None:
         """Waits and releases the writer's threads."""
         try:
@@ -246,7 +256,7 @@ class Checkpoints:
         if newest is None:
             raise InputError("checkpoint.directory", str(self._directory), "a folder with a checkpoint; there is none")
         if step is not None and step not in committed:
-            raise InputError("checkpoint.step", step, f"one of the steps in {self._directory}: {committed}")
+            raise InputError("step", step, f"one of the steps in {self._directory}: {committed}")
         return [number for number in reversed(committed) if number <= (newest if step is None else step)]
 
     def _advice(self, step: int) -> str:

@@ -216,7 +216,7 @@ class HuggingFaceSource:
         try:
             if self.directory is None:
                 return datasets.load_dataset(self.name, self.configuration, revision=self.revision, split=self.split)
-            found = datasets.load_from_disk(self.directory)
+            found = datasets.load_from_disk(str(Path(self.directory).expanduser()))
         except (FileNotFoundError, ConnectionError, ValueError) as error:
             raise InputError("HuggingFaceSource", self.directory or self.name, f"a dataset ({error})") from error
         if not isinstance(found, datasets.DatasetDict):
@@ -231,7 +231,7 @@ def _files(
 ) -> list[tuple[str, Path]]:
     """Keys and paths of the files that `paths` name, folders searched, in the order of the keys."""
     found = []
-    for path in map(Path, paths):
+    for path in (Path(each).expanduser() for each in paths):
         if path.is_dir():
             found += _search(path, patterns, excluded)
         elif path.exists():

@@ -3,20 +3,14 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
-import json
 import logging
-import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import jaxscale
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
-from jaxscale.config import operative_config
 from jaxscale.data.loader import DataConfig, make_loader
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.models.config import ModelConfig, training_flops_per_token
@@ -29,12 +23,13 @@ from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train import diagnosis
 from jaxscale.train.evaluation import EvaluationContext, check_evaluators, place
 from jaxscale.train.loop import Loop, Outcome
-from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops, writing
+from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import Plan, TrainConfig, deterministic_stack, make_plan
 from jaxscale.train.preemption import Preemption
 from jaxscale.train.profiler import Profiler
-from jaxscale.train.state import TrainState, init_state
+from jaxscale.train.run_directory import check_new, held, write_start
+from jaxscale.train.state import TrainState, init_state, run_key
 from jaxscale.train.step import make_step
 from jaxscale.train.watchdog import Watchdog
 from jaxscale.types import Batch, InputError, Params
@@ -68,22 +63,32 @@ def pretrain(
         NonFiniteError: a loss or gradient norm was not finite.
         RunError: this process could not join the run's others.
     """
-    apply_runtime(runtime, directory)
+    run = Path(directory).expanduser()
+    apply_runtime(runtime, str(run))
     if runtime.is_deterministic:
         stack = deterministic_stack(stack, data.sequence_length)
     plan = make_plan(model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack)
-    checkpoint = dataclasses.replace(checkpoint, directory=str(Path(directory, checkpoint.directory)))
     check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
-    checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
+    checkpoints = Checkpoints(checkpoint.within(run), fingerprint=dataclasses.asdict(model))
     evaluate = _make_evaluate(plan, model, evaluators or {})
     index, count = batch_share(plan.mesh)
     loader = make_loader(data, split="train", process_index=index, process_count=count)
-    run = Path(directory)
-    with Preemption() as preemption, Watchdog(runtime.watchdog_s(jax.process_count())) as watchdog:
+    with (
+        Preemption() as preemption,
+        Watchdog(runtime.watchdog_s(jax.process_count())) as watchdog,
+        held(run),
+        contextlib.ExitStack() as exit_stack,  # closes each, whichever of them fails
+    ):
+        exit_stack.callback(checkpoints.close)
         watchdog.watch("the restore or first draw of the state", is_slow=True)
+        if checkpoints.latest_step() is None:
+            check_new(run, checkpoint.directory)
         state = _restore_or_start(plan, checkpoints, loader, model, train)
+        if int(state.step) >= train.steps:
+            logger.info("nothing to do: step %d of %d", int(state.step), train.steps)
+            return Outcome(int(state.step), None)
         checkpoints.check_writable()
-        _write_run_files(run, int(state.step))
+        write_start(run, int(state.step), checkpoint.directory)
         loop = Loop(
             step_fn=make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state),
             loader=loader,
@@ -100,10 +105,9 @@ def pretrain(
             profiler=Profiler(train.profile_steps, run / "profile"),
             watchdog=watchdog,
         )
-        with contextlib.ExitStack() as exit_stack:  # closes each, whichever of them fails
-            for resource in (checkpoints, *loop.reporters, loop.profiler):
-                exit_stack.callback(resource.close)
-            return loop.run(state)
+        for resource in (*loop.reporters, loop.profiler):
+            exit_stack.callback(resource.close)
+        return loop.run(state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,8 @@ def _restore_or_start(plan: Plan, checkpoints: Checkpoints, loader: Any, model: 
         saved, data_state = checkpoints.restore(plan.canonical_state)
         state = plan.from_canonical(saved)
         loader.restore(data_state)
+        if (jax.random.key_data(state.key) != jax.random.key_data(run_key(train.seed))).any():
+            raise InputError("TrainConfig.seed", train.seed, "the seed with which the run was begun")
         logger.info("resumed after step %d", int(state.step))
         return state
     state = init_state(
@@ -136,32 +142,11 @@ def _restore_or_start(plan: Plan, checkpoints: Checkpoints, loader: Any, model: 
     config = CheckpointConfig(directory=train.init_from, save_every=1, keep_last=1)
     with contextlib.closing(Checkpoints(config, fingerprint=dataclasses.asdict(model))) as source:
         if source.latest_step() is None:
-            raise InputError("TrainConfig.init_from", train.init_from, "a folder with a checkpoint; there is none")
+            hints = [f"; {path.parent} has" for path in Path(train.init_from).expanduser().glob("*/[0-9]*")][:1]
+            expected = f"a folder with a checkpoint; there is none{''.join(hints)}"
+            raise InputError("TrainConfig.init_from", train.init_from, expected)
         params = source.restore_params(plan.canonical_state.params)
         return dataclasses.replace(state, params=plan.from_canonical(dataclasses.replace(state, params=params)).params)
-
-
-def _write_run_files(directory: Path, step: int) -> None:
-    """What a rerun needs: the configuration, and a line for each start with versions and command."""
-    if jax.process_index() != 0:
-        return
-    start = {
-        "step": step,
-        "command": sys.argv,
-        "jaxscale": jaxscale.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-    }
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        if text := operative_config():  # there is none when Python code calls
-            temporary = directory / "config.gin.tmp"  # renamed when whole: a full disk must not cost the old one
-            temporary.write_text(text)
-            temporary.replace(directory / "config.gin")
-        with (directory / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(start) + "\n")
 
 
 def _make_reporters(directory: Path, steps: int, step: int) -> list[Reporter]:

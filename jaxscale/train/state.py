@@ -71,6 +71,11 @@ def state_dims(abstract: TrainState, specs: Specs, trainable: str) -> TrainState
     return TrainState(step="", params=specs.dims, opt_state=opt_state, key="", is_finite="")
 
 
+def run_key(seed: int) -> jax.Array:
+    """The key from which the draws of a run with `seed` derive; its initial parameters have another one."""
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
 def init_state(
     model: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, *, specs: Specs, seed: int,
     trainable: str,
@@ -82,7 +87,7 @@ def init_state(
         key = jax.random.key(seed)
         params = specs.layout.store(init_params(model, jax.random.fold_in(key, 0), dtype), specs.dims)
         opt_state = optimizer.init(tree.select(params, trainable))
-        return TrainState(jnp.int32(0), params, opt_state, jax.random.fold_in(key, 1), jnp.bool_(True))
+        return TrainState(jnp.int32(0), params, opt_state, run_key(seed), jnp.bool_(True))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(init, out_shardings=shardings, compiler_options=RUNS_ONCE)()

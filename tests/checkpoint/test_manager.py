@@ -158,7 +158,7 @@ def test_an_earlier_step_can_be_named(tmp_path):
     restored, data_state = checkpoints.restore(abstract(states[1], mesh_of(1, 1)), step=1)
     assert_same(restored, states[1])
     assert data_state == {"position": 1}
-    with pytest.raises(InputError, match=r"checkpoint.step: given 3, expected one of the steps .*\[1, 2\]"):
+    with pytest.raises(InputError, match=r"^step: given 3, expected one of the steps .*\[1, 2\]"):
         checkpoints.restore(abstract(states[1], mesh_of(1, 1)), step=3)
 
 

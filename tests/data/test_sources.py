@@ -34,6 +34,16 @@ def test_text_files_come_in_the_order_of_their_keys(tmp_path):
     assert list(single.documents()) == [("c.md", "a/c.md\r\n")]
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("a")
+    assert (
+        list(TextSource(paths=("~",)).documents())
+        == list(TextSource(paths=("~/a.txt",)).documents())
+        == [("a.txt", "a")]
+    )
+
+
 def test_version_changes_with_the_files(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     source = TextSource(paths=(str(tmp_path),))

@@ -162,7 +162,8 @@ def test_the_loss_goes_down(whole):
 
 def test_a_run_leaves_what_a_rerun_needs(gin_file, whole):
     names = {path.name for path in whole.iterdir()}
-    assert names == {"config.gin", "starts.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
+    written = {"config.gin", "config.0.gin", "starts.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
+    assert names == written | {".lock"}
     (entry,) = map(json.loads, (whole / "starts.jsonl").read_text().splitlines())
     assert entry["step"] == 0 and entry["jax"] == jax.__version__ and entry["devices"].startswith("8 x ")
     original = config.load(pretrain, [gin_file], [f"directory={str(whole)!r}"]).arguments
@@ -182,6 +183,8 @@ def test_a_run_resumed_on_another_mesh_is_equal_within_rounding(gin_file, whole,
     assert run(gin_file, resumable, *OTHER_MESH) == Outcome(STEPS, None)
     assert_close_run(gin_file, resumable, whole)
     assert losses(resumable)[:STOP] == losses(whole)[:STOP]
+    meshes = [config.load(pretrain, [resumable / f"config.{n}.gin"]).arguments["mesh"] for n in (0, STOP)]
+    assert [mesh.zero for mesh in meshes] == [1, 3], "each start's configuration is kept"
 
 
 def test_a_run_resumed_on_one_device_is_equal_within_rounding(gin_file, whole, resumable, monkeypatch):
@@ -191,10 +194,32 @@ def test_a_run_resumed_on_one_device_is_equal_within_rounding(gin_file, whole, r
     assert_close_run(gin_file, resumable, whole)
 
 
-def test_a_finished_run_does_nothing_more(gin_file, whole, tmp_path):
-    again = shutil.copytree(whole, tmp_path / "run")
-    assert run(gin_file, again) == Outcome(STEPS, None)
-    assert_same_run(gin_file, again, whole)
+@pytest.mark.parametrize("steps", [STEPS, STEPS - 10])
+def test_a_finished_run_does_nothing_more(gin_file, whole, steps, caplog):
+    def files():
+        return {path: (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns) for path in whole.rglob("*")}
+
+    before = files()
+    with caplog.at_level("INFO"):
+        assert run(gin_file, whole, f"train.steps={steps}") == Outcome(STEPS, None)
+    assert files() == before
+    assert f"nothing to do: step {STEPS} of {steps}" in caplog.text
+
+
+def test_a_resumed_run_keeps_its_seed_and_its_checkpoints_folder(gin_file, resumable):
+    with pytest.raises(InputError, match=r"TrainConfig\.seed: given 1, expected the seed with which the run was begun"):
+        run(gin_file, resumable, "train.seed=1")
+    with pytest.raises(
+        InputError, match=r"directory: given 'chekpoints', expected 'checkpoints', where the run of .* 7"
+    ):
+        run(gin_file, resumable, "checkpoint.directory=chekpoints")
+    assert len(losses(resumable)) == STOP
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(gin_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(gin_file, "~/run", "train.steps=2", "optimizer.warmup_steps=1")
+    assert (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "checkpoints" / "2").exists()
 
 
 def test_sigterm_saves_and_exits_143(gin_file, whole, tmp_path):
@@ -286,7 +311,9 @@ def restore_params(file, directory):
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(params).items()}
 
 
-def test_a_missing_start_is_named_and_nothing_created(gin_file, tmp_path):
+def test_a_missing_start_is_named_and_nothing_created(gin_file, whole, tmp_path):
     with pytest.raises(InputError, match=r"TrainConfig.init_from: given .*absent.* there is none"):
         run(gin_file, tmp_path / "run", f"train.init_from={str(tmp_path / 'absent')!r}")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match=f"there is none; {whole / 'checkpoints'} has"):
+        run(gin_file, tmp_path / "run", f"train.init_from={str(whole)!r}")
