@@ -35,6 +35,7 @@ class TokenCache:
         key_hashes: uint64 [num_documents].
         fingerprint: names source, tokenizer and the state of the source's files on this machine.
         content: names the tokens, the documents' ends and their keys; the same wherever they were read.
+        tokenizer: the tokenizer's fingerprint.
         directory: where the files are.
     """
 
@@ -44,6 +45,7 @@ class TokenCache:
     key_hashes: np.ndarray
     fingerprint: str
     content: str
+    tokenizer: str
     directory: Path
 
     def keys(self) -> list[str]:
@@ -63,7 +65,7 @@ def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> T
     root = Path(directory).expanduser()
     if not (root / name).is_dir():
         _build(source, tokenizer, root, name)
-    return _open(root / name)
+    return _open(root / name, tokenizer)
 
 
 def fingerprint(source: Source, tokenizer: Tokenizer) -> str:
@@ -142,11 +144,12 @@ def _write_manifest(folder: Path, tokens_dtype: str, content: str) -> None:
         write(json.dumps(manifest, indent=1, sort_keys=True).encode())
 
 
-def _open(folder: Path) -> TokenCache:
+def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
     manifest = _read_manifest(folder)
     dtypes = {"tokens": manifest["tokens_dtype"], "offsets": "int64", "num_bytes": "int64", "key_hashes": "uint64"}
     arrays = {name: np.memmap(folder / f"{name}.bin", dtype, mode="r") for name, dtype in dtypes.items()}
-    return TokenCache(**arrays, fingerprint=folder.name, content=manifest["content"], directory=folder)
+    facts = {"fingerprint": folder.name, "content": manifest["content"], "tokenizer": tokenizer.fingerprint}
+    return TokenCache(**arrays, **facts, directory=folder)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From a data configuration to batches: the global batch of step n is a function of the configuration and n alone."""
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +16,13 @@ from jaxscale.data.packing import plan_concatenated, plan_packed, read_rows
 from jaxscale.data.permutation import permute
 from jaxscale.data.sources import Source
 from jaxscale.data.split import Split, check_held_out_fraction
-from jaxscale.data.tokenizer import TokenizerConfig, load_tokenizer
+from jaxscale.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from jaxscale.types import Batch, InputError, check_choice, check_positive, check_types
 
+logger = logging.getLogger(__name__)
+
+# Raised when packing, permutation or mixture give other batches from the same configuration.
+FORMAT = 1
 NUM_PREFETCHED = 4
 
 
@@ -102,6 +107,24 @@ def open_corpora(config: DataConfig, split: Split) -> list[Corpus]:
     return corpora
 
 
+def check_tokenizer(state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raises InputError if the training whose loader had `state` read its text with another tokenizer."""
+    trained = state.get("depends_on", {}).get("tokenizer", tokenizer.fingerprint)
+    if trained != tokenizer.fingerprint:
+        expected = f"the tokenizer that the model was trained with, of fingerprint {trained}"
+        raise InputError("TokenizerConfig", tokenizer.fingerprint, expected)
+
+
+def warn_of_trained_documents(state: dict[str, Any], held_out_fraction: float) -> None:
+    """Logs a warning if the training whose loader had `state` held out fewer documents than `held_out_fraction`."""
+    trained = state.get("depends_on", {}).get("held_out_fraction", 1.0)
+    if held_out_fraction > trained:
+        logger.warning(
+            "DataConfig.held_out_fraction: %s is above the %s of the training, which may have seen some of these",
+            held_out_fraction, trained,
+        )  # fmt: skip
+
+
 class TrainLoader:
     """The training split without end: sources interleaved by weight, each shuffled anew in every epoch.
 
@@ -163,7 +186,8 @@ class TrainLoader:
         Raises:
             InputError: the state is of other data or of another configuration; names the field.
         """
-        saved = state.get("depends_on", {})
+        # The first states had neither.
+        saved = {"format": 1, "tokenizer": self._facts["tokenizer"]} | state.get("depends_on", {})
         for name, value in self._facts.items():
             if saved.get(name) != value:
                 raise InputError(f"DataConfig.{name}", value, f"{saved.get(name)!r}, with which the run was begun")
@@ -252,4 +276,5 @@ def _facts(config: DataConfig, corpora: list[Corpus]) -> dict[str, Any]:
     weights = config.weights or (1.0,) * len(corpora)
     # Not the cache's fingerprint: the same text may lie elsewhere, with other times, on the machine that resumes.
     sources = [corpus.cache.content for corpus in corpora]
-    return {name: getattr(config, name) for name in fields} | {"weights": list(weights), "sources": sources}
+    facts = {"format": FORMAT, "weights": list(weights), "tokenizer": corpora[0].cache.tokenizer, "sources": sources}
+    return {name: getattr(config, name) for name in fields} | facts

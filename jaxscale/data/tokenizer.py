@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -177,7 +177,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
 
     def save(self, directory: str | Path) -> None:
-        _write(Path(directory), HUGGING_FACE_FILE, self._serialized.encode())
+        _write(Path(directory).expanduser(), HUGGING_FACE_FILE, self._serialized.encode())
 
 
 class SentencePieceTokenizer:
@@ -206,10 +206,10 @@ class SentencePieceTokenizer:
         return [np.array(ids, np.uint32) for ids in self._processor.encode(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(id) for id in ids])
+        return self._processor.decode([int(id) for id in ids if id < self.vocab_size])
 
     def save(self, directory: str | Path) -> None:
-        _write(Path(directory), SENTENCE_PIECE_FILE, self._serialized)
+        _write(Path(directory).expanduser(), SENTENCE_PIECE_FILE, self._serialized)
 
 
 def _training_texts(sources: Iterable[Source], held_out_fraction: float) -> Iterator[str]:

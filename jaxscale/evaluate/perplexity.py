@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
-from jaxscale.data.loader import DataConfig, HeldOutLoader, make_loader
+from jaxscale.data.loader import DataConfig, HeldOutLoader, check_tokenizer, make_loader, warn_of_trained_documents
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params
@@ -26,6 +26,7 @@ from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.parallel.stages import canonical_shapes, from_canonical
 from jaxscale.train.evaluation import EvaluationContext, check_evaluators, place
 from jaxscale.train.losses import NextTokenLoss
+from jaxscale.train.metrics import writing
 from jaxscale.train.plan import TrainConfig, check_fit, make_region
 from jaxscale.types import Batch, InputError, check_positive, check_types
 
@@ -112,9 +113,10 @@ def evaluate(
     Returns:
         "name/figure" -> value.
     Raises:
-        InputError: the parts do not fit one another or there is no such checkpoint.
+        InputError: the parts do not fit one another, there is no such checkpoint, or it had another tokenizer.
     """
-    apply_runtime(runtime, directory)
+    run = Path(directory).expanduser()
+    apply_runtime(runtime, str(run))
     evaluators = {"held_out": BitsPerByte(data)} if evaluators is None else evaluators
     train = TrainConfig(steps=1)
     region = make_region(model=model, mesh=mesh, train=train, policy=policy, stack=stack)
@@ -124,20 +126,26 @@ def evaluate(
         sums=jax.jit(region.evaluate(NextTokenLoss(model, policy, stack))),
     )  # fmt: skip
     check_evaluators(evaluators, context)
-    step, params = _restore(Path(directory), checkpoint, model, region, policy, step)
+    step, params = _restore(checkpoint.within(run), model, data, region, policy, step)
     context = dataclasses.replace(context, params=params, step=step)
     figures = {
         f"{name}/{figure}": value for name, each in evaluators.items() for figure, value in each(context).items()
     }
     if jax.process_index() == 0:
         print("\n".join([f"step {step}", *(f"{name:<30} {value:.6g}" for name, value in figures.items())]))
-        text = json.dumps({"step": step, **figures}, indent=1)
-        Path(directory, f"evaluation_{step}.json").write_text(text + "\n")
+        _write_figures(run / f"evaluation_{step}.json", {"step": step, **figures})
     return figures
 
 
+def _write_figures(path: Path, figures: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with writing(path):
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        temporary.replace(path)
+
+
 def _restore(
-    directory: Path, checkpoint: CheckpointConfig, model: ModelConfig, region: Region, policy: Policy, step: int | None
+    checkpoint: CheckpointConfig, model: ModelConfig, data: DataConfig, region: Region, policy: Policy, step: int | None
 ) -> tuple[int, Any]:
     """The step and its parameters, placed as the region wants them."""
     specs = region.specs
@@ -148,9 +156,11 @@ def _restore(
         ),
         specs.parameters,
     )
-    config = dataclasses.replace(checkpoint, directory=str(directory / checkpoint.directory))
-    checkpoints = Checkpoints(config, fingerprint=dataclasses.asdict(model))
+    checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
     try:
+        data_state = checkpoints.data_state(step)
+        check_tokenizer(data_state, load_tokenizer(data.tokenizer))
+        warn_of_trained_documents(data_state, data.held_out_fraction)
         params = checkpoints.restore_params(canonical_shapes(stored, specs.dims, specs.layout), step)
         params = from_canonical(params, stored, specs.dims, specs.layout)
         # After the restore: a damaged checkpoint that was passed over no longer counts as the latest.

@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
-from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_tokenizer
+from jaxscale.data.loader import check_tokenizer
+from jaxscale.data.tokenizer import Tokenizer, TokenizerConfig, check_vocabulary, load_tokenizer
 from jaxscale.models import transformer
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params
@@ -50,18 +51,19 @@ def generate(
     Returns:
         The continuations, without the prompts.
     Raises:
-        InputError: no such checkpoint, or a prompt is empty or too long for the model.
+        InputError: no such checkpoint, it had another tokenizer, or a prompt is empty or too long for the model.
     """
-    apply_runtime(runtime, directory)
+    apply_runtime(runtime, str(Path(directory).expanduser()))
     prompts = (prompts,) if isinstance(prompts, str) else prompts
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, model.vocab_size)
     ids = [loaded.encode(prompt) for prompt in prompts]
     _check_prompts(ids, model, max_new_tokens)
-    params = _restore(Path(directory, checkpoint.directory), checkpoint, model, policy, step)
+    params = _restore(checkpoint.within(directory), model, loaded, policy, step)
     outputs = generate_tokens(
-        params, ids, config=model, sampling=sampling, max_new_tokens=max_new_tokens, eos_id=loaded.eos_id, policy=policy
-    )
+        params, ids, config=model, sampling=sampling, max_new_tokens=max_new_tokens, eos_id=loaded.eos_id,
+        policy=policy, num_tokens=loaded.vocab_size,
+    )  # fmt: skip
     texts = [loaded.decode(output) for output in outputs]
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}\n")
@@ -71,6 +73,7 @@ def generate(
 def generate_tokens(
     params: Params, prompts: Sequence[Sequence[int]], *, config: ModelConfig, sampling: SamplingConfig,
     max_new_tokens: int, eos_id: int | None = None, policy: Policy = Policy(), sequences: Sequence[int] | None = None,
+    num_tokens: int | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """Continues each prompt.
 
@@ -83,6 +86,7 @@ def generate_tokens(
         eos_id: token that ends a continuation; None for no such token.
         policy: dtypes; the cache is of the compute type.
         sequences: number of each prompt, from which its draws derive whatever batch it is in; by default its index.
+        num_tokens: only tokens below are drawn, where the tokenizer knows fewer than the model; None for all.
     Returns:
         The new tokens of each prompt, up to and including the end token.
     Raises:
@@ -95,7 +99,7 @@ def generate_tokens(
     output = _generate(
         params, tokens, positions, numbers, jax.random.key(sampling.seed), config=config,
         sampling=dataclasses.replace(sampling, seed=0),  # the seed is data: another one compiles nothing
-        max_new_tokens=max_new_tokens, eos_id=eos_id, policy=policy,
+        max_new_tokens=max_new_tokens, eos_id=eos_id, policy=policy, num_tokens=num_tokens,
     )  # fmt: skip
     return [_until(row, eos_id) for row in np.asarray(output).tolist()]
 
@@ -146,10 +150,10 @@ class _Decoding:
     caches: Any
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "max_new_tokens", "eos_id", "policy"))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "max_new_tokens", "eos_id", "policy", "num_tokens"))
 def _generate(
     params: Params, tokens: Array, positions: Array, sequences: Array, key: Array, *, config: ModelConfig,
-    sampling: SamplingConfig, max_new_tokens: int, eos_id: int | None, policy: Policy,
+    sampling: SamplingConfig, max_new_tokens: int, eos_id: int | None, policy: Policy, num_tokens: int | None,
 ) -> Array:  # fmt: skip
     """Left-padded prompts [B, T] to new tokens [B, max_new_tokens], filled up with the end token."""
     end = PADDING if eos_id is None else eos_id
@@ -157,7 +161,7 @@ def _generate(
     run = functools.partial(advance, params, config=config, policy=policy)
 
     def draw(logits: Array, positions: Array) -> Array:
-        return sample(logits, token_keys(key, sequences, positions), sampling)
+        return sample(logits[:, :num_tokens], token_keys(key, sequences, positions), sampling)
 
     def is_going(state: _Decoding) -> Array:
         return (state.count < max_new_tokens) & ~state.is_finished.all()
@@ -209,16 +213,18 @@ def _until(tokens: list[int], eos_id: int | None) -> list[int]:
     return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
 
 
-def _restore(directory: Path, checkpoint: CheckpointConfig, model: ModelConfig, policy: Policy, step: int | None):
+def _restore(
+    checkpoint: CheckpointConfig, model: ModelConfig, tokenizer: Tokenizer, policy: Policy, step: int | None
+) -> Params:
     """The parameters alone, on the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         abstract_params(model, policy.parameters),
     )
-    config = dataclasses.replace(checkpoint, directory=str(directory))
-    checkpoints = Checkpoints(config, fingerprint=dataclasses.asdict(model))
+    checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
     try:
+        check_tokenizer(checkpoints.data_state(step), tokenizer)
         return checkpoints.restore_params(abstract, step)
     finally:
         checkpoints.close()

@@ -111,8 +111,7 @@ def top_p(logits: Array, p: float) -> Array:
     probabilities = jax.nn.softmax(logits)
     descending = -jnp.sort(-probabilities, -1)
     before = jnp.cumsum(descending, -1) - descending  # what the more probable tokens hold
-    is_kept = (before < p).at[..., 0].set(True)
-    return jnp.where(jnp.take_along_axis(is_kept, _ranks(logits), -1), logits, NEVER)
+    return jnp.where(jnp.take_along_axis(before < p, _ranks(logits), -1), logits, NEVER)
 
 
 def min_p(logits: Array, p: float) -> Array:

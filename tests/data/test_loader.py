@@ -177,6 +177,16 @@ def test_state_continues_where_the_same_text_lies_elsewhere(make_config, folders
     make_loader(elsewhere).restore(state)
 
 
+def test_state_of_another_format_or_tokenizer_is_refused_and_one_that_does_not_say_is_not(make_config):
+    loader = make_loader(make_config())
+    state = loader.state()
+    for name, value in (("format", 2), ("tokenizer", "other")):
+        with pytest.raises(InputError, match=f"DataConfig.{name}: .*with which the run was begun"):
+            loader.restore(state | {"depends_on": state["depends_on"] | {name: value}})
+    old = {name: value for name, value in state["depends_on"].items() if name not in ("format", "tokenizer")}
+    loader.restore(state | {"depends_on": old})
+
+
 def test_state_of_other_text_and_a_forged_state_are_refused(make_config, folders):
     loader = make_loader(make_config())
     state = loader.state()

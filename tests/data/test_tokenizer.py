@@ -40,6 +40,11 @@ def test_no_text_ends_a_document(config):
     assert tokenizer.decode([*tokenizer.encode("end"), tokenizer.eos_id]) == "end"
 
 
+def test_ids_beyond_the_vocabulary_decode_to_nothing(config):
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.decode([*tokenizer.encode("end"), tokenizer.vocab_size, tokenizer.vocab_size + 9]) == "end"
+
+
 def test_saved_tokenizer_is_the_same(config, tmp_path):
     tokenizer = load_tokenizer(config)
     tokenizer.save(tmp_path / "copy")

@@ -31,6 +31,9 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
+DATA_STATE = {"depends_on": {"tokenizer": "byte", "held_out_fraction": 0.6}}
+
+
 @pytest.fixture
 def texts(tmp_path):
     """40 documents of 1 to 70 characters, some longer than a row, one of them not of ASCII alone."""
@@ -87,7 +90,7 @@ def run(tmp_path, data):
         dataclasses.replace(config, directory=str(tmp_path / "checkpoints")), fingerprint=dataclasses.asdict(MODEL)
     )
     for step in (1, 2):
-        checkpoints.save(step, {"params": init_params(MODEL, jax.random.key(step), "float32")}, {})
+        checkpoints.save(step, {"params": init_params(MODEL, jax.random.key(step), "float32")}, DATA_STATE)
     checkpoints.close()
     return dict(
         directory=str(tmp_path), model=MODEL, data=data, checkpoint=config, policy=FLOAT32,
@@ -107,6 +110,14 @@ def test_figures_are_the_naive_ones_on_any_mesh(run, mesh, texts, capsys, tmp_pa
         assert math.isclose(figures[name], value, rel_tol=2e-5), name  # float32 rounding of the forward
         assert f"{figures[name]:.6g}" in printed
     assert json.loads((tmp_path / "evaluation_2.json").read_text()) == {"step": 2, **figures}
+
+
+def test_documents_that_may_have_been_trained_on_are_warned_of(run, data, caplog):
+    run |= {"mesh": MeshConfig(data=8), "evaluators": {}}
+    evaluate(**run)
+    assert not caplog.text
+    evaluate(**run | {"data": dataclasses.replace(data, held_out_fraction=0.7)})
+    assert "0.7 is above the 0.6 of the training" in caplog.text
 
 
 def test_evaluators_are_named_by_the_caller_and_see_the_wanted_step(run):

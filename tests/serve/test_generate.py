@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.tokenizer import ByteTokenizer, TokenizerConfig
@@ -15,7 +16,7 @@ from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import forward
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.generate import PADDING, advance, empty_caches, generate, generate_tokens
-from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.serve.sampling import SamplingConfig, sample, token_keys
 from jaxscale.types import InputError
 
 FLOAT32 = Policy(compute="float32")
@@ -98,6 +99,21 @@ def sampled(prompts, *, max_new_tokens=8, **settings):
     return generate_tokens(params_of(config), prompts, config=config, max_new_tokens=max_new_tokens, **settings)
 
 
+def test_each_draw_is_of_the_full_forwards_logits_with_the_key_of_its_position():
+    config, numbers = MODELS["dense"], [3, 9, 1]
+    for prompt, number, new in zip(PROMPTS, numbers, sampled(PROMPTS, sequences=numbers), strict=True):
+        logits = full_logits(params_of(config), [*prompt, *new], config)[len(prompt) - 1 : -1]
+        positions = jnp.arange(len(prompt), len(prompt) + len(new))
+        keys = token_keys(jax.random.key(5), jnp.full(len(new), number), positions)
+        assert new == sample(logits, keys, SamplingConfig()).tolist()
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_not_drawn():
+    assert max(map(max, sampled(PROMPTS))) >= 20
+    drawn = sampled(PROMPTS, num_tokens=20)
+    assert max(map(max, drawn)) < 20 and len({token for row in drawn for token in row}) > 5
+
+
 def test_seeds_reproduce_and_differ():
     assert sampled(PROMPTS) == sampled(PROMPTS)
     assert sampled(PROMPTS) != sampled(PROMPTS, sampling=SamplingConfig(seed=6))
@@ -144,7 +160,7 @@ def run(tmp_path):
     checkpoints = Checkpoints(
         dataclasses.replace(config, directory=str(tmp_path / "checkpoints")), fingerprint=dataclasses.asdict(model)
     )
-    checkpoints.save(1, {"params": params_of(model)}, {})
+    checkpoints.save(1, {"params": params_of(model)}, {"depends_on": {"tokenizer": ByteTokenizer.fingerprint}})
     checkpoints.close()
     return dict(
         directory=str(tmp_path), model=model, tokenizer=TokenizerConfig(), checkpoint=config, policy=FLOAT32,
@@ -161,6 +177,13 @@ def test_generate_continues_text_from_a_checkpoint(run, capsys):
     assert texts == [ByteTokenizer().decode(tokens) for tokens in wanted]
     assert capsys.readouterr().out == f"def f{texts[0]}\n\nx{texts[1]}\n\n"
     assert generate(**run, prompts="def f") == texts[:1], "a single text is one prompt"
+
+
+def test_generate_refuses_another_tokenizer_than_the_models(run, tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, []))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="the tokenizer that the model was trained with, of fingerprint byte"):
+        generate(**run | {"tokenizer": TokenizerConfig("huggingface", str(tmp_path))}, prompts="a")
 
 
 def test_generate_refuses_what_does_not_fit(run):
