@@ -32,8 +32,8 @@ def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable
         ring: groups of P on the axis, which `attention` connects.
     Returns:
         The same on local q [B, T / P, N, H], k and v [B, T / P, K, H] and their context.
-    Cost: a device sends 2 (N + lcm(K, P)) / P of its B T / P H elements' share, forward (4 N H T B / P^2 with as many kv
-        heads as queries, less the P-th part that stays).
+    Cost: of q and o together 2 N and of k and v 2 lcm(K, P) heads of B T / P tokens leave a device, forward, less the
+        P-th part that stays: 4 N for multi-head.
     """
     members = [[r * num_members + i for i in range(num_members)] for r in range(ring)]
     groups = dict(axis_index_groups=members if ring > 1 else None, tiled=True)
