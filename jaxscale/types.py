@@ -62,7 +62,7 @@ def check_choice(parameter: str, value: Any, choices: collections.abc.Iterable[A
 
 def check_positive(parameter: str, value: int | float) -> None:
     """Raises InputError unless `value` is above zero."""
-    if value <= 0:
+    if not value > 0:  # so that NaN fails too
         raise InputError(parameter, value, "a number above 0")
 
 

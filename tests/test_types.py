@@ -73,5 +73,7 @@ def test_choices_and_bounds_are_printed():
     with pytest.raises(InputError, match="mode: given 'c', expected one of 'a', 'b'"):
         check_choice("mode", "c", ["a", "b"])
     check_positive("steps", 1)
+    with pytest.raises(InputError, match="rate: given nan, expected a number above 0"):
+        check_positive("rate", float("nan"))
     with pytest.raises(InputError, match="steps: given 0, expected a number above 0"):
         check_positive("steps", 0)

@@ -10,19 +10,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxscale import tree
 from jaxscale.models import layers
 from jaxscale.models.config import LayerKind, ModelConfig
 from jaxscale.models.moe import RouterSums
 from jaxscale.models.parameters import init_params
-from jaxscale.ops.attention import AttentionContext, attention
+from jaxscale.ops.attention import BACKENDS, AttentionContext, attention
+from jaxscale.ops.loss import project
 from jaxscale.ops.operations import Operations
-from jaxscale.ops.precision import Policy, accumulator, cast
-from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_types
+from jaxscale.ops.precision import Policy, cast
+from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_positive, check_types
 
 NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
 # A router in low precision picks other experts (GRIN keeps it in float32); a norm's scale next to 1 has steps of 2^-7
 # in bfloat16, so an update of it would be lost.
-KEEP_PARAMETER_TYPE = ("router", "scale", "bias")
+KEEP_PARAMETER_TYPE = {"router", "scale", "bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,11 @@ class StackConfig:
     def __post_init__(self):
         check_types(self)
         check_choice("StackConfig.remat", self.remat, ("none", "full", "dots", "names"))
-        for name in self.saved_names + self.offloaded_names:
-            check_choice("StackConfig.saved_names", name, NAMES)
+        check_choice("StackConfig.attention", self.attention, (None, *BACKENDS))
+        check_positive("StackConfig.num_loss_chunks", self.num_loss_chunks)
+        for field in ("saved_names", "offloaded_names"):
+            for name in getattr(self, field):
+                check_choice(f"StackConfig.{field}", name, NAMES)
         if (self.saved_names or self.offloaded_names) and self.remat != "names":
             raise InputError("StackConfig.remat", self.remat, '"names" when saved_names or offloaded_names are given')
 
@@ -86,10 +91,11 @@ def attention_context(batch: Batch, config: ModelConfig) -> AttentionContext:
 def to_compute(params: Params, policy: Policy) -> Params:
     """All parameters but those of routers and norms in the compute type."""
 
-    def one(path: Any, leaf: Array) -> Array:
-        return leaf if path[-1].key in KEEP_PARAMETER_TYPE else cast(leaf, policy.compute)
+    def one(path: str, leaf: Array) -> Array:
+        # Any part of the path: a parameter may itself be a tree of arrays.
+        return leaf if KEEP_PARAMETER_TYPE & set(path.split(tree.SEPARATOR)) else cast(leaf, policy.compute)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return tree.map_with_path(one, params)
 
 
 def use(params: Params, section: str, operations: Operations, policy: Policy) -> Params:
@@ -102,7 +108,7 @@ def embed(params: Params, batch: Batch, config: ModelConfig, operations: Operati
     """Tokens [B, T] to the residual [B, own T, D].
 
     Looked up in the parameter type: the gradient of a row adds up all occurrences of its token, and a sum in bfloat16
-    stands still after 256 equal terms.
+    stands still after 256 equal terms. Positions outside a learned table, as of padding, read its last row.
     """
     embedding = operations.gather("embedding", params["embedding"])
     x = operations.embed(embedding["tokens"], batch["tokens"])
@@ -243,7 +249,7 @@ def final_hidden(params: Params, x: Array, config: ModelConfig, operations: Oper
 
 def unembed(h: Array, head: Array, config: ModelConfig) -> Array:
     """Logits [B, T, V] in at least float32, soft-capped if the model is."""
-    logits = accumulator(jnp.einsum("btd,vd->btv", h, head))
+    logits = project(h, head)
     return logits if config.logit_softcap is None else config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
 
 

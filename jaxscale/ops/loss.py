@@ -11,18 +11,43 @@ from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, InputError
 
 
+@jax.custom_vjp
+def project(x: Array, head: Array) -> Array:
+    """Logits in at least float32, as the matmul accumulates them: rounded to bfloat16, one in ten tops would be a tie.
+
+    Its gradient rounds the cotangent to the type of `x`; plainly differentiated, the two matmuls would run in float32.
+
+    Args:
+        x: [B, T, D].
+        head: [V, D].
+    Returns:
+        [B, T, V].
+    """
+    return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _project_backward(arguments: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, head = arguments
+    cotangent = cotangent.astype(x.dtype)
+    return jnp.einsum("btv,vd->btd", cotangent, head), jnp.einsum("btv,btd->vd", cotangent, x)
+
+
+project.defvjp(lambda x, head: (project(x, head), (x, head)), _project_backward)
+
+
 def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Negative log-likelihood and log-normaliser of each token.
 
     Args:
         logits: [B, T, V]; the softmax is taken in at least float32.
-        labels: [B, T] int32.
+        labels: [B, T] int32; one outside [0, V), such as -100, has a loss of 0.
     Returns:
         (nll [B, T], log sum exp [B, T]).
     """
     logits = accumulator(logits)
     normaliser = jax.nn.logsumexp(logits, -1)
-    return normaliser - jnp.take_along_axis(logits, labels[..., None], -1)[..., 0], normaliser
+    label = jnp.take_along_axis(logits, labels[..., None], -1, mode="clip")[..., 0]
+    return jnp.where((labels >= 0) & (labels < logits.shape[-1]), normaliser - label, 0), normaliser
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.ops import attention, loss, moe
@@ -11,7 +12,8 @@ from jaxscale.types import Array
 
 
 def _embed(table: Array, tokens: Array) -> Array:
-    return table[tokens]
+    is_known = (tokens >= 0) & (tokens < len(table))
+    return jnp.where(is_known[..., None], table[jnp.clip(tokens, 0, len(table) - 1)], 0)
 
 
 def _identity(x: Any) -> Any:
@@ -40,8 +42,9 @@ class Operations:
         enter: residual [B, own T, D] -> [B, T, D], input of column-parallel matmuls.
         exit: [B, T, D] partial sums of row-parallel matmuls -> residual [B, own T, D].
         own: [B, T, ...] known to the whole tensor group -> the own tokens [B, own T, ...].
-        embed: (table [V, D], tokens [B, T]) -> residual [B, own T, D].
-        token_loss: (logits [B, T, V], labels [B, T]) -> (nll, log-normaliser) of the own tokens.
+        embed: (table [V, D], tokens [B, T]) -> residual [B, own T, D]; 0 for a token outside the table.
+        token_loss: (logits [B, T, V], labels [B, T]) -> (nll, log-normaliser) of the own tokens; nll 0 for a label
+            outside the vocabulary.
         mark: (path, x) -> x; names a tensor for rematerialisation policies by the last part of its path, and lets a
             diagnosis look at it.
         total: sums over the tokens of all devices a figure that is not differentiated.

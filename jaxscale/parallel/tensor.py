@@ -50,7 +50,8 @@ def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
     sums = jnp.stack([jnp.exp(logits - top[..., None]).sum(-1), jnp.where(is_label, logits, 0).sum(-1)], -1)
     total, label = jnp.moveaxis(exit(sums), -1, 0)
     normaliser = jnp.log(total) + own(top)
-    return normaliser - label, normaliser
+    is_known = own((labels >= 0) & (labels < columns * lax.axis_size(TENSOR)))
+    return jnp.where(is_known, normaliser - label, 0), normaliser
 
 
 def total(x: Array) -> Array:

@@ -107,6 +107,9 @@ def test_offloaded_names_go_to_the_host():
     [
         (dict(remat="some"), "StackConfig.remat: given 'some'"),
         (dict(remat="names", saved_names=("logits",)), "StackConfig.saved_names: given 'logits'"),
+        (dict(remat="names", offloaded_names=("logits",)), "StackConfig.offloaded_names: given 'logits'"),
+        (dict(attention="flash"), "StackConfig.attention: given 'flash', expected one of None, 'reference'"),
+        (dict(num_loss_chunks=0), "StackConfig.num_loss_chunks: given 0"),
         (dict(saved_names=("q",)), '"names" when saved_names or offloaded_names are given'),
     ],
 )

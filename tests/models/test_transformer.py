@@ -1,5 +1,6 @@
 """The decoder against a layer-by-layer numpy forward, and the ways to run it against one another."""
 
+import dataclasses
 import functools
 
 import jax
@@ -166,6 +167,7 @@ def test_logits_in_bfloat16_are_near():
     """The default policy computes in bfloat16 and returns float32."""
     logits, _ = jax.jit(functools.partial(forward, config=MODELS["llama"]))(make_params("llama"), make_batch())
     assert logits.dtype == jnp.float32
+    assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.9  # not rounded on the way
     np.testing.assert_allclose(logits, expected("llama"), atol=0.05 * np.abs(expected("llama")).max())
 
 
@@ -256,10 +258,30 @@ def test_a_frequent_token_gets_its_whole_gradient_in_bfloat16():
     np.testing.assert_array_equal(jax.grad(total)(params)["embedding"]["tokens"][0], 1024)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
+@dataclasses.dataclass
+class Quantised:
+    values: jax.Array
+    scale: jax.Array
+
+
 def test_a_small_update_of_a_norm_scale_counts_in_bfloat16():
     scale = jnp.full(16, 1 + 2.0**-12)
     used = transformer.use({"scale": scale}, "final_norm", Operations(), Policy())
     assert (used["scale"] > 1).all()
+
+
+def test_the_router_keeps_its_type():
+    """In bfloat16 it would choose other experts for some tokens."""
+    layer = transformer.use({"moe": {"router": jnp.ones(3), "up": jnp.ones(3)}}, "layers/0", Operations(), Policy())
+    assert (layer["moe"]["router"].dtype, layer["moe"]["up"].dtype) == (jnp.float32, jnp.bfloat16)
+
+
+def test_a_parameter_may_be_a_tree_of_arrays():
+    """Such as quantised values with their scales, which keep their type."""
+    weights = {"q": Quantised(jnp.ones((2, 2), jnp.int8), jnp.ones(2))}
+    used = transformer.use(weights, "layers/0", Operations(), Policy())
+    assert (used["q"].values.dtype, used["q"].scale.dtype) == (jnp.int8, jnp.float32)
 
 
 def test_two_models_live_in_one_compiled_function():

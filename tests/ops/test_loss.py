@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.ops.loss import sum_over_chunks, token_loss
+from jaxscale.ops.loss import project, sum_over_chunks, token_loss
 from jaxscale.types import InputError
 
 B, T, D, V = 2, 12, 8, 20
@@ -78,6 +78,29 @@ def test_the_gradient_of_the_head_adds_up_chunks_in_float32():
     gradient = jax.grad(lambda head: sum_over_chunks(pick, 129, x, head, labels, weights))(head)
     assert gradient.dtype == jnp.bfloat16
     assert gradient == 258
+
+
+@pytest.mark.parametrize("label", [-100, -1, V, 99])
+def test_a_label_outside_the_vocabulary_has_no_loss_and_no_gradient(label):
+    x, head, labels, _ = make()
+    weights = jnp.ones((B, T)).at[0, 3].set(0)
+
+    def nll(x, labels, weights):
+        return (token_loss(jnp.einsum("btd,vd->btv", x, head), labels)[0] * weights).sum()
+
+    wanted = jax.value_and_grad(nll)(x, labels, weights.at[1, 5].set(0))
+    got = jax.value_and_grad(nll)(x, labels.at[0, 3].set(label).at[1, 5].set(label), weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got, wanted)
+
+
+def test_projection_is_rounded_neither_in_the_logits_nor_wider_in_the_gradient():
+    x, head, *_ = make("bfloat16")
+    logits, pullback = jax.vjp(project, x, head)
+    wanted = jnp.einsum("btd,vd->btv", x.astype("float32"), head.astype("float32"))
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
+    traced = str(jax.make_jaxpr(pullback)(logits))
+    assert traced.count("dot_general") == traced.count("preferred_element_type=bfloat16") == 2
 
 
 def test_large_logits_do_not_overflow():
