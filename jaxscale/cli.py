@@ -15,7 +15,7 @@ import jaxscale
 from jaxscale import config
 from jaxscale.types import InputError, RunError
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 # The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps its traceback.
 REFUSALS = {
     errno.ENOSPC,
@@ -23,7 +23,6 @@ REFUSALS = {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
-    errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
 }
@@ -69,7 +68,7 @@ examples:
 VALUE is a Python literal; anything else is taken as text.
 
 exit status: 0 done, 1 the run failed, 2 bad input (one line says what was given and what was expected),
-143 or 130 stopped by SIGTERM or SIGINT with everything saved,
+143 or 130 stopped by SIGTERM or SIGINT (a training run saves everything first),
 75 or 134 another process of the run is stuck or dead: start it again
 """
 
@@ -92,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"jaxscale {options.verb}: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        print(f"jaxscale {options.verb}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return getattr(outcome, "exit_status", 0)  # a run that a signal stopped says so
 
 

@@ -121,6 +121,14 @@ CASES = {
         ["runtime.is_deterministic=True", "stack.attention='cudnn'"],
         "StackConfig.attention", "given 'cudnn'", '"chunked" or "reference"',
     ),
+    "attention": (["stack.attention='flash'"], "StackConfig.attention: given 'flash', expected one of", "'chunked'"),
+    "length of a chunk": (["stack.attention='chunked'"], "StackConfig.attention: given 'chunked'", "T % 512 == 0"),
+    "soft-cap": (
+        ["stack.attention='cudnn'", "model.attention_softcap=30.0"], "StackConfig.attention: given 'cudnn'", "soft-cap",
+    ),
+    "no devices": (["runtime.num_cpu_devices=0"], "RuntimeConfig.num_cpu_devices: given 0", "above 0"),
+    "flags": (["runtime.xla_flags=('xla_x=1',)"], "RuntimeConfig.xla_flags: given 'xla_x=1'", "--xla_"),
+    "seed": (["train.seed=9999999999"], "TrainConfig.seed: given 9999999999", "0 <= seed <= 4294967295"),
     "devices": (["runtime.num_cpu_devices=5"], "RuntimeConfig.num_cpu_devices: given 5", "8"),
 }  # fmt: skip
 

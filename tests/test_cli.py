@@ -12,7 +12,7 @@ from jaxscale import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 VERB = """
-import dataclasses, errno, logging, os
+import dataclasses, errno, logging, os, types
 from jaxscale.types import RunError
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,11 @@ def verb(*, train: TrainConfig, directory: str = "", fault: str = "") -> None:
     if fault == "bug":
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     if fault == "unwritable":
-        open(os.path.join(directory, "metrics"), "w")
+        open(directory, "w")
+    if fault == "interrupted":
+        raise KeyboardInterrupt
+    if fault == "stopped":
+        return types.SimpleNamespace(exit_status=143)
     if fault == "not finite":
         raise RunError("step 3: first non-finite: layers/0/q")
     for _ in range(2):
@@ -87,9 +91,17 @@ def test_a_missing_file_exits_2(gin_file, capsys):
 def test_a_full_disk_and_an_unwritable_directory_are_one_line(gin_file, capsys, tmp_path):
     assert cli.main(["pretrain", gin_file, "--set", "fault=full disk", "--set", f"directory={tmp_path}"]) == 2
     assert capsys.readouterr().err == f"jaxscale pretrain: {tmp_path}: No space left on device\n"
-    missing = tmp_path / "absent"
-    assert cli.main(["pretrain", gin_file, "--set", "fault=unwritable", "--set", f"directory={missing}"]) == 2
-    assert f"{missing}/metrics: No such file" in capsys.readouterr().err
+    assert cli.main(["pretrain", gin_file, "--set", "fault=unwritable", "--set", f"directory={tmp_path}"]) == 2
+    assert f"{tmp_path}: Is a directory" in capsys.readouterr().err
+
+
+def test_an_interrupted_verb_says_so_and_exits_130(gin_file, capsys):
+    assert cli.main(["pretrain", gin_file, "--set", "fault=interrupted"]) == 130
+    assert capsys.readouterr().err == "jaxscale pretrain: interrupted\n"
+
+
+def test_the_exit_status_is_that_of_the_outcome(gin_file):
+    assert cli.main(["pretrain", gin_file, "--set", "fault=stopped"]) == 143
 
 
 def test_a_fault_of_ours_keeps_its_traceback(gin_file):

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxscale.data.sources import Document, Source
+from jaxscale.data.sources import Document, Source, num_bytes
 from jaxscale.data.split import hash_key
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.types import InputError
@@ -114,11 +114,11 @@ def _publish(folder: Path, target: Path) -> None:
 
 def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    lengths, num_bytes, hashes = [], [], []
+    lengths, sizes, hashes = [], [], []
     content = hashlib.sha256()
     with _writer(folder / "tokens.bin") as tokens, _writer(folder / "keys.jsonl") as keys:
         for documents in _groups(source.documents()):
-            num_bytes += [_num_bytes(document) for document in documents]
+            sizes += [num_bytes(document) for document in documents]
             encoded = tokenizer.encode_batch([document.text for document in documents])
             ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
             lengths += map(len, ended)
@@ -129,7 +129,7 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             keys("".join(json.dumps(document.key) + "\n" for document in documents).encode())
     if not lengths:
         raise InputError("DataConfig.sources", source, "at least one document with text: the corpus is empty")
-    arrays = {"offsets": np.cumsum([0, *lengths]), "num_bytes": np.array(num_bytes), "key_hashes": np.uint64(hashes)}
+    arrays = {"offsets": np.cumsum([0, *lengths]), "num_bytes": np.array(sizes), "key_hashes": np.uint64(hashes)}
     for name, array in arrays.items():
         with _writer(folder / f"{name}.bin") as write:
             write(array.tobytes())
@@ -177,13 +177,6 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
             group, num_characters = [], 0
     if group:
         yield group
-
-
-def _num_bytes(document: Document) -> int:
-    try:
-        return len(document.text.encode())
-    except UnicodeEncodeError as error:
-        raise InputError("DataConfig.sources", document.key, f"text of whole characters ({error.reason})") from error
 
 
 @contextlib.contextmanager

@@ -30,6 +30,18 @@ class Document(NamedTuple):
     text: str
 
 
+def num_bytes(document: Document) -> int:
+    """Bytes of the text in UTF-8.
+
+    Raises:
+        InputError: the text has half a character, as JSON can spell one.
+    """
+    try:
+        return len(document.text.encode())
+    except UnicodeEncodeError as error:
+        raise InputError("sources", document.key, f"text of whole characters ({error.reason})") from error
+
+
 @runtime_checkable
 class Source(Protocol):
     """A frozen dataclass that names a collection of documents."""
@@ -243,19 +255,39 @@ def _files(
     return sorted(found)
 
 
-def _search(folder: Path, patterns: tuple[str, ...], excluded: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not any(fnmatch(name, pattern) for pattern in excluded)]
-        for name in names:
-            if any(fnmatch(name, pattern) for pattern in patterns):
-                path = Path(parent, name)
-                yield path.relative_to(folder).as_posix(), path
+def _search(
+    folder: Path, patterns: tuple[str, ...], excluded: tuple[str, ...], entered: frozenset[Path] = frozenset()
+) -> Iterator[tuple[str, Path]]:
+    """Keys and paths of the files in a folder; links are followed, but not back into a folder of `entered`."""
+    if folder.resolve() in entered:
+        return
+    for path in _entries(folder):
+        if path.is_dir():
+            if not any(fnmatch(path.name, pattern) for pattern in excluded):
+                found = _search(path, patterns, excluded, entered | {folder.resolve()})
+                yield from ((f"{path.name}/{key}", file) for key, file in found)
+        elif any(fnmatch(path.name, pattern) for pattern in patterns):
+            yield path.name, path
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise InputError("paths", str(folder), f"a folder that can be read ({error.strerror})") from error
 
 
 def _stamps(files: list[tuple[str, Path]]) -> list[Any]:
     """Key, size and time of change of each file: what tells an edited corpus from the one that was tokenised."""
-    stats = [(key, path.stat()) for key, path in files]
+    stats = [(key, _stat(path)) for key, path in files]
     return [[key, stat.st_size, stat.st_mtime_ns] for key, stat in stats]
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:  # such as a link to nothing
+        raise InputError("paths", str(path), f"a file that can be read ({error.strerror})") from error
 
 
 def _read(path: Path) -> bytes:
@@ -305,7 +337,7 @@ def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
 def _json_object(label: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(label, _shortened(line), f"one JSON object per line ({error})") from error
     if not isinstance(row, dict):
         raise InputError(label, _shortened(line), "a JSON object")

@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from jaxscale.data.sources import Source
+from jaxscale.data.sources import Source, num_bytes
 from jaxscale.data.split import check_held_out_fraction, hash_key, is_held_out
 from jaxscale.types import InputError, check_choice, check_types
 
@@ -76,7 +76,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "byte":
         return ByteTokenizer()
     if config.kind == "huggingface":
-        return HuggingFaceTokenizer(_read(config.path, HUGGING_FACE_FILE).decode(), config.eos_token)
+        return HuggingFaceTokenizer(_text(config.path, _read(config.path, HUGGING_FACE_FILE)), config.eos_token)
     return SentencePieceTokenizer(_read(config.path, SENTENCE_PIECE_FILE))
 
 
@@ -117,7 +117,10 @@ def train_tokenizer(
     texts = _training_texts(sources, held_out_fraction)
     train = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}[kind]
     tokenizer = train(texts, vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        raise InputError("vocab_size", vocab_size, f"a size that the text supports, at most {tokenizer.vocab_size}")
     tokenizer.save(output)
+    print(f"tokenizer of {tokenizer.vocab_size} tokens: {output}")
     return tokenizer
 
 
@@ -216,10 +219,14 @@ def _training_texts(sources: Iterable[Source], held_out_fraction: float) -> Iter
     """The texts that are not held out.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none; on the way, a text is not UTF-8.
     """
     documents = (document for source in sources for document in source.documents())
-    kept = (text for key, text in documents if text and not is_held_out([hash_key(key)], held_out_fraction)[0])
+    kept = (
+        document.text
+        for document in documents
+        if num_bytes(document) and not is_held_out([hash_key(document.key)], held_out_fraction)[0]
+    )
     first = next(kept, None)
     if first is None:
         raise InputError("sources", sources, "at least one document with text that is not held out")
@@ -270,7 +277,15 @@ def _read(path: str, name: str) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise InputError("TokenizerConfig.path", str(file), f"a file that can be read ({error.strerror})") from error
+        expected = f"a file that can be read ({error.strerror}); `jaxscale tokenizer FILE.gin` trains a new one"
+        raise InputError("TokenizerConfig.path", str(file), expected) from error
+
+
+def _text(path: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError("TokenizerConfig.path", path, f"a tokenizer.json, which is text ({error.reason})") from error
 
 
 def _write(directory: Path, name: str, content: bytes) -> None:

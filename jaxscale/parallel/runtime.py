@@ -21,7 +21,8 @@ class RuntimeConfig:
         num_cpu_devices: virtual devices that a CPU is split into; None for JAX's default.
         is_deterministic: same bits from the same run on a GPU: deterministic operations, and the autotuner's choices
             kept in the run's directory and used again on resume.
-        xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false".
+        xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false"; at one that it does not know, XLA
+            itself ends the process.
         processes: how the run's processes find one another; None for a run of one process.
         watchdog_timeout_s: a step that takes longer ends the process, see `train.watchdog`; a process that is dead or
             frozen ends the others within twice that, whatever they do. None: DEFAULT_WATCHDOG_S with several processes,
@@ -38,6 +39,11 @@ class RuntimeConfig:
     def __post_init__(self):
         check_types(self)
         check_choice("RuntimeConfig.platform", self.platform, (None, "cpu", "cuda", "tpu"))
+        if self.num_cpu_devices is not None:
+            check_positive("RuntimeConfig.num_cpu_devices", self.num_cpu_devices)
+        for flag in self.xla_flags:
+            if not flag.startswith("--xla_"):
+                raise InputError("RuntimeConfig.xla_flags", flag, "flags that begin with --xla_")
         if self.watchdog_timeout_s is not None:
             check_positive("RuntimeConfig.watchdog_timeout_s", self.watchdog_timeout_s)
 
@@ -53,8 +59,8 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         config: the settings.
         directory: of the run; holds the saved autotuning of a deterministic run.
     Raises:
-        InputError: JAX has already started with other devices than the configuration asks for, or a launcher's
-            variable is missing.
+        InputError: this machine has no such platform, JAX has already started with other devices than the
+            configuration asks for, or a launcher's variable is missing.
         RunError: this process could not join the others.
     """
     flags = list(config.xla_flags)
@@ -73,6 +79,17 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
     if config.processes is not None:
         # Later than the watchdog's, which says more.
         start_processes(config.processes, 2 * (config.watchdog_timeout_s or DEFAULT_WATCHDOG_S))
+    if config.platform is not None:
+        _check_platform(config.platform)
+
+
+def _check_platform(platform: str) -> None:
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # it asserts, without a word, where a plugin finds no device
+        reason = str(error).partition("\n")[0] or "no device"
+        expected = f"a platform that this machine and this installation of JAX have ({reason})"
+        raise InputError("RuntimeConfig.platform", platform, expected) from None
 
 
 def _set_cpu_devices(number: int) -> None:

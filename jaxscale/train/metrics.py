@@ -81,7 +81,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, KeyError, TypeError):  # cut short, or not a line of ours
         return np.inf
 
 

@@ -13,7 +13,7 @@ from jaxscale.data.loader import DataConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.attention import QUERY_CHUNK, attention
+from jaxscale.ops.attention import QUERY_CHUNK, AttentionContext, attention, check_backend
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.region import Region, make_operations
@@ -26,6 +26,8 @@ from jaxscale.train.state import TrainState, abstract_state, state_dims
 from jaxscale.types import InputError, check_positive, check_types
 
 logger = logging.getLogger(__name__)
+
+MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class TrainConfig:
             check_positive(f"TrainConfig.{name}", getattr(self, name))
         if self.profile_steps and not 0 <= self.profile_steps[0] < self.profile_steps[1] <= self.steps:
             raise InputError("TrainConfig.profile_steps", self.profile_steps, f"0 <= first < second <= {self.steps}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InputError("TrainConfig.seed", self.seed, f"0 <= seed <= {MAX_SEED}")
         check_pattern("TrainConfig.trainable", self.trainable)
 
 
@@ -102,6 +106,7 @@ def check_fit(
     if not tree.flatten(tree.select(parameter_table(model), train.trainable)):
         paths = ", ".join(tree.flatten(parameter_table(model)))
         raise InputError("TrainConfig.trainable", train.trainable, f"a pattern that matches one of {paths}")
+    _check_attention(model, data, stack)
     _make_schedule(mesh, train, stack)
     StageLayout(model.num_periods, mesh.pipeline, mesh.num_chunks, mesh.stage_periods)
     check_batch(mesh, batch_size=data.batch_size, length=data.sequence_length, num_microbatches=train.num_microbatches)
@@ -113,6 +118,15 @@ def check_fit(
             f"sequence_length % (num_loss_chunks * tensor) == 0, here {data.sequence_length} % "
             f"({stack.num_loss_chunks} * {mesh.tensor}) = {data.sequence_length % parts}",
         )
+
+
+def _check_attention(model: ModelConfig, data: DataConfig, stack: StackConfig) -> None:
+    """Refuses now what a named backend would refuse when it is traced."""
+    if stack.attention is not None:
+        tokens = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length), "int32")
+        q = jax.ShapeDtypeStruct((*tokens.shape, model.num_heads, model.head_dim), "float32")
+        context = AttentionContext(tokens, segments=tokens, softcap=model.attention_softcap)
+        check_backend("StackConfig.attention", stack.attention, q, context)
 
 
 def deterministic_stack(stack: StackConfig, length: int) -> StackConfig:

@@ -44,6 +44,19 @@ def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     )
 
 
+def test_linked_folders_are_searched_once_whatever_they_link_to(tmp_path):
+    for name in ("corpus", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(name)
+    (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "corpus")
+    source = TextSource(paths=(str(tmp_path / "corpus"),))
+    assert [key for key, _ in source.documents()] == ["corpus.txt", "link/elsewhere.txt"]
+    (tmp_path / "corpus" / "broken.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"broken\.txt.*can be read"):
+        source.version()
+
+
 def test_version_changes_with_the_files(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     source = TextSource(paths=(str(tmp_path),))
@@ -126,6 +139,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
     [
         (b'{"text": "a"}\n{"text": \n', r"x\.jsonl:2: .*one JSON object per line"),
         (b"[1]\n", "a JSON object"),
+        (b"[" * 100_000 + b"\n", "one JSON object per line"),
         (b'{"body": "a"}\n', "a field 'text'"),
         (b'{"text": null}\n', "a string"),
         (gzip.compress(b'{"text": "a"}\n' * 999)[:40], "a whole compressed file"),

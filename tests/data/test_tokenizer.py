@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from jaxscale.data.sources import TextSource
+from jaxscale.data.sources import JsonLinesSource, TextSource
 from jaxscale.data.split import hash_key, is_held_out
 from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_tokenizer, train_tokenizer
 from jaxscale.types import InputError
@@ -101,6 +101,9 @@ def test_bad_input_is_named(tmp_path):
             load_tokenizer(TokenizerConfig(kind, str(empty)))
         with pytest.raises(InputError, match=r"a (tokenizer\.json|SentencePiece model)"):
             load_tokenizer(TokenizerConfig(kind, str(bad)))
+    with pytest.raises(InputError, match=r"a tokenizer\.json, which is text"):
+        (bad / "other.model").write_bytes(b"\xff\xfe")
+        load_tokenizer(TokenizerConfig("huggingface", str(bad / "other.model")))
     with pytest.raises(InputError, match="file or folder"):
         TokenizerConfig("huggingface")
     source, output = (TextSource(paths=(str(bad),)),), str(tmp_path / "output")
@@ -112,8 +115,16 @@ def test_bad_input_is_named(tmp_path):
         train_tokenizer(sources=source, output=output, vocab_size=300, kind="words")
     with pytest.raises(InputError, match="a size that the text supports"):
         train_tokenizer(sources=source, output=output, vocab_size=5000, kind="sentencepiece")
+    with pytest.raises(
+        InputError, match=r"vocab_size: given 5000, expected a size that the text supports, at most \d+"
+    ):
+        train_tokenizer(sources=source, output=output, vocab_size=5000)
+    (bad / "half.jsonl").write_text('{"text": "\\ud800"}\n')
+    with pytest.raises(InputError, match=r"half\.jsonl:1.*text of whole characters"):
+        train_tokenizer(sources=(JsonLinesSource((str(bad),)),), output=output, vocab_size=300)
+    assert not pathlib.Path(output).exists()
     with pytest.raises(InputError, match="can be written"):
-        train_tokenizer(sources=source, output=str(bad / "a.txt"), vocab_size=300)
+        train_tokenizer(sources=source, output=str(bad / "a.txt"), vocab_size=260)
 
 
 def test_unknown_end_token_is_named(config):

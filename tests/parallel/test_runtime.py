@@ -37,6 +37,13 @@ def test_the_devices_that_are_there_already_may_be_asked_for(tmp_path):
         apply_runtime(RuntimeConfig(num_cpu_devices=3), str(tmp_path))
 
 
+def test_a_platform_that_is_not_here_is_refused(tmp_path):
+    command = [sys.executable, "-c", PROGRAM.format(config="RuntimeConfig(platform='cuda')"), str(tmp_path)]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": "", "HOME": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "InputError: RuntimeConfig.platform: given 'cuda', expected a platform that this machine" in result.stderr
+
+
 def test_a_platform_that_does_not_exist_is_refused():
     with pytest.raises(InputError, match=r"RuntimeConfig.platform: given 'gpu', expected one of None, 'cpu', 'cuda'"):
         RuntimeConfig(platform="gpu")

@@ -61,6 +61,12 @@ def test_a_line_cut_short_by_a_kill_is_left_out_and_then_overwritten(tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_lines_that_are_not_of_a_history_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('[1]\n3\n{"loss": 1}\n{"step": 2}\n')
+    assert steps_of(path) == [2]
+
+
 def test_no_history_reads_as_none(tmp_path):
     assert read_history(tmp_path / "absent.jsonl") == []
 
