@@ -86,15 +86,23 @@ def attention(
     if implementation is None:
         implementation = _choose(q, context)
         logger.info("attention: backend %s for q%s k%s %s", implementation, q.shape, k.shape, q.dtype)
-    check_choice("attention", implementation, BACKENDS)
+    check_backend("attention", implementation, q, context)
     return {"reference": reference, "chunked": chunked, "cudnn": cudnn}[implementation](q, k, v, context), cache
+
+
+def check_backend(parameter: str, implementation: str, q: Array, context: AttentionContext) -> None:
+    """Raises InputError unless the backend is known and can do what is asked; shapes are enough."""
+    check_choice(parameter, implementation, BACKENDS)
+    refusal = {"reference": lambda *_: None, "chunked": _chunked_refusal, "cudnn": _cudnn_refusal}[implementation]
+    if reason := refusal(q, context):
+        raise InputError(parameter, implementation, reason)
 
 
 def _choose(q: Array, context: AttentionContext) -> str:
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     if jax.default_backend() == "gpu" and is_half and _cudnn_refusal(q, context) is None:
         return "cudnn"
-    return "chunked" if q.shape[1] > QUERY_CHUNK and q.shape[1] % QUERY_CHUNK == 0 else "reference"
+    return "chunked" if q.shape[1] > QUERY_CHUNK and _chunked_refusal(q, context) is None else "reference"
 
 
 def reference(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
@@ -110,14 +118,8 @@ def reference(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
 
 
 def chunked(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
-    """The reference over QUERY_CHUNK queries at a time, recomputed in the backward: memory [chunk, S], any device.
-
-    Raises:
-        InputError: T is not a multiple of QUERY_CHUNK.
-    """
-    num_chunks, rest = divmod(q.shape[1], QUERY_CHUNK)
-    if rest:
-        raise InputError("attention", "chunked", f"T % {QUERY_CHUNK} == 0, but T = {q.shape[1]}")
+    """The reference over QUERY_CHUNK queries at a time, recomputed in the backward: memory [chunk, S], any device."""
+    num_chunks = q.shape[1] // QUERY_CHUNK
     key_positions = context.positions if context.is_aligned else context.key_positions
     key_segments = context.segments if context.is_aligned else context.key_segments
 
@@ -137,15 +139,7 @@ def chunked(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
 
 
 def cudnn(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
-    """cuDNN's fused attention (float16 or bfloat16 on NVIDIA GPUs); documents go through a dense mask.
-
-    Raises:
-        InputError: soft-cap, keys other than the queries' own tokens, documents in an odd T, or a head dim that cuDNN
-            does not take.
-    """
-    refusal = _cudnn_refusal(q, context)
-    if refusal:
-        raise InputError("attention", "cudnn", refusal)
+    """cuDNN's fused attention (float16 or bfloat16 on NVIDIA GPUs); documents go through a dense mask."""
     window = None if context.window is None else (context.window - 1, 0)
     same_document = None
     if context.segments is not None:
@@ -154,6 +148,11 @@ def cudnn(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
         q, k, v, mask=same_document, is_causal=True, local_window_size=window, scale=_scale(q, context),
         implementation="cudnn",
     )  # fmt: skip
+
+
+def _chunked_refusal(q: Array, context: AttentionContext) -> str | None:
+    """What of the request "chunked" cannot do, as the text of an error; None when it can."""
+    return f"T % {QUERY_CHUNK} == 0, but T = {q.shape[1]}" if q.shape[1] % QUERY_CHUNK else None
 
 
 def _cudnn_refusal(q: Array, context: AttentionContext) -> str | None:
