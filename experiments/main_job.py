@@ -4,7 +4,6 @@ make train        (or: python experiments/main_job.py)
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +33,18 @@ def expect(process, status):
         sys.exit(f"{' '.join(process.args)}: exit status {process.returncode}, expected {status}")
 
 
+def set_aside(run):
+    """Renames what an earlier run left there, whoever made it."""
+    if run.exists():
+        number = 1
+        while (target := run.with_name(f"{run.name}.{number}")).exists():
+            number += 1
+        print(f"{run} is now {run.rename(target)}")
+
+
 def main():
     """Runs everything from scratch."""
-    shutil.rmtree(RUN, ignore_errors=True)
+    set_aside(RUN)
     expect(jaxscale("tokenizer"), 0)
     run = config.load(pretrain, [FILE]).arguments
     first = jaxscale("pretrain")

@@ -3,12 +3,15 @@
 import functools
 import re
 import shlex
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 from jaxscale import cli, config
 from jaxscale.data.sources import Source
+from jaxscale.train.metrics import read_history
+from jaxscale.train.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,6 +23,19 @@ STUBBED = ("pretrain", "generate", "tokenizer")  # verbs that a snippet may call
 def blocks(language: str) -> list[str]:
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     return [text for name, text in fenced if name == language]
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """A folder with what the README's commands read: the experiments, its own gin file, and what a run leaves."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    (tmp_path / "mine.gin").write_text(blocks("gin")[0])
+    (tmp_path / "runs" / "main_job").mkdir(parents=True)
+    left = config.load(pretrain, [ROOT / "experiments/configs/runs/main_job.gin"]).text
+    (tmp_path / "runs" / "main_job" / "config.gin").write_text(left)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
 
 
 def shell_lines() -> list[str]:
@@ -65,13 +81,25 @@ def test_the_make_targets_exist():
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("jaxscale ")])
-def test_the_commands_load(line, monkeypatch):
-    """Everything up to the verb's call; what a run leaves behind cannot be asked for here."""
-    monkeypatch.chdir(ROOT)
+def test_the_commands_load(line, repository):
+    """Everything up to the verb's call."""
     options = cli._parser().parse_args(shlex.split(line)[1:])
     verb = cli.VERBS[options.verb]
-    if not options.file.startswith("runs/"):
-        assert config.load(cli._load(verb.bound_as or verb.function), [options.file], options.set).arguments
+    assert config.load(cli._load(verb.bound_as or verb.function), [options.file], options.set).arguments
+
+
+def test_a_run_on_ones_own_text(repository, capsys):
+    """A hundred modules of the standard library as texts, two steps."""
+    (repository / "texts").mkdir()
+    for number, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:100]):
+        (repository / "texts" / f"{number}.{('txt', 'md')[number % 2]}").write_bytes(path.read_bytes())
+    assert cli.main(["tokenizer", "mine.gin"]) == 0
+    assert "tokenizer of 2048 tokens: runs/mine/tokenizer" in capsys.readouterr().out
+    overrides = ["train.steps=2", "train.evaluate_every=2", "optimizer.warmup_steps=1"]
+    assert cli.main(["pretrain", "mine.gin", *(f"--set={override}" for override in overrides)]) == 0
+    assert [line for line in read_history(Path("runs/mine/metrics.jsonl")) if "held_out/bits_per_byte" in line]
+    assert {path.name for path in Path("runs").iterdir()} == {"main_job", "mine"}
+    assert [path.name for path in Path("runs/main_job").iterdir()] == ["config.gin"]
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[-1][:40])
