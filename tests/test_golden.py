@@ -15,8 +15,8 @@ from jaxscale.data.sources import TextSource
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.train.evaluation import place
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import TrainConfig, make_plan
 from jaxscale.train.state import init_state

@@ -17,8 +17,8 @@ import jax
 
 from jaxscale import config
 from jaxscale.data.loader import make_loader
+from jaxscale.parallel.batch import place
 from jaxscale.parallel.runtime import apply_runtime
-from jaxscale.train.evaluation import place
 from jaxscale.train.loop import Loop
 from jaxscale.train.metrics import History, ProgressBar, Speed, TensorBoard
 from jaxscale.train.plan import make_plan

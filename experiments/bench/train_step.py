@@ -14,8 +14,8 @@ import numpy as np
 from jaxscale import config
 from jaxscale.models.config import training_flops_per_token
 from jaxscale.models.parameters import count_parameters
+from jaxscale.parallel.batch import place
 from jaxscale.parallel.runtime import apply_runtime
-from jaxscale.train.evaluation import place
 from jaxscale.train.metrics import peak_flops
 from jaxscale.train.plan import make_plan
 from jaxscale.train.pretrain import pretrain

@@ -15,16 +15,17 @@ from jax.sharding import NamedSharding
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig, HeldOutLoader, check_tokenizer, make_loader, warn_of_trained_documents
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
-from jaxscale.models.config import ModelConfig
+from jaxscale.models.config import ModelConfig, checkpoint_facts
 from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.processes import batch_share
 from jaxscale.parallel.region import Region
 from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.parallel.stages import canonical_shapes, from_canonical
-from jaxscale.train.evaluation import EvaluationContext, check_evaluators, place
+from jaxscale.train.evaluation import EvaluationContext, check_evaluators
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.metrics import writing
 from jaxscale.train.plan import TrainConfig, check_fit, make_region
@@ -156,7 +157,7 @@ def _restore(
         ),
         specs.parameters,
     )
-    checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
+    checkpoints = Checkpoints(checkpoint, **checkpoint_facts(model))
     try:
         data_state = checkpoints.data_state(step)
         check_tokenizer(data_state, load_tokenizer(data.tokenizer))

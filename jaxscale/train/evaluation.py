@@ -11,13 +11,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxscale.models.config import ModelConfig
-from jaxscale.parallel.mesh import BATCH_SPEC
-from jaxscale.parallel.processes import batch_share
 from jaxscale.types import Array, Batch, InputError, Params
 
 
@@ -51,20 +47,3 @@ def check_evaluators(evaluators: Mapping[str, Callable], context: EvaluationCont
             expected = f"an evaluator: @{target.__name__}() with brackets builds it"
             raise InputError(f"evaluators[{name!r}]", target, expected)
         getattr(evaluator, "check", lambda context: None)(context)
-
-
-def place(mesh: Mesh, batch: Batch) -> Batch:
-    """This process's share of the global batch, numpy, to its devices."""
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-    index, count = batch_share(mesh)
-
-    def put(rows: np.ndarray) -> jax.Array:
-        first, size = index * len(rows), count * len(rows)
-
-        def shard(where: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = where[0].indices(size)
-            return rows[start - first : stop - first, *where[1:]]
-
-        return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, shard)
-
-    return jax.tree.map(put, batch)

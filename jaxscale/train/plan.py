@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import optax
@@ -16,7 +17,7 @@ from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import QUERY_CHUNK, AttentionContext, attention, check_backend
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
-from jaxscale.parallel.region import Region, make_operations
+from jaxscale.parallel.region import LossFn, Region, make_operations
 from jaxscale.parallel.rules import make_specs
 from jaxscale.parallel.schedule import Schedule, make_schedule
 from jaxscale.parallel.stages import StageLayout, canonical_shapes, from_canonical, to_canonical
@@ -72,7 +73,7 @@ class Plan:
 
     mesh: Mesh
     region: Region
-    loss_fn: NextTokenLoss
+    loss_fn: LossFn
     optimizer: optax.GradientTransformation
     state: TrainState
 
@@ -184,6 +185,7 @@ def _make_schedule(mesh: MeshConfig, train: TrainConfig, stack: StackConfig) -> 
 def make_plan(
     *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig, train: TrainConfig,
     policy: Policy, stack: StackConfig, devices: list[jax.Device] | None = None,
+    make_loss: Callable[..., LossFn] = NextTokenLoss,
 ) -> Plan:  # fmt: skip
     """Checks that the parts fit one another and lays the run out; arguments as `pretrain`.
 
@@ -196,4 +198,5 @@ def make_plan(
     state = abstract_state(
         model, transformation, mesh=region.mesh, specs=region.specs, dtype=policy.parameters, trainable=train.trainable
     )
-    return Plan(region.mesh, region, NextTokenLoss(model, policy, stack, train.z_loss), transformation, state)
+    loss_fn = make_loss(model=model, policy=policy, stack=stack, z_loss=train.z_loss)
+    return Plan(region.mesh, region, loss_fn, transformation, state)

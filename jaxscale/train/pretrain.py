@@ -13,16 +13,19 @@ import jax
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig, make_loader
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
-from jaxscale.models.config import ModelConfig, training_flops_per_token
+from jaxscale.models.config import ModelConfig, checkpoint_facts, training_flops_per_token
 from jaxscale.models.parameters import count_parameters
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.batch import abstract_batch, place
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.processes import batch_share
+from jaxscale.parallel.region import LossFn
 from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train import diagnosis
-from jaxscale.train.evaluation import EvaluationContext, check_evaluators, place
+from jaxscale.train.evaluation import EvaluationContext, check_evaluators
 from jaxscale.train.loop import Loop, Outcome
+from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import Plan, TrainConfig, deterministic_stack, make_plan
@@ -41,6 +44,7 @@ def pretrain(
     *, directory: str, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig,
     train: TrainConfig, checkpoint: CheckpointConfig, policy: Policy = Policy(), stack: StackConfig = StackConfig(),
     runtime: RuntimeConfig = RuntimeConfig(), evaluators: dict[str, Callable] | None = None,
+    make_loss: Callable[..., LossFn] = NextTokenLoss,
 ) -> Outcome:  # fmt: skip
     """Trains a model; a run that was stopped goes on from its newest checkpoint, on whatever mesh is asked now.
 
@@ -56,6 +60,7 @@ def pretrain(
         stack: how the layers are executed.
         runtime: platform, flags, processes and watchdog.
         evaluators: name -> evaluator(context) -> figures, see `train.evaluation`.
+        make_loss: (model, policy, stack, z_loss), by keyword, -> a loss under the contract of `train.losses`.
     Returns:
         The steps finished and the signal that ended the run early, if any.
     Raises:
@@ -67,9 +72,12 @@ def pretrain(
     apply_runtime(runtime, str(run))
     if runtime.is_deterministic:
         stack = deterministic_stack(stack, data.sequence_length)
-    plan = make_plan(model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack)
+    plan = make_plan(
+        model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack,
+        make_loss=make_loss,
+    )  # fmt: skip
     check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
-    checkpoints = Checkpoints(checkpoint.within(run), fingerprint=dataclasses.asdict(model))
+    checkpoints = Checkpoints(checkpoint.within(run), **checkpoint_facts(model))
     evaluate = _make_evaluate(plan, model, evaluators or {})
     index, count = batch_share(plan.mesh)
     loader = make_loader(data, split="train", process_index=index, process_count=count)
@@ -88,9 +96,10 @@ def pretrain(
             logger.info("nothing to do: step %d of %d", int(state.step), train.steps)
             return Outcome(int(state.step), None)
         checkpoints.check_writable()
+        step_fn = _make_traced_step(plan, data)
         write_start(run, int(state.step), checkpoint.directory)
         loop = Loop(
-            step_fn=make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state),
+            step_fn=step_fn,
             loader=loader,
             place=functools.partial(place, plan.mesh),
             steps=train.steps,
@@ -108,6 +117,13 @@ def pretrain(
         for resource in (*loop.reporters, loop.profiler):
             exit_stack.callback(resource.close)
         return loop.run(state)
+
+
+def _make_traced_step(plan: Plan, data: DataConfig) -> Callable:
+    """What refuses only when it is traced does so here, before a file changes; the first step finds the trace again."""
+    step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
+    step.trace(plan.state, abstract_batch(plan.mesh, data.batch_size, data.sequence_length))
+    return step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +156,7 @@ def _restore_or_start(plan: Plan, checkpoints: Checkpoints, loader: Any, model: 
     if train.init_from is None:
         return state
     config = CheckpointConfig(directory=train.init_from, save_every=1, keep_last=1)
-    with contextlib.closing(Checkpoints(config, fingerprint=dataclasses.asdict(model))) as source:
+    with contextlib.closing(Checkpoints(config, **checkpoint_facts(model))) as source:
         if source.latest_step() is None:
             hints = [f"; {path.parent} has" for path in Path(train.init_from).expanduser().glob("*/[0-9]*")][:1]
             expected = f"a folder with a checkpoint; there is none{''.join(hints)}"

@@ -7,7 +7,6 @@ import math
 import jax
 import optax
 import pytest
-from jax.sharding import NamedSharding
 
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import parameter_table
@@ -15,7 +14,8 @@ from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import attention
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.ahead_of_time import collective_bytes, described_devices
-from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig, make_mesh
+from jaxscale.parallel.batch import abstract_batch
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.rules import make_specs
 from jaxscale.train.losses import NextTokenLoss
@@ -41,10 +41,7 @@ def compiled_step(zero):
     region = Region(mesh, specs, operations)
     loss = NextTokenLoss(MODEL, Policy(), StackConfig(num_loss_chunks=1, remat="none"))
     state = abstract_state(MODEL, optax.adamw(1e-3), mesh=mesh, specs=specs, dtype="float32", trainable=".*")
-    types = dict(tokens="int32", labels="int32", weights="float32", segments="int32", positions="int32")
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-    batch = {name: jax.ShapeDtypeStruct((4, 128), dtype, sharding=sharding) for name, dtype in types.items()}
-    compiled = make_step(loss, optax.adamw(1e-3), region, state).lower(state, batch).compile()
+    compiled = make_step(loss, optax.adamw(1e-3), region, state).lower(state, abstract_batch(mesh, 4, 128)).compile()
     return collective_bytes(compiled.as_text())
 
 

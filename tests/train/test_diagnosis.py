@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.train import losses
 from jaxscale.train.diagnosis import first_non_finite
-from jaxscale.train.evaluation import place
 
 
 @pytest.fixture

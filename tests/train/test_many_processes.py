@@ -134,7 +134,7 @@ import numpy as np
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.processes import batch_share
 from jaxscale.parallel.runtime import ProcessesConfig, RuntimeConfig, apply_runtime
-from jaxscale.train.evaluation import place
+from jaxscale.parallel.batch import place
 
 processes = ProcessesConfig("explicit", sys.argv[1], 2, int(sys.argv[2]))
 apply_runtime(RuntimeConfig("cpu", num_cpu_devices=4, processes=processes), ".")

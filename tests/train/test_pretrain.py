@@ -18,6 +18,7 @@ import pytest
 from jaxscale import config, tree
 from jaxscale.checkpoint.manager import Checkpoints
 from jaxscale.data.loader import make_loader
+from jaxscale.models.config import checkpoint_facts
 from jaxscale.train.loop import Outcome
 from jaxscale.train.metrics import read_history
 from jaxscale.train.plan import make_plan
@@ -65,11 +66,11 @@ def gin_file(tmp_path_factory):
     return file
 
 
-def run(file, directory, *overrides, evaluators=None):
+def run(file, directory, *overrides, **more):
     """`pretrain` in this process, as the command line would call it."""
 
     def verb(**arguments):
-        return pretrain(**arguments | ({"evaluators": evaluators} if evaluators else {}))
+        return pretrain(**arguments | more)
 
     return config.run(verb, [file], [f"directory={str(directory)!r}", *overrides], bound_as=pretrain)
 
@@ -99,7 +100,7 @@ def final_state(file, directory):
     names = ("model", "mesh", "data", "optimizer", "train", "policy", "stack")
     plan = make_plan(**{name: fields[name] for name in names})
     where = dataclasses.replace(fields["checkpoint"], directory=str(directory / "checkpoints"))
-    checkpoints = Checkpoints(where, fingerprint=dataclasses.asdict(fields["model"]))
+    checkpoints = Checkpoints(where, **checkpoint_facts(fields["model"]))
     state, data_state = checkpoints.restore(plan.state)
     checkpoints.close()
     state = dataclasses.replace(state, key=jax.random.key_data(state.key))
@@ -304,11 +305,28 @@ def test_a_run_starts_from_the_parameters_of_another(gin_file, whole, tmp_path):
 def restore_params(file, directory):
     fields = config.load(pretrain, [file], [f"directory={str(directory)!r}"]).arguments
     where = dataclasses.replace(fields["checkpoint"], directory=str(directory / "checkpoints"))
-    checkpoints = Checkpoints(where, fingerprint=dataclasses.asdict(fields["model"]))
+    checkpoints = Checkpoints(where, **checkpoint_facts(fields["model"]))
     names = ("model", "mesh", "data", "optimizer", "train", "policy", "stack")
     params = checkpoints.restore_params(make_plan(**{name: fields[name] for name in names}).state.params)
     checkpoints.close()
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(params).items()}
+
+
+def test_a_loss_of_ones_own_that_refuses_when_it_is_traced_harms_nothing(gin_file, tmp_path):
+    """So does everything else that is only seen when the step is traced."""
+    seen = {}
+
+    def make_loss(**settings):
+        def loss_fn(params, batch, key, *, operations):
+            raise InputError("loss", batch["tokens"].shape, "another shape")
+
+        seen.update(settings)
+        return loss_fn
+
+    with pytest.raises(InputError, match="another shape"):
+        run(gin_file, tmp_path / "run", make_loss=make_loss)
+    assert seen.keys() == {"model", "policy", "stack", "z_loss"}
+    assert list((tmp_path / "run").rglob("config.gin")) == []
 
 
 def test_a_missing_start_is_named_and_nothing_created(gin_file, whole, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 
 from jaxscale import tree
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.train.evaluation import place
 from jaxscale.train.inspect import bytes_per_device
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import TrainConfig
