@@ -77,14 +77,18 @@ class Checkpoints:
     Args:
         config: where and how often.
         fingerprint: JSON-able facts of the model; a checkpoint with others is not restored.
+        defaults: the values of those facts in checkpoints from before they were recorded.
 
     Raises:
         InputError: `config.directory` is a file.
     """
 
-    def __init__(self, config: CheckpointConfig, *, fingerprint: dict[str, Any]):
+    def __init__(
+        self, config: CheckpointConfig, *, fingerprint: dict[str, Any], defaults: dict[str, Any] | None = None
+    ):
         self._config = config
         self._fingerprint = fingerprint
+        self._defaults = defaults or {}
         self._directory = pathlib.Path(config.directory).expanduser().absolute()
         if self._directory.exists() and not self._directory.is_dir():
             raise InputError("checkpoint.directory", str(self._directory), "a folder; this is a file")
@@ -272,7 +276,7 @@ class Checkpoints:
 
     def _check_model(self, path: pathlib.Path) -> None:
         meta = self._checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        matching.check_fingerprint(meta["fingerprint"], self._fingerprint, str(path))
+        matching.check_fingerprint(meta["fingerprint"], self._fingerprint, self._defaults, str(path))
 
     def _saved_leaves(self, path: pathlib.Path) -> Any:
         return self._leaves.metadata(epath.Path(path) / "state").tree

@@ -12,14 +12,22 @@ from jaxscale.types import InputError
 MAX_NAMED = 3
 
 
-def check_fingerprint(saved: dict, current: dict, where: str) -> None:
-    """Raises InputError naming the first fields in which a checkpoint's model differs from the present one."""
-    saved, current = _flatten(saved), _flatten(json.loads(json.dumps(current)))
+def check_fingerprint(saved: dict, current: dict, defaults: dict, where: str) -> None:
+    """Raises InputError naming the first fields in which a checkpoint's model differs from the present one.
+
+    Args:
+        saved: fields as the checkpoint has them; those that `current` lacks no longer matter.
+        current: fields of the present model.
+        defaults: what fields were before they existed.
+        where: path of the checkpoint, for the message.
+    """
+    defaults, saved, current = (_flatten(json.loads(json.dumps(fields))) for fields in (defaults, saved, current))
+    saved = defaults | saved
     absent = "(absent)"
-    differing = [name for name in {**current, **saved} if saved.get(name, absent) != current.get(name, absent)]
+    differing = [name for name in current if saved.get(name, absent) != current[name]]
     if differing:
         facts = [f"{name}={saved.get(name, absent)!r}" for name in differing[:MAX_NAMED]]
-        wanted = [f"{name}={current.get(name, absent)!r}" for name in differing[:MAX_NAMED]]
+        wanted = [f"{name}={current[name]!r}" for name in differing[:MAX_NAMED]]
         raise InputError(
             "checkpoint.directory",
             where,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from jaxscale.ops.activation import ACTIVATIONS
 from jaxscale.types import InputError, check_choice, check_positive, check_types
@@ -158,6 +159,22 @@ class ModelConfig:
     def is_gated(self) -> bool:
         """Whether the feed-forward has a gate matrix."""
         return self.activation in ("swiglu", "geglu")
+
+
+def checkpoint_facts(config: ModelConfig) -> dict[str, Any]:
+    """What `Checkpoints` must know of a model: the fields that shape its parameters or say what they compute.
+
+    Returns:
+        `fingerprint`, these fields, and `defaults`, their values in checkpoints that are older than a field.
+    """
+    left_out = {"init_std", "balance_loss", "router_z_loss"}
+    if config.positions != "learned":
+        left_out.add("max_length")  # no parameter has it
+    fields = [field for field in dataclasses.fields(config) if field.name not in left_out]
+    return {
+        "fingerprint": {field.name: getattr(config, field.name) for field in fields},
+        "defaults": {field.name: field.default for field in fields if field.default is not dataclasses.MISSING},
+    }
 
 
 def training_flops_per_token(config: ModelConfig, num_active_parameters: int, length: int) -> float:

@@ -15,7 +15,7 @@ from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import check_tokenizer
 from jaxscale.data.tokenizer import Tokenizer, TokenizerConfig, check_vocabulary, load_tokenizer
 from jaxscale.models import transformer
-from jaxscale.models.config import ModelConfig
+from jaxscale.models.config import ModelConfig, checkpoint_facts
 from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops import kv_cache
@@ -222,7 +222,7 @@ def _restore(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         abstract_params(model, policy.parameters),
     )
-    checkpoints = Checkpoints(checkpoint, fingerprint=dataclasses.asdict(model))
+    checkpoints = Checkpoints(checkpoint, **checkpoint_facts(model))
     try:
         check_tokenizer(checkpoints.data_state(step), tokenizer)
         return checkpoints.restore_params(abstract, step)

@@ -56,9 +56,9 @@ def assert_same(got, want):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def open_at(directory, *, fingerprint=FINGERPRINT, **settings):
+def open_at(directory, *, fingerprint=FINGERPRINT, defaults=None, **settings):
     config = CheckpointConfig(**{"directory": str(directory), "save_every": 1, "keep_last": 10, **settings})
-    return Checkpoints(config, fingerprint=fingerprint)
+    return Checkpoints(config, fingerprint=fingerprint, defaults=defaults)
 
 
 def committed(directory):
@@ -280,6 +280,15 @@ def test_another_model_is_named_by_its_fields(tmp_path):
     for call in (lambda c: c.restore(abstract(state, mesh_of(1, 1))), lambda c: c.restore_params({})):
         with pytest.raises(InputError, match=expected):
             call(open_at(tmp_path, fingerprint=other))
+
+
+def test_a_field_that_is_new_has_its_default_and_one_that_is_gone_does_not_matter(tmp_path):
+    state = saved_steps(tmp_path, 1)[1]
+    facts = {name: value for name, value in FINGERPRINT.items() if name != "pattern"}
+    wanted = abstract(state, mesh_of(1, 1))
+    open_at(tmp_path, fingerprint=facts | {"bias": False}, defaults={"bias": False}).restore(wanted)
+    with pytest.raises(InputError, match="with bias=True; it is of another model with bias=False"):
+        open_at(tmp_path, fingerprint=facts | {"bias": True}, defaults={"bias": False}).restore(wanted)
 
 
 def test_wrong_leaves_are_named(tmp_path):

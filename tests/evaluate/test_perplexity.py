@@ -15,7 +15,7 @@ from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
 from jaxscale.data.split import hash_key, is_held_out
 from jaxscale.evaluate.perplexity import BitsPerByte, evaluate
-from jaxscale.models.config import ModelConfig
+from jaxscale.models.config import ModelConfig, checkpoint_facts
 from jaxscale.models.parameters import init_params
 from jaxscale.models.transformer import StackConfig, forward
 from jaxscale.ops.precision import Policy
@@ -87,7 +87,7 @@ def run(tmp_path, data):
     """Arguments of `evaluate` for a run's directory with two checkpoints."""
     config = CheckpointConfig(directory="checkpoints", save_every=1, keep_last=2)
     checkpoints = Checkpoints(
-        dataclasses.replace(config, directory=str(tmp_path / "checkpoints")), fingerprint=dataclasses.asdict(MODEL)
+        dataclasses.replace(config, directory=str(tmp_path / "checkpoints")), **checkpoint_facts(MODEL)
     )
     for step in (1, 2):
         checkpoints.save(step, {"params": init_params(MODEL, jax.random.key(step), "float32")}, DATA_STATE)

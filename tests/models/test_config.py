@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jaxscale.models.config import LayerKind, ModelConfig, training_flops_per_token
+from jaxscale.models.config import LayerKind, ModelConfig, checkpoint_facts, training_flops_per_token
 from jaxscale.models.parameters import count_parameters
 from jaxscale.types import InputError
 
@@ -88,3 +88,14 @@ def test_attention_flops_count_the_pairs_that_attend(window):
 def test_each_active_parameter_costs_six_flops():
     more, less = (training_flops_per_token(SMALL, n, 8) for n in (1000, 0))
     assert more - less == 6000
+
+
+def test_a_checkpoint_is_of_what_shapes_parameters_and_what_they_compute():
+    facts = checkpoint_facts(SMALL)
+    for change in ({"init_std": 0.5}, {"balance_loss": 0.5}, {"router_z_loss": 0.5}, {"max_length": 32}):
+        assert checkpoint_facts(dataclasses.replace(SMALL, **change)) == facts
+    for change in ({"rope_theta": 5.0}, {"norm_epsilon": 1e-3}, {"num_layers": 2}):
+        assert checkpoint_facts(dataclasses.replace(SMALL, **change)) != facts
+    learned = dataclasses.replace(SMALL, positions="learned")
+    assert checkpoint_facts(learned) != checkpoint_facts(dataclasses.replace(learned, max_length=32))
+    assert "vocab_size" not in facts["defaults"] and facts["defaults"]["rope_theta"] == 10000.0

@@ -11,7 +11,7 @@ import tokenizers
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.tokenizer import ByteTokenizer, TokenizerConfig
-from jaxscale.models.config import ModelConfig
+from jaxscale.models.config import ModelConfig, checkpoint_facts
 from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import forward
 from jaxscale.ops.precision import Policy
@@ -158,7 +158,7 @@ def run(tmp_path):
     model = dataclasses.replace(MODELS["dense"], vocab_size=257)
     config = CheckpointConfig(directory="checkpoints", save_every=1, keep_last=1)
     checkpoints = Checkpoints(
-        dataclasses.replace(config, directory=str(tmp_path / "checkpoints")), fingerprint=dataclasses.asdict(model)
+        dataclasses.replace(config, directory=str(tmp_path / "checkpoints")), **checkpoint_facts(model)
     )
     checkpoints.save(1, {"params": params_of(model)}, {"depends_on": {"tokenizer": ByteTokenizer.fingerprint}})
     checkpoints.close()
