@@ -1,11 +1,37 @@
-"""Expert parallelism: a dropless exchange of tokens over the `expert` axis."""
+"""Experts spread over devices, no token ever dropped: exchanged over `expert`, or whole on the ranks of `tensor`."""
 
+from collections.abc import Callable, Iterable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.ops import moe
 from jaxscale.ops.moe import grouped_ffn
-from jaxscale.parallel.mesh import EXPERT
-from jaxscale.types import Array, Params
+from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig
+from jaxscale.types import Array, InputError, Params
+
+
+def make_experts(config: MeshConfig) -> Callable:
+    """The `experts` operation of a mesh."""
+    if config.expert_axis == TENSOR:
+        return tensor_experts if config.tensor > 1 else moe.experts
+    if config.expert == 1:
+        return moe.experts
+    return ragged_experts if config.expert_exchange == "ragged" else experts
+
+
+def check_exchange(config: MeshConfig, devices: Iterable[jax.Device]) -> None:
+    """Raises InputError for a ragged exchange where there is none, or on devices that cannot do it."""
+    if config.expert_exchange != "ragged":
+        return
+    if config.expert_axis != EXPERT:
+        expected = '"dense" with MeshConfig.expert_axis = "tensor", which exchanges no tokens'
+        raise InputError("MeshConfig.expert_exchange", "ragged", expected)
+    kinds = {device.platform for device in devices} & {"cpu"}
+    if config.expert > 1 and kinds:
+        expected = '"dense" on a CPU: XLA has its ragged all-to-all on GPUs only'
+        raise InputError("MeshConfig.expert_exchange", "ragged", expected)
 
 
 def experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
@@ -15,31 +41,98 @@ def experts(x: Array, index: Array, gates: Array, weights: Params, activation: s
 
     Tokens travel in one dense all-to-all whose buffers hold the worst case, so no routing can drop a token: with n
     local tokens and A choices each, `expert` blocks of n min(A, E / expert) rows each way. The same devices get the
-    outputs back and weigh them.
+    outputs back and weigh them. The rows that a block has too many come after the last expert's, where a grouped
+    matmul computes nothing, but they are sent and stored like the others.
 
     Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 3.2, without its capacity.
     Args and Returns as `ops.moe.experts`.
-    Cost: 2 expert n min(A, E / expert) D elements exchanged, forward.
+    Cost: with R = expert n min(A, E / expert) rows, a fixed number of times (expert min(A, E / expert) / A) the rows
+        there are: 2 R D elements exchanged, forward; three buffers [R, D] kept for the backward beside the R F that
+        the feed-forward keeps.
     """
     num_shards, num_local = lax.axis_size(EXPERT), weights["up"].shape[0]
-    num_active, num_experts = index.shape[-1], weights["up"].shape[0] * num_shards
-    flat = index.reshape(-1)
-    capacity = flat.shape[0] // num_active * min(num_active, num_local)
+    order, rows, counts = _sort(x, index, num_local * num_shards)
+    num_active, counts = index.shape[-1], counts.reshape(num_shards, num_local)
+    capacity = _capacity(x, num_active, num_local)
+    starts = jnp.cumsum(counts.sum(1)) - counts.sum(1)
+    shard = index.reshape(-1)[order] // num_local
+    slots = shard * capacity + jnp.arange(len(order)) - starts[shard]
 
-    order = jnp.argsort(flat, stable=True)
-    counts = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
-    starts = jnp.cumsum(counts.reshape(num_shards, num_local).sum(1)) - counts.reshape(num_shards, num_local).sum(1)
-    shard = flat[order] // num_local
-    slots = shard * capacity + jnp.arange(flat.shape[0]) - starts[shard]
-
-    rows = x.reshape(-1, x.shape[-1])[order // num_active]
     sent = jnp.zeros((num_shards * capacity, x.shape[-1]), x.dtype).at[slots].set(rows, unique_indices=True)
     received = _exchange(sent.reshape(num_shards, capacity, -1))
-    outputs = _exchange(_apply(received, _exchange(counts.reshape(num_shards, num_local)), weights, activation))
+    outputs = _exchange(_apply(received, _exchange(counts), weights, activation))
+    return _combine(outputs.reshape(num_shards * capacity, -1)[slots], order, gates, x)
 
-    y = outputs.reshape(num_shards * capacity, -1)[slots] * gates.reshape(-1)[order][:, None].astype(x.dtype)
+
+def ragged_experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
+    """`experts` with an exchange that carries only the rows there are, on GPUs.
+
+    The numbers of rows are exchanged first. Each expert's rows are sent apart, so that the rows of an expert arrive
+    side by side from all devices and need no sorting there.
+
+    Args and Returns as `ops.moe.experts`.
+    Cost: 2 n A D elements exchanged, forward. As shapes are static and no token is dropped, the receiving buffer is that
+        of the worst case, expert n min(A, E / expert) rows as in `experts`; it is there once, the rows at the sender
+        are n A.
+    """
+    num_shards, num_local = lax.axis_size(EXPERT), weights["up"].shape[0]
+    order, rows, counts = _sort(x, index, num_local * num_shards)
+    starts = jnp.cumsum(counts) - counts
+    sizes = _exchange(counts.reshape(num_shards, num_local))  # [sender, expert] of the rows that come here
+    ends = jnp.cumsum(sizes.T).reshape(num_local, num_shards).T  # all senders' rows of an expert lie together
+    places = ends - sizes
+
+    def forth(rows: Array, buffer: Array) -> Array:
+        there = _exchange(places).reshape(-1)
+        return lax.ragged_all_to_all(rows, buffer, starts, counts, there, sizes.reshape(-1), axis_name=EXPERT)
+
+    def back(rows: Array, buffer: Array) -> Array:
+        there = _exchange(starts.reshape(num_shards, num_local)).reshape(-1)
+        return lax.ragged_all_to_all(
+            rows, buffer, places.reshape(-1), sizes.reshape(-1), there, counts, axis_name=EXPERT
+        )
+
+    num_rows = num_shards * _capacity(x, index.shape[-1], num_local)
+    received = forth(rows, jnp.zeros((num_rows, x.shape[-1]), x.dtype))
+    outputs = back(grouped_ffn(received, sizes.sum(0), weights, activation), jnp.zeros_like(rows))
+    return _combine(outputs, order, gates, x)
+
+
+def tensor_experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
+    """`ops.moe.experts` with whole experts on each rank of `tensor`: local weights have leading dim E / tensor.
+
+    Every rank has all the group's tokens, runs the choices that fell on its own experts and returns their share of the
+    sum; the others' rows come after the last expert's, where a grouped matmul computes nothing.
+
+    Source: Liu et al. 2024 (arXiv 2409.12136), section 3.2.
+    Args: x [B, T, D], index and gates [B, T, A], the same on every rank; else as `ops.moe.experts`.
+    Returns:
+        This rank's part of the output [B, T, D].
+    Cost: nothing is exchanged; the buffers hold all B T A rows, as any rank may be chosen for all of them.
+    """
+    num_local = weights["up"].shape[0]
+    local = index - lax.axis_index(TENSOR) * num_local
+    is_here = (local >= 0) & (local < num_local)
+    return moe.experts(x, jnp.where(is_here, local, num_local), gates, weights, activation)
+
+
+def _sort(x: Array, index: Array, num_experts: int) -> tuple[Array, Array, Array]:
+    """The choices ordered by expert: their order [n A], the rows of `x` in it [n A, D], rows of each expert [E]."""
+    order = jnp.argsort(index.reshape(-1), stable=True)
+    rows = x.reshape(-1, x.shape[-1])[order // index.shape[-1]]
+    return order, rows, jnp.bincount(index.reshape(-1), length=num_experts).astype(jnp.int32)
+
+
+def _combine(outputs: Array, order: Array, gates: Array, x: Array) -> Array:
+    """The gated sum over each token's choices of `outputs` [n A, D], which are in `order`."""
+    y = outputs * gates.reshape(-1)[order][:, None].astype(x.dtype)
     unsorted = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
-    return unsorted.reshape(*x.shape[:-1], num_active, -1).sum(-2)
+    return unsorted.reshape(*x.shape[:-1], gates.shape[-1], -1).sum(-2)
+
+
+def _capacity(x: Array, num_active: int, num_local: int) -> int:
+    """Most rows that one device can have for the experts of another: a token's choices are different experts."""
+    return x.shape[0] * x.shape[1] * min(num_active, num_local)
 
 
 def _exchange(x: Array) -> Array:

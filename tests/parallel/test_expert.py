@@ -1,16 +1,20 @@
-"""The exchange of tokens over `expert` against all experts on one device, also where the routing is extreme."""
+"""Experts spread over devices against all of them on one, also where the routing is extreme; every token is counted."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.ops import moe
-from jaxscale.parallel.expert import experts
-from jaxscale.parallel.mesh import EXPERT, MeshConfig, make_mesh
+from jaxscale.parallel.ahead_of_time import described_devices
+from jaxscale.parallel.expert import check_exchange, experts, make_experts, ragged_experts, tensor_experts
+from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
+from jaxscale.types import InputError
 
 B, T, D, F, E = 4, 6, 5, 7, 8
 RNG = np.random.default_rng(0)
@@ -28,14 +32,63 @@ ROUTINGS = {
     "a_device_without_tokens": permuted([0, 1, 4, 5, 6, 7]),
     "each_device_to_the_next": np.repeat(np.arange(2, 10) % E, 6).reshape(B, T, 2),
 }
+VARIANTS = {"dense": experts, "ragged": ragged_experts, "tensor": tensor_experts}
 
 
+@pytest.fixture(autouse=True)
+def ragged_all_to_all_on_a_cpu(monkeypatch):
+    """XLA has none there: JAX's documented semantics by gathering everything."""
+
+    def twin(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+        size, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
+        operands = lax.all_gather(operand, axis_name)
+
+        def to_me(x):
+            return lax.all_gather(x, axis_name).reshape(size, size, -1)[:, me, :]
+
+        starts, counts, places = map(to_me, (input_offsets, send_sizes, output_offsets))  # [sender, slice]
+        is_from = (jnp.arange(len(output)) >= places[..., None]) & (
+            jnp.arange(len(output)) < (places + counts)[..., None]
+        )
+        source = jnp.clip(jnp.arange(len(output)) - places[..., None] + starts[..., None], 0, len(operand) - 1)
+        rows = jax.vmap(lambda rows, where: rows[where])(operands, source)
+        return jnp.where(is_from.any((0, 1))[:, None], jnp.einsum("sur,surd->rd", is_from * 1.0, rows), output)
+
+    monkeypatch.setattr(lax, "ragged_all_to_all", twin)
+
+
+@functools.cache
+def spread(variant, function):
+    """`function(experts, x, index, gates, weights, cotangent)` on four devices; routings share the compilation."""
+    axis = TENSOR if variant == "tensor" else EXPERT
+    mesh = make_mesh(MeshConfig(**{axis: 4}), jax.devices()[:4])
+    rows = P() if variant == "tensor" else P(EXPERT)
+
+    def local(x, index, gates, weights, cotangent):
+        y, (dx, dgates, dweights) = function(VARIANTS[variant], x, index, gates, weights, cotangent)
+        if variant == "tensor":  # parts of sums
+            y, dx, dgates = lax.psum((y, dx, dgates), TENSOR)
+        return y, (dx, dgates, dweights)
+
+    in_specs, out_specs = (rows, rows, rows, P(axis), rows), (rows, (rows, rows, P(axis)))
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+
+
+def forward_and_backward(activation, function, x, index, gates, weights, cotangent):
+    y, pullback = jax.vjp(lambda x, g, w: function(x, index, g, w, activation), x, gates, weights)
+    return y, pullback(cotangent)
+
+
+both = {name: functools.partial(forward_and_backward, name) for name in ("swiglu", "gelu")}
+reference = jax.jit(functools.partial(both["swiglu"], moe.reference))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_forward_and_gradients_equal_one_device(routing):
-    """Every token is counted: outputs, and gradients of tokens, gates and each expert's matrices."""
+def test_forward_and_gradients_equal_one_device(routing, variant):
+    """Outputs, and gradients of tokens, gates and each expert's matrices."""
     index = jnp.asarray(ROUTINGS[routing])
     rng = np.random.default_rng(1)
-    mesh = make_mesh(MeshConfig(expert=4), jax.devices()[:4])
     with jax.enable_x64(True):
         weights = {
             name: jnp.asarray(rng.normal(size=(E, *shape)))
@@ -43,15 +96,83 @@ def test_forward_and_gradients_equal_one_device(routing):
         }
         x, cotangent = (jnp.asarray(rng.normal(size=(B, T, D))) for _ in range(2))
         gates = jnp.asarray(rng.uniform(size=index.shape))
-
-        def both(function, x, index, gates, weights, cotangent):
-            y, pullback = jax.vjp(lambda x, g, w: function(x, index, g, w, "swiglu"), x, gates, weights)
-            return y, pullback(cotangent)
-
         arguments = x, index, gates, weights, cotangent
-        rows = P(EXPERT)
-        spread = jax.jit(jax.shard_map(
-            functools.partial(both, experts), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
-        ))  # fmt: skip
-        got, wanted = spread(*arguments), jax.jit(functools.partial(both, moe.reference))(*arguments)
+        got, wanted = spread(variant, both["swiglu"])(*arguments), reference(*arguments)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, wanted)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_choice_is_computed_exactly_once(routing, variant):
+    """Expert e gives 10^e for any token, so a token's output spells how often each expert ran on it, and the gradient
+    of an expert's last matrix is the number of rows that it ran on."""
+    index = ROUTINGS[routing]
+    counts = np.stack([(index == e).sum(-1) for e in range(E)], -1)
+    with jax.enable_x64(True):
+        one = jax.nn.gelu(jnp.float64(1.0))
+        weights = {"up": jnp.ones((E, 1, 1)), "down": (10.0 ** jnp.arange(E) / one)[:, None, None]}
+        ones = jnp.ones((B, T, 1))
+        y, (_, _, gradients) = spread(variant, both["gelu"])(
+            ones, jnp.asarray(index), jnp.ones(index.shape), weights, ones
+        )
+        np.testing.assert_allclose(y[..., 0], counts @ 10.0 ** np.arange(E), rtol=1e-12)
+        np.testing.assert_allclose(gradients["down"][:, 0, 0] / one, counts.sum((0, 1)), rtol=1e-12)
+        assert gradients["down"].sum() / one == pytest.approx(index.size)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_grouped_matmul_gets_no_more_rows_than_there_are(variant, monkeypatch):
+    """Empty rows of the worst-case buffers lie past the last expert's."""
+    seen = []
+
+    def grouped_ffn(rows, group_sizes, weights, activation):
+        jax.debug.callback(lambda sizes: seen.append(int(sizes.sum())), group_sizes)
+        return rows
+
+    monkeypatch.setattr("jaxscale.ops.moe.grouped_ffn", grouped_ffn)
+    monkeypatch.setattr("jaxscale.parallel.expert.grouped_ffn", grouped_ffn)
+    index = jnp.asarray(ROUTINGS["random"])
+    weights = {"up": jnp.ones((E, D, F)), "down": jnp.ones((E, F, D))}
+
+    def forward(function, x, index, gates, weights, cotangent):
+        return function(x, index, gates, weights, "gelu"), (x, gates, weights)
+
+    x = jnp.ones((B, T, D))
+    jax.block_until_ready(spread(variant, forward)(x, index, jnp.ones(index.shape), weights, x))
+    jax.effects_barrier()
+    assert len(seen) == 4 and sum(seen) == index.size
+
+
+def test_the_mesh_chooses():
+    assert make_experts(MeshConfig(expert=2)) is experts
+    assert make_experts(MeshConfig(expert=2, expert_exchange="ragged")) is ragged_experts
+    assert make_experts(MeshConfig(tensor=2, expert_axis="tensor")) is tensor_experts
+    assert make_experts(MeshConfig(tensor=2)) is make_experts(MeshConfig()) is moe.experts
+
+
+def test_a_ragged_exchange_is_refused_where_there_is_none():
+    ragged = MeshConfig(expert=2, expert_exchange="ragged")
+    with pytest.raises(InputError, match="MeshConfig.expert_exchange: given 'ragged', expected \"dense\" on a CPU"):
+        check_exchange(ragged, jax.devices())
+    with pytest.raises(InputError, match='"dense" with MeshConfig.expert_axis = "tensor"'):
+        check_exchange(MeshConfig(tensor=2, expert_axis="tensor", expert_exchange="ragged"), jax.devices())
+    check_exchange(MeshConfig(expert=2), jax.devices())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="jax-cuda13-plugin is not installed"
+)
+def test_the_ragged_exchange_and_its_gradient_compile_for_gpus(monkeypatch):
+    monkeypatch.undo()  # the real one
+    devices = described_devices("h200", num_hosts=1, gpus_per_host=8)
+    config = MeshConfig(expert=8, expert_exchange="ragged")
+    check_exchange(config, devices)
+    rows = P(EXPERT)
+    run = jax.jit(jax.shard_map(
+        functools.partial(both["gelu"], ragged_experts), mesh=make_mesh(config, devices), in_specs=rows,
+        out_specs=rows, check_vma=False,
+    ))  # fmt: skip
+    x, index, gates = (jax.ShapeDtypeStruct((8, 16, n), t) for n, t in ((32, "bfloat16"), (2, "int32"), (2, "float32")))
+    weights = {"up": jax.ShapeDtypeStruct((16, 32, 64), x.dtype), "down": jax.ShapeDtypeStruct((16, 64, 32), x.dtype)}
+    hlo = run.lower(x, index, gates, weights, x).compile().as_text()
+    assert hlo.count(" ragged-all-to-all(") + hlo.count(" ragged-all-to-all-start(") == 4  # two each way
