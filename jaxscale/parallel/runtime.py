@@ -59,19 +59,18 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         config: the settings.
         directory: of the run; holds the saved autotuning of a deterministic run.
     Raises:
-        InputError: this machine has no such platform, JAX has already started with other devices than the
+        InputError: this machine has no such platform, JAX has already started with other devices or flags than the
             configuration asks for, or a launcher's variable is missing.
         RunError: this process could not join the others.
     """
-    flags = list(config.xla_flags)
+    _set_flags("RuntimeConfig.xla_flags", config.xla_flags)
     if config.is_deterministic:
         autotune = Path(directory, "autotune.txtpb").absolute()
         # A run that failed to compile leaves an empty file.
         is_saved = autotune.exists() and autotune.stat().st_size > 0
         action = "load_autotune_results_from" if is_saved else "dump_autotune_results_to"
-        flags += ["--xla_gpu_deterministic_ops=true", f"--xla_gpu_{action}={autotune}"]
-    present = os.environ.get("XLA_FLAGS", "").split()
-    os.environ["XLA_FLAGS"] = " ".join(present + [flag for flag in flags if flag not in present])
+        flags = ("--xla_gpu_deterministic_ops=true", f"--xla_gpu_{action}={autotune}")
+        _set_flags("RuntimeConfig.is_deterministic", flags)
     if config.platform is not None:
         jax.config.update("jax_platforms", config.platform)
     if config.num_cpu_devices is not None:
@@ -83,13 +82,36 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         _check_platform(config.platform)
 
 
+def _set_flags(parameter: str, flags: tuple[str, ...]) -> None:
+    """Adds flags to those of the environment; XLA reads them once, when it starts."""
+    present = os.environ.get("XLA_FLAGS", "").split()
+    missing = [flag for flag in flags if flag not in present]
+    if missing and _has_started():
+        expected = f"a process of its own: this one has started, without {' '.join(missing)}"
+        raise InputError(parameter, flags, expected)
+    os.environ["XLA_FLAGS"] = " ".join(present + missing)
+
+
+def _has_started() -> bool:
+    """Whether JAX has; there is no such question, but once it has it refuses another number of devices."""
+    number = jax.config.jax_num_cpu_devices
+    try:
+        jax.config.update("jax_num_cpu_devices", max(number, 0) + 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", number)
+    return False
+
+
 def _check_platform(platform: str) -> None:
     try:
-        jax.devices()
+        started = jax.devices()[0].platform.replace("gpu", "cuda")
     except (RuntimeError, AssertionError) as error:  # it asserts, without a word, where a plugin finds no device
         reason = str(error).partition("\n")[0] or "no device"
         expected = f"a platform that this machine and this installation of JAX have ({reason})"
         raise InputError("RuntimeConfig.platform", platform, expected) from None
+    if started != platform:
+        raise InputError("RuntimeConfig.platform", platform, f"{started!r}, as this process has started with")
 
 
 def _set_cpu_devices(number: int) -> None:

@@ -69,9 +69,9 @@ def pretrain(
         RunError: this process could not join the run's others.
     """
     run = Path(directory).expanduser()
-    apply_runtime(runtime, str(run))
     if runtime.is_deterministic:
         stack = deterministic_stack(stack, data.sequence_length)
+    apply_runtime(runtime, str(run))
     plan = make_plan(
         model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack,
         make_loss=make_loss,

@@ -1,8 +1,10 @@
 """Settings of the process reach JAX before it starts, in a process of their own."""
 
+import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
@@ -35,6 +37,24 @@ def test_the_devices_that_are_there_already_may_be_asked_for(tmp_path):
     apply_runtime(RuntimeConfig(platform="cpu", num_cpu_devices=8), str(tmp_path))
     with pytest.raises(InputError, match=r"num_cpu_devices: given 3, expected 8"):
         apply_runtime(RuntimeConfig(num_cpu_devices=3), str(tmp_path))
+
+
+def test_flags_that_come_too_late_are_refused(tmp_path, monkeypatch):
+    jax.devices()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one=1 --xla_two=2")
+    apply_runtime(RuntimeConfig(xla_flags=("--xla_two=2",)), str(tmp_path))
+    with pytest.raises(InputError, match=r"RuntimeConfig.xla_flags: .* this one has started, without --xla_three=3"):
+        apply_runtime(RuntimeConfig(xla_flags=("--xla_two=2", "--xla_three=3")), str(tmp_path))
+    with pytest.raises(InputError, match=r"RuntimeConfig.is_deterministic: .* --xla_gpu_deterministic_ops=true"):
+        apply_runtime(RuntimeConfig(is_deterministic=True), str(tmp_path))
+    assert os.environ["XLA_FLAGS"] == "--xla_one=1 --xla_two=2"
+
+
+def test_a_platform_that_comes_too_late_is_refused(tmp_path, monkeypatch):
+    jax.devices()
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    with pytest.raises(InputError, match=r"RuntimeConfig.platform: given 'tpu', expected 'cpu', as this process has"):
+        apply_runtime(RuntimeConfig(platform="tpu"), str(tmp_path))
 
 
 def test_a_platform_that_is_not_here_is_refused(tmp_path):
