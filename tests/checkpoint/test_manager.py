@@ -268,6 +268,25 @@ def test_nothing_but_damage_is_an_error_even_with_use_previous(tmp_path):
         open_at(tmp_path, use_previous=True).restore(abstract(state, mesh_of(1, 1)))
 
 
+def test_a_deletion_that_is_cut_short_leaves_no_step_that_looks_damaged(tmp_path, monkeypatch):
+    states = saved_steps(tmp_path, 1, 2)
+    checkpoints = open_at(tmp_path, keep_last=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", interrupted)
+        checkpoints.save(3, states[2], {})
+        checkpoints.wait()
+    assert committed(tmp_path) == [2, 3]
+    checkpoints.save(4, states[2], {})
+    checkpoints.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"4"}
+
+
+def interrupted(path, *arguments, **options):
+    """Half a deletion."""
+    next(path.rglob("*.json")).unlink()
+    raise KeyboardInterrupt
+
+
 # Not this run's checkpoint
 
 

@@ -7,6 +7,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -46,6 +47,17 @@ def test_holds_the_documents_that_have_text(tmp_path):
     assert cache.num_bytes.tolist() == [2, 2]
     assert cache.keys() == ["key 0\n", "key 2\n"]
     assert cache.key_hashes.tolist() == [hash_key("key 0\n"), hash_key("key 2\n")]
+
+
+def test_each_tokenizer_has_a_cache_of_its_own(tmp_path):
+    class Shouting(ByteTokenizer):
+        fingerprint = "shouting"
+
+        def encode_batch(self, texts):
+            return super().encode_batch([text.upper() for text in texts])
+
+    assert open_listed(tmp_path, "ab").tokens.tolist() == [97, 98, 256]
+    assert open_cache(Listed(("ab",)), Shouting(), tmp_path).tokens.tolist() == [65, 66, 256]
 
 
 def test_large_vocabularies_take_32_bits(tmp_path):
@@ -101,15 +113,32 @@ def test_killed_writer_leaves_nothing_that_is_taken_for_a_cache(tmp_path):
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [cache.directory]
 
 
-def test_processes_that_race_get_the_same_cache(tmp_path):
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """Takes its time, and notes in a file that it was read."""
+
+    log: str
+
+    def documents(self):
+        with pathlib.Path(self.log).open("a") as file:
+            file.write("read\n")
+        time.sleep(1)
+        yield Document("key", "x" * 100_000)
+
+    def version(self):
+        return []
+
+
+def test_of_processes_that_race_one_builds_and_all_get_the_same_cache(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        sizes = pool.starmap(racing_size, [(str(tmp_path),)] * 4)
-    assert sizes == [8 * 100_001] * 4
+        sizes = pool.starmap(racing_size, [(str(tmp_path),)] * 4, chunksize=1)
+    assert sizes == [100_001] * 4
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    assert (tmp_path / "log").read_text() == "read\n"
 
 
 def racing_size(directory):
-    return len(open_listed(directory, *["x" * 100_000] * 8).tokens)
+    return len(open_cache(Slow(f"{directory}/log"), ByteTokenizer(), directory).tokens)
 
 
 def test_another_host_that_was_faster_wins(tmp_path, monkeypatch):

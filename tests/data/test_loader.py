@@ -170,6 +170,23 @@ def test_state_of_another_configuration_is_refused(make_config, field, value):
         make_loader(make_config(**{field: value})).restore(state)
 
 
+def test_state_of_as_many_other_documents_is_refused(make_config, folders, tmp_path):
+    state = make_loader(make_config()).state()
+    other = shutil.copytree(folders[0], tmp_path / "other")
+    edited = next(other.rglob("*.txt"))
+    edited.write_text(edited.read_text().swapcase())
+    with pytest.raises(InputError, match=r"DataConfig\.sources: .*with which the run was begun"):
+        make_loader(make_config(sources=tuple(TextSource((str(f),)) for f in (other, folders[1])))).restore(state)
+
+
+def test_each_source_is_shuffled_by_itself(make_config, folders):
+    """Two sources of the same text take turns; each goes through all of it, in an order of its own."""
+    loader = make_loader(make_config(sources=(TextSource(folders[:1]),) * 2, weights=None, batch_size=2))
+    rows = [list(map(tuple, batch["tokens"].tolist())) for batch in take(loader, loader.rows_per_epoch[0])]
+    first, second = zip(*rows)
+    assert sorted(first) == sorted(second) and first != second
+
+
 def test_state_continues_where_the_same_text_lies_elsewhere(make_config, folders, tmp_path):
     state = make_loader(make_config()).state()
     copies = [shutil.copytree(folder, tmp_path / str(n), copy_function=shutil.copy) for n, folder in enumerate(folders)]

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+import tokenizers
 
 from jaxscale.data.sources import JsonLinesSource, TextSource
 from jaxscale.data.split import hash_key, is_held_out
@@ -86,6 +87,29 @@ def test_held_out_documents_do_not_train_the_tokenizer(tmp_path):
     )
     assert len(tokenizer.encode("abab")) < 4
     assert len(tokenizer.encode("zqzq")) == 4
+
+
+def test_a_file_that_truncates_and_pads_loses_no_text(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, []))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(TokenizerConfig("huggingface", str(tmp_path)))
+    assert loaded.encode("a" * 7) == [0] * 7
+    assert [ids.tolist() for ids in loaded.encode_batch(["a" * 7, "a"])] == [[0] * 7, [0]]
+
+
+def test_a_full_disk_is_named_and_costs_no_earlier_tokenizer(tmp_path, monkeypatch):
+    def write_bytes(path, content):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.txt").write_text("word " * 9)
+    arguments = dict(sources=(TextSource((str(tmp_path),)),), output=str(tmp_path / "output"), vocab_size=260)
+    before = train_tokenizer(**arguments).fingerprint
+    monkeypatch.setattr(pathlib.Path, "write_bytes", write_bytes)
+    with pytest.raises(InputError, match=r"output: given .*output', .* \(No space left on device\)"):
+        train_tokenizer(**arguments | {"vocab_size": 261})
+    assert load_tokenizer(TokenizerConfig("huggingface", arguments["output"])).fingerprint == before
 
 
 def test_bad_input_is_named(tmp_path):

@@ -187,3 +187,6 @@ def test_what_does_not_fit_is_refused(run, data, tmp_path):
     with pytest.raises(InputError, match=r"one of the steps .*\[1, 2\]"):
         evaluate(**run, mesh=mesh, step=3)
     assert not list(tmp_path.glob("evaluation_*"))
+    (tmp_path / "evaluation_2.json").mkdir()
+    with pytest.raises(InputError, match=r"directory: given .*evaluation_2\.json', .* \(Is a directory\)"):
+        evaluate(**run, mesh=mesh, evaluators={})
