@@ -30,16 +30,21 @@ def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_name(path), *leaves), tree, *others)
 
 
+def compile_pattern(parameter: str, pattern: str) -> re.Pattern:
+    """The regular expression; raises InputError, which names `parameter`, if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(parameter, pattern, f"a regular expression ({error})") from None
+
+
 def mask(tree: Any, pattern: str) -> Any:
     """The tree with True at each leaf whose whole path matches the regular expression, False elsewhere.
 
     Raises:
         InputError: `pattern` is no regular expression.
     """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError("pattern", pattern, f"a regular expression ({error})") from None
+    compiled = compile_pattern("pattern", pattern)
     return map_with_path(lambda path, _: compiled.fullmatch(path) is not None, tree)
 
 

@@ -66,6 +66,12 @@ def check_positive(parameter: str, value: int | float) -> None:
         raise InputError(parameter, value, "a number above 0")
 
 
+def check_not_negative(parameter: str, value: int | float) -> None:
+    """Raises InputError unless `value` is zero or above."""
+    if not value >= 0:  # so that NaN fails too
+        raise InputError(parameter, value, "0 or a number above")
+
+
 def _is_of_type(value: Any, annotation: Any) -> bool:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from jaxscale.ops.activation import ACTIVATIONS
-from jaxscale.types import InputError, check_choice, check_positive, check_types
+from jaxscale.types import InputError, check_choice, check_not_negative, check_positive, check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModelConfig:
         max_length: longest sequence the model is made for (rows of a learned position table).
         norm: "rmsnorm" or "layernorm".
         norm_epsilon: added to the (mean) square.
-        use_bias: biases in projections, feed-forwards and LayerNorms.
+        use_bias: biases in projections, dense feed-forwards and LayerNorms; experts and routers have none.
         activation: "swiglu", "geglu" or "gelu".
         positions: "rope", "learned" or "none".
         rope_theta: base of the rotary frequencies.
@@ -88,6 +88,8 @@ class ModelConfig:
         check_choice("ModelConfig.norm", self.norm, ("rmsnorm", "layernorm"))
         check_choice("ModelConfig.activation", self.activation, ACTIVATIONS)
         check_choice("ModelConfig.positions", self.positions, ("rope", "learned", "none"))
+        for name in ("norm_epsilon", "init_std", "balance_loss", "router_z_loss"):
+            check_not_negative(f"ModelConfig.{name}", getattr(self, name))
         self._check_attention()
         self._check_layers()
         self._check_experts()
@@ -99,9 +101,12 @@ class ModelConfig:
             )
         if self.positions == "rope" and self.head_dim % 2:
             raise InputError("ModelConfig.head_dim", self.head_dim, "an even number for rotary positions")
-        for window in self.windows:
-            if window is not None:
-                check_positive("ModelConfig.windows", window)
+        check_positive("ModelConfig.rope_theta", self.rope_theta)
+        optional = [("windows", window) for window in self.windows]
+        optional += [(name, getattr(self, name)) for name in ("logit_softcap", "attention_softcap")]
+        for name, value in optional:
+            if value is not None:
+                check_positive(f"ModelConfig.{name}", value)
 
     def _check_layers(self) -> None:
         if not self.windows or not self.moe_pattern:
@@ -117,8 +122,9 @@ class ModelConfig:
             )
 
     def _check_experts(self) -> None:
-        if not any(self.moe_pattern):
+        if self.num_dense_prefix or not all(self.moe_pattern):
             check_positive("ModelConfig.ffn_dim", self.ffn_dim)
+        if not any(self.moe_pattern):
             return
         check_positive("ModelConfig.num_experts", self.num_experts)
         check_positive("ModelConfig.expert_dim", self.expert_dim)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxscale.types import Array, check_choice, check_types
+from jaxscale.types import Array, InputError, check_choice, check_types
 
 FLOAT_TYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -20,6 +20,8 @@ class Policy:
         compute: type of activations and of the parameters as matmuls see them.
         reduction: type in which gradients are accumulated over micro-batches and summed over devices.
         output: type of logits returned to a caller (the loss always works in at least float32).
+    Raises:
+        InputError: a type is unknown, or float64 while JAX computes in float32 instead.
     """
 
     parameters: str = "float32"
@@ -30,7 +32,10 @@ class Policy:
     def __post_init__(self):
         check_types(self)
         for field in dataclasses.fields(self):
-            check_choice(f"Policy.{field.name}", getattr(self, field.name), FLOAT_TYPES)
+            value = getattr(self, field.name)
+            check_choice(f"Policy.{field.name}", value, FLOAT_TYPES)
+            if jax.dtypes.canonicalize_dtype(value) != value:
+                raise InputError(f"Policy.{field.name}", value, "JAX_ENABLE_X64=1 in the environment with it")
 
 
 def cast(tree: Any, dtype: str) -> Any:

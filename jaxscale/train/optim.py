@@ -1,7 +1,6 @@
 """Optimizers and learning-rate schedules, by optax."""
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxscale import tree
-from jaxscale.types import InputError, check_choice, check_positive, check_types
+from jaxscale.types import InputError, check_choice, check_not_negative, check_positive, check_types
 
 DECAYED = r".*/(q|k|v|o|gate|up|down|tokens|weights)"  # matrices; not norms, biases, routers or positions
 
@@ -52,23 +51,19 @@ class OptimizerConfig:
         check_types(self)
         check_choice("OptimizerConfig.name", self.name, ("adamw", "muon", "lion"))
         check_choice("OptimizerConfig.schedule", self.schedule, ("cosine", "linear", "wsd"))
-        check_positive("OptimizerConfig.learning_rate", self.learning_rate)
-        if self.warmup_steps < 0:
-            raise InputError("OptimizerConfig.warmup_steps", self.warmup_steps, "0 or more steps")
+        for name in ("learning_rate", "epsilon"):
+            check_positive(f"OptimizerConfig.{name}", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay"):
+            check_not_negative(f"OptimizerConfig.{name}", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"OptimizerConfig.{name}", getattr(self, name), "0 <= beta < 1")
         if not 0 <= self.final_fraction <= 1 or not 0 <= self.decay_fraction <= 1:
             given = (self.final_fraction, self.decay_fraction)
             raise InputError("OptimizerConfig.final_fraction, decay_fraction", given, "fractions from 0 to 1")
         if self.clip_norm is not None:
             check_positive("OptimizerConfig.clip_norm", self.clip_norm)
-        check_pattern("OptimizerConfig.decayed", self.decayed)
-
-
-def check_pattern(parameter: str, pattern: str) -> None:
-    """Raises InputError unless `pattern` is a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InputError(parameter, pattern, f"a regular expression ({error})") from None
+        tree.compile_pattern("OptimizerConfig.decayed", self.decayed)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -100,6 +95,8 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, dims: Any) -> optax.G
         config: which.
         steps: of the whole run, for the schedule.
         dims: tree of dim letters, one string a parameter; Muon reads from it which dims are a matrix.
+    Raises:
+        InputError: weights are to decay, but `decayed` matches none.
     """
     schedule = make_schedule(config, steps)
 
@@ -107,6 +104,9 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, dims: Any) -> optax.G
         return tree.map_with_path(lambda path, _: path in decayed, params)
 
     decayed = {path for path, leaf in tree.flatten(tree.select(dims, config.decayed)).items() if leaf is not None}
+    if config.weight_decay and not decayed:
+        expected = f"a pattern that matches one of {', '.join(tree.flatten(dims))}, or weight_decay 0"
+        raise InputError("OptimizerConfig.decayed", config.decayed, expected)
     if config.name == "adamw":
         optimizer = optax.adamw(
             schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decay_mask

@@ -22,9 +22,9 @@ from jaxscale.parallel.rules import make_specs
 from jaxscale.parallel.schedule import Schedule, make_schedule
 from jaxscale.parallel.stages import StageLayout, canonical_shapes, from_canonical, to_canonical
 from jaxscale.train.losses import NextTokenLoss
-from jaxscale.train.optim import OptimizerConfig, check_pattern, make_optimizer
+from jaxscale.train.optim import OptimizerConfig, make_optimizer
 from jaxscale.train.state import TrainState, abstract_state, state_dims
-from jaxscale.types import InputError, check_positive, check_types
+from jaxscale.types import InputError, check_not_negative, check_positive, check_types
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ class TrainConfig:
             raise InputError("TrainConfig.profile_steps", self.profile_steps, f"0 <= first < second <= {self.steps}")
         if not 0 <= self.seed <= MAX_SEED:
             raise InputError("TrainConfig.seed", self.seed, f"0 <= seed <= {MAX_SEED}")
-        check_pattern("TrainConfig.trainable", self.trainable)
+        check_not_negative("TrainConfig.z_loss", self.z_loss)
+        tree.compile_pattern("TrainConfig.trainable", self.trainable)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jaxscale.types import InputError
 SMALL = ModelConfig(
     vocab_size=40, num_layers=4, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=24, max_length=16
 )
+EXPERTS = dict(num_experts=4, expert_dim=8)
 MIXTRAL = ModelConfig(
     vocab_size=32000, num_layers=32, model_dim=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn_dim=14336,
     max_length=32768, moe_pattern=(True,), num_experts=8, num_active_experts=2, expert_dim=14336,
@@ -24,6 +25,13 @@ MIXTRAL = ModelConfig(
         ({"model_dim": 16.0}, "ModelConfig.model_dim: given 16.0, expected a value of type int"),
         ({"model_dim": "16"}, "ModelConfig.model_dim: given '16', expected a value of type int"),
         ({"ffn_dim": 0}, "ModelConfig.ffn_dim: given 0"),
+        ({"moe_pattern": (False, True), "ffn_dim": 0} | EXPERTS, "ModelConfig.ffn_dim: given 0"),
+        ({"moe_pattern": (True,), "ffn_dim": -3, "num_layers": 5, "num_dense_prefix": 1} | EXPERTS, "given -3"),
+        ({"logit_softcap": 0.0}, "ModelConfig.logit_softcap: given 0.0"),
+        ({"attention_softcap": 0.0}, "ModelConfig.attention_softcap: given 0.0"),
+        ({"norm_epsilon": -1.0}, "ModelConfig.norm_epsilon: given -1.0, expected 0 or a number above"),
+        ({"rope_theta": 0.0}, "ModelConfig.rope_theta: given 0.0"),
+        ({"init_std": float("nan")}, "ModelConfig.init_std: given nan"),
         ({"norm": "batchnorm"}, "ModelConfig.norm: given 'batchnorm', expected one of 'rmsnorm', 'layernorm'"),
         ({"activation": "relu"}, "ModelConfig.activation: given 'relu'"),
         ({"positions": "alibi"}, "ModelConfig.positions: given 'alibi'"),

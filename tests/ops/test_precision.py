@@ -1,5 +1,6 @@
 """The dtype policy."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -12,6 +13,13 @@ from jaxscale.types import InputError
 def test_other_types_are_refused_by_name(field, value):
     with pytest.raises(InputError, match=rf"Policy\.{field}: given {value!r}, expected"):
         Policy(**{field: value})
+
+
+def test_float64_is_refused_where_jax_would_compute_in_float32():
+    with pytest.raises(InputError, match=r"Policy.compute: given 'float64', expected JAX_ENABLE_X64=1"):
+        Policy(compute="float64")
+    with jax.enable_x64(True):
+        assert Policy(compute="float64").compute == "float64"
 
 
 def test_cast_leaves_integers_alone():

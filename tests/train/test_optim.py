@@ -106,13 +106,20 @@ def test_wsd_decay_must_fit_after_the_warm_up():
     "fields",
     [
         dict(name="sgd"), dict(schedule="step"), dict(learning_rate=0.0), dict(warmup_steps=-1), dict(clip_norm=0.0),
-        dict(final_fraction=1.5), dict(decayed="("),
+        dict(final_fraction=1.5), dict(decayed="("), dict(learning_rate=float("nan")), dict(clip_norm=float("nan")),
+        dict(beta1=1.0), dict(beta2=-0.1), dict(epsilon=0.0), dict(weight_decay=-0.1), dict(weight_decay=float("nan")),
     ],
     ids=str,
 )  # fmt: skip
 def test_wrong_settings_are_refused(fields):
     with pytest.raises(InputError, match=next(iter(fields))):
         OptimizerConfig(**fields)
+
+
+def test_a_decay_of_nothing_is_refused():
+    with pytest.raises(InputError, match=r"OptimizerConfig.decayed: given 'lora', .* one of .*attention/q"):
+        make("adamw", decayed="lora", weight_decay=0.1)
+    make("adamw", decayed="lora", weight_decay=0.0)
 
 
 def test_adamw_equals_a_naive_one_and_decays_matrices_only():
