@@ -91,6 +91,16 @@ def test_remat_changes_no_gradient(stack):
         assert jnp.abs(got - want).max() <= 1e-5 * jnp.abs(want).max(), path
 
 
+def test_remat_keeps_less_the_more_it_recomputes():
+    def kept(remat):
+        loss = NextTokenLoss(DENSE, FLOAT32, StackConfig(num_loss_chunks=2, remat=remat))
+        pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, make_batch(), None)[0], p)[1], make_params(DENSE))
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    residual = 2 * 16 * DENSE.model_dim
+    assert kept("full") + DENSE.num_layers * residual < kept("dots") < kept("none") - DENSE.num_layers * residual
+
+
 def test_offloaded_names_go_to_the_host():
     """The CPU compiler drops the transfer, so it is looked for in the traced program."""
 

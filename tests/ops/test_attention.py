@@ -150,6 +150,28 @@ def test_chunked_keeps_no_logits_of_all_queries():
     assert "12,12]" not in shapes("chunked")
 
 
+def test_chunked_recomputes_its_logits_in_the_backward():
+    """What it keeps grows with T, not with T times T."""
+    q = jnp.ones((1, 96, 2, 8))
+    context = AttentionContext(jnp.arange(96)[None])
+
+    def kept(backend):
+        attend = functools.partial(attention, context=context, implementation=backend)
+        pullback = jax.eval_shape(lambda q: jax.vjp(lambda *a: attend(*a)[0], q, q, q)[1], q)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert kept("chunked") < 10 * q.size < 96 * 96 * 2 <= kept("reference")
+
+
+@pytest.mark.parametrize("case", ["documents", "grouped", "window_of_one"])
+def test_what_is_asked_of_cudnn(case, monkeypatch):
+    """The same arguments, given to XLA's implementation, must give the same attention."""
+    call = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: call(*a, **k | {"implementation": "xla"}))
+    arrays, _, context = make(case)
+    np.testing.assert_allclose(attention(*arrays, context, implementation="cudnn")[0], expected(case)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "backend, change, expected_text",
     [
