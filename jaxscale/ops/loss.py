@@ -95,7 +95,7 @@ def _forward(loss: Callable, num_chunks: int, x: Array, head: Array, labels: Arr
 def _backward(loss: Callable, num_chunks: int, gradients: tuple[Array, Array], cotangents):
     cotangent = jax.tree.leaves(cotangents)[0]
     dx, dhead = (g * cotangent.astype(g.dtype) for g in gradients)
-    return dx, dhead, None, None
+    return dx, dhead, None, None  # labels are integers, and weights have no gradient
 
 
 sum_over_chunks.defvjp(_forward, _backward)

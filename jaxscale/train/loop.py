@@ -125,7 +125,8 @@ class Loop:
         self.profiler.close()
         self.checkpoints.save(int(state.step), state, self.loader.state(), force=True)
         self.checkpoints.wait()
-        return Outcome(int(state.step), self.preemption.received)
+        is_complete = int(state.step) == self.steps
+        return Outcome(int(state.step), None if is_complete else self.preemption.received)
 
     def _start(self, state: TrainState, step: int) -> tuple[TrainState, _Pending]:
         before, data_state = time.perf_counter(), self.loader.state()

@@ -129,6 +129,19 @@ def test_a_signal_stops_after_the_step_with_everything_reported_and_saved(tmp_pa
     assert outcome == Outcome(3, signal.SIGTERM) and outcome.exit_status == 143
 
 
+def test_a_signal_during_the_last_step_leaves_nothing_to_do(tmp_path):
+    world = World()
+
+    def step(state, batch):
+        if batch["tokens"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return world.step(state, batch)
+
+    with Preemption() as preemption:
+        outcome = dataclasses.replace(make_loop(world, tmp_path, preemption=preemption), step_fn=step).run(make_state())
+    assert outcome == Outcome(5, None) and outcome.exit_status == 0
+
+
 @pytest.mark.parametrize("bad_step", [1, 3, 4, 5])
 def test_a_bad_step_stops_the_run_with_the_state_before_it(tmp_path, bad_step):
     world = World(bad_step=bad_step)
