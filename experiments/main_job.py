@@ -3,6 +3,7 @@
 make train        (or: python experiments/main_job.py)
 """
 
+import itertools
 import os
 import signal
 import subprocess
@@ -17,7 +18,6 @@ from jaxscale.train.pretrain import pretrain
 
 FILE = "experiments/configs/runs/main_job.gin"
 RUN = Path("runs/main_job")
-SECOND_MESH = ("mesh.data=4", "mesh.expert=1", "mesh.tensor=2", "mesh.zero=3")
 
 
 def jaxscale(verb, *overrides):
@@ -36,10 +36,8 @@ def expect(process, status):
 def set_aside(run):
     """Renames what an earlier run left there, whoever made it."""
     if run.exists():
-        number = 1
-        while (target := run.with_name(f"{run.name}.{number}")).exists():
-            number += 1
-        print(f"{run} is now {run.rename(target)}")
+        names = (run.with_name(f"{run.name}.{number}") for number in itertools.count(1))
+        print(f"{run} is now {run.rename(next(name for name in names if not name.exists()))}")
 
 
 def main():
@@ -52,7 +50,7 @@ def main():
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)
     expect(first, 128 + signal.SIGTERM)
-    expect(jaxscale("pretrain", *SECOND_MESH), 0)
+    expect(jaxscale("pretrain", "mesh.data=4", "mesh.expert=1", "mesh.tensor=2", "mesh.zero=3"), 0)
     plot_run(RUN, held_out="held_out/loss")
     expect(jaxscale("generate"), 0)
     print(compare_with_ngrams(RUN, run["data"], margin=0.05))

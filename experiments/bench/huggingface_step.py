@@ -23,9 +23,8 @@ MODELS = {"llama": (LlamaConfig, LlamaForCausalLM, LLAMA), "mixtral": (MixtralCo
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", choices=MODELS)
 parser.add_argument("--precision", choices=("autocast", "bf16"), default="autocast")
-parser.add_argument("--rows", type=int, default=4)
-parser.add_argument("--length", type=int, default=4096)
-parser.add_argument("--steps", type=int, default=20)
+for name, default in (("--rows", 4), ("--length", 4096), ("--steps", 20)):
+    parser.add_argument(name, type=int, default=default)
 options = parser.parse_args()
 
 config_class, model_class, shape = MODELS[options.model]
@@ -58,5 +57,4 @@ torch.cuda.synchronize()
 seconds = (time.perf_counter() - began) / options.steps
 figures = {"ms": seconds * 1e3, "tokens_per_second": options.rows * options.length / seconds, "loss": last.item()}
 figures |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-peer = f"huggingface {options.model} {options.precision}"
-print(json.dumps({"peer": peer} | {name: round(value, 4) for name, value in figures.items()}))
+print(json.dumps({"peer": f"huggingface {options.model} {options.precision}"} | figures))

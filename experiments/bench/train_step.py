@@ -38,10 +38,8 @@ state = init_state(run["model"], plan.optimizer, plan.state, **settings)
 rows, length = run["data"].batch_size, run["data"].sequence_length
 text = np.random.default_rng(0).integers(0, run["model"].vocab_size, (rows, length + 1), np.int32)
 weights, positions = np.ones((rows, length), np.float32), np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-batch = {"tokens": text[:, :-1], "labels": text[:, 1:], "weights": weights, "positions": positions}
-batch = place(plan.mesh, batch)
-
-began = time.perf_counter()
+batch = dict(tokens=text[:, :-1], labels=text[:, 1:], weights=weights, positions=positions)
+batch, began = place(plan.mesh, batch), time.perf_counter()
 step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(state, batch).compile()
 figures = {"compile_s": time.perf_counter() - began, "temp_gib": step.memory_analysis().temp_size_in_bytes / 2**30}
 for _ in range(3):
