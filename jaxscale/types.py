@@ -50,7 +50,10 @@ def check_types(instance: Any) -> None:
 def check_type(parameter: str, value: Any, annotation: Any) -> None:
     """Raises InputError unless `value` is of the type that `annotation` describes."""
     if not _is_of_type(value, annotation):
-        raise InputError(parameter, value, f"a value of type {_type_name(annotation)}")
+        items = value if isinstance(value, tuple) else (value,)
+        classes = [item.__name__ for item in items if isinstance(item, type)]
+        hint = f"; in gin, brackets build one: @{classes[0]}()" if classes else ""
+        raise InputError(parameter, value, f"a value of type {_type_name(annotation)}{hint}")
 
 
 def check_choice(parameter: str, value: Any, choices: collections.abc.Iterable[Any]) -> None:

@@ -68,6 +68,11 @@ def test_fields_are_checked_and_named():
         Outer(inner=3)
 
 
+def test_a_class_in_the_place_of_an_instance_is_told_from_it():
+    with pytest.raises(InputError, match=r"x: given .*Inner.*; in gin, brackets build one: @Inner\(\)"):
+        check_type("x", (Inner,), tuple[Inner, ...])
+
+
 def test_choices_and_bounds_are_printed():
     check_choice("mode", "a", ["a", "b"])
     with pytest.raises(InputError, match="mode: given 'c', expected one of 'a', 'b'"):
