@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import importlib
 import logging
 import sys
@@ -31,12 +32,14 @@ REFUSALS = {
 class Verb(NamedTuple):
     """Where a verb's function is, imported only when the verb is used, and a line of help.
 
-    `bound_as` is the function whose parameters the gin file binds, where the verb takes the arguments of another one.
+    `bound_as` is the function whose parameters the gin file binds, where the verb takes the arguments of another one;
+    `option` is a parameter of the function that the command line gives, with its help.
     """
 
     function: str
     help: str
     bound_as: str = ""
+    option: tuple[str, str] | None = None
 
 
 VERBS = {
@@ -51,11 +54,19 @@ VERBS = {
         "print a training run's configuration, parameters, shardings and bytes; allocates nothing",
         bound_as="jaxscale.train.pretrain:pretrain",
     ),
+    "compile": Verb(
+        "jaxscale.train.compile:compile_step",
+        "compile a run's step for GPUs that are not here; print memory and collectives; exit 1 if it does not fit",
+        bound_as="jaxscale.train.pretrain:pretrain",
+        option=("topology", "MACHINE:HOSTSxGPUS_PER_HOST, such as h200:16x8"),
+    ),
 }
 
 EXAMPLES = """\
 examples:
   jaxscale inspect experiments/configs/runs/main_job.gin
+  jaxscale compile experiments/configs/runs/llama_1b.gin --topology h200:16x8 --set mesh.data=128 \\
+      --set data.batch_size=512
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again    # repeats a run from what it left behind
@@ -79,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb = VERBS[options.verb]
         function, bound_as = _load(verb.function), _load(verb.bound_as or verb.function)
+        if verb.option:
+            function = functools.partial(function, **{verb.option[0]: getattr(options, verb.option[0])})
         with _news_on_stderr():
             outcome = config.run(function, [options.file], options.set, bound_as=bound_as)
     except (InputError, OSError) as error:
@@ -141,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         each.add_argument("file", metavar="FILE.gin", help="binds the function's parameters")
         each.add_argument("--set", metavar="NAME.FIELD=VALUE", action="append", default=[], help="override one value")
+        if verb.option:
+            each.add_argument(f"--{verb.option[0]}", required=True, help=verb.option[1])
         each.add_argument("--debug", action="store_true", help="show the traceback of bad input")
     return parser
 

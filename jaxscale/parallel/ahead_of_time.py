@@ -1,11 +1,16 @@
-"""Machines that are not here: compile for described GPUs and read the collectives off the result."""
+"""Machines that are not here: compile for described GPUs and read memory and collectives off the result."""
 
+import collections
+import contextlib
+import dataclasses
 import importlib.resources
 import importlib.util
 import math
 import re
+from collections.abc import Iterator
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 from jax.experimental import topologies
 
 from jaxscale.types import InputError, check_choice, check_positive
@@ -17,14 +22,29 @@ SINCE_JAX_0_11 = re.compile(
     re.MULTILINE,
 )
 MACHINES = {"h200": "h200.target_config.txtpb"}  # XLA's GpuTargetConfigProto, as text
-KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-_COLLECTIVE = re.compile(rf"= (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\(")
+CUDNN_VERSION = 91200  # against which JAX's plugin was built
+KINDS = ("all-reduce", "reduce-scatter", "all-gather", "ragged-all-to-all", "all-to-all", "collective-permute")
+BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4,
+    "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+_COLLECTIVE = re.compile(rf"= (?P<type>.+?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _ARRAY = re.compile(r"(?P<type>[a-z]\w*)\[(?P<shape>[\d,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) [^\n]*\{\n(?P<body>.*?)^\}", re.MULTILINE | re.DOTALL)
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computations?)=\{?(?P<names>%[\w.-]+(?:, %[\w.-]+)*)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+def has_plugin() -> bool:
+    """Whether the compiler for described GPUs is installed; it needs no GPU."""
+    has_any = importlib.util.find_spec("jax_plugins") is not None
+    return has_any and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
 
 
 def described_devices(machine: str, *, num_hosts: int, gpus_per_host: int) -> list[jax.Device]:
     """Devices of a machine known by its description: a mesh of them compiles (`lower(...).compile()`) and never runs.
+
+    Where CUDA's libraries are missing, JAX must have been told to use the platform "cpu".
 
     Args:
         machine: one of MACHINES.
@@ -35,10 +55,10 @@ def described_devices(machine: str, *, num_hosts: int, gpus_per_host: int) -> li
     check_choice("machine", machine, MACHINES)
     check_positive("num_hosts", num_hosts)
     check_positive("gpus_per_host", gpus_per_host)
-    description = importlib.resources.files("jaxscale.parallel") / "data" / MACHINES[machine]
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        raise InputError("machine", machine, "the package jax-cuda13-plugin, of the same version as jax, to compile")
-    target = description.read_text()
+    if not has_plugin():
+        expected = "the package jax-cuda13-plugin, of the same version as jax: pip install 'jaxscale[compile]'"
+        raise InputError("machine", machine, expected)
+    target = _description(machine)
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name=machine,
@@ -46,6 +66,113 @@ def described_devices(machine: str, *, num_hosts: int, gpus_per_host: int) -> li
         topology=f"{num_hosts}x{gpus_per_host}x1",
     )
     return list(topology.devices)
+
+
+def device_memory_bytes(machine: str) -> int:
+    """Memory of one GPU as its driver reports it, before JAX takes its share."""
+    return int(re.search(r"^ *device_memory_size: (\d+)$", _description(machine), re.MULTILINE)[1])
+
+
+def _description(machine: str) -> str:
+    return (importlib.resources.files("jaxscale.parallel") / "data" / MACHINES[machine]).read_text()
+
+
+@contextlib.contextmanager
+def as_on_gpus(devices: list[jax.Device]) -> Iterator[None]:
+    """Within it, what is traced is what a process on such GPUs would trace, though this one has none.
+
+    Backends are chosen by the platform that JAX has started, and JAX asks cuDNN for its version and the first local GPU
+    for its capability before it emits a call of cuDNN's attention. Those four questions are answered here from the
+    description; the calls themselves are compiled as they are on the machine.
+    """
+    capability = _numbers(devices[0].compute_capability)
+    answers = [
+        (jax, "default_backend", lambda: devices[0].platform),
+        (cudnn_attention, "check_cudnn_version", lambda: CUDNN_VERSION),
+        (cudnn_attention, "check_compute_capability", lambda least: capability >= _numbers(least)),
+        (cudnn_attention, "is_cuda_compute_capability_equal", lambda asked: capability == _numbers(asked)),
+    ]
+    with contextlib.ExitStack() as restore:
+        for module, name, answer in answers:
+            restore.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, answer)
+        yield
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that a compiled function needs on each device.
+
+    Args:
+        arguments: what it is given.
+        outputs: what it returns and does not write over its arguments.
+        temporaries: everything in between, as the compiler has laid it out in one block.
+        code: of the program.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+
+    @property
+    def peak(self) -> int:
+        """All of them: none is freed before the function returns."""
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Memory:
+    """The compiler's own figures."""
+    figures = compiled.memory_analysis()
+    return Memory(
+        figures.argument_size_in_bytes,
+        figures.output_size_in_bytes - figures.alias_size_in_bytes,
+        figures.temp_size_in_bytes,
+        figures.generated_code_size_in_bytes,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a compiled module.
+
+    Args:
+        kind: one of KINDS.
+        num_bytes: what it delivers on one device, each time.
+        times: how often it runs: the product of the trip counts of the loops around it. A branch counts as taken.
+        is_exact: False where a loop around it does not say how often it runs, and was counted once.
+    """
+
+    kind: str
+    num_bytes: int
+    times: int
+    is_exact: bool
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives of a compiled module.
+
+    Args:
+        hlo: text of the compiled module.
+    """
+    computations = {match["name"]: match["body"] for match in _COMPUTATION.finditer(hlo)}
+    times, is_exact = collections.Counter(list(computations)[-1:]), collections.defaultdict(lambda: True)
+    found = []
+    for name, body in reversed(computations.items()):  # callers are printed after what they call
+        for line in body.splitlines():
+            trips = _TRIPS.search(line)
+            is_known = is_exact[name] and (trips is not None or " while(" not in line)
+            for called in _CALLED.finditer(line):
+                for each in called["names"].replace("%", "").split(", "):
+                    times[each] += times[name] * (int(trips[1]) if trips else 1)
+                    is_exact[each] &= is_known
+            if match := _COLLECTIVE.search(line):
+                found.append(Collective(match["kind"], _delivered_bytes(match), times[name], is_exact[name]))
+    return found[::-1]
 
 
 def collective_bytes(hlo: str) -> dict[str, list[int]]:
@@ -56,10 +183,19 @@ def collective_bytes(hlo: str) -> dict[str, list[int]]:
     """
     found: dict[str, list[int]] = {kind: [] for kind in KINDS}
     for match in _COLLECTIVE.finditer(hlo):
-        # An asynchronous start has the type ((operands), results).
-        result = match["type"].split("), ", 1)[-1] if match["type"].startswith("((") else match["type"]
-        found[match["kind"]].append(sum(map(_num_bytes, _ARRAY.finditer(result))))
+        found[match["kind"]].append(_delivered_bytes(match))
     return found
+
+
+def _delivered_bytes(collective: re.Match) -> int:
+    """Of the results alone: the type of an asynchronous start also has the operands."""
+    result = collective["type"]
+    if result.startswith("(("):
+        return sum(map(_num_bytes, _ARRAY.finditer(result.split("), ", 1)[-1])))
+    arrays = list(_ARRAY.finditer(result))
+    if collective["start"] and collective["kind"] in ("all-gather", "collective-permute") and len(arrays) > 1:
+        arrays = arrays[1:2]  # (operand, result, perhaps a context of integers)
+    return sum(map(_num_bytes, arrays))
 
 
 def _num_bytes(array: re.Match) -> int:

@@ -71,9 +71,9 @@ def ragged_experts(x: Array, index: Array, gates: Array, weights: Params, activa
     side by side from all devices and need no sorting there.
 
     Args and Returns as `ops.moe.experts`.
-    Cost: 2 n A D elements exchanged, forward. As shapes are static and no token is dropped, the receiving buffer is that
-        of the worst case, expert n min(A, E / expert) rows as in `experts`; it is there once, the rows at the sender
-        are n A.
+    Cost: 2 n A D elements exchanged, forward. As shapes are static and no token is dropped, the receiving buffer is
+        that of the worst case, expert n min(A, E / expert) rows as in `experts`, but it is there once; the rows at the
+        sender are n A.
     """
     num_shards, num_local = lax.axis_size(EXPERT), weights["up"].shape[0]
     order, rows, counts = _sort(x, index, num_local * num_shards)

@@ -152,9 +152,9 @@ def test_the_mesh_chooses():
 
 def test_a_ragged_exchange_is_refused_where_there_is_none():
     ragged = MeshConfig(expert=2, expert_exchange="ragged")
-    with pytest.raises(InputError, match="MeshConfig.expert_exchange: given 'ragged', expected \"dense\" on a CPU"):
+    with pytest.raises(InputError, match=r"expert_exchange: given .ragged., expected .dense. on a CPU"):
         check_exchange(ragged, jax.devices())
-    with pytest.raises(InputError, match='"dense" with MeshConfig.expert_axis = "tensor"'):
+    with pytest.raises(InputError, match=r"with MeshConfig.expert_axis = .tensor"):
         check_exchange(MeshConfig(tensor=2, expert_axis="tensor", expert_exchange="ragged"), jax.devices())
     check_exchange(MeshConfig(expert=2), jax.devices())
 

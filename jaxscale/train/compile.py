@@ -1,0 +1,161 @@
+"""`compile`: the train step built for machines that are not here; what it needs of them, and whether it fits."""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from jaxscale.data.loader import DataConfig
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.transformer import StackConfig
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.ahead_of_time import (
+    KINDS,
+    Collective,
+    Memory,
+    as_on_gpus,
+    collectives,
+    described_devices,
+    device_memory_bytes,
+    memory_of,
+)
+from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig
+from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
+from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.plan import Plan, TrainConfig, deterministic_stack, make_plan
+from jaxscale.train.step import make_step
+from jaxscale.types import Batch, InputError, RunError
+
+SHARE_VARIABLE, DEFAULT_SHARE, LARGEST_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75, 0.95
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """So many hosts of a described machine, with so many GPUs each."""
+
+    machine: str
+    num_hosts: int
+    gpus_per_host: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Topology":
+        """From text such as "h200:16x8"; raises InputError for another form."""
+        match = re.fullmatch(r"(\w+):(\d+)x(\d+)", text)
+        if match is None:
+            raise InputError("topology", text, 'MACHINE:HOSTSxGPUS_PER_HOST, such as "h200:16x8"')
+        return cls(match[1], int(match[2]), int(match[3]))
+
+    def devices(self) -> list[jax.Device]:
+        """Its devices, to compile for."""
+        return described_devices(self.machine, num_hosts=self.num_hosts, gpus_per_host=self.gpus_per_host)
+
+
+def compile_step(
+    *, topology: str, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig,
+    train: TrainConfig, policy: Policy = Policy(), stack: StackConfig = StackConfig(),
+    runtime: RuntimeConfig = RuntimeConfig(), **_: Any,
+) -> None:  # fmt: skip
+    """Compiles the step that `pretrain` would run and prints bytes per device, collectives and compile time.
+
+    Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know without a GPU is left out:
+    cuDNN's and cuBLAS's workspaces, NCCL's buffers, and the matmul kernels that tuning would choose.
+
+    Args:
+        topology: such as "h200:16x8", 16 hosts of 8.
+        model, mesh, data, optimizer, train, policy, stack, runtime: as `train.pretrain.pretrain`.
+    Raises:
+        InputError: the parts do not fit one another or the topology, or the compiler is not installed.
+        RunError: the step does not fit into the devices' memory.
+    """
+    wanted = Topology.parse(topology)
+    stack = _apply(runtime, stack, data)
+    devices = wanted.devices()
+    plan = make_plan(
+        model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack, devices=devices
+    )
+    batch = abstract_batch(data, plan.mesh)
+    began = time.perf_counter()
+    with as_on_gpus(devices):
+        lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(plan.state, batch)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - traced
+    memory = memory_of(compiled)
+    print(f"{topology}: {len(devices)} x {devices[0].device_kind}")
+    print(f"traced in {traced - began:.1f} s, compiled in {seconds:.1f} s\n")
+    print(_memory_text(memory, plan, batch, device_memory_bytes(wanted.machine)))
+    print(_collectives_text(collectives(compiled.as_text())))
+    _check_fits(memory.peak, device_memory_bytes(wanted.machine))
+
+
+def abstract_batch(data: DataConfig, mesh: Mesh) -> Batch:
+    """The global batch that a run's loader gives, as shapes with shardings."""
+    types = dict(tokens="int32", labels="int32", weights="float32", positions="int32")
+    if data.is_packed:
+        types["segments"] = "int32"
+    shape, sharding = (data.batch_size, data.sequence_length), NamedSharding(mesh, BATCH_SPEC)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
+
+
+def _apply(runtime: RuntimeConfig, stack: StackConfig, data: DataConfig) -> StackConfig:
+    """The run's flags, in this process alone and without its devices; the stack as the run would have it."""
+    flags = runtime.xla_flags + (DETERMINISTIC,) * runtime.is_deterministic
+    here = RuntimeConfig(platform="cpu", xla_flags=flags)
+    apply_runtime(here, ".")
+    return deterministic_stack(stack, data.sequence_length) if runtime.is_deterministic else stack
+
+
+def _memory_text(memory: Memory, plan: Plan, batch: Batch, available: int) -> str:
+    rows = {
+        "parameters": _bytes_per_device(plan.state.params),
+        "optimizer state": _bytes_per_device(plan.state.opt_state),
+        "batch": _bytes_per_device(batch),
+        "arguments, all": memory.arguments,
+        "outputs, new": memory.outputs,
+        "temporaries": memory.temporaries,
+        "program": memory.code,
+        "peak": memory.peak,
+        "device memory": available,
+    }
+    return "bytes per device\n" + "".join(f"  {name:<18} {_gib(size)} {size:>17,}\n" for name, size in rows.items())
+
+
+def _bytes_per_device(abstract: Any) -> int:
+    leaves = jax.tree.leaves(abstract)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _collectives_text(found: list[Collective]) -> str:
+    lines = [
+        "collectives of one step, on each device (loops multiplied out, every branch counted as taken)",
+        f"  {'kind':<18} {'in the program':>14} {'run':>8} {'GiB delivered':>13} {'largest, bytes':>17}",
+    ]
+    for kind in KINDS:
+        ours = [each for each in found if each.kind == kind]
+        total, largest = sum(c.num_bytes * c.times for c in ours), max((c.num_bytes for c in ours), default=0)
+        note = "" if all(c.is_exact for c in ours) else "  some in a loop of unknown length, counted once"
+        runs = sum(c.times for c in ours)
+        lines.append(f"  {kind:<18} {len(ours):>14} {runs:>8,} {total / 2**30:>13.3f} {largest:>17,}{note}")
+    return "\n".join(lines)
+
+
+def _check_fits(peak: int, available: int) -> None:
+    """Prints that the step fits, or raises RunError."""
+    share = float(os.environ.get(SHARE_VARIABLE, DEFAULT_SHARE))
+    limit = f"JAX takes {share:g} of {_gib(available)} = {_gib(available * share)}"
+    if peak <= available * share:
+        print(f"\nfits: {_gib(peak)} needed; {limit}")
+        return
+    if peak <= available * LARGEST_SHARE:
+        limit += f"; {SHARE_VARIABLE}={math.ceil(peak / available * 100) / 100:.2f} would do"
+    raise RunError(f"does not fit: {_gib(peak)} needed; {limit}")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
