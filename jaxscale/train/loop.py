@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from jaxscale.train.metrics import Reporter, Speed
 from jaxscale.train.profiler import Profiler
@@ -103,7 +105,7 @@ class Loop:
         """Trains from `state` (donated) to the last step or a signal; the end is always a committed checkpoint.
 
         Raises:
-            NonFiniteError: the state before the bad step has been saved, if the step has not replaced it.
+            NonFiniteError: the state before the bad step has been saved, unless it was an update that broke it.
         """
         pending = None
         first = int(state.step) + 1
@@ -123,7 +125,7 @@ class Loop:
         self._report(pending, state)
         self.watchdog.watch("the last checkpoint", is_slow=True)
         self.profiler.close()
-        self.checkpoints.save(int(state.step), state, self.loader.state(), force=True)
+        self._save(int(state.step), state, self.loader.state(), force=True)
         self.checkpoints.wait()
         is_complete = int(state.step) == self.steps
         return Outcome(int(state.step), None if is_complete else self.preemption.received)
@@ -148,23 +150,24 @@ class Loop:
             reporter.report(pending.step, figures)
 
     def _stop_non_finite(self, pending: _Pending, state: TrainState) -> None:
-        """`state` is what it was before the bad step, and is saved before it is looked at.
-
-        Unless the step counts as done: then its update broke the parameters, and they must not be saved.
-        """
-        if int(state.step) == pending.step:
-            outcome = "the update was not finite; the last good state is that of the newest checkpoint"
-        else:
-            self.watchdog.watch(f"the checkpoint before step {pending.step}", is_slow=True)
-            good = dataclasses.replace(state, is_finite=jax.numpy.ones_like(state.is_finite))
-            self.checkpoints.save(pending.step - 1, good, pending.data_state, force=True)
-            self.checkpoints.wait()
-            outcome = f"the state after step {pending.step - 1} is saved"
+        """`state` is what it was before the bad step, and is saved before it is looked at."""
+        self.watchdog.watch(f"the checkpoint before step {pending.step}", is_slow=True)
+        good = dataclasses.replace(state, is_finite=jnp.ones_like(state.is_finite))
+        self._save(pending.step - 1, good, pending.data_state, force=True)
+        self.checkpoints.wait()
         self.watchdog.watch(f"the diagnosis of step {pending.step}", is_slow=True)
         raise NonFiniteError(
             f"step {pending.step}: loss {pending.metrics['loss']}, gradient norm {pending.metrics['gradient_norm']}; "
-            f"first non-finite: {self._name_tensor(state, pending.batch)}; {outcome}"
+            f"first non-finite: {self._name_tensor(state, pending.batch)}; the state after step {pending.step - 1} is saved"
         )
+
+    def _save(self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False) -> None:
+        """Saves unless an update has broken the parameters, which no step has used yet."""
+        if not _are_finite(state.params):
+            raise NonFiniteError(
+                f"step {step}: the update was not finite; the last good state is that of the newest checkpoint"
+            )
+        self.checkpoints.save(step, state, data_state, force=force)
 
     def _name_tensor(self, state: TrainState, batch: Batch) -> str:
         try:
@@ -179,7 +182,7 @@ class Loop:
                 self._evaluate(state, step)
         finally:
             self.watchdog.watch(f"the checkpoint of step {step}", is_slow=True)
-            self.checkpoints.save(step, state, self.loader.state())
+            self._save(step, state, self.loader.state())
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         self.watchdog.watch(f"the evaluation after step {step}", is_slow=True)
@@ -187,6 +190,11 @@ class Loop:
         for reporter in self.reporters if figures else ():
             reporter.report(step, figures)
         self.speed.figures()  # restarts the clock: evaluation is not training time
+
+
+@jax.jit
+def _are_finite(params: Any) -> jax.Array:
+    return jnp.isfinite(optax.tree.norm(params))
 
 
 def _host_value(value: Any) -> Any:
