@@ -67,7 +67,7 @@ def to_zigzag(batch: Batch, ring: int) -> Batch:
 
 
 def ring_attention(
-    *, ring: int, num_ulysses: int = 1, implementation: str | None = None, uses_permute: bool
+    *, ring: int, num_ulysses: int = 1, uses_permute: bool, implementation: str | None = None
 ) -> Callable:
     """Attention of each member's queries over the keys of all, for a batch that `to_zigzag` laid out.
 
@@ -255,5 +255,6 @@ def _cut(tree: Any, part: slice) -> Any:
 
 
 def _put(whole: Array, cut: Array, part: slice) -> Array:
-    """`whole` with `cut` as the part of its tokens; an update of a slice, where indexing would scatter."""
+    """`whole` with `cut` as the part of its tokens."""
+    # Not whole.at[:, part].set(cut): that scatters, and XLA's CPU compiler dies of a scatter in these branches.
     return lax.dynamic_update_slice_in_dim(whole, cut, part.start, axis=1)
