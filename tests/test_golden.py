@@ -46,7 +46,7 @@ def make_batch(number):
 
 
 def train(optimizer, *, is_scanned):
-    """Loss and gradient norm of each step, and the parameters' norm after it."""
+    """Loss and gradient norm of each step, and the parameters' norm before it."""
     plan = make_plan(
         model=MODEL, mesh=MeshConfig(), optimizer=OPTIMIZERS[optimizer],
         data=DataConfig(sources=(TextSource(("unread",)),), sequence_length=16, batch_size=4),

@@ -27,7 +27,7 @@ def make_step(
         region: mesh, micro-batches and trainable pattern.
         abstract: the state as shapes with shardings.
     Returns:
-        The step. Metrics are means over valid tokens (`loss`, `nll`), norms (of the parameters: after the step), the
+        The step. Metrics are means over valid tokens (`loss`, `nll`), norms (of the parameters: before the step), the
         number of valid tokens and what else the loss reports as sums.
     """
     gradient = region.gradient(loss_fn)
