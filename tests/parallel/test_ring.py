@@ -1,14 +1,19 @@
 """Ring attention over shares of the sequence equals attention on one device, value and gradient, in float64."""
 
+import functools
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.ops import attention
 from jaxscale.ops.attention import AttentionContext
+from jaxscale.parallel.ahead_of_time import collective_bytes, described_devices
 from jaxscale.parallel.mesh import PIPELINE, SEQUENCE, MeshConfig, make_mesh
 from jaxscale.parallel.ring import ring_attention, to_zigzag, zigzag_order
 from jaxscale.parallel.ulysses import ulysses
@@ -16,6 +21,9 @@ from jaxscale.types import InputError
 
 B, T, N, K, H = 2, 32, 4, 2, 4
 SHARE = P(None, SEQUENCE)
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="jax-cuda13-plugin is not installed"
+)
 MASKS = {
     "plain": dict(),
     "documents": dict(documents=True),
@@ -146,3 +154,55 @@ def test_a_backend_that_cannot_is_refused():
     context = AttentionContext(jnp.zeros((1, 4), int), window=2)
     with pytest.raises(InputError, match="windows"):
         ring_attention(ring=2, implementation="cudnn", uses_permute=True)(q, q, q, context, None)
+
+
+@pytest.fixture
+def _described_cudnn(monkeypatch):
+    """cuDNN compiles for a described GPU once JAX no longer asks this machine for its version and devices."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(cudnn, "check_is_flash_attention", lambda *_, **__: None)
+
+
+def compiled(ring, uses_permute, f):
+    """HLO for H200s of f(attend, q, k, v, do, positions); a block of k is 64 x 2 x 64 bfloat16."""
+    mesh = make_mesh(MeshConfig(sequence=ring, ring=ring), described_devices("h200", num_hosts=1, gpus_per_host=ring))
+    attend = ring_attention(ring=ring, uses_permute=uses_permute, implementation="cudnn")
+    sharding = NamedSharding(mesh, SHARE)
+    arguments = [jax.ShapeDtypeStruct((1, ring * 64, n, 64), "bfloat16", sharding=sharding) for n in (4, 2, 2, 4)]
+    arguments.append(jax.ShapeDtypeStruct((1, ring * 64), "int32", sharding=sharding))
+    local = functools.partial(f, lambda q, k, v, positions: attend(q, k, v, AttentionContext(positions), None)[0])
+    shared = jax.shard_map(local, mesh=mesh, in_specs=SHARE, out_specs=SHARE, check_vma=False)
+    return jax.jit(shared).lower(*arguments).compile().as_text()
+
+
+def forward(attend, q, k, v, do, positions):
+    return attend(q, k, v, positions)
+
+
+def both_ways(attend, q, k, v, do, positions):
+    return jax.vjp(lambda *qkv: attend(*qkv, positions), q, k, v)[1](do)
+
+
+@needs_plugin
+@pytest.mark.usefixtures("_described_cudnn")
+def test_what_is_sent_round_is_keys_values_and_their_gradients():
+    ring, block = 4, 64 * 2 * 64 * 2
+    hlo = compiled(ring, True, both_ways)
+    found = collective_bytes(hlo)
+    there, back = (ring - 1) * 2 * block, (ring - 1) * 2 * 2 * block  # k and v; their gradients in float32
+    assert sum(collective_bytes(compiled(ring, True, forward))["collective-permute"]) == there
+    assert there + back <= sum(found.pop("collective-permute")) <= 2 * there + back  # equal passes may be merged
+    assert not any(found.values())
+    assert hlo.count('"__cudnn$fmhaSoftmaxBackward"') == 1 + 2 * (ring - 1)
+
+
+@needs_plugin
+@pytest.mark.usefixtures("_described_cudnn")
+def test_what_is_gathered_is_keys_and_values_and_scattered_their_gradients():
+    ring, block = 4, 64 * 2 * 64 * 2
+    found = collective_bytes(compiled(ring, False, both_ways))
+    assert sum(found.pop("all-gather")) in (ring * 2 * block, 2 * ring * 2 * block)
+    assert sum(found.pop("reduce-scatter")) == 2 * 2 * block
+    assert not any(found.values())
