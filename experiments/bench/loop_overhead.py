@@ -39,7 +39,8 @@ defaults = {name: each.default for name, each in inspect.signature(pretrain).par
 run = defaults | config.load(pretrain, [options.file], options.set).arguments
 apply_runtime(run["runtime"], ".")
 plan = make_plan(**{name: run[name] for name in ("model", "mesh", "data", "optimizer", "train", "policy", "stack")})
-held = {"state": init_state(run["model"], plan.optimizer, plan.state, seed=0, trainable=run["train"].trainable)}
+settings = dict(specs=plan.region.specs, seed=0, trainable=run["train"].trainable)
+held = {"state": init_state(run["model"], plan.optimizer, plan.state, **settings)}
 step_fn, loader = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state), make_loader(run["data"])
 put = functools.partial(place, plan.mesh)
 saver = SimpleNamespace(save=lambda step, state, data, force=False: held.update(state=state), wait=lambda: None)

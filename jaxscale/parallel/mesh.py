@@ -107,13 +107,15 @@ def check_batch(config: MeshConfig, *, batch_size: int, length: int, num_microba
             f"batch_size % (data * expert * num_microbatches) == 0, here {batch_size} % ({config.data} * "
             f"{config.expert} * {num_microbatches}) = {batch_size % shards}",
         )
-    if length % (config.sequence * config.tensor):
-        raise InputError(
-            "DataConfig.sequence_length",
-            length,
-            f"sequence_length % (sequence * tensor) == 0, here {length} % ({config.sequence} * {config.tensor}) = "
-            f"{length % (config.sequence * config.tensor)}",
-        )
+    for equation, parts in (
+        (f"(sequence * tensor) == 0, here {length} % ({config.sequence} * {config.tensor})",
+         config.sequence * config.tensor),
+        (f"(2 * ring) == 0, here {length} % (2 * {config.ring})", 2 * config.ring if config.ring > 1 else 1),
+    ):  # fmt: skip
+        if rest := length % parts:
+            nearest = " or ".join(str(n) for n in (length - rest, length - rest + parts) if n)
+            expected = f"sequence_length % {equation} = {rest}; nearest: {nearest}"
+            raise InputError("DataConfig.sequence_length", length, expected)
 
 
 def nearest_divisors(size: int, given: int) -> str:

@@ -15,6 +15,7 @@ from jaxscale.ops.operations import Operations
 from jaxscale.parallel import expert, tensor
 from jaxscale.parallel.mesh import AXES, BATCH_SPEC, MeshConfig
 from jaxscale.parallel.pipeline import Pipeline, StagedLoss
+from jaxscale.parallel.ring import to_zigzag
 from jaxscale.parallel.rules import Specs
 from jaxscale.parallel.schedule import Schedule
 from jaxscale.parallel.ulysses import ulysses
@@ -50,6 +51,7 @@ class Region:
         operations: as `make_operations` returns them.
         num_microbatches: M; global row r belongs to micro-batch r % M, on any mesh.
         schedule: of the pipeline; None without one.
+        ring: members of a ring, for which tokens are laid out; 1 without one.
         reduction: type in which gradients are accumulated and summed.
         trainable: regular expression over parameter paths; the others get no gradient.
     """
@@ -59,6 +61,7 @@ class Region:
     operations: Operations
     num_microbatches: int = 1
     schedule: Schedule | None = None
+    ring: int = 1
     reduction: str = "float32"
     trainable: str = ".*"
 
@@ -96,7 +99,7 @@ class Region:
 
     def _enter(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
         """Once a step: what stages share is gathered, and the tokens are laid out for the ring."""
-        return hold(params, self.specs), batch
+        return hold(params, self.specs), to_zigzag(batch, self.ring) if self.ring > 1 else batch
 
     def _pipeline(self, loss_fn: StagedLoss, params: Any, microbatches: Batch) -> Pipeline:
         params = {**params, "layers": loss_fn.prepare(params["layers"])}

@@ -158,7 +158,8 @@ class Loop:
         self.watchdog.watch(f"the diagnosis of step {pending.step}", is_slow=True)
         raise NonFiniteError(
             f"step {pending.step}: loss {pending.metrics['loss']}, gradient norm {pending.metrics['gradient_norm']}; "
-            f"first non-finite: {self._name_tensor(state, pending.batch)}; the state after step {pending.step - 1} is saved"
+            f"first non-finite: {self._name_tensor(state, pending.batch)}; "
+            f"the state after step {pending.step - 1} is saved"
         )
 
     def _save(self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False) -> None:

@@ -18,6 +18,7 @@ from jaxscale.ops.attention import QUERY_CHUNK, AttentionContext, attention, che
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.region import LossFn, Region, make_operations
+from jaxscale.parallel.ring import ring_attention
 from jaxscale.parallel.rules import make_specs
 from jaxscale.parallel.schedule import Schedule, make_schedule
 from jaxscale.parallel.stages import StageLayout, canonical_shapes, from_canonical, to_canonical
@@ -112,13 +113,13 @@ def check_fit(
     _make_schedule(mesh, train, stack)
     StageLayout(model.num_periods, mesh.pipeline, mesh.num_chunks, mesh.stage_periods)
     check_batch(mesh, batch_size=data.batch_size, length=data.sequence_length, num_microbatches=train.num_microbatches)
-    parts = stack.num_loss_chunks * mesh.tensor
+    parts = stack.num_loss_chunks * mesh.sequence * mesh.tensor
     if data.sequence_length % parts:
         raise InputError(
             "StackConfig.num_loss_chunks",
             stack.num_loss_chunks,
-            f"sequence_length % (num_loss_chunks * tensor) == 0, here {data.sequence_length} % "
-            f"({stack.num_loss_chunks} * {mesh.tensor}) = {data.sequence_length % parts}",
+            f"sequence_length % (num_loss_chunks * sequence * tensor) == 0, here {data.sequence_length} % "
+            f"({stack.num_loss_chunks} * {mesh.sequence} * {mesh.tensor}) = {data.sequence_length % parts}",
         )
 
 
@@ -161,15 +162,23 @@ def make_region(
     Raises:
         InputError: mesh, devices and model do not fit.
     """
-    if mesh.ring != 1:
-        raise InputError("MeshConfig.ring", mesh.ring, "1: rings are not available yet")
     device_mesh = make_mesh(mesh, devices)
     specs = make_specs(parameter_table(model), mesh)
-    run_attention = functools.partial(attention, implementation=stack.attention)
-    operations = make_operations(mesh, specs, attention=run_attention, reduction=policy.reduction)
+    operations = make_operations(mesh, specs, attention=_make_attention(mesh, stack), reduction=policy.reduction)
     return Region(
         device_mesh, specs, operations, num_microbatches=train.num_microbatches,
-        schedule=_make_schedule(mesh, train, stack), reduction=policy.reduction, trainable=train.trainable,
+        schedule=_make_schedule(mesh, train, stack), ring=mesh.ring, reduction=policy.reduction,
+        trainable=train.trainable,
+    )  # fmt: skip
+
+
+def _make_attention(mesh: MeshConfig, stack: StackConfig) -> Callable:
+    """Attention of the tokens of one ring member, or of all where there is no ring."""
+    if mesh.ring == 1:
+        return functools.partial(attention, implementation=stack.attention)
+    return ring_attention(
+        ring=mesh.ring, num_ulysses=mesh.sequence // mesh.ring, uses_permute=mesh.pipeline == 1,
+        implementation="reference" if stack.attention == "chunked" else stack.attention,  # which goes by chunks too
     )  # fmt: skip
 
 

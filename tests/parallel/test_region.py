@@ -1,6 +1,5 @@
 """Loss and every gradient on a mesh equal the single device's, through remat, the stack, MoE and a Pallas call."""
 
-import dataclasses
 import functools
 import math
 
@@ -18,7 +17,9 @@ from jaxscale.ops.attention import attention
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_operations
+from jaxscale.parallel.ring import ring_attention
 from jaxscale.parallel.rules import make_specs
+from jaxscale.parallel.schedule import make_schedule
 from jaxscale.train.losses import NextTokenLoss
 
 DENSE = ModelConfig(
@@ -71,8 +72,8 @@ def make_batch(rows=8, length=16, seed=0):
     )  # fmt: skip
 
 
-def make_loss(model, **stack):
-    policy = Policy("float64", "float64", "float64", "float64")
+def make_loss(model, dtype="float64", **stack):
+    policy = Policy(dtype, dtype, dtype, dtype)
     return NextTokenLoss(model, policy, StackConfig(num_loss_chunks=2, **stack), z_loss=1e-3)
 
 
@@ -98,14 +99,29 @@ def single_device(model, num_microbatches=1):
         return jax.tree.map(lambda *leaves: sum(leaves), *parts)
 
 
-def on_mesh(model, *, num_microbatches=1, trainable=".*", remat="full", is_scanned=True, **sizes):
+def on_mesh(model, *, num_microbatches=1, trainable=".*", remat="full", is_scanned=True, dtype="float64", **sizes):
+    """Sums and gradients on a mesh, the gradients of layer stacks in canonical order."""
     config = MeshConfig(**sizes)
     mesh = make_mesh(config, jax.devices()[: math.prod(config.sizes)])
     specs = make_specs(parameter_table(model), config)
-    operations = make_operations(config, specs, attention=pallas_attention, reduction="float64")
-    region = Region(mesh, specs, operations, num_microbatches, reduction="float64", trainable=trainable)
-    loss = make_loss(model, remat=remat, is_scanned=is_scanned)
-    return jax.jit(region.gradient(loss))(make_params(model), make_batch(), jax.random.key(1))
+    attend = pallas_attention
+    if config.ring > 1:
+        attend = ring_attention(
+            ring=config.ring, num_ulysses=config.sequence // config.ring, uses_permute=config.pipeline == 1
+        )
+    operations = make_operations(config, specs, attention=attend, reduction=dtype)
+    schedule = None
+    if config.pipeline > 1:
+        schedule = make_schedule(config.schedule, config.pipeline, config.num_chunks, num_microbatches)
+    region = Region(
+        mesh, specs, operations, num_microbatches=num_microbatches, schedule=schedule, ring=config.ring,
+        reduction=dtype, trainable=trainable,
+    )  # fmt: skip
+    loss = make_loss(model, dtype, remat=remat, is_scanned=is_scanned)
+    params = specs.layout.store(jax.tree.map(lambda p: p.astype(dtype), make_params(model)), specs.dims)
+    sums, gradients = jax.jit(region.gradient(loss))(params, make_batch(), jax.random.key(1))
+    dims = jax.tree.map(lambda d, g: d if g is not None else None, specs.dims, gradients, is_leaf=lambda x: x is None)
+    return sums, specs.layout.restore(gradients, dims)
 
 
 def assert_equal_to_single_device(result, wanted):
@@ -155,23 +171,3 @@ def test_frozen_parameters_have_no_gradient():
         np.testing.assert_allclose(attention.pop(name), wanted["layers"]["0"]["attention"][name], rtol=1e-9, atol=1e-14)
     assert jax.tree.leaves((gradients, attention)) == []
     assert set(gradients) == set(wanted)
-
-
-SINGLES = [dict(data=2), dict(expert=2), dict(tensor=2), dict(data=8), dict(expert=4), dict(tensor=4)]
-PAIRS = [dict(data=2, expert=2), dict(data=2, tensor=2), dict(expert=2, tensor=2), dict(data=4, tensor=2)]
-
-TRIPLE = dict(data=2, expert=2, tensor=2)
-MESHES = [
-    sizes | {"zero": zero}
-    for sizes in [*SINGLES, *PAIRS, TRIPLE]
-    for zero in ([0, 1, 2, 3] if "data" in sizes else [0])  # without data ZeRO has nothing to shard over
-]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
-def test_every_mesh_equals_one_device(model, sizes):
-    if sizes.get("tensor") == 4:
-        model = dataclasses.replace(model, num_kv_heads=4)
-    assert_equal_to_single_device(on_mesh(model, **sizes), single_device(model))

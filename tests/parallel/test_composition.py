@@ -1,0 +1,86 @@
+"""Every axis, every pair and triples of them: loss and every gradient equal one device's, in float64.
+
+With JAXSCALE_MATRIX=FILE each case also runs in float32 and its errors are appended to FILE, of which
+`experiments/composition_table.py` makes the table of the README.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale import tree
+from jaxscale.parallel.mesh import AXES
+from tests.parallel.test_region import DENSE, MOE, on_mesh, single_device
+
+MODELS = {
+    "dense": dataclasses.replace(DENSE, num_layers=3, num_kv_heads=4, is_tied=True),
+    "moe": dataclasses.replace(MOE, num_layers=4, num_kv_heads=4),
+}
+NUM_MICROBATCHES = 2
+LIMIT = 1e-9  # norm of the difference over the norm; of a gradient that is zero, the norm of the difference
+
+SINGLES = [{axis: 2} for axis in AXES] + [{axis: 4} for axis in AXES[:-1]]
+PAIRS = [{one: 2, other: 2} for one, other in itertools.combinations(AXES, 2)]
+TRIPLES = [dict.fromkeys(three, 2) for three in itertools.combinations(AXES, 3)]
+VARIANTS = [
+    dict(pipeline=2, schedule="gpipe"),
+    dict(pipeline=2, schedule="interleaved", num_chunks=2),
+    dict(pipeline=2, schedule="zero_bubble", is_scanned=False),
+    dict(pipeline=2, tensor=2, schedule="zero_bubble", is_scanned=False, remat="none"),
+    dict(sequence=2, data=2, zero_axes=("data",)),
+    dict(sequence=2, ring=2, tensor=2),
+    dict(sequence=4, ring=2, data=2),
+    dict(pipeline=2, sequence=2, ring=2),
+    dict(data=4, tensor=2, zero=2),
+    dict(data=2, expert=2, tensor=2, is_scanned=False, remat="none"),
+]
+DEFAULT = [{axis: 2} for axis in AXES]
+DEFAULT += [dict(pipeline=2, data=2), dict(pipeline=2, sequence=2), dict(data=2, expert=2), dict(sequence=2, tensor=2)]
+
+
+def errors(result, wanted):
+    """Relative errors of the loss and of each parameter's gradient."""
+    ((loss, _, metrics), gradients), (wanted_loss, wanted_gradients) = result, wanted
+    if "load" in metrics:
+        assert (np.asarray(metrics["load"]).sum(1) == metrics["load"][0].sum()).all() and metrics["load"][0].sum() > 0
+    found = {"loss": abs(float(loss) / float(wanted_loss) - 1)}
+    for (path, got), want in zip(tree.flatten(gradients).items(), jax.tree.leaves(wanted_gradients), strict=True):
+        found[path] = np.linalg.norm(got - want) / (np.linalg.norm(want) or 1)
+    return found
+
+
+def check(name, sizes):
+    """Runs one case with remat, accumulation and ZeRO-3 unless `sizes` says otherwise."""
+    model = MODELS[name]
+    if sizes.get("pipeline", 1) * sizes.get("num_chunks", 1) > 2:
+        model = dataclasses.replace(model, num_layers=4 * model.period)
+    settings = {"zero": 3, "num_microbatches": NUM_MICROBATCHES} | sizes
+    with jax.enable_x64(True):
+        wanted = single_device(model, NUM_MICROBATCHES if name == "moe" else 1)
+        found = errors(on_mesh(model, **settings), wanted)
+    assert max(found.values()) <= LIMIT, {path: error for path, error in found.items() if error > LIMIT}
+    if file := os.environ.get("JAXSCALE_MATRIX"):
+        with jax.enable_x64(True):
+            rounded = errors(on_mesh(model, dtype="float32", **settings), wanted)
+        line = dict(model=name, sizes=sizes, float64=max(found.values()), float32=max(rounded.values()))
+        with Path(file).open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+
+@pytest.mark.parametrize("sizes", DEFAULT, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_axes_and_some_pairs(name, sizes):
+    check(name, sizes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [s for s in SINGLES + PAIRS + TRIPLES + VARIANTS if s not in DEFAULT], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_pair_and_triple(name, sizes):
+    check(name, sizes)
