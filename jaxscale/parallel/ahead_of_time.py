@@ -111,18 +111,16 @@ class Memory:
         arguments: what it is given.
         outputs: what it returns and does not write over its arguments.
         temporaries: everything in between, as the compiler has laid it out in one block.
-        code: of the program.
     """
 
     arguments: int
     outputs: int
     temporaries: int
-    code: int
 
     @property
     def peak(self) -> int:
         """All of them: none is freed before the function returns."""
-        return self.arguments + self.outputs + self.temporaries + self.code
+        return self.arguments + self.outputs + self.temporaries
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory:
@@ -132,7 +130,6 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory:
         figures.argument_size_in_bytes,
         figures.output_size_in_bytes - figures.alias_size_in_bytes,
         figures.temp_size_in_bytes,
-        figures.generated_code_size_in_bytes,
     )
 
 

@@ -5,10 +5,10 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 
 from jaxscale.data.loader import DataConfig
 from jaxscale.models.config import ModelConfig
@@ -24,14 +24,17 @@ from jaxscale.parallel.ahead_of_time import (
     device_memory_bytes,
     memory_of,
 )
-from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig
+from jaxscale.parallel.batch import abstract_batch
+from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
+from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import Plan, TrainConfig, deterministic_stack, make_plan
 from jaxscale.train.step import make_step
 from jaxscale.types import Batch, InputError, RunError
 
-SHARE_VARIABLE, DEFAULT_SHARE, LARGEST_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75, 0.95
+SHARE_VARIABLE, DEFAULT_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"
+LARGEST_SHARE = 0.95  # the rest is for CUDA itself and NCCL's buffers
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -59,7 +62,7 @@ class Topology:
 def compile_step(
     *, topology: str, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig,
     train: TrainConfig, policy: Policy = Policy(), stack: StackConfig = StackConfig(),
-    runtime: RuntimeConfig = RuntimeConfig(), **_: Any,
+    runtime: RuntimeConfig = RuntimeConfig(), make_loss: Callable = NextTokenLoss, **_: Any,
 ) -> None:  # fmt: skip
     """Compiles the step that `pretrain` would run and prints bytes per device, collectives and compile time.
 
@@ -68,20 +71,22 @@ def compile_step(
 
     Args:
         topology: such as "h200:16x8", 16 hosts of 8.
-        model, mesh, data, optimizer, train, policy, stack, runtime: as `train.pretrain.pretrain`.
+        model, mesh, data, optimizer, train, policy, stack, runtime, make_loss: as `train.pretrain.pretrain`.
     Raises:
         InputError: the parts do not fit one another or the topology, or the compiler is not installed.
         RunError: the step does not fit into the devices' memory.
     """
-    wanted = Topology.parse(topology)
+    wanted, share = Topology.parse(topology), memory_share()
     stack = _apply(runtime, stack, data)
-    devices = wanted.devices()
-    plan = make_plan(
-        model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack, devices=devices
-    )
-    batch = abstract_batch(data, plan.mesh)
-    began = time.perf_counter()
+    devices, began = wanted.devices(), time.perf_counter()
     with as_on_gpus(devices):
+        plan = make_plan(
+            model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack,
+            devices=devices, make_loss=make_loss,
+        )  # fmt: skip
+        batch = abstract_batch(plan.mesh, data.batch_size, data.sequence_length)
+        if not data.is_packed:  # the loader's batches have none either
+            del batch["segments"]
         lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(plan.state, batch)
     traced = time.perf_counter()
     compiled = lowered.compile()
@@ -91,16 +96,26 @@ def compile_step(
     print(f"traced in {traced - began:.1f} s, compiled in {seconds:.1f} s\n")
     print(_memory_text(memory, plan, batch, device_memory_bytes(wanted.machine)))
     print(_collectives_text(collectives(compiled.as_text())))
-    _check_fits(memory.peak, device_memory_bytes(wanted.machine))
+    print(f"\n{check_fits(memory.peak, device_memory_bytes(wanted.machine), share)}")
 
 
-def abstract_batch(data: DataConfig, mesh: Mesh) -> Batch:
-    """The global batch that a run's loader gives, as shapes with shardings."""
-    types = dict(tokens="int32", labels="int32", weights="float32", positions="int32")
-    if data.is_packed:
-        types["segments"] = "int32"
-    shape, sharding = (data.batch_size, data.sequence_length), NamedSharding(mesh, BATCH_SPEC)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in types.items()}
+def memory_share() -> float:
+    """The share of a GPU's memory that JAX takes at its start, as this process's environment says."""
+    text = os.environ.get(SHARE_VARIABLE, DEFAULT_SHARE)
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(SHARE_VARIABLE, text, "a number above 0 and at most 1") from None
+
+
+def check_fits(peak: int, available: int, share: float) -> str:
+    """Says that `peak` bytes fit into JAX's share of `available` bytes; raises RunError if they do not."""
+    limit = f"JAX takes {share:g} of {_gib(available)} = {_gib(available * share)}"
+    if peak <= available * share:
+        return f"fits: {_gib(peak)} needed; {limit}"
+    if peak <= available * LARGEST_SHARE:
+        limit += f"; {SHARE_VARIABLE}={math.ceil(peak / available * 100) / 100:.2f} would do"
+    raise RunError(f"does not fit: {_gib(peak)} needed; {limit}")
 
 
 def _apply(runtime: RuntimeConfig, stack: StackConfig, data: DataConfig) -> StackConfig:
@@ -119,7 +134,6 @@ def _memory_text(memory: Memory, plan: Plan, batch: Batch, available: int) -> st
         "arguments, all": memory.arguments,
         "outputs, new": memory.outputs,
         "temporaries": memory.temporaries,
-        "program": memory.code,
         "peak": memory.peak,
         "device memory": available,
     }
@@ -143,18 +157,6 @@ def _collectives_text(found: list[Collective]) -> str:
         runs = sum(c.times for c in ours)
         lines.append(f"  {kind:<18} {len(ours):>14} {runs:>8,} {total / 2**30:>13.3f} {largest:>17,}{note}")
     return "\n".join(lines)
-
-
-def _check_fits(peak: int, available: int) -> None:
-    """Prints that the step fits, or raises RunError."""
-    share = float(os.environ.get(SHARE_VARIABLE, DEFAULT_SHARE))
-    limit = f"JAX takes {share:g} of {_gib(available)} = {_gib(available * share)}"
-    if peak <= available * share:
-        print(f"\nfits: {_gib(peak)} needed; {limit}")
-        return
-    if peak <= available * LARGEST_SHARE:
-        limit += f"; {SHARE_VARIABLE}={math.ceil(peak / available * 100) / 100:.2f} would do"
-    raise RunError(f"does not fit: {_gib(peak)} needed; {limit}")
 
 
 def _gib(size: float) -> str:

@@ -1,21 +1,31 @@
 """The train step compiled for eight H200s that are not here: which collectives ZeRO becomes."""
 
 import functools
-import importlib.util
 import math
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding
 
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.attention import attention
+from jaxscale.ops.attention import AttentionContext, attention
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.ahead_of_time import collective_bytes, described_devices
+from jaxscale.parallel.ahead_of_time import (
+    Collective,
+    as_on_gpus,
+    collective_bytes,
+    collectives,
+    described_devices,
+    device_memory_bytes,
+    has_plugin,
+    memory_of,
+)
 from jaxscale.parallel.batch import abstract_batch
-from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.rules import make_specs
 from jaxscale.train.losses import NextTokenLoss
@@ -23,9 +33,7 @@ from jaxscale.train.state import abstract_state
 from jaxscale.train.step import make_step
 from jaxscale.types import InputError
 
-needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="jax-cuda13-plugin is not installed"
-)
+needs_plugin = pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
 MODEL = ModelConfig(
     vocab_size=512, num_layers=2, model_dim=128, num_heads=4, num_kv_heads=2, head_dim=64, ffn_dim=256, max_length=128
 )
@@ -91,6 +99,106 @@ def test_bytes_are_read_from_the_text():
     assert found["all-reduce"] == [20]
     assert found["collective-permute"] == [5]
     assert found["reduce-scatter"] == found["all-to-all"] == []
+
+
+def test_only_results_are_counted():
+    """An asynchronous start also has the operands in its type, nested or, from jax 0.10, side by side."""
+    hlo = """
+      %a = (f32[2,3]{1,0}, f32[4,3]{1,0}) all-gather-start(%x), channel_id=1
+      %b = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=2
+      %c = (f32[5]{0}, f32[7]{0}) all-reduce-start(%x, %y), channel_id=3
+      %d = ((f32[5]{0}, f32[6]{0}), f32[7]{0}) ragged-all-to-all-start(%x, %y), channel_id=4
+    """
+    found = collective_bytes(hlo)
+    assert found["all-gather"] == [48]
+    assert found["collective-permute"] == [20]
+    assert found["all-reduce"] == [48]
+    assert found["ragged-all-to-all"] == [28]
+    assert found["all-to-all"] == []
+
+
+LOOPS = """HloModule jit_step, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
+
+%inner (x: f32[2]) -> f32[2] {
+  ROOT %a = f32[2]{0} all-reduce(%x), to_apply=%add
+}
+
+%branch (x: f32[2]) -> f32[2] {
+  ROOT %b = f32[4]{0} all-gather(%x)
+}
+
+%outer (x: f32[2]) -> f32[2] {
+  %w = f32[2]{0} while(%x), condition=%less, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %c = f32[2]{0} conditional(%i, %w, %w), branch_computations={%branch, %inner}
+}
+
+%open (x: f32[2]) -> f32[2] {
+  ROOT %d = f32[1]{0} reduce-scatter(%x)
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %v = f32[2]{0} while(%x), condition=%less, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
+  %u = f32[2]{0} while(%v), condition=%less, body=%open
+  ROOT %e = f32[2]{0} all-reduce(%u), to_apply=%add
+}
+"""
+
+
+def test_loops_are_multiplied_out():
+    """Loops in loops, both branches of a conditional, and a loop that does not say how long it is."""
+    assert collectives(LOOPS) == [
+        Collective("all-reduce", 8, 5 * 3 + 5, is_exact=True),
+        Collective("all-gather", 16, 5, is_exact=True),
+        Collective("reduce-scatter", 4, 1, is_exact=False),
+        Collective("all-reduce", 8, 1, is_exact=True),
+    ]
+
+
+@needs_plugin
+def test_loops_of_a_compiled_module_are_multiplied_out():
+    """Whatever iterations the compiler peels off."""
+    mesh = make_mesh(MeshConfig(data=8), described_devices("h200", num_hosts=1, gpus_per_host=8))
+
+    def body(x, _):
+        return jnp.sin(jax.lax.psum(x, "data")), None
+
+    run = jax.shard_map(
+        lambda x: jax.lax.scan(body, x, length=7)[0], mesh=mesh, in_specs=BATCH_SPEC, out_specs=BATCH_SPEC,
+        check_vma=False,
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((8, 256), "float32", sharding=NamedSharding(mesh, BATCH_SPEC))
+    compiled = jax.jit(run).lower(x).compile()
+    found = collectives(compiled.as_text())
+    assert sum(each.times for each in found) == 7
+    assert {(each.kind, each.num_bytes, each.is_exact) for each in found} == {("all-reduce", 1024, True)}
+    memory = memory_of(compiled)
+    assert memory.arguments == memory.outputs == 1024
+    assert memory.peak == 2048 + memory.temporaries
+
+
+@needs_plugin
+def test_attention_is_that_of_the_described_gpus():
+    """cuDNN's calls forward and backward, where this process has no GPU; and afterwards none is chosen."""
+    devices = described_devices("h200", num_hosts=1, gpus_per_host=1)
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    q, k = (jax.ShapeDtypeStruct((2, 64, heads, 64), "bfloat16", sharding=sharding) for heads in (4, 2))
+
+    def loss(q, k, v):
+        context = AttentionContext(jnp.tile(jnp.arange(64), (2, 1)))
+        return attention(q, k, v, context)[0].astype("float32").sum()
+
+    with as_on_gpus(devices):
+        hlo = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k).compile().as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in hlo and '__cudnn$fmhaSoftmax"' in hlo
+    assert jax.default_backend() == "cpu"
+    assert (
+        "cudnn"
+        not in jax.jit(lambda q, k: loss(q, k, k)).lower(*(each.update(sharding=None) for each in (q, k))).as_text()
+    )
+
+
+def test_a_machine_has_memory():
+    assert device_memory_bytes("h200") == 150_109_880_320
 
 
 def test_an_unknown_machine_is_named():

@@ -1,7 +1,6 @@
 """Experts spread over devices against all of them on one, also where the routing is extreme; every token is counted."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.ops import moe
-from jaxscale.parallel.ahead_of_time import described_devices
+from jaxscale.parallel.ahead_of_time import described_devices, has_plugin
 from jaxscale.parallel.expert import check_exchange, experts, make_experts, ragged_experts, tensor_experts
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
 from jaxscale.types import InputError
@@ -159,9 +158,7 @@ def test_a_ragged_exchange_is_refused_where_there_is_none():
     check_exchange(MeshConfig(expert=2), jax.devices())
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="jax-cuda13-plugin is not installed"
-)
+@pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
 def test_the_ragged_exchange_and_its_gradient_compile_for_gpus(monkeypatch):
     monkeypatch.undo()  # the real one
     devices = described_devices("h200", num_hosts=1, gpus_per_host=8)

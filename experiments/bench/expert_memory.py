@@ -1,0 +1,56 @@
+"""Memory of an MoE layer's experts, forward and backward, on 8 described H200s: each exchange, 16, 64 and 128 experts.
+
+JAX_PLATFORMS=cpu python experiments/bench/expert_memory.py
+"""
+
+from unittest import mock
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxscale.ops import moe
+from jaxscale.ops.activation import activate
+from jaxscale.parallel import expert, tensor
+from jaxscale.parallel.ahead_of_time import described_devices, memory_of
+from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
+
+GPUS, KINDS = 8, {"dense": EXPERT, "ragged": EXPERT, "tensor": TENSOR}
+TOKENS, ACTIVE, WIDE, NARROW = 4096, 8, 2048, 768  # on each GPU; choices a token; the experts' D and F
+devices = described_devices("h200", num_hosts=1, gpus_per_host=GPUS)
+
+
+def grouped_ffn(rows, group_sizes, weights, activation):
+    """Needs the memory of a grouped matmul that multiplies each row once: one expert's matrices, on all rows."""
+    return activate(activation, rows @ weights["gate"][0], rows @ weights["up"][0]) @ weights["down"][0]
+
+
+def peak(kind: str, num_experts: int) -> float:
+    """GiB on one GPU: tokens, bfloat16 experts, the gradients of both and everything in between."""
+    axis = KINDS[kind]
+    config = MeshConfig(**{axis: GPUS}, expert_axis=axis, expert_exchange=kind if kind != TENSOR else "dense")
+    run, mesh = expert.make_experts(config), make_mesh(config, devices)
+
+    def gradients(x, gates, weights, index):
+        def layer(x, gates, weights):
+            x, whole, chosen = map(tensor.enter, (x, gates, index))
+            return tensor.exit(run(x, chosen, whole, weights, "swiglu"))
+
+        y, pullback = jax.vjp(layer, x, gates, weights)
+        return pullback(y)
+
+    rows = PartitionSpec(None, (EXPERT, TENSOR))
+    specs = (rows, rows, PartitionSpec((EXPERT, TENSOR)), rows)
+    run_all = jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs[:3], check_vma=False))
+    shapes = {"up": (WIDE, NARROW), "gate": (WIDE, NARROW), "down": (NARROW, WIDE)}
+    weights = {name: jax.ShapeDtypeStruct((num_experts, *shape), "bfloat16") for name, shape in shapes.items()}
+    sizes = {"bfloat16": WIDE, "float32": ACTIVE, "int32": ACTIVE}
+    x, gates, index = (jax.ShapeDtypeStruct((1, GPUS * TOKENS, size), dtype) for dtype, size in sizes.items())
+    return memory_of(run_all.lower(x, gates, weights, index).compile()).peak / 2**30
+
+
+print("| experts | exchange | ragged_dot, GiB | a grouped matmul, GiB |\n|---|---|---|---|")
+for num_experts in (16, 64, 128):
+    for kind in KINDS:
+        as_is = peak(kind, num_experts)  # jax.lax.ragged_dot, on GPUs a dense product over all experts
+        with mock.patch.object(moe, "grouped_ffn", grouped_ffn), mock.patch.object(expert, "grouped_ffn", grouped_ffn):
+            print(f"| {num_experts} | {kind} | {as_is:.2f} | {peak(kind, num_experts):.2f} |", flush=True)
