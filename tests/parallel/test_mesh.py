@@ -25,7 +25,7 @@ def message_of(function, *arguments, **settings):
     [
         (dict(sequence=4, ring=3), "MeshConfig.ring: given 3, expected sequence % ring == 0, but 4 % 3 = 1"),
         (dict(schedule="2f2b"), "MeshConfig.schedule: given '2f2b', expected one of 'gpipe', '1f1b'"),
-        (dict(num_chunks=2), "MeshConfig.num_chunks: given 2, expected 1 unless schedule is \"interleaved\""),
+        (dict(num_chunks=2), 'MeshConfig.num_chunks: given 2, expected 1 unless schedule is "interleaved"'),
         (dict(zero_axes=("tensor",)), "MeshConfig.zero_axes: given ('tensor',), expected one of ('data',)"),
         (dict(data=0), "MeshConfig.data: given 0, expected a number above 0"),
         (dict(tensor=-2), "MeshConfig.tensor: given -2, expected a number above 0"),
