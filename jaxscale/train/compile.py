@@ -35,7 +35,6 @@ from jaxscale.types import Batch, InputError, RunError
 
 SHARE_VARIABLE, DEFAULT_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"
 LARGEST_SHARE = 0.95  # the rest is for CUDA itself and NCCL's buffers
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ def compile_step(
         model, mesh, data, optimizer, train, policy, stack, runtime, make_loss: as `train.pretrain.pretrain`.
     Raises:
         InputError: the parts do not fit one another or the topology, or the compiler is not installed.
-        RunError: the step does not fit into the devices' memory.
+        RunError: the step does not fit into the devices' memory, or the compiler failed.
     """
     wanted, share = Topology.parse(topology), memory_share()
     stack = _apply(runtime, stack, data)
@@ -89,7 +88,7 @@ def compile_step(
             del batch["segments"]
         lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(plan.state, batch)
     traced = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = _compile(lowered)
     seconds = time.perf_counter() - traced
     memory = memory_of(compiled)
     print(f"{topology}: {len(devices)} x {devices[0].device_kind}")
@@ -119,11 +118,19 @@ def check_fits(peak: int, available: int, share: float) -> str:
 
 
 def _apply(runtime: RuntimeConfig, stack: StackConfig, data: DataConfig) -> StackConfig:
-    """The run's flags, in this process alone and without its devices; the stack as the run would have it."""
-    flags = runtime.xla_flags + (DETERMINISTIC,) * runtime.is_deterministic
-    here = RuntimeConfig(platform="cpu", xla_flags=flags)
-    apply_runtime(here, ".")
+    """The run's flags, without its devices and processes; the stack as the run would have it.
+
+    The flag of a deterministic run stays out: it asks for tuning on a GPU, where without it a default will do.
+    """
+    apply_runtime(RuntimeConfig(platform="cpu", xla_flags=runtime.xla_flags), ".")
     return deterministic_stack(stack, data.sequence_length) if runtime.is_deterministic else stack
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise RunError(f"the compiler failed, maybe for want of a GPU: {str(error).partition(chr(10))[0]}") from error
 
 
 def _memory_text(memory: Memory, plan: Plan, batch: Batch, available: int) -> str:
@@ -146,13 +153,15 @@ def _bytes_per_device(abstract: Any) -> int:
 
 
 def _collectives_text(found: list[Collective]) -> str:
+    if not found:
+        return "no collectives"
     lines = [
         "collectives of one step, on each device (loops multiplied out, every branch counted as taken)",
         f"  {'kind':<18} {'in the program':>14} {'run':>8} {'GiB delivered':>13} {'largest, bytes':>17}",
     ]
-    for kind in KINDS:
+    for kind in (kind for kind in KINDS if any(each.kind == kind for each in found)):
         ours = [each for each in found if each.kind == kind]
-        total, largest = sum(c.num_bytes * c.times for c in ours), max((c.num_bytes for c in ours), default=0)
+        total, largest = sum(c.num_bytes * c.times for c in ours), max(c.num_bytes for c in ours)
         note = "" if all(c.is_exact for c in ours) else "  some in a loop of unknown length, counted once"
         runs = sum(c.times for c in ours)
         lines.append(f"  {kind:<18} {len(ours):>14} {runs:>8,} {total / 2**30:>13.3f} {largest:>17,}{note}")

@@ -66,12 +66,23 @@ def test_bytes_are_those_of_inspect_and_nothing_is_left_behind(file, tmp_path, c
 
 @needs_plugin
 def test_what_does_not_fit_exits_1(file, capsys):
-    """Here with rows that are one document each: their batches have no segments."""
-    assert compile_file(file, f"model.vocab_size={10**9}", "data.is_packed=False") == 1
+    """Here a deterministic run, with rows that are one document each: their batches have no segments."""
+    overrides = f"model.vocab_size={10**9}", "data.is_packed=False", "runtime.is_deterministic=True"
+    assert compile_file(file, *overrides) == 1
     captured = capsys.readouterr()
     assert sizes(captured.out)["batch"] == 4 * 4 * 8 * 32 // 4
     assert sizes(captured.out)["peak"] > 3 * 4 * 10**9 * 16 // 2  # float32 and AdamW's two, the table cut in two
     assert re.search(r"compile: does not fit: [\d.]+ GiB needed; JAX takes 0.75 of 139.80 GiB", captured.err)
+
+
+@needs_plugin
+def test_a_compiler_that_fails_exits_1(file, capsys, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such luck\nand more")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    assert compile_file(file) == 1
+    assert capsys.readouterr().err.endswith("the compiler failed, maybe for want of a GPU: INTERNAL: no such luck\n")
 
 
 @pytest.mark.parametrize(
