@@ -66,7 +66,7 @@ def compile_step(
     """Compiles the step that `pretrain` would run and prints bytes per device, collectives and compile time.
 
     Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know without a GPU is left out:
-    cuDNN's and cuBLAS's workspaces, NCCL's buffers, and the matmul kernels that tuning would choose.
+    cuDNN's workspaces, NCCL's buffers, and the matmul kernels that tuning would choose.
 
     Args:
         topology: such as "h200:16x8", 16 hosts of 8.
