@@ -247,6 +247,10 @@ class _Rows:
         batch = read_rows(self._tokens, self._plan, rows, is_packed=self._is_packed)
         if not self._is_packed:
             del batch["segments"]  # a row is one document to attention, whose plain causal backends are the fast ones
+            # Padding too has its place in the row: at position 0 it would be visible to all that stands before it.
+            batch["positions"] = np.broadcast_to(
+                np.arange(batch["tokens"].shape[1], dtype=np.int32), batch["tokens"].shape
+            )
         return batch
 
 

@@ -11,10 +11,14 @@ from jaxscale.types import Batch
 TYPES = {"tokens": "int32", "labels": "int32", "weights": "float32", "segments": "int32", "positions": "int32"}
 
 
-def abstract_batch(mesh: Mesh, batch_size: int, length: int) -> Batch:
-    """A global batch [batch_size, length] as shapes with shardings."""
+def abstract_batch(mesh: Mesh, batch_size: int, length: int, *, is_packed: bool) -> Batch:
+    """A global batch [batch_size, length] as shapes with shardings; rows of one document have no segments."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    return {name: jax.ShapeDtypeStruct((batch_size, length), dtype, sharding=sharding) for name, dtype in TYPES.items()}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, length), dtype, sharding=sharding)
+        for name, dtype in TYPES.items()
+        if is_packed or name != "segments"
+    }
 
 
 def place(mesh: Mesh, batch: Batch) -> Batch:

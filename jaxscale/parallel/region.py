@@ -10,9 +10,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale import tree
-from jaxscale.ops import moe
 from jaxscale.ops.operations import Operations
-from jaxscale.parallel import expert, tensor
+from jaxscale.parallel import tensor
+from jaxscale.parallel.expert import make_experts
 from jaxscale.parallel.mesh import AXES, BATCH_SPEC, MeshConfig
 from jaxscale.parallel.pipeline import Pipeline, StagedLoss
 from jaxscale.parallel.ring import to_zigzag
@@ -30,7 +30,7 @@ def make_operations(config: MeshConfig, specs: Specs, *, attention: Callable, re
     num_members = config.sequence // config.ring
     return Operations(
         attention=attention if num_members == 1 else ulysses(attention, num_members=num_members, ring=config.ring),
-        experts=moe.experts if config.expert == 1 else expert.experts,
+        experts=make_experts(config),
         gather=make_gather(specs, reduction),
         enter=tensor.enter,
         exit=tensor.exit,

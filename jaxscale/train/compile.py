@@ -83,9 +83,7 @@ def compile_step(
             model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack,
             devices=devices, make_loss=make_loss,
         )  # fmt: skip
-        batch = abstract_batch(plan.mesh, data.batch_size, data.sequence_length)
-        if not data.is_packed:  # the loader's batches have none either
-            del batch["segments"]
+        batch = abstract_batch(plan.mesh, data.batch_size, data.sequence_length, is_packed=data.is_packed)
         lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(plan.state, batch)
     traced = time.perf_counter()
     compiled = _compile(lowered)

@@ -16,6 +16,7 @@ from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import QUERY_CHUNK, AttentionContext, attention, check_backend
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.expert import check_exchange
 from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.region import LossFn, Region, make_operations
 from jaxscale.parallel.ring import ring_attention
@@ -109,6 +110,8 @@ def check_fit(
     if not tree.flatten(tree.select(parameter_table(model), train.trainable)):
         paths = ", ".join(tree.flatten(parameter_table(model)))
         raise InputError("TrainConfig.trainable", train.trainable, f"a pattern that matches one of {paths}")
+    if mesh.is_optimizer_on_host:
+        raise InputError("MeshConfig.is_optimizer_on_host", True, "False: this is not available yet")
     if mesh.ring == 1:  # a ring's backends are refused when the step is traced, which is before anything is written
         _check_attention(model, data, stack)
     _make_schedule(mesh, train, stack)
@@ -164,6 +167,7 @@ def make_region(
         InputError: mesh, devices and model do not fit.
     """
     device_mesh = make_mesh(mesh, devices)
+    check_exchange(mesh, device_mesh.devices.flat)
     specs = make_specs(parameter_table(model), mesh)
     operations = make_operations(mesh, specs, attention=_make_attention(mesh, stack), reduction=policy.reduction)
     return Region(

@@ -122,7 +122,7 @@ def pretrain(
 def _make_traced_step(plan: Plan, data: DataConfig) -> Callable:
     """What refuses only when it is traced does so here, before a file changes; the first step finds the trace again."""
     step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
-    step.trace(plan.state, abstract_batch(plan.mesh, data.batch_size, data.sequence_length))
+    step.trace(plan.state, abstract_batch(plan.mesh, data.batch_size, data.sequence_length, is_packed=data.is_packed))
     return step
 
 

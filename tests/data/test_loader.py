@@ -155,6 +155,14 @@ def test_without_packing_a_row_is_one_document(make_config):
     assert (batch["weights"] == ~ends).all()
 
 
+def test_padding_of_a_row_that_is_one_document_stands_after_its_tokens(make_config):
+    """At position 0 the tokens before it would attend to it on every backend that goes by positions."""
+    loader = make_loader(make_config(is_packed=False))
+    batches = [loader.batch_at(number) for number in range(40)]
+    assert any((batch["weights"][:, -2:] == 0).all(1).any() for batch in batches)  # a row ends in padding
+    assert all((batch["positions"] == np.arange(32)).all() for batch in batches)
+
+
 def test_seed_shuffles(make_config):
     first, second = (make_loader(make_config(seed=seed)).batch_at(0) for seed in (0, 1))
     assert (first["tokens"] != second["tokens"]).any()

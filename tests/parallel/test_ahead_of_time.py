@@ -49,7 +49,11 @@ def compiled_step(zero):
     region = Region(mesh, specs, operations)
     loss = NextTokenLoss(MODEL, Policy(), StackConfig(num_loss_chunks=1, remat="none"))
     state = abstract_state(MODEL, optax.adamw(1e-3), mesh=mesh, specs=specs, dtype="float32", trainable=".*")
-    compiled = make_step(loss, optax.adamw(1e-3), region, state).lower(state, abstract_batch(mesh, 4, 128)).compile()
+    compiled = (
+        make_step(loss, optax.adamw(1e-3), region, state)
+        .lower(state, abstract_batch(mesh, 4, 128, is_packed=True))
+        .compile()
+    )
     return collective_bytes(compiled.as_text())
 
 

@@ -35,6 +35,8 @@ VARIANTS = [
     dict(pipeline=2, tensor=2, schedule="zero_bubble", is_scanned=False, remat="none"),
     dict(sequence=2, data=2, zero_axes=("data",)),
     dict(sequence=2, ring=2, tensor=2),
+    dict(tensor=2, data=2, expert_axis="tensor"),
+    dict(tensor=2, expert=2, pipeline=2, expert_axis="tensor"),
     dict(sequence=4, ring=2, data=2),
     dict(pipeline=2, sequence=2, ring=2),
     dict(data=4, tensor=2, zero=2),

@@ -140,7 +140,9 @@ def assert_equal_to_single_device(result, wanted):
     "model, settings",
     [
         (DENSE, dict(data=2, expert=2, tensor=2, zero=3)),
-        (MOE, dict(data=2, expert=2, tensor=2, zero=3, is_scanned=False, remat="none")),
+        pytest.param(
+            MOE, dict(data=2, expert=2, tensor=2, zero=3, is_scanned=False, remat="none"), marks=pytest.mark.long
+        ),
     ],
     ids=["dense", "moe_unrolled"],
 )
@@ -157,6 +159,7 @@ def test_microbatches_equal_one_batch():
         assert leaf.addressable_shards[0].data.size == leaf.size // (2 if "data" in spec else 1), path
 
 
+@pytest.mark.long
 def test_microbatches_of_experts_equal_those_on_one_device():
     """The balance loss is a mean over a micro-batch, so the twin is cut in micro-batches too: rows r % M."""
     result = on_mesh(MOE, num_microbatches=2, expert=2)

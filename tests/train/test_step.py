@@ -161,7 +161,7 @@ def test_bytes_on_a_device_are_those_that_inspect_tells(make_setup, make_batch, 
 def test_each_device_updates_its_share(make_setup):
     """Under ZeRO-1, where each holds all parameters and gradients: AdamW takes as many roots as it has moments."""
     setup = make_setup(mesh=MeshConfig(data=2, zero=1))
-    batch = abstract_batch(setup.plan.mesh, 8, 16)
+    batch = abstract_batch(setup.plan.mesh, 8, 16, is_packed=True)
     compiled = setup.step.lower(setup.plan.state, batch).compile().as_text()
     roots = re.findall(r"f32\[([\d,]+)\]\S* sqrt\(", compiled)
     whole = sum(leaf.size for leaf in jax.tree.leaves(setup.first.params))
