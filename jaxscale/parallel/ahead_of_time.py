@@ -7,10 +7,14 @@ import importlib.resources
 import importlib.util
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax._src import compiler, core
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
+from jax._src.lib import xla_client
 from jax.experimental import topologies
 
 from jaxscale.types import InputError, check_choice, check_positive
@@ -103,6 +107,63 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
+def compile_with_host(
+    lowered: jax.stages.Lowered, *, arguments: Sequence[bool], results: Sequence[bool]
+) -> jax.stages.Compiled:
+    """Compiles for described devices what finds arguments in host memory and leaves results there.
+
+    Their shardings have no memory kind, so each argument's and result's memory is told to the compiler directly.
+
+    Args:
+        lowered: its function moves those arrays itself, by `device_put` to a `jax.memory.Space`.
+        arguments, results: whether each leaf is in host memory; missing at the end means it is not.
+    """
+    given = [
+        _in_memory(aval, is_host)
+        for i, (aval, is_host) in enumerate(_paired(lowered.in_avals, arguments))
+        if i in lowered._lowering.compile_args["kept_var_idx"]
+    ]
+    returned = [_in_memory(info, is_host) for info, is_host in _paired(lowered.out_info, results)]
+    # Of CompileOptionsProto: argument_layouts = 1, executable_build_options = 3 with result_layout = 2, a ShapeProto
+    # with element_type = 2 (a tuple's is 13) and tuple_shapes = 4. Appended fields join those that are there.
+    result = _field(2, 13) + b"".join(_field(4, shape) for shape in returned)
+    layouts = b"".join(_field(1, shape) for shape in given) + _field(3, _field(2, result))
+    make_options = compiler.get_compile_options
+
+    def make_options_with_layouts(*args: Any, **kwargs: Any) -> Any:
+        options = make_options(*args, **kwargs)
+        return xla_client.CompileOptions.ParseFromString(options.SerializeAsString() + layouts)
+
+    with contextlib.ExitStack() as restore:
+        restore.callback(setattr, compiler, "get_compile_options", make_options)
+        compiler.get_compile_options = make_options_with_layouts
+        return lowered.compile()
+
+
+def _paired(tree: Any, flags: Sequence[bool]) -> list[tuple[Any, bool]]:
+    leaves = jax.tree.leaves(tree)
+    return list(zip(leaves, [*flags, *[False] * (len(leaves) - len(flags))], strict=True))
+
+
+def _in_memory(leaf: Any, is_host: bool) -> bytes:
+    """A row-major ShapeProto: its layout = 5 has memory_space = 8, in which the host's is 5."""
+    aval = core.physical_aval(core.ShapedArray(leaf.shape, leaf.dtype))
+    shape = xla_client.Shape.array_shape(np.dtype(aval.dtype), aval.shape, tuple(reversed(range(aval.ndim))))
+    return shape.to_serialized_proto() + (_field(5, _field(8, 5)) if is_host else b"")
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """One field in the wire format of protocol buffers."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(number: int) -> bytes:
+    low, high = number & 127, number >> 7
+    return bytes([low | 128]) + _varint(high) if high else bytes([low])
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes that a compiled function needs on each device.
@@ -111,11 +172,13 @@ class Memory:
         arguments: what it is given.
         outputs: what it returns and does not write over its arguments.
         temporaries: everything in between, as the compiler has laid it out in one block.
+        host: in the host's memory, whatever for; not in the others.
     """
 
     arguments: int
     outputs: int
     temporaries: int
+    host: int = 0
 
     @property
     def peak(self) -> int:
@@ -130,6 +193,10 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory:
         figures.argument_size_in_bytes,
         figures.output_size_in_bytes - figures.alias_size_in_bytes,
         figures.temp_size_in_bytes,
+        figures.host_argument_size_in_bytes
+        + figures.host_output_size_in_bytes
+        - figures.host_alias_size_in_bytes
+        + figures.host_temp_size_in_bytes,
     )
 
 

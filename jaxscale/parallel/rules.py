@@ -32,6 +32,7 @@ class Specs:
             stages, which store a share each.
         gradients: as they leave the manual region.
         optimizer: of optimizer leaves that mirror a parameter.
+        is_optimizer_on_host: whether those rest in host memory between updates.
     """
 
     dims: Any
@@ -40,6 +41,7 @@ class Specs:
     held: Any
     gradients: Any
     optimizer: Any
+    is_optimizer_on_host: bool = False
 
 
 def make_specs(table: Any, config: MeshConfig) -> Specs:
@@ -69,6 +71,7 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
         held=zero if config.zero >= 3 else dense,
         gradients=stored(2),
         optimizer=stored(1),
+        is_optimizer_on_host=config.is_optimizer_on_host,
     )
 
 

@@ -147,7 +147,7 @@ def canonical_shapes(stored: Any, dims: Any, layout: StageLayout) -> Any:
         spec = leaf.sharding.spec
         if layout.num_periods % layout.num_stages:
             spec = PartitionSpec(None, *spec[1:])
-        sharding = NamedSharding(leaf.sharding.mesh, spec)
+        sharding = NamedSharding(leaf.sharding.mesh, spec, memory_kind=leaf.sharding.memory_kind)
         return jax.ShapeDtypeStruct((layout.num_periods, *leaf.shape[1:]), leaf.dtype, sharding=sharding)
 
     return jax.tree.map(one, stored, dims)

@@ -20,6 +20,7 @@ from jaxscale.parallel.ahead_of_time import (
     Memory,
     as_on_gpus,
     collectives,
+    compile_with_host,
     described_devices,
     device_memory_bytes,
     memory_of,
@@ -30,6 +31,7 @@ from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import Plan, TrainConfig, deterministic_stack, make_plan
+from jaxscale.train.state import rests_on_host
 from jaxscale.train.step import make_step
 from jaxscale.types import Batch, InputError, RunError
 
@@ -86,7 +88,8 @@ def compile_step(
         batch = abstract_batch(plan.mesh, data.batch_size, data.sequence_length, is_packed=data.is_packed)
         lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(plan.state, batch)
     traced = time.perf_counter()
-    compiled = _compile(lowered)
+    is_on_host = rests_on_host(plan.state, plan.region.specs, train.trainable)
+    compiled = _compile(lowered, jax.tree.leaves(is_on_host))
     seconds = time.perf_counter() - traced
     memory = memory_of(compiled)
     print(f"{topology}: {len(devices)} x {devices[0].device_kind}")
@@ -124,8 +127,11 @@ def _apply(runtime: RuntimeConfig, stack: StackConfig, data: DataConfig) -> Stac
     return deterministic_stack(stack, data.sequence_length) if runtime.is_deterministic else stack
 
 
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def _compile(lowered: jax.stages.Lowered, is_on_host: list[bool]) -> jax.stages.Compiled:
+    """Of the step, whose state, with `is_on_host` for each leaf, is its first argument and result."""
     try:
+        if any(is_on_host):
+            return compile_with_host(lowered, arguments=is_on_host, results=is_on_host)
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise RunError(f"the compiler failed, maybe for want of a GPU: {str(error).partition(chr(10))[0]}") from error
@@ -142,6 +148,7 @@ def _memory_text(memory: Memory, plan: Plan, batch: Batch, available: int) -> st
         "peak": memory.peak,
         "device memory": available,
     }
+    rows |= {"host memory": memory.host} if memory.host else {}
     return "bytes per device\n" + "".join(f"  {name:<18} {_gib(size)} {size:>17,}\n" for name, size in rows.items())
 
 

@@ -17,6 +17,7 @@ from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.rules import Specs, all_axes_of, make_specs, mirror
+from jaxscale.train.host import is_on_host
 from jaxscale.train.optim import OptimizerConfig, make_optimizer
 from jaxscale.train.plan import TrainConfig, check_fit
 from jaxscale.types import Params
@@ -52,6 +53,8 @@ def bytes_per_device(
 ) -> dict[str, int]:
     """Bytes that one device holds of parameters, gradients and optimizer state; activations are not in it.
 
+    What rests of it in host memory comes after the sum and is not in it.
+
     Args:
         params: the parameter tree as shapes.
         specs, optimizer, train, policy, mesh: the run.
@@ -68,7 +71,12 @@ def bytes_per_device(
         "gradients": _tree_bytes(gradients, gradient_specs, mesh),
         "optimizer": _tree_bytes(opt_state, opt_specs, mesh),
     }
-    return sizes | {"sum": sum(sizes.values())}
+    if not mesh.is_optimizer_on_host:
+        return sizes | {"sum": sum(sizes.values())}
+    counters = jax.tree.map(lambda leaf, away: None if away else leaf, opt_state, is_on_host(opt_state, trained))
+    host = sizes["optimizer"] - sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(counters))
+    sizes["optimizer"] -= host
+    return sizes | {"sum": sum(sizes.values()), "on the host": host}
 
 
 def _bytes_text(size: int) -> str:

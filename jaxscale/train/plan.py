@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -23,6 +24,7 @@ from jaxscale.parallel.ring import ring_attention
 from jaxscale.parallel.rules import make_specs
 from jaxscale.parallel.schedule import Schedule, make_schedule
 from jaxscale.parallel.stages import StageLayout, canonical_shapes, from_canonical, to_canonical
+from jaxscale.train.host import HOST, check_host_memory, through_device
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.optim import OptimizerConfig, make_optimizer
 from jaxscale.train.state import TrainState, abstract_state, state_dims
@@ -92,11 +94,25 @@ class Plan:
 
     def to_canonical(self, state: TrainState) -> TrainState:
         """The state as it is on disk."""
-        return to_canonical(state, self.state, self.dims, self.region.specs.layout)
+        return self._convert(to_canonical, state, self.canonical_state)
 
     def from_canonical(self, state: TrainState) -> TrainState:
         """A state from disk as this run's pipeline stores it."""
-        return from_canonical(state, self.state, self.dims, self.region.specs.layout)
+        return self._convert(from_canonical, state, self.state)
+
+    def _convert(self, convert: Callable, state: TrainState, wanted: TrainState) -> TrainState:
+        """What rests on the host is always copied: a checkpoint may be written from it while steps overwrite theirs."""
+
+        def one(leaf: Any, stored: Any, dims: Any, wanted: Any) -> Any:
+            def change(leaf: Any) -> Any:
+                return convert(leaf, stored, dims, self.region.specs.layout)
+
+            is_host = isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == HOST
+            return through_device(change, leaf, wanted.sharding) if is_host else change(leaf)
+
+        if not self.region.specs.is_optimizer_on_host:
+            return convert(state, self.state, self.dims, self.region.specs.layout)
+        return jax.tree.map(one, state, self.state, self.dims, wanted)
 
 
 def check_fit(
@@ -110,8 +126,6 @@ def check_fit(
     if not tree.flatten(tree.select(parameter_table(model), train.trainable)):
         paths = ", ".join(tree.flatten(parameter_table(model)))
         raise InputError("TrainConfig.trainable", train.trainable, f"a pattern that matches one of {paths}")
-    if mesh.is_optimizer_on_host:
-        raise InputError("MeshConfig.is_optimizer_on_host", True, "False: this is not available yet")
     if mesh.ring == 1:  # a ring's backends are refused when the step is traced, which is before anything is written
         _check_attention(model, data, stack)
     _make_schedule(mesh, train, stack)
@@ -209,6 +223,8 @@ def make_plan(
     """
     region = make_region(model=model, mesh=mesh, train=train, policy=policy, stack=stack, devices=devices)
     check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
+    if mesh.is_optimizer_on_host and devices is None:  # those that are only described have no memories
+        check_host_memory(region.mesh.local_devices[0])
     transformation = make_optimizer(optimizer, steps=train.steps, dims=region.specs.dims)
     state = abstract_state(
         model, transformation, mesh=region.mesh, specs=region.specs, dtype=policy.parameters, trainable=train.trainable

@@ -13,6 +13,7 @@ from jaxscale import tree
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params, init_params
 from jaxscale.parallel.rules import Specs, mirror
+from jaxscale.train.host import HOST, is_on_host
 from jaxscale.types import Params
 
 # The generator is slow to optimise (seconds a leaf on a CPU) and runs once.
@@ -51,17 +52,27 @@ def abstract_state(
     trained_specs = tree.select(specs.optimizer, trainable)
     opt_specs = mirror(opt_state, trained, trained_specs, PartitionSpec())
 
-    def place(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+    def place(leaf: Any, spec: PartitionSpec, is_on_host: bool = False) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, spec, memory_kind=HOST if is_on_host and specs.is_optimizer_on_host else None)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     scalar = PartitionSpec()
     return TrainState(
         step=place(jax.ShapeDtypeStruct((), jnp.int32), scalar),
         params=jax.tree.map(place, params, specs.parameters),
-        opt_state=jax.tree.map(place, opt_state, opt_specs),
+        opt_state=jax.tree.map(place, opt_state, opt_specs, is_on_host(opt_state, trained)),
         key=place(jax.eval_shape(lambda: jax.random.key(0)), scalar),
         is_finite=place(jax.ShapeDtypeStruct((), jnp.bool_), scalar),
     )
+
+
+def rests_on_host(abstract: TrainState, specs: Specs, trainable: str) -> TrainState:
+    """Whether each leaf of the state is in host memory between steps."""
+    nowhere = jax.tree.map(lambda _: False, abstract)
+    if not specs.is_optimizer_on_host:
+        return nowhere
+    moments = is_on_host(abstract.opt_state, tree.select(abstract.params, trainable))
+    return dataclasses.replace(nowhere, opt_state=moments)
 
 
 def state_dims(abstract: TrainState, specs: Specs, trainable: str) -> TrainState:

@@ -1,7 +1,8 @@
 """One training step: gradient, clipping, update and the select that keeps a broken step out of the state."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 
 from jaxscale import tree
 from jaxscale.parallel.region import LossFn, Region
+from jaxscale.train.host import update_in_parts
 from jaxscale.train.state import TrainState
 from jaxscale.types import Batch
 
@@ -43,10 +45,10 @@ def make_step(
         # new parameters would slow the update down (3.4 of 224 ms on an H200). A bad update shows one step later.
         parameter_norm = optax.tree.norm(trained)
         is_finite = state.is_finite & jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(parameter_norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        params = tree.merge(optax.apply_updates(trained, updates), state.params)
-        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-        kept = jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), *map(_without_key, (new, state)))
+        update = functools.partial(_update, optimizer, is_finite)
+        if region.specs.is_optimizer_on_host:
+            update = functools.partial(update_in_parts, update, after=is_finite)
+        trained, opt_state = update(gradients, state.opt_state, trained)
         metrics = {
             **{name: value * scale if value.ndim == 0 else value for name, value in sums.items()},
             "loss": loss * scale,
@@ -55,12 +57,19 @@ def make_step(
             "parameter_norm": parameter_norm,
             "is_finite": is_finite,
         }
-        return dataclasses.replace(kept, key=state.key, is_finite=is_finite), metrics
+        number = jnp.where(is_finite, state.step + 1, state.step)
+        params = tree.merge(trained, state.params)
+        return TrainState(number, params, opt_state, state.key, is_finite), metrics
 
     # The optimizer state's layout makes each device update its share of the parameters.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _without_key(state: TrainState) -> TrainState:
-    return dataclasses.replace(state, key=None)
+def _update(
+    optimizer: optax.GradientTransformation, is_finite: jax.Array, gradients: Any, opt_state: Any, trained: Any
+) -> tuple[Any, Any]:
+    """The new parameters and optimizer state; the old ones if something was not finite."""
+    updates, new_state = optimizer.update(gradients, opt_state, trained)
+    new = optax.apply_updates(trained, updates), new_state
+    return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, (trained, opt_state))
