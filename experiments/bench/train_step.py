@@ -41,7 +41,9 @@ weights, positions = np.ones((rows, length), np.float32), np.tile(np.arange(leng
 batch = dict(tokens=text[:, :-1], labels=text[:, 1:], weights=weights, positions=positions)
 batch, began = place(plan.mesh, batch), time.perf_counter()
 step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(state, batch).compile()
-figures = {"compile_s": time.perf_counter() - began, "temp_gib": step.memory_analysis().temp_size_in_bytes / 2**30}
+memory, gib = step.memory_analysis(), 2**30
+figures = {"compile_s": time.perf_counter() - began, "temp_gib": memory.temp_size_in_bytes / gib}
+figures |= {"arguments_gib": memory.argument_size_in_bytes / gib, "host_gib": memory.host_argument_size_in_bytes / gib}
 for _ in range(3):
     state, metrics = step(state, batch)
 figures["loss_of_step_3"] = float(metrics["loss"])

@@ -36,7 +36,8 @@ class MeshConfig:
         expert_axis: "expert" exchanges tokens; "tensor" holds whole experts on each tensor rank, which sees all its
             group's tokens already (arXiv 2409.12136, section 3.2).
         expert_exchange: "dense", worst-case buffers; "ragged", only the rows there are (GPU).
-        is_optimizer_on_host: optimizer state rests in host memory between updates.
+        is_optimizer_on_host: the optimizer's moments rest in host memory between updates; a step moves them to the
+            device and back, an eighth or one parameter's at a time.
     """
 
     pipeline: int = 1
