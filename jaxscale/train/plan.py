@@ -28,7 +28,7 @@ from jaxscale.train.host import HOST, check_host_memory, through_device
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.optim import OptimizerConfig, make_optimizer
 from jaxscale.train.state import TrainState, abstract_state, state_dims
-from jaxscale.types import InputError, check_not_negative, check_positive, check_types
+from jaxscale.types import InputError, Params, check_not_negative, check_positive, check_types
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,10 @@ class Plan:
     def from_canonical(self, state: TrainState) -> TrainState:
         """A state from disk as this run's pipeline stores it."""
         return self._convert(from_canonical, state, self.state)
+
+    def params_from_canonical(self, params: Params) -> Params:
+        """Parameters from disk as this run's pipeline stores them."""
+        return from_canonical(params, self.state.params, self.dims.params, self.region.specs.layout)
 
     def _convert(self, convert: Callable, state: TrainState, wanted: TrainState) -> TrainState:
         """What rests on the host is always copied: a checkpoint may be written from it while steps overwrite theirs."""

@@ -162,7 +162,7 @@ def _restore_or_start(plan: Plan, checkpoints: Checkpoints, loader: Any, model: 
             expected = f"a folder with a checkpoint; there is none{''.join(hints)}"
             raise InputError("TrainConfig.init_from", train.init_from, expected)
         params = source.restore_params(plan.canonical_state.params)
-        return dataclasses.replace(state, params=plan.from_canonical(dataclasses.replace(state, params=params)).params)
+        return dataclasses.replace(state, params=plan.params_from_canonical(params))
 
 
 def _make_reporters(directory: Path, steps: int, step: int) -> list[Reporter]:

@@ -1,79 +1,25 @@
 import os
 import pathlib
 import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.types import InputError
-
-FINGERPRINT = {"num_layers": 2, "attention": {"num_heads": 4, "window": None}, "pattern": (1, 2)}
-
-
-def mesh_of(*shape):
-    devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
-    return jax.sharding.Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
-
-
-def make_state(mesh, seed=0, dim=16):
-    q, embed = jax.random.split(jax.random.key(seed))
-    params = {
-        "layers": {"0": {"attention": {"q": jax.random.normal(q, (2, dim, 8))}}},
-        "embed": jax.random.normal(embed, (dim, 8), jnp.bfloat16),
-    }
-    opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(params)
-    state = {"step": jnp.int32(7), "params": params, "opt_state": opt_state, "key": jax.random.key(seed + 1)}
-    return jax.device_put(state, shardings(state, mesh))
-
-
-def shardings(state, mesh):
-    def spec(leaf):
-        return PartitionSpec(*(None,) * (leaf.ndim - 2), "data", "tensor") if leaf.ndim >= 2 else PartitionSpec()
-
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), state)
-
-
-def abstract(state, mesh):
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        shardings(state, mesh),
-    )
-
-
-def assert_same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        assert a.dtype == b.dtype
-        if jax.dtypes.issubdtype(b.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-def open_at(directory, *, fingerprint=FINGERPRINT, defaults=None, **settings):
-    config = CheckpointConfig(**{"directory": str(directory), "save_every": 1, "keep_last": 10, **settings})
-    return Checkpoints(config, fingerprint=fingerprint, defaults=defaults)
-
-
-def committed(directory):
-    return sorted(int(path.name) for path in pathlib.Path(directory).iterdir() if path.name.isdecimal())
-
-
-def saved_steps(directory, *step_numbers):
-    """Saves a state of its own seed at each step on one device; returns the states by step."""
-    mesh, states = mesh_of(1, 1), {}
-    checkpoints = open_at(directory)
-    for step in step_numbers:
-        states[step] = make_state(mesh, seed=step)
-        checkpoints.save(step, states[step], {"position": step})
-    checkpoints.close()
-    return states
+from tests.checkpoint.states import (
+    FINGERPRINT,
+    abstract,
+    assert_same,
+    committed,
+    make_state,
+    mesh_of,
+    open_at,
+    saved_steps,
+)
 
 
 def flip_byte(path):
@@ -337,86 +283,6 @@ def test_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(InputError, match="a folder with a checkpoint; there is none"):
         open_at(tmp_path / "absent").restore({})
     assert not (tmp_path / "absent").exists()
-
-
-# Where nothing can be written
-
-
-def test_directory_that_is_a_file(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"checkpoint.directory: given '.*/file', expected a folder; this is a file"):
-        open_at(tmp_path / "file")
-    with pytest.raises(InputError, match="Not a directory"):
-        open_at(tmp_path / "file" / "below").check_writable()
-
-
-def test_unwritable_directory(tmp_path, monkeypatch):
-    def refuse(path, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    checkpoints = open_at(tmp_path / "a" / "b")
-    checkpoints.check_writable()
-    assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
-    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
-    for call in (checkpoints.check_writable, lambda: checkpoints.save(1, make_state(mesh_of(1, 1)), {})):
-        with pytest.raises(InputError, match=r"a/b', expected a folder in which .*Permission denied"):
-            call()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 256 KiB, or a skip where none can be mounted."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-
-
-def test_full_disk_stops_the_save_and_harms_nothing(small_disk):
-    state = saved_steps(small_disk / "run", 1)[1]
-    big = {"params": {"w": jax.random.normal(jax.random.key(0), (1 << 17,))}}
-    checkpoints = open_at(small_disk / "run")
-    checkpoints.save(2, big, {})
-    with pytest.raises(
-        InputError, match=r"run', expected a folder in which step 2 can be written .*No space left"
-    ) as caught:
-        checkpoints.wait()
-    assert caught.value.__cause__ is not None
-    assert checkpoints.latest_step() == 1
-    assert_same(checkpoints.restore(abstract(state, mesh_of(1, 1)))[0], state)
-    checkpoints.save(2, state, {})
-    checkpoints.close()
-    assert committed(small_disk / "run") == [1, 2]
-
-
-def test_an_error_while_writing_surfaces_in_wait_with_its_cause(tmp_path, monkeypatch):
-    def fail(folder):
-        raise OSError(28, "No space left on device", str(folder))
-
-    state = saved_steps(tmp_path, 1)[1]
-    checkpoints = open_at(tmp_path)
-    monkeypatch.setattr("jaxscale.checkpoint.manifest.write_manifest", fail)
-    checkpoints.save(2, state, {})
-    with pytest.raises(InputError, match=r"step 2 can be written .*No space left on device") as caught:
-        checkpoints.wait()
-    assert isinstance(caught.value.__cause__, OSError)
-    checkpoints.wait()
-    monkeypatch.undo()
-    assert checkpoints.save(2, state, {})
-    checkpoints.close()
-    assert committed(tmp_path) == [1, 2]
-
-
-def test_an_error_of_ours_while_writing_keeps_its_type(tmp_path, monkeypatch):
-    def fail(folder):
-        raise RuntimeError("a bug")
-
-    checkpoints = open_at(tmp_path)
-    monkeypatch.setattr("jaxscale.checkpoint.manifest.write_manifest", fail)
-    checkpoints.save(1, make_state(mesh_of(1, 1)), {})
-    with pytest.raises(RuntimeError, match="a bug"):
-        checkpoints.wait()
 
 
 @pytest.mark.parametrize(

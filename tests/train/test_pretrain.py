@@ -302,6 +302,17 @@ def test_a_run_starts_from_the_parameters_of_another(gin_file, whole, tmp_path):
     assert changed == {"final_norm/scale"}
 
 
+def test_a_pipeline_of_unequal_stages_starts_from_the_parameters_of_another_run(gin_file, tmp_path):
+    """The other run's stack is in canonical order, this one's permuted and padded, its optimizer state too."""
+    short = ("model.num_layers=3", "train.steps=2", "optimizer.warmup_steps=1", "train.num_microbatches=2")
+    run(gin_file, tmp_path / "first", *short)
+    start = (*short, f"train.init_from={str(tmp_path / 'first/checkpoints')!r}")
+    run(gin_file, tmp_path / "one", *start)
+    run(gin_file, tmp_path / "staged", *start, "mesh.pipeline=2", "mesh.data=2", "mesh.stage_periods=(1, 2)")
+    assert losses(tmp_path / "one")[0] < losses(tmp_path / "first")[0]
+    np.testing.assert_allclose(losses(tmp_path / "staged"), losses(tmp_path / "one"), rtol=LOSS_TOLERANCE)
+
+
 def restore_params(file, directory):
     fields = config.load(pretrain, [file], [f"directory={str(directory)!r}"]).arguments
     where = dataclasses.replace(fields["checkpoint"], directory=str(directory / "checkpoints"))

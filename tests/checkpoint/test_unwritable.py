@@ -1,0 +1,88 @@
+"""Checkpoints where nothing can be written: what is said, and that nothing on disk is harmed."""
+
+import os
+import pathlib
+import subprocess
+
+import jax
+import pytest
+
+from jaxscale.types import InputError
+from tests.checkpoint.states import abstract, assert_same, committed, make_state, mesh_of, open_at, saved_steps
+
+
+def test_directory_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"checkpoint.directory: given '.*/file', expected a folder; this is a file"):
+        open_at(tmp_path / "file")
+    with pytest.raises(InputError, match="Not a directory"):
+        open_at(tmp_path / "file" / "below").check_writable()
+
+
+def test_unwritable_directory(tmp_path, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    checkpoints = open_at(tmp_path / "a" / "b")
+    checkpoints.check_writable()
+    assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    for call in (checkpoints.check_writable, lambda: checkpoints.save(1, make_state(mesh_of(1, 1)), {})):
+        with pytest.raises(InputError, match=r"a/b', expected a folder in which .*Permission denied"):
+            call()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KiB, or a skip where none can be mounted."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_full_disk_stops_the_save_and_harms_nothing(small_disk):
+    state = saved_steps(small_disk / "run", 1)[1]
+    big = {"params": {"w": jax.random.normal(jax.random.key(0), (1 << 17,))}}
+    checkpoints = open_at(small_disk / "run")
+    checkpoints.save(2, big, {})
+    with pytest.raises(
+        InputError, match=r"run', expected a folder in which step 2 can be written .*No space left"
+    ) as caught:
+        checkpoints.wait()
+    assert caught.value.__cause__ is not None
+    assert checkpoints.latest_step() == 1
+    assert_same(checkpoints.restore(abstract(state, mesh_of(1, 1)))[0], state)
+    checkpoints.save(2, state, {})
+    checkpoints.close()
+    assert committed(small_disk / "run") == [1, 2]
+
+
+def test_an_error_while_writing_surfaces_in_wait_with_its_cause(tmp_path, monkeypatch):
+    def fail(folder):
+        raise OSError(28, "No space left on device", str(folder))
+
+    state = saved_steps(tmp_path, 1)[1]
+    checkpoints = open_at(tmp_path)
+    monkeypatch.setattr("jaxscale.checkpoint.manifest.write_manifest", fail)
+    checkpoints.save(2, state, {})
+    with pytest.raises(InputError, match=r"step 2 can be written .*No space left on device") as caught:
+        checkpoints.wait()
+    assert isinstance(caught.value.__cause__, OSError)
+    checkpoints.wait()
+    monkeypatch.undo()
+    assert checkpoints.save(2, state, {})
+    checkpoints.close()
+    assert committed(tmp_path) == [1, 2]
+
+
+def test_an_error_of_ours_while_writing_keeps_its_type(tmp_path, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("a bug")
+
+    checkpoints = open_at(tmp_path)
+    monkeypatch.setattr("jaxscale.checkpoint.manifest.write_manifest", fail)
+    checkpoints.save(1, make_state(mesh_of(1, 1)), {})
+    with pytest.raises(RuntimeError, match="a bug"):
+        checkpoints.wait()
