@@ -112,10 +112,11 @@ def _first_gradient(gradients: Any, region: Region) -> str | None:
 
     everywhere = NamedSharding(region.mesh, PartitionSpec())
     flags = jax.jit(lambda g: tree.map_with_path(is_finite, g), out_shardings=everywhere)(gradients)
+    order = region.specs.layout.order  # a pipeline stores its layers permuted and padded
     bad = [
-        (path, layer)
+        (path, int(order[row]) if path.startswith("layers/") else 0)
         for path, flag in tree.flatten(flags).items()
-        for layer in np.flatnonzero(~np.atleast_1d(np.asarray(flag)))
+        for row in np.flatnonzero(~np.atleast_1d(np.asarray(flag)))
     ]
     if not bad:
         return None

@@ -105,10 +105,16 @@ def blow_up(x):
 blow_up.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
 
 
-def test_a_gradient_alone(make_setup, make_batch, monkeypatch):
+@pytest.mark.parametrize(
+    ("mesh", "last"),
+    [(MeshConfig(), 1), (MeshConfig(pipeline=2, stage_periods=(1, 2)), 2)],
+    ids=["one_device", "pipeline_that_stores_rows_0_none_1_2"],
+)
+def test_a_gradient_alone(make_setup, make_batch, monkeypatch, mesh, last):
     """The forward is finite; the backward of the final norm's input is not."""
     final_hidden = losses.transformer.final_hidden
     monkeypatch.setattr(losses.transformer, "final_hidden", lambda p, x, **s: final_hidden(p, blow_up(x), **s))
-    setup = make_setup()
-    gradient = "gradient of layers/0/ffn/down, layer 1 of its stack"
+    model = dataclasses.replace(make_setup().plan.loss_fn.model, num_layers=last + 1)
+    setup = make_setup(model=model, mesh=mesh, num_microbatches=2)
+    gradient = f"gradient of layers/0/ffn/down, layer {last} of its stack"
     assert diagnose(setup, setup.start().params, make_batch()) == gradient
