@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -22,6 +23,7 @@ from jaxscale.ops.precision import Policy, cast
 from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_positive, check_types
 
 NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
 # A router in low precision picks other experts (GRIN keeps it in float32); a norm's scale next to 1 has steps of 2^-7
 # in bfloat16, so an update of it would be lost.
 KEEP_PARAMETER_TYPE = {"router", "scale", "bias"}
@@ -33,8 +35,9 @@ class StackConfig:
 
     Args:
         is_scanned: one compiled layer in a loop, or every layer unrolled (longer to compile, faster on a GPU).
-        remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots" (keep matmul
-            outputs); "names" (keep `saved_names` on the device and `offloaded_names` in host memory).
+        remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots" (keep the outputs of
+            matmuls with weights and of cuDNN's attention); "names" (keep `saved_names` on the device and
+            `offloaded_names` in host memory).
         saved_names: of NAMES.
         offloaded_names: of NAMES.
         num_loss_chunks: chunks of T in which logits exist.
@@ -70,7 +73,7 @@ class StackConfig:
             return f
         policy = None
         if self.remat == "dots":
-            policy = policies.checkpoint_dots_with_no_batch_dims
+            policy = _is_product
         elif self.remat == "names":
             policy = policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=list(self.saved_names),
@@ -79,6 +82,12 @@ class StackConfig:
                 offload_dst="pinned_host",
             )
         return jax.checkpoint(f, policy=policy, prevent_cse=not self.is_scanned)
+
+
+def _is_product(primitive: jax.extend.core.Primitive, *avals: Any, **params: Any) -> bool:
+    """Policy: matmuls with weights, and cuDNN's attention, whose output is as small and as dear."""
+    policies = jax.checkpoint_policies
+    return primitive.name == CUDNN_ATTENTION or policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
 def attention_context(batch: Batch, config: ModelConfig) -> AttentionContext:

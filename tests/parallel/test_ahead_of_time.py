@@ -1,5 +1,6 @@
 """The train step compiled for eight H200s that are not here: which collectives ZeRO becomes."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxscale.models.config import ModelConfig
-from jaxscale.models.parameters import parameter_table
+from jaxscale.models.parameters import init_params, parameter_table
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import AttentionContext, attention
 from jaxscale.ops.precision import Policy
@@ -199,6 +200,22 @@ def test_attention_is_that_of_the_described_gpus():
         "cudnn"
         not in jax.jit(lambda q, k: loss(q, k, k)).lower(*(each.update(sharding=None) for each in (q, k))).as_text()
     )
+
+
+@needs_plugin
+@pytest.mark.parametrize(("remat", "times"), [("full", 2), ("dots", 1)])
+def test_attention_is_recomputed_only_by_full_remat(remat, times):
+    """cuDNN's forward calls in the program of one layer's gradient."""
+    devices = described_devices("h200", num_hosts=1, gpus_per_host=1)
+    model = dataclasses.replace(MODEL, num_layers=1)
+    loss = NextTokenLoss(model, Policy(), StackConfig(num_loss_chunks=1, remat=remat, is_scanned=False))
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), "float32"))
+    batch = {name: jax.ShapeDtypeStruct((2, 128), "int32") for name in ("tokens", "labels", "positions", "weights")}
+    params, batch = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), (params, batch))
+    with as_on_gpus(devices):
+        hlo = jax.jit(jax.grad(lambda p, b: loss(p, b, None)[0])).lower(params, batch).as_text()
+    assert hlo.count("@__cudnn$fmhaSoftmax(") == times
 
 
 def test_a_machine_has_memory():
