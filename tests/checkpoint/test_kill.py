@@ -20,7 +20,7 @@ saver = runpy.run_path(str(SCRIPT))
 
 def kill_while_saving(directory, *, above, delay_s):
     """Runs the script until it has committed a step above `above` and `delay_s` more, then kills it."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, str(SCRIPT), str(directory)], env=environment, cwd=ROOT)
     try:
         deadline = time.monotonic() + 120
