@@ -1,12 +1,19 @@
 """Mixture-of-experts feed-forward on one device: dropless by sorting, and its slow twin."""
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxscale.kernels.grouped_matmul.api import grouped_matmul, mosaic_refusal
 from jaxscale.ops.activation import activate
+from jaxscale.ops.device import is_hopper
+from jaxscale.ops.dispatch import make_dispatch
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, Params
+
+logger = logging.getLogger(__name__)
 
 
 def experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
@@ -23,14 +30,10 @@ def experts(x: Array, index: Array, gates: Array, weights: Params, activation: s
         [B, T, D] in the type of `x`.
     Cost: 6 D F FLOPs a row (gated), B T A rows.
     """
-    num_active, num_experts = index.shape[-1], weights["up"].shape[0]
-    order = jnp.argsort(index.reshape(-1), stable=True)
-    rows = x.reshape(-1, x.shape[-1])[order // num_active]
-    group_sizes = jnp.bincount(index.reshape(-1), length=num_experts).astype(jnp.int32)
-    y = grouped_ffn(rows, group_sizes, weights, activation)
-    weighted = y * gates.reshape(-1)[order][:, None].astype(y.dtype)
-    unsorted = jnp.zeros_like(weighted).at[order].set(weighted, unique_indices=True)
-    return unsorted.reshape(*x.shape[:-1], num_active, -1).sum(-2)
+    tokens, choices = x.reshape(-1, x.shape[-1]), index.reshape(-1, index.shape[-1])
+    dispatch = make_dispatch(choices, weights["up"].shape[0])
+    outputs = grouped_ffn(dispatch.rows(tokens), dispatch.group_sizes, weights, activation)
+    return dispatch.combine(outputs, gates.reshape(choices.shape)).reshape(x.shape)
 
 
 def grouped_ffn(rows: Array, group_sizes: Array, weights: Params, activation: str) -> Array:
@@ -43,9 +46,16 @@ def grouped_ffn(rows: Array, group_sizes: Array, weights: Params, activation: st
     Returns:
         [rows, D].
     """
-    gate = lax.ragged_dot(rows, weights["gate"], group_sizes) if "gate" in weights else None
-    hidden = activate(activation, gate, lax.ragged_dot(rows, weights["up"], group_sizes))
-    return lax.ragged_dot(hidden, weights["down"], group_sizes)
+    implementation = "mosaic" if is_hopper() and _mosaic_refusal(rows, weights) is None else "xla"
+    logger.info("experts: backend %s for rows%s %s", implementation, rows.shape, rows.dtype)
+    multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
+    gate = multiply(rows, weights["gate"]) if "gate" in weights else None
+    return multiply(activate(activation, gate, multiply(rows, weights["up"])), weights["down"])
+
+
+def _mosaic_refusal(rows: Array, weights: Params) -> str | None:
+    """What of the feed-forward our kernel cannot do; None when it can."""
+    return mosaic_refusal(rows, weights["up"]) or mosaic_refusal(rows, weights["down"])
 
 
 def reference(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:

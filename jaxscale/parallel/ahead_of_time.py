@@ -17,6 +17,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 from jax._src.lib import xla_client
 from jax.experimental import topologies
 
+from jaxscale.ops import device
 from jaxscale.types import InputError, check_choice, check_positive
 
 # Fields of a description that the parser of jax 0.10 does not know and refuses.
@@ -85,13 +86,14 @@ def _description(machine: str) -> str:
 def as_on_gpus(devices: list[jax.Device]) -> Iterator[None]:
     """Within it, what is traced is what a process on such GPUs would trace, though this one has none.
 
-    Backends are chosen by the platform that JAX has started, and JAX asks cuDNN for its version and the first local GPU
-    for its capability before it emits a call of cuDNN's attention. Those four questions are answered here from the
-    description; the calls themselves are compiled as they are on the machine.
+    Backends are chosen by the platform that JAX has started and by its GPUs' capability, and JAX asks cuDNN for its
+    version and the first local GPU for its capability before it emits a call of cuDNN's attention. Those five questions
+    are answered here from the description; the calls themselves are compiled as they are on the machine.
     """
     capability = _numbers(devices[0].compute_capability)
     answers = [
         (jax, "default_backend", lambda: devices[0].platform),
+        (device, "compute_capability", lambda: devices[0].compute_capability),
         (cudnn_attention, "check_cudnn_version", lambda: CUDNN_VERSION),
         (cudnn_attention, "check_compute_capability", lambda least: capability >= _numbers(least)),
         (cudnn_attention, "is_cuda_compute_capability_equal", lambda asked: capability == _numbers(asked)),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.ops import moe
+from jaxscale.ops.dispatch import Dispatch, make_dispatch
 from jaxscale.ops.moe import grouped_ffn
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig
 from jaxscale.types import Array, InputError, Params
@@ -51,17 +52,17 @@ def experts(x: Array, index: Array, gates: Array, weights: Params, activation: s
         the feed-forward keeps.
     """
     num_shards, num_local = lax.axis_size(EXPERT), weights["up"].shape[0]
-    order, rows, counts = _sort(x, index, num_local * num_shards)
-    num_active, counts = index.shape[-1], counts.reshape(num_shards, num_local)
-    capacity = _capacity(x, num_active, num_local)
+    dispatch, rows = _sort(x, index, num_local * num_shards)
+    counts = dispatch.group_sizes.reshape(num_shards, num_local)
+    capacity = _capacity(x, index.shape[-1], num_local)
     starts = jnp.cumsum(counts.sum(1)) - counts.sum(1)
-    shard = index.reshape(-1)[order] // num_local
-    slots = shard * capacity + jnp.arange(len(order)) - starts[shard]
+    shard = index.reshape(-1)[dispatch.order] // num_local
+    slots = shard * capacity + jnp.arange(len(rows)) - starts[shard]
 
     sent = jnp.zeros((num_shards * capacity, x.shape[-1]), x.dtype).at[slots].set(rows, unique_indices=True)
     received = _exchange(sent.reshape(num_shards, capacity, -1))
     outputs = _exchange(_apply(received, _exchange(counts), weights, activation))
-    return _combine(outputs.reshape(num_shards * capacity, -1)[slots], order, gates, x)
+    return _combine(outputs.reshape(num_shards * capacity, -1)[slots], dispatch, gates)
 
 
 def ragged_experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
@@ -76,7 +77,8 @@ def ragged_experts(x: Array, index: Array, gates: Array, weights: Params, activa
         sender are n A.
     """
     num_shards, num_local = lax.axis_size(EXPERT), weights["up"].shape[0]
-    order, rows, counts = _sort(x, index, num_local * num_shards)
+    dispatch, rows = _sort(x, index, num_local * num_shards)
+    counts = dispatch.group_sizes
     starts = jnp.cumsum(counts) - counts
     sizes = _exchange(counts.reshape(num_shards, num_local))  # [sender, expert] of the rows that come here
     ends = jnp.cumsum(sizes.T).reshape(num_local, num_shards).T  # all senders' rows of an expert lie together
@@ -95,7 +97,7 @@ def ragged_experts(x: Array, index: Array, gates: Array, weights: Params, activa
     num_rows = num_shards * _capacity(x, index.shape[-1], num_local)
     received = forth(rows, jnp.zeros((num_rows, x.shape[-1]), x.dtype))
     outputs = back(grouped_ffn(received, sizes.sum(0), weights, activation), jnp.zeros_like(rows))
-    return _combine(outputs, order, gates, x)
+    return _combine(outputs, dispatch, gates)
 
 
 def tensor_experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
@@ -116,18 +118,16 @@ def tensor_experts(x: Array, index: Array, gates: Array, weights: Params, activa
     return moe.experts(x, jnp.where(is_here, local, num_local), gates, weights, activation)
 
 
-def _sort(x: Array, index: Array, num_experts: int) -> tuple[Array, Array, Array]:
-    """The choices ordered by expert: their order [n A], the rows of `x` in it [n A, D], rows of each expert [E]."""
-    order = jnp.argsort(index.reshape(-1), stable=True)
-    rows = x.reshape(-1, x.shape[-1])[order // index.shape[-1]]
-    return order, rows, jnp.bincount(index.reshape(-1), length=num_experts).astype(jnp.int32)
+def _sort(x: Array, index: Array, num_experts: int) -> tuple[Dispatch, Array]:
+    """The choices sorted by expert, and the rows of `x` [B, T, D] in that order."""
+    dispatch = make_dispatch(index.reshape(-1, index.shape[-1]), num_experts)
+    return dispatch, dispatch.rows(x.reshape(-1, x.shape[-1]))
 
 
-def _combine(outputs: Array, order: Array, gates: Array, x: Array) -> Array:
-    """The gated sum over each token's choices of `outputs` [n A, D], which are in `order`."""
-    y = outputs * gates.reshape(-1)[order][:, None].astype(x.dtype)
-    unsorted = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
-    return unsorted.reshape(*x.shape[:-1], gates.shape[-1], -1).sum(-2)
+def _combine(outputs: Array, dispatch: Dispatch, gates: Array) -> Array:
+    """The gated sum [B, T, D] over each token's choices of sorted outputs."""
+    y = dispatch.combine(outputs, gates.reshape(-1, gates.shape[-1]))
+    return y.reshape(*gates.shape[:-1], -1)
 
 
 def _capacity(x: Array, num_active: int, num_local: int) -> int:

@@ -1,0 +1,15 @@
+"""What the device is that a program is traced for."""
+
+import jax
+
+HOPPER = "9.0"
+
+
+def compute_capability() -> str | None:
+    """Of the GPUs that this process computes on, such as "9.0" for an H100 or H200; None without one."""
+    return jax.local_devices()[0].compute_capability if jax.default_backend() == "gpu" else None
+
+
+def is_hopper() -> bool:
+    """Whether the kernels for Hopper GPUs run here."""
+    return compute_capability() == HOPPER

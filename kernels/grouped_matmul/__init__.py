@@ -1,0 +1,1 @@
+"""Consecutive groups of rows, each times a matrix of its own."""

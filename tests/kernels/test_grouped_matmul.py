@@ -1,0 +1,120 @@
+"""Every backend of the grouped matmul against a loop over groups in float64; the GPU kernel is interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxscale.kernels.grouped_matmul.api import BACKENDS, grouped_matmul, mosaic_refusal
+
+ROWS, K, N = 192, 64, 320  # N is no multiple of a block's columns
+CASES = {
+    "uneven_and_empty": [0, 70, 0, 122],
+    "all_in_one": [0, 192],
+    "one_row_each_and_a_rest": [1, 3, 1, 70],
+    "none": [0, 0],
+}
+TOLERANCE = 4e-3  # of the norm: inputs and output in bfloat16, the sum in float32
+KNOWS_THE_END = jax.__version_info__ >= (0, 11)
+
+
+@pytest.fixture(params=BACKENDS)
+def run(request):
+    if request.param == "mosaic" and not KNOWS_THE_END:
+        pytest.skip("jax 0.10 cannot interpret copies past the end, which the hardware fills with zeros")
+    return functools.partial(grouped_matmul, implementation=request.param, interpret=InterpretGPUParams())
+
+
+def draw(group_sizes, dtype="bfloat16"):
+    keys = jax.random.split(jax.random.key(len(group_sizes)), 3)
+    shapes = (ROWS, K), (len(group_sizes), K, N), (ROWS, N)
+    rows, weights, cotangent = (jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, shapes, strict=True))
+    return rows, weights, jnp.array(group_sizes, jnp.int32), cotangent
+
+
+def naive(rows, weights, group_sizes, cotangent):
+    """The product and both gradients."""
+    rows, weights, cotangent = (np.asarray(x, np.float64) for x in (rows, weights, cotangent))
+    product, drows, dweights, start = np.zeros(cotangent.shape), np.zeros(rows.shape), np.zeros(weights.shape), 0
+    for group, size in enumerate(np.asarray(group_sizes)):
+        own = slice(start, start + size)
+        product[own], drows[own] = rows[own] @ weights[group], cotangent[own] @ weights[group].T
+        dweights[group] = rows[own].T @ cotangent[own]
+        start += size
+    return product, drows, dweights
+
+
+def product_and_gradients(run, rows, weights, group_sizes, cotangent):
+    product, pullback = jax.vjp(lambda rows, weights: run(rows, weights, group_sizes), rows, weights)
+    return product, *pullback(cotangent)
+
+
+@pytest.mark.parametrize("group_sizes", CASES.values(), ids=CASES)
+def test_product_and_gradients_are_those_of_a_loop(run, group_sizes):
+    arguments = draw(group_sizes)
+    wanted = naive(*arguments)
+    found = product_and_gradients(run, *arguments)
+    for got, want in zip(found, wanted, strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(want)
+    for got in found[:2]:
+        assert not np.asarray(got[sum(group_sizes) :]).any(), "rows past the last group"
+
+
+def test_float16(run):
+    arguments = draw(CASES["uneven_and_empty"], "float16")
+    for got, want in zip(product_and_gradients(run, *arguments), naive(*arguments), strict=True):
+        assert got.dtype == jnp.float16
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE / 8 * np.linalg.norm(want)
+
+
+def through_a_scan(run, rows, weights, group_sizes):
+    one = jax.checkpoint(lambda rows, sizes: run(rows, weights, sizes))
+    return jax.lax.scan(lambda _, sizes: (None, one(rows, sizes)), None, group_sizes[None])[1][0]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_under_jit_scan_and_remat_nothing_changes(implementation):
+    run = functools.partial(grouped_matmul, implementation=implementation)
+    arguments = draw(CASES["uneven_and_empty"])
+    scanned = functools.partial(through_a_scan, run)
+    got = jax.jit(functools.partial(product_and_gradients, scanned))(*arguments)
+    for a, b in zip(got, product_and_gradients(run, *arguments), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_inside_a_manual_region_under_scan_and_remat(implementation):
+    """Interpretation knows neither, so the kernel is lowered for GPUs, which other backends are too."""
+    run = functools.partial(through_a_scan, functools.partial(grouped_matmul, implementation=implementation))
+    mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
+    local = jax.shard_map(
+        functools.partial(product_and_gradients, run), mesh=mesh, in_specs=each, out_specs=each, check_vma=False
+    )
+    arguments = [jnp.concatenate([x, x]) for x in draw(CASES["uneven_and_empty"])]
+    lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
+    if implementation != "mosaic":
+        for got, want in zip(jax.jit(local)(*arguments), naive(*draw(CASES["uneven_and_empty"])), strict=True):
+            want = np.concatenate([want, want])
+            assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "message"),
+    [
+        (((256, 128), "float32"), ((2, 128, 64), "float32"), "both bfloat16 or both float16"),
+        (((256, 128), "bfloat16"), ((2, 128, 64), "float16"), "both bfloat16 or both float16"),
+        (((250, 128), "bfloat16"), ((2, 128, 64), "bfloat16"), "rows % 8 == 0, but rows = 250"),
+        (((256, 96), "bfloat16"), ((2, 96, 64), "bfloat16"), "K % 64 == 0, but K = 96"),
+        (((256, 128), "bfloat16"), ((2, 128, 72), "bfloat16"), "N % 64 == 0, but N = 72"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused(rows, weights, message):
+    rows, weights = jnp.zeros(*rows), jnp.zeros(*weights)
+    assert message in mosaic_refusal(rows, weights)
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(rows, weights, jnp.zeros(2, jnp.int32), implementation="mosaic")
