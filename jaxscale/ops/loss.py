@@ -35,7 +35,6 @@ def _project_backward(arguments: tuple[Array, Array], cotangent: Array) -> tuple
 project.defvjp(lambda x, head: (project(x, head), (x, head)), _project_backward)
 
 
-@jax.custom_vjp
 def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Negative log-likelihood and log-normaliser of each token.
 
@@ -48,29 +47,7 @@ def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
     logits = accumulator(logits)
     normaliser = jax.nn.logsumexp(logits, -1)
     label = jnp.take_along_axis(logits, labels[..., None], -1, mode="clip")[..., 0]
-    return jnp.where(_is_label(labels, logits), normaliser - label, 0), normaliser
-
-
-def _token_loss_forward(logits: Array, labels: Array):
-    nll, normaliser = token_loss(logits, labels)
-    return (nll, normaliser), (logits, labels, normaliser)
-
-
-def _token_loss_backward(arguments: tuple[Array, Array, Array], cotangents: tuple[Array, Array]) -> tuple[Array, None]:
-    """In one pass over the logits, which plain differentiation does not find: the softmax is made again."""
-    logits, labels, normaliser = arguments
-    of_nll = jnp.where(_is_label(labels, logits), cotangents[0], 0)
-    softmax = jnp.exp(accumulator(logits) - normaliser[..., None])
-    one_hot = jnp.arange(logits.shape[-1]) == labels[..., None]
-    gradient = softmax * (of_nll + cotangents[1])[..., None] - jnp.where(one_hot, of_nll[..., None], 0)
-    return gradient.astype(logits.dtype), None
-
-
-token_loss.defvjp(_token_loss_forward, _token_loss_backward)
-
-
-def _is_label(labels: Array, logits: Array) -> Array:
-    return (labels >= 0) & (labels < logits.shape[-1])
+    return jnp.where((labels >= 0) & (labels < logits.shape[-1]), normaliser - label, 0), normaliser
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
