@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import distributed  # JAX exports no index of a process that has not started its devices
 from jax.sharding import Mesh
 
 from jaxscale.parallel.mesh import AXES, DATA, EXPERT
@@ -18,6 +19,7 @@ from jaxscale.types import InputError, RunError, check_choice, check_positive, c
 
 EXIT_FAILED = 1  # as the command has it
 GRACE_S = 60
+SAYING_TIMEOUT_MS = 60_000  # all have joined by then
 ADDRESS_VARIABLE = "JAX_COORDINATOR_ADDRESS"  # JAX's own name for it
 
 
@@ -118,6 +120,21 @@ def start_processes(config: ProcessesConfig, heartbeat_timeout_s: int) -> None:
         raise RunError(f"{failure}: {' '.join(str(error).split())}") from error
     finally:
         timer.cancel()
+
+
+def process_index() -> int:
+    """This process's number in the run; asking JAX itself would start its devices, after which no flag counts."""
+    return distributed.global_state.process_id
+
+
+def first_process_says(name: str, value: str) -> str:
+    """What process 0 gave for `value` under this name, in every process of the run; starts no devices."""
+    client = distributed.global_state.client
+    if client is None:
+        return value
+    if process_index() == 0:
+        client.key_value_set(f"jaxscale/{name}", value, allow_overwrite=True)
+    return client.blocking_key_value_get(f"jaxscale/{name}", SAYING_TIMEOUT_MS)
 
 
 def _check_address(parameter: str, address: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from jaxscale.parallel.processes import ProcessesConfig, start_processes
+from jaxscale.parallel.processes import ProcessesConfig, first_process_says, process_index, start_processes
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
 DEFAULT_WATCHDOG_S = 300
@@ -20,7 +20,7 @@ class RuntimeConfig:
         platform: "cpu", "cuda" or "tpu"; None leaves the choice to JAX.
         num_cpu_devices: virtual devices that a CPU is split into; None for JAX's default.
         is_deterministic: same bits from the same run on a GPU: deterministic operations, and the autotuner's choices
-            kept in the run's directory and used again on resume.
+            kept in the run's directory, which all processes share, and used again on resume.
         xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false"; at one that it does not know, XLA
             itself ends the process.
         processes: how the run's processes find one another; None for a run of one process.
@@ -64,13 +64,6 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         RunError: this process could not join the others.
     """
     _set_flags("RuntimeConfig.xla_flags", config.xla_flags)
-    if config.is_deterministic:
-        autotune = Path(directory, "autotune.txtpb").absolute()
-        # A run that failed to compile leaves an empty file.
-        is_saved = autotune.exists() and autotune.stat().st_size > 0
-        action = "load_autotune_results_from" if is_saved else "dump_autotune_results_to"
-        flags = ("--xla_gpu_deterministic_ops=true", f"--xla_gpu_{action}={autotune}")
-        _set_flags("RuntimeConfig.is_deterministic", flags)
     if config.platform is not None:
         jax.config.update("jax_platforms", config.platform)
     if config.num_cpu_devices is not None:
@@ -78,8 +71,25 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
     if config.processes is not None:
         # Later than the watchdog's, which says more.
         start_processes(config.processes, 2 * (config.watchdog_timeout_s or DEFAULT_WATCHDOG_S))
+    if config.is_deterministic:
+        flags = ("--xla_gpu_deterministic_ops=true", *_autotune_flags(directory))
+        _set_flags("RuntimeConfig.is_deterministic", flags)
     if config.platform is not None:
         _check_platform(config.platform)
+
+
+def _autotune_flags(directory: str) -> tuple[str, ...]:
+    """Where the autotuner's choices are saved every process loads them; where not, process 0 alone writes them.
+
+    The others need not write: XLA has each process tune a share and gives all of them every choice. For that they wait
+    for one another, so that all must load or none; process 0 says which, whatever another's file system shows by now.
+    """
+    saved = Path(directory, "autotune.txtpb").absolute()
+    # A run that failed to compile leaves an empty file.
+    action = "load" if saved.exists() and saved.stat().st_size > 0 else "dump"
+    if first_process_says("autotune", action) == "load":
+        return (f"--xla_gpu_load_autotune_results_from={saved}",)
+    return (f"--xla_gpu_dump_autotune_results_to={saved}",) if process_index() == 0 else ()
 
 
 def _set_flags(parameter: str, flags: tuple[str, ...]) -> None:

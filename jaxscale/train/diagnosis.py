@@ -11,9 +11,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import tree
+from jaxscale.ops.operations import Operations
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.types import Array, Batch, Params
 
+FORWARD = {"embedding": 0, "prefix": 0, "layers": 1}  # what has another name comes after the stack
 # Where the backward comes by: sections of the parameter tree, and the parameters of one layer.
 SECTIONS = ("head", "final_norm", "layers", "prefix", "embedding")
 LAYER = (
@@ -26,7 +28,7 @@ def first_non_finite(loss_fn: LossFn, region: Region, params: Params, batch: Bat
     """Runs one batch again and looks at every named tensor in the order of their making.
 
     The forward is looked at layer by layer, unrolled and nothing rematerialised, where the loss has a `stack` that can
-    be replaced by such a one and there is no pipeline.
+    be replaced by such a one.
 
     Args:
         loss_fn: under the contract of `train.losses`.
@@ -55,11 +57,12 @@ def first_non_finite(loss_fn: LossFn, region: Region, params: Params, batch: Bat
 
 def _first_of_forward(loss_fn: LossFn, region: Region, params: Params, batch: Batch, key: jax.Array) -> str | None:
     """A tensor of the forward, run as the step runs it: one micro-batch after the other, each with its key."""
-    if not hasattr(loss_fn, "stack") or region.schedule is not None:
+    if not hasattr(loss_fn, "stack"):
         return None
     stack = dataclasses.replace(loss_fn.stack, is_scanned=False, remat="none", saved_names=(), offloaded_names=())
     names: list[str] = []
-    evaluate = region.evaluate(_count_non_finite(dataclasses.replace(loss_fn, stack=stack), names))
+    counting = _Counting if region.schedule is None else _StagedCounting
+    evaluate = region.evaluate(counting(dataclasses.replace(loss_fn, stack=stack), names))
     parts = region.num_microbatches
 
     @jax.jit
@@ -68,40 +71,94 @@ def _first_of_forward(loss_fn: LossFn, region: Region, params: Params, batch: Ba
         return evaluate(params, rows, jax.random.fold_in(key, number))[2]
 
     for number in range(parts):
-        counts = count(params, batch, key, number)
-        for name in names:
-            if counts[name] > 0:
-                return name if parts == 1 else f"{name}, micro-batch {number}"
+        if name := _first_counted(count(params, batch, key, number), names):
+            return name if parts == 1 else f"{name}, micro-batch {number}"
     return None
 
 
-def _count_non_finite(loss_fn: LossFn, names: list[str]) -> LossFn:
-    """A loss whose metrics count the non-finite elements of each named tensor; `names` receives their order."""
+@dataclasses.dataclass(frozen=True)
+class _Counting:
+    """A loss whose metrics count the non-finite elements of each named tensor, by period of the stack.
 
-    def counted(params: Params, batch: Batch, key: jax.Array, *, operations: Any):
-        counts: dict[str, Array] = {}
+    Args:
+        loss: as trained, its stack unrolled.
+        names: receives the tensors' names, in the order of their making within a period.
+    """
 
-        def mark(name: str, x: Array) -> Array:
-            repeats = sum(known.split(",")[0] == name for known in counts)
-            counts[f"{name}, layer {repeats} of its stack" if name.startswith("layers") else name] = jnp.sum(
-                ~jnp.isfinite(x)
-            )
-            return x
+    loss: LossFn
+    names: list[str]
 
-        def count_tokens(logits: Array, labels: Array) -> tuple[Array, Array]:
-            """In place of the loss, in whose loop over chunks `mark` would see no more than a tracer."""
-            is_bad = ~jnp.isfinite(logits).all(-1, keepdims=True)
-            bad = operations.exit(is_bad.astype(jnp.float32))[..., 0]
-            return bad, bad
+    def __call__(self, params: Params, batch: Batch, key: jax.Array, *, operations: Operations):
+        """The loss's own sums and the counts."""
+        watched, counts = _watch(operations)
+        loss, weight, metrics = self.loss(params, batch, key, operations=watched)
+        return loss, weight, self._counts(counts, metrics)
 
-        watched = dataclasses.replace(operations, mark=mark, token_loss=count_tokens)
-        loss, weight, metrics = loss_fn(params, batch, key, operations=watched)
+    def _counts(self, counts: dict[str, list[Array]], metrics: dict[str, Array]) -> dict[str, Array]:
         if "nll" in metrics:
-            counts["logits"] = metrics["nll"]
-        names[:] = counts
-        return loss, weight, counts
+            counts["logits"] = [metrics["nll"]]
+        self.names.extend(name for name in counts if name not in self.names)
+        return {name: jnp.stack(each) for name, each in counts.items()}
 
-    return counted
+
+class _StagedCounting(_Counting):
+    """The same in the parts that pipeline stages run, see `parallel.pipeline.StagedLoss`."""
+
+    def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array:
+        """As the loss's; it has no metrics, so that `finish` counts."""
+        return self.loss.start(params, batch, operations=operations)
+
+    def prepare(self, layers: Params) -> Params:
+        """As the loss's."""
+        return self.loss.prepare(layers)
+
+    def body(self, layers: Params, x: Array, batch: Batch, is_real: Array | None, *, operations: Operations):
+        """Period by period: within the branch that skips padding, `mark` would see no more than a tracer."""
+        watched, counts = _watch(operations)
+        num_periods = len(jax.tree.leaves(layers)[0])
+        is_real = jnp.ones(num_periods, bool) if is_real is None else is_real
+        for i, real in enumerate(is_real):
+            period = jax.tree.map(lambda leaf: leaf[i : i + 1], layers)  # noqa: B023
+            x = jnp.where(real, self.loss.body(period, x, batch, operations=watched)[0], x)
+        counts = self._counts(counts, {})
+        return x, jnp.zeros(()), {name: each * is_real for name, each in counts.items()}
+
+    def finish(self, params: Params, x: Array, batch: Batch, *, operations: Operations):
+        """As the loss's; its counts and those of `start`, whose parameters every stage holds."""
+        watched, counts = _watch(operations)
+        self.loss.start(params, batch, operations=watched)
+        loss, weight, metrics = self.loss.finish(params, x, batch, operations=watched)
+        return loss, weight, self._counts(counts, metrics)
+
+
+def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
+    """Operations that count the non-finite elements of each named tensor, and the counts so far."""
+    counts: dict[str, list[Array]] = {}
+
+    def mark(name: str, x: Array) -> Array:
+        counts.setdefault(name, []).append(jnp.sum(~jnp.isfinite(x)))
+        return x
+
+    def count_tokens(logits: Array, labels: Array) -> tuple[Array, Array]:
+        """In place of the loss, in whose loop over chunks `mark` would see no more than a tracer."""
+        is_bad = ~jnp.isfinite(logits).all(-1, keepdims=True)
+        bad = operations.exit(is_bad.astype(jnp.float32))[..., 0]
+        return bad, bad
+
+    return dataclasses.replace(operations, mark=mark, token_loss=count_tokens), counts
+
+
+def _first_counted(counts: dict[str, Array], names: list[str]) -> str | None:
+    """The tensor made first of those that are not finite: before the stack, in one of its periods, or after it."""
+    bad = [
+        (FORWARD.get(name.split("/")[0], 2), period, number)
+        for number, name in enumerate(names)
+        for period in np.flatnonzero(counts[name])
+    ]
+    if not bad:
+        return None
+    _, period, number = min(bad)
+    return names[number] + (f", layer {period} of its stack" if names[number].startswith("layers/") else "")
 
 
 def _first_gradient(gradients: Any, region: Region) -> str | None:

@@ -1,6 +1,7 @@
 """Settings of the process reach JAX before it starts, in a process of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -31,6 +32,40 @@ def started_with(config, directory):
 def test_platform_devices_and_flags(tmp_path):
     config = "RuntimeConfig(platform='cpu', num_cpu_devices=3, xla_flags=('--xla_cpu_enable_fast_math=false',))"
     assert started_with(config, tmp_path) == "3 cpu --xla_cpu_enable_fast_math=false\n"
+
+
+SAVED = """
+import os, sys
+from jaxscale.parallel.runtime import ProcessesConfig, RuntimeConfig, apply_runtime
+processes = ProcessesConfig("explicit", sys.argv[1], 2, int(sys.argv[2]))
+apply_runtime(RuntimeConfig(is_deterministic=True, processes=processes), sys.argv[3])
+print(os.environ["XLA_FLAGS"])
+"""
+
+
+@pytest.mark.parametrize("holder", [0, 1])
+def test_process_0_writes_the_autotuning_or_all_load_it(tmp_path, holder):
+    """A folder for each stands for a shared one of which a process does not see the newest state."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    files = [tmp_path / str(index) / "autotune.txtpb" for index in range(2)]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("saved" if file == files[holder] else "")
+    command = [sys.executable, "-c", SAVED, address]
+    environment = {"JAX_PLATFORMS": "cpu", "PATH": "", "HOME": str(tmp_path)}
+    processes = [
+        subprocess.Popen([*command, str(index), file.parent], env=environment, stdout=subprocess.PIPE, text=True)
+        for index, file in enumerate(files)
+    ]
+    flags = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert all(each.pop(0) == "--xla_gpu_deterministic_ops=true" for each in flags)
+    if holder == 0:
+        assert flags == [[f"--xla_gpu_load_autotune_results_from={file}"] for file in files]
+    else:
+        assert flags == [[f"--xla_gpu_dump_autotune_results_to={files[0]}"], []]
 
 
 def test_the_devices_that_are_there_already_may_be_asked_for(tmp_path):

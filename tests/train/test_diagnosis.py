@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale import tree
 from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.train import losses
@@ -37,6 +38,36 @@ def test_an_activation_that_overflows_names_its_layer(make_setup, make_batch, me
     params = setup.start().params
     params["layers"]["0"]["attention"]["v"] = params["layers"]["0"]["attention"]["v"].at[1].set(2e38)
     assert diagnose(setup, params, make_batch()) == "layers/0/v, layer 1 of its stack"
+
+
+PIPELINES = {
+    "rows 0, none, 1, 2": (MeshConfig(pipeline=2, data=2, tensor=2, stage_periods=(1, 2), zero=3), 3),
+    "rows 0, 2, 1, 3": (MeshConfig(pipeline=2, num_chunks=2, schedule="interleaved"), 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("stored", "path", "layer", "name"),
+    [
+        ("rows 0, none, 1, 2", "layers/0/attention/v", 2, "layers/0/v, layer 2 of its stack"),
+        ("rows 0, 2, 1, 3", "layers/0/moe/router", 1, "layers/0/router, layer 1 of its stack"),
+        ("rows 0, none, 1, 2", "prefix/0/attention/v", None, "prefix/0/v"),
+        ("rows 0, none, 1, 2", "head/weights", None, "logits"),
+    ],
+)
+def test_an_activation_in_a_pipeline(make_setup, make_batch, stored, path, layer, name):
+    mesh, num_periods = PIPELINES[stored]
+    sizes = dict(num_layers=1 + num_periods, num_dense_prefix=1, moe_pattern=(True,), num_experts=4, expert_dim=16)
+    model = dataclasses.replace(make_setup().plan.loss_fn.model, **sizes)
+    setup = make_setup(model=model, mesh=mesh, num_microbatches=2)
+    order = list(setup.plan.region.specs.layout.order)
+
+    def overflow(each, leaf):
+        rows = slice(None) if layer is None else order.index(layer)
+        return leaf.at[rows].set(2e38) if each == path else leaf
+
+    params = tree.map_with_path(overflow, setup.start().params)
+    assert diagnose(setup, params, make_batch()) == f"{name}, micro-batch 0"
 
 
 def test_a_feed_forward_that_overflows(setup, make_batch):

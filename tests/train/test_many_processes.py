@@ -110,9 +110,20 @@ def checkpoints(directory):
     return sorted(int(each.name) for each in directory.glob("checkpoints/*") if each.name.isdecimal())
 
 
-def test_two_processes_train_as_one_does_and_one_goes_on(start, tmp_path):
-    steps = ("train.steps=10", "checkpoint.keep_last=3", "mesh.zero=3")
-    whole, two = start(tmp_path / "whole", *steps, number=1), start(tmp_path / "two", *steps)
+# Devices 0 to 3 are process 0's: each of these has an axis that crosses the processes.
+LONG = pytest.mark.long
+CROSSING = {
+    "data": ("mesh.zero=3",),
+    "pipeline": ("mesh.pipeline=2", "mesh.tensor=1", "train.num_microbatches=2"),
+    "sequence": ("mesh.data=1", "mesh.sequence=4", "mesh.ring=2"),
+}
+
+
+@pytest.mark.parametrize("axis", ["data", pytest.param("pipeline", marks=LONG), pytest.param("sequence", marks=LONG)])
+def test_two_processes_train_as_one_does_and_one_goes_on(start, tmp_path, axis):
+    """The one process has another mesh: it gets the same figures, and goes on from the two's checkpoint."""
+    steps = ("train.steps=10", "checkpoint.keep_last=3", "model.num_layers=3")
+    whole, two = start(tmp_path / "whole", *steps, number=1), start(tmp_path / "two", *steps, *CROSSING[axis])
     assert whole.statuses() == [0], whole.log(0)
     assert two.statuses() == [0, 0], two.log(0) + two.log(1)
     assert_same_figures(two.directory, whole.directory)
@@ -216,8 +227,9 @@ def test_a_stuck_or_dead_process_ends_the_other_within_the_stated_time(start, tm
 
 
 @pytest.mark.long
-def test_a_step_that_is_not_finite_is_diagnosed_by_both(start, tmp_path):
-    run = start(tmp_path / "run", "train.z_loss=1e38")
+@pytest.mark.parametrize("axis", ["data", "pipeline"])
+def test_a_step_that_is_not_finite_is_diagnosed_by_both(start, tmp_path, axis):
+    run = start(tmp_path / "run", "train.z_loss=1e38", "model.num_layers=3", *CROSSING[axis])
     assert run.statuses() == [1, 1], run.log(0) + run.log(1)
     for index in range(2):
         assert "step 1: loss inf" in run.log(index) and "Traceback" not in run.log(index)

@@ -1,0 +1,294 @@
+"""What each scheme sends: the collectives of the train step compiled for described H200s equal the papers' formulas.
+
+The comparison is complete: every all-gather, reduce-scatter, all-to-all and permute of the step, by its size and how
+often it runs, and all bytes that are all-reduced. What a formula does not have would show, such as an all-gather that
+the compiler put in. ZeRO 1 to 3 and the ring have tests of their own. Sizes are what a device is given: of an
+all-gather the whole, of a reduce-scatter its share.
+"""
+
+import collections
+import functools
+import math
+
+import jax
+import optax
+import pytest
+
+from jaxscale import tree
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.parameters import parameter_table
+from jaxscale.models.transformer import StackConfig
+from jaxscale.ops.attention import attention
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel import ahead_of_time
+from jaxscale.parallel.ahead_of_time import described_devices, has_plugin
+from jaxscale.parallel.batch import abstract_batch
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.region import Region, make_operations
+from jaxscale.parallel.rules import all_axes_of, make_specs
+from jaxscale.parallel.schedule import make_schedule
+from jaxscale.train.losses import NextTokenLoss
+from jaxscale.train.state import abstract_state
+from jaxscale.train.step import make_step
+
+pytestmark = pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
+
+B, T, D, H, F, V = 4, 128, 64, 16, 192, 320
+COMPUTE, FLOAT = 2, 4  # bytes: of activations, bfloat16; of parameters, gradients and the loss, float32
+GATHER, SCATTER, EXCHANGE, PERMUTE = "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+# Loss, weight and metrics; each parameter's part of two norms. Fewer bytes than the smallest gradient, a norm's [D].
+MOST_FIGURES = 48
+
+
+def model(num_heads=8, num_kv_heads=8, *, num_layers=1, **fields):
+    """Without rotary positions and gates, which send nothing and take long to compile."""
+    sizes = dict(num_layers=num_layers, vocab_size=V, model_dim=D, head_dim=H, ffn_dim=F, max_length=T)
+    return ModelConfig(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, positions="none", activation="gelu", **sizes, **fields
+    )
+
+
+def compiled(model, mesh, *, num_microbatches=1, num_loss_chunks=1, remat="none"):
+    """The collectives of one step: ({kind: {bytes: runs}} without all-reduces, bytes that are all-reduced)."""
+    devices = described_devices("h200", num_hosts=1, gpus_per_host=math.prod(mesh.sizes))
+    specs = make_specs(parameter_table(model), mesh)
+    run_attention = functools.partial(attention, implementation="reference")
+    schedule = None
+    if mesh.pipeline > 1:
+        schedule = make_schedule(mesh.schedule, mesh.pipeline, mesh.num_chunks, num_microbatches)
+    region = Region(
+        make_mesh(mesh, devices), specs, make_operations(mesh, specs, attention=run_attention, reduction="float32"),
+        num_microbatches=num_microbatches, schedule=schedule,
+    )  # fmt: skip
+    loss = NextTokenLoss(model, Policy(), StackConfig(num_loss_chunks=num_loss_chunks, remat=remat))
+    optimizer = optax.sgd(1e-3)
+    state = abstract_state(model, optimizer, mesh=region.mesh, specs=specs, dtype="float32", trainable=".*")
+    batch = abstract_batch(region.mesh, B, T, is_packed=False)
+    return in_total(make_step(loss, optimizer, region, state).lower(state, batch).compile().as_text())
+
+
+def in_total(hlo):
+    found, reduced = collections.defaultdict(collections.Counter), 0
+    for each in ahead_of_time.collectives(hlo):
+        assert each.is_exact
+        if each.kind == "all-reduce":  # the compiler packs them together as it likes
+            reduced += each.times * each.num_bytes
+        else:
+            found[each.kind][each.num_bytes] += each.times
+    return dict(found), reduced
+
+
+def gradient_bytes(model, mesh):
+    """Of the gradients that a device has to sum with others: those of parameters which other devices hold too."""
+    specs, total = make_specs(parameter_table(model), mesh), 0
+    entries, held = tree.flatten(parameter_table(model)), dict(tree.flatten(specs.held))
+    for path, entry in entries.items():
+        ways = {axis: getattr(mesh, axis) for axis in all_axes_of(held[path])}
+        if math.prod(ways.values()) < math.prod(mesh.sizes):
+            total += FLOAT * math.prod(entry.shape) // math.prod(ways.values())
+    return total
+
+
+def check_reduced(got, expected):
+    assert expected <= got <= expected + MOST_FIGURES * FLOAT
+
+
+def times(number, counted):
+    return {kind: {size: number * runs for size, runs in sizes.items()} for kind, sizes in counted.items()}
+
+
+def in_bytes(counted):
+    return {kind: sum(size * runs for size, runs in sizes.items()) for kind, sizes in counted.items()}
+
+
+def together(*counted):
+    found = collections.defaultdict(collections.Counter)
+    for kind, sizes in (item for each in counted for item in each.items()):
+        found[kind].update(sizes)
+    return dict(found)
+
+
+# Sequence: Ulysses
+
+
+def ulysses(mesh, num_heads, num_kv_heads, num_layers, *, rows=B):
+    """The layers' exchanges of q, k, v and o, forward and of their gradients.
+
+    Source: Jacobs et al. 2023 (arXiv 2309.14509), section 3.2: 4 N h / P elements a layer forward, N tokens of width h.
+    Fewer key-value heads are fewer bytes, until there are fewer than members: each member needs at least one, so
+    those are sent several times.
+    """
+    spread = math.lcm(num_kv_heads, mesh.sequence)
+    if num_heads % mesh.sequence or num_heads % spread:
+        spread, num_heads = 2 * [math.ceil(num_heads / mesh.sequence) * mesh.sequence]
+    head = rows * T // mesh.sequence * H * COMPUTE
+    one_way = num_layers * [num_heads * head, spread * head, spread * head, num_heads * head]
+    return {EXCHANGE: collections.Counter(one_way + one_way)}
+
+
+HEADS = [
+    (8, 8, 2),
+    (8, 2, 1),  # a key-value head for every two members
+    pytest.param(8, 4, 1, marks=pytest.mark.long),
+    pytest.param(8, 1, 1, marks=pytest.mark.long),
+    pytest.param(6, 2, 1, marks=pytest.mark.long),  # filled up to 8 heads, keys as many
+]
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads, num_layers", HEADS)
+def test_ulysses_exchanges_four_times_its_share_of_the_activations(num_heads, num_kv_heads, num_layers):
+    mesh, config = MeshConfig(sequence=4, zero=0), model(num_heads, num_kv_heads, num_layers=num_layers)
+    found, reduced = compiled(config, mesh)
+    positions = {GATHER: {B * T * FLOAT: 1}}  # of the mask: int32, and not once a layer
+    assert found == together(ulysses(mesh, num_heads, num_kv_heads, num_layers), positions)
+    check_reduced(reduced, gradient_bytes(config, mesh))
+    if num_heads == num_kv_heads:
+        assert in_bytes(found)[EXCHANGE] == 2 * num_layers * 4 * (T * num_heads * H // mesh.sequence) * B * COMPUTE
+
+
+# Tensor
+
+
+def tensor(mesh, *, rows=B, length=T, num_layers=1, again=(0, 0), chunks=1):
+    """All-gathers and reduce-scatters of layers whose norms have a share of the tokens, the embedding and the loss.
+
+    Source: Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: two all-reduces a layer forward and two
+    backward, each as an all-gather and a reduce-scatter. Shoeybi et al. 2019 (arXiv 1909.08053), section 3: of the
+    vocabulary's shares only figures a token.
+
+    Args:
+        again: all-gathers and reduce-scatters a layer that rematerialisation repeats.
+    """
+    whole, part = rows * length * D * COMPUTE, rows * length * D * COMPUTE // mesh.tensor
+    layers = {GATHER: {whole: num_layers * (4 + again[0])}, SCATTER: {part: num_layers * (4 + again[1])}}
+    head = {GATHER: {whole: 1}, SCATTER: {part: 1}}
+    # Rows are looked up in the parameters' type; their gradient comes back in that of the activations.
+    embedding = {SCATTER: {part * FLOAT // COMPUTE: 1}, GATHER: {whole: 1}}
+    figures = 2 * rows * length * FLOAT // chunks  # the sum of exponentials and the label's logit
+    loss = {SCATTER: {figures // mesh.tensor: chunks}, GATHER: {figures: chunks}}
+    return together(layers, head, embedding, loss)
+
+
+def test_tensor_parallelism_gathers_and_scatters_twice_a_layer_each_way():
+    mesh, config = MeshConfig(tensor=4, zero=0), model(num_layers=2)
+    found, reduced = compiled(config, mesh, num_loss_chunks=2)
+    assert found == tensor(mesh, num_layers=2, chunks=2)
+    maxima = B * T * FLOAT  # which steady the loss's exponentials
+    check_reduced(reduced, gradient_bytes(config, mesh) + maxima)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_repeats_collectives_too(remat):
+    """All but a layer's last reduce-scatter, which makes the next one's input: that is kept.
+
+    Bytes alone, as the compiler may send what is repeated together with what is not.
+    """
+    mesh = MeshConfig(tensor=4, zero=0)
+    found, _ = compiled(model(num_layers=2), mesh, remat=remat)
+    assert in_bytes(found) == in_bytes(tensor(mesh, num_layers=2, again=(2, 1)))
+
+
+# Data
+
+
+def test_zero_0_reduces_the_gradients_once_a_step():
+    """However many micro-batches. Source: Rajbhandari et al. 2019 (arXiv 1910.02054), section 7.1."""
+    mesh, config = MeshConfig(data=2, zero=0), model()
+    found, reduced = compiled(config, mesh, num_microbatches=2)
+    assert found == {}
+    assert gradient_bytes(config, mesh) == FLOAT * sum(
+        math.prod(entry.shape) for entry in jax.tree.leaves(parameter_table(config))
+    )
+    check_reduced(reduced, gradient_bytes(config, mesh))
+
+
+# Experts
+
+E, A = 8, 3
+
+
+def mixture(**fields):
+    return model(moe_pattern=(True,), num_experts=E, num_active_experts=A, expert_dim=F, **fields)
+
+
+def test_experts_exchange_their_worst_case_forth_and_back():
+    """2 R D elements a layer forward and backward, R = expert n min(A, E / expert) rows for n local tokens.
+
+    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 3.2, whose capacity is the worst case here.
+    """
+    mesh, config = MeshConfig(expert=4, zero=0), mixture()
+    found, reduced = compiled(config, mesh)
+    rows = mesh.expert * (B // mesh.expert * T) * min(A, E // mesh.expert)
+    counts = E * FLOAT  # int32: how many of the rows there are
+    assert found == {EXCHANGE: {rows * D * COMPUTE: 2 * 2, counts: 1}}
+    loads = 2 * E * FLOAT  # the balance loss's, and the metrics
+    check_reduced(reduced, gradient_bytes(config, mesh) + loads)
+
+
+# Pipeline
+
+
+def permutes(mesh, num_ticks, *, num_microbatches, share=1):
+    """An activation [b, T, D] to the next stage and a gradient to the previous one at the end of each tick.
+
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 3.2. Idle stages send too, what nobody reads.
+    """
+    return {PERMUTE: {B // num_microbatches * T * D * COMPUTE // share: 2 * num_ticks}}
+
+
+def outside(mesh):
+    """What is in no layer: each stage stores a share, all have it during the step and reduce its gradient."""
+    size = FLOAT * (2 * V // mesh.tensor + 1) * D  # embedding, head, the final norm's scale
+    return {GATHER: {size: 1}, SCATTER: {size // mesh.pipeline: 1}}
+
+
+S, M = 2, 4
+SCHEDULES = [  # with stages, chunks and ticks
+    ("1f1b", S, 1, M + 2 * (S - 1)),
+    pytest.param("gpipe", S, 1, 2 * M - 1 + 2 * (S - 1), marks=pytest.mark.long),
+    # In a ring of two both permutes have the same pairs and are sent as one.
+    pytest.param("interleaved", 4, 2, make_schedule("interleaved", 4, 2, M).num_ticks, marks=pytest.mark.long),
+    pytest.param("zero_bubble", S, 1, make_schedule("zero_bubble", S, 1, M).num_ticks, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("schedule, num_stages, num_chunks, num_ticks", SCHEDULES)
+def test_a_pipeline_sends_two_activations_a_tick(schedule, num_stages, num_chunks, num_ticks):
+    mesh = MeshConfig(pipeline=num_stages, zero=0, schedule=schedule, num_chunks=num_chunks)
+    found, reduced = compiled(model(num_layers=num_stages * num_chunks), mesh, num_microbatches=M)
+    assert found == together(permutes(mesh, num_ticks, num_microbatches=M), outside(mesh))
+    check_reduced(reduced, 0)
+
+
+# Several at once
+
+
+@pytest.mark.long
+def test_axes_send_nothing_more_together():
+    """Data, sequence and tensor: each sends what it does alone, of the others' share."""
+    mesh, config = MeshConfig(data=2, sequence=2, tensor=2, zero=0), model(8, 4)
+    found, reduced = compiled(config, mesh)
+    rows, length = B // mesh.data, T // mesh.sequence
+    positions = {GATHER: {rows * T * FLOAT: 1}}
+    heads = ulysses(mesh, 8 // mesh.tensor, 4 // mesh.tensor, 1, rows=rows)
+    assert found == together(heads, tensor(mesh, rows=rows, length=length), positions)
+    maxima = rows * length * FLOAT
+    check_reduced(reduced, gradient_bytes(config, mesh) + maxima)
+
+
+@pytest.mark.long
+def test_tensor_experts_exchange_no_tokens():
+    mesh = MeshConfig(tensor=4, zero=0, expert_axis="tensor")
+    assert compiled(mixture(), mesh)[0] == tensor(mesh)
+
+
+@pytest.mark.long
+def test_a_pipeline_of_tensor_groups_adds_up():
+    """Branches count as taken in each tick, so every tick has the layers of a stage and both ends."""
+    mesh, config = MeshConfig(pipeline=S, tensor=2, zero=0), model(num_layers=S)
+    found, _ = compiled(config, mesh, num_microbatches=M)
+    num_ticks = M + 2 * (S - 1)
+    each = tensor(mesh, rows=B // M, num_layers=1)
+    sent = permutes(mesh, num_ticks, num_microbatches=M, share=mesh.tensor)
+    assert found == together(times(num_ticks, each), sent, outside(mesh))
