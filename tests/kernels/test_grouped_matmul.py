@@ -9,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxscale.kernels.grouped_matmul.api import BACKENDS, grouped_matmul, mosaic_refusal
+from jaxscale.kernels.grouped_matmul.api import BACKENDS, feed_forward, grouped_matmul, mosaic_refusal
 
 ROWS, K, N = 192, 64, 320  # N is no multiple of a block's columns
 CASES = {
@@ -23,10 +23,15 @@ KNOWS_THE_END = jax.__version_info__ >= (0, 11)
 
 
 @pytest.fixture(params=BACKENDS)
-def run(request):
+def backend(request):
     if request.param == "mosaic" and not KNOWS_THE_END:
         pytest.skip("jax 0.10 cannot interpret copies past the end, which the hardware fills with zeros")
-    return functools.partial(grouped_matmul, implementation=request.param, interpret=InterpretGPUParams())
+    return dict(implementation=request.param, interpret=InterpretGPUParams())
+
+
+@pytest.fixture
+def run(backend):
+    return functools.partial(grouped_matmul, **backend)
 
 
 def draw(group_sizes, dtype="bfloat16"):
@@ -118,3 +123,41 @@ def test_what_the_kernel_cannot_do_is_refused(rows, weights, message):
     assert message in mosaic_refusal(rows, weights)
     with pytest.raises(ValueError, match=message):
         grouped_matmul(rows, weights, jnp.zeros(2, jnp.int32), implementation="mosaic")
+
+
+def naive_feed_forward(x, weights, group_sizes):
+    """float64, differentiated by JAX."""
+    ends = np.cumsum(group_sizes)
+    of_row = np.searchsorted(ends, np.arange(len(x)), side="right")
+    gate, up, down = (jnp.concatenate([w, jnp.zeros_like(w[:1])])[of_row] for w in weights)
+    g, u = jnp.einsum("rd,rdf->rf", x, gate), jnp.einsum("rd,rdf->rf", x, up)
+    return jnp.einsum("rf,rfd->rd", g * jax.nn.sigmoid(g) * u, down)
+
+
+@pytest.mark.parametrize("case", ["uneven_and_empty", "one_row_each_and_a_rest"])
+def test_feed_forward_and_its_gradients_are_those_of_float64(backend, case):
+    """Width F is no multiple of the half block that holds the gate's columns."""
+    sizes, width = CASES[case], 192
+    keys = jax.random.split(jax.random.key(1), 5)
+    shapes = (ROWS, K), (ROWS, K), *[(len(sizes), K, width)] * 2, (len(sizes), width, K)
+    x, cotangent, *weights = (jax.random.normal(k, s).astype("bfloat16") for k, s in zip(keys, shapes, strict=True))
+    weights[0] /= 8  # gates of about 1, where the slope of SwiGLU changes most
+
+    def run(x, *weights):
+        return feed_forward(x, *weights, jnp.array(sizes, jnp.int32), **backend)
+
+    got, pullback = jax.vjp(run, x, *weights)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(a, "float64") for a in (x, *weights)]
+        y, wide_pullback = jax.vjp(lambda x, *w: naive_feed_forward(x, w, sizes), *wide)
+        wanted = [np.asarray(a) for a in (y, y, *wide_pullback(jnp.asarray(cotangent, "float64")))]
+    for a, b in zip((run(x, *weights), got, *pullback(cotangent)), wanted, strict=True):
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= 3 * TOLERANCE * np.linalg.norm(b)
+        if a.shape == x.shape:
+            assert not np.asarray(a[sum(sizes) :]).any(), "rows past the last group"
+
+
+def test_feed_forward_refuses_what_the_kernel_cannot_do():
+    rows, up, down = jnp.zeros((8, 64), "bfloat16"), jnp.zeros((2, 64, 72), "bfloat16"), jnp.zeros((2, 72, 64))
+    with pytest.raises(ValueError, match="feed_forward: given 'mosaic', expected N % 64 == 0, but N = 72"):
+        feed_forward(rows, up, up, down, jnp.zeros(2, jnp.int32), implementation="mosaic")

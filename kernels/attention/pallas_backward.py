@@ -1,0 +1,307 @@
+"""The backward of attention for Hopper GPUs, as a Pallas kernel for Mosaic GPU.
+
+A block keeps a tile of keys and values and the sums of their gradients, and goes over the queries that see them: five
+products a step, of which the gradient of the queries is added in memory, in the order in which blocks come to it; so
+its last bits differ from run to run.
+
+Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608), appendix B.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxscale.kernels.attention.products import (
+    COLUMN,
+    COMPUTE,
+    LOG2E,
+    MATRIX,
+    NUM_SMS,
+    ROWS,
+    SWIZZLED,
+    SWIZZLED_FLOAT32,
+    accumulate,
+    interpreted_buffers,
+    make_kernel,
+    multiply,
+    over_runs,
+    spread,
+    visit_at,
+)
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, query_tiles, query_visits
+
+KEYS = COMPUTE * ROWS
+QUERIES = 64
+STAGES = 2  # tiles of queries and of their output's gradients in shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Sizes and settings that a kernel is compiled for; `groups` query heads read a kv head, otherwise as it says."""
+
+    num_tiles: int
+    batch: int
+    kv_heads: int
+    groups: int
+    head_dim: int
+    is_shared: bool
+    scale: float
+    softcap: float | None
+    num_patterns: int
+
+    @property
+    def dq_columns(self) -> int:
+        """Of the queries' gradient that a warpgroup makes, half of them over all keys; too narrow, all over its own."""
+        return self.head_dim // COMPUTE if self.head_dim % 128 == 0 else self.head_dim
+
+    @property
+    def num_items(self) -> int:
+        """Tiles of keys of all heads and rows."""
+        return self.num_tiles * self.batch * self.kv_heads
+
+    def item_at(self, number: Any) -> tuple[Any, ...]:
+        """(row, kv head, row of the intervals, tile); longest first: a causal mask's first."""
+        tile, which = (op(number, self.batch * self.kv_heads) for op in (lax.div, lax.rem))
+        b, head = lax.div(which, self.kv_heads), lax.rem(which, self.kv_heads)
+        return b, head, 0 if self.is_shared else b, tile
+
+    def tiles_of(self, table: Any, head: Any, row: Any, tile: Any) -> tuple[Any, ...]:
+        """A query head's (place in `table`, its tiles of queries)."""
+        place = lax.rem(head, self.num_patterns) if self.num_patterns else row, tile
+        return place, tuple(table[(*place, field)] for field in range(4))
+
+
+def backward(
+    q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array,
+    low: jax.Array, high: jax.Array, *, scale: float, softcap: float | None, layout: BlockLayout | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Gradients of q, k and v.
+
+    Args:
+        q, k, v, low, high, layout: as given to the forward; H one of 64 and 128.
+        o, lse: as the forward gave them.
+        do, dlse: their cotangents.
+    """
+    batch, length, num_heads, head_dim = q.shape
+    num_keys, kv_heads = k.shape[1:3]
+    margin = -length % QUERIES
+    low, high = (jnp.pad(x, ((0, 0), (0, margin))) for x in (low, high))
+    delta = jnp.einsum("btnh,btnh->bnt", o, do, preferred_element_type=jnp.float32) - dlse
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # so that a query that sees nothing has no probabilities
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, margin)), constant_values=jnp.inf)
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, margin)))
+    if layout:
+        num_blocks = pl.cdiv(num_keys, KEYS) * COMPUTE
+        table, entries = map(jnp.asarray, query_visits(layout, (length + margin) // BLOCK, num_blocks))
+    else:
+        table = query_tiles(low, high, queries=QUERIES, keys=KEYS, num_keys=num_keys)
+        entries = jnp.zeros((1, 1, 1), jnp.int32)
+    problem = Problem(
+        table.shape[1], batch, kv_heads, num_heads // kv_heads, head_dim, low.shape[0] == 1, scale, softcap,
+        layout.stride if layout else 0,
+    )  # fmt: skip
+
+    def body(*refs):
+        refs = _Refs(*refs, *[None] * (len(_FIELDS) - len(refs)))
+        pl.when(lax.axis_index("warpgroup") == COMPUTE)(lambda: _fetch(refs, problem))
+        pl.when(lax.axis_index("warpgroup") < COMPUTE)(lambda: _compute(refs, problem, interpret))
+
+    out_type = jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)
+    num_blocks = 1 if interpret else NUM_SMS
+    kernel = make_kernel(body, out_type, _scratch(problem, q.dtype, interpret), num_blocks, interpret)
+    dq = jax.new_ref(jnp.zeros((COMPUTE if interpret else 1, batch, length + margin, num_heads, head_dim), jnp.float32))
+    dk, dv = kernel(table, entries, low, high, lse, delta, q, k, v, do, dq)
+    return (dq[...].sum(0)[:, :length] * scale).astype(q.dtype), dk, dv
+
+
+_FIELDS = (
+    "table", "entries", "low", "high", "lse", "delta", "q", "k", "v", "do", "dq", "dk", "dv", "k_smem", "v_smem",
+    "q_smem", "do_smem", "ds_smem", "dq_smem", "low_smem", "high_smem", "lse_smem", "delta_smem", "kv_full",
+    "kv_empty", "q_full", "do_full", "empty", "ds_full", "done", "p_smem",
+)  # fmt: skip
+_Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
+
+
+def _scratch(problem: Problem, dtype: Any, interpret: Any) -> tuple[Any, ...]:
+    head_dim = problem.head_dim
+    return (
+        plgpu.SMEM((1, KEYS, head_dim), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((1, KEYS, head_dim), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((STAGES, QUERIES, head_dim), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((STAGES, QUERIES, head_dim), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((2, KEYS, QUERIES), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((COMPUTE, QUERIES, problem.dq_columns), jnp.float32, transforms=SWIZZLED_FLOAT32),
+        plgpu.SMEM((STAGES, QUERIES), jnp.int32),
+        plgpu.SMEM((STAGES, QUERIES), jnp.int32),
+        plgpu.SMEM((STAGES, QUERIES), jnp.float32),
+        plgpu.SMEM((STAGES, QUERIES), jnp.float32),
+        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=COMPUTE),
+        plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=COMPUTE),
+        plgpu.Barrier(num_arrivals=COMPUTE),
+        *interpreted_buffers(interpret, (ROWS, QUERIES), dtype=dtype),
+    )
+
+
+def _items(problem: Problem) -> tuple[Any, Any]:
+    """This block's first item and how many are its own."""
+    start, stride = lax.axis_index("sm"), lax.axis_size("sm")
+    return start, lax.div(problem.num_items - start + stride - 1, stride)
+
+
+def _fetch(refs: Any, problem: Problem) -> None:
+    plgpu.set_max_registers(24, action="decrease")
+    start, num_mine = _items(problem)
+
+    def one(i, count):
+        b, kv_head, row, tile = problem.item_at(start + i * lax.axis_size("sm"))
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(refs.kv_empty))
+        where = b, pl.ds(tile * KEYS, KEYS), kv_head
+        plgpu.copy_gmem_to_smem(refs.k.at[where], refs.k_smem.at[0], refs.kv_full)
+        plgpu.copy_gmem_to_smem(refs.v.at[where], refs.v_smem.at[0], refs.kv_full)
+
+        def step(head, place, j, count):
+            slot = lax.rem(count, STAGES)
+            query_tile, _ = visit_at(refs.entries, problem.num_patterns, place, j)
+            queries = pl.ds(query_tile * QUERIES, QUERIES)
+            pl.when(count >= STAGES)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
+            for source, target, barrier in (
+                (refs.q.at[b, queries, head], refs.q_smem, refs.q_full),
+                (refs.lse.at[b, head, queries], refs.lse_smem, refs.q_full),
+                (refs.low.at[row, queries], refs.low_smem, refs.q_full),
+                (refs.high.at[row, queries], refs.high_smem, refs.q_full),
+                (refs.do.at[b, queries, head], refs.do_smem, refs.do_full),
+                (refs.delta.at[b, head, queries], refs.delta_smem, refs.do_full),
+            ):
+                plgpu.copy_gmem_to_smem(source, target.at[slot], barrier.at[slot])
+            return count + 1
+
+        def of_head(group, count):
+            head = kv_head * problem.groups + group
+            place, (first, end, *_) = problem.tiles_of(refs.table, head, row, tile)
+            return lax.fori_loop(first, end, functools.partial(step, head, place), count)
+
+        return lax.fori_loop(0, problem.groups, of_head, count)
+
+    count = lax.fori_loop(0, num_mine, one, jnp.int32(0))
+    for slot in range(STAGES):  # a barrier may go only when all that happened to it has been seen
+        pl.when(count > slot)(lambda slot=slot: plgpu.barrier_wait(refs.empty.at[slot]))
+    pl.when(num_mine > 0)(lambda: plgpu.barrier_wait(refs.kv_empty))
+
+
+def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
+    plgpu.set_max_registers(240, action="increase")
+    warpgroup = lax.axis_index("warpgroup")
+    mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+    start, num_mine = _items(problem)
+
+    def one(i, count):
+        b, kv_head, row, tile = problem.item_at(start + i * lax.axis_size("sm"))
+        plgpu.barrier_wait(refs.kv_full)
+
+        def over_queries(group, carry):
+            *sums, count = carry
+            head = kv_head * problem.groups + group
+            place, tiles = problem.tiles_of(refs.table, head, row, tile)
+            step = functools.partial(_step, refs, problem, interpret, (b, head, place), count - tiles[0])
+            return *over_runs(tiles, step, tuple(sums)), count + tiles[1] - tiles[0]
+
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, problem.head_dim), jnp.float32), MATRIX)
+        dk, dv, count = lax.fori_loop(0, problem.groups, over_queries, (zeros, zeros, count))
+        plgpu.barrier_arrive(refs.done)  # the other warpgroup reads all keys
+        plgpu.barrier_wait(refs.done)
+        own = pl.ds(tile * KEYS + warpgroup * ROWS, ROWS)
+        for value, smem, gmem in ((dk * problem.scale, refs.k_smem, refs.dk), (dv, refs.v_smem, refs.dv)):
+            smem[0, mine] = value.astype(smem.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem.at[0, mine], gmem.at[b, own, kv_head])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(refs.kv_empty)
+        return count
+
+    lax.fori_loop(0, num_mine, one, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked, j, carry):
+    """Adds one tile of queries to the gradients of the warpgroup's keys and values; logits lie keys by queries."""
+    b, head, place = where
+    warpgroup = lax.axis_index("warpgroup")
+    mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+    slot, ds_slot = lax.rem(passed + j, STAGES), lax.rem(passed + j, 2)
+    # An index that ptxas cannot prove constant, or it keeps the descriptors of keys and values in registers and spills.
+    nought = lax.optimization_barrier(j) - j
+    query_tile, is_seen = visit_at(refs.entries, problem.num_patterns, place, j)
+    accumulator = plgpu.ACC((ROWS, QUERIES), jnp.float32)
+    buffer = None if refs.p_smem is None else refs.p_smem.at[warpgroup]
+    is_by_columns = problem.dq_columns < problem.head_dim
+
+    def row_of(ref):
+        return spread(plgpu.load(ref.at[slot], layout=COLUMN), (ROWS, QUERIES), 1)
+
+    def probabilities(logits):
+        """(probabilities, slope of the soft-cap)."""
+        factor, slope, cap = problem.scale * LOG2E, None, problem.softcap
+        if cap is not None:
+            logits, factor = jnp.tanh(logits * (problem.scale / cap)), cap * LOG2E
+            slope = 1 - logits * logits
+        if is_masked:
+            key = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERIES), 0, layout=MATRIX)
+            key += place[1] * KEYS + warpgroup * ROWS
+            end = row_of(refs.high_smem) * is_seen(warpgroup)
+            logits = jnp.where((key >= row_of(refs.low_smem)) & (key < end), logits, -jnp.inf)
+        return jnp.exp2(logits * factor - row_of(refs.lse_smem)), slope
+
+    def scores(s_ref):
+        plgpu.barrier_wait(refs.q_full.at[slot])
+        plgpu.wgmma(s_ref, refs.k_smem.at[nought, mine], refs.q_smem.at[slot].transpose((1, 0)))
+        return pl.run_scoped(functools.partial(cotangents, s_ref), accumulator)
+
+    def cotangents(s_ref, dp_ref):
+        plgpu.barrier_wait(refs.do_full.at[slot])
+        plgpu.wgmma(dp_ref, refs.v_smem.at[nought, mine], refs.do_smem.at[slot].transpose((1, 0)))
+        p, slope = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+        products = functools.partial(gradients, dp_ref, p, slope)
+        return accumulate(carry, products, (), interpret=interpret)[0]
+
+    def gradients(dp_ref, p, slope, dk_ref, dv_ref):
+        multiply(dv_ref, p.astype(refs.do_smem.dtype), refs.do_smem.at[slot], buffer)
+        ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=1) - row_of(refs.delta_smem))
+        ds = (ds if slope is None else ds * slope).astype(refs.ds_smem.dtype)
+        refs.ds_smem[ds_slot, mine] = ds
+        plgpu.commit_smem()
+        if is_by_columns:
+            plgpu.barrier_arrive(refs.ds_full)
+        multiply(dk_ref, ds, refs.q_smem.at[slot], buffer)
+        pl.run_scoped(of_queries, plgpu.ACC((QUERIES, problem.dq_columns), jnp.float32))
+        return ()
+
+    def of_queries(dq_ref):
+        keys, columns = mine, slice(None)
+        if is_by_columns:
+            half = problem.dq_columns
+            keys, columns = slice(None), pl.ds(pl.multiple_of(warpgroup * half, half), half)
+            plgpu.barrier_wait(refs.ds_full)
+        plgpu.wgmma(dq_ref, refs.ds_smem.at[ds_slot, keys].transpose((1, 0)), refs.k_smem.at[nought, keys, columns])
+        dq = dq_ref[...]
+        plgpu.barrier_arrive(refs.empty.at[slot])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        target = refs.dq.at[warpgroup if interpret else 0, b, pl.ds(query_tile * QUERIES, QUERIES), head, columns]
+        if interpret:  # which knows no copy that adds; it has one block, and the warpgroups add to sums of their own
+            target[...] += dq
+        else:
+            refs.dq_smem[warpgroup] = dq
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(refs.dq_smem.at[warpgroup], target, reduction_op="add")
+
+    return pl.run_scoped(scores, accumulator)

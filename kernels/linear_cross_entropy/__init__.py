@@ -1,0 +1,1 @@
+"""Logits of a vocabulary reduced to what cross-entropy needs of them."""

@@ -1,0 +1,209 @@
+"""Every backend of the attention kernel against float64; the GPU kernel is interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxscale.kernels.attention.api import BACKENDS, attention, mosaic_refusal
+from jaxscale.kernels.attention.tiles import BlockLayout, key_tiles, key_visits, query_tiles, query_visits
+
+IS_NEW = jax.__version_info__ >= (0, 11)
+OLD_REASON = "jax 0.10 cannot put a kernel that writes to a reference into a scan, so the kernel refuses it"
+TOLERANCE = 4e-3  # of the norm, in bfloat16
+LAYOUTS = {"blocks": BlockLayout(local=2, stride=3)}
+# B, T, S, N, K, H, dtype, softcap, intervals
+CASES = {
+    "documents": (2, 200, 200, 2, 1, 64, "bfloat16", None, "documents"),
+    "window_softcap_float16": (1, 144, 144, 1, 1, 128, "float16", 1.5, "window"),
+    "full_odd_shapes": (1, 77, 131, 2, 2, 24, "bfloat16", None, "full"),
+    "block_sparse": (1, 460, 460, 4, 2, 64, "bfloat16", None, "blocks"),
+    "causal_two_tiles": (1, 264, 264, 2, 2, 64, "bfloat16", None, "causal"),
+}
+HEAVY = {"causal_two_tiles", "block_sparse"}
+
+
+def intervals(kind, length, num_keys, batch):
+    """low and high [B, T]; of "documents" the last query of each row sees nothing."""
+    t = np.arange(length)
+    if kind == "full":
+        return np.zeros((1, length), np.int32), np.full((1, length), num_keys, np.int32)
+    low, high = np.zeros((batch, length), np.int32), np.tile(t + 1, (batch, 1)).astype(np.int32)
+    if kind == "window":
+        low[:] = np.maximum(t - 40 + 1, 0)
+    if kind == "documents":
+        for row in range(batch):
+            first = 90 + 45 * row
+            low[row, first:] = first
+        high[:, -1] = 0
+    return low, high
+
+
+def draw(case):
+    """q, k, v, low, high, cotangents of both results, and the settings."""
+    batch, length, num_keys, heads, kv_heads, dim, dtype, softcap, kind = CASES[case]
+    shapes = (batch, length, heads, dim), *[(batch, num_keys, kv_heads, dim)] * 2, (batch, length, heads, dim)
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v, do = (jax.random.normal(key, s).astype(dtype) for key, s in zip(keys[:4], shapes, strict=True))
+    dlse = jax.random.normal(keys[4], (batch, heads, length))
+    low, high = map(jnp.asarray, intervals(kind, length, num_keys, batch))
+    return (q, k, v), (low, high), (do, dlse), dict(scale=dim**-0.5, softcap=softcap, layout=LAYOUTS.get(kind))
+
+
+@functools.cache
+def naive(case):
+    """o, lse and the gradients in float64, by hand; lse is 0 where nothing is seen."""
+    (q, k, v), (low, high), (do, dlse), settings = draw(case)
+    q, k, v, do, dlse = (np.asarray(x, np.float64) for x in (q, k, v, do, dlse))
+    groups, scale, cap = q.shape[2] // k.shape[2], settings["scale"], settings["softcap"]
+    keys, values = np.repeat(k, groups, 2), np.repeat(v, groups, 2)
+    logits = np.einsum("btnh,bsnh->bnts", q, keys) * scale
+    capped = cap * np.tanh(logits / cap) if cap else logits
+    number = np.arange(k.shape[1])
+    sees = ((number >= np.asarray(low)[..., None]) & (number < np.asarray(high)[..., None]))[:, None]
+    if layout := settings["layout"]:
+        i, j = np.arange(q.shape[1])[:, None] // 64, number // 64
+        head = np.arange(q.shape[2])[:, None, None]
+        sees = sees & ((i - j < layout.local) | ((j + head + 1) % layout.stride == 0))
+    exponentials = np.where(sees, np.exp(capped), 0)
+    total = exponentials.sum(-1)
+    lse = np.log(np.where(total > 0, total, 1))
+    p = exponentials / np.where(total > 0, total, 1)[..., None]
+    o = np.einsum("bnts,bsnh->btnh", p, values)
+    dp = np.einsum("btnh,bsnh->bnts", do, values)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True) + dlse[..., None]) * scale
+    ds *= 1 - (capped / cap) ** 2 if cap else 1
+
+    def of_kv(x):
+        return x.reshape(*k.shape[:3], groups, -1).sum(3)
+
+    dk, dv = np.einsum("bnts,btnh->bsnh", ds, q), np.einsum("bnts,btnh->bsnh", p, do)
+    return o, lse, np.einsum("bnts,bsnh->btnh", ds, keys), of_kv(dk), of_kv(dv)
+
+
+@pytest.fixture(params=BACKENDS)
+def run(request):
+    if request.param == "mosaic" and not IS_NEW:
+        pytest.skip(OLD_REASON)
+    return functools.partial(attention, implementation=request.param, interpret=InterpretGPUParams())
+
+
+def results_and_gradients(run, arrays, bounds, cotangents, settings):
+    (o, lse), pullback = jax.vjp(lambda q, k, v: run(q, k, v, *bounds, **settings), *arrays)
+    do, dlse = cotangents
+    return o, lse, *pullback((do, jnp.where(jnp.isfinite(lse), dlse, 0)))
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.long] * (c in HEAVY)) for c in CASES])
+def test_results_and_gradients_are_those_of_float64(run, case):
+    arrays, bounds, cotangents, settings = draw(case)
+    o, lse, *gradients = results_and_gradients(run, arrays, bounds, cotangents, settings)
+    assert o.dtype == arrays[0].dtype
+    sees_nothing = np.broadcast_to((bounds[1] <= bounds[0])[:, None], lse.shape)
+    np.testing.assert_array_equal(np.isneginf(lse), sees_nothing)
+    lse = np.where(sees_nothing, 0, lse)
+    np.testing.assert_allclose(lse, naive(case)[1], atol=1e-3)
+    tolerance = TOLERANCE / 4 if o.dtype == jnp.float16 else TOLERANCE
+    for got, want in zip((o, *gradients), (naive(case)[0], *naive(case)[2:]), strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
+
+
+def test_twice_the_same_bits(run):
+    """Of the results. The gradient of q is not promised on "mosaic", whose blocks add to it as they finish."""
+    arrays, bounds, _, settings = draw("full_odd_shapes")
+    for a, b in zip(run(*arrays, *bounds, **settings), run(*arrays, *bounds, **settings), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "documents"])
+def test_tiles_are_those_that_are_seen(kind):
+    low, high = intervals(kind, 320, 320, 2)
+    queries, keys = 64, 32
+    number = np.arange(320)
+    sees = (number >= low[..., None]) & (number < high[..., None])
+    blocks = sees.reshape(len(low), 320 // queries, queries, 320 // keys, keys)
+    is_some, is_whole = blocks.any((2, 4)), blocks.all((2, 4))
+    settings = dict(queries=queries, keys=keys)
+    by_queries = np.asarray(key_tiles(jnp.asarray(low), jnp.asarray(high), **settings))
+    by_keys = np.asarray(query_tiles(jnp.asarray(low), jnp.asarray(high), **settings, num_keys=320))
+    turned = is_some.swapaxes(1, 2), is_whole.swapaxes(1, 2)
+    for table, some, whole in ((by_queries, is_some, is_whole), (by_keys, *turned)):
+        tile = np.arange(some.shape[2])
+        first, end, whole_first, whole_end = np.moveaxis(table, -1, 0)[..., None]
+        visited = (first <= tile) & (tile < end)
+        assert (visited >= some).all()
+        assert visited.sum() == some.sum(), "nothing is visited for nothing"
+        is_tested = visited & ~((whole_first <= tile) & (tile < whole_end))
+        assert (is_tested >= (some & ~whole)).all(), "a tile of which a part is hidden"
+
+
+def test_visited_blocks_are_those_of_phi_3_small():
+    """64-token blocks, 16 local ones, every eighth, one further for each head; whole ones first."""
+    layout, num_blocks = BlockLayout(), 40
+    i, j = np.ogrid[:num_blocks, :num_blocks]
+    for pattern in (0, 3, 7):
+        wanted = (j <= i) & ((i - j < 16) | ((j + pattern + 1) % 8 == 0))
+        for is_by_keys, (table, entries) in enumerate(f(layout, 40, 40) for f in (key_visits, query_visits)):
+            sees = wanted.T if is_by_keys else wanted
+            for tile in range(num_blocks // 2):
+                first, end, whole_first, whole_end = table[pattern, tile]
+                assert (first, whole_first) == (0, 0)
+                found = {entry >> 2: (entry & 1, entry >> 1 & 1) for entry in entries[pattern, tile, :end].tolist()}
+                pair = sees[2 * tile : 2 * tile + 2]
+                assert found == {b: tuple(pair[:, b].tolist()) for b in np.flatnonzero(pair.any(0)).tolist()}
+                for entry in entries[pattern, tile, :whole_end]:
+                    assert pair[:, entry >> 2].all()
+                    assert entry >> 2 not in (2 * tile, 2 * tile + 1), "tokens of its own block are hidden in part"
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_inside_a_manual_region_under_scan_and_remat(implementation):
+    """Interpretation knows neither, so the kernel is lowered for GPUs, which the other backend is too."""
+    if implementation == "mosaic" and not IS_NEW:
+        pytest.skip(OLD_REASON)
+    arrays, bounds, cotangents, settings = draw("documents")
+
+    def run(q, k, v, low, high, **settings):
+        one = jax.checkpoint(lambda q: attention(q, k, v, low, high, implementation=implementation, **settings))
+        return jax.tree.map(lambda x: x[0], jax.lax.scan(lambda _, q: (None, one(q)), None, q[None])[1])
+
+    mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
+    local = jax.shard_map(
+        lambda *a: results_and_gradients(run, *a, settings), mesh=mesh, in_specs=each, out_specs=each, check_vma=False
+    )
+    lowered = jax.jit(local).trace(arrays, bounds, cotangents).lower(lowering_platforms=("cuda",))
+    assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
+    if implementation != "mosaic":
+        got = jax.jit(local)(arrays, bounds, cotangents)
+        for a, b in zip(got, results_and_gradients(run, arrays, bounds, cotangents, settings), strict=True):
+            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "message"),
+    [
+        (((1, 8, 2, 64), "float32"), ((1, 8, 1, 64), "float32"), "all bfloat16 or all float16"),
+        (((1, 8, 3, 64), "bfloat16"), ((1, 8, 2, 64), "bfloat16"), "N % K == 0, but N = 3 and K = 2"),
+        (((1, 8, 2, 264), "bfloat16"), ((1, 8, 1, 264), "bfloat16"), "head_dim <= 256, but head_dim = 264"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused(q, k, message):
+    q, k, bounds = jnp.zeros(*q), jnp.zeros(*k), jnp.zeros((1, 8), jnp.int32)
+    assert message in mosaic_refusal(q, k)
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, k, bounds, bounds, scale=1.0, implementation="mosaic")
+
+
+@pytest.mark.skipif(not IS_NEW, reason=OLD_REASON)
+def test_a_gradient_of_wide_heads_is_refused():
+    x, bounds = jnp.zeros((1, 8, 1, 256), "bfloat16"), jnp.zeros((1, 8), jnp.int32)
+
+    def loss(x):
+        return attention(x, x, x, bounds, bounds, scale=1.0, implementation="mosaic")[0].sum()
+
+    with pytest.raises(ValueError, match="head_dim <= 128 where a gradient is asked for, but head_dim = 256"):
+        jax.eval_shape(jax.grad(loss), x)

@@ -1,0 +1,121 @@
+"""Every backend of the linear cross-entropy against float64; the GPU kernel is interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxscale.kernels.linear_cross_entropy.api import BACKENDS, label_and_normaliser, mosaic_refusal
+
+SHAPES = {  # T, D, V: no multiple of a block's rows, steps or columns; a single tile; several of each
+    "edges": (136, 72, 300),
+    "one_tile": (128, 64, 256),
+    "odd_vocabulary": (64, 128, 523),
+}
+TOLERANCE = 4e-3  # of the norm: gradients in bfloat16, made from logits' gradients in bfloat16
+KNOWS_THE_END = jax.__version_info__ >= (0, 11)
+
+
+@pytest.fixture(params=BACKENDS)
+def run(request):
+    if request.param == "mosaic" and not KNOWS_THE_END:
+        pytest.skip("jax 0.10 cannot interpret copies past the end, which the hardware fills with zeros")
+    return functools.partial(label_and_normaliser, implementation=request.param, interpret=InterpretGPUParams())
+
+
+def draw(shape, dtype="bfloat16", size=1.0):
+    """Hidden states, head, labels (two outside the vocabulary) and cotangents; logits of about 8 times `size`."""
+    length, depth, vocabulary = shape
+    keys = jax.random.split(jax.random.key(vocabulary), 5)
+    h = jax.random.normal(keys[0], (length, depth)).astype(dtype)
+    head = (jax.random.normal(keys[1], (vocabulary, depth)) * size).astype(dtype)
+    labels = jax.random.randint(keys[2], (length,), 0, vocabulary).at[3].set(-100).at[5].set(vocabulary)
+    return h, head, labels, *(jax.random.normal(key, (length,)) for key in keys[3:])
+
+
+def naive(h, head, labels, dlabel, dnormaliser):
+    """Both results and both gradients in float64."""
+    h, head, dlabel, dnormaliser = (np.asarray(x, np.float64) for x in (h, head, dlabel, dnormaliser))
+    logits = h @ head.T
+    top = logits.max(-1, keepdims=True)
+    normaliser = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
+    one_hot = np.arange(len(head)) == np.asarray(labels)[:, None]
+    dlogits = np.exp(logits - normaliser[:, None]) * dnormaliser[:, None] + one_hot * dlabel[:, None]
+    return (logits * one_hot).sum(-1), normaliser, dlogits @ head, dlogits.T @ h
+
+
+def results_and_gradients(run, h, head, labels, dlabel, dnormaliser):
+    results, pullback = jax.vjp(lambda h, head: run(h, head, labels), h, head)
+    return *results, *pullback((dlabel, dnormaliser))
+
+
+def check(found, wanted, tolerance):
+    for got, want in zip(found[:2], wanted[:2], strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=1e-5, atol=1e-5)
+    for got, want in zip(found[2:], wanted[2:], strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_results_and_gradients_are_those_of_float64(run, shape):
+    arguments = draw(shape)
+    check(results_and_gradients(run, *arguments), naive(*arguments), TOLERANCE)
+
+
+def test_float16(run):
+    arguments = draw(SHAPES["one_tile"], "float16", 0.1)
+    check(results_and_gradients(run, *arguments), naive(*arguments), TOLERANCE / 8)
+
+
+def test_probabilities_of_large_logits_are_as_exact_as_bfloat16(run):
+    """A logit of 300 kept in bfloat16 would be off by 1, and its probability by a factor of 3."""
+    arguments = draw(SHAPES["one_tile"], size=12.0)
+    assert naive(*arguments)[1].max() > 300
+    check(results_and_gradients(run, *arguments), naive(*arguments), TOLERANCE)
+
+
+def test_twice_the_same_bits(run):
+    arguments = draw(SHAPES["edges"])
+    for a, b in zip(results_and_gradients(run, *arguments), results_and_gradients(run, *arguments), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_inside_a_manual_region_under_scan_and_remat(implementation):
+    """Interpretation knows neither, so the kernel is lowered for GPUs, which the other backend is too."""
+    run = functools.partial(label_and_normaliser, implementation=implementation)
+
+    def through_a_scan(h, head, labels):
+        one = jax.checkpoint(lambda labels: run(h, head, labels))
+        return jax.tree.map(lambda x: x[0], jax.lax.scan(lambda _, labels: (None, one(labels)), None, labels[None])[1])
+
+    mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
+    local = jax.shard_map(
+        functools.partial(results_and_gradients, through_a_scan),
+        mesh=mesh, in_specs=each, out_specs=each, check_vma=False,
+    )  # fmt: skip
+    arguments = [jnp.concatenate([x, x]) for x in draw(SHAPES["one_tile"])]
+    lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
+    if implementation != "mosaic":
+        wanted = [np.concatenate([x, x]) for x in naive(*draw(SHAPES["one_tile"]))]
+        check(jax.jit(local)(*arguments), wanted, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("h", "head", "message"),
+    [
+        (((8, 64), "float32"), ((16, 64), "float32"), "both bfloat16 or both float16"),
+        (((8, 64), "bfloat16"), ((16, 64), "float16"), "both bfloat16 or both float16"),
+        (((8, 60), "bfloat16"), ((16, 60), "bfloat16"), "D % 8 == 0, but D = 60"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused(h, head, message):
+    h, head = jnp.zeros(*h), jnp.zeros(*head)
+    assert message in mosaic_refusal(h, head)
+    with pytest.raises(ValueError, match=message):
+        label_and_normaliser(h, head, jnp.zeros(8, jnp.int32), implementation="mosaic")
