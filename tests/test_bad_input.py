@@ -119,7 +119,7 @@ CASES = {
     "start of a run": (["train.init_from='/absent'"], "TrainConfig.init_from: given '/absent'", "a checkpoint"),
     "determinism": (
         ["runtime.is_deterministic=True", "stack.attention='cudnn'"],
-        "StackConfig.attention", "given 'cudnn'", '"chunked" or "reference"',
+        "StackConfig.attention", "given 'cudnn'", "one of ('reference', 'chunked')",
     ),
     "attention": (["stack.attention='flash'"], "StackConfig.attention: given 'flash', expected one of", "'chunked'"),
     "length of a chunk": (["stack.attention='chunked'"], "StackConfig.attention: given 'chunked'", "T % 512 == 0"),

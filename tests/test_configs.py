@@ -72,6 +72,15 @@ def check_shapes(built) -> None:
         )
 
 
+def test_grin_has_the_parameters_of_its_paper():
+    """Those that multiply a token and those that look it up."""
+    bindings = config.read([CONFIGS / "papers" / "grin_moe.gin"])
+    model = ModelConfig(**Builder(bindings).bound(ModelConfig, ())[0])
+    total, active = count_parameters(model)
+    assert round(total / 1e9, 3) == 41.873
+    assert round((active + model.vocab_size * model.model_dim) / 1e9, 3) == 6.641
+
+
 def left_open(bindings: Bindings) -> list[str]:
     """What a file marks as required from another file or --set."""
     return [

@@ -121,7 +121,7 @@ def evaluate(
     evaluators = {"held_out": BitsPerByte(data)} if evaluators is None else evaluators
     train = TrainConfig(steps=1)
     region = make_region(model=model, mesh=mesh, train=train, policy=policy, stack=stack)
-    check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
+    check_fit(model=model, mesh=mesh, data=data, train=train, policy=policy, stack=stack)
     context = EvaluationContext(
         params=None, step=0, model=model, mesh=region.mesh, place=functools.partial(place, region.mesh),
         sums=jax.jit(region.evaluate(NextTokenLoss(model, policy, stack))),

@@ -10,16 +10,20 @@ from matplotlib.figure import Figure
 
 from jaxscale.data.loader import DataConfig
 from jaxscale.evaluate.ngram import ngram_figures
-from jaxscale.train.metrics import read_history
+from jaxscale.train.metrics import expert_use, read_history
 from jaxscale.types import RunError
 
 SMOOTHING_STEPS = 10
 
 
 def plot_run(directory: Path, *, held_out: str) -> None:
-    """Draws `loss.png` from a run's `metrics.jsonl`; resumes are those of `starts.jsonl`."""
+    """Draws `loss.png`, and `experts.png` of a mixture of experts, from a run's `metrics.jsonl`; resumes are those of
+    `starts.jsonl`."""
     starts = [json.loads(line)["step"] for line in (directory / "starts.jsonl").read_text().splitlines()]
-    plot_losses(read_history(directory / "metrics.jsonl"), directory / "loss.png", held_out=held_out, starts=starts[1:])
+    history = read_history(directory / "metrics.jsonl")
+    plot_losses(history, directory / "loss.png", held_out=held_out, starts=starts[1:])
+    if any("load" in line for line in history):
+        plot_experts(history, directory / "experts.png")
     print(f"\nloss curve: {directory / 'loss.png'}   every step's figures: {directory / 'metrics.jsonl'}")
 
 
@@ -78,6 +82,31 @@ def plot_losses(
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_experts(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws how evenly a mixture's experts are used, as a PNG: by step, and each expert's share in the last step.
+
+    Args:
+        history: lines of `metrics.jsonl`; training lines have `load` [layers, E].
+        path: of the picture.
+    """
+    lines = [line for line in history if "load" in line]
+    shares = np.array(lines[-1]["load"], float)
+    shares /= np.maximum(shares.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    by_step, by_expert = (figure.add_subplot(1, 2, place) for place in (1, 2))
+    steps = [line["step"] for line in lines]
+    use = [expert_use(np.asarray(line["load"])) for line in lines]
+    for name, label in (("expert_max_share", "largest share"), ("expert_entropy", "entropy / log E")):
+        by_step.plot(steps, [each[name] for each in use], linewidth=0.9, label=f"{label}, least even layer")
+    by_step.axhline(1 / shares.shape[1], color="#777777", linestyle=":", label="1 / E")
+    by_step.set(xlabel="step", ylim=(0, 1.05))
+    by_step.legend(frameon=False)
+    image = by_expert.imshow(shares, aspect="auto", vmin=0)
+    by_expert.set(xlabel="expert", ylabel="layer", title=f"share of the choices, step {steps[-1]}")
+    figure.colorbar(image, ax=by_expert)
     figure.savefig(path, dpi=120)
 
 

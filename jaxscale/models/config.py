@@ -7,6 +7,9 @@ from typing import Any
 from jaxscale.ops.activation import ACTIVATIONS
 from jaxscale.types import InputError, check_choice, check_not_negative, check_positive, check_types
 
+ROUTERS = ("gshard", "sparsemixer", "sparsemixer_v2", "sparsemixer_v2_star", "masked_sampling", "densemixer")
+ALIKE = {"masked_sampling": "gshard", "densemixer": "gshard"}  # without draws they compute what "gshard" does
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
@@ -40,6 +43,7 @@ class ModelConfig:
         rope_theta: base of the rotary frequencies.
         windows: attention window of each layer of the pattern, in tokens; None is full attention.
         is_tied: whether the unembedding is the embedding.
+        use_head_bias: whether the logits have a bias.
         use_qk_norm: normalise queries and keys over the head dim.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
         attention_softcap: the same on attention logits.
@@ -48,8 +52,17 @@ class ModelConfig:
         num_experts: E; 0 for a dense model.
         num_active_experts: A experts per token.
         expert_dim: F of one expert.
+        router: one of ROUTERS: "gshard", top-k of the softmax (arXiv 2006.16668); "sparsemixer" (arXiv 2310.00811),
+            "sparsemixer_v2" and "sparsemixer_v2_star" (arXiv 2409.12136), drawn experts whose router is differentiated
+            through the draw; "masked_sampling", drawn like v2's, gates as "gshard"; "densemixer", "gshard" whose router
+            learns from all experts. What is drawn is drawn in training only.
+        router_threshold: r of equation 2 of arXiv 2409.12136, by which an expert's logit may fall short of the largest.
+        router_mask: "paper", that equation, or "released", the form of its code and of Hugging Face's PhiMoE.
+        router_expert_gradient: "paper" or "released", see `models.sparsemixer.sparsemixer`.
         balance_loss: weight of the load-balance loss (arXiv 2101.03961, equation 4).
         router_z_loss: weight of the router's z-loss (arXiv 2202.08906, equation 5).
+        expert_dropout: probability with which an element of an expert's hidden vector is dropped in training
+            (arXiv 2101.03961, section 4).
         init_std: standard deviation of initial weights; output projections divide it by sqrt(2 L).
     """
 
@@ -69,6 +82,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     windows: tuple[int | None, ...] = (None,)
     is_tied: bool = False
+    use_head_bias: bool = False
     use_qk_norm: bool = False
     logit_softcap: float | None = None
     attention_softcap: float | None = None
@@ -77,8 +91,13 @@ class ModelConfig:
     num_experts: int = 0
     num_active_experts: int = 2
     expert_dim: int = 0
+    router: str = "gshard"
+    router_threshold: float = 0.01
+    router_mask: str = "paper"
+    router_expert_gradient: str = "paper"
     balance_loss: float = 0.01
     router_z_loss: float = 0.0
+    expert_dropout: float = 0.0
     init_std: float = 0.02
 
     def __post_init__(self):
@@ -88,7 +107,10 @@ class ModelConfig:
         check_choice("ModelConfig.norm", self.norm, ("rmsnorm", "layernorm"))
         check_choice("ModelConfig.activation", self.activation, ACTIVATIONS)
         check_choice("ModelConfig.positions", self.positions, ("rope", "learned", "none"))
-        for name in ("norm_epsilon", "init_std", "balance_loss", "router_z_loss"):
+        check_choice("ModelConfig.router", self.router, ROUTERS)
+        for name in ("router_mask", "router_expert_gradient"):
+            check_choice(f"ModelConfig.{name}", getattr(self, name), ("paper", "released"))
+        for name in ("norm_epsilon", "init_std", "balance_loss", "router_z_loss", "router_threshold"):
             check_not_negative(f"ModelConfig.{name}", getattr(self, name))
         self._check_attention()
         self._check_layers()
@@ -122,6 +144,8 @@ class ModelConfig:
             )
 
     def _check_experts(self) -> None:
+        if not 0 <= self.expert_dropout < 1:
+            raise InputError("ModelConfig.expert_dropout", self.expert_dropout, "0 or a probability below 1")
         if self.num_dense_prefix or not all(self.moe_pattern):
             check_positive("ModelConfig.ffn_dim", self.ffn_dim)
         if not any(self.moe_pattern):
@@ -132,6 +156,9 @@ class ModelConfig:
             raise InputError(
                 "ModelConfig.num_active_experts", self.num_active_experts, f"1 to num_experts = {self.num_experts}"
             )
+        if self.router == "sparsemixer" and self.num_active_experts > 1:
+            expected = '1 with ModelConfig.router = "sparsemixer", which is defined for one expert a token'
+            raise InputError("ModelConfig.num_active_experts", self.num_active_experts, expected)
 
     @property
     def period(self) -> int:
@@ -173,12 +200,14 @@ def checkpoint_facts(config: ModelConfig) -> dict[str, Any]:
     Returns:
         `fingerprint`, these fields, and `defaults`, their values in checkpoints that are older than a field.
     """
-    left_out = {"init_std", "balance_loss", "router_z_loss"}
+    left_out = {"init_std", "balance_loss", "router_z_loss", "router_expert_gradient", "expert_dropout"}
     if config.positions != "learned":
         left_out.add("max_length")  # no parameter has it
+    if (router := ALIKE.get(config.router, config.router)) == "gshard":
+        left_out |= {"router_threshold", "router_mask"}
     fields = [field for field in dataclasses.fields(config) if field.name not in left_out]
     return {
-        "fingerprint": {field.name: getattr(config, field.name) for field in fields},
+        "fingerprint": {field.name: getattr(config, field.name) for field in fields} | {"router": router},
         "defaults": {field.name: field.default for field in fields if field.default is not dataclasses.MISSING},
     }
 

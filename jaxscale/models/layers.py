@@ -12,6 +12,7 @@ from jaxscale.models import moe
 from jaxscale.models.config import LayerKind, ModelConfig
 from jaxscale.ops.activation import activate
 from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.draws import Draws
 from jaxscale.ops.norm import layer_norm, rms_norm
 from jaxscale.ops.operations import Operations
 from jaxscale.ops.rope import rope
@@ -57,8 +58,9 @@ def attend(
 
 
 def finish(
-    params: Params, x: Array, o: Array, weights: Array, config: ModelConfig, operations: Operations
-) -> tuple[Array, moe.RouterSums]:
+    params: Params, x: Array, o: Array, weights: Array, config: ModelConfig, operations: Operations,
+    draws: Draws | None = None,
+) -> tuple[Array, moe.RouterSums]:  # fmt: skip
     """Output projection, residual, feed-forward, residual.
 
     Args:
@@ -66,6 +68,7 @@ def finish(
         x: residual [B, own T, D].
         o: attention output [B, T, N, H].
         weights: [B, T], 0 for padding, which the router's figures leave out.
+        draws: of these tokens in training; None in evaluation and serving.
     Returns:
         (residual [B, own T, D], the router's sums; zeros in a dense layer).
     """
@@ -75,7 +78,7 @@ def finish(
     ffn = params.get("moe") or params["ffn"]
     h = operations.enter(normalise(ffn["norm"], x, config))
     if "moe" in params:
-        y, sums = moe.feed_forward(ffn, h, weights, config, operations)
+        y, sums = moe.feed_forward(ffn, h, weights, config, operations, draws)
         return x + operations.mark("feed_forward", operations.exit(y)), sums
     y = operations.mark("feed_forward", operations.exit(_feed_forward(ffn, h, config)))
     return x + (y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)

@@ -1,4 +1,4 @@
-"""The mixture-of-experts feed-forward: the top-k router, its losses and its figures."""
+"""The mixture-of-experts feed-forward: its router's losses and figures, and its experts."""
 
 import dataclasses
 import functools
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.models.config import ModelConfig
+from jaxscale.models.router import logits_of, route
+from jaxscale.ops.draws import EXPERT, Draws, Dropout
 from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, Params
@@ -35,34 +37,20 @@ def no_router(config: ModelConfig) -> RouterSums:
     return RouterSums(zero, zero, jnp.zeros(config.num_experts, jnp.float32))
 
 
-def route(params: Params, h: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
-    """Top-k routing; gates are renormalised over the chosen experts, unless there is only one.
-
-    A single renormalised gate would be 1 and give the router no gradient, so it stays the expert's probability.
-
-    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 2.2; top-1, Fedus et al. 2021 (arXiv 2101.03961),
-        equation 2; without capacity, so nothing is dropped.
-    Args:
-        params: the layer's `moe` parameters.
-        h: [B, T, D].
-    Returns:
-        index [B, T, A], gates [B, T, A], logits [B, T, E], the last two in at least float32.
-    """
-    router = accumulator(params["router"])
-    logits = jnp.einsum("btd,de->bte", accumulator(h), router, precision=lax.Precision.HIGHEST)
-    gates, index = lax.top_k(jax.nn.softmax(logits), config.num_active_experts)
-    if config.num_active_experts > 1:
-        gates = gates / gates.sum(-1, keepdims=True)
-    return index, gates, logits
-
-
 def router_sums(index: Array, logits: Array, weights: Array, config: ModelConfig, operations: Operations) -> RouterSums:
     """Balance loss E sum_e f_e P_e and z-loss log^2 Z, as sums over own valid tokens.
 
     f_e is the share of all tokens' choices that fell on expert e, over all devices, and is not differentiated; so
     each token's balance loss is E sum_e f_e p_e and the sum over devices equals the single-device loss.
 
-    Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6; Zoph et al. 2022 (arXiv 2202.08906), equation 5.
+    f_e counts the experts that were drawn, p_e is the whole softmax, unmasked; both are of one layer.
+
+    Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6; Zoph et al. 2022 (arXiv 2202.08906), equation 5;
+        over all devices, Liu et al. 2024 (arXiv 2409.12136), section 3.3.
+    Args:
+        index: [B, T, A]; a number of E or more counts for no expert.
+        logits: [B, T, E].
+        weights: [B, T], 0 for padding.
     """
     own = operations.own
     index, logits, weights = own(index), own(logits), own(weights)
@@ -77,7 +65,7 @@ def router_sums(index: Array, logits: Array, weights: Array, config: ModelConfig
 
 
 def feed_forward(
-    params: Params, h: Array, weights: Array, config: ModelConfig, operations: Operations
+    params: Params, h: Array, weights: Array, config: ModelConfig, operations: Operations, draws: Draws | None = None
 ) -> tuple[Array, RouterSums]:
     """Routes each token and applies its experts.
 
@@ -85,10 +73,18 @@ def feed_forward(
         params: the layer's `moe` parameters.
         h: normalised input [B, T, D].
         weights: [B, T], 0 for padding.
+        draws: of these tokens in training; None in evaluation and serving.
     Returns:
         (this device's part of the output [B, T, D], the router's sums).
     """
-    index, gates, logits = route(params, h, config)
-    logits = operations.mark("router", logits)
-    y = operations.experts(h, index, gates, params["experts"], config.activation)
-    return y, router_sums(index, logits, weights, config, operations)
+    logits = operations.mark("router", logits_of(params, h))
+    index, gates, slopes, is_chosen = route(logits, draws, config)
+    dropout = None
+    if draws is not None and config.expert_dropout:
+        first = operations.first_hidden(params["experts"]["up"].shape[-1])
+        dropout = Dropout(draws.streams(EXPERT, index), config.expert_dropout, first)
+    y = operations.experts(h, index, gates, params["experts"], config.activation, slopes, dropout)
+    if "omega" in params:
+        y = (accumulator(y) * accumulator(params["omega"])).astype(y.dtype)
+    counted = index if is_chosen is None else jnp.where(is_chosen, index, config.num_experts)
+    return y, router_sums(counted, logits, weights, config, operations)

@@ -42,9 +42,10 @@ def parameter_table(config: ModelConfig) -> dict[str, Any]:
         table["prefix"] = {str(i): build.layer(kind, "") for i, kind in enumerate(config.prefix)}
     table["layers"] = {str(i): build.layer(kind, "L") for i, kind in enumerate(config.pattern)}
     table["final_norm"] = build.norm("")
-    if not config.is_tied:
-        table["head"] = {"weights": build("VD", config.init_std)}
-    return table
+    head = {} if config.is_tied else {"weights": build("VD", config.init_std)}
+    if config.use_head_bias:
+        head["bias"] = build("V")
+    return table | ({"head": head} if head else {})
 
 
 class _Builder:
@@ -105,7 +106,10 @@ class _Builder:
         }
         if self.config.is_gated:
             matrices["gate"] = self(stack + "EDF", std, **size)
-        return {"norm": self.norm(stack), "router": self(stack + "DE", std), "experts": matrices}
+        out = {"norm": self.norm(stack), "router": self(stack + "DE", std), "experts": matrices}
+        if self.config.router == "sparsemixer":
+            out["omega"] = self(stack + "D", mean=1.0)  # of the output, arXiv 2310.00811
+        return out
 
     def output_std(self) -> float:
         return self.config.init_std / math.sqrt(2 * self.config.num_layers)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -16,17 +16,18 @@ from jaxscale.models import layers
 from jaxscale.models.config import LayerKind, ModelConfig
 from jaxscale.models.moe import RouterSums
 from jaxscale.models.parameters import init_params
-from jaxscale.ops.attention import BACKENDS, AttentionContext, attention
-from jaxscale.ops.loss import project
+from jaxscale.ops.attention import BACKENDS, KERNEL_OUTPUT, AttentionContext, attention
+from jaxscale.ops.draws import EMBEDDING, Draws
+from jaxscale.ops.loss import Head, unembed
 from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import Policy, cast
 from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_positive, check_types
 
 NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
-# A router in low precision picks other experts (GRIN keeps it in float32); a norm's scale next to 1 has steps of 2^-7
+# A router in low precision picks other experts (GRIN keeps it in float32); a scale next to 1 has steps of 2^-7
 # in bfloat16, so an update of it would be lost.
-KEEP_PARAMETER_TYPE = {"router", "scale", "bias"}
+KEEP_PARAMETER_TYPE = {"router", "scale", "omega", "bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class StackConfig:
     Args:
         is_scanned: one compiled layer in a loop, or every layer unrolled (longer to compile, faster on a GPU).
         remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots" (keep the outputs of
-            matmuls with weights and of cuDNN's attention); "names" (keep `saved_names` on the device and
+            matmuls with weights and of attention on a GPU); "names" (keep `saved_names` on the device and
             `offloaded_names` in host memory).
         saved_names: of NAMES.
         offloaded_names: of NAMES.
@@ -85,9 +86,9 @@ class StackConfig:
 
 
 def _is_product(primitive: jax.extend.core.Primitive, *avals: Any, **params: Any) -> bool:
-    """Policy: matmuls with weights, and cuDNN's attention, whose output is as small and as dear."""
-    policies = jax.checkpoint_policies
-    return primitive.name == CUDNN_ATTENTION or policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
+    """Policy: matmuls with weights, and attention on a GPU, whose output is as small and as dear."""
+    is_attention = primitive.name == CUDNN_ATTENTION or params.get("name") == KERNEL_OUTPUT
+    return is_attention or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
 def attention_context(batch: Batch, config: ModelConfig) -> AttentionContext:
@@ -126,9 +127,19 @@ def embed(params: Params, batch: Batch, config: ModelConfig, operations: Operati
     return operations.mark("embedding", x.astype(policy.compute))
 
 
+def add_noise(x: Array, draws: Draws, width: float, operations: Operations) -> Array:
+    """The residual [B, own T, D] plus noise of a uniform distribution from -`width` to `width`.
+
+    Source: Jain et al. 2023, NEFTune (arXiv 2310.05914), algorithm 1; its width is alpha / sqrt(T D).
+    """
+    own = dataclasses.replace(draws, keys=operations.own(draws.keys))
+    noise = width * (2 * own.numbers(EMBEDDING, x.shape[-1]) - 1)
+    return x + noise.astype(x.dtype)
+
+
 def run_layer(
-    params: Params, x: Array, context: AttentionContext, weights: Array, cache: Any, *, kind: LayerKind, section: str,
-    config: ModelConfig, operations: Operations, policy: Policy,
+    params: Params, x: Array, context: AttentionContext, weights: Array, cache: Any, draws: Draws | None = None, *,
+    kind: LayerKind, section: str, config: ModelConfig, operations: Operations, policy: Policy,
 ) -> tuple[Array, Any, RouterSums]:  # fmt: skip
     """One layer: residual [B, own T, D] and cache to the next residual, the layer's cache and its router's sums."""
     params = use(params, section, operations, policy)
@@ -141,7 +152,7 @@ def run_layer(
     q, k, v = mark("q", q), mark("k", k), mark("v", v)
     o, cache = layers.attend(q, k, v, context, cache, kind, operations)
     marking = dataclasses.replace(operations, mark=mark)
-    x, sums = layers.finish(params, x, mark("attention", o), weights, config, marking)
+    x, sums = layers.finish(params, x, mark("attention", o), weights, config, marking, draws)
     return x, cache, sums
 
 
@@ -180,9 +191,22 @@ def run_prefix(
     return x, new
 
 
+class Periods(NamedTuple):
+    """Periods of the stack.
+
+    Args:
+        number: [periods] of each, counted from the model's first.
+        is_real: [periods] bool, false for one to skip; None skips none.
+    """
+
+    number: Array
+    is_real: Array | None = None
+
+
 def run_stack(
     params: Params, x: Array, context: AttentionContext, weights: Array, caches: Any = None,
-    is_real: Array | None = None, *, config: ModelConfig, operations: Operations, policy: Policy, stack: StackConfig,
+    periods: Periods | None = None, draws: Draws | None = None, *, config: ModelConfig, operations: Operations,
+    policy: Policy, stack: StackConfig,
 ) -> tuple[Array, Any, list[RouterSums]]:  # fmt: skip
     """Runs periods of the repeating pattern: all of them, or those that one pipeline stage holds.
 
@@ -192,27 +216,30 @@ def run_stack(
         context: mask structure of these tokens.
         weights: [B, T] 0 for padding.
         caches: {position in the pattern: stacked caches} or None.
-        is_real: [periods] bool; a period that is not real is skipped. None: all are.
+        periods: which of the model's periods these are; None for all of them in order.
+        draws: of these tokens in training; None in evaluation and serving.
     Returns:
         (residual, caches, RouterSums of [periods] per position of the pattern).
     """
 
-    def period(x: Array, stacks: tuple[Params, Any, Array | None]) -> tuple[Array, tuple[Any, list[RouterSums]]]:
-        layer_params, layer_caches, is_real = stacks
-        if is_real is None:
-            return run(x, layer_params, layer_caches)
-        shapes = jax.eval_shape(run, x, layer_params, layer_caches)[1]
+    def period(x: Array, stacks: tuple[Params, Any, Periods]) -> tuple[Array, tuple[Any, list[RouterSums]]]:
+        layer_params, layer_caches, here = stacks
+        if here.is_real is None:
+            return run(x, layer_params, layer_caches, here.number)
+        shapes = jax.eval_shape(run, x, layer_params, layer_caches, here.number)[1]
         skipped = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return lax.cond(is_real, lambda x: run(x, layer_params, layer_caches), lambda x: (x, skipped), x)
+        return lax.cond(
+            here.is_real, lambda x: run(x, layer_params, layer_caches, here.number), lambda x: (x, skipped), x
+        )
 
-    def run(x: Array, layer_params: Params, layer_caches: Any) -> tuple[Array, tuple[Any, list[RouterSums]]]:
-        kept, sums = {}, []
+    def run(x: Array, layer_params: Params, layer_caches: Any, number: Array) -> tuple[Array, tuple[Any, list]]:
+        first, kept, sums = config.num_dense_prefix + number * config.period, {}, []
         for i, kind in enumerate(config.pattern):
             one = functools.partial(
                 run_layer, kind=kind, section=f"layers/{i}", config=config, operations=operations, policy=policy
             )
-            layer = stack.rematerialise(one)
-            x, kept[str(i)], s = layer(layer_params[str(i)], x, context, weights, layer_caches.get(str(i)))
+            layer, own = stack.rematerialise(one), None if draws is None else draws.at(first + i)
+            x, kept[str(i)], s = layer(layer_params[str(i)], x, context, weights, layer_caches.get(str(i)), own)
             sums.append(s)
         return x, (kept, sums)
 
@@ -221,7 +248,8 @@ def run_stack(
     else:
         # Converted at once, for then the gradient is stacked in the compute type, at half the bytes.
         loop, params = _unrolled, to_compute(params, policy)
-    x, (new, sums) = loop(period, x, (params, caches or {}, is_real))
+    periods = Periods(jnp.arange(jax.tree.leaves(params)[0].shape[0])) if periods is None else periods
+    x, (new, sums) = loop(period, x, (params, caches or {}, periods))
     return x, new, sums
 
 
@@ -256,23 +284,18 @@ def _stack(*leaves: Array) -> Array:
 _unstack.defvjp(lambda tree: (_unstack(tree), None), lambda _, cotangents: (jax.tree.map(_stack, *cotangents),))
 
 
-def unembedding(params: Params, config: ModelConfig, operations: Operations, policy: Policy) -> Array:
-    """The unembedding matrix [V, D] (on a mesh: the local rows)."""
+def unembedding(params: Params, config: ModelConfig, operations: Operations, policy: Policy) -> Array | Head:
+    """The unembedding matrix [V, D], with its bias where it has one (on a mesh: the local rows)."""
+    head = use(params["head"], "head", operations, policy) if "head" in params else {}
     if config.is_tied:
-        return use(params["embedding"], "embedding", operations, policy)["tokens"]
-    return use(params["head"], "head", operations, policy)["weights"]
+        head["weights"] = use(params["embedding"], "embedding", operations, policy)["tokens"]
+    return Head(**head) if config.use_head_bias else head["weights"]
 
 
 def final_hidden(params: Params, x: Array, config: ModelConfig, operations: Operations, policy: Policy) -> Array:
     """Final norm: residual [B, own T, D] to the unembedding's input [B, T, D]."""
     norm = use(params["final_norm"], "final_norm", operations, policy)
     return operations.mark("final_norm", operations.enter(layers.normalise(norm, x, config)))
-
-
-def unembed(h: Array, head: Array, config: ModelConfig) -> Array:
-    """Logits [B, T, V] in at least float32, soft-capped if the model is."""
-    logits = project(h, head)
-    return logits if config.logit_softcap is None else config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
 
 
 def forward(
@@ -297,7 +320,7 @@ def forward(
         params, x, context, weights, caches, config=config, operations=operations, policy=policy, stack=stack
     )
     h = final_hidden(params, x, config, operations, policy)
-    logits = unembed(h, unembedding(params, config, operations, policy), config)
+    logits = unembed(h, unembedding(params, config, operations, policy), config.logit_softcap)
     return logits.astype(policy.output), caches
 
 

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.kernels.attention import api as kernel
+from jaxscale.ops.device import is_hopper
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "chunked", "cudnn")
+BACKENDS = ("reference", "chunked", "cudnn", "mosaic")
+DETERMINISTIC = ("reference", "chunked")  # the others' backward adds up in whatever order its blocks finish
+KERNEL_OUTPUT = kernel.OUTPUT_NAME  # names what "mosaic" computed, for rematerialisation
 QUERY_CHUNK = 512
 NEVER = -1e30  # finite, so that a fully masked row has a finite (and unused) softmax
 
@@ -64,6 +68,17 @@ class AttentionContext:
             visible &= self.segments[:, :, None] == key_segments[:, None, :]
         return visible[:, None]
 
+    def key_intervals(self) -> tuple[Array, Array]:
+        """[B, T] int32 low and high of an aligned context: token t sees low <= s < high, in the tokens' order."""
+        token = jnp.arange(self.positions.shape[1], dtype=jnp.int32)
+        low = jnp.zeros_like(token)[None]
+        if self.segments is not None:
+            begins = jnp.pad(self.segments[:, 1:] != self.segments[:, :-1], ((0, 0), (1, 0)))
+            low = lax.cummax(jnp.where(begins, token, 0), axis=1)
+        if self.window is not None:
+            low = jnp.maximum(low, token - self.window + 1)
+        return low, jnp.broadcast_to(token + 1, low.shape)
+
 
 def attention(
     q: Array, k: Array, v: Array, context: AttentionContext, cache: None = None, *, implementation: str | None = None
@@ -87,19 +102,23 @@ def attention(
         implementation = _choose(q, context)
         logger.info("attention: backend %s for q%s k%s %s", implementation, q.shape, k.shape, q.dtype)
     check_backend("attention", implementation, q, context)
-    return {"reference": reference, "chunked": chunked, "cudnn": cudnn}[implementation](q, k, v, context), cache
+    backends = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "mosaic": mosaic}
+    return backends[implementation](q, k, v, context), cache
 
 
 def check_backend(parameter: str, implementation: str, q: Array, context: AttentionContext) -> None:
     """Raises InputError unless the backend is known and can do what is asked; shapes are enough."""
     check_choice(parameter, implementation, BACKENDS)
-    refusal = {"reference": lambda *_: None, "chunked": _chunked_refusal, "cudnn": _cudnn_refusal}[implementation]
-    if reason := refusal(q, context):
+    refusals = {"chunked": _chunked_refusal, "cudnn": _cudnn_refusal, "mosaic": _mosaic_refusal}
+    if implementation in refusals and (reason := refusals[implementation](q, context)):
         raise InputError(parameter, implementation, reason)
 
 
 def _choose(q: Array, context: AttentionContext) -> str:
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
+    has_documents_or_softcap = context.segments is not None or context.softcap is not None
+    if is_hopper() and has_documents_or_softcap and _mosaic_refusal(q, context) is None:
+        return "mosaic"  # for documents cuDNN takes a dense mask
     if jax.default_backend() == "gpu" and is_half and _cudnn_refusal(q, context) is None:
         return "cudnn"
     return "chunked" if q.shape[1] > QUERY_CHUNK and _chunked_refusal(q, context) is None else "reference"
@@ -150,6 +169,12 @@ def cudnn(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
     )  # fmt: skip
 
 
+def mosaic(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
+    """Our kernel for Hopper GPUs (float16 or bfloat16): tiles of other documents or outside the window are left out."""
+    settings = dict(scale=_scale(q, context), softcap=context.softcap, implementation="mosaic")
+    return kernel.attention(q, k, v, *context.key_intervals(), **settings)[0]
+
+
 def _chunked_refusal(q: Array, context: AttentionContext) -> str | None:
     """What of the request "chunked" cannot do, as the text of an error; None when it can."""
     return f"T % {QUERY_CHUNK} == 0, but T = {q.shape[1]}" if q.shape[1] % QUERY_CHUNK else None
@@ -166,6 +191,13 @@ def _cudnn_refusal(q: Array, context: AttentionContext) -> str | None:
     if q.shape[3] % 8 or q.shape[3] > 256:
         return f"head_dim % 8 == 0 and head_dim <= 256, but head_dim = {q.shape[3]}"
     return None
+
+
+def _mosaic_refusal(q: Array, context: AttentionContext) -> str | None:
+    """What of the request "mosaic" cannot do, as the text of an error; None when it can, gradients included."""
+    if not context.is_aligned:
+        return "a backend that takes keys at other positions than the queries'"
+    return kernel.mosaic_refusal(q, q) or kernel.mosaic_gradient_refusal(q)
 
 
 def _scale(q: Array, context: AttentionContext) -> float:

@@ -34,9 +34,16 @@ class Dispatch:
         """The tokens [n, D] once for each choice, sorted: [n A, D]."""
         return _spread(x, self)
 
-    def combine(self, outputs: Array, gates: Array) -> Array:
-        """The sum over each token's choices of the sorted outputs [n A, D] times gates [n, A]: [n, D]."""
-        return _combine(outputs, gates, self)
+    def keys(self, keys: Array) -> Array:
+        """What each choice has of its own, such as keys [..., A, 2], sorted: [n A, 2]."""
+        return keys.reshape(-1, keys.shape[-1])[self.order]
+
+    def combine(self, outputs: Array, gates: Array, slopes: Array | None = None) -> Array:
+        """The sum over each token's choices of the sorted outputs [n A, D] times gates [n, A]: [n, D].
+
+        The gradient of `outputs` is multiplied by `slopes` [n, A], which have none themselves; None for the gates.
+        """
+        return _combine(outputs, gates, gates if slopes is None else slopes, self)
 
 
 def make_dispatch(index: Array, num_experts: int) -> Dispatch:
@@ -62,16 +69,16 @@ _spread.defvjp(lambda x, dispatch: (_spread(x, dispatch), dispatch), _spread_bac
 
 
 @jax.custom_vjp
-def _combine(outputs: Array, gates: Array, dispatch: Dispatch) -> Array:
+def _combine(outputs: Array, gates: Array, slopes: Array, dispatch: Dispatch) -> Array:
     weighted = accumulator(_by_token(outputs, dispatch)) * accumulator(gates)[..., None]
     return weighted.sum(1).astype(outputs.dtype)
 
 
-def _combine_backward(arguments: tuple[Array, Array, Dispatch], cotangent: Array) -> tuple[Array, Array, None]:
-    outputs, gates, dispatch = arguments
-    doutputs = accumulator(_spread(cotangent, dispatch)) * accumulator(gates).reshape(-1)[dispatch.order][:, None]
+def _combine_backward(arguments: tuple[Array, Array, Array, Dispatch], cotangent: Array) -> tuple:
+    outputs, gates, slopes, dispatch = arguments
+    doutputs = accumulator(_spread(cotangent, dispatch)) * accumulator(slopes).reshape(-1)[dispatch.order][:, None]
     dgates = (accumulator(_by_token(outputs, dispatch)) * accumulator(cotangent)[:, None]).sum(-1)
-    return doutputs.astype(outputs.dtype), dgates.astype(gates.dtype), None
+    return doutputs.astype(outputs.dtype), dgates.astype(gates.dtype), None, None
 
 
 _combine.defvjp(lambda *arguments: (_combine(*arguments), arguments), _combine_backward)

@@ -1,22 +1,27 @@
 """Mixture-of-experts feed-forward on one device: dropless by sorting, and its slow twin."""
 
+import dataclasses
 import functools
 import logging
 
 import jax
 import jax.numpy as jnp
 
-from jaxscale.kernels.grouped_matmul.api import grouped_matmul, mosaic_refusal
+from jaxscale.kernels.grouped_matmul.api import feed_forward, grouped_matmul, mosaic_refusal
 from jaxscale.ops.activation import activate
 from jaxscale.ops.device import is_hopper
 from jaxscale.ops.dispatch import make_dispatch
+from jaxscale.ops.draws import Dropout
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, Params
 
 logger = logging.getLogger(__name__)
 
 
-def experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
+def experts(
+    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    dropout: Dropout | None = None,
+) -> Array:  # fmt: skip
     """Sends each token to its experts and returns the gated sum of their outputs; no token is ever dropped.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538), equation 1; dropless by sorting as in arXiv 2211.15841.
@@ -26,31 +31,42 @@ def experts(x: Array, index: Array, gates: Array, weights: Params, activation: s
         gates: [B, T, A] their weights.
         weights: expert matrices with leading dim E: `up` [E, D, F], `down` [E, F, D], and `gate` when gated.
         activation: name of the feed-forward's activation.
+        slopes: [B, T, A] what the gradient of an expert's output is multiplied by in place of its gate, not
+            differentiated; None for the gates.
+        dropout: of the hidden activations, with a key [B, T, A, 2] a choice; None drops nothing.
     Returns:
         [B, T, D] in the type of `x`.
     Cost: 6 D F FLOPs a row (gated), B T A rows.
     """
     tokens, choices = x.reshape(-1, x.shape[-1]), index.reshape(-1, index.shape[-1])
     dispatch = make_dispatch(choices, weights["up"].shape[0])
-    outputs = grouped_ffn(dispatch.rows(tokens), dispatch.group_sizes, weights, activation)
-    return dispatch.combine(outputs, gates.reshape(choices.shape)).reshape(x.shape)
+    dropout = None if dropout is None else dataclasses.replace(dropout, keys=dispatch.keys(dropout.keys))
+    outputs = grouped_ffn(dispatch.rows(tokens), dispatch.group_sizes, weights, activation, dropout)
+    slopes = None if slopes is None else slopes.reshape(choices.shape)
+    return dispatch.combine(outputs, gates.reshape(choices.shape), slopes).reshape(x.shape)
 
 
-def grouped_ffn(rows: Array, group_sizes: Array, weights: Params, activation: str) -> Array:
+def grouped_ffn(
+    rows: Array, group_sizes: Array, weights: Params, activation: str, dropout: Dropout | None = None
+) -> Array:
     """The feed-forward of expert e on its consecutive `group_sizes[e]` rows; rows past the last group give zero.
 
     Args:
         rows: [rows, D] sorted by expert.
         group_sizes: [E] int32.
         weights, activation: as in `experts`.
+        dropout: with a key [rows, 2] a row.
     Returns:
         [rows, D].
     """
     implementation = "mosaic" if is_hopper() and _mosaic_refusal(rows, weights) is None else "xla"
     logger.info("experts: backend %s for rows%s %s", implementation, rows.shape, rows.dtype)
+    if implementation == "mosaic" and activation == "swiglu" and dropout is None:
+        return feed_forward(rows, *(weights[n] for n in ("gate", "up", "down")), group_sizes, implementation="mosaic")
     multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
     gate = multiply(rows, weights["gate"]) if "gate" in weights else None
-    return multiply(activate(activation, gate, multiply(rows, weights["up"])), weights["down"])
+    hidden = activate(activation, gate, multiply(rows, weights["up"]))
+    return multiply(hidden if dropout is None else dropout(hidden), weights["down"])
 
 
 def _mosaic_refusal(rows: Array, weights: Params) -> str | None:
@@ -58,15 +74,28 @@ def _mosaic_refusal(rows: Array, weights: Params) -> str | None:
     return mosaic_refusal(rows, weights["up"]) or mosaic_refusal(rows, weights["down"])
 
 
-def reference(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
+def reference(
+    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    dropout: Dropout | None = None,
+) -> Array:  # fmt: skip
     """The slow twin: every expert on every token, in at least float32; arguments as `experts`."""
+    x32 = accumulator(x)
+    chosen = jax.nn.one_hot(index, weights["up"].shape[0], dtype=x32.dtype)
 
-    def one(expert: Params) -> Array:
+    def one(expert: Params, chosen: Array) -> Array:
         project = {name: jnp.einsum("btd,df->btf", x32, accumulator(expert[name])) for name in expert if name != "down"}
         hidden = activate(activation, project.get("gate"), project["up"])
+        if dropout is not None:
+            of_choice = dropout(jnp.ones((*index.shape, hidden.shape[-1]), x32.dtype))
+            hidden = hidden * jnp.einsum("bta,btaf->btf", chosen, of_choice)
         return jnp.einsum("btf,fd->btd", hidden, accumulator(expert["down"]))
 
-    x32 = accumulator(x)
-    outputs = jax.vmap(one)(weights)
-    chosen = jax.nn.one_hot(index, outputs.shape[0], dtype=x32.dtype)
-    return jnp.einsum("btae,bta,ebtd->btd", chosen, accumulator(gates), outputs).astype(x.dtype)
+    def mixed(outputs: Array, gates: Array) -> Array:
+        return jnp.einsum("btae,bta,ebtd->btd", chosen, accumulator(gates), outputs)
+
+    outputs = jax.vmap(one, (0, -1))(weights, chosen)
+    if slopes is None:
+        return mixed(outputs, gates).astype(x.dtype)
+    fixed, slopes = jax.lax.stop_gradient((outputs, slopes))
+    y = mixed(outputs, slopes)
+    return (y + mixed(fixed, gates) - jax.lax.stop_gradient(y)).astype(x.dtype)

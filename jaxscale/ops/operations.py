@@ -24,6 +24,10 @@ def _mark(name: str, x: Array) -> Array:
     return checkpoint_name(x, name.rsplit("/", 1)[-1])
 
 
+def _first(num: int) -> int:
+    return 0
+
+
 def _stored(section: str, params: Any) -> Any:
     return params
 
@@ -37,14 +41,15 @@ class Operations:
 
     Args:
         attention: (q, k, v, context, cache) -> (output, cache); owns the cache's layout.
-        experts: (x, index, gates, weights, activation) -> this device's part of the output, summed by `exit`.
+        experts: as `ops.moe.experts` -> this device's part of the output, summed by `exit`.
+        first_hidden: (number of local elements of an expert's hidden vector) -> number of the first one.
         gather: (section, params) -> params as the forward uses them; section is "embedding", "layers/0", "head" ...
         enter: residual [B, own T, D] -> [B, T, D], input of column-parallel matmuls.
         exit: [B, T, D] partial sums of row-parallel matmuls -> residual [B, own T, D].
         own: [B, T, ...] known to the whole tensor group -> the own tokens [B, own T, ...].
         embed: (table [V, D], tokens [B, T]) -> residual [B, own T, D]; 0 for a token outside the table.
-        token_loss: (logits [B, T, V], labels [B, T]) -> (nll, log-normaliser) of the own tokens; nll 0 for a label
-            outside the vocabulary.
+        token_loss: (h [B, T, D], head as `ops.loss` has it, labels [B, T], softcap) -> (nll, log-normaliser) of the
+            own tokens; nll 0 for a label outside the vocabulary.
         mark: (path, x) -> x; names a tensor for rematerialisation policies by the last part of its path, and lets a
             diagnosis look at it.
         total: sums over the tokens of all devices a figure that is not differentiated.
@@ -52,6 +57,7 @@ class Operations:
 
     attention: Callable = attention.attention
     experts: Callable = moe.experts
+    first_hidden: Callable = _first
     gather: Callable = _stored
     enter: Callable = _identity
     exit: Callable = _identity

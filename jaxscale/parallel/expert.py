@@ -1,5 +1,6 @@
 """Experts spread over devices, no token ever dropped: exchanged over `expert`, or whole on the ranks of `tensor`."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import jax
@@ -8,6 +9,7 @@ from jax import lax
 
 from jaxscale.ops import moe
 from jaxscale.ops.dispatch import Dispatch, make_dispatch
+from jaxscale.ops.draws import Dropout
 from jaxscale.ops.moe import grouped_ffn
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig
 from jaxscale.types import Array, InputError, Params
@@ -35,7 +37,10 @@ def check_exchange(config: MeshConfig, devices: Iterable[jax.Device]) -> None:
         raise InputError("MeshConfig.expert_exchange", "ragged", expected)
 
 
-def experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
+def experts(
+    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    dropout: Dropout | None = None,
+) -> Array:  # fmt: skip
     """`ops.moe.experts` with the experts spread over `expert`: local weights have leading dim E / expert.
 
     The choices of a token are different experts.
@@ -59,13 +64,20 @@ def experts(x: Array, index: Array, gates: Array, weights: Params, activation: s
     shard = index.reshape(-1)[dispatch.order] // num_local
     slots = shard * capacity + jnp.arange(len(rows)) - starts[shard]
 
-    sent = jnp.zeros((num_shards * capacity, x.shape[-1]), x.dtype).at[slots].set(rows, unique_indices=True)
-    received = _exchange(sent.reshape(num_shards, capacity, -1))
-    outputs = _exchange(_apply(received, _exchange(counts), weights, activation))
-    return _combine(outputs.reshape(num_shards * capacity, -1)[slots], dispatch, gates)
+    def forth(rows: Array) -> Array:
+        sent = jnp.zeros((num_shards * capacity, rows.shape[-1]), rows.dtype).at[slots].set(rows, unique_indices=True)
+        return _exchange(sent.reshape(num_shards, capacity, -1))
+
+    if dropout is not None:
+        dropout = dataclasses.replace(dropout, keys=forth(dispatch.keys(dropout.keys)))
+    outputs = _exchange(_apply(forth(rows), _exchange(counts), weights, activation, dropout))
+    return _combine(outputs.reshape(num_shards * capacity, -1)[slots], dispatch, gates, slopes)
 
 
-def ragged_experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
+def ragged_experts(
+    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    dropout: Dropout | None = None,
+) -> Array:  # fmt: skip
     """`experts` with an exchange that carries only the rows there are, on GPUs.
 
     The numbers of rows are exchanged first. Each expert's rows are sent apart, so that the rows of an expert arrive
@@ -84,8 +96,8 @@ def ragged_experts(x: Array, index: Array, gates: Array, weights: Params, activa
     ends = jnp.cumsum(sizes.T).reshape(num_local, num_shards).T  # all senders' rows of an expert lie together
     places = ends - sizes
 
-    def forth(rows: Array, buffer: Array) -> Array:
-        there = _exchange(places).reshape(-1)
+    def forth(rows: Array) -> Array:
+        buffer, there = jnp.zeros((num_rows, rows.shape[-1]), rows.dtype), _exchange(places).reshape(-1)
         return lax.ragged_all_to_all(rows, buffer, starts, counts, there, sizes.reshape(-1), axis_name=EXPERT)
 
     def back(rows: Array, buffer: Array) -> Array:
@@ -95,19 +107,23 @@ def ragged_experts(x: Array, index: Array, gates: Array, weights: Params, activa
         )
 
     num_rows = num_shards * _capacity(x, index.shape[-1], num_local)
-    received = forth(rows, jnp.zeros((num_rows, x.shape[-1]), x.dtype))
-    outputs = back(grouped_ffn(received, sizes.sum(0), weights, activation), jnp.zeros_like(rows))
-    return _combine(outputs, dispatch, gates)
+    if dropout is not None:
+        dropout = dataclasses.replace(dropout, keys=forth(dispatch.keys(dropout.keys)))
+    outputs = back(grouped_ffn(forth(rows), sizes.sum(0), weights, activation, dropout), jnp.zeros_like(rows))
+    return _combine(outputs, dispatch, gates, slopes)
 
 
-def tensor_experts(x: Array, index: Array, gates: Array, weights: Params, activation: str) -> Array:
+def tensor_experts(
+    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    dropout: Dropout | None = None,
+) -> Array:  # fmt: skip
     """`ops.moe.experts` with whole experts on each rank of `tensor`: local weights have leading dim E / tensor.
 
     Every rank has all the group's tokens, runs the choices that fell on its own experts and returns their share of the
     sum; the others' rows come after the last expert's, where a grouped matmul computes nothing.
 
     Source: Liu et al. 2024 (arXiv 2409.12136), section 3.2.
-    Args: x [B, T, D], index and gates [B, T, A], the same on every rank; else as `ops.moe.experts`.
+    Args: x [B, T, D], index, gates and slopes [B, T, A], the same on every rank; else as `ops.moe.experts`.
     Returns:
         This rank's part of the output [B, T, D].
     Cost: nothing is exchanged; the buffers hold all B T A rows, as any rank may be chosen for all of them.
@@ -115,7 +131,7 @@ def tensor_experts(x: Array, index: Array, gates: Array, weights: Params, activa
     num_local = weights["up"].shape[0]
     local = index - lax.axis_index(TENSOR) * num_local
     is_here = (local >= 0) & (local < num_local)
-    return moe.experts(x, jnp.where(is_here, local, num_local), gates, weights, activation)
+    return moe.experts(x, jnp.where(is_here, local, num_local), gates, weights, activation, slopes, dropout)
 
 
 def _sort(x: Array, index: Array, num_experts: int) -> tuple[Dispatch, Array]:
@@ -124,9 +140,10 @@ def _sort(x: Array, index: Array, num_experts: int) -> tuple[Dispatch, Array]:
     return dispatch, dispatch.rows(x.reshape(-1, x.shape[-1]))
 
 
-def _combine(outputs: Array, dispatch: Dispatch, gates: Array) -> Array:
+def _combine(outputs: Array, dispatch: Dispatch, gates: Array, slopes: Array | None) -> Array:
     """The gated sum [B, T, D] over each token's choices of sorted outputs."""
-    y = dispatch.combine(outputs, gates.reshape(-1, gates.shape[-1]))
+    slopes = None if slopes is None else slopes.reshape(-1, gates.shape[-1])
+    y = dispatch.combine(outputs, gates.reshape(-1, gates.shape[-1]), slopes)
     return y.reshape(*gates.shape[:-1], -1)
 
 
@@ -140,12 +157,13 @@ def _exchange(x: Array) -> Array:
     return lax.all_to_all(x, EXPERT, 0, 0, tiled=True)
 
 
-def _apply(received: Array, counts: Array, weights: Params, activation: str) -> Array:
+def _apply(received: Array, counts: Array, weights: Params, activation: str, dropout: Dropout | None) -> Array:
     """Runs the local experts on blocks [shards, C, D] whose first rows are sorted by expert, `counts` [shards, E]."""
     num_shards, capacity, width = received.shape
     ends = jnp.cumsum(counts, 1)
     expert = (jnp.arange(capacity)[None, :, None] >= ends[:, None, :]).sum(-1)  # = E / expert past the last row
     order = jnp.argsort(expert.reshape(-1), stable=True)
     rows = received.reshape(-1, width)[order]
-    y = grouped_ffn(rows, counts.sum(0), weights, activation)
+    dropout = None if dropout is None else dataclasses.replace(dropout, keys=dropout.keys.reshape(-1, 2)[order])
+    y = grouped_ffn(rows, counts.sum(0), weights, activation, dropout)
     return jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(num_shards, capacity, -1)

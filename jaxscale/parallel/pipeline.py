@@ -36,8 +36,10 @@ class StagedLoss(Protocol):
     def prepare(self, layers: Params) -> Params:
         """The layers' parameters in other types; its gradient is one more such conversion."""
 
-    def body(self, layers: Params, x: Array, batch: Batch, is_real: Array | None, *, operations: Operations) -> Any:
-        """Periods of the stack: (residual, sum of their losses, metrics by layer)."""
+    def body(
+        self, layers: Params, x: Array, batch: Batch, number: Array, is_real: Array | None, *, operations: Operations
+    ) -> Any:
+        """Periods of the stack, of canonical numbers: (residual, sum of their losses, metrics by layer)."""
 
     def finish(self, params: Params, x: Array, batch: Batch, *, operations: Operations) -> Sums:
         """What comes after the layers: the loss as sums."""
@@ -208,17 +210,18 @@ class Pipeline:
     def _whole(self, rest: Params) -> Params:
         return tree.merge(rest, {name: value for name, value in self.frozen.items() if name != "layers"})
 
-    def _body(self, layers: Params, x: Array, inputs: tuple[Params, Batch, Array | None]):
-        frozen, batch, is_real = inputs
-        y, loss, metrics = self.loss.body(tree.merge(layers, frozen), x, batch, is_real, operations=self.operations)
+    def _body(self, layers: Params, x: Array, inputs: tuple[Params, Batch, Array, Array | None]):
+        frozen, batch, number, is_real = inputs
+        layers = tree.merge(layers, frozen)
+        y, loss, metrics = self.loss.body(layers, x, batch, number, is_real, operations=self.operations)
         return (y, loss), metrics
 
     def _chunk(self, chunk: Array | int, x: Array | None, batch: Batch) -> tuple[Params, Array | None, tuple]:
         """The arguments of `_body` for one chunk: only the first is differentiated."""
-        is_real = self.layout.is_real
-        real = None if is_real.all() else jnp.asarray(is_real)[lax.axis_index(PIPELINE), chunk]
+        number = jnp.asarray(self.layout.number)[lax.axis_index(PIPELINE), chunk]
+        real = None if self.layout.is_real.all() else number != PADDING
         trained, frozen = (_get(jax.tree.map(self._by_chunk, p["layers"]), chunk) for p in (self.trained, self.frozen))
-        return trained, x, (frozen, batch, real)
+        return trained, x, (frozen, batch, number, real)
 
     def _by_chunk(self, leaf: Array) -> Array:
         return leaf.reshape(self.layout.num_chunks, -1, *leaf.shape[1:])

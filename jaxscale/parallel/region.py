@@ -10,10 +10,11 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale import tree
+from jaxscale.ops.draws import with_token_keys
 from jaxscale.ops.operations import Operations
 from jaxscale.parallel import tensor
 from jaxscale.parallel.expert import make_experts
-from jaxscale.parallel.mesh import AXES, BATCH_SPEC, MeshConfig
+from jaxscale.parallel.mesh import AXES, BATCH_SPEC, TENSOR, MeshConfig
 from jaxscale.parallel.pipeline import Pipeline, StagedLoss
 from jaxscale.parallel.ring import to_zigzag
 from jaxscale.parallel.rules import Specs
@@ -31,6 +32,7 @@ def make_operations(config: MeshConfig, specs: Specs, *, attention: Callable, re
     return Operations(
         attention=attention if num_members == 1 else ulysses(attention, num_members=num_members, ring=config.ring),
         experts=make_experts(config),
+        first_hidden=Operations.first_hidden if config.expert_axis == TENSOR else tensor.first,
         gather=make_gather(specs, reduction),
         enter=tensor.enter,
         exit=tensor.exit,
@@ -68,6 +70,7 @@ class Region:
     def gradient(self, loss_fn: LossFn) -> Callable:
         """Returns f(params, batch, key) -> ((sum_loss, sum_weight, metrics), gradients of sum_loss).
 
+        The batch that the loss is given has `token_keys`, made of `key` and each token's place in the global batch.
         Gradients have None where a parameter is not trainable, are of the reduction type and sharded as
         `specs.gradients` says. Sums are over all micro-batches and devices; nothing is divided here.
         """
@@ -83,10 +86,11 @@ class Region:
             gradients = jax.tree.map(reduce_gradient, gradients, held, wanted)
             return lax.psum(sums, AXES), gradients
 
-        return self._manual(local, (PartitionSpec(), wanted))
+        manual = self._manual(local, (PartitionSpec(), wanted))
+        return lambda params, batch, key: manual(params, with_token_keys(batch, key), key)
 
     def evaluate(self, loss_fn: LossFn) -> Callable:
-        """Returns f(params, batch, key) -> (sum_loss, sum_weight, metrics), without gradients."""
+        """Returns f(params, batch, key) -> (sum_loss, sum_weight, metrics), without gradients or token keys."""
 
         def local(params: Any, batch: Batch, key: jax.Array):
             params, batch = self._enter(params, batch)

@@ -76,9 +76,14 @@ class StageLayout:
         return np.array_equal(self.order, np.arange(self.num_periods))
 
     @property
+    def number(self) -> np.ndarray:
+        """Int [S, V, num_slots]: the canonical number of each period, PADDING where there is none."""
+        return self.order.reshape(self.num_stages, self.num_chunks, self.num_slots)
+
+    @property
     def is_real(self) -> np.ndarray:
         """Bool [S, V, num_slots]: false for padding."""
-        return (self.order != PADDING).reshape(self.num_stages, self.num_chunks, self.num_slots)
+        return self.number != PADDING
 
     def from_canonical(self, leaf: Array) -> Array:
         """[num_periods, ...] to the stored [S V num_slots, ...]; padding is zero."""

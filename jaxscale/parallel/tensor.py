@@ -9,7 +9,8 @@ Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 20
 import jax.numpy as jnp
 from jax import lax
 
-from jaxscale.ops.precision import accumulator
+from jaxscale.ops import loss
+from jaxscale.ops.loss import Head
 from jaxscale.parallel.mesh import AXES, PIPELINE, TENSOR
 from jaxscale.types import Array
 
@@ -30,6 +31,11 @@ def own(x: Array) -> Array:
     return lax.dynamic_slice_in_dim(x, lax.axis_index(TENSOR) * size, size, 1)
 
 
+def first(num: int) -> Array:
+    """Number of this device's first element of a dim that is cut, of which each device has `num`."""
+    return lax.axis_index(TENSOR) * num
+
+
 def embed(table: Array, tokens: Array) -> Array:
     """Vocabulary-parallel look-up: local table [V / tensor, D], tokens [B, T] to the residual."""
     rows = table.shape[0]
@@ -38,17 +44,15 @@ def embed(table: Array, tokens: Array) -> Array:
     return exit(jnp.where(is_here[..., None], table[jnp.clip(local, 0, rows - 1)], 0))
 
 
-def token_loss(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """Vocabulary-parallel cross-entropy of the own tokens; local logits [B, T, V / tensor].
+def token_loss(h: Array, head: Array | Head, labels: Array, softcap: float | None = None) -> tuple[Array, Array]:
+    """Vocabulary-parallel `ops.loss.token_loss` of the own tokens; local head [V / tensor, D].
 
     The maximum only steadies the exponentials and carries no gradient.
     """
-    logits = accumulator(logits)
-    columns = logits.shape[-1]
-    top = lax.pmax(lax.stop_gradient(logits.max(-1)), TENSOR)
-    is_label = jnp.arange(columns) + lax.axis_index(TENSOR) * columns == labels[..., None]
-    sums = jnp.stack([jnp.exp(logits - top[..., None]).sum(-1), jnp.where(is_label, logits, 0).sum(-1)], -1)
-    total, label = jnp.moveaxis(exit(sums), -1, 0)
+    columns = loss.num_rows(head)
+    label, part = loss.label_and_normaliser(h, head, labels - lax.axis_index(TENSOR) * columns, softcap)
+    top = lax.pmax(lax.stop_gradient(part), TENSOR)
+    total, label = jnp.moveaxis(exit(jnp.stack([jnp.exp(part - top), label], -1)), -1, 0)
     normaliser = jnp.log(total) + own(top)
     is_known = own((labels >= 0) & (labels < columns * lax.axis_size(TENSOR)))
     return jnp.where(is_known, normaliser - label, 0), normaliser

@@ -19,6 +19,7 @@ from jaxscale.models.config import ModelConfig, checkpoint_facts
 from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops import kv_cache
+from jaxscale.ops.loss import unembed
 from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
@@ -134,7 +135,7 @@ def advance(
     weights = (positions != PADDING).astype(jnp.float32)
     x, caches, _ = transformer.run_layers(params, x, context, weights, caches, stack=STACK, **settings)
     h = transformer.final_hidden(params, x[:, -1:], **settings)
-    return transformer.unembed(h, transformer.unembedding(params, **settings), config)[:, 0], caches
+    return unembed(h, transformer.unembedding(params, **settings), config.logit_softcap)[:, 0], caches
 
 
 @functools.partial(

@@ -11,6 +11,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import tree
+from jaxscale.ops.draws import with_token_keys
+from jaxscale.ops.loss import unembed
 from jaxscale.ops.operations import Operations
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.types import Array, Batch, Params
@@ -19,8 +21,8 @@ FORWARD = {"embedding": 0, "prefix": 0, "layers": 1}  # what has another name co
 # Where the backward comes by: sections of the parameter tree, and the parameters of one layer.
 SECTIONS = ("head", "final_norm", "layers", "prefix", "embedding")
 LAYER = (
-    ".*/down(_bias)?", ".*/(up|gate)(_bias)?", ".*/router", ".*/(ffn|moe)/norm/.*", ".*/o(_bias)?", ".*/[qk]_norm/.*",
-    ".*/[qkv](_bias)?", ".*/attention/norm/.*",
+    ".*/down(_bias)?", ".*/(up|gate)(_bias)?", ".*/(router|omega)", ".*/(ffn|moe)/norm/.*", ".*/o(_bias)?",
+    ".*/[qk]_norm/.*", ".*/[qkv](_bias)?", ".*/attention/norm/.*",
 )  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def _first_of_forward(loss_fn: LossFn, region: Region, params: Params, batch: Ba
 
     @jax.jit
     def count(params: Params, batch: Batch, key: jax.Array, number: int) -> dict[str, Array]:
-        rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, number], batch)
+        rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, number], with_token_keys(batch, key))
         return evaluate(params, rows, jax.random.fold_in(key, number))[2]
 
     for number in range(parts):
@@ -112,14 +114,16 @@ class _StagedCounting(_Counting):
         """As the loss's."""
         return self.loss.prepare(layers)
 
-    def body(self, layers: Params, x: Array, batch: Batch, is_real: Array | None, *, operations: Operations):
+    def body(
+        self, layers: Params, x: Array, batch: Batch, number: Array, is_real: Array | None, *, operations: Operations
+    ) -> tuple[Array, Array, dict[str, Array]]:
         """Period by period: within the branch that skips padding, `mark` would see no more than a tracer."""
         watched, counts = _watch(operations)
         num_periods = len(jax.tree.leaves(layers)[0])
         is_real = jnp.ones(num_periods, bool) if is_real is None else is_real
         for i, real in enumerate(is_real):
             period = jax.tree.map(lambda leaf: leaf[i : i + 1], layers)  # noqa: B023
-            x = jnp.where(real, self.loss.body(period, x, batch, operations=watched)[0], x)
+            x = jnp.where(real, self.loss.body(period, x, batch, number[i : i + 1], operations=watched)[0], x)
         counts = self._counts(counts, {})
         return x, jnp.zeros(()), {name: each * is_real for name, each in counts.items()}
 
@@ -139,9 +143,9 @@ def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
         counts.setdefault(name, []).append(jnp.sum(~jnp.isfinite(x)))
         return x
 
-    def count_tokens(logits: Array, labels: Array) -> tuple[Array, Array]:
+    def count_tokens(h: Array, head: Array, labels: Array, softcap: float | None) -> tuple[Array, Array]:
         """In place of the loss, in whose loop over chunks `mark` would see no more than a tracer."""
-        is_bad = ~jnp.isfinite(logits).all(-1, keepdims=True)
+        is_bad = ~jnp.isfinite(unembed(h, head, softcap)).all(-1, keepdims=True)
         bad = operations.exit(is_bad.astype(jnp.float32))[..., 0]
         return bad, bad
 

@@ -34,7 +34,7 @@ def inspect(
     Raises:
         InputError: the parts do not fit one another.
     """
-    check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
+    check_fit(model=model, mesh=mesh, data=data, train=train, policy=policy, stack=stack)
     specs = make_specs(parameter_table(model), mesh)
     params = jax.eval_shape(lambda p: specs.layout.store(p, specs.dims), abstract_params(model, policy.parameters))
     total, active = count_parameters(model)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxscale.train.metrics import Reporter, Speed
+from jaxscale.train.metrics import Reporter, Speed, expert_use
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import TrainState
 from jaxscale.train.watchdog import Watchdog
@@ -146,6 +146,7 @@ class Loop:
         if not figures.pop("is_finite"):
             self._stop_non_finite(pending, state)
         figures |= self.speed.figures() | {"data_wait_s": pending.data_wait_s}
+        figures |= expert_use(figures["load"]) if "load" in figures else {}
         for reporter in self.reporters:
             reporter.report(pending.step, figures)
 

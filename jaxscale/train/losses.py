@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxscale.models import transformer
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.transformer import StackConfig
+from jaxscale.ops.draws import Draws
 from jaxscale.ops.loss import sum_over_chunks
 from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import Policy
@@ -24,12 +25,14 @@ class NextTokenLoss:
         policy: dtype policy.
         stack: how the layers run.
         z_loss: weight of log^2 Z.
+        embedding_noise: half the width of the noise on embeddings in training, see `transformer.add_noise`.
     """
 
     model: ModelConfig
     policy: Policy
     stack: StackConfig
     z_loss: float = 0.0
+    embedding_noise: float = 0.0
 
     def __call__(
         self, params: Params, batch: Batch, key: Any, *, operations: Operations | None = None
@@ -38,8 +41,9 @@ class NextTokenLoss:
 
         Args:
             params: the parameter tree.
-            batch: tokens, labels, weights, positions and optionally segments, [B, T].
-            key: unused; for losses that draw.
+            batch: tokens, labels, weights, positions and optionally segments, [B, T], and in training `token_keys`, see
+                `ops.draws.with_token_keys`; without them nothing is drawn.
+            key: unused: what this loss draws comes from the batch's `token_keys`.
             operations: what the mesh injects.
         Returns:
             (sum_loss, sum_weight, {"nll": [], "load": [MoE layers in order, E] choices, for MoE models}).
@@ -54,6 +58,8 @@ class NextTokenLoss:
         """Embedding and prefix: the residual [B, own T, D] before the stack; `layers` is not read."""
         settings = dict(config=self.model, operations=operations, policy=self.policy)
         x = transformer.embed(params, batch, **settings)
+        if self.embedding_noise and "token_keys" in batch:
+            x = transformer.add_noise(x, Draws(batch["token_keys"]), self.embedding_noise, operations)
         context = transformer.attention_context(batch, self.model)
         return transformer.run_prefix(params, x, context, batch["weights"], stack=self.stack, **settings)[0]
 
@@ -62,14 +68,16 @@ class NextTokenLoss:
         return transformer.to_compute(layers, self.policy)
 
     def body(
-        self, layers: Params, x: Array, batch: Batch, is_real: Array | None = None, *, operations: Operations
-    ) -> tuple[Array, Array, dict[str, Array]]:
+        self, layers: Params, x: Array, batch: Batch, number: Array | None = None, is_real: Array | None = None, *,
+        operations: Operations,
+    ) -> tuple[Array, Array, dict[str, Array]]:  # fmt: skip
         """Consecutive periods of the stack.
 
         Args:
             layers: the tree `layers`, of any number of periods.
             x: residual [B, own T, D].
             batch: as `__call__`.
+            number: [periods] of each period in the model's stack; None for all of them in order.
             is_real: [periods] bool, false for periods to skip; None skips none.
             operations: what the mesh injects.
         Returns:
@@ -77,7 +85,9 @@ class NextTokenLoss:
         """
         settings = dict(config=self.model, operations=operations, policy=self.policy, stack=self.stack)
         context = transformer.attention_context(batch, self.model)
-        x, _, routers = transformer.run_stack(layers, x, context, batch["weights"], None, is_real, **settings)
+        periods = None if number is None else transformer.Periods(number, is_real)
+        draws = Draws(batch["token_keys"]) if "token_keys" in batch else None
+        x, _, routers = transformer.run_stack(layers, x, context, batch["weights"], None, periods, draws, **settings)
         if not any(self.model.moe_pattern):
             return x, jnp.zeros((), jnp.float32), {}
         loss = sum(router.balance.sum() + router.z.sum() for router in routers)
@@ -93,8 +103,7 @@ class NextTokenLoss:
         head = transformer.unembedding(params, **settings)
 
         def chunk(h: Array, head: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
-            logits = transformer.unembed(h, head, self.model)
-            nll, normaliser = operations.token_loss(logits, labels)
+            nll, normaliser = operations.token_loss(h, head, labels, self.model.logit_softcap)
             weights = operations.own(weights)
             nll, z = (nll * weights).sum(), (normaliser**2 * weights).sum()
             return nll + self.z_loss * z, nll, weights.sum()

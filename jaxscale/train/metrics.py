@@ -143,6 +143,20 @@ class ProgressBar:
         self._bar.close()
 
 
+def expert_use(load: np.ndarray) -> dict[str, float]:
+    """How evenly the experts of each layer are used, in the least even layer.
+
+    Args:
+        load: [layers, E] choices of a step.
+    Returns:
+        `expert_max_share`, of the layer's choices on one expert: 1 / E to 1. `expert_entropy`, of the shares, as a
+        fraction of log E: 1 where all are used alike, 0 where one gets all.
+    """
+    share = load / np.maximum(load.sum(-1, keepdims=True), 1)
+    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(-1) / max(np.log(load.shape[-1]), 1e-9)
+    return {"expert_max_share": float(share.max()), "expert_entropy": float(entropy.min())}
+
+
 @dataclasses.dataclass
 class Speed:
     """Turns the time between steps into throughput.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxscale.data.loader import DataConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.attention import QUERY_CHUNK, AttentionContext, attention, check_backend
+from jaxscale.ops.attention import DETERMINISTIC, QUERY_CHUNK, AttentionContext, attention, check_backend
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.expert import check_exchange
 from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
@@ -44,6 +45,8 @@ class TrainConfig:
         num_microbatches: M; the batch is cut in M parts whose gradients are summed.
         seed: of the initial parameters and every draw.
         z_loss: weight of log^2 Z in the loss.
+        embedding_noise: alpha of NEFTune (arXiv 2310.05914): embeddings get uniform noise of at most
+            alpha / sqrt(T D), for fine-tuning; 0 for none.
         trainable: regular expression over whole parameter paths; what does not match stays as it is and has no
             optimizer state.
         evaluate_every: steps between evaluations.
@@ -55,6 +58,7 @@ class TrainConfig:
     num_microbatches: int = 1
     seed: int = 0
     z_loss: float = 0.0
+    embedding_noise: float = 0.0
     trainable: str = ".*"
     evaluate_every: int = 100
     init_from: str | None = None
@@ -69,6 +73,7 @@ class TrainConfig:
         if not 0 <= self.seed <= MAX_SEED:
             raise InputError("TrainConfig.seed", self.seed, f"0 <= seed <= {MAX_SEED}")
         check_not_negative("TrainConfig.z_loss", self.z_loss)
+        check_not_negative("TrainConfig.embedding_noise", self.embedding_noise)
         tree.compile_pattern("TrainConfig.trainable", self.trainable)
 
 
@@ -120,7 +125,7 @@ class Plan:
 
 
 def check_fit(
-    *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, train: TrainConfig, stack: StackConfig
+    *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, train: TrainConfig, policy: Policy, stack: StackConfig
 ) -> None:
     """Raises InputError, with the equation that fails, unless lengths, batch and chunks fit one another."""
     if data.sequence_length > model.max_length:
@@ -131,7 +136,7 @@ def check_fit(
         paths = ", ".join(tree.flatten(parameter_table(model)))
         raise InputError("TrainConfig.trainable", train.trainable, f"a pattern that matches one of {paths}")
     if mesh.ring == 1:  # a ring's backends are refused when the step is traced, which is before anything is written
-        _check_attention(model, data, stack)
+        _check_attention(model, data, stack, policy)
     _make_schedule(mesh, train, stack)
     StageLayout(model.num_periods, mesh.pipeline, mesh.num_chunks, mesh.stage_periods)
     check_batch(mesh, batch_size=data.batch_size, length=data.sequence_length, num_microbatches=train.num_microbatches)
@@ -145,11 +150,11 @@ def check_fit(
         )
 
 
-def _check_attention(model: ModelConfig, data: DataConfig, stack: StackConfig) -> None:
+def _check_attention(model: ModelConfig, data: DataConfig, stack: StackConfig, policy: Policy) -> None:
     """Refuses now what a named backend would refuse when it is traced."""
     if stack.attention is not None:
         tokens = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length), "int32")
-        q = jax.ShapeDtypeStruct((*tokens.shape, model.num_heads, model.head_dim), "float32")
+        q = jax.ShapeDtypeStruct((*tokens.shape, model.num_heads, model.head_dim), policy.compute)
         context = AttentionContext(tokens, segments=tokens, softcap=model.attention_softcap)
         check_backend("StackConfig.attention", stack.attention, q, context)
 
@@ -157,18 +162,19 @@ def _check_attention(model: ModelConfig, data: DataConfig, stack: StackConfig) -
 def deterministic_stack(stack: StackConfig, length: int) -> StackConfig:
     """The stack with an attention backend that gives the same bits again.
 
-    cuDNN's backward adds up in whatever order its blocks finish, and does not compile under XLA's deterministic flags.
+    cuDNN and our kernel add the queries' gradient up in whatever order blocks finish, and cuDNN does not compile under
+    XLA's deterministic flags.
 
     Args:
         stack: as configured; with no backend named, one is chosen.
         length: T, which "chunked" must divide.
     Raises:
-        InputError: cuDNN was named.
+        InputError: another backend was named.
     """
-    if stack.attention == "cudnn":
+    if stack.attention not in (None, *DETERMINISTIC):
         raise InputError(
-            "StackConfig.attention", "cudnn", '"chunked" or "reference" with RuntimeConfig.is_deterministic: cuDNN\'s '
-            "backward is not deterministic"
+            "StackConfig.attention", stack.attention, f"one of {DETERMINISTIC} with RuntimeConfig.is_deterministic: "
+            "the others' backward is not deterministic"
         )  # fmt: skip
     backend = stack.attention or ("reference" if length % QUERY_CHUNK else "chunked")
     logger.info("attention: backend %s, as the run is deterministic", backend)
@@ -226,12 +232,14 @@ def make_plan(
         InputError: they do not fit, with the equation that fails.
     """
     region = make_region(model=model, mesh=mesh, train=train, policy=policy, stack=stack, devices=devices)
-    check_fit(model=model, mesh=mesh, data=data, train=train, stack=stack)
+    check_fit(model=model, mesh=mesh, data=data, train=train, policy=policy, stack=stack)
     if mesh.is_optimizer_on_host and devices is None:  # those that are only described have no memories
         check_host_memory(region.mesh.local_devices[0])
     transformation = make_optimizer(optimizer, steps=train.steps, dims=region.specs.dims)
     state = abstract_state(
         model, transformation, mesh=region.mesh, specs=region.specs, dtype=policy.parameters, trainable=train.trainable
     )
-    loss_fn = make_loss(model=model, policy=policy, stack=stack, z_loss=train.z_loss)
+    width = train.embedding_noise / math.sqrt(data.sequence_length * model.model_dim)
+    noise = {"embedding_noise": width} if width else {}
+    loss_fn = make_loss(model=model, policy=policy, stack=stack, z_loss=train.z_loss, **noise)
     return Plan(region.mesh, region, loss_fn, transformation, state)

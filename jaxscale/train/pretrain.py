@@ -60,7 +60,8 @@ def pretrain(
         stack: how the layers are executed.
         runtime: platform, flags, processes and watchdog.
         evaluators: name -> evaluator(context) -> figures, see `train.evaluation`.
-        make_loss: (model, policy, stack, z_loss), by keyword, -> a loss under the contract of `train.losses`.
+        make_loss: (model, policy, stack, z_loss and, of a run that has it, embedding_noise), by keyword, -> a loss
+            under the contract of `train.losses`.
     Returns:
         The steps finished and the signal that ended the run early, if any.
     Raises:

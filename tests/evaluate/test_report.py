@@ -52,5 +52,6 @@ def test_resumes_are_marked_and_the_first_start_is_not(make_run, monkeypatch):
 
     monkeypatch.setattr(report.Figure, "subplots", subplots)
     report.plot_run(run, held_out="held_out/loss")
+    assert (run / "experts.png").read_bytes().startswith(b"\x89PNG")
     assert lines == [(1, "resumed")]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -47,6 +47,17 @@ MIXTRAL = ModelConfig(
             {"moe_pattern": (True,), "num_experts": 4, "expert_dim": 8, "num_active_experts": 5},
             "ModelConfig.num_active_experts: given 5, expected 1 to num_experts = 4",
         ),
+        ({"router": "topk"}, "ModelConfig.router: given 'topk', expected one of 'gshard', 'sparsemixer'"),
+        (
+            {"router_mask": "huggingface"},
+            "ModelConfig.router_mask: given 'huggingface', expected one of 'paper', 'rele",
+        ),
+        ({"router_threshold": -0.1}, "ModelConfig.router_threshold: given -0.1"),
+        ({"expert_dropout": 1.0}, "ModelConfig.expert_dropout: given 1.0, expected 0 or a probability below 1"),
+        (
+            {"moe_pattern": (True,), "router": "sparsemixer"} | EXPERTS,
+            'ModelConfig.num_active_experts: given 2, expected 1 with ModelConfig.router = "sparsemixer"',
+        ),
     ],
 )
 def test_a_wrong_value_is_named(change, message):
@@ -104,6 +115,12 @@ def test_a_checkpoint_is_of_what_shapes_parameters_and_what_they_compute():
         assert checkpoint_facts(dataclasses.replace(SMALL, **change)) == facts
     for change in ({"rope_theta": 5.0}, {"norm_epsilon": 1e-3}, {"num_layers": 2}):
         assert checkpoint_facts(dataclasses.replace(SMALL, **change)) != facts
+    for router in ("densemixer", "masked_sampling"):  # which serve as "gshard" does
+        assert checkpoint_facts(dataclasses.replace(SMALL, router=router, router_threshold=0.3)) == facts
+    drawn = dataclasses.replace(SMALL, router="sparsemixer_v2")
+    assert checkpoint_facts(dataclasses.replace(drawn, router_expert_gradient="released")) == checkpoint_facts(drawn)
+    for change in ({"router": "gshard"}, {"router_threshold": 0.1}, {"router_mask": "released"}):
+        assert checkpoint_facts(dataclasses.replace(drawn, **change)) != checkpoint_facts(drawn)
     learned = dataclasses.replace(SMALL, positions="learned")
     assert checkpoint_facts(learned) != checkpoint_facts(dataclasses.replace(learned, max_length=32))
     assert "vocab_size" not in facts["defaults"] and facts["defaults"]["rope_theta"] == 10000.0

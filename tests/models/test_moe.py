@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxscale.models.config import ModelConfig
-from jaxscale.models.moe import feed_forward, route, router_sums
+from jaxscale.models.moe import feed_forward, router_sums
+from jaxscale.models.router import logits_of, route
 from jaxscale.ops.operations import Operations
 
 B, T, D, E = 2, 5, 8, 4
@@ -21,8 +22,14 @@ ROUTER = {"router": jnp.asarray(np.random.default_rng(1).normal(size=(D, E)), jn
 WEIGHTS = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]], jnp.float32)
 
 
+def routed(h):
+    """Experts, gates and logits of the default router."""
+    logits = logits_of(ROUTER, h)
+    return *route(logits, None, CONFIG)[:2], logits
+
+
 def test_gates_are_the_softmax_over_the_chosen():
-    index, gates, logits = route(ROUTER, H, CONFIG)
+    index, gates, logits = routed(H)
     for b, t in np.ndindex(B, T):
         wanted = np.argsort(-np.asarray(logits[b, t]))[:2]
         assert list(index[b, t]) == list(wanted)
@@ -31,7 +38,7 @@ def test_gates_are_the_softmax_over_the_chosen():
 
 
 def test_routing_in_bfloat16_keeps_float32_logits():
-    _, gates, logits = route(ROUTER, H.astype(jnp.bfloat16), CONFIG)
+    _, gates, logits = routed(H.astype(jnp.bfloat16))
     assert gates.dtype == logits.dtype == jnp.float32
 
 
@@ -49,7 +56,7 @@ def test_balance_loss_is_its_weight_when_balanced_and_more_when_not():
 
 
 def test_padding_is_in_no_figure():
-    index, _, logits = route(ROUTER, H, CONFIG)
+    index, _, logits = routed(H)
     sums = router_sums(index, logits, WEIGHTS, CONFIG, Operations())
     changed = router_sums(
         jnp.where(WEIGHTS[..., None] > 0, index, 3), jnp.where(WEIGHTS[..., None] > 0, logits, 9.0), WEIGHTS, CONFIG,
@@ -62,7 +69,7 @@ def test_padding_is_in_no_figure():
 
 
 def test_small_weights_scale_the_losses():
-    index, _, logits = route(ROUTER, H, CONFIG)
+    index, _, logits = routed(H)
     whole, part = (router_sums(index, logits, f * WEIGHTS, CONFIG, Operations()) for f in (1, 0.001))
     jax.tree.map(lambda p, w: np.testing.assert_allclose(p, 0.001 * w, rtol=1e-5), part, whole)
 

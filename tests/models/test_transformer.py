@@ -14,6 +14,7 @@ from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import StackConfig, forward
 from jaxscale.ops import kv_cache
 from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.loss import unembed
 from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import Policy
 
@@ -36,6 +37,10 @@ MODELS = {
     "no_positions": ModelConfig(**SHAPE, positions="none", norm="layernorm", norm_epsilon=0.1),
     "mixture": ModelConfig(**SHAPE | EXPERTS | {"num_layers": 5}, num_dense_prefix=1, windows=(4, None)),
     "switch": ModelConfig(**SHAPE | EXPERTS, num_active_experts=1, activation="gelu"),
+    "grin": ModelConfig(
+        **SHAPE | EXPERTS, router="sparsemixer_v2", router_threshold=0.5, norm="layernorm", use_bias=True,
+        use_head_bias=True, windows=(5,),
+    ),
 }  # fmt: skip
 
 
@@ -119,12 +124,22 @@ class Naive:
     def experts(self, p, h):
         out = np.zeros_like(h)
         for t, token in enumerate(h):
-            odds = np.exp(token @ p["router"])
-            chosen = np.argsort(-odds)[: self.config.num_active_experts]
-            total = odds[chosen].sum() if len(chosen) > 1 else odds.sum()
-            for e in chosen:
-                out[t] += odds[e] / total * self.feed_forward({s: w[e] for s, w in p["experts"].items()}, token)
+            for e, gate in self.gates(token @ p["router"]):
+                out[t] += gate * self.feed_forward({s: w[e] for s, w in p["experts"].items()}, token)
         return out
+
+    def gates(self, z):
+        config, left = self.config, list(range(len(z)))
+        chosen = np.argsort(-z)[: config.num_active_experts]
+        if config.router == "gshard":
+            total = np.exp(z[chosen] if len(chosen) > 1 else z).sum()
+            return [(e, np.exp(z[e]) / total) for e in chosen]
+        gates = []
+        for e in chosen:  # the largest of those left
+            near = [i for i in left if z[e] - z[i] <= config.router_threshold * (abs(z[i]) + abs(z[e]))]
+            gates.append((e, np.exp(z[e]) / np.exp(z[near]).sum()))
+            left.remove(e)
+        return gates
 
     def row(self, tokens, positions, segments):
         p, config = self.params, self.config
@@ -139,7 +154,7 @@ class Naive:
             name, run = ("moe", self.experts) if "moe" in layer else ("ffn", self.feed_forward)
             x = x + run(layer[name], self.norm(layer[name]["norm"], x))
         table = p["embedding"]["tokens"] if config.is_tied else p["head"]["weights"]
-        logits = self.norm(p["final_norm"], x) @ table.T
+        logits = self.norm(p["final_norm"], x) @ table.T + (p["head"]["bias"] if config.use_head_bias else 0)
         return config.logit_softcap * np.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 
@@ -188,7 +203,7 @@ def test_a_layer_runs_over_chunks_of_the_sequence(name):
             chunks.append(layers.finish(layer, x[:, chunk], o, weights, config, operations)[0])
         x = jnp.concatenate(chunks, 1)
     h = transformer.final_hidden(params, x, config, operations, FLOAT32)
-    logits = transformer.unembed(h, transformer.unembedding(params, config, operations, FLOAT32), config)
+    logits = unembed(h, transformer.unembedding(params, config, operations, FLOAT32), config.logit_softcap)
     np.testing.assert_allclose(logits, expected(name), atol=2e-5)
 
 

@@ -12,7 +12,8 @@ from jaxscale.ops import attention as module
 from jaxscale.ops.attention import BACKENDS, AttentionContext, attention
 from jaxscale.types import InputError
 
-HERE = [name for name in BACKENDS if name != "cudnn" or jax.default_backend() == "gpu"]
+# Our kernel is interpreted in tests/kernels.
+HERE = [name for name in BACKENDS if name not in ("cudnn", "mosaic") or jax.default_backend() == "gpu"]
 
 # batch, T, N, K, H, window, softcap, documents: lengths in each row, 0 stands for padding to the end
 CASES = {
@@ -76,13 +77,17 @@ def expected(case):
     return out, (dq, dk, dv)
 
 
-PLAIN = [backend for backend in HERE if backend != "cudnn"]
+PLAIN = [backend for backend in HERE if backend not in ("cudnn", "mosaic")]
 COMBINATIONS = [(backend, case, "float32") for backend in PLAIN for case in CASES]
 COMBINATIONS += [(backend, "everything", "bfloat16") for backend in PLAIN]
 if "cudnn" in HERE:  # which has no float32, no soft-cap and no documents in an odd T
     COMBINATIONS += [
         ("cudnn", case, "bfloat16") for case in ("multi_head", "grouped", "multi_query", "window_of_one", "documents")
     ]
+
+
+if "mosaic" in HERE:
+    COMBINATIONS += [("mosaic", case, "bfloat16") for case in CASES]
 
 
 @pytest.mark.parametrize("backend, case, dtype", COMBINATIONS)
@@ -102,7 +107,7 @@ def test_forward_and_gradient_equal_the_loop(backend, case, dtype):
 @pytest.mark.parametrize("backend", HERE)
 def test_a_document_sends_no_gradient_to_another(backend):
     """The packing leak: exactly zero, and not zero when the documents are one."""
-    arrays, _, context = make("documents", jnp.bfloat16 if backend == "cudnn" else jnp.float32)
+    arrays, _, context = make("documents", jnp.float32 if backend in PLAIN else jnp.bfloat16)
     second = np.asarray(context.segments) == 2
 
     def loss_of_second(arrays, context):
@@ -119,7 +124,7 @@ def test_a_document_sends_no_gradient_to_another(backend):
 
 @pytest.mark.parametrize("backend", HERE)
 def test_no_future_token_is_seen(backend):
-    arrays, _, context = make("multi_head", jnp.bfloat16 if backend == "cudnn" else jnp.float32)
+    arrays, _, context = make("multi_head", jnp.float32 if backend in PLAIN else jnp.bfloat16)
 
     def loss_of_first_half(arrays):
         return attention(*arrays, context, implementation=backend)[0][:, :6].astype("float32").sum()
@@ -175,11 +180,13 @@ def test_what_is_asked_of_cudnn(case, monkeypatch):
 @pytest.mark.parametrize(
     "backend, change, expected_text",
     [
-        ("flash", {}, "'reference', 'chunked', 'cudnn'"),
+        ("flash", {}, "'reference', 'chunked', 'cudnn', 'mosaic'"),
         ("chunked", {"length": 11}, "T % 3 == 0, but T = 11"),
         ("cudnn", {"softcap": 3.0}, "soft-cap"),
         ("cudnn", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
         ("cudnn", {"dim": 12}, "head_dim % 8 == 0"),
+        ("mosaic", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
+        ("mosaic", {"dim": 264}, "head_dim <= 256, but head_dim = 264"),
         ("cudnn", {"length": 9, "segments": jnp.ones((1, 9), int)}, "T % 2 == 0 where rows hold documents, but T = 9"),
     ],
 )
@@ -190,6 +197,25 @@ def test_a_named_backend_refuses_and_never_falls_back(backend, change, expected_
         attention(x, x, x, AttentionContext(jnp.arange(length)[None], **change), implementation=backend)
     assert error.value.parameter == "attention"
     assert repr(backend) in str(error.value)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_key_intervals_are_the_mask(case):
+    _, _, context = make(case)
+    low, high = context.key_intervals()
+    number = np.arange(context.positions.shape[1])
+    sees = (number >= low[..., None]) & (number < high[..., None])
+    np.testing.assert_array_equal(np.broadcast_to(sees[:, None], context.mask().shape), context.mask())
+
+
+@pytest.mark.parametrize("change", [{"softcap": 3.0}, {"segments": jnp.ones((1, 12), int)}])
+def test_on_hopper_our_kernel_takes_documents_and_softcap(change, monkeypatch):
+    monkeypatch.setattr(module, "is_hopper", lambda: True)
+    x = jnp.ones((1, 12, 2, 64), jnp.bfloat16)
+    is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses
+    assert (module._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic") == is_new
+    assert module._choose(x, AttentionContext(jnp.arange(12)[None])) != "mosaic"
+    assert module._choose(x.astype("float32"), AttentionContext(jnp.arange(12)[None], **change)) != "mosaic"
 
 
 @pytest.mark.parametrize("length, chosen", [(12, "chunked"), (11, "reference"), (3, "reference")])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.ops.loss import project, sum_over_chunks, token_loss
+from jaxscale.ops import loss as losses
+from jaxscale.ops.loss import Head, project, sum_over_chunks, token_loss
 from jaxscale.types import InputError
 
 B, T, D, V = 2, 12, 8, 20
@@ -20,7 +21,7 @@ def make(dtype="float32"):
 
 
 def loss(x, head, labels, weights):
-    nll, normaliser = token_loss(jnp.einsum("btd,vd->btv", x, head), labels)
+    nll, normaliser = token_loss(x, head, labels)
     return ((nll + 0.1 * normaliser**2) * weights).sum(), (nll * weights).sum(), weights.sum()
 
 
@@ -48,6 +49,38 @@ def test_value_and_gradient_equal_the_plain_loss(num_chunks):
     for got, want in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
     assert (gradients[0][1] == 0).all()
+
+
+def test_a_bias_is_added_to_the_logits_and_gets_its_gradient():
+    """As one more column of the head, and one of ones to multiply it, would give."""
+    x, head, labels, weights = make()
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=V), jnp.float32)
+
+    def wider(x, head, bias):
+        wide = jnp.concatenate([x, jnp.ones((B, T, 1))], -1), jnp.concatenate([head, bias[:, None]], -1)
+        return plain(*wide, labels, weights)[0]
+
+    def ours(x, head, bias):
+        return sum_over_chunks(loss, 3, x, Head(head, bias), labels, weights)[0]
+
+    got, wanted = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(x, head, bias) for f in (ours, wider))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, wanted)
+
+
+def test_a_bias_is_refused_by_the_kernel(monkeypatch, caplog):
+    """Which is chosen for the same shapes without one."""
+    monkeypatch.setattr(losses, "is_hopper", lambda: True)
+    monkeypatch.setattr(losses.linear_cross_entropy, "mosaic_refusal", lambda h, head: None)
+    caplog.set_level("INFO")
+    x, head, labels, _ = make()
+    token_loss(x, Head(head, jnp.zeros(V)), labels)
+    assert "backend logits" in caplog.text
+    monkeypatch.setattr(
+        losses.linear_cross_entropy, "label_and_normaliser",
+        lambda h, head, labels, implementation: (jnp.zeros(len(labels)), jnp.zeros(len(labels))),
+    )  # fmt: skip
+    token_loss(x, head, labels)
+    assert "backend mosaic" in caplog.text
 
 
 def test_the_value_alone_equals_the_value_with_gradient():
@@ -86,7 +119,7 @@ def test_a_label_outside_the_vocabulary_has_no_loss_and_no_gradient(label):
     weights = jnp.ones((B, T)).at[0, 3].set(0)
 
     def nll(x, labels, weights):
-        return (token_loss(jnp.einsum("btd,vd->btv", x, head), labels)[0] * weights).sum()
+        return (token_loss(x, head, labels)[0] * weights).sum()
 
     wanted = jax.value_and_grad(nll)(x, labels, weights.at[1, 5].set(0))
     got = jax.value_and_grad(nll)(x, labels.at[0, 3].set(label).at[1, 5].set(label), weights)
@@ -104,7 +137,7 @@ def test_projection_is_rounded_neither_in_the_logits_nor_wider_in_the_gradient()
 
 
 def test_large_logits_do_not_overflow():
-    nll, normaliser = token_loss(jnp.array([[[1e4, 0.0], [0.0, 1e4]]]), jnp.array([[0, 0]]))
+    nll, normaliser = token_loss(jnp.array([[[1e4, 0.0], [0.0, 1e4]]]), jnp.eye(2), jnp.array([[0, 0]]))
     np.testing.assert_allclose(nll, [[0, 1e4]])
     np.testing.assert_allclose(normaliser, [[1e4, 1e4]])
 

@@ -16,12 +16,17 @@ import pytest
 
 from jaxscale import tree
 from jaxscale.parallel.mesh import AXES
-from tests.parallel.test_region import DENSE, MOE, on_mesh, single_device
+from tests.parallel import test_region
+from tests.parallel.test_region import DENSE, MOE, make_params, on_mesh, single_device
 
 MODELS = {
     "dense": dataclasses.replace(DENSE, num_layers=3, num_kv_heads=4, is_tied=True),
     "moe": dataclasses.replace(MOE, num_layers=4, num_kv_heads=4),
 }
+# What each token draws must not depend on the mesh; the threshold lets most experts be drawn.
+MODELS["grin"] = dataclasses.replace(
+    MODELS["moe"], router="sparsemixer_v2", router_threshold=0.8, expert_dropout=0.3, use_head_bias=True
+)
 NUM_MICROBATCHES = 2
 LIMIT = 1e-9  # norm of the difference over the norm; of a gradient that is zero, the norm of the difference
 
@@ -64,7 +69,7 @@ def check(name, sizes):
         model = dataclasses.replace(model, num_layers=4 * model.period)
     settings = {"zero": 3, "num_microbatches": NUM_MICROBATCHES} | sizes
     with jax.enable_x64(True):
-        wanted = single_device(model, NUM_MICROBATCHES if name == "moe" else 1)
+        wanted = single_device(model, 1 if name == "dense" else settings["num_microbatches"])
         found = errors(on_mesh(model, **settings), wanted)
     assert max(found.values()) <= LIMIT, {path: error for path, error in found.items() if error > LIMIT}
     if file := os.environ.get("JAXSCALE_MATRIX"):
@@ -76,13 +81,42 @@ def check(name, sizes):
 
 
 @pytest.mark.parametrize("sizes", DEFAULT, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["dense", "moe"])
 def test_axes_and_some_pairs(name, sizes):
     check(name, sizes)
 
 
+DRAWN = dict(data=2, expert=2, tensor=2, num_microbatches=1, remat="none")  # where one device rematerialises
+
+
+@pytest.mark.long  # tests/ops/test_draws.py asks the same of the draws alone
+def test_what_tokens_draw_does_not_depend_on_the_mesh():
+    check("grin", DRAWN)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("sizes", [s for s in SINGLES + PAIRS + TRIPLES + VARIANTS if s not in DEFAULT], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["dense", "moe"])
 def test_every_pair_and_triple(name, sizes):
     check(name, sizes)
+
+
+@pytest.mark.long
+def test_no_token_is_dropped_when_all_choose_the_same_device(monkeypatch):
+    """All logits are equal, so every token takes the first two experts, which one device of two has."""
+    model = dataclasses.replace(MODELS["moe"], num_layers=2)
+    with jax.enable_x64(True):
+        params = tree.map_with_path(lambda path, p: 0 * p if path.endswith("router") else p, make_params(model))
+        monkeypatch.setattr(test_region, "make_params", lambda model: params)
+        wanted = single_device.__wrapped__(model)
+        result = on_mesh(model, data=2, expert=2, zero=3)
+        found = errors(result, wanted)
+    assert max(found.values()) <= LIMIT
+    valid = result[0][1]
+    np.testing.assert_array_equal(result[0][2]["load"], [[valid, valid, 0, 0]])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", SINGLES + PAIRS + VARIANTS, ids=str)
+def test_what_tokens_draw_does_not_depend_on_any_mesh(sizes):
+    check("grin", sizes)

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.ops import moe
+from jaxscale.ops.draws import Dropout
 from jaxscale.parallel.ahead_of_time import described_devices, has_plugin
 from jaxscale.parallel.expert import check_exchange, experts, make_experts, ragged_experts, tensor_experts
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
@@ -51,7 +52,8 @@ def ragged_all_to_all_on_a_cpu(monkeypatch):
         )
         source = jnp.clip(jnp.arange(len(output)) - places[..., None] + starts[..., None], 0, len(operand) - 1)
         rows = jax.vmap(lambda rows, where: rows[where])(operands, source)
-        return jnp.where(is_from.any((0, 1))[:, None], jnp.einsum("sur,surd->rd", is_from * 1.0, rows), output)
+        arrived = jnp.einsum("sur,surd->rd", is_from * 1.0, rows).astype(output.dtype)
+        return jnp.where(is_from.any((0, 1))[:, None], arrived, output)
 
     monkeypatch.setattr(lax, "ragged_all_to_all", twin)
 
@@ -120,11 +122,31 @@ def test_every_choice_is_computed_exactly_once(routing, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_of_dropout_travel_with_their_rows(variant):
+    """Only the forward: what is dropped there is dropped in the backward."""
+    index = jnp.asarray(ROUTINGS["random"])
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(2)
+        keys = jnp.asarray(rng.integers(0, 2**32, (*index.shape, 2)), jnp.uint32)
+        shapes = {"up": (E, D, F), "down": (E, F, D)}
+        weights = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+        x, gates = jnp.asarray(rng.normal(size=(B, T, D))), jnp.asarray(rng.uniform(size=index.shape))
+
+        def forward(function, x, index, gates, weights, keys):
+            y = function(x, index, gates, weights, "gelu", None, Dropout(keys, 0.4))
+            return y, (x, gates, weights)
+
+        got = spread(variant, forward)(x, index, gates, weights, keys)[0]
+        wanted = moe.reference(x, index, gates, weights, "gelu", None, Dropout(keys, 0.4))
+        np.testing.assert_allclose(got, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_grouped_matmul_gets_no_more_rows_than_there_are(variant, monkeypatch):
     """Empty rows of the worst-case buffers lie past the last expert's."""
     seen = []
 
-    def grouped_ffn(rows, group_sizes, weights, activation):
+    def grouped_ffn(rows, group_sizes, weights, activation, dropout):
         jax.debug.callback(lambda sizes: seen.append(int(sizes.sum())), group_sizes)
         return rows
 

@@ -14,6 +14,7 @@ from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import attention
+from jaxscale.ops.draws import with_token_keys
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_operations
@@ -31,6 +32,9 @@ MOE = ModelConfig(
     moe_pattern=(False, True), windows=(None, 5), num_experts=4, num_active_experts=2, expert_dim=32,
     router_z_loss=1e-3, is_tied=True,
 )  # fmt: skip
+
+
+KEY = jax.random.key(1)
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +77,9 @@ def make_batch(rows=8, length=16, seed=0):
 
 
 def make_loss(model, dtype="float64", **stack):
-    policy = Policy(dtype, dtype, dtype, dtype)
-    return NextTokenLoss(model, policy, StackConfig(num_loss_chunks=2, **stack), z_loss=1e-3)
+    """With noise on the embeddings too if the model has dropout."""
+    policy, noise = Policy(dtype, dtype, dtype, dtype), 0.2 * (model.expert_dropout > 0)
+    return NextTokenLoss(model, policy, StackConfig(num_loss_chunks=2, **stack), z_loss=1e-3, embedding_noise=noise)
 
 
 @functools.cache
@@ -92,8 +97,9 @@ def single_device(model, num_microbatches=1):
     """Loss and gradients of the micro-batches one by one, with the plain operations, added up."""
     with jax.enable_x64(True):
         run = jax.jit(jax.value_and_grad(lambda p, batch: make_loss(model)(p, batch, None)[0]))
+        whole = with_token_keys(make_batch(), KEY)
         parts = [
-            run(make_params(model), jax.tree.map(lambda a: a[m::num_microbatches], make_batch()))  # noqa: B023
+            run(make_params(model), jax.tree.map(lambda a: a[m::num_microbatches], whole))  # noqa: B023
             for m in range(num_microbatches)
         ]
         return jax.tree.map(lambda *leaves: sum(leaves), *parts)
@@ -119,7 +125,7 @@ def on_mesh(model, *, num_microbatches=1, trainable=".*", remat="full", is_scann
     )  # fmt: skip
     loss = make_loss(model, dtype, remat=remat, is_scanned=is_scanned)
     params = specs.layout.store(jax.tree.map(lambda p: p.astype(dtype), make_params(model)), specs.dims)
-    sums, gradients = jax.jit(region.gradient(loss))(params, make_batch(), jax.random.key(1))
+    sums, gradients = jax.jit(region.gradient(loss))(params, make_batch(), KEY)
     dims = jax.tree.map(lambda d, g: d if g is not None else None, specs.dims, gradients, is_leaf=lambda x: x is None)
     return sums, specs.layout.restore(gradients, dims)
 

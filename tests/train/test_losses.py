@@ -1,5 +1,7 @@
 """What the loss reports beside the loss."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,31 @@ import numpy as np
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import init_params
 from jaxscale.models.transformer import StackConfig
+from jaxscale.ops.draws import with_token_keys
+from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.train.losses import NextTokenLoss
+from jaxscale.train.plan import TrainConfig, make_plan
+from tests.train.conftest import DATA, MODEL, OPTIMIZER
+
+
+def test_noise_on_embeddings_is_uniform_as_wide_as_asked_and_of_training_only():
+    """And the run's alpha is divided by sqrt(T D), as NEFTune says."""
+    model = dataclasses.replace(MODEL, max_length=64)
+    loss = make_plan(
+        model=model, mesh=MeshConfig(), data=dataclasses.replace(DATA, sequence_length=64), optimizer=OPTIMIZER,
+        train=TrainConfig(steps=1, embedding_noise=5.0), policy=Policy(compute="float32"), stack=StackConfig(),
+        devices=jax.devices()[:1],
+    ).loss_fn  # fmt: skip
+    width = 5 / np.sqrt(64 * 16)
+    tokens = jnp.zeros((8, 64), jnp.int32)
+    batch = dict(tokens=tokens, weights=jnp.ones((8, 64)), positions=jnp.tile(jnp.arange(64), (8, 1)))
+    params = init_params(model, jax.random.key(0), "float32")
+    plain = loss.start(params, batch, operations=Operations())
+    noise = loss.start(params, with_token_keys(batch, jax.random.key(1)), operations=Operations()) - plain
+    np.testing.assert_array_equal(plain, jnp.broadcast_to(params["embedding"]["tokens"][0], plain.shape))
+    np.testing.assert_allclose(np.histogram(noise, 4, (-width, width))[0] / noise.size, 0.25, atol=0.02)
 
 
 def test_the_load_has_a_row_for_each_layer_in_order():

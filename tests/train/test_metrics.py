@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxscale.train import metrics
-from jaxscale.train.metrics import History, ProgressBar, Speed, TensorBoard, peak_flops, read_history
+from jaxscale.train.metrics import History, ProgressBar, Speed, TensorBoard, expert_use, peak_flops, read_history
 
 
 def write(path, steps, first=0):
@@ -90,6 +90,14 @@ def test_speed_and_mfu(monkeypatch):
     assert speed.figures() == pytest.approx(
         dict(seconds=0.5, tokens_per_second=2000, tflops_per_device=989, mfu=1.0, peak_memory_bytes=5)
     )
+
+
+def test_the_use_of_experts_is_that_of_the_least_even_layer():
+    assert expert_use(np.array([[2, 2, 2, 2], [4, 4, 0, 0]])) == pytest.approx(
+        dict(expert_max_share=0.5, expert_entropy=0.5)
+    )
+    assert expert_use(np.array([[0, 8]])) == dict(expert_max_share=1.0, expert_entropy=0.0)
+    assert expert_use(np.zeros((1, 4))) == dict(expert_max_share=0.0, expert_entropy=0.0)  # no valid token
 
 
 def test_no_mfu_where_the_peak_is_not_known():

@@ -1,0 +1,99 @@
+"""Random draws of single tokens: whatever the mesh, the micro-batches and the layout, a token draws the same numbers.
+
+Each number is a function of the step's key, the token's place in the global batch, the layer, the purpose and nothing
+else, made by a counter-based generator: nothing is stored, and a forward that is run again draws the same.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2 (Threefry), as JAX has it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
+
+from jaxscale.types import Array, Batch
+
+ROUTER, EXPERT, EMBEDDING = PURPOSES = range(3)
+
+
+def with_token_keys(batch: Batch, key: jax.Array) -> Batch:
+    """The batch with `token_keys` [B, T, 2] uint32, from which a loss draws; one without them is for evaluation.
+
+    Args:
+        batch: the global batch, leaves [B, T].
+        key: typed PRNG key of the step.
+    """
+    shape = next(iter(batch.values())).shape
+    place = jnp.arange(shape[0] * shape[1], dtype=jnp.uint32).reshape(shape)
+    return {**batch, "token_keys": scramble(jax.random.key_data(key), place, 0)}
+
+
+def scramble(keys: Array, first: Array | int, second: Array | int) -> Array:
+    """Threefry-2x32: two words of key and two of a counter to two random words.
+
+    Args:
+        keys: [..., 2] uint32.
+        first, second: [...] uint32, broadcast against `keys[..., 0]` and one another.
+    Returns:
+        [..., 2] uint32.
+    """
+    words = (keys[..., 0], keys[..., 1], jnp.asarray(first, jnp.uint32), jnp.asarray(second, jnp.uint32))
+    return jnp.stack(threefry2x32_p.bind(*jnp.broadcast_arrays(*words)), -1)
+
+
+def uniform(words: Array) -> Array:
+    """Random words, uint32, to float32 above 0 and below 1, in steps of 2^-23: one bit more would round up to 1."""
+    return ((words >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "layer"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """What the tokens of one layer draw in training.
+
+    Args:
+        keys: [B, T, 2] uint32, the batch's `token_keys`.
+        layer: [] number of the layer in the model.
+    """
+
+    keys: Array
+    layer: Array | int = 0
+
+    def numbers(self, purpose: int, num: int) -> Array:
+        """Numbers above 0 and below 1, [B, T, num] float32."""
+        words = self.streams(purpose, jnp.arange(-(-num // 2)))
+        return uniform(words.reshape(*words.shape[:-2], -1)[..., :num])
+
+    def streams(self, purpose: int, number: Array) -> Array:
+        """Two random words, which may be keys of further draws, for each number [..., n]: [B, T, n, 2] uint32."""
+        stream = jnp.asarray(self.layer, jnp.uint32) * len(PURPOSES) + purpose
+        return scramble(self.keys[..., None, :], stream, number)
+
+    def at(self, layer: Array | int) -> "Draws":
+        """The draws of another layer."""
+        return dataclasses.replace(self, layer=layer)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "first"], meta_fields=["rate"])
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Zeroes each element of a vector with a probability and divides the others by what is left of 1.
+
+    Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting", section 4.
+    Args:
+        keys: [..., 2] uint32, one key a vector.
+        rate: the probability.
+        first: number of the first element, of vectors that are part of a longer one.
+    """
+
+    keys: Array
+    rate: float
+    first: Array | int = 0
+
+    def __call__(self, x: Array) -> Array:
+        """`x` [..., F] with elements dropped; one Threefry block an element."""
+        number = jnp.asarray(self.first, jnp.uint32) + jnp.arange(x.shape[-1], dtype=jnp.uint32)
+        drawn = uniform(scramble(self.keys[..., None, :], number, 0)[..., 0])
+        return jnp.where(drawn < self.rate, 0, x / (1 - self.rate))
