@@ -42,9 +42,9 @@ def tflops(run, wait) -> str:
 
 
 ours = {
-    "forward": lambda: forward(rows, weights, groups, is_transposed=False, blocks=H200["forward"]),
-    "input gradient": lambda: forward(cotangent, weights, groups, is_transposed=True, blocks=H200["input_gradient"]),
-    "weight gradient": lambda: weight_gradient(rows, cotangent, groups, blocks=H200["weight_gradient"]),
+    "forward": lambda: forward((rows,), (weights,), groups, is_transposed=False, blocks=H200),
+    "input gradient": lambda: forward((cotangent,), (weights,), groups, is_transposed=True, blocks=H200),
+    "weight gradient": lambda: weight_gradient(rows, cotangent, groups, blocks=H200),
 }
 theirs = {
     "forward": [lambda w=w: torch._grouped_mm(x, w, ends) for w in (w, w_by_columns)],

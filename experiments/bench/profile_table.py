@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 
 
-def main(directory, rows):
-    """Sums kernel time over the newest profile below `directory`."""
+def kernel_times(directory):
+    """Nanoseconds and calls by name in the newest profile below `directory`."""
     path = max(Path(directory).rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
     times, counts = collections.Counter(), collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -24,6 +24,12 @@ def main(directory, rows):
                     name = re.sub(r"[._]\d+$", "", event.name)[:100]
                     times[name] += event.duration_ns
                     counts[name] += 1
+    return times, counts
+
+
+def main(directory, rows):
+    """Prints the `rows` most expensive kernels."""
+    times, counts = kernel_times(directory)
     total = sum(times.values())
     print(f"{total / 1e6:.1f} ms of kernels")
     for name, nanoseconds in times.most_common(rows):
