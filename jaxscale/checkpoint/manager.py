@@ -160,7 +160,10 @@ class Checkpoints:
             return
         try:
             with self._explained(f"a folder in which step {self._saving} can be written"):
-                self._checkpointer.wait_until_finished()
+                try:
+                    self._checkpointer.wait_until_finished()
+                finally:
+                    self._checkpointer.wait_until_finished()  # an error leaves orbax's writer of metadata at work
         finally:
             self._saving = None
         if jax.process_index() == 0:
