@@ -19,7 +19,7 @@ from jaxscale.models.parameters import init_params
 from jaxscale.ops.attention import BACKENDS, KERNEL_OUTPUT, AttentionContext, attention
 from jaxscale.ops.draws import EMBEDDING, Draws
 from jaxscale.ops.loss import Head, unembed
-from jaxscale.ops.operations import Operations
+from jaxscale.ops.operations import EXCHANGED, Operations
 from jaxscale.ops.precision import Policy, cast
 from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_positive, check_types
 
@@ -37,8 +37,8 @@ class StackConfig:
     Args:
         is_scanned: one compiled layer in a loop, or every layer unrolled (longer to compile, faster on a GPU).
         remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots" (keep the outputs of
-            matmuls with weights and of attention on a GPU); "names" (keep `saved_names` on the device and
-            `offloaded_names` in host memory).
+            matmuls with weights, of attention on a GPU and of exchanges between devices, all-gathers aside); "names"
+            (keep `saved_names` on the device and `offloaded_names` in host memory).
         saved_names: of NAMES.
         offloaded_names: of NAMES.
         num_loss_chunks: chunks of T in which logits exist.
@@ -86,9 +86,12 @@ class StackConfig:
 
 
 def _is_product(primitive: jax.extend.core.Primitive, *avals: Any, **params: Any) -> bool:
-    """Policy: matmuls with weights, and attention on a GPU, whose output is as small and as dear."""
-    is_attention = primitive.name == CUDNN_ATTENTION or params.get("name") == KERNEL_OUTPUT
-    return is_attention or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
+    """Policy: matmuls with weights, and what is as small and as dear: attention on a GPU and what devices exchange.
+
+    A partial sum is not kept beside the sum over devices, for then nothing reads it.
+    """
+    is_like = primitive.name == CUDNN_ATTENTION or params.get("name") in (KERNEL_OUTPUT, EXCHANGED)
+    return is_like or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
 def attention_context(batch: Batch, config: ModelConfig) -> AttentionContext:

@@ -10,6 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxscale.ops import attention, loss, moe
 from jaxscale.types import Array
 
+EXCHANGED = "exchanged"  # names what other devices sent and a rematerialisation had better keep: as small as a residual
+
 
 def _embed(table: Array, tokens: Array) -> Array:
     is_known = (tokens >= 0) & (tokens < len(table))

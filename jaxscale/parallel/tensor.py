@@ -8,9 +8,11 @@ Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 20
 
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.ops import loss
 from jaxscale.ops.loss import Head
+from jaxscale.ops.operations import EXCHANGED
 from jaxscale.parallel.mesh import AXES, PIPELINE, TENSOR
 from jaxscale.types import Array
 
@@ -22,7 +24,7 @@ def enter(x: Array) -> Array:
 
 def exit(y: Array) -> Array:
     """Partial sums [B, T, D] to the residual [B, T / tensor, D]."""
-    return lax.psum_scatter(y, TENSOR, scatter_dimension=1, tiled=True)
+    return checkpoint_name(lax.psum_scatter(y, TENSOR, scatter_dimension=1, tiled=True), EXCHANGED)
 
 
 def own(x: Array) -> Array:

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.operations import EXCHANGED
 from jaxscale.parallel.mesh import SEQUENCE
 from jaxscale.types import Array
 
@@ -37,8 +39,12 @@ def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable
     """
     members = [[r * num_members + i for i in range(num_members)] for r in range(ring)]
     groups = dict(axis_index_groups=members if ring > 1 else None, tiled=True)
-    to_heads = functools.partial(lax.all_to_all, axis_name=SEQUENCE, split_axis=2, concat_axis=1, **groups)
-    to_sequence = functools.partial(lax.all_to_all, axis_name=SEQUENCE, split_axis=1, concat_axis=2, **groups)
+
+    def exchange(x: Array, split: int, concat: int) -> Array:
+        return checkpoint_name(lax.all_to_all(x, SEQUENCE, split, concat, **groups), EXCHANGED)
+
+    to_heads = functools.partial(exchange, split=2, concat=1)
+    to_sequence = functools.partial(exchange, split=1, concat=2)
 
     def whole(x: Array | None) -> Array | None:
         return None if x is None else lax.all_gather(x, SEQUENCE, axis=1, **groups)

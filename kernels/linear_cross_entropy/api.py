@@ -44,8 +44,6 @@ def mosaic_refusal(h: jax.Array, head: jax.Array) -> str | None:
     """What of the request "mosaic" cannot do, as the text of an error; None when it can. Shapes are enough."""
     if h.dtype not in (jnp.bfloat16, jnp.float16) or head.dtype != h.dtype:
         return f"h and head both bfloat16 or both float16, but they are {h.dtype} and {head.dtype}"
-    if h.shape[1] % 8:
-        return f"D % 8 == 0, but D = {h.shape[1]}"
     return None
 
 

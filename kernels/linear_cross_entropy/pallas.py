@@ -23,6 +23,7 @@ from jaxscale.kernels.persistent import (
 )
 
 LOG2E = 1 / math.log(2)
+UNITS = 8, DEPTH  # rows and columns of a swizzled tile
 
 
 @functools.partial(jax.jit, static_argnames=("blocks", "interpret"))
@@ -35,10 +36,13 @@ def exponentials(
         h: [T, D].
         head: [V, D].
     Returns:
-        exp(logit - top) [T, V rounded up to a multiple of 8] in the type of `h`; of each tile of columns the largest
+        exp(logit - top) [T, V rounded up to PIECE] in the type of `h`, 0 beyond V; of each tile of columns the largest
         logit `top` [tiles, T] and the sum of its exponentials [tiles, T], float32.
     """
-    (length, depth), vocabulary = h.shape, head.shape[0]
+    num_tokens, vocabulary = h.shape[0], head.shape[0]
+    # Copies want whole swizzled tiles; `head` is copied for that only where D or V is odd.
+    h, head = (jnp.pad(x, [(0, -size % unit) for size, unit in zip(x.shape, UNITS, strict=True)]) for x in (h, head))
+    length, depth = h.shape
     tile_rows = COMPUTE * ROWS
     num_tiles, num_columns = pl.cdiv(length, tile_rows), pl.cdiv(vocabulary, blocks.columns)
     steps = pl.cdiv(depth, DEPTH)
@@ -86,7 +90,7 @@ def exponentials(
     by_row = jax.ShapeDtypeStruct((num_columns, num_tiles * tile_rows), jnp.float32)
     kernel = make_kernel(
         body,
-        (jax.ShapeDtypeStruct((length, pl.cdiv(vocabulary, 8) * 8), h.dtype), by_row, by_row),
+        (jax.ShapeDtypeStruct((length, pl.cdiv(vocabulary, PIECE) * PIECE), h.dtype), by_row, by_row),
         blocks,
         interpret,
         plgpu.SMEM((blocks.stages, tile_rows, DEPTH), h.dtype, transforms=SWIZZLED),
@@ -95,4 +99,4 @@ def exponentials(
         plgpu.SMEM((COMPUTE, 2, ROWS), jnp.float32),
     )
     values, tops, sums = kernel(h, head)
-    return values, tops[:, :length], sums[:, :length]
+    return values[:num_tokens], tops[:, :num_tokens], sums[:, :num_tokens]

@@ -178,15 +178,24 @@ def test_tensor_parallelism_gathers_and_scatters_twice_a_layer_each_way():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_repeats_collectives_too(remat):
-    """All but a layer's last reduce-scatter, which makes the next one's input: that is kept.
+@pytest.mark.parametrize(("remat", "again"), [("full", (2, 1)), ("dots", (2, 0))])
+def test_rematerialisation_repeats_collectives_too(remat, again):
+    """The all-gathers; the reduce-scatters unless their outputs are kept, as the next layer's input always is.
 
     Bytes alone, as the compiler may send what is repeated together with what is not.
     """
     mesh = MeshConfig(tensor=4, zero=0)
     found, _ = compiled(model(num_layers=2), mesh, remat=remat)
-    assert in_bytes(found) == in_bytes(tensor(mesh, num_layers=2, again=(2, 1)))
+    assert in_bytes(found) == in_bytes(tensor(mesh, num_layers=2, again=again))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("remat", "times"), [("full", 3), ("dots", 2)])
+def test_rematerialisation_repeats_ulysses_exchanges_unless_they_are_kept(remat, times):
+    """Forward, again and backward; full remat asks for the last one, of the output, too: its matmul's input."""
+    mesh = MeshConfig(sequence=4, zero=0)
+    found, _ = compiled(model(), mesh, remat=remat)
+    assert 2 * in_bytes(found)[EXCHANGE] == times * in_bytes(ulysses(mesh, 8, 8, 1))[EXCHANGE]
 
 
 # Data
