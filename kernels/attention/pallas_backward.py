@@ -77,7 +77,7 @@ class Problem:
 
     @property
     def staged_columns(self) -> int:
-        """Of those, how many it keeps in shared memory at a time."""
+        """Of those, how many are in shared memory at a time: what there is room for."""
         return 32 if self.is_wide else self.dq_columns
 
     def share(self, warpgroup: Any) -> tuple[Any, ...]:
@@ -165,7 +165,7 @@ def _scratch(problem: Problem, dtype: Any, interpret: Any) -> tuple[Any, ...]:
         plgpu.SMEM((STAGES, QUERIES, head_dim), dtype, transforms=SWIZZLED),
         plgpu.SMEM((2, keys, QUERIES), dtype, transforms=SWIZZLED),
         plgpu.SMEM((COMPUTE, QUERIES, problem.staged_columns), jnp.float32, transforms=SWIZZLED_FLOAT32),
-        plgpu.SMEM((2, STAGES, QUERIES), jnp.int32),  # low and high
+        plgpu.SMEM((2, STAGES, QUERIES), jnp.int32),  # low and high in one, as each takes whole KiBs
         plgpu.SMEM((2, STAGES, QUERIES), jnp.float32),  # lse and delta
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=COMPUTE),
@@ -281,7 +281,7 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
     accumulator = plgpu.ACC((ROWS, QUERIES), jnp.float32)
     buffer = None if refs.p_smem is None else refs.p_smem.at[warpgroup]
     is_by_columns = problem.dq_columns < problem.head_dim
-    is_of_both = is_by_columns and not problem.is_wide  # the gradient of the logits, as the tile's keys are
+    is_exchanged = is_by_columns and not problem.is_wide  # wide, a warpgroup has the logits of all keys
 
     def row_of(ref, which):
         return spread(plgpu.load(ref.at[which, slot], layout=COLUMN), (ROWS, QUERIES), 1)
@@ -317,7 +317,7 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
         ds = (ds if slope is None else ds * slope).astype(refs.ds_smem.dtype)
         refs.ds_smem[ds_slot, mine] = ds
         plgpu.commit_smem()
-        if is_of_both:
+        if is_exchanged:
             plgpu.barrier_arrive(refs.ds_full)
         multiply(dk_ref, ds, refs.q_smem.at[slot, :, columns], buffer)
         pl.run_scoped(of_queries, plgpu.ACC((QUERIES, problem.dq_columns), jnp.float32))
@@ -326,7 +326,7 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
     def of_queries(dq_ref):
         keys = slice(None) if is_by_columns else mine
         share = _part(warpgroup, problem.dq_columns) if is_by_columns else slice(None)
-        if is_of_both:
+        if is_exchanged:
             plgpu.barrier_wait(refs.ds_full)
         plgpu.wgmma(dq_ref, refs.ds_smem.at[ds_slot, keys].transpose((1, 0)), refs.k_smem.at[nought, keys, share])
         dq = dq_ref[...]

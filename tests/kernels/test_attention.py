@@ -200,3 +200,12 @@ def test_what_the_kernel_cannot_do_is_refused(q, k, message):
     assert message in mosaic_refusal(q, k)
     with pytest.raises(ValueError, match=message):
         attention(q, k, k, bounds, bounds, scale=1.0, implementation="mosaic")
+
+
+@pytest.mark.skipif(not IS_NEW, reason=OLD_REASON)
+def test_gradients_of_wide_heads_fit_in_shared_memory():
+    """Which interpretation does not count."""
+    arrays, bounds, cotangents, settings = draw("wide_heads")
+    run = functools.partial(attention, implementation="mosaic")
+    traced = jax.jit(lambda *a: results_and_gradients(run, *a, settings)).trace(arrays, bounds, cotangents)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
