@@ -194,10 +194,10 @@ def _cudnn_refusal(q: Array, context: AttentionContext) -> str | None:
 
 
 def _mosaic_refusal(q: Array, context: AttentionContext) -> str | None:
-    """What of the request "mosaic" cannot do, as the text of an error; None when it can, gradients included."""
+    """What of the request "mosaic" cannot do, as the text of an error; None when it can."""
     if not context.is_aligned:
         return "a backend that takes keys at other positions than the queries'"
-    return kernel.mosaic_refusal(q, q) or kernel.mosaic_gradient_refusal(q)
+    return kernel.mosaic_refusal(q, q)
 
 
 def _scale(q: Array, context: AttentionContext) -> float:

@@ -2,7 +2,8 @@
 
 A block keeps a tile of keys and values and the sums of their gradients, and goes over the queries that see them: five
 products a step, of which the gradient of the queries is added in memory, in the order in which blocks come to it; so
-its last bits differ from run to run.
+its last bits differ from run to run. A warpgroup sums for half of the tile's keys; where heads are wider than 128 that
+does not fit in its registers: it then sums half of the columns for all keys, and both make the logits, seven products.
 
 Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608), appendix B.
 """
@@ -36,7 +37,6 @@ from jaxscale.kernels.attention.products import (
 )
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, query_tiles, query_visits
 
-KEYS = COMPUTE * ROWS
 QUERIES = 64
 STAGES = 2  # tiles of queries and of their output's gradients in shared memory
 
@@ -45,7 +45,7 @@ STAGES = 2  # tiles of queries and of their output's gradients in shared memory
 class Problem:
     """Sizes and settings that a kernel is compiled for; `groups` query heads read a kv head, otherwise as it says."""
 
-    num_tiles: int
+    num_keys: int
     batch: int
     kv_heads: int
     groups: int
@@ -56,9 +56,35 @@ class Problem:
     num_patterns: int
 
     @property
+    def is_wide(self) -> bool:
+        """Whether the warpgroups divide the columns of the gradients of keys and values, not the keys."""
+        return self.head_dim > 128
+
+    @property
+    def keys(self) -> int:
+        """In a tile."""
+        return ROWS if self.is_wide else COMPUTE * ROWS
+
+    @property
+    def num_tiles(self) -> int:
+        """Of keys in a row."""
+        return pl.cdiv(self.num_keys, self.keys)
+
+    @property
     def dq_columns(self) -> int:
         """Of the queries' gradient that a warpgroup makes, half of them over all keys; too narrow, all over its own."""
         return self.head_dim // COMPUTE if self.head_dim % 128 == 0 else self.head_dim
+
+    @property
+    def staged_columns(self) -> int:
+        """Of those, how many are in shared memory at a time: what there is room for."""
+        return 32 if self.is_wide else self.dq_columns
+
+    def share(self, warpgroup: Any) -> tuple[Any, ...]:
+        """(block of the tile's keys, as rows of the tile, columns) of which a warpgroup sums up the gradients."""
+        if self.is_wide:
+            return 0, slice(None), _part(warpgroup, self.head_dim // COMPUTE)
+        return warpgroup, _part(warpgroup, ROWS), slice(None)
 
     @property
     def num_items(self) -> int:
@@ -85,12 +111,16 @@ def backward(
     """Gradients of q, k and v.
 
     Args:
-        q, k, v, low, high, layout: as given to the forward; H one of 64 and 128.
+        q, k, v, low, high, layout: as given to the forward; H one of 64, 128 and 256.
         o, lse: as the forward gave them.
         do, dlse: their cotangents.
     """
     batch, length, num_heads, head_dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
+    problem = Problem(
+        num_keys, batch, kv_heads, num_heads // kv_heads, head_dim, low.shape[0] == 1, scale, softcap,
+        layout.stride if layout else 0,
+    )  # fmt: skip
     margin = -length % QUERIES
     low, high = (jnp.pad(x, ((0, 0), (0, margin))) for x in (low, high))
     delta = jnp.einsum("btnh,btnh->bnt", o, do, preferred_element_type=jnp.float32) - dlse
@@ -98,15 +128,12 @@ def backward(
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, margin)), constant_values=jnp.inf)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, margin)))
     if layout:
-        num_blocks = pl.cdiv(num_keys, KEYS) * COMPUTE
-        table, entries = map(jnp.asarray, query_visits(layout, (length + margin) // BLOCK, num_blocks))
+        blocks = problem.keys // BLOCK
+        visited = query_visits(layout, (length + margin) // BLOCK, problem.num_tiles * blocks, blocks)
+        table, entries = map(jnp.asarray, visited)
     else:
-        table = query_tiles(low, high, queries=QUERIES, keys=KEYS, num_keys=num_keys)
+        table = query_tiles(low, high, queries=QUERIES, keys=problem.keys, num_keys=num_keys)
         entries = jnp.zeros((1, 1, 1), jnp.int32)
-    problem = Problem(
-        table.shape[1], batch, kv_heads, num_heads // kv_heads, head_dim, low.shape[0] == 1, scale, softcap,
-        layout.stride if layout else 0,
-    )  # fmt: skip
 
     def body(*refs):
         refs = _Refs(*refs, *[None] * (len(_FIELDS) - len(refs)))
@@ -123,25 +150,23 @@ def backward(
 
 _FIELDS = (
     "table", "entries", "low", "high", "lse", "delta", "q", "k", "v", "do", "dq", "dk", "dv", "k_smem", "v_smem",
-    "q_smem", "do_smem", "ds_smem", "dq_smem", "low_smem", "high_smem", "lse_smem", "delta_smem", "kv_full",
-    "kv_empty", "q_full", "do_full", "empty", "ds_full", "done", "p_smem",
+    "q_smem", "do_smem", "ds_smem", "dq_smem", "bounds_smem", "sums_smem", "kv_full", "kv_empty", "q_full", "do_full",
+    "empty", "ds_full", "done", "p_smem",
 )  # fmt: skip
 _Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
 
 
 def _scratch(problem: Problem, dtype: Any, interpret: Any) -> tuple[Any, ...]:
-    head_dim = problem.head_dim
+    keys, head_dim = problem.keys, problem.head_dim
     return (
-        plgpu.SMEM((1, KEYS, head_dim), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((1, KEYS, head_dim), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((1, keys, head_dim), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((1, keys, head_dim), dtype, transforms=SWIZZLED),
         plgpu.SMEM((STAGES, QUERIES, head_dim), dtype, transforms=SWIZZLED),
         plgpu.SMEM((STAGES, QUERIES, head_dim), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((2, KEYS, QUERIES), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((COMPUTE, QUERIES, problem.dq_columns), jnp.float32, transforms=SWIZZLED_FLOAT32),
-        plgpu.SMEM((STAGES, QUERIES), jnp.int32),
-        plgpu.SMEM((STAGES, QUERIES), jnp.int32),
-        plgpu.SMEM((STAGES, QUERIES), jnp.float32),
-        plgpu.SMEM((STAGES, QUERIES), jnp.float32),
+        plgpu.SMEM((2, keys, QUERIES), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((COMPUTE, QUERIES, problem.staged_columns), jnp.float32, transforms=SWIZZLED_FLOAT32),
+        plgpu.SMEM((2, STAGES, QUERIES), jnp.int32),  # low and high in one, as each takes whole KiBs
+        plgpu.SMEM((2, STAGES, QUERIES), jnp.float32),  # lse and delta
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=COMPUTE),
         plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
@@ -151,6 +176,11 @@ def _scratch(problem: Problem, dtype: Any, interpret: Any) -> tuple[Any, ...]:
         plgpu.Barrier(num_arrivals=COMPUTE),
         *interpreted_buffers(interpret, (ROWS, QUERIES), dtype=dtype),
     )
+
+
+def _part(number: Any, size: int) -> Any:
+    """The `number`-th of equal parts."""
+    return pl.ds(pl.multiple_of(number * size, size), size)
 
 
 def _items(problem: Problem) -> tuple[Any, Any]:
@@ -166,7 +196,7 @@ def _fetch(refs: Any, problem: Problem) -> None:
     def one(i, count):
         b, kv_head, row, tile = problem.item_at(start + i * lax.axis_size("sm"))
         pl.when(i > 0)(lambda: plgpu.barrier_wait(refs.kv_empty))
-        where = b, pl.ds(tile * KEYS, KEYS), kv_head
+        where = b, pl.ds(tile * problem.keys, problem.keys), kv_head
         plgpu.copy_gmem_to_smem(refs.k.at[where], refs.k_smem.at[0], refs.kv_full)
         plgpu.copy_gmem_to_smem(refs.v.at[where], refs.v_smem.at[0], refs.kv_full)
 
@@ -177,11 +207,11 @@ def _fetch(refs: Any, problem: Problem) -> None:
             pl.when(count >= STAGES)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
             for source, target, barrier in (
                 (refs.q.at[b, queries, head], refs.q_smem, refs.q_full),
-                (refs.lse.at[b, head, queries], refs.lse_smem, refs.q_full),
-                (refs.low.at[row, queries], refs.low_smem, refs.q_full),
-                (refs.high.at[row, queries], refs.high_smem, refs.q_full),
+                (refs.lse.at[b, head, queries], refs.sums_smem.at[0], refs.q_full),
+                (refs.low.at[row, queries], refs.bounds_smem.at[0], refs.q_full),
+                (refs.high.at[row, queries], refs.bounds_smem.at[1], refs.q_full),
                 (refs.do.at[b, queries, head], refs.do_smem, refs.do_full),
-                (refs.delta.at[b, head, queries], refs.delta_smem, refs.do_full),
+                (refs.delta.at[b, head, queries], refs.sums_smem.at[1], refs.do_full),
             ):
                 plgpu.copy_gmem_to_smem(source, target.at[slot], barrier.at[slot])
             return count + 1
@@ -202,7 +232,7 @@ def _fetch(refs: Any, problem: Problem) -> None:
 def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
     plgpu.set_max_registers(240, action="increase")
     warpgroup = lax.axis_index("warpgroup")
-    mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+    _, mine, columns = problem.share(warpgroup)
     start, num_mine = _items(problem)
 
     def one(i, count):
@@ -216,15 +246,20 @@ def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
             step = functools.partial(_step, refs, problem, interpret, (b, head, place), count - tiles[0])
             return *over_runs(tiles, step, tuple(sums)), count + tiles[1] - tiles[0]
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, problem.head_dim), jnp.float32), MATRIX)
+        num_columns = problem.head_dim // COMPUTE if problem.is_wide else problem.head_dim
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, num_columns), jnp.float32), MATRIX)
         dk, dv, count = lax.fori_loop(0, problem.groups, over_queries, (zeros, zeros, count))
         plgpu.barrier_arrive(refs.done)  # the other warpgroup reads all keys
         plgpu.barrier_wait(refs.done)
-        own = pl.ds(tile * KEYS + warpgroup * ROWS, ROWS)
+        num_rows = problem.keys // COMPUTE
+        rows, own = _part(warpgroup, num_rows), pl.ds(tile * problem.keys + warpgroup * num_rows, num_rows)
         for value, smem, gmem in ((dk * problem.scale, refs.k_smem, refs.dk), (dv, refs.v_smem, refs.dv)):
-            smem[0, mine] = value.astype(smem.dtype)
+            smem[0, mine, columns] = value.astype(smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem.at[0, mine], gmem.at[b, own, kv_head])
+            if problem.is_wide:  # whole rows are copied, of which the other warpgroup makes a half
+                plgpu.barrier_arrive(refs.done)
+                plgpu.barrier_wait(refs.done)
+            plgpu.copy_smem_to_gmem(smem.at[0, rows], gmem.at[b, own, kv_head])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(refs.kv_empty)
         return count
@@ -237,17 +272,19 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
     """Adds one tile of queries to the gradients of the warpgroup's keys and values; logits lie keys by queries."""
     b, head, place = where
     warpgroup = lax.axis_index("warpgroup")
-    mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
-    slot, ds_slot = lax.rem(passed + j, STAGES), lax.rem(passed + j, 2)
+    block, mine, columns = problem.share(warpgroup)
+    slot = lax.rem(passed + j, STAGES)
+    ds_slot = warpgroup if problem.is_wide else lax.rem(passed + j, 2)
     # An index that ptxas cannot prove constant, or it keeps the descriptors of keys and values in registers and spills.
     nought = lax.optimization_barrier(j) - j
     query_tile, is_seen = visit_at(refs.entries, problem.num_patterns, place, j)
     accumulator = plgpu.ACC((ROWS, QUERIES), jnp.float32)
     buffer = None if refs.p_smem is None else refs.p_smem.at[warpgroup]
     is_by_columns = problem.dq_columns < problem.head_dim
+    is_exchanged = is_by_columns and not problem.is_wide  # wide, a warpgroup has the logits of all keys
 
-    def row_of(ref):
-        return spread(plgpu.load(ref.at[slot], layout=COLUMN), (ROWS, QUERIES), 1)
+    def row_of(ref, which):
+        return spread(plgpu.load(ref.at[which, slot], layout=COLUMN), (ROWS, QUERIES), 1)
 
     def probabilities(logits):
         """(probabilities, slope of the soft-cap)."""
@@ -257,10 +294,10 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
             slope = 1 - logits * logits
         if is_masked:
             key = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERIES), 0, layout=MATRIX)
-            key += place[1] * KEYS + warpgroup * ROWS
-            end = row_of(refs.high_smem) * is_seen(warpgroup)
-            logits = jnp.where((key >= row_of(refs.low_smem)) & (key < end), logits, -jnp.inf)
-        return jnp.exp2(logits * factor - row_of(refs.lse_smem)), slope
+            key += place[1] * problem.keys + block * ROWS
+            end = row_of(refs.bounds_smem, 1) * is_seen(block)
+            logits = jnp.where((key >= row_of(refs.bounds_smem, 0)) & (key < end), logits, -jnp.inf)
+        return jnp.exp2(logits * factor - row_of(refs.sums_smem, 0)), slope
 
     def scores(s_ref):
         plgpu.barrier_wait(refs.q_full.at[slot])
@@ -275,28 +312,32 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
         return accumulate(carry, products, (), interpret=interpret)[0]
 
     def gradients(dp_ref, p, slope, dk_ref, dv_ref):
-        multiply(dv_ref, p.astype(refs.do_smem.dtype), refs.do_smem.at[slot], buffer)
-        ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=1) - row_of(refs.delta_smem))
+        multiply(dv_ref, p.astype(refs.do_smem.dtype), refs.do_smem.at[slot, :, columns], buffer)
+        ds = p * (plgpu.wgmma_accumulator_load(dp_ref, wait_n=1) - row_of(refs.sums_smem, 1))
         ds = (ds if slope is None else ds * slope).astype(refs.ds_smem.dtype)
         refs.ds_smem[ds_slot, mine] = ds
         plgpu.commit_smem()
-        if is_by_columns:
+        if is_exchanged:
             plgpu.barrier_arrive(refs.ds_full)
-        multiply(dk_ref, ds, refs.q_smem.at[slot], buffer)
+        multiply(dk_ref, ds, refs.q_smem.at[slot, :, columns], buffer)
         pl.run_scoped(of_queries, plgpu.ACC((QUERIES, problem.dq_columns), jnp.float32))
         return ()
 
     def of_queries(dq_ref):
-        keys, columns = mine, slice(None)
-        if is_by_columns:
-            half = problem.dq_columns
-            keys, columns = slice(None), pl.ds(pl.multiple_of(warpgroup * half, half), half)
+        keys = slice(None) if is_by_columns else mine
+        share = _part(warpgroup, problem.dq_columns) if is_by_columns else slice(None)
+        if is_exchanged:
             plgpu.barrier_wait(refs.ds_full)
-        plgpu.wgmma(dq_ref, refs.ds_smem.at[ds_slot, keys].transpose((1, 0)), refs.k_smem.at[nought, keys, columns])
+        plgpu.wgmma(dq_ref, refs.ds_smem.at[ds_slot, keys].transpose((1, 0)), refs.k_smem.at[nought, keys, share])
         dq = dq_ref[...]
         plgpu.barrier_arrive(refs.empty.at[slot])
+        target = refs.dq.at[warpgroup if interpret else 0, b, pl.ds(query_tile * QUERIES, QUERIES), head, share]
+        for first in range(0, problem.dq_columns, problem.staged_columns):
+            part = pl.ds(first, problem.staged_columns)
+            add(dq[:, first : first + problem.staged_columns], target.at[:, part])
+
+    def add(dq, target):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        target = refs.dq.at[warpgroup if interpret else 0, b, pl.ds(query_tile * QUERIES, QUERIES), head, columns]
         if interpret:  # which knows no copy that adds; it has one block, and the warpgroups add to sums of their own
             target[...] += dq
         else:

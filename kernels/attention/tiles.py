@@ -77,16 +77,16 @@ class BlockLayout:
 
 
 def visits(pairs: np.ndarray, is_whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks that each tile of two blocks visits, those first whose every token all tokens of the tile see.
+    """The blocks that each tile of one or two blocks visits, those first whose every token all tokens of the tile see.
 
     Args:
-        pairs: [patterns, tiles, blocks, 2] bool, whether each block of the tile has to do with a block.
+        pairs: [patterns, tiles, blocks, 1 or 2] bool, whether each block of the tile has to do with a block.
         is_whole: [patterns, tiles, blocks] bool.
     Returns:
         [patterns, tiles, 4] as in `key_tiles`, of places in the list; the list [patterns, tiles, most], 4 times the
         block plus 1 for the tile's first and 2 for its second block.
     """
-    flags = pairs @ np.array([1, 2])
+    flags = pairs @ np.array([1, 2])[: pairs.shape[-1]]
     order = np.argsort(np.where(is_whole, 0, np.where(flags > 0, 1, 2)), axis=-1, kind="stable")
     count, num_whole = (flags > 0).sum(-1), is_whole.sum(-1)
     entries = 4 * order + np.take_along_axis(flags, order, -1)
@@ -103,9 +103,9 @@ def key_visits(layout: BlockLayout, num_queries: int, num_keys: int) -> tuple[np
     return visits(pairs, pairs.all(-1) & is_past)
 
 
-def query_visits(layout: BlockLayout, num_queries: int, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of tiles of two blocks of keys, the blocks of queries; lengths in blocks, the keys' even."""
+def query_visits(layout: BlockLayout, num_queries: int, num_keys: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of tiles of so many blocks of keys, 1 or 2, the blocks of queries; lengths in blocks, the keys' whole tiles."""
     sees = layout.sees(max(num_queries, num_keys))[:, :num_queries, :num_keys]
-    pairs = sees.reshape(layout.stride, num_queries, num_keys // 2, 2).swapaxes(1, 2)
-    is_later = np.arange(num_queries) > 2 * np.arange(num_keys // 2)[:, None] + 1
+    pairs = sees.reshape(layout.stride, num_queries, num_keys // tile, tile).swapaxes(1, 2)
+    is_later = np.arange(num_queries) >= tile * (np.arange(num_keys // tile)[:, None] + 1)
     return visits(pairs, pairs.all(-1) & is_later)
