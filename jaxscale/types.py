@@ -7,6 +7,7 @@ Dimension legend, used in einsums, suffixes and the sharding rules:
 
 import collections.abc
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal
@@ -70,9 +71,9 @@ def check_positive(parameter: str, value: int | float) -> None:
 
 
 def check_not_negative(parameter: str, value: int | float) -> None:
-    """Raises InputError unless `value` is zero or above."""
-    if not value >= 0:  # so that NaN fails too
-        raise InputError(parameter, value, "0 or a number above")
+    """Raises InputError unless `value` is zero or a finite number above."""
+    if not 0 <= value < math.inf:  # so that NaN fails too
+        raise InputError(parameter, value, "0 or a finite number above")
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:

@@ -126,7 +126,7 @@ CASES = {
     "soft-cap": (
         ["stack.attention='cudnn'", "model.attention_softcap=30.0"], "StackConfig.attention: given 'cudnn'", "soft-cap",
     ),
-    "weight of the z-loss": (["train.z_loss=-1.0"], "TrainConfig.z_loss: given -1.0", "0 or a number above"),
+    "weight of the z-loss": (["train.z_loss=-1.0"], "TrainConfig.z_loss: given -1.0", "0 or a finite number above"),
     "no devices": (["runtime.num_cpu_devices=0"], "RuntimeConfig.num_cpu_devices: given 0", "above 0"),
     "flags": (["runtime.xla_flags=('xla_x=1',)"], "RuntimeConfig.xla_flags: given 'xla_x=1'", "--xla_"),
     "seed": (["train.seed=9999999999"], "TrainConfig.seed: given 9999999999", "0 <= seed <= 4294967295"),

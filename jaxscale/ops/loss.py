@@ -95,7 +95,11 @@ def label_and_normaliser(
             h.reshape(-1, h.shape[-1]), head, labels.reshape(-1), implementation="mosaic"
         )
         return label.reshape(labels.shape), normaliser.reshape(labels.shape)
-    logits = unembed(h, head, softcap)
+    return from_logits(unembed(h, head, softcap), labels)
+
+
+def from_logits(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """What `label_and_normaliser` returns, of logits [B, T, V] and labels [B, T]."""
     # The maximum only steadies the exponentials. In this form XLA makes the gradient of the logits in one pass.
     top = lax.stop_gradient(logits.max(-1))
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]

@@ -32,16 +32,18 @@ def attention(
         low, high: [B, T], or [1, T] for all rows, int32, within 0 and S; a query with high <= low sees nothing.
         scale: factor on the logits.
         softcap: c in c * tanh(logits / c).
-        layout: leaves out blocks of those keys; the intervals are then a causal mask's, 0 and at most t + 1.
+        layout: leaves out blocks of keys; the intervals must then be the causal mask's, low 0 and high t + 1, for the
+            blocks that a layout sees whole are not compared with them.
         implementation: one of BACKENDS; "mosaic" is for Hopper GPUs.
         interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
     Returns:
         (o [B, T, N, H] in the type of `q`, log sum exp of each query's logits [B, N, T] float32); where a query sees
         nothing, 0 and -inf.
     Raises:
-        ValueError: the backend cannot do what is asked.
+        ValueError: shapes do not fit one another, or the backend cannot do what is asked.
     Cost: 4 H FLOPs for each query, head and key in a visited tile, and 10 in the backward, 14 where H > 128.
     """
+    _check_shapes(q, k, v, low, high)
     if implementation == "mosaic":
         if reason := mosaic_refusal(q, k):
             raise ValueError(f"attention: given 'mosaic', expected {reason}")
@@ -54,12 +56,22 @@ def attention(
     return {"reference": reference.attention}[implementation](q, k, v, low, high, **settings)
 
 
+def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, low: jax.Array, high: jax.Array) -> None:
+    batch, length, num_heads, head_dim = q.shape
+    if k.shape != v.shape or k.dtype != v.dtype or (k.shape[0], k.shape[3]) != (batch, head_dim):
+        expected = f"both [B, S, K, H] of one type, with B = {batch} and H = {head_dim}"
+        raise ValueError(f"attention: given k {k.dtype}{k.shape} and v {v.dtype}{v.shape}, expected {expected}")
+    if num_heads % k.shape[2]:
+        raise ValueError(f"attention: given N = {num_heads} and K = {k.shape[2]}, expected N % K == 0")
+    if low.shape != high.shape or low.shape not in ((1, length), (batch, length)):
+        expected = f"both [B, T] or [1, T], with B = {batch} and T = {length}"
+        raise ValueError(f"attention: given low {low.shape} and high {high.shape}, expected {expected}")
+
+
 def mosaic_refusal(q: jax.Array, k: jax.Array) -> str | None:
     """What of the request "mosaic" cannot do, as the text of an error; None when it can. Shapes are enough."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
         return f"q, k and v all bfloat16 or all float16, but they are {q.dtype} and {k.dtype}"
-    if q.shape[2] % k.shape[2]:
-        return f"N % K == 0, but N = {q.shape[2]} and K = {k.shape[2]}"
     if q.shape[3] > max(HEAD_DIMS):
         return f"head_dim <= {max(HEAD_DIMS)}, but head_dim = {q.shape[3]}"
     if jax.__version_info__ < (0, 11):  # which cannot put a kernel that writes to a reference into a scan

@@ -88,4 +88,4 @@ def forward(
 def swiglu(g: jax.Array, u: jax.Array) -> jax.Array:
     """silu(g) * u in float32 inside."""
     wide = g.astype(jnp.float32)
-    return (wide / (1 + jnp.exp(-wide)) * u.astype(jnp.float32)).astype(g.dtype)
+    return (jax.nn.silu(wide) * u.astype(jnp.float32)).astype(g.dtype)

@@ -191,7 +191,6 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     ("q", "k", "message"),
     [
         (((1, 8, 2, 64), "float32"), ((1, 8, 1, 64), "float32"), "all bfloat16 or all float16"),
-        (((1, 8, 3, 64), "bfloat16"), ((1, 8, 2, 64), "bfloat16"), "N % K == 0, but N = 3 and K = 2"),
         (((1, 8, 2, 264), "bfloat16"), ((1, 8, 1, 264), "bfloat16"), "head_dim <= 256, but head_dim = 264"),
     ],
 )
@@ -200,6 +199,28 @@ def test_what_the_kernel_cannot_do_is_refused(q, k, message):
     assert message in mosaic_refusal(q, k)
     with pytest.raises(ValueError, match=message):
         attention(q, k, k, bounds, bounds, scale=1.0, implementation="mosaic")
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "bounds", "message"),
+    [
+        ((2, 8, 2, 64), (2, 8, 2, 32), (2, 8), r"expected both \[B, S, K, H\] of one type, with B = 2 and H = 64"),
+        ((2, 8, 2, 32), (2, 8, 2, 32), (2, 8), "with B = 2 and H = 64"),
+        ((1, 8, 2, 64), (1, 8, 2, 64), (2, 8), "with B = 2 and H = 64"),
+        ((2, 9, 2, 64), (2, 8, 2, 64), (2, 8), r"given k float32\(2, 9, 2, 64\)"),
+        ((2, 8, 3, 64), (2, 8, 3, 64), (2, 8), "given N = 4 and K = 3, expected N % K == 0"),
+        ((2, 8, 2, 64), (2, 8, 2, 64), (3, 8), r"expected both \[B, T\] or \[1, T\], with B = 2 and T = 8"),
+        ((2, 9, 2, 64), (2, 9, 2, 64), (2, 9), r"given low \(2, 9\)"),
+    ],
+)
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_shapes_that_do_not_fit_are_refused(implementation, k, v, bounds, message):
+    bounds = jnp.zeros(bounds, jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        attention(
+            jnp.zeros((2, 8, 4, 64)), jnp.zeros(k), jnp.zeros(v), bounds, bounds, scale=1.0,
+            implementation=implementation,
+        )  # fmt: skip
 
 
 @pytest.mark.skipif(not IS_NEW, reason=OLD_REASON)

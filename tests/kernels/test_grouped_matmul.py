@@ -10,6 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # ja
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.grouped_matmul.api import BACKENDS, feed_forward, grouped_matmul, mosaic_refusal
+from jaxscale.kernels.grouped_matmul.swiglu import swiglu
 
 ROWS, K, N = 192, 64, 320  # N is no multiple of a block's columns
 CASES = {
@@ -155,6 +156,13 @@ def test_feed_forward_and_its_gradients_are_those_of_float64(backend, case):
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= 3 * TOLERANCE * np.linalg.norm(b)
         if a.shape == x.shape:
             assert not np.asarray(a[sum(sizes) :]).any(), "rows past the last group"
+
+
+def test_a_gate_far_below_zero_has_a_gradient_of_zero():
+    """exp(-g) is infinite there."""
+    g = jnp.asarray([-80.0, -89.0, -1e4], jnp.bfloat16)
+    value, gradient = jax.value_and_grad(lambda g: swiglu(g, jnp.ones_like(g)).sum())(g)
+    assert abs(value) < 1e-30 and (jnp.abs(gradient) < 1e-30).all()
 
 
 def test_feed_forward_refuses_what_the_kernel_cannot_do():

@@ -29,7 +29,11 @@ MIXTRAL = ModelConfig(
         ({"moe_pattern": (True,), "ffn_dim": -3, "num_layers": 5, "num_dense_prefix": 1} | EXPERTS, "given -3"),
         ({"logit_softcap": 0.0}, "ModelConfig.logit_softcap: given 0.0"),
         ({"attention_softcap": 0.0}, "ModelConfig.attention_softcap: given 0.0"),
-        ({"norm_epsilon": -1.0}, "ModelConfig.norm_epsilon: given -1.0, expected 0 or a number above"),
+        ({"norm_epsilon": -1.0}, "ModelConfig.norm_epsilon: given -1.0, expected 0 or a finite number above"),
+        (
+            {"router_threshold": float("inf")},
+            "router_threshold: given inf, expected 0 or a finite number",
+        ),
         ({"rope_theta": 0.0}, "ModelConfig.rope_theta: given 0.0"),
         ({"init_std": float("nan")}, "ModelConfig.init_std: given nan"),
         ({"norm": "batchnorm"}, "ModelConfig.norm: given 'batchnorm', expected one of 'rmsnorm', 'layernorm'"),
