@@ -30,12 +30,14 @@ def grouped_matmul(
         [rows, N] in the type of `rows`, accumulated in at least float32.
     Raises:
         ValueError: the backend cannot do what is asked.
-    Cost: 2 rows K N FLOPs, as many again for each of the two gradients.
+    Cost: 2 rows K N FLOPs, as many again for each of the two gradients; "mosaic" fills rows up to a multiple of 8 and K
+        and N of 64, by copying.
     """
     if implementation == "mosaic":
         if reason := mosaic_refusal(rows, weights):
             raise ValueError(f"grouped_matmul: given 'mosaic', expected {reason}")
-        return _mosaic(rows, weights, group_sizes, interpret)
+        product = _mosaic(_filled(rows), _filled(weights), group_sizes, interpret)
+        return product[: rows.shape[0], : weights.shape[2]]
     return {"reference": reference.grouped_matmul, "xla": lax.ragged_dot}[implementation](rows, weights, group_sizes)
 
 
@@ -43,12 +45,13 @@ def mosaic_refusal(rows: jax.Array, weights: jax.Array) -> str | None:
     """What of the request "mosaic" cannot do, as the text of an error; None when it can. Shapes are enough."""
     if rows.dtype not in (jnp.bfloat16, jnp.float16) or weights.dtype != rows.dtype:
         return f"rows and weights both bfloat16 or both float16, but they are {rows.dtype} and {weights.dtype}"
-    if rows.shape[0] % pallas.ALIGNMENT:
-        return f"rows % {pallas.ALIGNMENT} == 0, but rows = {rows.shape[0]}"
-    for name, size in zip("KN", weights.shape[1:], strict=True):
-        if size % DEPTH:
-            return f"{name} % {DEPTH} == 0, but {name} = {size}"
     return None
+
+
+def _filled(operand: jax.Array) -> jax.Array:
+    """Rows [rows, K] or weights [E, K, N] with zeros up to whole tiles; a copy where there is something to fill."""
+    units = (pallas.ALIGNMENT, DEPTH) if operand.ndim == 2 else (1, DEPTH, DEPTH)
+    return jnp.pad(operand, [(0, -size % unit) for size, unit in zip(operand.shape, units, strict=True)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -95,7 +98,8 @@ def feed_forward(
     if implementation == "mosaic":
         if reason := mosaic_refusal(rows, gate) or mosaic_refusal(rows, down):
             raise ValueError(f"feed_forward: given 'mosaic', expected {reason}")
-        return _mosaic_feed_forward(rows, gate, up, down, group_sizes, interpret)
+        y = _mosaic_feed_forward(*map(_filled, (rows, gate, up, down)), group_sizes, interpret)
+        return y[: rows.shape[0], : rows.shape[1]]
     multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
     return multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
 
