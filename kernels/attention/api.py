@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.kernels.attention import pallas_backward, pallas_forward, reference
 from jaxscale.kernels.attention.tiles import BlockLayout
+from jaxscale.kernels.checks import check_backend, require
 
 BACKENDS = ("reference", "mosaic")
 HEAD_DIMS = (64, 128, 256)  # of the kernels; others are padded with zeros
@@ -44,9 +45,8 @@ def attention(
     Cost: 4 H FLOPs for each query, head and key in a visited tile, and 10 in the backward, 14 where H > 128.
     """
     _check_shapes(q, k, v, low, high)
+    check_backend("attention", implementation, BACKENDS, mosaic_refusal(q, k))
     if implementation == "mosaic":
-        if reason := mosaic_refusal(q, k):
-            raise ValueError(f"attention: given 'mosaic', expected {reason}")
         length, head_dim = q.shape[1], q.shape[3]
         q, k, v = map(_pad, (q, k, v))
         low, high = (jnp.pad(x, ((0, 0), (0, -length % ALIGNMENT))) for x in (low, high))
@@ -58,14 +58,13 @@ def attention(
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, low: jax.Array, high: jax.Array) -> None:
     batch, length, num_heads, head_dim = q.shape
-    if k.shape != v.shape or k.dtype != v.dtype or (k.shape[0], k.shape[3]) != (batch, head_dim):
-        expected = f"both [B, S, K, H] of one type, with B = {batch} and H = {head_dim}"
-        raise ValueError(f"attention: given k {k.dtype}{k.shape} and v {v.dtype}{v.shape}, expected {expected}")
-    if num_heads % k.shape[2]:
-        raise ValueError(f"attention: given N = {num_heads} and K = {k.shape[2]}, expected N % K == 0")
-    if low.shape != high.shape or low.shape not in ((1, length), (batch, length)):
-        expected = f"both [B, T] or [1, T], with B = {batch} and T = {length}"
-        raise ValueError(f"attention: given low {low.shape} and high {high.shape}, expected {expected}")
+    is_fit = k.shape == v.shape and k.dtype == v.dtype and (k.shape[0], k.shape[3]) == (batch, head_dim)
+    given = f"k {k.dtype}{k.shape} and v {v.dtype}{v.shape}"
+    require(is_fit, "attention", given, f"both [B, S, K, H] of one type, with B = {batch} and H = {head_dim}")
+    require(num_heads % k.shape[2] == 0, "attention", f"N = {num_heads} and K = {k.shape[2]}", "N % K == 0")
+    is_fit = low.shape == high.shape and low.shape in ((1, length), (batch, length))
+    expected = f"both [B, T] or [1, T], with B = {batch} and T = {length}"
+    require(is_fit, "attention", f"low {low.shape} and high {high.shape}", expected)
 
 
 def mosaic_refusal(q: jax.Array, k: jax.Array) -> str | None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.kernels.checks import check_backend, require
 from jaxscale.kernels.grouped_matmul import pallas, reference, swiglu
 from jaxscale.kernels.grouped_matmul.block_sizes import H200
 from jaxscale.kernels.persistent import DEPTH
@@ -29,16 +30,23 @@ def grouped_matmul(
     Returns:
         [rows, N] in the type of `rows`, accumulated in at least float32.
     Raises:
-        ValueError: the backend cannot do what is asked.
+        ValueError: shapes do not fit one another, or the backend cannot do what is asked.
     Cost: 2 rows K N FLOPs, as many again for each of the two gradients; "mosaic" fills rows up to a multiple of 8 and K
         and N of 64, by copying.
     """
+    _check("grouped_matmul", rows, group_sizes, weights.shape, weights.shape[-1])
+    check_backend("grouped_matmul", implementation, BACKENDS, mosaic_refusal(rows, weights))
     if implementation == "mosaic":
-        if reason := mosaic_refusal(rows, weights):
-            raise ValueError(f"grouped_matmul: given 'mosaic', expected {reason}")
         product = _mosaic(_filled(rows), _filled(weights), group_sizes, interpret)
         return product[: rows.shape[0], : weights.shape[2]]
     return {"reference": reference.grouped_matmul, "xla": lax.ragged_dot}[implementation](rows, weights, group_sizes)
+
+
+def _check(operation: str, rows: jax.Array, group_sizes: jax.Array, weights: tuple[int, ...], width: int) -> None:
+    """`weights` is the shape of matrices that rows are multiplied by or, transposed, that give such rows."""
+    is_fit = rows.ndim == 2 and len(rows) and weights == (*group_sizes.shape, rows.shape[1], width)
+    given = f"rows {rows.shape}, weights {weights} and group_sizes {group_sizes.shape}"
+    require(is_fit, operation, given, f"[rows, K], [E, K, {width}] and [E], with a row at least")
 
 
 def mosaic_refusal(rows: jax.Array, weights: jax.Array) -> str | None:
@@ -92,12 +100,16 @@ def feed_forward(
     Returns:
         [rows, D] in the type of `rows`.
     Raises:
-        ValueError: the backend cannot do what is asked.
+        ValueError: shapes do not fit one another, or the backend cannot do what is asked.
     Cost: 6 rows D F FLOPs, twice as many in the backward.
     """
+    width = up.shape[-1]
+    _check("feed_forward", rows, group_sizes, gate.shape, width)
+    _check("feed_forward", rows, group_sizes, up.shape, width)
+    _check("feed_forward", rows, group_sizes, (*down.shape[:-2], *down.shape[:-3:-1]), width)
+    refusals = (mosaic_refusal(rows, weights) for weights in (gate, up, down))
+    check_backend("feed_forward", implementation, BACKENDS, next(filter(None, refusals), None))
     if implementation == "mosaic":
-        if reason := mosaic_refusal(rows, gate) or mosaic_refusal(rows, down):
-            raise ValueError(f"feed_forward: given 'mosaic', expected {reason}")
         y = _mosaic_feed_forward(*map(_filled, (rows, gate, up, down)), group_sizes, interpret)
         return y[: rows.shape[0], : rows.shape[1]]
     multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)

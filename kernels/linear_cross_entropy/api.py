@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxscale.kernels.checks import check_backend, require
 from jaxscale.kernels.linear_cross_entropy import pallas, reference
 from jaxscale.kernels.linear_cross_entropy.block_sizes import H200
 
@@ -30,12 +31,14 @@ def label_and_normaliser(
     Returns:
         (logit of the label [T], log sum exp [T]), float32.
     Raises:
-        ValueError: the backend cannot do what is asked.
+        ValueError: shapes do not fit one another, or the backend cannot do what is asked.
     Cost: 2 T V D FLOPs and twice as many in the backward; 2 T V bytes kept, as much again while the backward runs.
     """
+    given = f"h {h.shape}, head {head.shape} and labels {labels.shape}"
+    is_fit = h.shape == (*labels.shape, head.shape[-1])
+    require(is_fit, "label_and_normaliser", given, "[T, D], [V, D] and [T]")
+    check_backend("label_and_normaliser", implementation, BACKENDS, mosaic_refusal(h, head))
     if implementation == "mosaic":
-        if reason := mosaic_refusal(h, head):
-            raise ValueError(f"label_and_normaliser: given 'mosaic', expected {reason}")
         return _mosaic(h, head, labels, interpret)
     return {"reference": reference.label_and_normaliser}[implementation](h, head, labels)
 

@@ -136,6 +136,26 @@ def test_what_the_kernel_cannot_do_is_refused(rows, weights, message):
         grouped_matmul(rows, weights, jnp.zeros(2, jnp.int32), implementation="mosaic")
 
 
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize(
+    ("rows", "weights", "groups"), [((8, 64), (2, 128, 64), 2), ((8, 64), (2, 64, 64), 3), ((0, 64), (2, 64, 64), 2)]
+)
+def test_shapes_that_do_not_fit_are_refused(implementation, rows, weights, groups):
+    rows, weights = jnp.zeros(rows, "bfloat16"), jnp.zeros(weights, "bfloat16")
+    with pytest.raises(ValueError, match=r"given rows \(.*expected \[rows, K\], \[E, K, 64\] and \[E\]"):
+        grouped_matmul(rows, weights, jnp.zeros(groups, jnp.int32), implementation=implementation)
+
+
+def test_a_feed_forward_whose_matrices_do_not_fit_and_an_unknown_backend_are_refused():
+    rows, up, sizes = jnp.zeros((8, 64), "bfloat16"), jnp.zeros((2, 64, 128), "bfloat16"), jnp.zeros(2, jnp.int32)
+    down = up.swapaxes(1, 2)
+    for gate, of_down in ((up[..., :64], down), (up, down[:, :64])):
+        with pytest.raises(ValueError, match=r"feed_forward: given rows .*\[E, K, 128\]"):
+            feed_forward(rows, gate, up, of_down, sizes, implementation="xla")
+    with pytest.raises(ValueError, match="given implementation 'triton', expected one of"):
+        feed_forward(rows, up, up, down, sizes, implementation="triton")
+
+
 def naive_feed_forward(x, weights, group_sizes):
     """float64, differentiated by JAX."""
     ends = np.cumsum(group_sizes)

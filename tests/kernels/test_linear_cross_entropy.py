@@ -125,3 +125,11 @@ def test_what_the_kernel_cannot_do_is_refused(h, head, message):
     assert message in mosaic_refusal(h, head)
     with pytest.raises(ValueError, match=message):
         label_and_normaliser(h, head, jnp.zeros(8, jnp.int32), implementation="mosaic")
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_shapes_that_do_not_fit_are_refused(implementation):
+    for h, head, labels in (((8, 64), (16, 32), (8,)), ((8, 64), (16, 64), (7,))):
+        with pytest.raises(ValueError, match=r"expected \[T, D\], \[V, D\] and \[T\]"):
+            arrays = jnp.zeros(h, "bfloat16"), jnp.zeros(head, "bfloat16"), jnp.zeros(labels, jnp.int32)
+            label_and_normaliser(*arrays, implementation=implementation)
