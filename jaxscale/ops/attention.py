@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.kernels.attention import api as kernel
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
 from jaxscale.ops.device import is_hopper
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, InputError, check_choice
@@ -26,11 +27,11 @@ NEVER = -1e30  # finite, so that a fully masked row has a finite (and unused) so
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "segments", "key_positions", "key_segments"],
-    meta_fields=["window", "softcap", "scale"],
+    meta_fields=["window", "softcap", "scale", "is_causal", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-    """Who may attend to whom: a query sees keys of its own segment at positions (p - window, p].
+    """Who may attend to whom: a query sees keys of its own segment; of a causal mask, those at positions (p - window, p].
 
     Args:
         positions: [B, T] position of each query within its document, rising along T.
@@ -38,9 +39,11 @@ class AttentionContext:
         key_positions: [B, S] positions of the keys, negative where a slot is empty; None when the keys are the
             queries' own tokens in the same order (then backends may use that order).
         key_segments: [B, S] or None, as `segments`.
-        window: number of keys a query sees, itself included; None for all.
+        window: number of keys a query of a causal mask sees, itself included; None for all.
         softcap: c in c * tanh(logits / c); None for none.
         scale: factor on the logits; None for 1 / sqrt(H).
+        is_causal: whether a query sees no later key.
+        layout: which blocks of BLOCK positions see which in each head, of a causal mask; None for all.
     """
 
     positions: Array
@@ -50,34 +53,44 @@ class AttentionContext:
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
+    is_causal: bool = True
+    layout: BlockLayout | None = None
 
     @property
     def is_aligned(self) -> bool:
         """Whether the keys are the queries' own tokens in the same order."""
         return self.key_positions is None
 
-    def mask(self) -> Array:
-        """The dense mask [B, 1, T, S], True where a query may see a key."""
+    def mask(self, num_heads: int = 1) -> Array:
+        """The dense mask [B, 1, T, S], or [B, N, T, S] if heads differ; True where a query may see a key."""
         key_positions = self.positions if self.is_aligned else self.key_positions
         key_segments = self.segments if self.is_aligned else self.key_segments
         distance = self.positions[:, :, None] - key_positions[:, None, :]
-        visible = (distance >= 0) & (key_positions >= 0)[:, None, :]
+        visible = (key_positions >= 0)[:, None, :] & (distance >= 0 if self.is_causal else True)
         if self.window is not None:
             visible &= distance < self.window
         if self.segments is not None:
             visible &= self.segments[:, :, None] == key_segments[:, None, :]
-        return visible[:, None]
+        visible = jnp.broadcast_to(visible, distance.shape)[:, None]
+        if self.layout is None:
+            return visible
+        sees = jnp.asarray(self.layout.sees(-(-max(distance.shape[1:]) // BLOCK)))
+        by_pattern = sees[:, self.positions[:, :, None] // BLOCK, key_positions[:, None, :] // BLOCK]
+        return visible & jnp.moveaxis(by_pattern, 0, 1)[:, jnp.arange(num_heads) % self.layout.stride]
 
     def key_intervals(self) -> tuple[Array, Array]:
         """[B, T] int32 low and high of an aligned context: token t sees low <= s < high, in the tokens' order."""
-        token = jnp.arange(self.positions.shape[1], dtype=jnp.int32)
-        low = jnp.zeros_like(token)[None]
+        length = self.positions.shape[1]
+        token = jnp.arange(length, dtype=jnp.int32)
+        low, high = jnp.zeros_like(token)[None], jnp.full_like(token, length)[None]
         if self.segments is not None:
-            begins = jnp.pad(self.segments[:, 1:] != self.segments[:, :-1], ((0, 0), (1, 0)))
-            low = lax.cummax(jnp.where(begins, token, 0), axis=1)
+            changes = self.segments[:, 1:] != self.segments[:, :-1]
+            low = lax.cummax(jnp.where(jnp.pad(changes, ((0, 0), (1, 0))), token, 0), axis=1)
+            ends = jnp.where(jnp.pad(changes, ((0, 0), (0, 1))), token + 1, length)
+            high = lax.cummin(ends, axis=1, reverse=True)
         if self.window is not None:
             low = jnp.maximum(low, token - self.window + 1)
-        return low, jnp.broadcast_to(token + 1, low.shape)
+        return low, jnp.broadcast_to(token + 1 if self.is_causal else high, low.shape)
 
 
 def attention(
@@ -96,8 +109,11 @@ def attention(
     Returns:
         ([B, T, N, H] in the type of `q`, None).
     Raises:
-        InputError: the named backend is unknown or cannot do what is asked; there is no silent fallback.
+        InputError: the mask makes no sense, or the named backend is unknown or cannot do what is asked; there is no
+            silent fallback.
     """
+    if not context.is_causal and (context.window is not None or context.layout is not None):
+        raise InputError("AttentionContext.is_causal", False, "True where there is a window or a layout of blocks")
     if implementation is None:
         implementation = _choose(q, context)
         logger.info("attention: backend %s for q%s k%s %s", implementation, q.shape, k.shape, q.dtype)
@@ -116,9 +132,9 @@ def check_backend(parameter: str, implementation: str, q: Array, context: Attent
 
 def _choose(q: Array, context: AttentionContext) -> str:
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
-    has_documents_or_softcap = context.segments is not None or context.softcap is not None
-    if is_hopper() and has_documents_or_softcap and _mosaic_refusal(q, context) is None:
-        return "mosaic"  # for documents cuDNN takes a dense mask
+    is_ours = any(each is not None for each in (context.segments, context.softcap, context.layout))
+    if is_hopper() and is_ours and _mosaic_refusal(q, context) is None:
+        return "mosaic"  # for documents cuDNN takes a dense mask; the others it has not
     if jax.default_backend() == "gpu" and is_half and _cudnn_refusal(q, context) is None:
         return "cudnn"
     return "chunked" if q.shape[1] > QUERY_CHUNK and _chunked_refusal(q, context) is None else "reference"
@@ -132,7 +148,9 @@ def reference(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
     logits = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k32) * _scale(q, context)
     if context.softcap is not None:
         logits = context.softcap * jnp.tanh(logits / context.softcap)
-    logits = jnp.where(context.mask()[:, :, None], logits, NEVER)
+    mask = context.mask(q.shape[2])
+    mask = mask.reshape(mask.shape[0], -1, groups if context.layout else 1, *mask.shape[2:])
+    logits = jnp.where(mask, logits, NEVER)
     return jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(logits), v32).reshape(q.shape).astype(q.dtype)
 
 
@@ -164,14 +182,14 @@ def cudnn(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
     if context.segments is not None:
         same_document = (context.segments[:, :, None] == context.segments[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
-        q, k, v, mask=same_document, is_causal=True, local_window_size=window, scale=_scale(q, context),
+        q, k, v, mask=same_document, is_causal=context.is_causal, local_window_size=window, scale=_scale(q, context),
         implementation="cudnn",
     )  # fmt: skip
 
 
 def mosaic(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
     """Our kernel for Hopper GPUs (float16 or bfloat16): tiles of other documents or outside the window are left out."""
-    settings = dict(scale=_scale(q, context), softcap=context.softcap, implementation="mosaic")
+    settings = dict(scale=_scale(q, context), softcap=context.softcap, layout=context.layout, implementation="mosaic")
     return kernel.attention(q, k, v, *context.key_intervals(), **settings)[0]
 
 
@@ -184,6 +202,8 @@ def _cudnn_refusal(q: Array, context: AttentionContext) -> str | None:
     """What of the request cuDNN cannot do, as the text of an error; None when it can."""
     if context.softcap is not None:
         return "a backend with soft-cap (cuDNN has none)"
+    if context.layout is not None:
+        return "a backend with layouts of blocks (cuDNN has none)"
     if not context.is_aligned:
         return "a backend that takes keys at other positions than the queries'"
     if context.segments is not None and q.shape[1] % 2:
@@ -197,6 +217,8 @@ def _mosaic_refusal(q: Array, context: AttentionContext) -> str | None:
     """What of the request "mosaic" cannot do, as the text of an error; None when it can."""
     if not context.is_aligned:
         return "a backend that takes keys at other positions than the queries'"
+    if context.layout is not None and (context.segments is not None or context.window is not None):
+        return "a backend that combines a layout of blocks with documents or a window"
     return kernel.mosaic_refusal(q, q)
 
 

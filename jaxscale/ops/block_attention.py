@@ -65,6 +65,8 @@ def choose(q: Array, context: AttentionContext) -> str:
 def check_backend(parameter: str, implementation: str, q: Array, context: AttentionContext) -> None:
     """Raises InputError unless the backend is known and can do what is asked; shapes are enough."""
     check_choice(parameter, implementation, BACKENDS)
+    if not context.is_causal or context.layout is not None:
+        raise InputError("AttentionContext", "is_causal = False or a layout", "a causal mask without layout of blocks")
     if implementation == "cudnn" and (reason := _cudnn_refusal(q, context)):
         raise InputError(parameter, implementation, reason)
 

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.operations import EXCHANGED
 from jaxscale.parallel.mesh import SEQUENCE
-from jaxscale.types import Array
+from jaxscale.types import Array, InputError
 
 
 def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable:
@@ -33,7 +33,8 @@ def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable
         num_members: P, devices that exchange heads, neighbours on the `sequence` axis.
         ring: groups of P on the axis, which `attention` connects.
     Returns:
-        The same on local q [B, T / P, N, H], k and v [B, T / P, K, H] and their context.
+        The same on local q [B, T / P, N, H], k and v [B, T / P, K, H] and their context. It raises InputError for heads
+        that would not keep the layout of blocks that their number gives them.
     Cost: of q and o together 2 N and of k and v 2 lcm(K, P) heads of B T / P tokens leave a device, forward, less the
         P-th part that stays: 4 N for multi-head.
     """
@@ -51,6 +52,9 @@ def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable
 
     def exchanged(q: Array, k: Array, v: Array, context: AttentionContext, cache: Any) -> tuple[Array, Any]:
         num_heads = q.shape[2]
+        if context.layout is not None and num_heads % (num_members * context.layout.stride):
+            expected = f"N % (sequence / ring * {context.layout.stride}) == 0 for heads to keep their layout of blocks"
+            raise InputError("num_heads", num_heads, expected)
         q, k, v = spread_heads(q, k, v, num_members)
         context = dataclasses.replace(context, positions=whole(context.positions), segments=whole(context.segments))
         o, cache = attention(to_heads(q), to_heads(k), to_heads(v), context, cache)

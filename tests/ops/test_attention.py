@@ -1,5 +1,6 @@
 """Every attention backend against a loop over queries in float64, forward and gradient, and across documents."""
 
+import dataclasses
 import functools
 import logging
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.ops import attention as module
 from jaxscale.ops.attention import BACKENDS, AttentionContext, attention
 from jaxscale.types import InputError
@@ -25,6 +27,14 @@ CASES = {
     "documents": (2, 12, 4, 2, 8, None, None, (5, 4, 0)),
     "odd_shapes": (3, 9, 3, 1, 24, 4, None, (1, 7, 1)),
     "everything": (2, 12, 6, 3, 8, 2, 5.0, (1, 8, 0)),
+    "full": (2, 12, 4, 2, 8, None, None, None),
+    "full_documents": (2, 12, 2, 1, 8, None, 2.0, (5, 4, 0)),
+    "blocks": (1, 138, 4, 2, 8, None, None, None),
+}
+MASKS = {
+    "full": {"is_causal": False},
+    "full_documents": {"is_causal": False},
+    "blocks": {"layout": BlockLayout(local=1, stride=3)},
 }
 
 
@@ -47,7 +57,8 @@ def make(case, dtype=np.float32):
         segments = np.repeat([0 if n == 0 else i + 1 for i, n in enumerate(documents)], lengths)
         segments = jnp.asarray(np.tile(segments, (rows, 1)), jnp.int32)
     positions = jnp.asarray(np.tile(positions, (rows, 1)), jnp.int32)
-    return (q, k, v), cotangent, AttentionContext(positions, segments, window=window, softcap=softcap)
+    context = AttentionContext(positions, segments, window=window, softcap=softcap, **MASKS.get(case, {}))
+    return (q, k, v), cotangent, context
 
 
 @functools.cache
@@ -61,7 +72,10 @@ def expected(case):
     for b, t, n in np.ndindex(rows, length, heads):
         documents = np.ones(length) if context.segments is None else np.asarray(context.segments[b])
         first = 0 if context.window is None else t - context.window + 1
-        seen = [s for s in range(t + 1) if s >= first and documents[s] == documents[t]]
+        last = t if context.is_causal else length - 1
+        seen = [s for s in range(last + 1) if s >= first and documents[s] == documents[t]]
+        if layout := context.layout:
+            seen = [s for s in seen if t // 64 - s // 64 < layout.local or (s // 64 + n + 1) % layout.stride == 0]
         head = n * k.shape[2] // heads
         keys, values = k[b, seen, head], v[b, seen, head]
         logits = keys @ q[b, t, n] / np.sqrt(dim)
@@ -168,13 +182,31 @@ def test_chunked_recomputes_its_logits_in_the_backward():
     assert kept("chunked") < 10 * q.size < 96 * 96 * 2 <= kept("reference")
 
 
-@pytest.mark.parametrize("case", ["documents", "grouped", "window_of_one"])
+@pytest.mark.parametrize("case", ["documents", "grouped", "window_of_one", "full"])
 def test_what_is_asked_of_cudnn(case, monkeypatch):
     """The same arguments, given to XLA's implementation, must give the same attention."""
     call = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: call(*a, **k | {"implementation": "xla"}))
     arrays, _, context = make(case)
     np.testing.assert_allclose(attention(*arrays, context, implementation="cudnn")[0], expected(case)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_asked_of_our_kernel(case, monkeypatch):
+    """The same arguments, given to the kernel's slow twin, must give the same attention."""
+    call = module.kernel.attention
+    monkeypatch.setattr(module.kernel, "attention", lambda *a, **k: call(*a, **k | {"implementation": "reference"}))
+    arrays, _, context = make(case)
+    scaled = dataclasses.replace(context, scale=2 / np.sqrt(arrays[0].shape[-1]))
+    for each, (q, k, v) in ((context, arrays), (scaled, (arrays[0] / 2, *arrays[1:]))):
+        np.testing.assert_allclose(module.mosaic(q, k, v, each), expected(case)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"window": 3}, {"layout": BlockLayout()}], ids=str)
+def test_a_mask_of_all_keys_has_neither_window_nor_blocks(change):
+    x, context = jnp.ones((1, 12, 2, 8)), AttentionContext(jnp.arange(12)[None], is_causal=False, **change)
+    with pytest.raises(InputError, match="expected True where there is a window or a layout"):
+        attention(x, x, x, context)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +217,8 @@ def test_what_is_asked_of_cudnn(case, monkeypatch):
         ("cudnn", {"softcap": 3.0}, "soft-cap"),
         ("cudnn", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
         ("cudnn", {"dim": 12}, "head_dim % 8 == 0"),
+        ("cudnn", {"layout": BlockLayout()}, "layouts of blocks"),
+        ("mosaic", {"layout": BlockLayout(), "window": 3}, "combines a layout of blocks with documents or a window"),
         ("mosaic", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
         ("mosaic", {"dim": 264}, "head_dim <= 256, but head_dim = 264"),
         ("cudnn", {"length": 9, "segments": jnp.ones((1, 9), int)}, "T % 2 == 0 where rows hold documents, but T = 9"),
@@ -205,11 +239,12 @@ def test_key_intervals_are_the_mask(case):
     low, high = context.key_intervals()
     number = np.arange(context.positions.shape[1])
     sees = (number >= low[..., None]) & (number < high[..., None])
-    np.testing.assert_array_equal(np.broadcast_to(sees[:, None], context.mask().shape), context.mask())
+    mask = dataclasses.replace(context, layout=None).mask()
+    np.testing.assert_array_equal(np.broadcast_to(sees[:, None], mask.shape), mask)
 
 
-@pytest.mark.parametrize("change", [{"softcap": 3.0}, {"segments": jnp.ones((1, 12), int)}])
-def test_on_hopper_our_kernel_takes_documents_and_softcap(change, monkeypatch):
+@pytest.mark.parametrize("change", [{"softcap": 3.0}, {"segments": jnp.ones((1, 12), int)}, {"layout": BlockLayout()}])
+def test_on_hopper_our_kernel_takes_what_cudnn_has_not(change, monkeypatch):
     monkeypatch.setattr(module, "is_hopper", lambda: True)
     x = jnp.ones((1, 12, 2, 64), jnp.bfloat16)
     is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses

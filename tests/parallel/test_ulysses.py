@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.ops import attention
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.parallel.mesh import SEQUENCE, MeshConfig, make_mesh
 from jaxscale.parallel.ulysses import spread_heads, ulysses
+from jaxscale.types import InputError
 
 B, T, H = 2, 24, 4
 SHARE = P(None, SEQUENCE)
@@ -71,7 +73,9 @@ def test_every_number_of_heads(num_members, num_heads, num_kv_heads, _):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, wanted)
 
 
-@pytest.mark.parametrize("settings", [dict(window=7), dict(softcap=2.0), dict(scale=0.3)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(window=7), dict(softcap=2.0), dict(scale=0.3), dict(is_causal=False)], ids=str
+)
 def test_the_context_is_the_whole_sequence_s(settings):
     arguments = inputs(4, 2)
     wanted = run(attention.attention, settings, *arguments)
@@ -84,3 +88,8 @@ def test_kv_heads_are_repeated_no_more_than_needed(num_members, num_heads, num_k
     q, k, v = (jnp.zeros((1, 2, n, H)) for n in (num_heads, num_kv_heads, num_kv_heads))
     q, k, v = spread_heads(q, k, v, num_members)
     assert (q.shape[2], k.shape[2], v.shape[2]) == (num_heads, copies * num_kv_heads, copies * num_kv_heads)
+
+
+def test_heads_that_would_change_their_layout_of_blocks_are_refused():
+    with pytest.raises(InputError, match=r"num_heads: given 12, expected N % \(sequence / ring \* 8\) == 0"):
+        on_members(4, dict(layout=BlockLayout()), inputs(12, 4))
