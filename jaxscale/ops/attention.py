@@ -31,7 +31,7 @@ NEVER = -1e30  # finite, so that a fully masked row has a finite (and unused) so
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-    """Who may attend to whom: a query sees keys of its own segment; of a causal mask, those at positions (p - window, p].
+    """Who may attend to whom: queries see keys of their segment; in a causal mask, at positions (p - window, p].
 
     Args:
         positions: [B, T] position of each query within its document, rising along T.

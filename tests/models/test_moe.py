@@ -9,8 +9,13 @@ import pytest
 
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.moe import feed_forward, router_sums
+from jaxscale.models.parameters import init_params
 from jaxscale.models.router import logits_of, route
+from jaxscale.models.transformer import StackConfig, run_stack
+from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.draws import EXPERT, Draws
 from jaxscale.ops.operations import Operations
+from jaxscale.ops.precision import Policy
 
 B, T, D, E = 2, 5, 8, 4
 CONFIG = ModelConfig(
@@ -100,3 +105,30 @@ def test_the_output_teaches_the_router(num_active):
         return (y**2).sum()
 
     assert jnp.abs(jax.grad(loss)(ROUTER["router"])).max() > 1e-2
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_every_layer_draws_for_itself(is_scanned):
+    """What is dropped in a layer depends on its number in the model, the dense ones before it counted."""
+    config = dataclasses.replace(
+        CONFIG, num_layers=3, num_dense_prefix=1, router="sparsemixer_v2", router_threshold=1.0, expert_dropout=0.5
+    )
+    draws = Draws(jnp.asarray(np.random.default_rng(2).integers(0, 2**32, (B, T, 2)), jnp.uint32))
+    seen = []
+
+    def spy(h, index, gates, weights, activation, slopes, dropout):
+        jax.debug.callback(lambda keys, index: seen.append((keys, index)), dropout.keys, index, ordered=True)
+        return h
+
+    def run(params):
+        return run_stack(
+            params["layers"], H, AttentionContext(jnp.tile(jnp.arange(T), (B, 1))), WEIGHTS, draws=draws, config=config,
+            operations=Operations(experts=spy), policy=Policy(compute="float32"),
+            stack=StackConfig(is_scanned=is_scanned, remat="none"),
+        )[0]  # fmt: skip
+
+    jax.block_until_ready(jax.jit(run)(init_params(config, jax.random.key(0), "float32")))
+    jax.effects_barrier()
+    assert len(seen) == 2
+    for number, (keys, index) in enumerate(seen):
+        np.testing.assert_array_equal(keys, draws.at(1 + number).streams(EXPERT, jnp.asarray(index)))

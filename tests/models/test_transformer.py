@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.models import layers, transformer
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params
 from jaxscale.models.transformer import StackConfig, forward
 from jaxscale.ops import kv_cache
-from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.attention import KERNEL_OUTPUT, AttentionContext
 from jaxscale.ops.loss import unembed
-from jaxscale.ops.operations import Operations
+from jaxscale.ops.operations import EXCHANGED, Operations
 from jaxscale.ops.precision import Policy
 
 FLOAT32 = Policy(compute="float32")
@@ -176,6 +177,13 @@ def test_logits_equal_the_naive_forward(name):
 def test_unrolled_equals_scanned(name):
     run = jax.jit(functools.partial(forward, config=MODELS[name], policy=FLOAT32, stack=StackConfig(is_scanned=False)))
     np.testing.assert_allclose(run(make_params(name), make_batch())[0], expected(name), atol=2e-5)
+
+
+@pytest.mark.parametrize("name, times", [(KERNEL_OUTPUT, 1), (EXCHANGED, 1), ("residual", 2)])
+def test_what_is_dear_is_not_made_again_under_remat_dots(name, times):
+    layer = StackConfig(remat="dots").rematerialise(lambda x: jnp.exp(checkpoint_name(jnp.sin(x), name)))
+    jaxpr = jax.make_jaxpr(jax.grad(layer))(1.0)
+    assert str(jaxpr).count("= sin ") == times
 
 
 def test_logits_in_bfloat16_are_near():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.ops import moe
 from jaxscale.ops.moe import experts, grouped_ffn, reference
 
 B, T, D, F, E = 2, 6, 8, 12, 5
@@ -53,6 +54,18 @@ def test_forward_and_gradient_equal_the_reference(routing, activation, dtype):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = a.astype("float32"), b.astype("float32")
         assert jnp.abs(a - b).max() < tolerance * jnp.abs(b).max()
+
+
+def test_what_is_asked_of_the_fused_feed_forward(monkeypatch):
+    """The same arguments, given to another backend, must give the same experts."""
+    call = moe.feed_forward
+    monkeypatch.setattr(moe, "is_hopper", lambda: True)
+    monkeypatch.setattr(moe, "_mosaic_refusal", lambda *_: None)
+    monkeypatch.setattr(moe, "feed_forward", lambda *a, implementation: call(*a, implementation="reference"))
+    x, gates, weights = make()
+    index = jnp.asarray(ROUTINGS["random"])
+    wanted = reference(x, index, gates, weights, "swiglu")
+    np.testing.assert_allclose(experts(x, index, gates, weights, "swiglu"), wanted, atol=1e-5)
 
 
 def test_an_expert_without_tokens_has_no_gradient():
