@@ -127,10 +127,14 @@ def compare_arms(
         runs: what `run_seed` returned.
         pairs: (first, second); the difference is first - second.
         margin: nats a token.
+    Raises:
+        InputError: an arm has two runs of one seed.
     """
     losses: dict[str, dict[int, float]] = {}
     for run in runs:
-        losses.setdefault(run["arm"], {})[run["seed"]] = run["loss"]
+        if run["seed"] in losses.setdefault(run["arm"], {}):
+            raise InputError("runs", f"two of arm {run['arm']!r} and seed {run['seed']}", "one run an arm and seed")
+        losses[run["arm"]][run["seed"]] = run["loss"]
     found = {}
     for first, second in pairs:
         seeds = sorted(losses[first].keys() & losses[second].keys())

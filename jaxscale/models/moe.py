@@ -40,8 +40,9 @@ def no_router(config: ModelConfig) -> RouterSums:
 def router_sums(index: Array, logits: Array, weights: Array, config: ModelConfig, operations: Operations) -> RouterSums:
     """Balance loss E sum_e f_e P_e and z-loss log^2 Z, as sums over own valid tokens.
 
-    f_e is the share of all tokens' choices that fell on expert e, over all devices, and is not differentiated; so
-    each token's balance loss is E sum_e f_e p_e and the sum over devices equals the single-device loss.
+    f_e is the share of all choices in this micro-batch that fell on expert e, over all devices, and is not
+    differentiated; so each token's balance loss is E sum_e f_e p_e and the sum over devices equals the single-device
+    loss of as many micro-batches.
 
     f_e counts the experts that were drawn, p_e is the whole softmax, unmasked; both are of one layer.
 

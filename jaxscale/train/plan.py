@@ -42,7 +42,8 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps of the whole run.
-        num_microbatches: M; the batch is cut in M parts whose gradients are summed.
+        num_microbatches: M; the batch is cut in M parts whose gradients are summed. Only the load-balance loss depends
+            on M: experts' shares are counted in each part.
         seed: of the initial parameters and every draw.
         z_loss: weight of log^2 Z in the loss.
         embedding_noise: alpha of NEFTune (arXiv 2310.05914): embeddings get uniform noise of at most

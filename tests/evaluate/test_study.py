@@ -98,6 +98,12 @@ def test_arms_are_compared_seed_by_seed():
     assert found.verdict == "equivalent"
 
 
+def test_a_repeated_run_is_refused():
+    runs = runs_of({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.5}})
+    with pytest.raises(InputError, match="two of arm 'a' and seed 0.*expected one run an arm and seed"):
+        compare_arms([*runs, runs[0]], [("a", "b")], margin=0.01)
+
+
 def test_tables_and_pictures(tmp_path):
     runs = runs_of({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.5}})
     found = compare_arms(runs, [("a", "b")], margin=0.01)
