@@ -59,8 +59,8 @@ class ModelConfig:
         router_threshold: r of equation 2 of arXiv 2409.12136, by which an expert's logit may fall short of the largest.
         router_mask: "paper", that equation, or "released", the form of its code and of Hugging Face's PhiMoE.
         router_expert_gradient: "paper" or "released", see `models.sparsemixer.sparsemixer`.
-        balance_loss: weight of the load-balance loss (arXiv 2101.03961, equation 4), whose shares are of one layer and a
-            micro-batch's tokens on all devices.
+        balance_loss: weight of the load-balance loss (arXiv 2101.03961, equation 4), whose shares are of one layer
+            and a micro-batch's tokens on all devices.
         router_z_loss: weight of the router's z-loss (arXiv 2202.08906, equation 5).
         expert_dropout: probability with which an element of an expert's hidden vector is dropped in training
             (arXiv 2101.03961, section 4).

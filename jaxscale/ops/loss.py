@@ -12,6 +12,7 @@ from jax import lax
 from jaxscale.kernels.linear_cross_entropy import api as linear_cross_entropy
 from jaxscale.ops.device import is_hopper
 from jaxscale.ops.precision import accumulator
+from jaxscale.ops.split_product import parts_of
 from jaxscale.types import Array, InputError
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,9 @@ def label_and_normaliser(
     shape = num_rows(head), h.shape[-1]
     logger.info("cross-entropy: backend %s for h%s head%s %s", implementation, h.shape, shape, h.dtype)
     if implementation == "mosaic":
+        h, head = _with_bias_in_columns(h.reshape(-1, h.shape[-1]), head)
         label, normaliser = linear_cross_entropy.label_and_normaliser(
-            h.reshape(-1, h.shape[-1]), head, labels.reshape(-1), implementation="mosaic"
+            h, head, labels.reshape(-1), implementation="mosaic"
         )
         return label.reshape(labels.shape), normaliser.reshape(labels.shape)
     return from_logits(unembed(h, head, softcap), labels)
@@ -107,11 +109,22 @@ def from_logits(logits: Array, labels: Array) -> tuple[Array, Array]:
     return label, jnp.log(jnp.exp(logits - top[..., None]).sum(-1)) + top
 
 
+def _with_bias_in_columns(h: Array, head: Array | Head) -> tuple[Array, Array]:
+    """h [T, D] and head [V, D]; for a bias with three columns more: ones, and what adds up to it in float32."""
+    if not isinstance(head, Head):
+        return h, head
+    first, *rest = parts_of(accumulator(head.bias), 3)
+    columns = [first, *map(lax.stop_gradient, rest)]  # the bias is one parameter, so one column has its gradient
+    columns = jnp.stack(columns, -1).astype(h.dtype)
+    return jnp.concatenate([h, jnp.ones((len(h), 3), h.dtype)], -1), jnp.concatenate([head.weights, columns], -1)
+
+
 def _mosaic_refusal(h: Array, head: Array | Head, softcap: float | None) -> str | None:
     """What of the loss our kernel cannot do; None when it can."""
-    if isinstance(head, Head) or softcap is not None:
-        return "a bias or a soft-cap"
-    return linear_cross_entropy.mosaic_refusal(h.reshape(-1, h.shape[-1]), head)
+    if softcap is not None:
+        return "a soft-cap"
+    weights = head.weights if isinstance(head, Head) else head
+    return linear_cross_entropy.mosaic_refusal(h.reshape(-1, h.shape[-1]), weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -100,7 +100,7 @@ def test_arms_are_compared_seed_by_seed():
 
 def test_a_repeated_run_is_refused():
     runs = runs_of({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.5, 1: 2.5}})
-    with pytest.raises(InputError, match="two of arm 'a' and seed 0.*expected one run an arm and seed"):
+    with pytest.raises(InputError, match=r"two of arm 'a' and seed 0.*expected one run an arm and seed"):
         compare_arms([*runs, runs[0]], [("a", "b")], margin=0.01)
 
 

@@ -67,20 +67,30 @@ def test_a_bias_is_added_to_the_logits_and_gets_its_gradient():
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, wanted)
 
 
-def test_a_bias_is_refused_by_the_kernel(monkeypatch, caplog):
-    """Which is chosen for the same shapes without one."""
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_what_is_asked_of_our_kernel(has_bias, monkeypatch):
+    """The same arguments, given to the kernel's slow twin, must give the same loss and gradients."""
+    x, head, labels, weights = make("bfloat16")
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=V), jnp.float32)
+
+    def run(x, head, bias):
+        return sum_over_chunks(loss, 3, x, Head(head, bias) if has_bias else head, labels, weights)[0]
+
+    wanted = jax.value_and_grad(run, (0, 1, 2))(x.astype("float32"), head.astype("float32"), bias)
+    asked, call = [], losses.linear_cross_entropy.label_and_normaliser
+
+    def twin(h, head, labels, implementation):
+        asked.append((implementation, head.shape, h.dtype.name, head.dtype.name))
+        return call(h, head, labels, implementation="reference")
+
     monkeypatch.setattr(losses, "is_hopper", lambda: True)
-    monkeypatch.setattr(losses.linear_cross_entropy, "mosaic_refusal", lambda h, head: None)
-    caplog.set_level("INFO")
-    x, head, labels, _ = make()
-    token_loss(x, Head(head, jnp.zeros(V)), labels)
-    assert "backend logits" in caplog.text
-    monkeypatch.setattr(
-        losses.linear_cross_entropy, "label_and_normaliser",
-        lambda h, head, labels, implementation: (jnp.zeros(len(labels)), jnp.zeros(len(labels))),
-    )  # fmt: skip
-    token_loss(x, head, labels)
-    assert "backend mosaic" in caplog.text
+    monkeypatch.setattr(losses.linear_cross_entropy, "label_and_normaliser", twin)
+    value, gradients = jax.value_and_grad(run, (0, 1, 2))(x, head, bias)
+    assert {*asked} == {("mosaic", (V, D + 3 * has_bias), "bfloat16", "bfloat16")}
+    np.testing.assert_allclose(value, wanted[0], rtol=1e-5)
+    for got, want in zip(gradients, wanted[1], strict=True):
+        got, want = (np.asarray(a, np.float64) for a in (got, want))
+        assert np.linalg.norm(got - want) <= 4e-3 * np.linalg.norm(want)
 
 
 def test_the_value_alone_equals_the_value_with_gradient():
