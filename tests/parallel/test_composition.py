@@ -80,25 +80,31 @@ def check(name, sizes):
             lines.write(json.dumps(line) + "\n")
 
 
-@pytest.mark.parametrize("sizes", DEFAULT, ids=str)
-@pytest.mark.parametrize("name", ["dense", "moe"])
+DRAWN = {"tensor": 2}, {"data": 2, "expert": 2}  # where experts draw in the default tests
+CASES = [(name, sizes) for name in ("dense", "moe") for sizes in DEFAULT if name == "dense" or sizes not in DRAWN]
+CASES += [("grin", sizes) for sizes in DRAWN]
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_axes_and_some_pairs(name, sizes):
     check(name, sizes)
 
 
-DRAWN = dict(data=2, expert=2, tensor=2, num_microbatches=1, remat="none")  # where one device rematerialises
-
-
-@pytest.mark.long  # tests/ops/test_draws.py asks the same of the draws alone
-def test_what_tokens_draw_does_not_depend_on_the_mesh():
-    check("grin", DRAWN)
+LONG = SINGLES + PAIRS + TRIPLES + VARIANTS
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sizes", [s for s in SINGLES + PAIRS + TRIPLES + VARIANTS if s not in DEFAULT], ids=str)
-@pytest.mark.parametrize("name", ["dense", "moe"])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [(n, s) for n in ("dense", "moe") for s in LONG if (n, s) not in CASES], ids=str
+)
 def test_every_pair_and_triple(name, sizes):
     check(name, sizes)
+
+
+@pytest.mark.long
+def test_what_tokens_draw_does_not_depend_on_the_mesh():
+    """Where one device rematerialises and the mesh does not."""
+    check("grin", dict(data=2, expert=2, tensor=2, num_microbatches=1, remat="none"))
 
 
 @pytest.mark.long
@@ -117,6 +123,6 @@ def test_no_token_is_dropped_when_all_choose_the_same_device(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sizes", SINGLES + PAIRS + VARIANTS, ids=str)
+@pytest.mark.parametrize("sizes", [s for s in SINGLES + PAIRS + VARIANTS if ("grin", s) not in CASES], ids=str)
 def test_what_tokens_draw_does_not_depend_on_any_mesh(sizes):
     check("grin", sizes)
