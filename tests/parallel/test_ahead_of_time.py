@@ -29,6 +29,7 @@ from jaxscale.parallel.batch import abstract_batch
 from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.rules import make_specs
+from jaxscale.parallel.schedule import make_schedule
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.state import abstract_state
 from jaxscale.train.step import make_step
@@ -216,6 +217,40 @@ def test_attention_is_recomputed_only_by_full_remat(remat, times):
     with as_on_gpus(devices):
         hlo = jax.jit(jax.grad(lambda p, b: loss(p, b, None)[0])).lower(params, batch).as_text()
     assert hlo.count("@__cudnn$fmhaSoftmax(") == times
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(tensor=4),
+        dict(sequence=2, expert=2),
+        pytest.param(dict(pipeline=2, tensor=2, expert_axis="tensor"), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, caplog):
+    """A share of the vocabulary, of an expert's width and of the rows that is no multiple of a tile."""
+    config = MeshConfig(**sizes)
+    model = dataclasses.replace(
+        MODEL, vocab_size=1000, num_heads=8, num_kv_heads=4, moe_pattern=(True,), num_experts=4, expert_dim=72,
+        router="sparsemixer_v2", use_head_bias=True,
+    )  # fmt: skip
+    mesh = make_mesh(config, described_devices("h200", num_hosts=1, gpus_per_host=4))
+    specs, num_microbatches = make_specs(parameter_table(model), config), config.pipeline
+    operations = make_operations(config, specs, attention=attention, reduction="float32")
+    schedule = make_schedule("1f1b", 2, 1, 2) if config.pipeline > 1 else None
+    region = Region(mesh, specs, operations, num_microbatches=num_microbatches, schedule=schedule)
+    loss = NextTokenLoss(model, Policy(), StackConfig(num_loss_chunks=1))
+    state = abstract_state(model, optax.sgd(1e-3), mesh=mesh, specs=specs, dtype="float32", trainable=".*")
+    batch = abstract_batch(mesh, 4, 120, is_packed=True)
+    with as_on_gpus(mesh.devices.flat), caplog.at_level("INFO", logger="jaxscale"):
+        make_step(loss, optax.sgd(1e-3), region, state).lower(state, batch)
+    backends = {tuple(record.getMessage().split(" for ")[0].split(": backend ")) for record in caplog.records}
+    is_new = jax.__version_info__ >= (0, 11)  # an older one the attention kernel refuses
+    assert backends == {
+        ("attention", "mosaic" if is_new else "cudnn"), ("experts", "mosaic"), ("cross-entropy", "mosaic")
+    }  # fmt: skip
 
 
 def test_a_machine_has_memory():
