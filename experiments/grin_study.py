@@ -7,6 +7,11 @@ nothing drawn. Pairs: v2 - GShard, control - GShard, v2 - control, dense - GShar
 seeds, margin 0.01 nats, level 0.05 each, not corrected for there being four pairs; "undecided" is a result. No run is
 left out or repeated. experiments/draw_grin_study.py tests and draws.
 
+Second protocol, fixed on 2026-11-24 after the first one's runs, whose seeds scattered too much, and before its own: the
+same but for 1,000 steps, a lower rate that ends at 0, a threshold of 0.1 and seeds 5 to 12:
+--seeds 5 6 7 8 9 10 11 12 --set train.steps=1000 --set optimizer.learning_rate=0.001 --set optimizer.warmup_steps=100
+--set optimizer.final_fraction=0.0 --set model.router_threshold=0.1
+
 P=experiments/configs/papers/grin
 python experiments/grin_study.py runs/study.jsonl $P/study_{gshard,sparsemixer_v2,masked_sampling,dense}.gin
 """
