@@ -1,6 +1,7 @@
-"""The matmul that the kernels for Hopper GPUs share: persistent blocks, one warpgroup fetching and two multiplying."""
+"""Kernels for Hopper GPUs: persistent blocks, one warpgroup fetching and two multiplying; the matmul several share."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ DEPTH = 64  # of a step: 128 bytes, the widest swizzle
 PIECE = 64  # columns that are stored at a time
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 NUM_SMS = 132  # of an H100 or H200
+LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,23 +36,34 @@ class BlockSizes:
     snake: int = 8
 
 
-def make_kernel(body: Callable, out_type: Any, blocks: BlockSizes, interpret: Any, *buffers: Any, copies: int = 2):
-    """A persistent kernel of one block a multiprocessor, whose three warpgroups share `buffers` and the barriers."""
-    barriers = (
-        plgpu.Barrier(num_arrivals=copies, num_barriers=blocks.stages),  # all operands of a step have come
-        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=blocks.stages),  # both warpgroups are done with them
-    )
+def make_kernel(body: Callable, out_type: Any, scratch_types: Any, num_blocks: int, interpret: Any) -> Callable:
+    """A persistent kernel of one block a multiprocessor, of COMPUTE warpgroups that multiply and one that fetches."""
     return plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=(*buffers, *barriers),
-        grid=(2 if interpret else NUM_SMS,),
+        scratch_types=scratch_types,
+        grid=(num_blocks,),
         grid_names=("sm",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
         interpret=interpret,
     )
+
+
+def own_items(num_items: Any) -> tuple[Any, Any]:
+    """(first, how many) of this block's items; the next one lies as many further as there are blocks."""
+    first, stride = lax.axis_index("sm"), lax.axis_size("sm")
+    return first, lax.div(num_items - first + stride - 1, stride)
+
+
+def make_matmul(body: Callable, out_type: Any, blocks: BlockSizes, interpret: Any, *buffers: Any, copies: int = 2):
+    """A kernel for `multiply_tiles`: a block shares `buffers` and barriers; `copies` bring the operands of a step."""
+    barriers = (
+        plgpu.Barrier(num_arrivals=copies, num_barriers=blocks.stages),  # all operands of a step have come
+        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=blocks.stages),  # both warpgroups are done with them
+    )
+    return make_kernel(body, out_type, (*buffers, *barriers), 2 if interpret else NUM_SMS, interpret)
 
 
 def multiply_tiles(num_tiles, blocks, full, empty, *, tile_at, fetch, is_needed, multiply, finish, products=1):
@@ -65,8 +78,7 @@ def multiply_tiles(num_tiles, blocks, full, empty, *, tile_at, fetch, is_needed,
         products: wgmmas in `multiply`.
     """
     stages = blocks.stages
-    first, stride = lax.axis_index("sm"), lax.axis_size("sm")
-    num_mine = lax.div(num_tiles - first + stride - 1, stride)
+    (first, num_mine), stride = own_items(num_tiles), lax.axis_size("sm")
 
     @pl.when(lax.axis_index("warpgroup") == COMPUTE)
     def _fetch():

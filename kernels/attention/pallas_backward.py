@@ -20,22 +20,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxscale.kernels.attention.products import (
     COLUMN,
-    COMPUTE,
-    LOG2E,
     MATRIX,
-    NUM_SMS,
-    ROWS,
-    SWIZZLED,
     SWIZZLED_FLOAT32,
     accumulate,
     interpreted_buffers,
-    make_kernel,
     multiply,
     over_runs,
     spread,
+    tanh,
     visit_at,
 )
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, query_tiles, query_visits
+from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel, own_items
 
 QUERIES = 64
 STAGES = 2  # tiles of queries and of their output's gradients in shared memory
@@ -183,15 +179,9 @@ def _part(number: Any, size: int) -> Any:
     return pl.ds(pl.multiple_of(number * size, size), size)
 
 
-def _items(problem: Problem) -> tuple[Any, Any]:
-    """This block's first item and how many are its own."""
-    start, stride = lax.axis_index("sm"), lax.axis_size("sm")
-    return start, lax.div(problem.num_items - start + stride - 1, stride)
-
-
 def _fetch(refs: Any, problem: Problem) -> None:
     plgpu.set_max_registers(24, action="decrease")
-    start, num_mine = _items(problem)
+    start, num_mine = own_items(problem.num_items)
 
     def one(i, count):
         b, kv_head, row, tile = problem.item_at(start + i * lax.axis_size("sm"))
@@ -233,7 +223,7 @@ def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
     plgpu.set_max_registers(240, action="increase")
     warpgroup = lax.axis_index("warpgroup")
     _, mine, columns = problem.share(warpgroup)
-    start, num_mine = _items(problem)
+    start, num_mine = own_items(problem.num_items)
 
     def one(i, count):
         b, kv_head, row, tile = problem.item_at(start + i * lax.axis_size("sm"))
@@ -290,7 +280,7 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
         """(probabilities, slope of the soft-cap)."""
         factor, slope, cap = problem.scale * LOG2E, None, problem.softcap
         if cap is not None:
-            logits, factor = jnp.tanh(logits * (problem.scale / cap)), cap * LOG2E
+            logits, factor = tanh(logits * (problem.scale / cap)), cap * LOG2E
             slope = 1 - logits * logits
         if is_masked:
             key = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERIES), 0, layout=MATRIX)

@@ -18,22 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxscale.kernels.attention.products import (
-    COMPUTE,
-    LOG2E,
     MATRIX,
-    NUM_SMS,
     ROW,
-    ROWS,
-    SWIZZLED,
     accumulate,
     interpreted_buffers,
-    make_kernel,
     minus_infinity,
     multiply,
     spread,
+    tanh,
     visit_at,
 )
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_visits
+from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel, own_items
 
 QUERIES = COMPUTE * ROWS
 STAGES = 2  # tiles of keys and of values in shared memory
@@ -143,15 +139,9 @@ _FIELDS = (
 _Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
 
 
-def _items(problem: Problem) -> tuple[Any, Any]:
-    """This block's first item and how many are its own."""
-    start, stride = lax.axis_index("sm"), lax.axis_size("sm")
-    return start, lax.div(problem.num_items - start + stride - 1, stride)
-
-
 def _fetch(refs: Any, problem: Problem) -> None:
     plgpu.set_max_registers(24, action="decrease")
-    start, num_mine = _items(problem)
+    start, num_mine = own_items(problem.num_items)
     keys, slots = problem.keys, problem.query_slots
 
     def one(i, count):
@@ -191,7 +181,7 @@ def _fetch(refs: Any, problem: Problem) -> None:
 def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
     plgpu.set_max_registers(240, action="increase")
     warpgroup = lax.axis_index("warpgroup")
-    start, num_mine = _items(problem)
+    start, num_mine = own_items(problem.num_items)
     pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
 
     def one(i, count):
@@ -232,7 +222,7 @@ def _softmax(refs: Any, problem: Problem, place, slot, logits, top, number, is_m
     """(exponentials, their sums, what the old sums shrink by, the new maxima), of logits before scale and soft-cap."""
     factor, cap = problem.scale * LOG2E, problem.softcap
     if cap is not None:
-        logits, factor = jnp.tanh(logits * (problem.scale / cap)), cap * LOG2E
+        logits, factor = tanh(logits * (problem.scale / cap)), cap * LOG2E
     if is_masked:
         warpgroup = lax.axis_index("warpgroup")
         tile, is_seen = visit_at(refs.entries, problem.num_patterns, place, number)

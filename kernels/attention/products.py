@@ -1,6 +1,5 @@
 """Products on the tensor cores as both attention kernels use them, and what interpretation lacks of them."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,29 +9,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # of a warpgroup's accumulator: what one wgmma instruction multiplies
-COMPUTE = 2  # warpgroups that multiply; one more fetches
-NUM_SMS = 132  # of an H100 or H200
-LOG2E = math.log2(math.e)
+from jaxscale.kernels.persistent import COMPUTE, LOG2E
+
 MATRIX = plgpu.Layout.WGMMA
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
-SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of 16 bits
 SWIZZLED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-
-
-def make_kernel(body: Callable, out_type: Any, scratch_types: Any, num_blocks: int, interpret: Any) -> Callable:
-    """A persistent kernel of one block a multiprocessor, of COMPUTE warpgroups that multiply and one that fetches."""
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch_types,
-        grid=(num_blocks,),
-        grid_names=("sm",),
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
-        interpret=interpret,
-    )
 
 
 def interpreted_buffers(interpret: Any, *shapes: tuple[int, ...], dtype: Any) -> tuple[Any, ...]:
@@ -90,6 +71,11 @@ def visit_at(entries: Any, num_patterns: int, place: Any, number: Any) -> tuple[
         return number, lambda warpgroup: 1
     entry = entries[(*place, number)]
     return lax.shift_right_logical(entry, 2), lambda warpgroup: lax.shift_right_logical(entry, warpgroup) & 1
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """To 1e-6; the hardware's own is off by 2^-11 of itself, which at a soft-cap of 50 is 0.01 of a logit of 20."""
+    return 1 - 2 / (1 + jnp.exp2(x * (2 * LOG2E)))
 
 
 def spread(values: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxscale.kernels.persistent import (
     ROWS,
     SWIZZLED,
     BlockSizes,
-    make_kernel,
+    make_matmul,
     multiply_tiles,
     store,
     store_piece,
@@ -142,7 +142,7 @@ def forward(
         )  # fmt: skip
 
     right = (blocks.columns, DEPTH) if is_transposed else (DEPTH, blocks.columns)
-    kernel = make_kernel(
+    kernel = make_matmul(
         body,
         jax.ShapeDtypeStruct((num_rows, width), dtype),
         blocks,
@@ -214,7 +214,7 @@ def weight_gradient(
             tile_at=tile_at, fetch=fetch, is_needed=lambda tile: True, multiply=multiply, finish=finish,
         )  # fmt: skip
 
-    kernel = make_kernel(
+    kernel = make_matmul(
         body,
         jax.ShapeDtypeStruct((num_groups, depth, width), rows.dtype),
         blocks,

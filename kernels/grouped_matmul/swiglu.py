@@ -20,7 +20,7 @@ from jaxscale.kernels.persistent import (
     ROWS,
     SWIZZLED,
     BlockSizes,
-    make_kernel,
+    make_matmul,
     multiply_tiles,
 )
 
@@ -72,7 +72,7 @@ def forward(
             products=2,
         )  # fmt: skip
 
-    kernel = make_kernel(
+    kernel = make_matmul(
         body,
         (jax.ShapeDtypeStruct((num_rows, width), rows.dtype),) * num_out,
         blocks,

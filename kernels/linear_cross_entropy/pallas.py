@@ -1,7 +1,6 @@
 """Exponentials of logits for Hopper GPUs, as a Pallas kernel for Mosaic GPU: the head's matmul and what follows it."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -13,16 +12,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxscale.kernels.persistent import (
     COMPUTE,
     DEPTH,
+    LOG2E,
     PIECE,
     ROWS,
     SWIZZLED,
     BlockSizes,
-    make_kernel,
+    make_matmul,
     multiply_tiles,
     store,
 )
 
-LOG2E = 1 / math.log(2)
 UNITS = 8, DEPTH  # rows and columns of a swizzled tile
 
 
@@ -88,7 +87,7 @@ def exponentials(
         )  # fmt: skip
 
     by_row = jax.ShapeDtypeStruct((num_columns, num_tiles * tile_rows), jnp.float32)
-    kernel = make_kernel(
+    kernel = make_matmul(
         body,
         (jax.ShapeDtypeStruct((length, pl.cdiv(vocabulary, PIECE) * PIECE), h.dtype), by_row, by_row),
         blocks,

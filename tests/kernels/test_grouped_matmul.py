@@ -83,6 +83,12 @@ def test_sizes_that_are_no_multiple_of_a_tile(run):
     lowering.lower(lowering_platforms=("cuda",))
 
 
+def test_twice_the_same_bits(run):
+    arguments = draw(CASES["uneven_and_empty"])
+    for a, b in zip(product_and_gradients(run, *arguments), product_and_gradients(run, *arguments), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
 def test_float16(run):
     arguments = draw(CASES["uneven_and_empty"], "float16")
     for got, want in zip(product_and_gradients(run, *arguments), naive(*arguments), strict=True):
