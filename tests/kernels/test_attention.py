@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.attention.api import BACKENDS, attention, mosaic_refusal
 from jaxscale.kernels.attention.tiles import BlockLayout, key_tiles, key_visits, query_tiles, query_visits
+from tests.kernels.interpretation import INTERPRET
 
 IS_NEW = jax.__version_info__ >= (0, 11)
 OLD_REASON = "jax 0.10 cannot put a kernel that writes to a reference into a scan, so the kernel refuses it"
@@ -92,7 +92,7 @@ def naive(case):
 def run(request):
     if request.param == "mosaic" and not IS_NEW:
         pytest.skip(OLD_REASON)
-    return functools.partial(attention, implementation=request.param, interpret=InterpretGPUParams())
+    return functools.partial(attention, implementation=request.param, interpret=INTERPRET)
 
 
 def results_and_gradients(run, arrays, bounds, cotangents, settings):

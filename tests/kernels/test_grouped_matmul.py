@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.grouped_matmul.api import BACKENDS, feed_forward, grouped_matmul, mosaic_refusal
 from jaxscale.kernels.grouped_matmul.swiglu import swiglu
+from tests.kernels.interpretation import INTERPRET, KNOWS_THE_END, OLD_REASON
 
 ROWS, K, N = 192, 64, 320  # N is no multiple of a block's columns
 CASES = {
@@ -20,14 +20,13 @@ CASES = {
     "none": [0, 0],
 }
 TOLERANCE = 4e-3  # of the norm: inputs and output in bfloat16, the sum in float32
-KNOWS_THE_END = jax.__version_info__ >= (0, 11)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     if request.param == "mosaic" and not KNOWS_THE_END:
-        pytest.skip("jax 0.10 cannot interpret copies past the end, which the hardware fills with zeros")
-    return dict(implementation=request.param, interpret=InterpretGPUParams())
+        pytest.skip(OLD_REASON)
+    return dict(implementation=request.param, interpret=INTERPRET)
 
 
 @pytest.fixture

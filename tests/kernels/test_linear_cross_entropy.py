@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.linear_cross_entropy.api import BACKENDS, label_and_normaliser, mosaic_refusal
+from tests.kernels.interpretation import INTERPRET, KNOWS_THE_END, OLD_REASON
 
 SHAPES = {  # T, D, V: no multiple of a block's rows, steps or columns; a single tile; several of each
     "edges": (133, 70, 300),
@@ -17,14 +17,13 @@ SHAPES = {  # T, D, V: no multiple of a block's rows, steps or columns; a single
     "odd_vocabulary": (64, 128, 523),
 }
 TOLERANCE = 4e-3  # of the norm: gradients in bfloat16, made from logits' gradients in bfloat16
-KNOWS_THE_END = jax.__version_info__ >= (0, 11)
 
 
 @pytest.fixture(params=BACKENDS)
 def run(request):
     if request.param == "mosaic" and not KNOWS_THE_END:
-        pytest.skip("jax 0.10 cannot interpret copies past the end, which the hardware fills with zeros")
-    return functools.partial(label_and_normaliser, implementation=request.param, interpret=InterpretGPUParams())
+        pytest.skip(OLD_REASON)
+    return functools.partial(label_and_normaliser, implementation=request.param, interpret=INTERPRET)
 
 
 def draw(shape, dtype="bfloat16", size=1.0):

@@ -4,16 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
 
 from jaxscale.kernels.attention.api import attention
 from jaxscale.kernels.grouped_matmul.api import feed_forward, grouped_matmul
 from jaxscale.kernels.linear_cross_entropy.api import label_and_normaliser
+from tests.kernels.interpretation import INTERPRET, KNOWS_THE_END, OLD_REASON
 
-pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="jax 0.10 cannot interpret copies past the end, which the hardware fills"
-)
-GPU = dict(implementation="mosaic", interpret=InterpretGPUParams())
+pytestmark = pytest.mark.skipif(not KNOWS_THE_END, reason=OLD_REASON)
+GPU = dict(implementation="mosaic", interpret=INTERPRET)
 SIZES = jnp.asarray([5, 3], jnp.int32)
 BOUNDS = jnp.zeros((1, 16), jnp.int32), jnp.arange(1, 17, dtype=jnp.int32)[None]
 OPERATIONS = {
