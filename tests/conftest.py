@@ -1,4 +1,4 @@
-"""Set before anything imports jax: the CPU backend, split into eight virtual devices, compiling quickly."""
+"""Set before anything asks for devices: the CPU backend, split into eight virtual ones, compiling quickly."""
 
 import os
 
@@ -14,3 +14,8 @@ given = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join(
     [*given, *(f"{flag}={value}" for flag, value in FLAGS.items() if flag not in str(given))]
 )
+
+import jax  # noqa: E402
+
+# An interpreted kernel computes in callbacks, which could wait for ever for threads that the main one has taken.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
