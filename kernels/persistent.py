@@ -51,10 +51,18 @@ def make_kernel(body: Callable, out_type: Any, scratch_types: Any, num_blocks: i
     )
 
 
-def own_items(num_items: Any) -> tuple[Any, Any]:
-    """(first, how many) of this block's items; the next one lies as many further as there are blocks."""
-    first, stride = lax.axis_index("sm"), lax.axis_size("sm")
-    return first, lax.div(num_items - first + stride - 1, stride)
+def own_items(num_items: Any) -> tuple[Any, Callable]:
+    """(how many of the items are this block's, i -> number of its i-th).
+
+    Blocks take an item each in turn, there and back: where items get shorter, all blocks end at about the same time.
+    """
+    block, blocks = lax.axis_index("sm"), lax.axis_size("sm")
+
+    def place(turn):
+        return jnp.where(lax.rem(turn, 2) == 0, block, blocks - 1 - block)
+
+    whole, rest = lax.div(num_items, blocks), lax.rem(num_items, blocks)
+    return whole + (place(whole) < rest), lambda i: i * blocks + place(i)
 
 
 def make_matmul(body: Callable, out_type: Any, blocks: BlockSizes, interpret: Any, *buffers: Any, copies: int = 2):
@@ -78,7 +86,8 @@ def multiply_tiles(num_tiles, blocks, full, empty, *, tile_at, fetch, is_needed,
         products: wgmmas in `multiply`.
     """
     stages = blocks.stages
-    (first, num_mine), stride = own_items(num_tiles), lax.axis_size("sm")
+    first, stride = lax.axis_index("sm"), lax.axis_size("sm")
+    num_mine = lax.div(num_tiles - first + stride - 1, stride)
 
     @pl.when(lax.axis_index("warpgroup") == COMPUTE)
     def _fetch():

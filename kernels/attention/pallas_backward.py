@@ -2,7 +2,8 @@
 
 A block keeps a tile of keys and values and the sums of their gradients, and goes over the queries that see them: five
 products a step, of which the gradient of the queries is added in memory, in the order in which blocks come to it; so
-its last bits differ from run to run. A warpgroup sums for half of the tile's keys; where heads are wider than 128 that
+its last bits differ from run to run. The logits of the next tile of queries are made before a step's last products, so
+that the tensor cores have work while its softmax is computed. A warpgroup sums for half of the tile's keys; where heads are wider than 128 that
 does not fit in its registers: it then sums half of the columns for all keys, and both make the logits, seven products.
 
 Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608), appendix B.
@@ -181,10 +182,10 @@ def _part(number: Any, size: int) -> Any:
 
 def _fetch(refs: Any, problem: Problem) -> None:
     plgpu.set_max_registers(24, action="decrease")
-    start, num_mine = own_items(problem.num_items)
+    num_mine, item = own_items(problem.num_items)
 
     def one(i, count):
-        b, kv_head, row, tile = problem.item_at(start + i * lax.axis_size("sm"))
+        b, kv_head, row, tile = problem.item_at(item(i))
         pl.when(i > 0)(lambda: plgpu.barrier_wait(refs.kv_empty))
         where = b, pl.ds(tile * problem.keys, problem.keys), kv_head
         plgpu.copy_gmem_to_smem(refs.k.at[where], refs.k_smem.at[0], refs.kv_full)
@@ -223,18 +224,27 @@ def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
     plgpu.set_max_registers(240, action="increase")
     warpgroup = lax.axis_index("warpgroup")
     _, mine, columns = problem.share(warpgroup)
-    start, num_mine = own_items(problem.num_items)
+    num_mine, item = own_items(problem.num_items)
+    accumulator = plgpu.ACC((ROWS, QUERIES), jnp.float32)
+
+    def begin(slot, s_ref):
+        plgpu.wgmma(s_ref, refs.k_smem.at[0, mine], refs.q_smem.at[slot].transpose((1, 0)))
+        return s_ref[...]
 
     def one(i, count):
-        b, kv_head, row, tile = problem.item_at(start + i * lax.axis_size("sm"))
+        b, kv_head, row, tile = problem.item_at(item(i))
         plgpu.barrier_wait(refs.kv_full)
 
         def over_queries(group, carry):
             *sums, count = carry
             head = kv_head * problem.groups + group
             place, tiles = problem.tiles_of(refs.table, head, row, tile)
-            step = functools.partial(_step, refs, problem, interpret, (b, head, place), count - tiles[0])
-            return *over_runs(tiles, step, tuple(sums)), count + tiles[1] - tiles[0]
+            first, end, *_ = tiles
+            pl.when(end > first)(lambda: plgpu.barrier_wait(refs.q_full.at[lax.rem(count, STAGES)]))
+            logits = pl.run_scoped(functools.partial(begin, lax.rem(count, STAGES)), accumulator)
+            step = functools.partial(_step, refs, problem, interpret, (b, head, place, end), count - first)
+            *sums, _ = over_runs(tiles, step, (*sums, logits))
+            return *sums, count + end - first
 
         num_columns = problem.head_dim // COMPUTE if problem.is_wide else problem.head_dim
         zeros = plgpu.layout_cast(jnp.zeros((ROWS, num_columns), jnp.float32), MATRIX)
@@ -260,10 +270,10 @@ def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
 
 def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked, j, carry):
     """Adds one tile of queries to the gradients of the warpgroup's keys and values; logits lie keys by queries."""
-    b, head, place = where
+    b, head, place, end = where
     warpgroup = lax.axis_index("warpgroup")
     block, mine, columns = problem.share(warpgroup)
-    slot = lax.rem(passed + j, STAGES)
+    slot, next_slot = lax.rem(passed + j, STAGES), lax.rem(passed + j + 1, STAGES)
     ds_slot = warpgroup if problem.is_wide else lax.rem(passed + j, 2)
     # An index that ptxas cannot prove constant, or it keeps the descriptors of keys and values in registers and spills.
     nought = lax.optimization_barrier(j) - j
@@ -276,30 +286,25 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
     def row_of(ref, which):
         return spread(plgpu.load(ref.at[which, slot], layout=COLUMN), (ROWS, QUERIES), 1)
 
-    def probabilities(logits):
+    def probabilities():
         """(probabilities, slope of the soft-cap)."""
-        factor, slope, cap = problem.scale * LOG2E, None, problem.softcap
+        logits, factor, slope, cap = carry[2], problem.scale * LOG2E, None, problem.softcap
         if cap is not None:
             logits, factor = tanh(logits * (problem.scale / cap)), cap * LOG2E
             slope = 1 - logits * logits
         if is_masked:
             key = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERIES), 0, layout=MATRIX)
             key += place[1] * problem.keys + block * ROWS
-            end = row_of(refs.bounds_smem, 1) * is_seen(block)
-            logits = jnp.where((key >= row_of(refs.bounds_smem, 0)) & (key < end), logits, -jnp.inf)
+            above = row_of(refs.bounds_smem, 1) * is_seen(block)
+            logits = jnp.where((key >= row_of(refs.bounds_smem, 0)) & (key < above), logits, -jnp.inf)
         return jnp.exp2(logits * factor - row_of(refs.sums_smem, 0)), slope
 
-    def scores(s_ref):
-        plgpu.barrier_wait(refs.q_full.at[slot])
-        plgpu.wgmma(s_ref, refs.k_smem.at[nought, mine], refs.q_smem.at[slot].transpose((1, 0)))
-        return pl.run_scoped(functools.partial(cotangents, s_ref), accumulator)
-
-    def cotangents(s_ref, dp_ref):
+    def cotangents(dp_ref):
         plgpu.barrier_wait(refs.do_full.at[slot])
         plgpu.wgmma(dp_ref, refs.v_smem.at[nought, mine], refs.do_smem.at[slot].transpose((1, 0)))
-        p, slope = probabilities(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
-        products = functools.partial(gradients, dp_ref, p, slope)
-        return accumulate(carry, products, (), interpret=interpret)[0]
+        products = functools.partial(gradients, dp_ref, *probabilities())
+        sums, following = accumulate(carry[:2], products, carry[2], interpret=interpret)
+        return *sums, following
 
     def gradients(dp_ref, p, slope, dk_ref, dv_ref):
         multiply(dv_ref, p.astype(refs.do_smem.dtype), refs.do_smem.at[slot, :, columns], buffer)
@@ -309,18 +314,32 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
         plgpu.commit_smem()
         if is_exchanged:
             plgpu.barrier_arrive(refs.ds_full)
-        multiply(dk_ref, ds, refs.q_smem.at[slot, :, columns], buffer)
-        pl.run_scoped(of_queries, plgpu.ACC((QUERIES, problem.dq_columns), jnp.float32))
-        return ()
+        return pl.run_scoped(functools.partial(following, dk_ref), accumulator)
 
-    def of_queries(dq_ref):
+    def following(dk_ref, s_ref):
+        """The next tile's logits, if there is one, made while the warpgroups wait for each other."""
+
+        def scores():
+            pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(refs.q_full.at[next_slot]))
+            plgpu.wgmma(s_ref, refs.k_smem.at[nought, mine], refs.q_smem.at[next_slot].transpose((1, 0)))
+
+        of_both = functools.partial(of_queries_and_keys, dk_ref)
+        if not problem.is_wide:  # whose registers do not hold them beside the gradient of the queries
+            scores()
+        pl.run_scoped(of_both, plgpu.ACC((QUERIES, problem.dq_columns), jnp.float32))
+        if problem.is_wide:
+            scores()
+        return s_ref[...]
+
+    def of_queries_and_keys(dk_ref, dq_ref):
         keys = slice(None) if is_by_columns else mine
         share = _part(warpgroup, problem.dq_columns) if is_by_columns else slice(None)
         if is_exchanged:
             plgpu.barrier_wait(refs.ds_full)
+        plgpu.wgmma_wait(0 if problem.is_wide else 1)  # for the product of probabilities: frees their registers
         plgpu.wgmma(dq_ref, refs.ds_smem.at[ds_slot, keys].transpose((1, 0)), refs.k_smem.at[nought, keys, share])
-        dq = dq_ref[...]
-        plgpu.barrier_arrive(refs.empty.at[slot])
+        plgpu.wgmma(dk_ref, refs.ds_smem.at[ds_slot, mine], refs.q_smem.at[slot, :, columns])
+        dq = plgpu.wgmma_accumulator_load(dq_ref, wait_n=1)  # stored while the keys' product is made
         target = refs.dq.at[warpgroup if interpret else 0, b, pl.ds(query_tile * QUERIES, QUERIES), head, share]
         for first in range(0, problem.dq_columns, problem.staged_columns):
             part = pl.ds(first, problem.staged_columns)
@@ -335,4 +354,6 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(refs.dq_smem.at[warpgroup], target, reduction_op="add")
 
-    return pl.run_scoped(scores, accumulator)
+    carry = pl.run_scoped(cotangents, accumulator)
+    plgpu.barrier_arrive(refs.empty.at[slot])
+    return carry

@@ -141,11 +141,11 @@ _Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
 
 def _fetch(refs: Any, problem: Problem) -> None:
     plgpu.set_max_registers(24, action="decrease")
-    start, num_mine = own_items(problem.num_items)
+    num_mine, item = own_items(problem.num_items)
     keys, slots = problem.keys, problem.query_slots
 
     def one(i, count):
-        b, head, row, place, (first, end, *_) = problem.item_at(refs.table, start + i * lax.axis_size("sm"))
+        b, head, row, place, (first, end, *_) = problem.item_at(refs.table, item(i))
         slot = lax.rem(i, slots)
         pl.when(i >= slots)(lambda: plgpu.barrier_wait(refs.q_empty.at[slot]))
         queries = pl.ds(place[1] * QUERIES, QUERIES)
@@ -181,11 +181,11 @@ def _fetch(refs: Any, problem: Problem) -> None:
 def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
     plgpu.set_max_registers(240, action="increase")
     warpgroup = lax.axis_index("warpgroup")
-    start, num_mine = own_items(problem.num_items)
+    num_mine, item = own_items(problem.num_items)
     pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
 
     def one(i, count):
-        b, head, _, place, tiles = problem.item_at(refs.table, start + i * lax.axis_size("sm"))
+        b, head, _, place, tiles = problem.item_at(refs.table, item(i))
         slot = lax.rem(i, problem.query_slots)
         mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
         q_mine = refs.q_smem.at[slot, mine]
