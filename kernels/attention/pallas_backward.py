@@ -2,9 +2,10 @@
 
 A block keeps a tile of keys and values and the sums of their gradients, and goes over the queries that see them: five
 products a step, of which the gradient of the queries is added in memory, in the order in which blocks come to it; so
-its last bits differ from run to run. The logits of the next tile of queries are made before a step's last products, so
-that the tensor cores have work while its softmax is computed. A warpgroup sums for half of the tile's keys; where heads are wider than 128 that
-does not fit in its registers: it then sums half of the columns for all keys, and both make the logits, seven products.
+its last bits differ from run to run. The logits of the next tile of queries are made before a step's last products,
+so that the tensor cores have work while its softmax is computed. A warpgroup sums for half of the tile's keys; where
+heads are wider than 128 that does not fit in its registers: it then sums half of the columns for all keys, and both
+make the logits, seven products.
 
 Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608), appendix B.
 """
