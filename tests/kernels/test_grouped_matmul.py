@@ -107,7 +107,8 @@ def test_under_jit_scan_and_remat_nothing_changes(implementation):
     scanned = functools.partial(through_a_scan, run)
     got = jax.jit(functools.partial(product_and_gradients, scanned))(*arguments)
     for a, b in zip(got, product_and_gradients(run, *arguments), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=0)  # a GPU's products may differ in bfloat16's last bit
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -118,12 +119,12 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     local = jax.shard_map(
         functools.partial(product_and_gradients, run), mesh=mesh, in_specs=each, out_specs=each, check_vma=False
     )
-    arguments = [jnp.concatenate([x, x]) for x in draw(CASES["uneven_and_empty"])]
+    arguments = [jnp.concatenate([x] * mesh.size) for x in draw(CASES["uneven_and_empty"])]
     lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
     if implementation != "mosaic":
         for got, want in zip(jax.jit(local)(*arguments), naive(*draw(CASES["uneven_and_empty"])), strict=True):
-            want = np.concatenate([want, want])
+            want = np.concatenate([want] * mesh.size)
             assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(want)
 
 

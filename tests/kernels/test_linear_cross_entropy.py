@@ -97,11 +97,11 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
         functools.partial(results_and_gradients, through_a_scan),
         mesh=mesh, in_specs=each, out_specs=each, check_vma=False,
     )  # fmt: skip
-    arguments = [jnp.concatenate([x, x]) for x in draw(SHAPES["one_tile"])]
+    arguments = [jnp.concatenate([x] * mesh.size) for x in draw(SHAPES["one_tile"])]
     lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
     if implementation != "mosaic":
-        wanted = [np.concatenate([x, x]) for x in naive(*draw(SHAPES["one_tile"]))]
+        wanted = [np.concatenate([x] * mesh.size) for x in naive(*draw(SHAPES["one_tile"]))]
         check(jax.jit(local)(*arguments), wanted, TOLERANCE)
 
 
