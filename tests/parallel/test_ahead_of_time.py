@@ -63,6 +63,7 @@ def matrix_bytes():
     return [4 * math.prod(p.shape) // 2 for p in jax.tree.leaves(parameter_table(MODEL)) if len(p.dims.strip("L")) > 1]
 
 
+@pytest.mark.long
 @needs_plugin
 def test_zero_2_reduces_gradients_by_scattering():
     """One reduce-scatter carries every matrix's gradient; what all-reduces is norms, their scales and figures."""
@@ -224,7 +225,7 @@ def test_attention_is_recomputed_only_by_full_remat(remat, times):
     "sizes",
     [
         dict(tensor=4),
-        dict(sequence=2, expert=2),
+        pytest.param(dict(sequence=2, expert=2), marks=pytest.mark.long),
         pytest.param(dict(pipeline=2, tensor=2, expert_axis="tensor"), marks=pytest.mark.long),
     ],
     ids=str,

@@ -150,6 +150,7 @@ def test_checkpoints_go_there_and_back(make_setup, tmp_path, first, second):
             np.testing.assert_array_equal(leaf, 0.5, err_msg=path)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
 def test_compiled_for_h200s_the_moments_are_not_on_the_device(make_setup):
     """Arguments fall by all of them; what is in flight is less than half of them above the step's own temporaries."""

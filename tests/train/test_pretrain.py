@@ -302,6 +302,7 @@ def test_a_run_starts_from_the_parameters_of_another(gin_file, whole, tmp_path):
     assert changed == {"final_norm/scale"}
 
 
+@pytest.mark.long
 def test_a_pipeline_of_unequal_stages_starts_from_the_parameters_of_another_run(gin_file, tmp_path):
     """The other run's stack is in canonical order, this one's permuted and padded, its optimizer state too."""
     short = ("model.num_layers=3", "train.steps=2", "optimizer.warmup_steps=1", "train.num_microbatches=2")
