@@ -32,7 +32,7 @@ from jaxscale.kernels.attention.products import (
     tanh,
     visit_at,
 )
-from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, query_tiles, query_visits
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, item_at, longest_first, query_tiles, query_visits
 from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel, own_items
 
 QUERIES = 64
@@ -48,7 +48,6 @@ class Problem:
     kv_heads: int
     groups: int
     head_dim: int
-    is_shared: bool
     scale: float
     softcap: float | None
     num_patterns: int
@@ -89,11 +88,9 @@ class Problem:
         """Tiles of keys of all heads and rows."""
         return self.num_tiles * self.batch * self.kv_heads
 
-    def item_at(self, number: Any) -> tuple[Any, ...]:
-        """(row, kv head, row of the intervals, tile); longest first: a causal mask's first."""
-        tile, which = (op(number, self.batch * self.kv_heads) for op in (lax.div, lax.rem))
-        b, head = lax.div(which, self.kv_heads), lax.rem(which, self.kv_heads)
-        return b, head, 0 if self.is_shared else b, tile
+    def item_at(self, order: Any, number: Any) -> tuple[Any, ...]:
+        """(row, kv head, row of the intervals, tile)."""
+        return item_at(order, number, self.num_tiles, self.batch, self.kv_heads)
 
     def tiles_of(self, table: Any, head: Any, row: Any, tile: Any) -> tuple[Any, ...]:
         """A query head's (place in `table`, its tiles of queries)."""
@@ -116,7 +113,7 @@ def backward(
     batch, length, num_heads, head_dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
     problem = Problem(
-        num_keys, batch, kv_heads, num_heads // kv_heads, head_dim, low.shape[0] == 1, scale, softcap,
+        num_keys, batch, kv_heads, num_heads // kv_heads, head_dim, scale, softcap,
         layout.stride if layout else 0,
     )  # fmt: skip
     margin = -length % QUERIES
@@ -142,14 +139,15 @@ def backward(
     num_blocks = 1 if interpret else NUM_SMS
     kernel = make_kernel(body, out_type, _scratch(problem, q.dtype, interpret), num_blocks, interpret)
     dq = jax.new_ref(jnp.zeros((COMPUTE if interpret else 1, batch, length + margin, num_heads, head_dim), jnp.float32))
-    dk, dv = kernel(table, entries, low, high, lse, delta, q, k, v, do, dq)
+    order = longest_first(table, problem.num_patterns)
+    dk, dv = kernel(order, table, entries, low, high, lse, delta, q, k, v, do, dq)
     return (dq[...].sum(0)[:, :length] * scale).astype(q.dtype), dk, dv
 
 
 _FIELDS = (
-    "table", "entries", "low", "high", "lse", "delta", "q", "k", "v", "do", "dq", "dk", "dv", "k_smem", "v_smem",
-    "q_smem", "do_smem", "ds_smem", "dq_smem", "bounds_smem", "sums_smem", "kv_full", "kv_empty", "q_full", "do_full",
-    "empty", "ds_full", "done", "p_smem",
+    "order", "table", "entries", "low", "high", "lse", "delta", "q", "k", "v", "do", "dq", "dk", "dv", "k_smem",
+    "v_smem", "q_smem", "do_smem", "ds_smem", "dq_smem", "bounds_smem", "sums_smem", "kv_full", "kv_empty",
+    "q_full", "do_full", "empty", "ds_full", "done", "p_smem",
 )  # fmt: skip
 _Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
 
@@ -186,7 +184,7 @@ def _fetch(refs: Any, problem: Problem) -> None:
     num_mine, item = own_items(problem.num_items)
 
     def one(i, count):
-        b, kv_head, row, tile = problem.item_at(item(i))
+        b, kv_head, row, tile = problem.item_at(refs.order, item(i))
         pl.when(i > 0)(lambda: plgpu.barrier_wait(refs.kv_empty))
         where = b, pl.ds(tile * problem.keys, problem.keys), kv_head
         plgpu.copy_gmem_to_smem(refs.k.at[where], refs.k_smem.at[0], refs.kv_full)
@@ -233,7 +231,7 @@ def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
         return s_ref[...]
 
     def one(i, count):
-        b, kv_head, row, tile = problem.item_at(item(i))
+        b, kv_head, row, tile = problem.item_at(refs.order, item(i))
         plgpu.barrier_wait(refs.kv_full)
 
         def over_queries(group, carry):

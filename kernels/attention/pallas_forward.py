@@ -28,7 +28,7 @@ from jaxscale.kernels.attention.products import (
     tanh,
     visit_at,
 )
-from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_visits
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, item_at, key_tiles, key_visits, longest_first
 from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel, own_items
 
 QUERIES = COMPUTE * ROWS
@@ -42,7 +42,6 @@ class Problem:
     Args:
         num_tiles: tiles of queries in a row.
         batch, num_heads, groups: query heads of a kv head.
-        is_shared: whether all rows of the batch have the same intervals.
         keys: in a tile.
         query_slots: tiles of queries in shared memory.
         scale, softcap: of the logits.
@@ -53,7 +52,6 @@ class Problem:
     batch: int
     num_heads: int
     groups: int
-    is_shared: bool
     keys: int
     query_slots: int
     scale: float
@@ -65,12 +63,9 @@ class Problem:
         """Tiles of queries of all heads and rows."""
         return self.num_tiles * self.batch * self.num_heads
 
-    def item_at(self, table: Any, number: Any) -> tuple[Any, ...]:
-        """(row, head, row of the intervals, place in `table`, its tiles); longest first: a causal mask's last."""
-        which = lax.rem(number, self.batch * self.num_heads)
-        tile = self.num_tiles - 1 - lax.div(number, self.batch * self.num_heads)
-        b, head = lax.div(which, self.num_heads), lax.rem(which, self.num_heads)
-        row = 0 if self.is_shared else b
+    def item_at(self, order: Any, table: Any, number: Any) -> tuple[Any, ...]:
+        """(row, head, row of the intervals, place in `table`, its tiles)."""
+        b, head, row, tile = item_at(order, number, self.num_tiles, self.batch, self.num_heads)
         place = lax.rem(head, self.num_patterns) if self.num_patterns else row, tile
         return b, head, row, place, tuple(table[(*place, field)] for field in range(4))
 
@@ -93,7 +88,7 @@ def forward(
     low, high = (jnp.pad(x, ((0, 0), (0, padded - length))) for x in (low, high))
     is_wide = head_dim > 128  # then shared memory holds half of the keys, and one tile of queries
     problem = Problem(
-        padded // QUERIES, batch, num_heads, num_heads // k.shape[2], low.shape[0] == 1,
+        padded // QUERIES, batch, num_heads, num_heads // k.shape[2],
         BLOCK if is_wide or layout else 128, 1 if is_wide else 2, scale, softcap, layout.stride if layout else 0,
     )  # fmt: skip
     if layout:
@@ -128,13 +123,13 @@ def forward(
         ),
         2 if interpret else NUM_SMS,
         interpret,
-    )(table, entries, low, high, q, k, v)
+    )(longest_first(table, problem.num_patterns), table, entries, low, high, q, k, v)
     return o, lse[:, :, :length]
 
 
 _FIELDS = (
-    "table", "entries", "low", "high", "q", "k", "v", "o", "lse", "q_smem", "k_smem", "v_smem", "low_smem", "high_smem",
-    "lse_smem", "q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty", "turn", "p_smem",
+    "order", "table", "entries", "low", "high", "q", "k", "v", "o", "lse", "q_smem", "k_smem", "v_smem", "low_smem",
+    "high_smem", "lse_smem", "q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty", "turn", "p_smem",
 )  # fmt: skip
 _Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
 
@@ -145,7 +140,7 @@ def _fetch(refs: Any, problem: Problem) -> None:
     keys, slots = problem.keys, problem.query_slots
 
     def one(i, count):
-        b, head, row, place, (first, end, *_) = problem.item_at(refs.table, item(i))
+        b, head, row, place, (first, end, *_) = problem.item_at(refs.order, refs.table, item(i))
         slot = lax.rem(i, slots)
         pl.when(i >= slots)(lambda: plgpu.barrier_wait(refs.q_empty.at[slot]))
         queries = pl.ds(place[1] * QUERIES, QUERIES)
@@ -185,7 +180,7 @@ def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
     pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
 
     def one(i, count):
-        b, head, _, place, tiles = problem.item_at(refs.table, item(i))
+        b, head, _, place, tiles = problem.item_at(refs.order, refs.table, item(i))
         slot = lax.rem(i, problem.query_slots)
         mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
         q_mine = refs.q_smem.at[slot, mine]

@@ -9,7 +9,15 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.attention.api import BACKENDS, attention, mosaic_refusal
-from jaxscale.kernels.attention.tiles import BlockLayout, key_tiles, key_visits, query_tiles, query_visits
+from jaxscale.kernels.attention.tiles import (
+    BlockLayout,
+    item_at,
+    key_tiles,
+    key_visits,
+    longest_first,
+    query_tiles,
+    query_visits,
+)
 from tests.kernels.interpretation import INTERPRET
 
 IS_NEW = jax.__version_info__ >= (0, 11)
@@ -144,6 +152,22 @@ def test_tiles_are_those_that_are_seen(kind):
         assert (is_tested >= (some & ~whole)).all(), "a tile of which a part is hidden"
         if kind != "documents":  # where whole tiles may lie on both sides of another
             assert is_tested.sum() == (some & ~whole).sum(), "nothing is tested for nothing"
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_every_item_is_taken_once_and_blocks_end_together(is_shared):
+    """32 blocks, each of which takes items there and back; documents of any length in any order."""
+    rng, tiles, batch, heads, blocks = np.random.default_rng(0), 64, 2, 4, 32
+    lengths = rng.integers(0, 90, (1 if is_shared else batch, tiles))
+    first = rng.integers(0, 9, lengths.shape)
+    order = longest_first(jnp.stack([first, first + lengths, first, first], -1), 0)
+    number = np.arange(tiles * batch * heads)
+    b, head, row, tile = np.asarray(jax.vmap(lambda i: jnp.stack(item_at(order, i, tiles, batch, heads)))(number)).T
+    assert len(set(zip(b, head, tile, strict=True))) == len(number)
+    assert (row == (0 if is_shared else b)).all()
+    turns = lengths[row, tile].reshape(-1, blocks)
+    turns[1::2] = turns[1::2, ::-1]
+    assert turns.sum(0).max() < 1.03 * turns.sum(0).mean()
 
 
 def test_visited_blocks_are_those_of_phi_3_small():
