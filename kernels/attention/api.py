@@ -84,12 +84,6 @@ def _pad(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % ALIGNMENT), (0, 0), (0, head_dim - x.shape[3])))
 
 
-# Jitted, so that layers alike share what is lowered, which takes seconds.
-_SETTINGS = ("scale", "softcap", "layout", "interpret")
-_forward_once = jax.jit(pallas_forward.forward, static_argnames=_SETTINGS)
-_backward_once = jax.jit(pallas_backward.backward, static_argnames=_SETTINGS)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _mosaic(q, k, v, low, high, scale, softcap, layout, interpret):
     return _forward(q, k, v, low, high, scale, softcap, layout, interpret)[0]
@@ -97,7 +91,7 @@ def _mosaic(q, k, v, low, high, scale, softcap, layout, interpret):
 
 def _forward(q, k, v, low, high, scale, softcap, layout, interpret):
     settings = dict(scale=scale, softcap=softcap, layout=layout, interpret=interpret)
-    o, lse = _forward_once(q, k, v, low, high, **settings)
+    o, lse = pallas_forward.forward(q, k, v, low, high, **settings)
     o, lse = checkpoint_name(o, OUTPUT_NAME), checkpoint_name(lse, OUTPUT_NAME)
     return (o, lse), (q, k, v, low, high, o, lse)
 
@@ -105,7 +99,7 @@ def _forward(q, k, v, low, high, scale, softcap, layout, interpret):
 def _backward(scale, softcap, layout, interpret, kept, cotangents):
     q, k, v, low, high, o, lse = kept
     settings = dict(scale=scale, softcap=softcap, layout=layout, interpret=interpret)
-    return *_backward_once(q, k, v, o, lse, *cotangents, low, high, **settings), None, None
+    return *pallas_backward.backward(q, k, v, o, lse, *cotangents, low, high, **settings), None, None
 
 
 _mosaic.defvjp(_forward, _backward)

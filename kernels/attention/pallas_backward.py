@@ -98,6 +98,7 @@ class Problem:
         return place, tuple(table[(*place, field)] for field in range(4))
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))  # once for all layers
 def backward(
     q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array,
     low: jax.Array, high: jax.Array, *, scale: float, softcap: float | None, layout: BlockLayout | None = None,

@@ -70,6 +70,7 @@ class Problem:
         return b, head, row, place, tuple(table[(*place, field)] for field in range(4))
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))  # once for all layers
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, low: jax.Array, high: jax.Array, *, scale: float, softcap: float | None,
     layout: BlockLayout | None = None, interpret: Any = False,
