@@ -51,20 +51,6 @@ def make_kernel(body: Callable, out_type: Any, scratch_types: Any, num_blocks: i
     )
 
 
-def own_items(num_items: Any) -> tuple[Any, Callable]:
-    """(how many of the items are this block's, i -> number of its i-th).
-
-    Blocks take an item each in turn, there and back: where items get shorter, all blocks end at about the same time.
-    """
-    block, blocks = lax.axis_index("sm"), lax.axis_size("sm")
-
-    def place(turn):
-        return jnp.where(lax.rem(turn, 2) == 0, block, blocks - 1 - block)
-
-    whole, rest = lax.div(num_items, blocks), lax.rem(num_items, blocks)
-    return whole + (place(whole) < rest), lambda i: i * blocks + place(i)
-
-
 def make_matmul(body: Callable, out_type: Any, blocks: BlockSizes, interpret: Any, *buffers: Any, copies: int = 2):
     """A kernel for `multiply_tiles`: a block shares `buffers` and barriers; `copies` bring the operands of a step."""
     barriers = (

@@ -13,7 +13,7 @@ import numpy as np
 from jaxscale.kernels.attention.api import attention
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
 
-SHAPES = ((4, 4096, 32, 8, 128), (1, 32768, 32, 8, 128), (8, 4096, 32, 32, 64))  # B, T, N, K, H
+SHAPES = ((4, 4096, 32, 8, 128), (1, 32768, 32, 8, 128), (4, 4096, 32, 32, 128), (8, 4096, 32, 32, 64))  # B, T, N, K, H
 REPEATS, ROUNDS, TILE = 10, 3, 128
 
 

@@ -32,8 +32,9 @@ from jaxscale.kernels.attention.products import (
     tanh,
     visit_at,
 )
-from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, item_at, longest_first, query_tiles, query_visits
-from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel, own_items
+from jaxscale.kernels.attention.scheduler import SLOTS, item_at, longest_first, make_queue, over_items
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, query_tiles, query_visits
+from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel
 
 QUERIES = 64
 STAGES = 2  # tiles of queries and of their output's gradients in shared memory
@@ -43,6 +44,7 @@ STAGES = 2  # tiles of queries and of their output's gradients in shared memory
 class Problem:
     """Sizes and settings that a kernel is compiled for; `groups` query heads read a kv head, otherwise as it says."""
 
+    num_queries: int
     num_keys: int
     batch: int
     kv_heads: int
@@ -90,7 +92,8 @@ class Problem:
 
     def item_at(self, order: Any, number: Any) -> tuple[Any, ...]:
         """(row, kv head, row of the intervals, tile)."""
-        return item_at(order, number, self.num_tiles, self.batch, self.kv_heads)
+        head_bytes = self.num_queries * self.head_dim * (2 + 2 + 4)  # of q, do and dq of the query head in work
+        return item_at(order, number, self.batch, self.kv_heads, head_bytes)
 
     def tiles_of(self, table: Any, head: Any, row: Any, tile: Any) -> tuple[Any, ...]:
         """A query head's (place in `table`, its tiles of queries)."""
@@ -114,7 +117,7 @@ def backward(
     batch, length, num_heads, head_dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
     problem = Problem(
-        num_keys, batch, kv_heads, num_heads // kv_heads, head_dim, scale, softcap,
+        length, num_keys, batch, kv_heads, num_heads // kv_heads, head_dim, scale, softcap,
         layout.stride if layout else 0,
     )  # fmt: skip
     margin = -length % QUERIES
@@ -133,8 +136,9 @@ def backward(
 
     def body(*refs):
         refs = _Refs(*refs, *[None] * (len(_FIELDS) - len(refs)))
-        pl.when(lax.axis_index("warpgroup") == COMPUTE)(lambda: _fetch(refs, problem))
-        pl.when(lax.axis_index("warpgroup") < COMPUTE)(lambda: _compute(refs, problem, interpret))
+        queue = make_queue(interpret)
+        pl.when(lax.axis_index("warpgroup") == COMPUTE)(lambda: _fetch(refs, problem, queue))
+        pl.when(lax.axis_index("warpgroup") < COMPUTE)(lambda: _compute(refs, problem, queue, interpret))
 
     out_type = jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)
     num_blocks = 1 if interpret else NUM_SMS
@@ -148,7 +152,7 @@ def backward(
 _FIELDS = (
     "order", "table", "entries", "low", "high", "lse", "delta", "q", "k", "v", "do", "dq", "dk", "dv", "k_smem",
     "v_smem", "q_smem", "do_smem", "ds_smem", "dq_smem", "bounds_smem", "sums_smem", "kv_full", "kv_empty",
-    "q_full", "do_full", "empty", "ds_full", "done", "p_smem",
+    "q_full", "do_full", "empty", "ds_full", "done", "ready", "p_smem",
 )  # fmt: skip
 _Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
 
@@ -171,6 +175,7 @@ def _scratch(problem: Problem, dtype: Any, interpret: Any) -> tuple[Any, ...]:
         plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=COMPUTE),
         plgpu.Barrier(num_arrivals=COMPUTE),
+        plgpu.Barrier(num_barriers=SLOTS),
         *interpreted_buffers(interpret, (ROWS, QUERIES), dtype=dtype),
     )
 
@@ -180,12 +185,11 @@ def _part(number: Any, size: int) -> Any:
     return pl.ds(pl.multiple_of(number * size, size), size)
 
 
-def _fetch(refs: Any, problem: Problem) -> None:
+def _fetch(refs: Any, problem: Problem, queue: Any) -> None:
     plgpu.set_max_registers(24, action="decrease")
-    num_mine, item = own_items(problem.num_items)
 
-    def one(i, count):
-        b, kv_head, row, tile = problem.item_at(refs.order, item(i))
+    def one(i, number, count):
+        b, kv_head, row, tile = problem.item_at(refs.order, number)
         pl.when(i > 0)(lambda: plgpu.barrier_wait(refs.kv_empty))
         where = b, pl.ds(tile * problem.keys, problem.keys), kv_head
         plgpu.copy_gmem_to_smem(refs.k.at[where], refs.k_smem.at[0], refs.kv_full)
@@ -214,25 +218,24 @@ def _fetch(refs: Any, problem: Problem) -> None:
 
         return lax.fori_loop(0, problem.groups, of_head, count)
 
-    count = lax.fori_loop(0, num_mine, one, jnp.int32(0))
+    num_mine, _, count = over_items(problem.num_items, one, queue, refs.ready, is_fetching=True)
     for slot in range(STAGES):  # a barrier may go only when all that happened to it has been seen
         pl.when(count > slot)(lambda slot=slot: plgpu.barrier_wait(refs.empty.at[slot]))
     pl.when(num_mine > 0)(lambda: plgpu.barrier_wait(refs.kv_empty))
 
 
-def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
+def _compute(refs: Any, problem: Problem, queue: Any, interpret: Any) -> None:
     plgpu.set_max_registers(240, action="increase")
     warpgroup = lax.axis_index("warpgroup")
     _, mine, columns = problem.share(warpgroup)
-    num_mine, item = own_items(problem.num_items)
     accumulator = plgpu.ACC((ROWS, QUERIES), jnp.float32)
 
     def begin(slot, s_ref):
         plgpu.wgmma(s_ref, refs.k_smem.at[0, mine], refs.q_smem.at[slot].transpose((1, 0)))
         return s_ref[...]
 
-    def one(i, count):
-        b, kv_head, row, tile = problem.item_at(refs.order, item(i))
+    def one(i, number, count):
+        b, kv_head, row, tile = problem.item_at(refs.order, number)
         plgpu.barrier_wait(refs.kv_full)
 
         def over_queries(group, carry):
@@ -264,7 +267,7 @@ def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
         plgpu.barrier_arrive(refs.kv_empty)
         return count
 
-    lax.fori_loop(0, num_mine, one, jnp.int32(0))
+    over_items(problem.num_items, one, queue, refs.ready, is_fetching=False)
     plgpu.wait_smem_to_gmem(0)
 
 

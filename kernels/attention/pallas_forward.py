@@ -28,8 +28,9 @@ from jaxscale.kernels.attention.products import (
     tanh,
     visit_at,
 )
-from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, item_at, key_tiles, key_visits, longest_first
-from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel, own_items
+from jaxscale.kernels.attention.scheduler import SLOTS, item_at, longest_first, make_queue, over_items
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_visits
+from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel
 
 QUERIES = COMPUTE * ROWS
 STAGES = 2  # tiles of keys and of values in shared memory
@@ -42,6 +43,7 @@ class Problem:
     Args:
         num_tiles: tiles of queries in a row.
         batch, num_heads, groups: query heads of a kv head.
+        head_bytes: of a kv head's keys and values, for each of its query heads.
         keys: in a tile.
         query_slots: tiles of queries in shared memory.
         scale, softcap: of the logits.
@@ -52,6 +54,7 @@ class Problem:
     batch: int
     num_heads: int
     groups: int
+    head_bytes: int
     keys: int
     query_slots: int
     scale: float
@@ -65,7 +68,7 @@ class Problem:
 
     def item_at(self, order: Any, table: Any, number: Any) -> tuple[Any, ...]:
         """(row, head, row of the intervals, place in `table`, its tiles)."""
-        b, head, row, tile = item_at(order, number, self.num_tiles, self.batch, self.num_heads)
+        b, head, row, tile = item_at(order, number, self.batch, self.num_heads, self.head_bytes)
         place = lax.rem(head, self.num_patterns) if self.num_patterns else row, tile
         return b, head, row, place, tuple(table[(*place, field)] for field in range(4))
 
@@ -89,7 +92,7 @@ def forward(
     low, high = (jnp.pad(x, ((0, 0), (0, padded - length))) for x in (low, high))
     is_wide = head_dim > 128  # then shared memory holds half of the keys, and one tile of queries
     problem = Problem(
-        padded // QUERIES, batch, num_heads, num_heads // k.shape[2],
+        padded // QUERIES, batch, num_heads, num_heads // k.shape[2], 4 * k.shape[1] * k.shape[2] * head_dim // num_heads,
         BLOCK if is_wide or layout else 128, 1 if is_wide else 2, scale, softcap, layout.stride if layout else 0,
     )  # fmt: skip
     if layout:
@@ -99,8 +102,9 @@ def forward(
 
     def body(*refs):
         refs = _Refs(*refs, *[None] * (len(_FIELDS) - len(refs)))
-        pl.when(lax.axis_index("warpgroup") == COMPUTE)(lambda: _fetch(refs, problem))
-        pl.when(lax.axis_index("warpgroup") < COMPUTE)(lambda: _compute(refs, problem, interpret))
+        queue = make_queue(interpret)
+        pl.when(lax.axis_index("warpgroup") == COMPUTE)(lambda: _fetch(refs, problem, queue))
+        pl.when(lax.axis_index("warpgroup") < COMPUTE)(lambda: _compute(refs, problem, queue, interpret))
 
     slots = problem.query_slots
     o, lse = make_kernel(
@@ -120,6 +124,7 @@ def forward(
             plgpu.Barrier(num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
             plgpu.Barrier(num_barriers=COMPUTE),
+            plgpu.Barrier(num_barriers=SLOTS),
             *interpreted_buffers(interpret, (ROWS, problem.keys), dtype=q.dtype),
         ),
         2 if interpret else NUM_SMS,
@@ -130,18 +135,17 @@ def forward(
 
 _FIELDS = (
     "order", "table", "entries", "low", "high", "q", "k", "v", "o", "lse", "q_smem", "k_smem", "v_smem", "low_smem",
-    "high_smem", "lse_smem", "q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty", "turn", "p_smem",
+    "high_smem", "lse_smem", "q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty", "turn", "ready", "p_smem",
 )  # fmt: skip
 _Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
 
 
-def _fetch(refs: Any, problem: Problem) -> None:
+def _fetch(refs: Any, problem: Problem, queue: Any) -> None:
     plgpu.set_max_registers(24, action="decrease")
-    num_mine, item = own_items(problem.num_items)
     keys, slots = problem.keys, problem.query_slots
 
-    def one(i, count):
-        b, head, row, place, (first, end, *_) = problem.item_at(refs.order, refs.table, item(i))
+    def one(i, number, count):
+        b, head, row, place, (first, end, *_) = problem.item_at(refs.order, refs.table, number)
         slot = lax.rem(i, slots)
         pl.when(i >= slots)(lambda: plgpu.barrier_wait(refs.q_empty.at[slot]))
         queries = pl.ds(place[1] * QUERIES, QUERIES)
@@ -166,7 +170,7 @@ def _fetch(refs: Any, problem: Problem) -> None:
 
         return lax.fori_loop(0, end - first, step, count)
 
-    count = lax.fori_loop(0, num_mine, one, jnp.int32(0))
+    num_mine, _, count = over_items(problem.num_items, one, queue, refs.ready, is_fetching=True)
     for slot in range(STAGES):  # a barrier may go only when all that happened to it has been seen
         for barrier in (refs.k_empty, refs.v_empty):
             pl.when(count > slot)(lambda slot=slot, barrier=barrier: plgpu.barrier_wait(barrier.at[slot]))
@@ -174,14 +178,13 @@ def _fetch(refs: Any, problem: Problem) -> None:
         pl.when(num_mine > slot)(lambda slot=slot: plgpu.barrier_wait(refs.q_empty.at[slot]))
 
 
-def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
+def _compute(refs: Any, problem: Problem, queue: Any, interpret: Any) -> None:
     plgpu.set_max_registers(240, action="increase")
     warpgroup = lax.axis_index("warpgroup")
-    num_mine, item = own_items(problem.num_items)
     pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
 
-    def one(i, count):
-        b, head, _, place, tiles = problem.item_at(refs.order, refs.table, item(i))
+    def one(i, number, count):
+        b, head, _, place, tiles = problem.item_at(refs.order, refs.table, number)
         slot = lax.rem(i, problem.query_slots)
         mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
         q_mine = refs.q_smem.at[slot, mine]
@@ -209,7 +212,7 @@ def _compute(refs: Any, problem: Problem, interpret: Any) -> None:
         pl.when(end == first)(lambda: store(zeros, minus_infinity(ROWS)))
         return count + end - first
 
-    lax.fori_loop(0, num_mine, one, jnp.int32(0))
+    over_items(problem.num_items, one, queue, refs.ready, is_fetching=False)
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
 

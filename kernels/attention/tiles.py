@@ -1,12 +1,10 @@
 """Who sees whom, as an interval of keys for each query or by blocks, and the tiles that are visited for it."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 BLOCK = 64  # tokens, of a block-sparse layout
 
@@ -55,25 +53,6 @@ def query_tiles(low: jax.Array, high: jax.Array, *, queries: int, keys: int, num
     whole_begin = jnp.clip(whole_begin, begin, finish)
     whole_finish = jnp.clip(whole_finish, whole_begin, finish)
     return jnp.stack([begin, finish, whole_begin, whole_finish], -1).astype(jnp.int32)
-
-
-def longest_first(table: jax.Array, num_patterns: int) -> jax.Array:
-    """The order in which to take the tiles of `table` [rows or patterns, tiles, 4], so that blocks end together.
-
-    Returns:
-        int32, row * tiles + tile, those that visit most first; of patterns only the tile, by what all visit together.
-    """
-    lengths = table[..., 1] - table[..., 0]
-    return jnp.argsort(-(lengths.sum(0) if num_patterns else lengths.reshape(-1)), stable=True).astype(jnp.int32)
-
-
-def item_at(order: Any, number: Any, num_tiles: int, batch: int, heads: int) -> tuple[Any, ...]:
-    """(row, head, row of the intervals, tile) of an item of work, which is one tile of one head and row."""
-    is_shared = order.shape[0] == num_tiles
-    others = heads * (batch if is_shared else 1)
-    place, which = order[lax.div(number, others)], lax.rem(number, others)
-    row, tile = lax.div(place, num_tiles), lax.rem(place, num_tiles)
-    return lax.div(which, heads) if is_shared else row, lax.rem(which, heads), row, tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Every backend of the attention kernel against float64; the GPU kernel is interpreted."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +10,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.attention.api import BACKENDS, attention, mosaic_refusal
-from jaxscale.kernels.attention.tiles import (
-    BlockLayout,
-    item_at,
-    key_tiles,
-    key_visits,
-    longest_first,
-    query_tiles,
-    query_visits,
-)
+from jaxscale.kernels.attention.scheduler import CACHE, item_at, longest_first
+from jaxscale.kernels.attention.tiles import BlockLayout, key_tiles, key_visits, query_tiles, query_visits
 from tests.kernels.interpretation import INTERPRET
 
 IS_NEW = jax.__version_info__ >= (0, 11)
@@ -154,20 +148,26 @@ def test_tiles_are_those_that_are_seen(kind):
             assert is_tested.sum() == (some & ~whole).sum(), "nothing is tested for nothing"
 
 
-@pytest.mark.parametrize("is_shared", [True, False])
-def test_every_item_is_taken_once_and_blocks_end_together(is_shared):
-    """32 blocks, each of which takes items there and back; documents of any length in any order."""
-    rng, tiles, batch, heads, blocks = np.random.default_rng(0), 64, 2, 4, 32
-    lengths = rng.integers(0, 90, (1 if is_shared else batch, tiles))
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["one mask", "documents", "patterns"])
+def test_every_tile_of_every_head_is_taken_once_longest_first(kind, batch):
+    """Of as many heads at a time as the cache holds, 3 of 8 here."""
+    rng, tiles, heads, together = np.random.default_rng(0), 64, 4, 3
+    lengths = rng.integers(0, 90, ({"one mask": 1, "documents": batch, "patterns": 2}[kind], tiles))
     first = rng.integers(0, 9, lengths.shape)
-    order = longest_first(jnp.stack([first, first + lengths, first, first], -1), 0)
+    order = longest_first(jnp.stack([first, first + lengths, first, first], -1), 2 if kind == "patterns" else 0)
     number = np.arange(tiles * batch * heads)
-    b, head, row, tile = np.asarray(jax.vmap(lambda i: jnp.stack(item_at(order, i, tiles, batch, heads)))(number)).T
-    assert len(set(zip(b, head, tile, strict=True))) == len(number)
-    assert (row == (0 if is_shared else b)).all()
-    turns = lengths[row, tile].reshape(-1, blocks)
-    turns[1::2] = turns[1::2, ::-1]
-    assert turns.sum(0).max() < 1.03 * turns.sum(0).mean()
+    take = jax.vmap(lambda i: jnp.stack(item_at(order, i, batch, heads, CACHE // together)))
+    b, head, row, tile = np.asarray(take(number)).T
+    taken = list(zip(b.tolist(), head.tolist(), tile.tolist(), strict=True))
+    assert sorted(taken) == list(itertools.product(range(batch), range(heads), range(tiles)))
+    np.testing.assert_array_equal(row, b if kind == "documents" else 0)
+    visits = (lengths.sum(0, keepdims=True) if kind == "patterns" else lengths)[row, tile]
+    for start in range(0, batch * heads, together):
+        now = slice(start * tiles, (start + together) * tiles)
+        assert set((b * heads + head)[now].tolist()) == set(range(start, min(start + together, batch * heads)))
+        for each in range(batch):
+            assert (np.diff(visits[now][b[now] == each]) <= 0).all()
 
 
 def test_visited_blocks_are_those_of_phi_3_small():
