@@ -105,7 +105,8 @@ def attention(
         v: [B, S, K, H].
         context: the mask structure.
         cache: None: this callable keeps no keys between calls (see `kv_cache.attend` for one that does).
-        implementation: one of BACKENDS; None picks one and logs it.
+        implementation: one of BACKENDS; None picks one and logs it. "mosaic" is not divided by the compiler: where
+            arrays lie on several devices, call it inside `shard_map` (as train steps do), or name another.
     Returns:
         ([B, T, N, H] in the type of `q`, None).
     Raises:
@@ -133,7 +134,8 @@ def check_backend(parameter: str, implementation: str, q: Array, context: Attent
 def _choose(q: Array, context: AttentionContext) -> str:
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     is_ours = any(each is not None for each in (context.segments, context.softcap, context.layout))
-    is_faster = context.is_causal and context.window is None and q.shape[3] == 128  # as measured on an H200
+    # As measured on an H200: 512 to 32,768 tokens, 8 or 32 kv heads (experiments/results/2026-11-24_h200_attention.md).
+    is_faster = context.is_causal and context.window is None and q.shape[3] == 128
     if is_hopper() and (is_ours or is_faster) and _mosaic_refusal(q, context) is None:
         return "mosaic"  # for documents cuDNN takes a dense mask; soft-cap and layout it has not
     if jax.default_backend() == "gpu" and is_half and _cudnn_refusal(q, context) is None:

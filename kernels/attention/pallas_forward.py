@@ -73,7 +73,7 @@ class Problem:
         return b, head, row, place, tuple(table[(*place, field)] for field in range(4))
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))  # once for all layers
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))  # lowered once for all layers
 def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, low: jax.Array, high: jax.Array, *, scale: float, softcap: float | None,
     layout: BlockLayout | None = None, interpret: Any = False,
@@ -91,8 +91,9 @@ def forward(
     padded = pl.cdiv(length, QUERIES) * QUERIES
     low, high = (jnp.pad(x, ((0, 0), (0, padded - length))) for x in (low, high))
     is_wide = head_dim > 128  # then shared memory holds half of the keys, and one tile of queries
+    groups = num_heads // k.shape[2]
     problem = Problem(
-        padded // QUERIES, batch, num_heads, num_heads // k.shape[2], 4 * k.shape[1] * k.shape[2] * head_dim // num_heads,
+        padded // QUERIES, batch, num_heads, groups, 2 * 2 * k.shape[1] * head_dim // groups,
         BLOCK if is_wide or layout else 128, 1 if is_wide else 2, scale, softcap, layout.stride if layout else 0,
     )  # fmt: skip
     if layout:

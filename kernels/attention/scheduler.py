@@ -94,8 +94,8 @@ def _count_up(_, counter, target):
     arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
 )
 def _number_at(_, source):
-    """A warp's lanes take what the first of them has read: ptxas then knows that they do not diverge, else it serialises
-    all products (C7520)."""
+    """What is stored there, the same for all threads of a warpgroup."""
+    # Lanes take what the first of a warp read, or ptxas thinks that they diverge and serialises all products (C7520).
     number = mgpu.utils.inline_ptx(
         "{ .reg .u32 read; ld.u32 read, [$1]; shfl.sync.idx.b32 $0, read, 0, 31, -1; }",
         mgpu.utils.memref_ptr(source),

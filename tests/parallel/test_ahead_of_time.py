@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -205,11 +206,14 @@ def test_attention_is_that_of_the_described_gpus():
 
 
 @needs_plugin
+@pytest.mark.parametrize(("head_dim", "call"), [(64, r"@__cudnn\$fmhaSoftmax\("), (128, r"call @forward(_\d+)?\(")])
 @pytest.mark.parametrize(("remat", "times"), [("full", 2), ("dots", 1)])
-def test_attention_is_recomputed_only_by_full_remat(remat, times):
-    """cuDNN's forward calls in the program of one layer's gradient."""
+def test_attention_is_recomputed_only_by_full_remat(remat, times, head_dim, call):
+    """The forward calls of cuDNN, or of our kernel, in the program of one layer's gradient."""
+    if head_dim == 128 and jax.__version_info__ < (0, 11):
+        pytest.skip("our kernel refuses jax 0.10, which cannot put a kernel that writes to a reference into a scan")
     devices = described_devices("h200", num_hosts=1, gpus_per_host=1)
-    model = dataclasses.replace(MODEL, num_layers=1)
+    model = dataclasses.replace(MODEL, num_layers=1, head_dim=head_dim)
     loss = NextTokenLoss(model, Policy(), StackConfig(num_loss_chunks=1, remat=remat, is_scanned=False))
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), "float32"))
@@ -217,7 +221,7 @@ def test_attention_is_recomputed_only_by_full_remat(remat, times):
     params, batch = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), (params, batch))
     with as_on_gpus(devices):
         hlo = jax.jit(jax.grad(lambda p, b: loss(p, b, None)[0])).lower(params, batch).as_text()
-    assert hlo.count("@__cudnn$fmhaSoftmax(") == times
+    assert len(re.findall(call, hlo)) == times
 
 
 @needs_plugin
