@@ -127,34 +127,41 @@ def _dense_spec(entry: Any, config: MeshConfig) -> PartitionSpec:
 
 
 def _zero_spec(entry: Any, spec: PartitionSpec, config: MeshConfig) -> PartitionSpec:
-    """Cuts over ZeRO's axes, or over `data` alone; a leaf with no dim that divides stays whole."""
+    """Cuts over ZeRO's axes, or over `data` alone; a leaf with no dim that divides stays whole.
+
+    Whole layers where nothing is gathered layer by layer, as ZeRO-3 does.
+    """
     axes = tuple(axis for axis in config.zero_axes if getattr(config, axis) > 1) or (DATA,)
-    cut = _cut(entry, spec, axes, config, may_share=False)
-    return _cut(entry, spec, (DATA,), config, may_share=False) if cut == spec else cut
+    settings = dict(may_share=False, cuts_layers=config.zero < 3)
+    cut = _cut(entry, spec, axes, config, **settings)
+    return _cut(entry, spec, (DATA,), config, **settings) if cut == spec else cut
 
 
 def _stage_spec(entry: Any, spec: PartitionSpec, config: MeshConfig) -> PartitionSpec:
     """Cuts a parameter that is in no layer over the stages, each of which stores a share."""
     if config.pipeline == 1 or entry.dims.startswith("L"):
         return spec
-    return _cut(entry, spec, (PIPELINE,), config, may_share=True)
+    return _cut(entry, spec, (PIPELINE,), config, may_share=True, cuts_layers=False)
 
 
-def _cut(entry: Any, spec: PartitionSpec, axes: tuple[str, ...], config: MeshConfig, *, may_share: bool):
-    """Adds `axes` to the dim with the largest shards that divide, a dim that is free before one that is cut already."""
+def _cut(
+    entry: Any, spec: PartitionSpec, axes: tuple[str, ...], config: MeshConfig, *, may_share: bool, cuts_layers: bool
+) -> PartitionSpec:
+    """Adds `axes` to the outermost dim that divides, a dim that is whole before one that is cut already.
+
+    The outermost, for its shares lie together in memory: those of an inner dim are transposed before and after each
+    exchange.
+    """
     ways = math.prod(getattr(config, axis) for axis in axes)
-    shards = [
-        size // math.prod(getattr(config, axis) for axis in axes_of(each))
-        for size, each in zip(entry.shape, spec, strict=True)
-    ]
+    cuts = [math.prod(getattr(config, axis) for axis in axes_of(each)) for each in spec]
     fitting = [
-        (each is None, size, -i)
-        for i, (size, each) in enumerate(zip(shards, spec, strict=True))
-        if entry.dims[i] != "L" and size % ways == 0 and (each is None or may_share)
+        (cut == 1, -i)
+        for i, (size, cut, letter) in enumerate(zip(entry.shape, cuts, entry.dims, strict=True))
+        if size // cut % ways == 0 and (cut == 1 or may_share) and (letter != "L" or cuts_layers)
     ]
     if not fitting:
         return spec
-    dim = -max(fitting)[2]
+    dim = -max(fitting)[1]
     together = axes_of(spec[dim]) + axes
     return PartitionSpec(*(spec[:dim]), together if len(together) > 1 else together[0], *(spec[dim + 1 :]))
 

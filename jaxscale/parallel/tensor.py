@@ -1,7 +1,8 @@
 """Tensor parallelism with sequence-sharded norms, as operations injected into a single-device model.
 
-Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device. Every collective here is
-its own transpose's partner (all-gather and reduce-scatter); a bare psum would have a wrong gradient.
+Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device, which has a contiguous share
+of the B T tokens in the order of rows, so that what is exchanged lies together in memory and nothing is transposed. Every
+collective here is its own transpose's partner (all-gather and reduce-scatter); a bare psum would have a wrong gradient.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2.
 """
@@ -19,18 +20,24 @@ from jaxscale.types import Array
 
 def enter(x: Array) -> Array:
     """Residual [B, T / tensor, D] to [B, T, D]."""
-    return lax.all_gather(x, TENSOR, axis=1, tiled=True)
+    num_rows, num_own, dim = x.shape
+    whole = lax.all_gather(x.reshape(-1, dim), TENSOR, tiled=True)
+    return whole.reshape(num_rows, num_own * lax.axis_size(TENSOR), dim)
 
 
 def exit(y: Array) -> Array:
     """Partial sums [B, T, D] to the residual [B, T / tensor, D]."""
-    return checkpoint_name(lax.psum_scatter(y, TENSOR, scatter_dimension=1, tiled=True), EXCHANGED)
+    num_rows, length, dim = y.shape
+    own = lax.psum_scatter(y.reshape(-1, dim), TENSOR, tiled=True)
+    return checkpoint_name(own.reshape(num_rows, length // lax.axis_size(TENSOR), dim), EXCHANGED)
 
 
 def own(x: Array) -> Array:
     """[B, T, ...] known to the whole group to this device's tokens [B, T / tensor, ...]."""
-    size = x.shape[1] // lax.axis_size(TENSOR)
-    return lax.dynamic_slice_in_dim(x, lax.axis_index(TENSOR) * size, size, 1)
+    num_rows, num_own = x.shape[0], x.shape[1] // lax.axis_size(TENSOR)
+    size = num_rows * num_own
+    tokens = x.reshape(-1, *x.shape[2:])
+    return lax.dynamic_slice_in_dim(tokens, lax.axis_index(TENSOR) * size, size).reshape(num_rows, num_own, *x.shape[2:])
 
 
 def first(num: int) -> Array:

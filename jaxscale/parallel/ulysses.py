@@ -41,11 +41,22 @@ def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable
     members = [[r * num_members + i for i in range(num_members)] for r in range(ring)]
     groups = dict(axis_index_groups=members if ring > 1 else None, tiled=True)
 
-    def exchange(x: Array, split: int, concat: int) -> Array:
-        return checkpoint_name(lax.all_to_all(x, SEQUENCE, split, concat, **groups), EXCHANGED)
+    def exchange(x: Array) -> Array:
+        """[P, ...]: the i-th part to member i, which finds it as its part of this member's number."""
+        flat = x.reshape(num_members, -1)  # else XLA sends another order of dims and transposes what arrives
+        return checkpoint_name(lax.all_to_all(flat, SEQUENCE, 0, 0, **groups).reshape(x.shape), EXCHANGED)
 
-    to_heads = functools.partial(exchange, split=2, concat=1)
-    to_sequence = functools.partial(exchange, split=1, concat=2)
+    def to_heads(x: Array) -> Array:
+        """[B, T / P, N, H] to [T, B, N / P, H]; all that is sent to a member lies together."""
+        num_rows, num_own, num_heads, head_dim = x.shape
+        by_member = x.reshape(num_rows, num_own, num_members, -1, head_dim).transpose(2, 1, 0, 3, 4)
+        return exchange(by_member).reshape(num_members * num_own, num_rows, -1, head_dim)
+
+    def to_sequence(o: Array) -> Array:
+        """[T, B, N / P, H] to [B, T / P, N, H]."""
+        length, num_rows, num_local, head_dim = o.shape
+        by_member = exchange(o.reshape(num_members, -1, num_rows, num_local, head_dim))
+        return by_member.transpose(2, 1, 0, 3, 4).reshape(num_rows, length // num_members, -1, head_dim)
 
     def whole(x: Array | None) -> Array | None:
         return None if x is None else lax.all_gather(x, SEQUENCE, axis=1, **groups)
@@ -55,9 +66,16 @@ def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable
         if context.layout is not None and num_heads % (num_members * context.layout.stride):
             expected = f"N % (sequence / ring * {context.layout.stride}) == 0 for heads to keep their layout of blocks"
             raise InputError("num_heads", num_heads, expected)
-        q, k, v = spread_heads(q, k, v, num_members)
+        q, k, v = map(to_heads, spread_heads(q, k, v, num_members))
         context = dataclasses.replace(context, positions=whole(context.positions), segments=whole(context.segments))
-        o, cache = attention(to_heads(q), to_heads(k), to_heads(v), context, cache)
+        if context.segments is None:
+            # All rows have one mask, so that they may stand as more heads of one row: nothing is transposed.
+            context = dataclasses.replace(context, positions=context.positions[:1])
+            o, cache = attention(*(x.reshape(1, len(x), -1, x.shape[-1]) for x in (q, k, v)), context, cache)
+            o = o.reshape(q.shape)
+        else:
+            o, cache = attention(*(jnp.swapaxes(x, 0, 1) for x in (q, k, v)), context, cache)
+            o = jnp.swapaxes(o, 0, 1)
         return to_sequence(o)[:, :, :num_heads], cache
 
     return exchanged
