@@ -62,7 +62,6 @@ class Region:
     specs: Specs
     operations: Operations
     num_microbatches: int = 1
-    num_side_by_side: int = 1
     schedule: Schedule | None = None
     ring: int = 1
     reduction: str = "float32"
@@ -140,8 +139,7 @@ class Region:
         microbatches = jax.tree.map(self._split, batch)
         first = jax.tree.map(lambda x: x[0], microbatches)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, key))
-        numbered = jnp.arange(self.num_microbatches), microbatches
-        return lax.scan(add, zeros, numbered, unroll=self.num_side_by_side)[0]
+        return lax.scan(add, zeros, (jnp.arange(self.num_microbatches), microbatches))[0]
 
     def _split(self, x: jax.Array) -> jax.Array:
         """[b, ...] -> [M, b / M, ...], row r to micro-batch r % M."""

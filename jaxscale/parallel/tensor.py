@@ -37,7 +37,9 @@ def own(x: Array) -> Array:
     num_rows, num_own = x.shape[0], x.shape[1] // lax.axis_size(TENSOR)
     size = num_rows * num_own
     tokens = x.reshape(-1, *x.shape[2:])
-    return lax.dynamic_slice_in_dim(tokens, lax.axis_index(TENSOR) * size, size).reshape(num_rows, num_own, *x.shape[2:])
+    return lax.dynamic_slice_in_dim(tokens, lax.axis_index(TENSOR) * size, size).reshape(
+        num_rows, num_own, *x.shape[2:]
+    )
 
 
 def first(num: int) -> Array:

@@ -57,7 +57,6 @@ class TrainConfig:
 
     steps: int
     num_microbatches: int = 1
-    num_side_by_side: int = 1
     seed: int = 0
     z_loss: float = 0.0
     embedding_noise: float = 0.0
@@ -198,7 +197,6 @@ def make_region(
     operations = make_operations(mesh, specs, attention=_make_attention(mesh, stack), reduction=policy.reduction)
     return Region(
         device_mesh, specs, operations, num_microbatches=train.num_microbatches,
-        num_side_by_side=train.num_side_by_side,
         schedule=_make_schedule(mesh, train, stack), ring=mesh.ring, reduction=policy.reduction,
         trainable=train.trainable,
     )  # fmt: skip

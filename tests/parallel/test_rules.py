@@ -61,8 +61,25 @@ def test_dense_rules(path, spec):
         ("final_norm/scale", ("data",)),
     ],
 )
-def test_zero_takes_the_largest_free_dim_and_never_the_layers(path, spec):
+def test_zero_takes_the_outermost_free_dim(path, spec):
     assert specs_by_path("optimizer", BIASES, **SIZES)[path] == PartitionSpec(*spec)
+
+
+@pytest.mark.parametrize(
+    "path, by_layers, gathered",
+    [
+        ("layers/0/attention/o", (("pipeline", "data"), "tensor", None, None), ("pipeline", ("tensor", "data"), None, None)),
+        ("layers/1/moe/experts/down", (("pipeline", "data"), "expert", "tensor", None),
+         ("pipeline", ("expert", "data"), "tensor", None)),
+        ("embedding/tokens", (("tensor", "data"), None), (("tensor", "data"), None)),
+        ("prefix/1/ffn/down", (("tensor", "data"), None), (("tensor", "data"), None)),
+    ],
+)  # fmt: skip
+def test_zero_cuts_whole_layers_unless_it_gathers_them_one_by_one(path, by_layers, gathered):
+    """An axis of one device leaves a dim free."""
+    model = dataclasses.replace(MODEL, num_layers=6)
+    for zero, spec in ((1, by_layers), (2, by_layers), (3, gathered)):
+        assert specs_by_path("optimizer", model, data=2, zero=zero)[path] == PartitionSpec(*spec)
 
 
 def test_a_leaf_without_a_free_dim_that_divides_stays_whole():

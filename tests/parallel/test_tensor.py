@@ -15,12 +15,24 @@ from jaxscale.parallel.mesh import AXES, TENSOR, MeshConfig, make_mesh
 
 B, T, V, D, SHARDS = 2, 8, 12, 6, 4
 RNG = np.random.default_rng(0)
-OWN = P(None, TENSOR)  # residual and figures of the own tokens
+OWN = P(None, TENSOR)  # residual and figures of the own tokens, in an order of its own: see `in_order`
 
 
 def on_mesh(function, in_specs, out_specs):
     mesh = make_mesh(MeshConfig(tensor=SHARDS), jax.devices()[:SHARDS])
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+
+
+def in_order(x):
+    """Own tokens [B, T / tensor, ...] of all devices, side by side along T, as the rows [B, T, ...] they come from."""
+    by_device = jnp.moveaxis(x.reshape(B, SHARDS, T // SHARDS, *x.shape[2:]), 1, 0)
+    return by_device.reshape(x.shape)
+
+
+def of_devices(x):
+    """The inverse of `in_order`."""
+    by_device = jnp.moveaxis(x.reshape(SHARDS, B, T // SHARDS, *x.shape[2:]), 0, 1)
+    return by_device.reshape(x.shape)
 
 
 def test_look_up():
@@ -34,8 +46,9 @@ def test_look_up():
             return x, pullback(cotangent)[0]
 
         run = on_mesh(functools.partial(both, tensor.embed), (P(TENSOR), P(), OWN), (OWN, P(TENSOR)))
+        x, gradient = run(table, tokens, of_devices(cotangent))
         wanted = both(Operations().embed, table, tokens, cotangent)
-        jax.tree.map(np.testing.assert_allclose, run(table, tokens, cotangent), wanted)
+        jax.tree.map(np.testing.assert_allclose, (in_order(x), gradient), wanted)
 
 
 def test_token_loss():
@@ -51,10 +64,11 @@ def test_token_loss():
 
         columns = P(None, None, TENSOR)
         run = on_mesh(functools.partial(both, tensor.token_loss), (columns, P(), OWN), (OWN, columns))
+        figures, gradient = run(logits, labels, tuple(map(of_devices, cotangents)))
         wanted = both(loss.token_loss, logits, labels, cotangents)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
-            run(logits, labels, cotangents),
+            (tuple(map(in_order, figures)), gradient),
             wanted,
         )
 
@@ -75,6 +89,14 @@ def test_enter_and_exit_are_each_other_s_transpose():
     assert error < 1e-6
 
 
-def test_own_tokens_partition_the_sequence():
+def test_own_tokens_are_equal_shares_of_the_rows_one_after_the_other():
     x = jnp.arange(B * T).reshape(B, T)
-    np.testing.assert_array_equal(on_mesh(tensor.own, (P(),), OWN)(x), x)
+    own = on_mesh(tensor.own, (P(),), OWN)(x)
+    np.testing.assert_array_equal(own[:, : T // SHARDS].ravel(), np.arange(B * T // SHARDS))
+    np.testing.assert_array_equal(in_order(own), x)
+
+
+def test_own_tokens_are_those_that_enter_and_exit_exchange():
+    x = jnp.asarray(RNG.normal(size=(B, T, D)))
+    for function in (lambda x: tensor.enter(tensor.own(x)), lambda x: tensor.enter(tensor.exit(x) / SHARDS)):
+        np.testing.assert_allclose(on_mesh(function, (P(),), P())(x), x, rtol=1e-6)
