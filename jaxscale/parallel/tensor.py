@@ -1,7 +1,7 @@
 """Tensor parallelism with sequence-sharded norms, as operations injected into a single-device model.
 
-Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device, which has a contiguous share
-of the B T tokens in the order of rows, so that what is exchanged lies together in memory and nothing is transposed. Every
+Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device, which has a share of the
+B T tokens in the order of rows, so that what is exchanged lies together in memory and nothing is transposed. Every
 collective here is its own transpose's partner (all-gather and reduce-scatter); a bare psum would have a wrong gradient.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2.
@@ -34,12 +34,11 @@ def exit(y: Array) -> Array:
 
 def own(x: Array) -> Array:
     """[B, T, ...] known to the whole group to this device's tokens [B, T / tensor, ...]."""
-    num_rows, num_own = x.shape[0], x.shape[1] // lax.axis_size(TENSOR)
-    size = num_rows * num_own
-    tokens = x.reshape(-1, *x.shape[2:])
-    return lax.dynamic_slice_in_dim(tokens, lax.axis_index(TENSOR) * size, size).reshape(
-        num_rows, num_own, *x.shape[2:]
-    )
+    num_rows, length, *rest = x.shape
+    num_own = length // lax.axis_size(TENSOR)
+    start = lax.axis_index(TENSOR) * num_rows * num_own
+    mine = lax.dynamic_slice_in_dim(x.reshape(-1, *rest), start, num_rows * num_own)
+    return mine.reshape(num_rows, num_own, *rest)
 
 
 def first(num: int) -> Array:

@@ -4,7 +4,6 @@ Source: Jacobs et al. 2023, DeepSpeed-Ulysses (arXiv 2309.14509), section 3.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +47,7 @@ def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable
 
     def to_heads(x: Array) -> Array:
         """[B, T / P, N, H] to [T, B, N / P, H]; all that is sent to a member lies together."""
-        num_rows, num_own, num_heads, head_dim = x.shape
+        num_rows, num_own, _, head_dim = x.shape
         by_member = x.reshape(num_rows, num_own, num_members, -1, head_dim).transpose(2, 1, 0, 3, 4)
         return exchange(by_member).reshape(num_members * num_own, num_rows, -1, head_dim)
 

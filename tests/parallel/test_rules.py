@@ -68,13 +68,12 @@ def test_zero_takes_the_outermost_free_dim(path, spec):
 @pytest.mark.parametrize(
     "path, by_layers, gathered",
     [
-        ("layers/0/attention/o", (("pipeline", "data"), "tensor", None, None), ("pipeline", ("tensor", "data"), None, None)),
-        ("layers/1/moe/experts/down", (("pipeline", "data"), "expert", "tensor", None),
-         ("pipeline", ("expert", "data"), "tensor", None)),
+        ("layers/0/ffn/down", (("pipeline", "data"), "tensor", None), ("pipeline", ("tensor", "data"), None)),
+        ("layers/1/moe/router", (("pipeline", "data"), None, None), ("pipeline", "data", None)),
         ("embedding/tokens", (("tensor", "data"), None), (("tensor", "data"), None)),
         ("prefix/1/ffn/down", (("tensor", "data"), None), (("tensor", "data"), None)),
     ],
-)  # fmt: skip
+)
 def test_zero_cuts_whole_layers_unless_it_gathers_them_one_by_one(path, by_layers, gathered):
     """An axis of one device leaves a dim free."""
     model = dataclasses.replace(MODEL, num_layers=6)
