@@ -74,14 +74,19 @@ def finish(
     """
     attention = params["attention"]
     y = operations.exit(jnp.einsum("btnh,nhd->btd", o, attention["o"]))
-    x = operations.mark("attended", x + (y + attention["o_bias"] if config.use_bias else y))
+    x = operations.mark("attended", _add(x, y + attention["o_bias"] if config.use_bias else y))
     ffn = params.get("moe") or params["ffn"]
     h = operations.enter(normalise(ffn["norm"], x, config))
     if "moe" in params:
         y, sums = moe.feed_forward(ffn, h, weights, config, operations, draws)
-        return x + operations.mark("feed_forward", operations.exit(y)), sums
+        return _add(x, operations.mark("feed_forward", operations.exit(y))), sums
     y = operations.mark("feed_forward", operations.exit(_feed_forward(ffn, h, config)))
-    return x + (y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)
+    return _add(x, y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)
+
+
+def _add(x: Array, y: Array) -> Array:
+    """x + y as rows of tokens: in another shape XLA's matmul that makes `y`, adding `x` too, copies `x` beforehand."""
+    return (x.reshape(-1, x.shape[-1]) + y.reshape(-1, y.shape[-1])).reshape(x.shape)
 
 
 def _feed_forward(params: Params, h: Array, config: ModelConfig) -> Array:

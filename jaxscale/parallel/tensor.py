@@ -1,7 +1,8 @@
 """Tensor parallelism with sequence-sharded norms, as operations injected into a single-device model.
 
 Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device. Every collective here is
-its own transpose's partner (all-gather and reduce-scatter); a bare psum would have a wrong gradient.
+its own transpose's partner (all-gather and reduce-scatter); a bare psum would have a wrong gradient. Among one device
+there is none at all: XLA removes it late, after it has hidden from a matmul the addition that follows.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2.
 """
@@ -19,11 +20,13 @@ from jaxscale.types import Array
 
 def enter(x: Array) -> Array:
     """Residual [B, T / tensor, D] to [B, T, D]."""
-    return lax.all_gather(x, TENSOR, axis=1, tiled=True)
+    return lax.all_gather(x, TENSOR, axis=1, tiled=True) if lax.axis_size(TENSOR) > 1 else x
 
 
 def exit(y: Array) -> Array:
     """Partial sums [B, T, D] to the residual [B, T / tensor, D]."""
+    if lax.axis_size(TENSOR) == 1:
+        return y
     return checkpoint_name(lax.psum_scatter(y, TENSOR, scatter_dimension=1, tiled=True), EXCHANGED)
 
 
