@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from jaxscale.models import moe
 from jaxscale.models.config import LayerKind, ModelConfig
@@ -40,7 +41,10 @@ def qkv(
     """
     attention = params["attention"]
     h = operations.enter(normalise(attention["norm"], x, config))
-    q, k, v = (jnp.einsum("btd,dnh->btnh", h, attention[name]) for name in "qkv")
+    weights = [attention[name] for name in "qkv"]
+    # One matmul, and in the backward one to `h` and one to the weights, where three would add up three parts.
+    heads = jnp.einsum("btd,dnh->btnh", h, jnp.concatenate(weights, 1))
+    q, k, v = lax.split(heads, [w.shape[1] for w in weights], axis=2)
     if config.use_bias:
         q, k, v = (y + attention[f"{name}_bias"] for y, name in zip((q, k, v), "qkv", strict=True))
     if config.use_qk_norm:
