@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from jaxscale.models import moe
 from jaxscale.models.config import LayerKind, ModelConfig
@@ -40,7 +41,10 @@ def qkv(
     """
     attention = params["attention"]
     h = operations.enter(normalise(attention["norm"], x, config))
-    q, k, v = (jnp.einsum("btd,dnh->btnh", h, attention[name]) for name in "qkv")
+    weights = [attention[name] for name in "qkv"]
+    # One matmul, and in the backward one to `h` and one to the weights, where three would add up three parts.
+    heads = jnp.einsum("btd,dnh->btnh", h, jnp.concatenate(weights, 1))
+    q, k, v = lax.split(heads, [w.shape[1] for w in weights], axis=2)
     if config.use_bias:
         q, k, v = (y + attention[f"{name}_bias"] for y, name in zip((q, k, v), "qkv", strict=True))
     if config.use_qk_norm:
@@ -74,14 +78,19 @@ def finish(
     """
     attention = params["attention"]
     y = operations.exit(jnp.einsum("btnh,nhd->btd", o, attention["o"]))
-    x = operations.mark("attended", x + (y + attention["o_bias"] if config.use_bias else y))
+    x = operations.mark("attended", _add(x, y + attention["o_bias"] if config.use_bias else y))
     ffn = params.get("moe") or params["ffn"]
     h = operations.enter(normalise(ffn["norm"], x, config))
     if "moe" in params:
         y, sums = moe.feed_forward(ffn, h, weights, config, operations, draws)
-        return x + operations.mark("feed_forward", operations.exit(y)), sums
+        return _add(x, operations.mark("feed_forward", operations.exit(y))), sums
     y = operations.mark("feed_forward", operations.exit(_feed_forward(ffn, h, config)))
-    return x + (y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)
+    return _add(x, y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)
+
+
+def _add(x: Array, y: Array) -> Array:
+    """x + y as rows of tokens: in another shape XLA's matmul that makes `y`, adding `x` too, copies `x` beforehand."""
+    return (x.reshape(-1, x.shape[-1]) + y.reshape(-1, y.shape[-1])).reshape(x.shape)
 
 
 def _feed_forward(params: Params, h: Array, config: ModelConfig) -> Array:

@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm over the model dim."""
 
+import jax
 from jax import lax
 
 from jaxscale.ops.precision import accumulator
@@ -17,9 +18,23 @@ def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
     Returns:
         [..., D] in the type of `x`.
     """
+    return _rms_norm(x, scale, epsilon)
+
+
+def _formula(x: Array, scale: Array, epsilon: float) -> Array:
     x32 = accumulator(x)
     inverse = lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + epsilon)
     return (x32 * inverse * accumulator(scale)).astype(x.dtype)
+
+
+def _backward(epsilon: float, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    """Makes the mean square again, in the pass of its own sum: if it were kept, the forward would read `x` twice."""
+    x, scale = kept
+    return jax.vjp(lambda *arguments: _formula(*arguments, epsilon), lax.optimization_barrier(x), scale)[1](dy)
+
+
+_rms_norm = jax.custom_vjp(_formula, nondiff_argnums=(2,))
+_rms_norm.defvjp(lambda x, scale, epsilon: (_formula(x, scale, epsilon), (x, scale)), _backward)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> Array:

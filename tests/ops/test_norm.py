@@ -37,6 +37,19 @@ def test_gradient_equals_finite_differences(kind):
         check_grads(lambda *a: run(kind, *a), (X, SCALE, BIAS), order=1, modes=["rev"])
 
 
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, lambda f: jax.vmap(f, (0, None))])
+def test_rms_gradient_is_that_of_the_formula(transform):
+    def plain(x, scale):
+        return x * (jnp.square(x).mean(-1, keepdims=True) + 1e-3) ** -0.5 * scale
+
+    def gradient(f):
+        return jax.grad(lambda x, scale: jnp.sin(transform(f)(x, scale)).sum(), (0, 1))(X, SCALE)
+
+    with jax.enable_x64(True):
+        got, wanted = gradient(lambda x, scale: rms_norm(x, scale, epsilon=1e-3)), gradient(plain)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, wanted)
+
+
 def test_layer_norm_without_bias():
     x = jnp.asarray(X)
     without, zero = (layer_norm(x, SCALE, bias, epsilon=1e-3) for bias in (None, np.zeros(16)))
