@@ -58,5 +58,5 @@ if options.profile:
 flops = training_flops_per_token(run["model"], count_parameters(run["model"])[1], length) * rows * length
 figures |= {"tokens_per_second": rows * length / figures["ms"] * 1e3, "tflops": flops / figures["ms"] / 1e9}
 figures |= {"mfu": figures["tflops"] * 1e12 / (peak_flops() or np.inf)}
-figures |= {"peak_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30}
+figures |= {"peak_gib": max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()) / gib}
 print(json.dumps({"overrides": options.set} | {name: round(value, 4) for name, value in figures.items()}))
