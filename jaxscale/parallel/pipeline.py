@@ -4,11 +4,15 @@ Nothing here is differentiated from outside: each stage pulls its own cotangents
 only some stages do stands in a branch (`lax.cond`); a branch may hold collectives of a group in which all take it, over
 any axis but `pipeline`, and never a permute. The two permutes between neighbours stand after the branches.
 
+F, B and W stand there once for each slot of residuals (`lax.switch`), for an array whose place is known is written by
+what makes it and read by what uses it; in a stack of slots each of both is one more copy.
+
 Source: Narayanan et al. 2021 (arXiv 2104.04473); Qi et al. 2023 (arXiv 2401.10241).
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -45,18 +49,25 @@ class StagedLoss(Protocol):
         """What comes after the layers: the loss as sums."""
 
 
+class _Bank(NamedTuple):
+    """Slots of one stack: what F keeps, and what B leaves for W where W is apart."""
+
+    kept: tuple
+    extra: tuple
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["activations", "cotangents", "residuals", "extras", "sent", "layers", "rest", "sums", "by_layer"],
+    data_fields=["activations", "cotangents", "banks", "sent", "layers", "rest", "sums", "by_layer"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What a stage holds between ticks; each kind of slot has one more than the schedule needs, for what nobody reads.
+    """What a stage holds between ticks.
 
     Args:
-        activations, cotangents: [slots, b, t, D].
-        residuals, extras: what F keeps and B leaves for W, leaves [slots, ...].
+        activations, cotangents: [slots + 1, b, t, D]; the last is for what nobody reads.
+        banks: slots of what F keeps and B leaves for W, leaves [slots of a bank, ...].
         sent: (activation for the next stage, cotangent for the previous one).
         layers, rest: gradients so far, of the own chunks [V, periods, ...] and of what is in no layer.
         sums: the loss's sums so far.
@@ -65,8 +76,7 @@ class _Carry:
 
     activations: Array
     cotangents: Array
-    residuals: tuple
-    extras: tuple
+    banks: tuple["_Bank", ...]
     sent: tuple[Array, Array]
     layers: Params
     rest: Params
@@ -139,10 +149,16 @@ class Pipeline:
             lambda: self._start(self._rest, batch),
             lambda: _get(carry.activations, row.activation_read),
         )
-        (y, loss), metrics, kept = self._split.forward(*self._chunk(row.forward_chunk, x, batch))
+        arguments = self._chunk(row.forward_chunk, x, batch)
+
+        def run(bank: int, banks: tuple, index: Array) -> tuple:
+            ends, metrics, kept = self._split.forward(*arguments)
+            return ends, metrics, _replaced(banks, bank, kept=_put(banks[bank].kept, index, kept))
+
+        (y, loss), metrics, banks = self._at(row.residual_store, run, carry.banks)
         carry = dataclasses.replace(
             carry,
-            residuals=_put(carry.residuals, row.residual_store, kept),
+            banks=banks,
             sent=(y, carry.sent[1]),
             sums=(carry.sums[0] + loss, *carry.sums[1:]),
             by_layer=jax.tree.map(lambda old, new: old.at[row.forward_chunk].add(new), carry.by_layer, metrics),
@@ -168,13 +184,17 @@ class Pipeline:
         batch = _get(self.microbatches, row.backward)
         dy = _get(carry.cotangents, row.cotangent_read), jnp.ones((), self._shapes.loss.dtype)
         layers, _, inputs = self._chunk(row.backward_chunk, None, batch)
-        kept = _get(carry.residuals, row.residual_read)
-        dx, extra = self._split.backward(layers, inputs, kept, dy)
-        carry = dataclasses.replace(carry, sent=(carry.sent[0], dx))
-        if self.schedule.is_split:
-            carry = dataclasses.replace(carry, extras=_put(carry.extras, row.weight_store, extra))
-        else:
-            gradient = self._split.weight(layers, inputs, kept, extra)
+
+        def run(bank: int, banks: tuple, index: Array) -> tuple:
+            kept = _get(banks[bank].kept, index)
+            dx, extra = self._split.backward(layers, inputs, kept, dy)
+            if self.schedule.is_split:
+                return dx, None, _replaced(banks, bank, extra=_put(banks[bank].extra, index, extra))
+            return dx, self._split.weight(layers, inputs, kept, extra), banks
+
+        dx, gradient, banks = self._at(row.residual_read, run, carry.banks)
+        carry = dataclasses.replace(carry, sent=(carry.sent[0], dx), banks=banks)
+        if not self.schedule.is_split:
             carry = dataclasses.replace(carry, layers=_add(carry.layers, gradient, row.backward_chunk))
         is_first = (row.backward_chunk == 0) & (lax.axis_index(PIPELINE) == 0)
         return lax.cond(is_first, self._start_backward, _idle, carry, row, dx, batch)
@@ -185,9 +205,26 @@ class Pipeline:
 
     def _weight(self, carry: _Carry, row: Rows) -> _Carry:
         layers, _, inputs = self._chunk(row.weight_chunk, None, _get(self.microbatches, row.weight))
-        kept, extra = _get(carry.residuals, row.weight_residual), _get(carry.extras, row.weight_read)
-        gradient = self._split.weight(layers, inputs, kept, extra)
+
+        def run(bank: int, banks: tuple, index: Array) -> Params:
+            return self._split.weight(layers, inputs, *_get(banks[bank], index))
+
+        gradient = self._at(row.residual_weight, run, carry.banks)
         return dataclasses.replace(carry, layers=_add(carry.layers, gradient, row.weight_chunk))
+
+    def _at(self, slot: Array, run: Callable[[int, tuple, Array], Any], banks: tuple) -> Any:
+        """`run(bank, banks, index)` for a slot of residuals; a bank's number is known when it is compiled."""
+        branches = [functools.partial(run, bank) for bank in range(len(banks))]
+        return lax.switch(slot // self._bank_size, branches, banks, slot % self._bank_size)
+
+    @property
+    def _bank_size(self) -> int:
+        """Slots of a bank: one, but all where there are so many (GPipe's) that the program would be many models long.
+
+        Cost: up to 2 V S - 1 programs of 1 / (V S) of the model, so F, B and W stand there less than twice each.
+        """
+        num = self.schedule.num_residual_slots
+        return 1 if num < 2 * self.layout.num_virtual else num
 
     def _shift(self, x: Array, by: int) -> Array:
         """To the next (+1) or previous (-1) stage; round the ring only where chunks need it."""
@@ -241,11 +278,11 @@ class Pipeline:
     def _first_carry(self) -> _Carry:
         schedule, shapes = self.schedule, self._shapes
         zeros, gradient = jnp.zeros(shapes.x.shape, shapes.x.dtype), functools.partial(_zeros, dtype=self.reduction)
+        slot = _Bank(self._split.kept, self._split.extra if schedule.is_split else ())
         return _Carry(
-            activations=_slots(shapes.x, schedule.num_activation_slots),
-            cotangents=_slots(shapes.x, schedule.num_cotangent_slots),
-            residuals=_slots(self._split.kept, schedule.num_residual_slots),
-            extras=_slots(self._split.extra, schedule.num_weight_slots),
+            activations=_slots(shapes.x, schedule.num_activation_slots + 1),
+            cotangents=_slots(shapes.x, schedule.num_cotangent_slots + 1),
+            banks=tuple(_slots(slot, self._bank_size) for _ in range(0, schedule.num_residual_slots, self._bank_size)),
             sent=(zeros, zeros),
             layers=gradient(jax.tree.map(self._by_chunk, self.trained["layers"])),
             rest=gradient(self._rest),
@@ -309,6 +346,10 @@ def _put(slots: Any, index: Array, values: Any) -> Any:
     return jax.tree.map(one, slots, values)
 
 
+def _replaced(banks: tuple[_Bank, ...], bank: int, **fields: tuple) -> tuple[_Bank, ...]:
+    return *banks[:bank], banks[bank]._replace(**fields), *banks[bank + 1 :]
+
+
 def _add(sums: Any, gradients: Any, chunk: Array | None = None) -> Any:
     """Adds in the type of `sums`, to all or to one chunk."""
     if chunk is None:
@@ -325,4 +366,4 @@ def _stacked(shapes: Any, num: int) -> Any:
 
 
 def _slots(shapes: Any, num: int) -> Any:
-    return jax.tree.map(lambda s: lax.empty(s.shape, s.dtype), _stacked(shapes, num + 1))
+    return jax.tree.map(lambda s: lax.empty(s.shape, s.dtype), _stacked(shapes, num))
