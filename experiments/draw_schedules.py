@@ -41,7 +41,6 @@ def draw(axes: plt.Axes, schedule: Schedule) -> None:
     idle, length = bubble(schedule), duration(schedule, *[1 / schedule.num_chunks] * 3)
     title = f"{TITLES[schedule.name]}:  {idle:.1%} idle, {length:g} long, keeps {schedule.num_residual_slots} residuals"
     title += f" of 1/{schedule.num_chunks} stage" * (schedule.num_chunks > 1)
-    title += f" and {schedule.num_weight_slots} inputs of W" * schedule.is_split
     axes.set_title(title, loc="left", fontsize=12, pad=7)
     axes.set(yticks=stages, yticklabels=[f"stage {s}" for s in stages], ylim=(stages[-1] + 0.5, -0.5), xlim=(0, None))
     axes.tick_params(length=0)

@@ -214,7 +214,7 @@ def run_stack(
     """Runs periods of the repeating pattern: all of them, or those that one pipeline stage holds.
 
     Args:
-        params: the tree `layers`, leaves [periods, ...].
+        params: the tree `layers`, leaves [periods, ...]; or, for an unrolled stack, a tuple of the periods' trees.
         x: residual [B, own T, D].
         context: mask structure of these tokens.
         weights: [B, T] 0 for padding.
@@ -257,10 +257,11 @@ def run_stack(
 
 
 def _unrolled(body: Callable, carry: Any, stacks: Any) -> tuple[Any, Any]:
-    """`lax.scan(body, carry, stacks)` with every iteration written out."""
+    """`lax.scan(body, carry, stacks)` with every iteration written out; the first stack may be a tuple of its parts."""
+    params, *others = stacks
     outputs = []
-    for period in _unstack(stacks):
-        carry, output = body(carry, period)
+    for own, other in zip(params if isinstance(params, tuple) else _unstack(params), _unstack(others), strict=True):
+        carry, output = body(carry, (own, *other))
         outputs.append(output)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 

@@ -4,11 +4,15 @@ Nothing here is differentiated from outside: each stage pulls its own cotangents
 only some stages do stands in a branch (`lax.cond`); a branch may hold collectives of a group in which all take it, over
 any axis but `pipeline`, and never a permute. The two permutes between neighbours stand after the branches.
 
+F, B and W stand there once for each slot of residuals (`lax.switch`), for an array whose place is known is written by
+what makes it and read by what uses it; in a stack of slots each of both is one more copy.
+
 Source: Narayanan et al. 2021 (arXiv 2104.04473); Qi et al. 2023 (arXiv 2401.10241).
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -30,6 +34,10 @@ Sums = tuple[Array, Array, dict[str, Array]]
 class StagedLoss(Protocol):
     """A loss in the three parts that stages run; see `train.losses.NextTokenLoss`."""
 
+    @property
+    def is_by_period(self) -> bool:
+        """Whether `body` takes a tuple of its periods' trees: each then has a gradient of its own to add to."""
+
     def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array:
         """What comes before the layers: the residual [b, own T, D]."""
 
@@ -45,28 +53,34 @@ class StagedLoss(Protocol):
         """What comes after the layers: the loss as sums."""
 
 
+class _Bank(NamedTuple):
+    """Slots of one stack: what F keeps, and what B leaves for W where W is apart."""
+
+    kept: tuple
+    extra: tuple
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["activations", "cotangents", "residuals", "extras", "sent", "layers", "rest", "sums", "by_layer"],
+    data_fields=["activations", "cotangents", "banks", "sent", "layers", "rest", "sums", "by_layer"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What a stage holds between ticks; each kind of slot has one more than the schedule needs, for what nobody reads.
+    """What a stage holds between ticks.
 
     Args:
-        activations, cotangents: [slots, b, t, D].
-        residuals, extras: what F keeps and B leaves for W, leaves [slots, ...].
+        activations, cotangents: [slots + 1, b, t, D]; the last is for what nobody reads.
+        banks: slots of what F keeps and B leaves for W, leaves [slots of a bank, ...].
         sent: (activation for the next stage, cotangent for the previous one).
-        layers, rest: gradients so far, of the own chunks [V, periods, ...] and of what is in no layer.
+        layers, rest: gradients so far, of what `body` takes (leaves [V, ...] if V > 1) and of what is in no layer.
         sums: the loss's sums so far.
         by_layer: the body's metrics so far, leaves [V, layers, ...].
     """
 
     activations: Array
     cotangents: Array
-    residuals: tuple
-    extras: tuple
+    banks: tuple["_Bank", ...]
     sent: tuple[Array, Array]
     layers: Params
     rest: Params
@@ -111,9 +125,9 @@ class Pipeline:
         """The sums over own micro-batches and the gradients of the sum of losses: this stage's share of both."""
         rows = jax.tree.map(jnp.asarray, self.schedule.rows)
         carry = lax.scan(self._tick, self._first_carry(), rows)[0]
-        layers = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), carry.layers)
         loss, weight, metrics = carry.sums
-        return (loss, weight, metrics | self._in_order(carry.by_layer)), {**carry.rest, "layers": layers}
+        gradients = {**carry.rest, "layers": self._together(carry.layers)}
+        return (loss, weight, metrics | self._in_order(carry.by_layer)), gradients
 
     # One tick
 
@@ -139,24 +153,28 @@ class Pipeline:
             lambda: self._start(self._rest, batch),
             lambda: _get(carry.activations, row.activation_read),
         )
-        (y, loss), metrics, kept = self._split.forward(*self._chunk(row.forward_chunk, x, batch))
-        carry = dataclasses.replace(
-            carry,
-            residuals=_put(carry.residuals, row.residual_store, kept),
-            sent=(y, carry.sent[1]),
-            sums=(carry.sums[0] + loss, *carry.sums[1:]),
-            by_layer=jax.tree.map(lambda old, new: old.at[row.forward_chunk].add(new), carry.by_layer, metrics),
-        )
-        return lax.cond(row.cotangent_own != NONE, self._turn, _idle, carry, row, y, batch)
 
-    def _turn(self, carry: _Carry, row: Rows, y: Array, batch: Batch) -> _Carry:
+        def run(bank: int, carry: _Carry, index: Array) -> _Carry:
+            (y, loss), metrics, kept = self._split.forward(*self._chunk(row.forward_chunk, x, batch))
+            return dataclasses.replace(
+                carry,
+                banks=_replaced(carry.banks, bank, kept=_put(carry.banks[bank].kept, index, kept)),
+                sent=(y, carry.sent[1]),
+                sums=(carry.sums[0] + loss, *carry.sums[1:]),
+                by_layer=_add(carry.by_layer, metrics, row.forward_chunk),
+            )
+
+        carry = self._at(row.residual_store, run, carry)
+        return lax.cond(row.cotangent_own != NONE, self._turn, _idle, carry, row, batch)
+
+    def _turn(self, carry: _Carry, row: Rows, batch: Batch) -> _Carry:
         """The end of the last chunk: the loss, and its cotangent where other stages store what arrives."""
 
         def sum_loss(rest: Params, y: Array) -> tuple[Array, Sums]:
             sums = self._finish(rest, y, batch)
             return sums[0], sums
 
-        (gradient, dy), sums = jax.grad(sum_loss, argnums=(0, 1), has_aux=True)(self._rest, y)
+        (gradient, dy), sums = jax.grad(sum_loss, argnums=(0, 1), has_aux=True)(self._rest, carry.sent[0])
         return dataclasses.replace(
             carry,
             cotangents=_put(carry.cotangents, row.cotangent_own, dy),
@@ -167,27 +185,60 @@ class Pipeline:
     def _backward(self, carry: _Carry, row: Rows) -> _Carry:
         batch = _get(self.microbatches, row.backward)
         dy = _get(carry.cotangents, row.cotangent_read), jnp.ones((), self._shapes.loss.dtype)
-        layers, _, inputs = self._chunk(row.backward_chunk, None, batch)
-        kept = _get(carry.residuals, row.residual_read)
-        dx, extra = self._split.backward(layers, inputs, kept, dy)
-        carry = dataclasses.replace(carry, sent=(carry.sent[0], dx))
-        if self.schedule.is_split:
-            carry = dataclasses.replace(carry, extras=_put(carry.extras, row.weight_store, extra))
-        else:
-            gradient = self._split.weight(layers, inputs, kept, extra)
-            carry = dataclasses.replace(carry, layers=_add(carry.layers, gradient, row.backward_chunk))
-        is_first = (row.backward_chunk == 0) & (lax.axis_index(PIPELINE) == 0)
-        return lax.cond(is_first, self._start_backward, _idle, carry, row, dx, batch)
 
-    def _start_backward(self, carry: _Carry, row: Rows, dx: Array, batch: Batch) -> _Carry:
-        (gradient,) = jax.vjp(lambda rest: self._start(rest, batch), self._rest)[1](dx)
+        def run(bank: int, carry: _Carry, index: Array) -> _Carry:
+            layers, _, inputs = self._chunk(row.backward_chunk, None, batch)
+            kept = _get(carry.banks[bank].kept, index)
+            dx, extra = self._split.backward(layers, inputs, kept, dy)
+            carry = dataclasses.replace(carry, sent=(carry.sent[0], dx))
+            if self.schedule.is_split:
+                extra = _put(carry.banks[bank].extra, index, extra)
+                return dataclasses.replace(carry, banks=_replaced(carry.banks, bank, extra=extra))
+            gradient = self._split.weight(layers, inputs, kept, extra)
+            return self._add_layers(carry, gradient, row.backward_chunk)
+
+        carry = self._at(row.residual_read, run, carry)
+        is_first = (row.backward_chunk == 0) & (lax.axis_index(PIPELINE) == 0)
+        return lax.cond(is_first, self._start_backward, _idle, carry, row, batch)
+
+    def _start_backward(self, carry: _Carry, row: Rows, batch: Batch) -> _Carry:
+        (gradient,) = jax.vjp(lambda rest: self._start(rest, batch), self._rest)[1](carry.sent[1])
         return dataclasses.replace(carry, rest=_add(carry.rest, gradient))
 
     def _weight(self, carry: _Carry, row: Rows) -> _Carry:
-        layers, _, inputs = self._chunk(row.weight_chunk, None, _get(self.microbatches, row.weight))
-        kept, extra = _get(carry.residuals, row.weight_residual), _get(carry.extras, row.weight_read)
-        gradient = self._split.weight(layers, inputs, kept, extra)
-        return dataclasses.replace(carry, layers=_add(carry.layers, gradient, row.weight_chunk))
+        def run(bank: int, carry: _Carry, index: Array) -> _Carry:
+            layers, _, inputs = self._chunk(row.weight_chunk, None, _get(self.microbatches, row.weight))
+            gradient = self._split.weight(layers, inputs, *_get(carry.banks[bank], index))
+            return self._add_layers(carry, gradient, row.weight_chunk)
+
+        return self._at(row.residual_weight, run, carry)
+
+    def _add_layers(self, carry: _Carry, gradient: Params, chunk: Array) -> _Carry:
+        """Adds to a chunk's; one alone has no dim of chunks, for a matmul can add to what has its output's shape."""
+        layers = _add(carry.layers, gradient, chunk if self.layout.num_chunks > 1 else None)
+        return dataclasses.replace(carry, layers=layers)
+
+    def _together(self, layers: Params) -> Params:
+        """The gradients of the own periods, leaves [V periods, ...]."""
+        axis = int(self.layout.num_chunks > 1)
+        if self.loss.is_by_period:
+            layers = jax.tree.map(lambda *periods: jnp.stack(periods, axis), *layers)
+            layers = lax.optimization_barrier(layers)  # fused with the update, stacks would not let it work in place
+        return jax.tree.map(lambda g: g.reshape(-1, *g.shape[1 + axis :]), layers)
+
+    def _at(self, slot: Array, run: Callable[[int, _Carry, Array], _Carry], carry: _Carry) -> _Carry:
+        """`run(bank, carry, index)` for a slot of residuals; a bank's number is known when it is compiled."""
+        branches = [functools.partial(run, bank) for bank in range(len(carry.banks))]
+        return lax.switch(slot // self._bank_size, branches, carry, slot % self._bank_size)
+
+    @property
+    def _bank_size(self) -> int:
+        """Slots of a bank: one, but all where there are so many (GPipe's) that the program would be many models long.
+
+        Cost: up to 2 V S - 1 programs of 1 / (V S) of the model, so F, B and W stand there less than twice each.
+        """
+        num = self.schedule.num_residual_slots
+        return 1 if num < 2 * self.layout.num_virtual else num
 
     def _shift(self, x: Array, by: int) -> Array:
         """To the next (+1) or previous (-1) stage; round the ring only where chunks need it."""
@@ -221,6 +272,8 @@ class Pipeline:
         number = jnp.asarray(self.layout.number)[lax.axis_index(PIPELINE), chunk]
         real = None if self.layout.is_real.all() else number != PADDING
         trained, frozen = (_get(jax.tree.map(self._by_chunk, p["layers"]), chunk) for p in (self.trained, self.frozen))
+        if self.loss.is_by_period:
+            trained, frozen = (tuple(_get(p, i) for i in range(len(number))) for p in (trained, frozen))
         return trained, x, (frozen, batch, number, real)
 
     def _by_chunk(self, leaf: Array) -> Array:
@@ -241,13 +294,14 @@ class Pipeline:
     def _first_carry(self) -> _Carry:
         schedule, shapes = self.schedule, self._shapes
         zeros, gradient = jnp.zeros(shapes.x.shape, shapes.x.dtype), functools.partial(_zeros, dtype=self.reduction)
+        layers = jax.eval_shape(lambda: self._chunk(0, None, _get(self.microbatches, 0))[0])
+        slot = _Bank(self._split.kept, self._split.extra if schedule.is_split else ())
         return _Carry(
-            activations=_slots(shapes.x, schedule.num_activation_slots),
-            cotangents=_slots(shapes.x, schedule.num_cotangent_slots),
-            residuals=_slots(self._split.kept, schedule.num_residual_slots),
-            extras=_slots(self._split.extra, schedule.num_weight_slots),
+            activations=_slots(shapes.x, schedule.num_activation_slots + 1),
+            cotangents=_slots(shapes.x, schedule.num_cotangent_slots + 1),
+            banks=tuple(_slots(slot, self._bank_size) for _ in range(0, schedule.num_residual_slots, self._bank_size)),
             sent=(zeros, zeros),
-            layers=gradient(jax.tree.map(self._by_chunk, self.trained["layers"])),
+            layers=gradient(_stacked(layers, schedule.num_chunks) if schedule.num_chunks > 1 else layers),
             rest=gradient(self._rest),
             sums=_zeros(shapes.sums),
             by_layer=_zeros(_stacked(shapes.by_layer, self.layout.num_chunks)),
@@ -309,6 +363,10 @@ def _put(slots: Any, index: Array, values: Any) -> Any:
     return jax.tree.map(one, slots, values)
 
 
+def _replaced(banks: tuple[_Bank, ...], bank: int, **fields: tuple) -> tuple[_Bank, ...]:
+    return *banks[:bank], banks[bank]._replace(**fields), *banks[bank + 1 :]
+
+
 def _add(sums: Any, gradients: Any, chunk: Array | None = None) -> Any:
     """Adds in the type of `sums`, to all or to one chunk."""
     if chunk is None:
@@ -325,4 +383,4 @@ def _stacked(shapes: Any, num: int) -> Any:
 
 
 def _slots(shapes: Any, num: int) -> Any:
-    return jax.tree.map(lambda s: lax.empty(s.shape, s.dtype), _stacked(shapes, num + 1))
+    return jax.tree.map(lambda s: lax.empty(s.shape, s.dtype), _stacked(shapes, num))

@@ -31,12 +31,11 @@ class Rows(NamedTuple):
         weight, weight_chunk: of W; NONE everywhere where B does both.
         activation_store: activation slot for what the previous stage sent.
         activation_read: activation slot that F reads; NONE in the first virtual stage, which embeds tokens.
-        residual_store, residual_read: residual slot that F fills and B reads; where W is apart, it reads it too.
+        residual_store, residual_read: residual slot that F fills and B reads; where W is apart, B adds what W needs.
+        residual_weight: residual slot that W reads.
         cotangent_store: cotangent slot for what the next stage sent.
         cotangent_own: cotangent slot that F of the last virtual stage fills.
         cotangent_read: cotangent slot that B reads.
-        weight_store, weight_read: weight slot, of what B leaves for W, that B fills and W reads.
-        weight_residual: residual slot that W reads.
     """
 
     forward: np.ndarray
@@ -49,12 +48,10 @@ class Rows(NamedTuple):
     activation_read: np.ndarray
     residual_store: np.ndarray
     residual_read: np.ndarray
+    residual_weight: np.ndarray
     cotangent_store: np.ndarray
     cotangent_own: np.ndarray
     cotangent_read: np.ndarray
-    weight_store: np.ndarray
-    weight_read: np.ndarray
-    weight_residual: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,8 +66,8 @@ class Schedule:
         num_chunks: V.
         num_microbatches: M.
         rows: what happens, by tick and stage.
-        num_activation_slots, num_residual_slots, num_cotangent_slots, num_weight_slots: what the fullest stage needs
-            of each kind; all chunks of a stage share them. `num_weight_slots` is 0 where B does W's work.
+        num_activation_slots, num_residual_slots, num_cotangent_slots: what the fullest stage needs of each kind; all
+            chunks of a stage share them.
     """
 
     name: str
@@ -81,7 +78,6 @@ class Schedule:
     num_activation_slots: int
     num_residual_slots: int
     num_cotangent_slots: int
-    num_weight_slots: int
 
     @property
     def num_ticks(self) -> int:
@@ -91,7 +87,7 @@ class Schedule:
     @property
     def is_split(self) -> bool:
         """Whether W is apart from B."""
-        return self.num_weight_slots > 0
+        return bool((self.rows.weight != NONE).any())
 
 
 def make_schedule(name: str, num_stages: int, num_chunks: int, num_microbatches: int) -> Schedule:
@@ -169,8 +165,8 @@ def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
 
     Source: Qi et al. 2023 (arXiv 2401.10241), section 2.1: idle time (S - 1)(F + B - W), here for W <= F, W <= B and
         M >= 2 (S - 1); more for fewer micro-batches, never more than 1F1B's.
-    Cost: min(M, 2 S - 1) residual slots, held from F to W, as many as 1F1B's stage 0 holds from F to B; and at most
-        max(1, 2 S - 2) weight slots.
+    Cost: min(M, 2 S - 1) residual slots, held from F to W, as many as 1F1B's stage 0 holds from F to B, each with room
+        for what B leaves for W.
     """
     forward, backward = _one_f_one_b_ticks(num_stages, num_microbatches)
     last = num_microbatches + num_stages - 1  # the first tick without any F
@@ -258,7 +254,6 @@ def _schedule(
     cotangent, num_cotangent = _assign(cotangent_at, backward, num_stages)
     weight = np.full_like(backward, NONE) if weight is None else weight
     residual, num_residual = _assign(forward, np.maximum(backward, weight), num_stages)
-    inputs, num_inputs = _assign(np.where(weight == NONE, NONE, backward), weight, num_stages)
 
     virtual, microbatch = np.indices(forward.shape)
     chunk, num_ticks = virtual // num_stages, 1 + max(backward.max(), weight.max())
@@ -281,14 +276,12 @@ def _schedule(
         activation_read=column(forward, activation),
         residual_store=column(forward, residual),
         residual_read=column(backward, residual),
+        residual_weight=column(weight, residual),
         cotangent_store=column(np.where(is_last, NONE, cotangent_at), cotangent),
         cotangent_own=column(np.where(is_last, cotangent_at, NONE), cotangent),
         cotangent_read=column(backward, cotangent),
-        weight_store=column(backward, inputs),
-        weight_read=column(weight, inputs),
-        weight_residual=column(weight, residual),
     )
-    counts = (num_activation, num_residual, num_cotangent, num_inputs)
+    counts = (num_activation, num_residual, num_cotangent)
     return Schedule(name, num_stages, len(forward) // num_stages, forward.shape[1], rows, *counts)
 
 

@@ -2,7 +2,8 @@
 
 The pullback of any stage is one straight program. What the input's gradient needs of it is B, the rest is W. Of the
 forward's residuals, those that depend on the input are kept from F on; the others (parameters in another type, rotary
-tables, masks) are made again.
+tables, masks) are made again, and so is what is elementwise in what is kept (a norm's output, an activation): XLA fuses
+it with what reads it, as it would where forward and backward are one program.
 
 Source: Qi et al. 2023 (arXiv 2401.10241), section 2, by slicing the pullback instead of rewriting layers.
 """
@@ -15,6 +16,12 @@ import jax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 WRAPPERS = ("pjit", "jit", "closed_call", "checkpoint", "remat2")  # equations that are a program of their own
+
+ELEMENTWISE = {
+    "add", "add_any", "broadcast_in_dim", "convert_element_type", "copy", "div", "erf", "exp", "integer_pow",
+    "logistic", "max", "min", "mul", "neg", "pow", "reshape", "rsqrt", "select_n", "sqrt", "square", "squeeze",
+    "stop_gradient", "sub", "tanh",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +63,11 @@ def split(stage: Callable, params: Any, x: Any, batch: Any, *, is_deep: bool) ->
     made = forward.jaxpr.outvars[len(forward.jaxpr.outvars) - len(residuals) :]
     num_params, num_x = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
     of_x = _reach(forward, forward.jaxpr.invars[num_params : num_params + num_x])
-    is_kept = [isinstance(var, Var) and var in of_x for var in made]
-    again = [var for var, kept in zip(made, is_kept, strict=True) if not kept]
+    kept_vars = _sources(forward, [var for var in made if isinstance(var, Var) and var in of_x], of_x)
 
     def all_residuals(params: Any, batch: Any, kept: Sequence) -> list:
         inputs = [*jax.tree.leaves(params), *(None,) * num_x, *jax.tree.leaves(batch)]
-        other = iter(_evaluate(forward, inputs, again))
-        of_forward = iter(kept)
-        return [next(of_forward if kept else other) for kept in is_kept]
+        return _evaluate(forward, inputs, made, dict(zip(kept_vars, kept, strict=True)))
 
     def pull(residuals: list, dy: Any) -> tuple[Any, Any]:
         return jax.tree.unflatten(structure["pullback"], residuals)(dy)
@@ -75,10 +79,10 @@ def split(stage: Callable, params: Any, x: Any, batch: Any, *, is_deep: bool) ->
     extra = _between(pullback, dx, dparams, len(residuals))
 
     def run_forward(params: Any, x: Any, batch: Any) -> tuple[Any, Any, tuple]:
-        outputs = _evaluate(forward, jax.tree.leaves((params, x, batch)), forward.jaxpr.outvars)
-        y_aux = jax.tree.unflatten(jax.tree.structure((y, aux)), outputs[: len(outputs) - len(residuals)])
-        of_forward = outputs[len(outputs) - len(residuals) :]
-        return *y_aux, tuple(value for value, kept in zip(of_forward, is_kept, strict=True) if kept)
+        wanted = forward.jaxpr.outvars[: len(forward.jaxpr.outvars) - len(residuals)]
+        outputs = _evaluate(forward, jax.tree.leaves((params, x, batch)), [*wanted, *kept_vars])
+        y_aux = jax.tree.unflatten(jax.tree.structure((y, aux)), outputs[: len(wanted)])
+        return *y_aux, tuple(outputs[len(wanted) :])
 
     def run_backward(params: Any, batch: Any, kept: Sequence, dy: Any) -> tuple[Any, tuple]:
         inputs = [*all_residuals(params, batch, kept), *jax.tree.leaves(dy)]
@@ -90,11 +94,40 @@ def split(stage: Callable, params: Any, x: Any, batch: Any, *, is_deep: bool) ->
         known = dict(zip(extra, extra_values, strict=True))
         return jax.tree.unflatten(jax.tree.structure(gradients[0]), _evaluate(pullback, inputs, dparams, known))
 
-    shapes = [shape for shape, kept in zip(residuals, is_kept, strict=True) if kept]
-    return Split(
-        run_forward, run_backward, run_weight, tuple(shapes),
-        tuple(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in extra),
-    )  # fmt: skip
+    kept, extra_shapes = (
+        tuple(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in variables)
+        for variables in (kept_vars, extra)
+    )
+    return Split(run_forward, run_backward, run_weight, kept, extra_shapes)
+
+
+def _sources(program: ClosedJaxpr, residuals: Sequence[Var], of_x: set[Var]) -> list[Var]:
+    """What to keep, of what depends on the input, so that elementwise operations make `residuals` of it."""
+    makers = {var: (i, equation) for i, equation in enumerate(program.jaxpr.eqns) for var in equation.outvars}
+    kept: dict[Var, None] = {}
+
+    def need(var: Var) -> list[Var]:
+        return [var for var in _inputs(makers[var][1]) if var in of_x]
+
+    def is_made(var: Var) -> bool:
+        return var in kept or (var in makers and _is_elementwise(makers[var][1]) and all(map(is_made, need(var))))
+
+    for var in sorted(dict.fromkeys(residuals), key=lambda var: makers[var][0] if var in makers else -1):
+        while var in makers and makers[var][1].primitive.name == "convert_element_type":
+            (source,) = need(var)
+            if source.aval.dtype.itemsize > var.aval.dtype.itemsize:
+                break
+            var = source  # the same value in fewer bytes
+        if not is_made(var):
+            kept[var] = None
+    return list(kept)
+
+
+def _is_elementwise(equation: JaxprEqn) -> bool:
+    if equation.primitive.name in WRAPPERS:
+        inner = equation.params["jaxpr"]
+        return all(map(_is_elementwise, (inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner).eqns))
+    return equation.primitive.name in ELEMENTWISE
 
 
 def _reach(program: ClosedJaxpr, sources: Iterable[Var]) -> set[Var]:

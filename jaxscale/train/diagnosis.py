@@ -106,6 +106,8 @@ class _Counting:
 class _StagedCounting(_Counting):
     """The same in the parts that pipeline stages run, see `parallel.pipeline.StagedLoss`."""
 
+    is_by_period = False
+
     def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array:
         """As the loss's; it has no metrics, so that `finish` counts."""
         return self.loss.start(params, batch, operations=operations)

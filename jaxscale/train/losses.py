@@ -63,6 +63,11 @@ class NextTokenLoss:
         context = transformer.attention_context(batch, self.model)
         return transformer.run_prefix(params, x, context, batch["weights"], stack=self.stack, **settings)[0]
 
+    @property
+    def is_by_period(self) -> bool:
+        """Whether `body` is best given its periods apart, for it runs them unrolled."""
+        return not self.stack.is_scanned
+
     def prepare(self, layers: Params) -> Params:
         """The tree `layers` in the types that `body` uses, once a step: its micro-batches need not convert it again."""
         return transformer.to_compute(layers, self.policy)
@@ -74,7 +79,7 @@ class NextTokenLoss:
         """Consecutive periods of the stack.
 
         Args:
-            layers: the tree `layers`, of any number of periods.
+            layers: the tree `layers`, of any number of periods; or, if unrolled, a tuple of their trees.
             x: residual [B, own T, D].
             batch: as `__call__`.
             number: [periods] of each period in the model's stack; None for all of them in order.

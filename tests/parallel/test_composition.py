@@ -34,7 +34,7 @@ SINGLES = [{axis: 2} for axis in AXES] + [{axis: 4} for axis in AXES[:-1]]
 PAIRS = [{one: 2, other: 2} for one, other in itertools.combinations(AXES, 2)]
 TRIPLES = [dict.fromkeys(three, 2) for three in itertools.combinations(AXES, 3)]
 VARIANTS = [
-    dict(pipeline=2, schedule="gpipe"),
+    dict(pipeline=2, schedule="gpipe", num_microbatches=4),
     dict(pipeline=2, schedule="interleaved", num_chunks=2),
     dict(pipeline=2, schedule="zero_bubble", is_scanned=False),
     dict(pipeline=2, tensor=2, schedule="zero_bubble", is_scanned=False, remat="none"),

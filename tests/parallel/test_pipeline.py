@@ -53,7 +53,7 @@ def test_activations_of_1f1b_grow_with_stages_and_not_with_microbatches():
 
 @pytest.mark.long
 def test_zero_bubble_does_nothing_twice():
-    """A tick's F, B and W stand in the loop once each, so their FLOPs are one micro-batch's."""
+    """One branch counts of those that F, B and W have for each slot, so their FLOPs are one micro-batch's."""
     whole, split = (compiled(name, 4).cost_analysis()["flops"] for name in ("1f1b", "zero_bubble"))
     assert split == pytest.approx(whole, rel=0.01)
 

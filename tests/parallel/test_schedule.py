@@ -32,7 +32,7 @@ class Machine:
         self.schedule = schedule
         self.last = schedule.num_stages * schedule.num_chunks - 1
         slots = dict(activation=schedule.num_activation_slots, residual=schedule.num_residual_slots,
-                     cotangent=schedule.num_cotangent_slots, weight=schedule.num_weight_slots)  # fmt: skip
+                     cotangent=schedule.num_cotangent_slots)  # fmt: skip
         self.slots = {kind: [[None] * num for _ in range(schedule.num_stages)] for kind, num in slots.items()}
         self.done = []
 
@@ -73,17 +73,15 @@ class Machine:
 
     def backward(self, stage, row):
         k, m = self.operate("B", stage, row.backward, row.backward_chunk)
-        take = self.look if self.schedule.is_split else self.take
-        assert take("residual", stage, row.residual_read) == ("residual", k, m)
+        assert self.take("residual", stage, row.residual_read) == ("residual", k, m)
         assert self.take("cotangent", stage, row.cotangent_read) == ("cotangent", k, m)
         if self.schedule.is_split:
-            self.put("weight", stage, row.weight_store, ("weight", k, m))
+            self.put("residual", stage, row.residual_read, ("residual for W", k, m))
         return ("cotangent", k - 1, m) if k else None
 
     def weight(self, stage, row):
         k, m = self.operate("W", stage, row.weight, row.weight_chunk)
-        assert self.take("weight", stage, row.weight_read) == ("weight", k, m)
-        assert self.take("residual", stage, row.weight_residual) == ("residual", k, m)
+        assert self.take("residual", stage, row.residual_weight) == ("residual for W", k, m)
 
     def operate(self, kind, stage, microbatch, chunk):
         virtual = chunk * self.schedule.num_stages + stage
@@ -96,10 +94,6 @@ class Machine:
         if label is not None:
             assert self.slots[kind][stage][slot] is None, f"{label} overwrites {self.slots[kind][stage][slot]}"
             self.slots[kind][stage][slot] = label
-
-    def look(self, kind, stage, slot):
-        assert slot >= 0
-        return self.slots[kind][stage][slot]
 
     def take(self, kind, stage, slot):
         assert slot >= 0
@@ -122,11 +116,11 @@ def test_what_is_idle_names_no_slot(schedule):
     rows = schedule.rows
     for operation, columns in (
         (rows.forward, (rows.forward_chunk, rows.activation_read, rows.residual_store, rows.cotangent_own)),
-        (rows.backward, (rows.backward_chunk, rows.residual_read, rows.cotangent_read, rows.weight_store)),
-        (rows.weight, (rows.weight_chunk, rows.weight_read, rows.weight_residual)),
+        (rows.backward, (rows.backward_chunk, rows.residual_read, rows.cotangent_read)),
+        (rows.weight, (rows.weight_chunk, rows.residual_weight)),
     ):
         assert all((column[operation == NONE] == NONE).all() for column in columns)
-    assert schedule.is_split == (rows.weight_store != NONE).any() == (rows.weight != NONE).any()
+    assert schedule.is_split == (schedule.name == "zero_bubble") == (rows.residual_weight != NONE).any()
 
 
 @each_schedule
@@ -170,7 +164,6 @@ def test_zero_bubble_idles_as_little_as_the_paper_says(S, M):
 def test_slots_grow_with_the_stages_and_not_with_the_microbatches(S, M):
     one, zero, all_forward = one_f_one_b(S, M), zero_bubble(S, M), gpipe(S, M)
     assert one.num_residual_slots == zero.num_residual_slots == min(M, 2 * S - 1)
-    assert one.num_weight_slots == 0 and zero.num_weight_slots <= max(1, 2 * S - 2)
     assert all_forward.num_residual_slots == M
     for schedule in (one, zero):
         assert schedule.num_cotangent_slots == 1 and schedule.num_activation_slots == min(1, S - 1)

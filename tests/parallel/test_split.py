@@ -84,3 +84,14 @@ def test_recomputation_is_done_by_b_alone():
     assert count(parts.backward, "tanh", PARAMS, BATCH, kept, DY) == 2
     assert count(parts.weight, "tanh", PARAMS, BATCH, kept, extra) == 0
     assert len(parts.kept) == 2  # the layers' inputs
+
+
+def test_what_is_elementwise_is_made_again():
+    def gated(params, x, batch):
+        hidden = x.astype(jnp.float32) @ params["up"]
+        return (jax.nn.silu(hidden) * jnp.exp(hidden)) @ params["down"], None
+
+    x = X.astype(jnp.bfloat16)
+    parts = split(gated, PARAMS, x, BATCH, is_deep=False)
+    assert {(leaf.shape, leaf.dtype.name) for leaf in parts.kept} == {(x.shape, "bfloat16"), ((3, 8), "float32")}
+    assert count(parts.backward, "logistic", PARAMS, BATCH, parts.kept, DY) == 1
