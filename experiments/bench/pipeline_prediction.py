@@ -29,8 +29,8 @@ from jaxscale.train.step import make_step
 
 READS_AND_STORES = {
     "forward": ("forward", "forward_chunk", "activation_read", "residual_store", "cotangent_own"),
-    "backward": ("backward", "backward_chunk", "residual_read", "cotangent_read", "weight_store"),
-    "weight": ("weight", "weight_chunk", "weight_read", "weight_residual"),
+    "backward": ("backward", "backward_chunk", "residual_read", "cotangent_read"),
+    "weight": ("weight", "weight_chunk", "residual_weight"),
 }
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("file")
