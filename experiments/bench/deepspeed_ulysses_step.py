@@ -53,8 +53,8 @@ whole_mlp = modeling_llama.LlamaMLP.forward
 if options.tiled == "all":
     modeling_llama.LlamaMLP.forward = tiled_mlp
 deepspeed.init_distributed()
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-accelerator = deepspeed.get_accelerator()
+rank, local, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+(accelerator := deepspeed.get_accelerator()).set_device(local)
 device = accelerator.current_device_name()
 torch.backends.cuda.enable_flash_sdp(not options.cudnn)
 

@@ -57,6 +57,6 @@ if options.profile:
         jax.block_until_ready([(state := step(state, batch)[0]) for _ in range(2)][-1])
 flops = training_flops_per_token(run["model"], count_parameters(run["model"])[1], length) * rows * length
 figures |= {"tokens_per_second": rows * length / figures["ms"] * 1e3, "tflops": flops / figures["ms"] / 1e9}
-figures |= {"mfu": figures["tflops"] * 1e12 / (peak_flops() or np.inf)}
+figures |= {"mfu": figures["tflops"] * 1e12 / ((peak_flops() or np.inf) * jax.device_count())}
 figures |= {"peak_gib": max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()) / gib}
 print(json.dumps({"overrides": options.set} | {name: round(value, 4) for name, value in figures.items()}))

@@ -77,12 +77,17 @@ class StackConfig:
             policy = _is_product
         elif self.remat == "names":
             policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=list(self.saved_names),
-                names_which_can_be_offloaded=list(self.offloaded_names),
+                names_which_can_be_saved=_with_kernel(self.saved_names),
+                names_which_can_be_offloaded=_with_kernel(self.offloaded_names),
                 offload_src="device",
                 offload_dst="pinned_host",
             )
         return jax.checkpoint(f, policy=policy, prevent_cse=not self.is_scanned)
+
+
+def _with_kernel(names: tuple[str, ...]) -> list[str]:
+    """The output of attention alone would not spare its kernel: the backward wants the normaliser too."""
+    return [*names, *(KERNEL_OUTPUT for name in names if name == "attention")]
 
 
 def _is_product(primitive: jax.extend.core.Primitive, *avals: Any, **params: Any) -> bool:

@@ -186,6 +186,13 @@ def test_what_is_dear_is_not_made_again_under_remat_dots(name, times):
     assert str(jaxpr).count("= sin ") == times
 
 
+@pytest.mark.parametrize("names, times", [(("attention",), 1), (("q",), 2)])
+def test_remat_of_names_keeps_attention_with_what_its_kernel_leaves_for_the_backward(names, times):
+    stack = StackConfig(remat="names", saved_names=names)
+    layer = stack.rematerialise(lambda x: jnp.exp(checkpoint_name(jnp.sin(x), KERNEL_OUTPUT)))
+    assert str(jax.make_jaxpr(jax.grad(layer))(1.0)).count("= sin ") == times
+
+
 def test_logits_in_bfloat16_are_near():
     """The default policy computes in bfloat16 and returns float32."""
     logits, _ = jax.jit(functools.partial(forward, config=MODELS["llama"]))(make_params("llama"), make_batch())
