@@ -1,6 +1,8 @@
 """Every gin file of the experiments binds names that exist to values of their types, and its model and mesh fit."""
 
 import inspect
+import itertools
+import shlex
 from pathlib import Path
 
 import jax
@@ -10,9 +12,13 @@ from jaxscale import cli, config
 from jaxscale.bindings import REQUIRED, Bindings, Builder, Macro
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params, count_parameters
+from jaxscale.ops.precision import Policy
+from jaxscale.train.plan import check_fit
+from jaxscale.train.pretrain import pretrain
 from jaxscale.types import InputError
 
-CONFIGS = Path(__file__).resolve().parents[1] / "experiments" / "configs"
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+CONFIGS = EXPERIMENTS / "configs"
 FILES = sorted(CONFIGS.rglob("*.gin"))
 
 
@@ -48,6 +54,20 @@ def test_the_run_fits(path, tmp_path, capsys):
             if name == "inspect":
                 cli._load(verb.function)(**loaded.arguments)
                 assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((EXPERIMENTS / "bench").glob("*.txt")), ids=lambda path: path.stem)
+def test_the_commands_of_a_list_fit(path, monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert len({line.split("|")[0] for line in lines}) == len(lines)
+    for words in (shlex.split(line.split("|", 1)[1]) for line in lines):
+        (script,) = (word for word in words if word.endswith(".py"))
+        assert Path(script).is_file()
+        for file in (word for word in words if word.endswith(".gin")):
+            overrides = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
+            run = dict(policy=Policy()) | config.load(pretrain, [file], overrides).arguments
+            check_fit(**{name: run[name] for name in ("model", "mesh", "data", "train", "policy", "stack")})
 
 
 def bind(path: Path) -> None:
