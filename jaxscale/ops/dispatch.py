@@ -75,9 +75,11 @@ def _combine(outputs: Array, gates: Array, slopes: Array, dispatch: Dispatch) ->
 
 
 def _combine_backward(arguments: tuple[Array, Array, Array, Dispatch], cotangent: Array) -> tuple:
+    """Both gradients in the order of the rows, where `outputs` lie: only the cotangent is gathered, once for both."""
     outputs, gates, slopes, dispatch = arguments
-    doutputs = accumulator(_spread(cotangent, dispatch)) * accumulator(slopes).reshape(-1)[dispatch.order][:, None]
-    dgates = (accumulator(_by_token(outputs, dispatch)) * accumulator(cotangent)[:, None]).sum(-1)
+    cotangent = accumulator(_spread(cotangent, dispatch))
+    doutputs = cotangent * accumulator(slopes).reshape(-1)[dispatch.order][:, None]
+    dgates = (accumulator(outputs) * cotangent).sum(-1)[dispatch.inverse].reshape(gates.shape)
     return doutputs.astype(outputs.dtype), dgates.astype(gates.dtype), None, None
 
 
