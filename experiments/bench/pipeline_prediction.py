@@ -42,15 +42,15 @@ defaults = {name: each.default for name, each in inspect.signature(pretrain).par
 run = defaults | config.load(pretrain, [options.file], options.set).arguments
 apply_runtime(run["runtime"], ".")
 plan = make_plan(**{name: run[name] for name in ("model", "mesh", "data", "optimizer", "train", "policy", "stack")})
+schedule, shardings = plan.region.schedule, jax.tree.map(lambda leaf: leaf.sharding, plan.state)
+if schedule is None or schedule.num_chunks > 1:
+    parser.error("needs a pipeline of one chunk a stage")
 settings = dict(specs=plan.region.specs, seed=0, trainable=run["train"].trainable)
 state = init_state(run["model"], plan.optimizer, plan.state, **settings)
 rows, length = run["data"].batch_size, run["data"].sequence_length
 text = np.random.default_rng(0).integers(0, run["model"].vocab_size, (rows, length + 1), np.int32)
 weights, positions = np.ones((rows, length), np.float32), np.tile(np.arange(length, dtype=np.int32), (rows, 1))
 batch = place(plan.mesh, dict(tokens=text[:, :-1], labels=text[:, 1:], weights=weights, positions=positions))
-schedule, shardings = plan.region.schedule, jax.tree.map(lambda leaf: leaf.sharding, plan.state)
-if schedule is None or schedule.num_chunks > 1:
-    parser.error("needs a pipeline of one chunk a stage")
 
 
 def step_with(state, batch, rows):

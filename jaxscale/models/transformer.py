@@ -256,7 +256,8 @@ def run_stack(
     else:
         # Converted at once, for then the gradient is stacked in the compute type, at half the bytes.
         loop, params = _unrolled, to_compute(params, policy)
-    periods = Periods(jnp.arange(jax.tree.leaves(params)[0].shape[0])) if periods is None else periods
+    if periods is None:
+        periods = Periods(jnp.arange(len(params) if isinstance(params, tuple) else len(jax.tree.leaves(params)[0])))
     x, (new, sums) = loop(period, x, (params, caches or {}, periods))
     return x, new, sums
 

@@ -16,7 +16,7 @@ def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
         scale: [D].
         epsilon: added to the mean square.
     Returns:
-        [..., D] in the type of `x`.
+        [..., D] in the type of `x`; has no forward-mode derivative.
     """
     return _rms_norm(x, scale, epsilon)
 

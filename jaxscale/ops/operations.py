@@ -48,7 +48,8 @@ class Operations:
         gather: (section, params) -> params as the forward uses them; section is "embedding", "layers/0", "head" ...
         enter: residual [B, own T, D] -> [B, T, D], input of column-parallel matmuls.
         exit: [B, T, D] partial sums of row-parallel matmuls -> residual [B, own T, D].
-        own: [B, T, ...] known to the whole tensor group -> the own tokens [B, own T, ...].
+        own: [B, T, ...] known to the whole tensor group -> the own tokens [B, own T, ...]; a share of all B T tokens in
+            the order of rows, so its rows are not the batch's: only what treats tokens alike may read it.
         embed: (table [V, D], tokens [B, T]) -> residual [B, own T, D]; 0 for a token outside the table.
         token_loss: (h [B, T, D], head as `ops.loss` has it, labels [B, T], softcap) -> (nll, log-normaliser) of the
             own tokens; nll 0 for a label outside the vocabulary.

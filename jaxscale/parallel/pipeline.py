@@ -4,8 +4,8 @@ Nothing here is differentiated from outside: each stage pulls its own cotangents
 only some stages do stands in a branch (`lax.cond`); a branch may hold collectives of a group in which all take it, over
 any axis but `pipeline`, and never a permute. The two permutes between neighbours stand after the branches.
 
-F, B and W stand there once for each slot of residuals (`lax.switch`), for an array whose place is known is written by
-what makes it and read by what uses it; in a stack of slots each of both is one more copy.
+F, B and W stand there once for each slot of residuals (`lax.switch`): an array whose place is known is written by what
+makes it and read by what uses it, where in a stack of slots the write and the read would each be a copy.
 
 Source: Narayanan et al. 2021 (arXiv 2104.04473); Qi et al. 2023 (arXiv 2401.10241).
 """
@@ -80,7 +80,7 @@ class _Carry:
 
     activations: Array
     cotangents: Array
-    banks: tuple["_Bank", ...]
+    banks: tuple[_Bank, ...]
     sent: tuple[Array, Array]
     layers: Params
     rest: Params
@@ -355,7 +355,7 @@ def _get(slots: Any, index: Array | int) -> Any:
 
 
 def _put(slots: Any, index: Array, values: Any) -> Any:
-    """Writes to a slot; NONE is the one past the end, which nobody reads."""
+    """Writes to a slot; NONE is the last, which nobody reads where there is one to spare."""
 
     def one(leaf: Array, value: Array) -> Array:
         return lax.dynamic_update_index_in_dim(leaf, value, jnp.where(index == NONE, leaf.shape[0] - 1, index), 0)

@@ -58,7 +58,10 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
         _check_divides(path, entry, config)
     num_periods = next(entry.shape[0] for entry in flat.values() if entry.dims.startswith("L"))
     dense = jax.tree.map(lambda entry: _dense_spec(entry, config), table)
-    zero = jax.tree.map(lambda entry, spec: _zero_spec(entry, spec, config), table, dense)
+    layout = StageLayout(num_periods, config.pipeline, config.num_chunks, config.stage_periods)
+    # Where layers are gathered one by one each device must have a share of each; a padded stack is longer than its dim.
+    cuts_layers = config.zero < 3 and layout.is_identity
+    zero = jax.tree.map(lambda entry, spec: _zero_spec(entry, spec, config, cuts_layers), table, dense)
 
     def stored(level: int) -> Any:
         specs = zero if config.zero >= level else dense
@@ -66,7 +69,7 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
 
     return Specs(
         dims=jax.tree.map(lambda entry: entry.dims, table),
-        layout=StageLayout(num_periods, config.pipeline, config.num_chunks, config.stage_periods),
+        layout=layout,
         parameters=stored(3),
         held=zero if config.zero >= 3 else dense,
         gradients=stored(2),
@@ -126,13 +129,10 @@ def _dense_spec(entry: Any, config: MeshConfig) -> PartitionSpec:
     return PartitionSpec(*_letters_to_axes(entry.dims, config))
 
 
-def _zero_spec(entry: Any, spec: PartitionSpec, config: MeshConfig) -> PartitionSpec:
-    """Cuts over ZeRO's axes, or over `data` alone; a leaf with no dim that divides stays whole.
-
-    Whole layers where nothing is gathered layer by layer, as ZeRO-3 does.
-    """
+def _zero_spec(entry: Any, spec: PartitionSpec, config: MeshConfig, cuts_layers: bool) -> PartitionSpec:
+    """Cuts over ZeRO's axes, or over `data` alone; a leaf with no dim that divides stays whole."""
     axes = tuple(axis for axis in config.zero_axes if getattr(config, axis) > 1) or (DATA,)
-    settings = dict(may_share=False, cuts_layers=config.zero < 3)
+    settings = dict(may_share=False, cuts_layers=cuts_layers)
     cut = _cut(entry, spec, axes, config, **settings)
     return _cut(entry, spec, (DATA,), config, **settings) if cut == spec else cut
 

@@ -68,6 +68,7 @@ class Schedule:
         rows: what happens, by tick and stage.
         num_activation_slots, num_residual_slots, num_cotangent_slots: what the fullest stage needs of each kind; all
             chunks of a stage share them.
+        is_split: whether W is apart from B.
     """
 
     name: str
@@ -78,16 +79,12 @@ class Schedule:
     num_activation_slots: int
     num_residual_slots: int
     num_cotangent_slots: int
+    is_split: bool
 
     @property
     def num_ticks(self) -> int:
         """Number of ticks, each of which ends in one exchange."""
         return self.rows.forward.shape[0]
-
-    @property
-    def is_split(self) -> bool:
-        """Whether W is apart from B."""
-        return bool((self.rows.weight != NONE).any())
 
 
 def make_schedule(name: str, num_stages: int, num_chunks: int, num_microbatches: int) -> Schedule:
@@ -252,7 +249,8 @@ def _schedule(
     cotangent_at = np.vstack([backward[1:] + 1, forward[-1:]])
     activation, num_activation = _assign(activation_at, forward, num_stages)
     cotangent, num_cotangent = _assign(cotangent_at, backward, num_stages)
-    weight = np.full_like(backward, NONE) if weight is None else weight
+    is_split = weight is not None
+    weight = weight if is_split else np.full_like(backward, NONE)
     residual, num_residual = _assign(forward, np.maximum(backward, weight), num_stages)
 
     virtual, microbatch = np.indices(forward.shape)
@@ -282,7 +280,7 @@ def _schedule(
         cotangent_read=column(backward, cotangent),
     )
     counts = (num_activation, num_residual, num_cotangent)
-    return Schedule(name, num_stages, len(forward) // num_stages, forward.shape[1], rows, *counts)
+    return Schedule(name, num_stages, len(forward) // num_stages, forward.shape[1], rows, *counts, is_split)
 
 
 def _assign(filled: np.ndarray, read: np.ndarray, num_stages: int) -> tuple[np.ndarray, int]:

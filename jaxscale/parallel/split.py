@@ -2,8 +2,8 @@
 
 The pullback of any stage is one straight program. What the input's gradient needs of it is B, the rest is W. Of the
 forward's residuals, those that depend on the input are kept from F on; the others (parameters in another type, rotary
-tables, masks) are made again, and so is what is elementwise in what is kept (a norm's output, an activation): XLA fuses
-it with what reads it, as it would where forward and backward are one program.
+tables, masks) are made again, and so is what is elementwise in what is kept (an activation, a wider copy): XLA fuses it
+with what reads it, as it would where forward and backward are one program.
 
 Source: Qi et al. 2023 (arXiv 2401.10241), section 2, by slicing the pullback instead of rewriting layers.
 """
@@ -105,12 +105,17 @@ def _sources(program: ClosedJaxpr, residuals: Sequence[Var], of_x: set[Var]) -> 
     """What to keep, of what depends on the input, so that elementwise operations make `residuals` of it."""
     makers = {var: (i, equation) for i, equation in enumerate(program.jaxpr.eqns) for var in equation.outvars}
     kept: dict[Var, None] = {}
+    made: set[Var] = set()
 
     def need(var: Var) -> list[Var]:
         return [var for var in _inputs(makers[var][1]) if var in of_x]
 
     def is_made(var: Var) -> bool:
-        return var in kept or (var in makers and _is_elementwise(makers[var][1]) and all(map(is_made, need(var))))
+        if var not in kept and var not in made:
+            if var not in makers or not _is_elementwise(makers[var][1]) or not all(map(is_made, need(var))):
+                return False
+            made.add(var)
+        return True
 
     for var in sorted(dict.fromkeys(residuals), key=lambda var: makers[var][0] if var in makers else -1):
         while var in makers and makers[var][1].primitive.name == "convert_element_type":
@@ -157,7 +162,19 @@ def _between(program: ClosedJaxpr, first: Sequence[Any], second: Sequence[Any], 
     made |= set(program.jaxpr.invars[num_kept:])
     uses = [var for equation in _needed(program, second, made) for var in _inputs(equation)]
     uses += [var for var in second if isinstance(var, Var)]
-    return list(dict.fromkeys(var for var in uses if var in made))
+    makers = {var: equation for equation in program.jaxpr.eqns for var in equation.outvars}
+
+    def narrow(var: Var) -> Var:
+        """The same value before it was converted to a wider type or held back by a barrier."""
+        while var in makers and makers[var].primitive.name in ("convert_element_type", "optimization_barrier"):
+            source = makers[var].invars[makers[var].outvars.index(var)]
+            if not isinstance(source, Var) or source.aval.dtype.itemsize > var.aval.dtype.itemsize:
+                break
+            var = source
+        return var
+
+    narrowed = dict.fromkeys(narrow(var) for var in uses if var in made)
+    return [var for var in narrowed if var in made]
 
 
 def _inputs(equation: JaxprEqn) -> list[Var]:

@@ -3,7 +3,8 @@
 Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device, which has a share of the
 B T tokens in the order of rows, so that what is exchanged lies together in memory and nothing is transposed. Every
 collective here is its own transpose's partner (all-gather and reduce-scatter); a bare psum would have a wrong gradient.
-Among one device there is none at all: XLA removes it late, after it has hidden from a matmul the addition that follows.
+`enter` and `exit` of a single device exchange nothing at all: XLA removes such an exchange only after it has kept a
+matmul from taking in the addition that follows.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2.
 """

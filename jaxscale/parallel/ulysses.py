@@ -23,9 +23,10 @@ def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable
 
     Queries, keys and values change from shares of the sequence to shares of the heads and the output back, by
     all-to-all; the wrapped attention sees all the members' tokens in order, so windows, documents and soft-caps are
-    its own affair. Grouped queries need every kv head beside its query heads: with P members and K kv heads each is
-    repeated lcm(K, P) / K times; where that does not divide the heads, keys become as many as queries and both are
-    filled up with heads that nobody reads. The gradient of a repeated head is the sum of its copies' by transposition.
+    its own affair. Without documents it sees all rows as the heads of one. Grouped queries need every kv head beside
+    its query heads: with P members and K kv heads each is repeated lcm(K, P) / K times; where that does not divide the
+    heads, keys become as many as queries and both are filled up with heads that nobody reads. The gradient of a
+    repeated head is the sum of its copies' by transposition.
 
     Args:
         attention: (q, k, v, context, cache) -> (o, cache).

@@ -179,6 +179,13 @@ def test_unrolled_equals_scanned(name):
     np.testing.assert_allclose(run(make_params(name), make_batch())[0], expected(name), atol=2e-5)
 
 
+def test_queries_keys_and_values_are_one_matmul():
+    config, x = MODELS["llama"], jnp.zeros((2, 16, MODELS["llama"].model_dim))
+    layer = layer_params(make_params("llama"), config, 0)
+    jaxpr = jax.make_jaxpr(lambda x: layers.qkv(layer, x, make_batch()["positions"], config, Operations()))(x)
+    assert str(jaxpr).count("dot_general[") == 1
+
+
 @pytest.mark.parametrize("name, times", [(KERNEL_OUTPUT, 1), (EXCHANGED, 1), ("residual", 2)])
 def test_what_is_dear_is_not_made_again_under_remat_dots(name, times):
     layer = StackConfig(remat="dots").rematerialise(lambda x: jnp.exp(checkpoint_name(jnp.sin(x), name)))

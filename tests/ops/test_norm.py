@@ -50,6 +50,13 @@ def test_rms_gradient_is_that_of_the_formula(transform):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, wanted)
 
 
+def test_rms_norm_keeps_its_input_alone():
+    """A row's root mean square, if kept too, would have the forward read its input twice."""
+    x, scale = jnp.asarray(X), jnp.asarray(SCALE)
+    kept = jax.tree.leaves(jax.vjp(lambda *a: rms_norm(*a, epsilon=1e-3), x, scale)[1])
+    assert {leaf.shape for leaf in kept} == {x.shape, scale.shape}
+
+
 def test_layer_norm_without_bias():
     x = jnp.asarray(X)
     without, zero = (layer_norm(x, SCALE, bias, epsilon=1e-3) for bias in (None, np.zeros(16)))

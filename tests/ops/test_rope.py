@@ -1,5 +1,6 @@
 """Rotary positions against complex rotation, and what they are made for: only distances matter."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,6 +34,12 @@ def test_scores_depend_on_the_distance_alone():
         for shift in (0, 1000)
     ]
     np.testing.assert_allclose(*scores, atol=2e-3)
+
+
+def test_the_gradient_pads_nothing():
+    """Two halves joined would have the gradient of two padded halves and their sum."""
+    gradient = jax.make_jaxpr(jax.grad(lambda x: rope(x, POSITIONS, theta=1e4).sum()))(jnp.asarray(X))
+    assert "pad" not in {eqn.primitive.name for eqn in gradient.jaxpr.eqns}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

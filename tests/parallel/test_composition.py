@@ -36,6 +36,7 @@ TRIPLES = [dict.fromkeys(three, 2) for three in itertools.combinations(AXES, 3)]
 VARIANTS = [
     dict(pipeline=2, schedule="gpipe", num_microbatches=4),
     dict(pipeline=2, schedule="interleaved", num_chunks=2),
+    dict(pipeline=2, schedule="interleaved", num_chunks=2, is_scanned=False, remat="none"),
     dict(pipeline=2, schedule="zero_bubble", is_scanned=False),
     dict(pipeline=2, tensor=2, schedule="zero_bubble", is_scanned=False, remat="none"),
     dict(sequence=2, data=2, zero_axes=("data",)),
@@ -65,8 +66,8 @@ def errors(result, wanted):
 def check(name, sizes):
     """Runs one case with remat, accumulation and ZeRO-3 unless `sizes` says otherwise."""
     model = MODELS[name]
-    if sizes.get("pipeline", 1) * sizes.get("num_chunks", 1) > 2:
-        model = dataclasses.replace(model, num_layers=4 * model.period)
+    if (num_chunks := sizes.get("pipeline", 1) * sizes.get("num_chunks", 1)) > 2:
+        model = dataclasses.replace(model, num_layers=2 * num_chunks * model.period)
     settings = {"zero": 3, "num_microbatches": NUM_MICROBATCHES} | sizes
     with jax.enable_x64(True):
         wanted = single_device(model, 1 if name == "dense" else settings["num_microbatches"])
@@ -82,6 +83,7 @@ def check(name, sizes):
 
 DRAWN = {"tensor": 2}, {"data": 2, "expert": 2}  # where experts draw in the default tests
 CASES = [(name, sizes) for name in ("dense", "moe") for sizes in DEFAULT if name == "dense" or sizes not in DRAWN]
+CASES += [("moe", dict(pipeline=2, schedule="zero_bubble", is_scanned=False))]
 CASES += [("grin", sizes) for sizes in DRAWN]
 
 

@@ -43,6 +43,33 @@ def temporary_bytes(schedule, num_microbatches, pipeline=2):
     return compiled(schedule, num_microbatches, pipeline).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.parametrize("name", ["1f1b", "zero_bubble"])
+def test_a_table_may_be_an_argument(name):
+    """One program then runs any table of as many ticks and slots, as `pipeline_prediction.py` does."""
+    region, loss = make_region(MeshConfig(pipeline=2, schedule=name), 4), make_loss(MODEL, "float32", is_scanned=False)
+
+    def gradient(params, rows):
+        schedule = dataclasses.replace(region.schedule, rows=rows)
+        return dataclasses.replace(region, schedule=schedule).gradient(loss)(params, make_batch(), jax.random.key(0))
+
+    jax.jit(gradient).lower(abstract_params(MODEL, "float32"), region.schedule.rows)
+
+
+def test_many_slots_share_a_branch():
+    """Else GPipe's program would grow with its micro-batches."""
+    region, loss = make_region(MeshConfig(pipeline=2, schedule="gpipe"), 8), make_loss(MODEL, "float32", remat="none")
+    gradient = jax.make_jaxpr(region.gradient(loss))(abstract_params(MODEL, "float32"), make_batch(), jax.random.key(0))
+    assert max(len(eqn.params["branches"]) for eqn in every_equation(gradient.jaxpr) if "branches" in eqn.params) == 2
+
+
+def every_equation(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            yield from every_equation(inner) if hasattr(inner, "eqns") else ()
+
+
 @pytest.mark.long
 def test_activations_of_1f1b_grow_with_stages_and_not_with_microbatches():
     few, many = (temporary_bytes("1f1b", number) for number in (4, 16))

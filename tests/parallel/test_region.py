@@ -16,10 +16,10 @@ from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import attention
 from jaxscale.ops.draws import with_token_keys
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.mesh import DATA, MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.ring import ring_attention
-from jaxscale.parallel.rules import make_specs
+from jaxscale.parallel.rules import all_axes_of, make_specs
 from jaxscale.parallel.schedule import make_schedule
 from jaxscale.train.losses import NextTokenLoss
 
@@ -162,7 +162,7 @@ def test_microbatches_equal_one_batch():
     assert_equal_to_single_device(result, single_device(DENSE))
     specs = make_specs(parameter_table(DENSE), MeshConfig(data=2, zero=2)).gradients
     for (path, leaf), spec in zip(tree.flatten(result[1]).items(), jax.tree.leaves(specs), strict=True):
-        assert leaf.addressable_shards[0].data.size == leaf.size // (2 if "data" in spec else 1), path
+        assert leaf.addressable_shards[0].data.size == leaf.size // (2 if DATA in all_axes_of(spec) else 1), path
 
 
 @pytest.mark.long

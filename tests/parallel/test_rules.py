@@ -81,6 +81,13 @@ def test_zero_cuts_whole_layers_unless_it_gathers_them_one_by_one(path, by_layer
         assert specs_by_path("optimizer", model, data=2, zero=zero)[path] == PartitionSpec(*spec)
 
 
+def test_zero_leaves_the_layers_of_padded_chunks_whole():
+    """The stored stack is longer than the dim that would be cut."""
+    sizes = dict(data=2, zero=2, num_chunks=3, schedule="interleaved")
+    specs = specs_by_path("optimizer", dataclasses.replace(MODEL, num_layers=10), **sizes)
+    assert specs["layers/0/ffn/down"] == PartitionSpec("pipeline", ("tensor", "data"), None)
+
+
 def test_a_leaf_without_a_free_dim_that_divides_stays_whole():
     assert specs_by_path("parameters", BIASES, **SIZES, zero=3)["layers/0/ffn/up_bias"] == PartitionSpec(
         "pipeline", "tensor"

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.ops.norm import rms_norm
 from jaxscale.parallel.split import split
 
 RNG = np.random.default_rng(0)
@@ -84,6 +85,17 @@ def test_recomputation_is_done_by_b_alone():
     assert count(parts.backward, "tanh", PARAMS, BATCH, kept, DY) == 2
     assert count(parts.weight, "tanh", PARAMS, BATCH, kept, extra) == 0
     assert len(parts.kept) == 2  # the layers' inputs
+
+
+def test_w_is_left_nothing_in_a_wider_type_than_it_was_made_in():
+    """The norm's own arithmetic is in float32."""
+
+    def normalised(params, x, batch):
+        return rms_norm(x, params["scale"], epsilon=1e-6) @ params["up"] @ params["down"], None
+
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS | {"scale": jnp.ones(4)})
+    parts = split(normalised, params, X.astype(jnp.bfloat16), BATCH, is_deep=True)
+    assert {leaf.dtype.name for leaf in parts.extra if leaf.shape == X.shape} <= {"bfloat16"}
 
 
 def test_what_is_elementwise_is_made_again():

@@ -1,5 +1,7 @@
 """Attention over shares of the heads equals attention on one device, value and gradient, in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,11 +25,10 @@ def _float64():
         yield
 
 
-def inputs(num_heads, num_kv_heads):
+def inputs(num_heads, num_kv_heads, lengths=((5, 12, 4), (20, 1, 3))):
     """q, k, v, the output's cotangent, and packed documents that cross the borders of shares, with padding."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(B, T, n, H))) for n in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
-    lengths = [[5, 12, 4], [20, 1, 3]]
     segments, positions = np.zeros((B, T), int), np.zeros((B, T), int)
     for row, of_row in enumerate(lengths):
         ends = np.cumsum(of_row)
@@ -43,9 +44,9 @@ def run(attend, settings, q, k, v, cotangent, positions, segments):
     return o, pullback(cotangent)
 
 
-def on_members(num_members, settings, arguments):
+def on_members(num_members, settings, arguments, change=lambda attend: attend):
     mesh = make_mesh(MeshConfig(sequence=num_members), jax.devices()[:num_members])
-    attend = ulysses(attention.attention, num_members=num_members)
+    attend = change(ulysses(attention.attention, num_members=num_members))
 
     def local(*arguments):
         return run(attend, settings, *arguments)
@@ -80,6 +81,19 @@ def test_the_context_is_the_whole_sequence_s(settings):
     arguments = inputs(4, 2)
     wanted = run(attention.attention, settings, *arguments)
     got = on_members(4, settings, arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, wanted)
+
+
+@pytest.mark.parametrize("num_members, num_heads, num_kv_heads, _", HEADS, ids=[case[-1] for case in HEADS])
+@pytest.mark.parametrize("settings", [{}, dict(window=7)], ids=str)
+def test_rows_of_one_document_stand_as_heads(num_members, num_heads, num_kv_heads, _, settings):
+    *arrays, positions, _ = inputs(num_heads, num_kv_heads, ((T,), (T,)))
+
+    def without_segments(attend):
+        return lambda q, k, v, context, cache: attend(q, k, v, dataclasses.replace(context, segments=None), cache)
+
+    wanted = run(attention.attention, settings, *arrays, positions, None)
+    got = on_members(num_members, settings, (*arrays, positions, positions), without_segments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, wanted)
 
 
