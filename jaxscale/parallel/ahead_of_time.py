@@ -209,7 +209,8 @@ class Collective:
     Args:
         kind: one of KINDS.
         num_bytes: what it delivers on one device, each time.
-        times: how often it runs: the product of the trip counts of the loops around it. A branch counts as taken.
+        times: how often it runs: the product of the trip counts of the loops around it. Of a conditional's branches the
+            one counts as taken that delivers most bytes: the slots of a pipeline are branches that do the same.
         is_exact: False where a loop around it does not say how often it runs, and was counted once.
     """
 
@@ -226,19 +227,33 @@ def collectives(hlo: str) -> list[Collective]:
         hlo: text of the compiled module.
     """
     computations = {match["name"]: match["body"] for match in _COMPUTATION.finditer(hlo)}
+    delivered: collections.Counter[str] = collections.Counter()  # by a computation each time it runs
+    for name, body in computations.items():  # callers are printed after what they call
+        for line in body.splitlines():
+            delivered[name] += sum(_num_trips(line) * delivered[each] for each in _taken(line, delivered))
+            delivered[name] += _delivered_bytes(match) if (match := _COLLECTIVE.search(line)) else 0
     times, is_exact = collections.Counter(list(computations)[-1:]), collections.defaultdict(lambda: True)
     found = []
-    for name, body in reversed(computations.items()):  # callers are printed after what they call
+    for name, body in reversed(computations.items()):
         for line in body.splitlines():
-            trips = _TRIPS.search(line)
-            is_known = is_exact[name] and (trips is not None or " while(" not in line)
-            for called in _CALLED.finditer(line):
-                for each in called["names"].replace("%", "").split(", "):
-                    times[each] += times[name] * (int(trips[1]) if trips else 1)
-                    is_exact[each] &= is_known
-            if match := _COLLECTIVE.search(line):
+            for each in _taken(line, delivered):
+                times[each] += times[name] * _num_trips(line)
+                is_exact[each] &= is_exact[name] and (" while(" not in line or _TRIPS.search(line) is not None)
+            if times[name] and (match := _COLLECTIVE.search(line)):
                 found.append(Collective(match["kind"], _delivered_bytes(match), times[name], is_exact[name]))
     return found[::-1]
+
+
+def _num_trips(line: str) -> int:
+    """Of a loop that says so; else 1."""
+    match = _TRIPS.search(line)
+    return int(match[1]) if match else 1
+
+
+def _taken(line: str, delivered: collections.Counter[str]) -> list[str]:
+    """The computations that an instruction runs."""
+    names = [name for called in _CALLED.finditer(line) for name in called["names"].replace("%", "").split(", ")]
+    return [max(names, key=delivered.__getitem__)] if " conditional(" in line else names
 
 
 def collective_bytes(hlo: str) -> dict[str, list[int]]:

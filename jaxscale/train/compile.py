@@ -161,7 +161,7 @@ def _collectives_text(found: list[Collective]) -> str:
     if not found:
         return "no collectives"
     lines = [
-        "collectives of one step, on each device (loops multiplied out, every branch counted as taken)",
+        "collectives of one step, on each device (loops multiplied out, of branches the one that sends most)",
         f"  {'kind':<18} {'in the program':>14} {'run':>8} {'GiB delivered':>13} {'largest, bytes':>17}",
     ]
     for kind in (kind for kind in KINDS if any(each.kind == kind for each in found)):
