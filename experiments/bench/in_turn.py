@@ -20,12 +20,10 @@ parser.add_argument("list", type=Path)
 parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl and what the commands print")
 parser.add_argument("--only", nargs="*", help="names to run; all by default")
 parser.add_argument("--side-by-side", type=int, default=3, help="how many compile at once")
-parser.add_argument(
-    "--limit-s", type=float, default=560, help="seconds for all; what does not begin in time is left out"
-)
+parser.add_argument("--limit-s", type=float, default=560, help="for all; what has no time left is left out")
 options = parser.parse_args()
 
-ends = time.monotonic() + options.limit_s
+began = time.monotonic()
 lines = [line for line in options.list.read_text().splitlines() if line.strip() and not line.startswith("#")]
 commands = {name.strip(): command.strip() for name, command in (line.split("|", 1) for line in lines)}
 commands = {name: each for name, each in commands.items() if not options.only or name in options.only}
@@ -34,14 +32,14 @@ environment = os.environ | dict(PYTHONPATH=str(Path.cwd()), PYTHONUNBUFFERED="1"
 environment |= dict(JAX_COMPILATION_CACHE_DIR=str(options.output.absolute() / "cache"))
 
 
-def run(name, command, **settings):
-    """The JSON lines that the command prints; none if it fails or time runs out."""
+def run(name, command, ends, **settings):
+    """The JSON lines that the command prints; it is killed when it is time."""
     with (options.output / f"{name}.txt").open("w") as log:
         process = subprocess.Popen(
             ["bash", "-c", command], env=environment | settings, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            process.wait(max(ends - time.monotonic(), 1))
+            process.wait(max(ends - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
     return [json.loads(line) for line in Path(log.name).read_text().splitlines() if line.startswith("{")]
@@ -51,11 +49,11 @@ share = dict(XLA_PYTHON_CLIENT_MEM_FRACTION=f"{0.9 / options.side_by_side:.2f}")
 with concurrent.futures.ThreadPoolExecutor(options.side_by_side) as pool:
     for name, command in commands.items():
         if "torchrun" not in command:
-            pool.submit(run, f"{name} compiled", f"{command} --steps 1", **share)
+            pool.submit(run, f"{name} compiled", f"{command} --steps 1", began + options.limit_s / 2, **share)
 print(f"{'name':24}", *(f"{column:>18}" for column in COLUMNS))
 with (options.output / "results.jsonl").open("a") as results:
     for name, command in commands.items():
-        found = run(name, command) if time.monotonic() < ends else []
+        found = run(name, command, began + options.limit_s)
         results.writelines(json.dumps({"name": name} | each) + "\n" for each in found)
         for each in found or [{}]:
             print(f"{name:24}", *(f"{each[c]:18,.3f}" if c in each else f"{'-':>18}" for c in COLUMNS), flush=True)
