@@ -28,7 +28,8 @@ lines = [line for line in options.list.read_text().splitlines() if line.strip() 
 commands = {name.strip(): command.strip() for name, command in (line.split("|", 1) for line in lines)}
 commands = {name: each for name, each in commands.items() if not options.only or name in options.only}
 options.output.mkdir(parents=True, exist_ok=True)
-environment = os.environ | dict(PYTHONPATH=str(Path.cwd()), PYTHONUNBUFFERED="1")
+environment = dict(XLA_PYTHON_CLIENT_MEM_FRACTION="0.92") | os.environ
+environment |= dict(PYTHONPATH=str(Path.cwd()), PYTHONUNBUFFERED="1")
 environment |= dict(JAX_COMPILATION_CACHE_DIR=str(options.output.absolute() / "cache"))
 
 
