@@ -35,8 +35,8 @@ class AttentionContext:
 
     Args:
         positions: [B, T] position of each query within its document, rising along T.
-        segments: [B, T] document number, 0 for padding; None when every row is one document of T tokens, so that all
-            rows have the same positions.
+        segments: [B, T] document number, 0 for padding; None when a row is one document. Ulysses then takes all rows to
+            have the same positions: whoever pads rows on a mesh gives segments.
         key_positions: [B, S] positions of the keys, negative where a slot is empty; None when the keys are the
             queries' own tokens in the same order (then backends may use that order).
         key_segments: [B, S] or None, as `segments`.
