@@ -2,12 +2,11 @@
 
 python experiments/bench/in_turn.py experiments/bench/two_gpus.txt --output runs/two_gpus
 
-A line of a list is NAME | COMMAND, run by bash. JAX's commands are first compiled side by side, into a cache, each with
-its share of the GPUs' memory (never grown on demand: stages of a pipeline then wait for one another for ever).
+A line of a list is NAME | COMMAND, run by bash. Nothing runs beside anything, compilation included: XLA chooses matmul
+algorithms by timing them on the GPU, and beside another program it chooses slow ones.
 """
 
 import argparse
-import concurrent.futures
 import json
 import os
 import subprocess
@@ -19,11 +18,10 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("list", type=Path)
 parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl and what the commands print")
 parser.add_argument("--only", nargs="*", help="names to run; all by default")
-parser.add_argument("--side-by-side", type=int, default=3, help="how many compile at once")
-parser.add_argument("--limit-s", type=float, default=560, help="for all; what has no time left is left out")
+parser.add_argument("--limit-s", type=float, default=3600, help="for all; what has no time left is left out")
 options = parser.parse_args()
 
-began = time.monotonic()
+ends = time.monotonic() + options.limit_s
 lines = [line for line in options.list.read_text().splitlines() if line.strip() and not line.startswith("#")]
 commands = {name.strip(): command.strip() for name, command in (line.split("|", 1) for line in lines)}
 commands = {name: each for name, each in commands.items() if not options.only or name in options.only}
@@ -33,11 +31,11 @@ environment |= dict(PYTHONPATH=str(Path.cwd()), PYTHONUNBUFFERED="1")
 environment |= dict(JAX_COMPILATION_CACHE_DIR=str(options.output.absolute() / "cache"))
 
 
-def run(name, command, ends, **settings):
+def run(name, command):
     """The JSON lines that the command prints; it is killed when it is time."""
     with (options.output / f"{name}.txt").open("w") as log:
         process = subprocess.Popen(
-            ["bash", "-c", command], env=environment | settings, stdout=log, stderr=log, start_new_session=True
+            ["bash", "-c", command], env=environment, stdout=log, stderr=log, start_new_session=True
         )
         try:
             process.wait(max(ends - time.monotonic(), 0))
@@ -46,15 +44,11 @@ def run(name, command, ends, **settings):
     return [json.loads(line) for line in Path(log.name).read_text().splitlines() if line.startswith("{")]
 
 
-share = dict(XLA_PYTHON_CLIENT_MEM_FRACTION=f"{0.9 / options.side_by_side:.2f}")
-with concurrent.futures.ThreadPoolExecutor(options.side_by_side) as pool:
-    for name, command in commands.items():
-        if "torchrun" not in command:
-            pool.submit(run, f"{name} compiled", f"{command} --steps 1", began + options.limit_s / 2, **share)
 print(f"{'name':24}", *(f"{column:>18}" for column in COLUMNS))
 with (options.output / "results.jsonl").open("a") as results:
     for name, command in commands.items():
-        found = run(name, command, began + options.limit_s)
+        found = run(name, command)
         results.writelines(json.dumps({"name": name} | each) + "\n" for each in found)
+        results.flush()
         for each in found or [{}]:
             print(f"{name:24}", *(f"{each[c]:18,.3f}" if c in each else f"{'-':>18}" for c in COLUMNS), flush=True)
