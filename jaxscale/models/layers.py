@@ -1,4 +1,4 @@
-"""One decoder layer as three functions, token-wise but for the middle one: `qkv`, `attend`, `finish`.
+"""One decoder layer as four functions, token-wise but for the second one: `qkv`, `attend`, `output`, `finish`.
 
 Batch and time may be a batch of rows, a chunk of a sequence or one flat ragged row; only `attend` mixes tokens.
 """
@@ -27,20 +27,17 @@ def normalise(params: Params, x: Array, config: ModelConfig) -> Array:
     return layer_norm(x, params["scale"], params.get("bias"), epsilon=config.norm_epsilon)
 
 
-def qkv(
-    params: Params, x: Array, positions: Array, config: ModelConfig, operations: Operations
-) -> tuple[Array, Array, Array]:
-    """Norm, projections, QK-norm and rotary positions.
+def qkv(params: Params, h: Array, positions: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
+    """Projections, QK-norm and rotary positions.
 
     Args:
         params: one layer, as `operations.gather` gave it.
-        x: residual [B, own T, D].
+        h: residual, normalised, [B, T, D].
         positions: [B, T].
     Returns:
         q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]; on a mesh the local heads.
     """
     attention = params["attention"]
-    h = operations.enter(normalise(attention["norm"], x, config))
     weights = [attention[name] for name in "qkv"]
     # One matmul, and in the backward one to `h` and one to the weights, where three would add up three parts.
     heads = jnp.einsum("btd,dnh->btnh", h, jnp.concatenate(weights, 1))
@@ -61,30 +58,37 @@ def attend(
     return operations.attention(q, k, v, dataclasses.replace(context, window=kind.window), cache)
 
 
+def output(params: Params, o: Array) -> Array:
+    """Output projection of the attended values [B, T, N, H]; on a mesh partial sums of [B, T, D]."""
+    return jnp.einsum("btnh,nhd->btd", o, params["attention"]["o"])
+
+
 def finish(
-    params: Params, x: Array, o: Array, weights: Array, config: ModelConfig, operations: Operations,
+    params: Params, x: Array, y: Array, weights: Array, config: ModelConfig, operations: Operations,
     draws: Draws | None = None,
 ) -> tuple[Array, moe.RouterSums]:  # fmt: skip
-    """Output projection, residual, feed-forward, residual.
+    """Residual, feed-forward, residual.
 
     Args:
         params: one layer.
         x: residual [B, own T, D].
-        o: attention output [B, T, N, H].
+        y: what `output` adds to it.
         weights: [B, T], 0 for padding, which the router's figures leave out.
         draws: of these tokens in training; None in evaluation and serving.
     Returns:
         (residual [B, own T, D], the router's sums; zeros in a dense layer).
     """
     attention = params["attention"]
-    y = operations.exit(jnp.einsum("btnh,nhd->btd", o, attention["o"]))
     x = operations.mark("attended", _add(x, y + attention["o_bias"] if config.use_bias else y))
     ffn = params.get("moe") or params["ffn"]
-    h = operations.enter(normalise(ffn["norm"], x, config))
+    h = normalise(ffn["norm"], x, config)
     if "moe" in params:
-        y, sums = moe.feed_forward(ffn, h, weights, config, operations, draws)
+        y, sums = moe.feed_forward(ffn, operations.enter(h), weights, config, operations, draws)
         return _add(x, operations.mark("feed_forward", operations.exit(y))), sums
-    y = operations.mark("feed_forward", operations.exit(_feed_forward(ffn, h, config)))
+    y, _ = operations.between(
+        lambda h: (_hidden(ffn, h, config), None), lambda hidden: jnp.einsum("btf,fd->btd", hidden, ffn["down"]), h
+    )
+    y = operations.mark("feed_forward", y)
     return _add(x, y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)
 
 
@@ -93,10 +97,9 @@ def _add(x: Array, y: Array) -> Array:
     return (x.reshape(-1, x.shape[-1]) + y.reshape(-1, y.shape[-1])).reshape(x.shape)
 
 
-def _feed_forward(params: Params, h: Array, config: ModelConfig) -> Array:
+def _hidden(params: Params, h: Array, config: ModelConfig) -> Array:
     def project(name: str) -> Array:
         y = jnp.einsum("btd,df->btf", h, params[name])
         return y + params[f"{name}_bias"] if config.use_bias else y
 
-    hidden = activate(config.activation, project("gate") if config.is_gated else None, project("up"))
-    return jnp.einsum("btf,fd->btd", hidden, params["down"])
+    return activate(config.activation, project("gate") if config.is_gated else None, project("up"))

@@ -155,13 +155,18 @@ def run_layer(
     def mark(name: str, y: Array) -> Array:
         return operations.mark(f"{section}/{name}", y)
 
+    def attend(h: Array, context: AttentionContext) -> tuple[Array, Any]:
+        q, k, v = layers.qkv(params, h, context.positions, config)
+        q, k, v = mark("q", q), mark("k", k), mark("v", v)
+        o, new = layers.attend(q, k, v, context, cache, kind, operations)
+        return mark("attention", o), new
+
     x = mark("residual", x)
-    q, k, v = layers.qkv(params, x, context.positions, config, operations)
-    q, k, v = mark("q", q), mark("k", k), mark("v", v)
-    o, cache = layers.attend(q, k, v, context, cache, kind, operations)
+    h = layers.normalise(params["attention"]["norm"], x, config)
+    y, new = operations.between(attend, functools.partial(layers.output, params), h, context)
     marking = dataclasses.replace(operations, mark=mark)
-    x, sums = layers.finish(params, x, mark("attention", o), weights, config, marking, draws)
-    return x, cache, sums
+    x, sums = layers.finish(params, x, y, weights, config, marking, draws)
+    return x, new, sums
 
 
 def run_layers(

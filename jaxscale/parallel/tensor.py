@@ -9,6 +9,10 @@ matmul from taking in the addition that follows.
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -16,8 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxscale.ops import loss
 from jaxscale.ops.loss import Head
 from jaxscale.ops.operations import EXCHANGED
+from jaxscale.ops.precision import accumulator
 from jaxscale.parallel.mesh import AXES, PIPELINE, TENSOR
-from jaxscale.types import Array
+from jaxscale.types import Array, InputError
 
 
 def enter(x: Array) -> Array:
@@ -38,6 +43,47 @@ def exit(y: Array) -> Array:
     num_rows, length, dim = y.shape
     own = lax.psum_scatter(y.reshape(-1, dim), TENSOR, tiled=True)
     return checkpoint_name(own.reshape(num_rows, length // num_members, dim), EXCHANGED)
+
+
+def split(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
+    """`Operations.between`, one member's rows after the other: exchanges run beside the matmuls of other rows.
+
+    The others' rows arrive while `f` has the own ones, and the sums of theirs leave while the own ones are projected;
+    the same in the backward. Own tokens are whole rows if the group divides B; else all is exchanged before and after.
+    What `f` keeps besides is None for rows so cut. Permutes, because a GPU's copy engines can make them, where an
+    all-gather takes multiprocessors from the matmuls. Not for a branch that some pipeline stages do not take: on CPUs
+    a permute there is wrong.
+
+    Source: Wang et al. 2023 (ASPLOS, doi 10.1145/3567955.3567959), section 4; here no ring, each exchange is direct.
+    """
+    num_members, num_rows = lax.axis_size(TENSOR), len(x)
+    if num_members == 1 or num_rows % num_members:
+        hidden, kept = f(enter(x), *rows)
+        return exit(project(hidden)), kept
+    each = num_rows // num_members
+    h, hidden = x.reshape(each, -1, x.shape[-1]), []
+    for distance in range(num_members):
+        theirs = _shift(h, -distance)
+        if hidden:  # one after the other, or XLA begins with rows that have yet to arrive
+            theirs, hidden[-1] = lax.optimization_barrier((theirs, hidden[-1]))
+        first = (lax.axis_index(TENSOR) + distance) % num_members * each
+        of_member = jax.tree.map(lambda r: lax.dynamic_slice_in_dim(r, first, each), rows)  # noqa: B023
+        found, kept = f(theirs, *of_member)
+        if jax.tree.leaves(kept):
+            raise InputError("tensor.split", "a cache", "none, for its rows would be cut: operations without split")
+        hidden.append(found)
+    own, sums = lax.optimization_barrier((hidden[0], [project(other) for other in hidden[1:]]))
+    received = [_shift(y, distance) for distance, y in enumerate(sums, 1)]
+    total = sum((accumulator(y) for y in received), accumulator(project(own))).astype(x.dtype)
+    return checkpoint_name(total.reshape(x.shape), EXCHANGED), None
+
+
+def _shift(x: Array, distance: int) -> Array:
+    """Every member's `x` to the member `distance` further."""
+    num_members = lax.axis_size(TENSOR)
+    if distance == 0:
+        return x
+    return lax.ppermute(x, TENSOR, [(i, (i + distance) % num_members) for i in range(num_members)])
 
 
 def own(x: Array) -> Array:

@@ -151,7 +151,8 @@ def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
         bad = operations.exit(is_bad.astype(jnp.float32))[..., 0]
         return bad, bad
 
-    return dataclasses.replace(operations, mark=mark, token_loss=count_tokens), counts
+    # Not split, for then a name would stand for several tensors of a layer.
+    return dataclasses.replace(operations, mark=mark, token_loss=count_tokens, split=None), counts
 
 
 def _first_counted(counts: dict[str, Array], names: list[str]) -> str | None:

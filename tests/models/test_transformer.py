@@ -182,7 +182,7 @@ def test_unrolled_equals_scanned(name):
 def test_queries_keys_and_values_are_one_matmul():
     config, x = MODELS["llama"], jnp.zeros((2, 16, MODELS["llama"].model_dim))
     layer = layer_params(make_params("llama"), config, 0)
-    jaxpr = jax.make_jaxpr(lambda x: layers.qkv(layer, x, make_batch()["positions"], config, Operations()))(x)
+    jaxpr = jax.make_jaxpr(lambda x: layers.qkv(layer, x, make_batch()["positions"], config))(x)
     assert str(jaxpr).count("dot_general[") == 1
 
 
@@ -210,7 +210,7 @@ def test_logits_in_bfloat16_are_near():
 
 @pytest.mark.parametrize("name", ["mixture", pytest.param("gemma", marks=pytest.mark.long)])
 def test_a_layer_runs_over_chunks_of_the_sequence(name):
-    """Layer by layer, chunk by chunk, with the three functions of a layer and a cache, as a long sequence would run."""
+    """Layer by layer, chunk by chunk, with the functions of a layer and a cache, as a long sequence would run."""
     config, params, batch = MODELS[name], make_params(name), make_batch()
     operations = Operations(attention=jax.jit(kv_cache.attend))
     x = transformer.embed(params, batch, config, operations, FLOAT32)
@@ -220,9 +220,11 @@ def test_a_layer_runs_over_chunks_of_the_sequence(name):
         for chunk in (slice(0, 6), slice(6, 12), slice(12, 16)):
             positions, weights = batch["positions"][:, chunk], batch["weights"][:, chunk]
             context = AttentionContext(positions, batch["segments"][:, chunk], softcap=config.attention_softcap)
-            q, k, v = layers.qkv(layer, x[:, chunk], positions, config, operations)
+            h = layers.normalise(layer["attention"]["norm"], x[:, chunk], config)
+            q, k, v = layers.qkv(layer, h, positions, config)
             o, cache = layers.attend(q, k, v, context, cache, kind, operations)
-            chunks.append(layers.finish(layer, x[:, chunk], o, weights, config, operations)[0])
+            y = layers.output(layer, o)
+            chunks.append(layers.finish(layer, x[:, chunk], y, weights, config, operations)[0])
         x = jnp.concatenate(chunks, 1)
     h = transformer.final_hidden(params, x, config, operations, FLOAT32)
     logits = unembed(h, transformer.unembedding(params, config, operations, FLOAT32), config.logit_softcap)

@@ -9,6 +9,7 @@ all-gather the whole, of a reduce-scatter its share.
 import collections
 import functools
 import math
+import re
 
 import jax
 import optax
@@ -48,8 +49,13 @@ def model(num_heads=8, num_kv_heads=8, *, num_layers=1, **fields):
     )
 
 
-def compiled(model, mesh, *, num_microbatches=1, num_loss_chunks=1, remat="none"):
+def compiled(model, mesh, **settings):
     """The collectives of one step: ({kind: {bytes: runs}} without all-reduces, bytes that are all-reduced)."""
+    return in_total(program(model, mesh, **settings))
+
+
+def program(model, mesh, *, num_microbatches=1, num_loss_chunks=1, remat="none", is_scanned=True):
+    """One step's, compiled for H200s."""
     devices = described_devices("h200", num_hosts=1, gpus_per_host=math.prod(mesh.sizes))
     specs = make_specs(parameter_table(model), mesh)
     run_attention = functools.partial(attention, implementation="reference")
@@ -60,11 +66,12 @@ def compiled(model, mesh, *, num_microbatches=1, num_loss_chunks=1, remat="none"
         make_mesh(mesh, devices), specs, make_operations(mesh, specs, attention=run_attention, reduction="float32"),
         num_microbatches=num_microbatches, schedule=schedule,
     )  # fmt: skip
-    loss = NextTokenLoss(model, Policy(), StackConfig(num_loss_chunks=num_loss_chunks, remat=remat))
+    stack = StackConfig(is_scanned=is_scanned, num_loss_chunks=num_loss_chunks, remat=remat)
+    loss = NextTokenLoss(model, Policy(), stack)
     optimizer = optax.sgd(1e-3)
     state = abstract_state(model, optimizer, mesh=region.mesh, specs=specs, dtype="float32", trainable=".*")
     batch = abstract_batch(region.mesh, B, T, is_packed=False)
-    return in_total(make_step(loss, optimizer, region, state).lower(state, batch).compile().as_text())
+    return make_step(loss, optimizer, region, state).lower(state, batch).compile().as_text()
 
 
 def in_total(hlo):
@@ -149,27 +156,31 @@ def test_ulysses_exchanges_four_times_its_share_of_the_activations(num_heads, nu
 # Tensor
 
 
-def tensor(mesh, *, rows=B, length=T, num_layers=1, again=(0, 0), chunks=1):
-    """All-gathers and reduce-scatters of layers whose norms have a share of the tokens, the embedding and the loss.
+def tensor(mesh, *, rows=B, length=T, num_layers=1, num_split=2, again=0, chunks=1):
+    """What layers send whose norms have a share of the tokens, the embedding and the loss.
 
     Source: Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: two all-reduces a layer forward and two
-    backward, each as an all-gather and a reduce-scatter. Shoeybi et al. 2019 (arXiv 1909.08053), section 3: of the
-    vocabulary's shares only figures a token.
+    backward, each as an all-gather and a reduce-scatter; where rows are split, instead of either each member's share
+    to each other member. Shoeybi et al. 2019 (arXiv 1909.08053), section 3: of the vocabulary's shares only figures a
+    token.
 
     Args:
-        again: all-gathers and reduce-scatters a layer that rematerialisation repeats.
+        num_split: how many of a layer's two halves have their rows split.
+        again: exchanges of shares a layer that rematerialisation repeats.
     """
     whole, part = rows * length * D * COMPUTE, rows * length * D * COMPUTE // mesh.tensor
-    layers = {GATHER: {whole: num_layers * (4 + again[0])}, SCATTER: {part: num_layers * (4 + again[1])}}
+    shares = num_layers * (4 * num_split + again) * (mesh.tensor - 1)
+    gathered = num_layers * 2 * (2 - num_split)
+    layers = {PERMUTE: {part: shares}, GATHER: {whole: gathered}, SCATTER: {part: gathered}}
     head = {GATHER: {whole: 1}, SCATTER: {part: 1}}
     # Rows are looked up in the parameters' type; their gradient comes back in that of the activations.
     embedding = {SCATTER: {part * FLOAT // COMPUTE: 1}, GATHER: {whole: 1}}
     figures = 2 * rows * length * FLOAT // chunks  # the sum of exponentials and the label's logit
     loss = {SCATTER: {figures // mesh.tensor: chunks}, GATHER: {figures: chunks}}
-    return together(layers, head, embedding, loss)
+    return {kind: +sizes for kind, sizes in together(layers, head, embedding, loss).items() if +sizes}
 
 
-def test_tensor_parallelism_gathers_and_scatters_twice_a_layer_each_way():
+def test_tensor_parallelism_sends_two_all_reduces_worth_a_layer_each_way():
     mesh, config = MeshConfig(tensor=4, zero=0), model(num_layers=2)
     found, reduced = compiled(config, mesh, num_loss_chunks=2)
     assert found == tensor(mesh, num_layers=2, chunks=2)
@@ -177,10 +188,21 @@ def test_tensor_parallelism_gathers_and_scatters_twice_a_layer_each_way():
     check_reduced(reduced, gradient_bytes(config, mesh) + maxima)
 
 
+def test_tensor_parallelism_sends_beside_matmuls():
+    """In an unrolled stack from each exchange's start to its end there is a matmul, forward and backward."""
+    mesh, config = MeshConfig(tensor=2, zero=0), model(num_layers=2)
+    lines = program(config, mesh, is_scanned=False).partition("\nENTRY")[2].splitlines()
+    names = [line.split(" = ")[0].strip() for line in lines]
+    sent = [(i, re.search(r"permute-done\((%[\w.-]+)\)", line)) for i, line in enumerate(lines)]
+    between = [lines[names.index(found[1]) : i] for i, found in sent if found]
+    assert len(between) == 2 * 8
+    assert all(any("gemm" in line for line in each) for each in between)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("remat", "again"), [("full", (2, 1)), ("dots", (2, 0))])
+@pytest.mark.parametrize(("remat", "again"), [("full", 3), ("dots", 2)])
 def test_rematerialisation_repeats_collectives_too(remat, again):
-    """The all-gathers; the reduce-scatters unless their outputs are kept, as the next layer's input always is.
+    """Those into a layer's halves; those out of them unless their sum is kept, as the next layer's input always is.
 
     Bytes alone, as the compiler may send what is repeated together with what is not.
     """
@@ -280,7 +302,7 @@ def test_axes_send_nothing_more_together():
     found, reduced = compiled(config, mesh)
     rows, length = B // mesh.data, T // mesh.sequence
     positions = {GATHER: {rows * T * FLOAT: 1}}
-    heads = ulysses(mesh, 8 // mesh.tensor, 4 // mesh.tensor, 1, rows=rows)
+    heads = times(mesh.tensor, ulysses(mesh, 8 // mesh.tensor, 4 // mesh.tensor, 1, rows=rows // mesh.tensor))
     assert found == together(heads, tensor(mesh, rows=rows, length=length), positions)
     maxima = rows * length * FLOAT
     check_reduced(reduced, gradient_bytes(config, mesh) + maxima)
@@ -289,7 +311,7 @@ def test_axes_send_nothing_more_together():
 @pytest.mark.long
 def test_tensor_experts_exchange_no_tokens():
     mesh = MeshConfig(tensor=4, zero=0, expert_axis="tensor")
-    assert compiled(mixture(), mesh)[0] == tensor(mesh)
+    assert compiled(mixture(), mesh)[0] == tensor(mesh, num_split=1)
 
 
 @pytest.mark.long
@@ -298,6 +320,6 @@ def test_a_pipeline_of_tensor_groups_adds_up():
     mesh, config = MeshConfig(pipeline=S, tensor=2, zero=0), model(num_layers=S)
     found, _ = compiled(config, mesh, num_microbatches=M)
     num_ticks = M + 2 * (S - 1)
-    each = tensor(mesh, rows=B // M, num_layers=1)
+    each = tensor(mesh, rows=B // M, num_layers=1, num_split=0)
     sent = permutes(mesh, num_ticks, num_microbatches=M, share=mesh.tensor)
     assert found == together(times(num_ticks, each), sent, outside(mesh))

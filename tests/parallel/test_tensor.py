@@ -1,10 +1,11 @@
-"""The vocabulary-parallel look-up and loss, value and gradient, against one device."""
+"""The vocabulary-parallel look-up and loss and split rows, value and gradient, against one device."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -12,6 +13,7 @@ from jaxscale.ops import loss
 from jaxscale.ops.operations import Operations
 from jaxscale.parallel import tensor
 from jaxscale.parallel.mesh import AXES, TENSOR, MeshConfig, make_mesh
+from jaxscale.types import InputError
 
 B, T, V, D, SHARDS = 2, 8, 12, 6, 4
 RNG = np.random.default_rng(0)
@@ -25,13 +27,13 @@ def on_mesh(function, in_specs, out_specs):
 
 def in_order(x):
     """Own tokens [B, T / tensor, ...] of all devices, side by side along T, as the rows [B, T, ...] they come from."""
-    by_device = jnp.moveaxis(x.reshape(B, SHARDS, T // SHARDS, *x.shape[2:]), 1, 0)
+    by_device = jnp.moveaxis(x.reshape(len(x), SHARDS, T // SHARDS, *x.shape[2:]), 1, 0)
     return by_device.reshape(x.shape)
 
 
 def of_devices(x):
     """The inverse of `in_order`."""
-    by_device = jnp.moveaxis(x.reshape(SHARDS, B, T // SHARDS, *x.shape[2:]), 0, 1)
+    by_device = jnp.moveaxis(x.reshape(SHARDS, len(x), T // SHARDS, *x.shape[2:]), 0, 1)
     return by_device.reshape(x.shape)
 
 
@@ -100,6 +102,41 @@ def test_own_tokens_are_those_that_enter_and_exit_exchange():
     x = jnp.asarray(RNG.normal(size=(B, T, D)))
     for function in (lambda x: tensor.enter(tensor.own(x)), lambda x: tensor.enter(tensor.exit(x) / SHARDS)):
         np.testing.assert_allclose(on_mesh(function, (P(),), P())(x), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_rows", [SHARDS, 2 * SHARDS, 2])  # of two rows no member has a whole one
+def test_split_equals_all_at_once(num_rows):
+    """Of a function that knows its rows, value and gradients: of the residual, of weights cut either way, and whole."""
+    sizes = dict(x=(num_rows, T, D), into=(D, V), out=(V, D), scale=(D,), cotangent=(num_rows, T, D))
+    with jax.enable_x64(True):
+        x, into, out, scale, cotangent = (jnp.asarray(RNG.normal(size=size)) for size in sizes.values())
+        positions = jnp.asarray(RNG.normal(size=(num_rows, T)))
+
+        def run(operations, x, into, out, scale):
+            def f(h, positions):
+                return jnp.sin(jnp.cumsum(scale * h * positions[..., None], 1) @ into), None
+
+            return operations.between(f, lambda hidden: hidden @ out, x, positions)[0]
+
+        def both(operations, *arguments):
+            y, pullback = jax.vjp(functools.partial(run, operations), *arguments[:-1])
+            x, into, out, scale = pullback(arguments[-1])
+            return y, x, into, out, operations.total(scale)
+
+        operations = Operations(enter=tensor.enter, exit=tensor.exit, split=tensor.split, total=tensor.total)
+        cut = (OWN, P(None, TENSOR), P(TENSOR))
+        mapped = on_mesh(functools.partial(both, operations), (*cut, P(), OWN), (OWN, *cut, P()))
+        found = mapped(of_devices(x), into, out, scale, of_devices(cotangent))
+        wanted = both(Operations(), x, into, out, scale, cotangent)
+        for got, want, is_own in zip(found, wanted, (True, True, False, False, False), strict=True):
+            np.testing.assert_allclose(in_order(got) if is_own else got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_split_refuses_what_rows_keep():
+    """A cache would come back in pieces."""
+    run = on_mesh(lambda x: tensor.split(lambda h: (h, h), lambda y: y, x)[0], (P(),), P())
+    with pytest.raises(InputError, match="cache"):
+        run(jnp.ones((SHARDS, T // SHARDS, D)))
 
 
 def test_one_device_exchanges_nothing():
