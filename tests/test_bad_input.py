@@ -122,6 +122,7 @@ CASES = {
         "StackConfig.attention", "given 'cudnn'", "one of ('reference', 'chunked')",
     ),
     "attention": (["stack.attention='flash'"], "StackConfig.attention: given 'flash', expected one of", "'chunked'"),
+    "chunks of the loss": (["stack.num_loss_chunks=3"], "StackConfig.num_loss_chunks: given 3", "; nearest: 2 or 4"),
     "length of a chunk": (["stack.attention='chunked'"], "StackConfig.attention: given 'chunked'", "T % 512 == 0"),
     "soft-cap": (
         ["stack.attention='cudnn'", "model.attention_softcap=30.0"], "StackConfig.attention: given 'cudnn'", "soft-cap",

@@ -3,25 +3,16 @@
 JAX_PLATFORMS=cpu python experiments/bench/expert_memory.py
 """
 
-from unittest import mock
-
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxscale.ops import moe
-from jaxscale.ops.activation import activate
 from jaxscale.parallel import expert, tensor
-from jaxscale.parallel.ahead_of_time import described_devices, memory_of
+from jaxscale.parallel.ahead_of_time import as_on_gpus, described_devices, memory_of
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
 
 GPUS, KINDS = 8, {"dense": EXPERT, "ragged": EXPERT, "tensor": TENSOR}
 TOKENS, ACTIVE, WIDE, NARROW = 4096, 8, 2048, 768  # on each GPU; choices a token; the experts' D and F
 devices = described_devices("h200", num_hosts=1, gpus_per_host=GPUS)
-
-
-def grouped_ffn(rows, group_sizes, weights, activation):
-    """Needs the memory of a grouped matmul that multiplies each row once: one expert's matrices, on all rows."""
-    return activate(activation, rows @ weights["gate"][0], rows @ weights["up"][0]) @ weights["down"][0]
 
 
 def peak(kind: str, num_experts: int) -> float:
@@ -45,12 +36,11 @@ def peak(kind: str, num_experts: int) -> float:
     weights = {name: jax.ShapeDtypeStruct((num_experts, *shape), "bfloat16") for name, shape in shapes.items()}
     sizes = {"bfloat16": WIDE, "float32": ACTIVE, "int32": ACTIVE}
     x, gates, index = (jax.ShapeDtypeStruct((1, GPUS * TOKENS, size), dtype) for dtype, size in sizes.items())
-    return memory_of(run_all.lower(x, gates, weights, index).compile()).peak / 2**30
+    with as_on_gpus(devices):
+        return memory_of(run_all.lower(x, gates, weights, index).compile()).peak / 2**30
 
 
-print("| experts | exchange | ragged_dot, GiB | a grouped matmul, GiB |\n|---|---|---|---|")
+print("| experts | exchange | GiB |\n|---|---|---|")
 for num_experts in (16, 64, 128):
     for kind in KINDS:
-        as_is = peak(kind, num_experts)  # jax.lax.ragged_dot, on GPUs a dense product over all experts
-        with mock.patch.object(moe, "grouped_ffn", grouped_ffn), mock.patch.object(expert, "grouped_ffn", grouped_ffn):
-            print(f"| {num_experts} | {kind} | {as_is:.2f} | {peak(kind, num_experts):.2f} |", flush=True)
+        print(f"| {num_experts} | {kind} | {peak(kind, num_experts):.2f} |", flush=True)

@@ -72,7 +72,7 @@ def finish(
     Args:
         params: one layer.
         x: residual [B, own T, D].
-        y: what `output` adds to it.
+        y: [B, own T, D] what attention adds to it, without its bias.
         weights: [B, T], 0 for padding, which the router's figures leave out.
         draws: of these tokens in training; None in evaluation and serving.
     Returns:

@@ -24,6 +24,8 @@ from jaxscale.ops.precision import Policy, cast
 from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_positive, check_types
 
 NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
+# Logits made again may differ in the last bit, as they are fused with other things: a draw could take another expert.
+ROUTER = "router"
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
 # A router in low precision picks other experts (GRIN keeps it in float32); a scale next to 1 has steps of 2^-7
 # in bfloat16, so an update of it would be lost.
@@ -37,8 +39,8 @@ class StackConfig:
     Args:
         is_scanned: one compiled layer in a loop, or every layer unrolled (longer to compile, faster on a GPU).
         remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots" (keep the outputs of
-            matmuls with weights, of attention on a GPU and of exchanges between devices, all-gathers aside); "names"
-            (keep `saved_names` on the device and `offloaded_names` in host memory).
+            matmuls with weights, of attention on a GPU and of exchanges between devices, those before a matmul aside);
+            "names" (keep `saved_names` on the device and `offloaded_names` in host memory).
         saved_names: of NAMES.
         offloaded_names: of NAMES.
         num_loss_chunks: chunks of T in which logits exist.
@@ -68,16 +70,16 @@ class StackConfig:
         return Operations(attention=functools.partial(attention, implementation=self.attention))
 
     def rematerialise(self, f: Callable) -> Callable:
-        """`f` with the configured policy."""
+        """`f` with the configured policy, under which a router's logits are kept whatever else is."""
         policies = jax.checkpoint_policies
         if self.remat == "none":
             return f
-        policy = None
+        policy = policies.save_only_these_names(ROUTER)
         if self.remat == "dots":
             policy = _is_product
         elif self.remat == "names":
             policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=_with_kernel(self.saved_names),
+                names_which_can_be_saved=[ROUTER, *_with_kernel(self.saved_names)],
                 names_which_can_be_offloaded=_with_kernel(self.offloaded_names),
                 offload_src="device",
                 offload_dst="pinned_host",
@@ -95,7 +97,7 @@ def _is_product(primitive: jax.extend.core.Primitive, *avals: Any, **params: Any
 
     A partial sum is not kept beside the sum over devices, for then nothing reads it.
     """
-    is_like = primitive.name == CUDNN_ATTENTION or params.get("name") in (KERNEL_OUTPUT, EXCHANGED)
+    is_like = primitive.name == CUDNN_ATTENTION or params.get("name") in (KERNEL_OUTPUT, EXCHANGED, ROUTER)
     return is_like or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 

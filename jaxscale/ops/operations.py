@@ -34,6 +34,11 @@ def _stored(section: str, params: Any) -> Any:
     return params
 
 
+def _between(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
+    hidden, kept = f(x, *rows)
+    return project(hidden), kept
+
+
 @dataclasses.dataclass(frozen=True)
 class Operations:
     """What a model calls wherever a mesh could matter; the defaults are one device.
@@ -48,7 +53,11 @@ class Operations:
         gather: (section, params) -> params as the forward uses them; section is "embedding", "layers/0", "head" ...
         enter: residual [B, own T, D] -> [B, T, D], input of column-parallel matmuls.
         exit: [B, T, D] partial sums of row-parallel matmuls -> residual [B, own T, D].
-        split: as `between`, which then calls it; None exchanges all before and all after.
+        between: (f, project, x, *rows) -> (residual [B, own T, D], what `f` kept): what the matmuls after `enter` and
+            before `exit` enclose. x is the normalised residual [B, own T, D]; f([b, T, D], *rows of as many) returns
+            (hidden, what it keeps) and treats rows alike: of some of the rows those rows of what it returns of all;
+            project(hidden) is the last matmul, partial sums [b, T, D]; rows are trees of [B, T, ...] known to the whole
+            tensor group.
         own: [B, T, ...] known to the whole tensor group -> the own tokens [B, own T, ...]; a share of all B T tokens in
             the order of rows, so its rows are not the batch's: only what treats tokens alike may read it.
         embed: (table [V, D], tokens [B, T]) -> residual [B, own T, D]; 0 for a token outside the table.
@@ -65,25 +74,9 @@ class Operations:
     gather: Callable = _stored
     enter: Callable = _identity
     exit: Callable = _identity
-    split: Callable | None = None
+    between: Callable = _between
     own: Callable = _identity
     embed: Callable = _embed
     token_loss: Callable = loss.token_loss
     mark: Callable = _mark
     total: Callable = _identity
-
-    def between(self, f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
-        """What column-parallel and row-parallel matmuls enclose.
-
-        Args:
-            f: ([b, T, D], *rows of as many) -> (hidden, what else it keeps), the same for some rows as for all.
-            project: hidden -> partial sums [b, T, D].
-            x: residual, normalised, [B, own T, D].
-            rows: trees of [B, T, ...] known to the whole tensor group, which `f` wants.
-        Returns:
-            (residual [B, own T, D], what `f` kept).
-        """
-        if self.split is not None:
-            return self.split(f, project, x, *rows)
-        hidden, kept = f(self.enter(x), *rows)
-        return self.exit(project(hidden)), kept

@@ -66,8 +66,9 @@ class MeshConfig:
         check_choice("MeshConfig.expert_axis", self.expert_axis, (EXPERT, TENSOR))
         check_choice("MeshConfig.expert_exchange", self.expert_exchange, ("dense", "ragged"))
         if self.sequence % self.ring:
-            expected = f"sequence % ring == 0, but {self.sequence} % {self.ring} = {self.sequence % self.ring}"
-            raise InputError("MeshConfig.ring", self.ring, expected)
+            equation = f"sequence % ring == 0, but {self.sequence} % {self.ring} = {self.sequence % self.ring}"
+            nearest = nearest_divisors(self.sequence, self.ring)
+            raise InputError("MeshConfig.ring", self.ring, f"{equation}; nearest: {nearest}")
         if self.num_chunks > 1 and self.schedule != "interleaved":
             raise InputError("MeshConfig.num_chunks", self.num_chunks, '1 unless schedule is "interleaved"')
 
@@ -94,19 +95,22 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     if math.prod(config.sizes) != len(devices):
         equation = " * ".join(AXES) + " = " + " * ".join(map(str, config.sizes)) + f" = {math.prod(config.sizes)}"
-        raise InputError("MeshConfig", config.sizes, f"{equation} to equal the number of devices, {len(devices)}")
+        expected = (
+            f"{equation} to equal the number of devices, {len(devices)}; nearest: {_fitting(config, len(devices))}"
+        )
+        raise InputError("MeshConfig", config.sizes, expected)
     return Mesh(np.asarray(devices).reshape(config.sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_batch(config: MeshConfig, *, batch_size: int, length: int, num_microbatches: int) -> None:
     """Raises InputError unless [batch_size, length] divides over the mesh and the micro-batches."""
     shards = config.num_batch_shards * num_microbatches
-    if batch_size % shards:
+    if rest := batch_size % shards:
         raise InputError(
             "DataConfig.batch_size",
             batch_size,
             f"batch_size % (data * expert * num_microbatches) == 0, here {batch_size} % ({config.data} * "
-            f"{config.expert} * {num_microbatches}) = {batch_size % shards}",
+            f"{config.expert} * {num_microbatches}) = {rest}; nearest: {_nearest_multiples(batch_size, shards)}",
         )
     for equation, parts in (
         (f"(sequence * tensor) == 0, here {length} % ({config.sequence} * {config.tensor})",
@@ -114,8 +118,7 @@ def check_batch(config: MeshConfig, *, batch_size: int, length: int, num_microba
         (f"(2 * ring) == 0, here {length} % (2 * {config.ring})", 2 * config.ring if config.ring > 1 else 1),
     ):  # fmt: skip
         if rest := length % parts:
-            nearest = " or ".join(str(n) for n in (length - rest, length - rest + parts) if n)
-            expected = f"sequence_length % {equation} = {rest}; nearest: {nearest}"
+            expected = f"sequence_length % {equation} = {rest}; nearest: {_nearest_multiples(length, parts)}"
             raise InputError("DataConfig.sequence_length", length, expected)
 
 
@@ -125,3 +128,17 @@ def nearest_divisors(size: int, given: int) -> str:
     below = [number for number in divisors if number <= given][-1:]
     above = [number for number in divisors if number > given][:1]
     return " or ".join(map(str, below + above))
+
+
+def _nearest_multiples(given: int, factor: int) -> str:
+    """The positive multiples of `factor` next below and above `given`, as text."""
+    below = given - given % factor
+    return " or ".join(str(number) for number in (below, below + factor) if number)
+
+
+def _fitting(config: MeshConfig, num_devices: int) -> str:
+    """The sizes that fit if one axis changes, as text; if none does, plain data parallelism."""
+    product = math.prod(config.sizes)
+    others = {axis: product // getattr(config, axis) for axis in AXES}
+    fitting = [f"{axis} = {num_devices // other}" for axis, other in others.items() if num_devices % other == 0]
+    return " or ".join(fitting) or f"data = {num_devices} alone"

@@ -36,7 +36,7 @@ def make_operations(config: MeshConfig, specs: Specs, *, attention: Callable, re
         gather=make_gather(specs, reduction),
         enter=tensor.enter,
         exit=tensor.exit,
-        split=tensor.split if config.pipeline == 1 else None,
+        between=tensor.by_member if config.pipeline == 1 else tensor.whole,
         own=tensor.own,
         embed=tensor.embed,
         token_loss=tensor.token_loss,

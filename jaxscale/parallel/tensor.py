@@ -2,7 +2,8 @@
 
 Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device, which has a share of the
 B T tokens in the order of rows, so that what is exchanged lies together in memory and nothing is transposed. Every
-collective here is its own transpose's partner (all-gather and reduce-scatter); a bare psum would have a wrong gradient.
+collective here has its transpose here (all-gather and reduce-scatter, a permute there and one back); a bare psum would
+have a wrong gradient.
 `enter` and `exit` of a single device exchange nothing at all: XLA removes such an exchange only after it has kept a
 matmul from taking in the addition that follows.
 
@@ -45,36 +46,43 @@ def exit(y: Array) -> Array:
     return checkpoint_name(own.reshape(num_rows, length // num_members, dim), EXCHANGED)
 
 
-def split(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
+def whole(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
+    """`Operations.between` of all rows at once, all exchanged before and all after."""
+    hidden, kept = f(enter(x), *rows)
+    return exit(project(hidden)), kept
+
+
+def by_member(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
     """`Operations.between`, one member's rows after the other: exchanges run beside the matmuls of other rows.
 
-    The others' rows arrive while `f` has the own ones, and the sums of theirs leave while the own ones are projected;
-    the same in the backward. Own tokens are whole rows if the group divides B; else all is exchanged before and after.
-    What `f` keeps besides is None for rows so cut. Permutes, because a GPU's copy engines can make them, where an
-    all-gather takes multiprocessors from the matmuls. Not for a branch that some pipeline stages do not take: on CPUs
-    a permute there is wrong.
+    A member's rows arrive while `f` has those of the one before, and their sums leave while it has the next one's; the
+    own rows come first and are projected last. The same in the backward. Own tokens are whole rows if the group divides
+    B; else this is `whole`. Permutes, because each can be waited for alone. Not for a branch that some pipeline stages
+    do not take: on CPUs a permute there is wrong.
 
     Source: Wang et al. 2023 (ASPLOS, doi 10.1145/3567955.3567959), section 4; here no ring, each exchange is direct.
+    Cost: P times as many matmuls, of B / P rows, and P parts of each weight's gradient, added in its type.
+    Raises:
+        InputError: `f` keeps something, as serving does a cache, whose rows would be cut.
     """
     num_members, num_rows = lax.axis_size(TENSOR), len(x)
     if num_members == 1 or num_rows % num_members:
-        hidden, kept = f(enter(x), *rows)
-        return exit(project(hidden)), kept
+        return whole(f, project, x, *rows)
     each = num_rows // num_members
-    h, hidden = x.reshape(each, -1, x.shape[-1]), []
+    h, done = x.reshape(each, -1, x.shape[-1]), []
     for distance in range(num_members):
         theirs = _shift(h, -distance)
-        if hidden:  # one after the other, or XLA begins with rows that have yet to arrive
-            theirs, hidden[-1] = lax.optimization_barrier((theirs, hidden[-1]))
+        if done:  # one after the other, or XLA begins with rows that have yet to arrive
+            theirs, done[-1] = lax.optimization_barrier((theirs, done[-1]))
         first = (lax.axis_index(TENSOR) + distance) % num_members * each
         of_member = jax.tree.map(lambda r: lax.dynamic_slice_in_dim(r, first, each), rows)  # noqa: B023
-        found, kept = f(theirs, *of_member)
+        hidden, kept = f(theirs, *of_member)
         if jax.tree.leaves(kept):
-            raise InputError("tensor.split", "a cache", "none, for its rows would be cut: operations without split")
-        hidden.append(found)
-    own, sums = lax.optimization_barrier((hidden[0], [project(other) for other in hidden[1:]]))
-    received = [_shift(y, distance) for distance, y in enumerate(sums, 1)]
-    total = sum((accumulator(y) for y in received), accumulator(project(own))).astype(x.dtype)
+            raise InputError("tensor.by_member", "a cache", "none, for its rows would be cut: `tensor.whole` keeps one")
+        done.append(project(hidden) if distance else hidden)
+    done[0], done[-1] = lax.optimization_barrier((done[0], done[-1]))
+    received = [_shift(y, distance) for distance, y in enumerate(done[1:], 1)]
+    total = sum((accumulator(y) for y in received), accumulator(project(done[0]))).astype(x.dtype)
     return checkpoint_name(total.reshape(x.shape), EXCHANGED), None
 
 

@@ -14,6 +14,7 @@ from jaxscale import tree
 from jaxscale.ops.draws import with_token_keys
 from jaxscale.ops.loss import unembed
 from jaxscale.ops.operations import Operations
+from jaxscale.parallel import tensor
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.types import Array, Batch, Params
 
@@ -151,8 +152,8 @@ def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
         bad = operations.exit(is_bad.astype(jnp.float32))[..., 0]
         return bad, bad
 
-    # Not split, for then a name would stand for several tensors of a layer.
-    return dataclasses.replace(operations, mark=mark, token_loss=count_tokens, split=None), counts
+    # All rows at once: else a name would stand for several tensors of a layer.
+    return dataclasses.replace(operations, mark=mark, token_loss=count_tokens, between=tensor.whole), counts
 
 
 def _first_counted(counts: dict[str, Array], names: list[str]) -> str | None:

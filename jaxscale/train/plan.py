@@ -19,7 +19,7 @@ from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import DETERMINISTIC, QUERY_CHUNK, AttentionContext, attention, check_backend
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.expert import check_exchange
-from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh
+from jaxscale.parallel.mesh import MeshConfig, check_batch, make_mesh, nearest_divisors
 from jaxscale.parallel.region import LossFn, Region, make_operations
 from jaxscale.parallel.ring import ring_attention
 from jaxscale.parallel.rules import make_specs
@@ -141,13 +141,13 @@ def check_fit(
     _make_schedule(mesh, train, stack)
     StageLayout(model.num_periods, mesh.pipeline, mesh.num_chunks, mesh.stage_periods)
     check_batch(mesh, batch_size=data.batch_size, length=data.sequence_length, num_microbatches=train.num_microbatches)
-    parts = stack.num_loss_chunks * mesh.sequence * mesh.tensor
-    if data.sequence_length % parts:
+    own, chunks = data.sequence_length // (mesh.sequence * mesh.tensor), stack.num_loss_chunks
+    if own % chunks:
         raise InputError(
             "StackConfig.num_loss_chunks",
-            stack.num_loss_chunks,
-            f"sequence_length % (num_loss_chunks * sequence * tensor) == 0, here {data.sequence_length} % "
-            f"({stack.num_loss_chunks} * {mesh.sequence} * {mesh.tensor}) = {data.sequence_length % parts}",
+            chunks,
+            f"sequence_length / (sequence * tensor) % num_loss_chunks == 0, here {data.sequence_length} / "
+            f"({mesh.sequence} * {mesh.tensor}) % {chunks} = {own % chunks}; nearest: {nearest_divisors(own, chunks)}",
         )
 
 

@@ -200,6 +200,16 @@ def test_remat_of_names_keeps_attention_with_what_its_kernel_leaves_for_the_back
     assert str(jax.make_jaxpr(jax.grad(layer))(1.0)).count("= sin ") == times
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(remat=r) for r in ("full", "dots")] + [dict(remat="names", saved_names=("q",))]
+)
+def test_a_router_s_logits_are_not_made_again(settings):
+    """They could differ in the last bit, and a draw of the backward from that of the forward."""
+    run = functools.partial(forward, config=MODELS["mixture"], policy=FLOAT32, stack=StackConfig(**settings))
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda params: run(params, make_batch())[0].sum()))(make_params("mixture")))
+    assert jaxpr.count("name=router") == sum(kind.is_moe for kind in MODELS["mixture"].pattern)
+
+
 def test_logits_in_bfloat16_are_near():
     """The default policy computes in bfloat16 and returns float32."""
     logits, _ = jax.jit(functools.partial(forward, config=MODELS["llama"]))(make_params("llama"), make_batch())

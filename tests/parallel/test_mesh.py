@@ -23,7 +23,10 @@ def message_of(function, *arguments, **settings):
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        (dict(sequence=4, ring=3), "MeshConfig.ring: given 3, expected sequence % ring == 0, but 4 % 3 = 1"),
+        (
+            dict(sequence=4, ring=3),
+            "MeshConfig.ring: given 3, expected sequence % ring == 0, but 4 % 3 = 1; nearest: 2 or 4",
+        ),
         (dict(schedule="2f2b"), "MeshConfig.schedule: given '2f2b', expected one of 'gpipe', '1f1b'"),
         (dict(num_chunks=2), 'MeshConfig.num_chunks: given 2, expected 1 unless schedule is "interleaved"'),
         (dict(zero_axes=("tensor",)), "MeshConfig.zero_axes: given ('tensor',), expected one of ('data',)"),
@@ -37,12 +40,22 @@ def test_a_wrong_axis_is_named(sizes, message):
     assert message in message_of(MeshConfig, **sizes)
 
 
-@pytest.mark.parametrize("sizes, product", [((4, 1, 1), 4), ((4, 2, 2), 16)])
-def test_sizes_multiply_to_the_number_of_devices(sizes, product):
+@pytest.mark.parametrize(
+    "sizes, product, nearest",
+    [
+        ((4, 1, 1), 4, "pipeline = 2 or data = 8 or expert = 2 or sequence = 2 or tensor = 2"),
+        ((4, 2, 2), 16, "data = 2 or expert = 1 or tensor = 1"),
+        ((3, 1, 3), 9, "data = 8 alone"),
+    ],
+)
+def test_sizes_multiply_to_the_number_of_devices(sizes, product, nearest):
     data, expert, tensor = sizes
     message = message_of(make_mesh, MeshConfig(data=data, expert=expert, tensor=tensor))
     assert "pipeline * data * expert * sequence * tensor" in message
-    assert f"1 * {data} * {expert} * 1 * {tensor} = {product} to equal the number of devices, 8" in message
+    assert (
+        f"1 * {data} * {expert} * 1 * {tensor} = {product} to equal the number of devices, 8; nearest: {nearest}"
+        in message
+    )
 
 
 def test_tensor_neighbours_are_neighbouring_devices():
@@ -56,14 +69,14 @@ def test_tensor_neighbours_are_neighbouring_devices():
 @pytest.mark.parametrize(
     "change, sizes, message",
     [
-        ({"num_heads": 6, "num_kv_heads": 6}, dict(tensor=4), "heads % tensor == 0 for layers/0/attention/"),
-        ({"num_kv_heads": 1}, dict(tensor=2), "num_kv_heads % tensor == 0 for layers/0/attention/k, but 1 % 2 = 1"),
-        ({"ffn_dim": 31}, dict(tensor=2), "ffn_dim % tensor == 0 for layers/0/ffn/down, but 31 % 2 = 1"),
+        ({"num_heads": 6, "num_kv_heads": 6}, dict(tensor=4), "but 6 % 4 = 2; nearest: 3 or 6"),
+        ({"num_kv_heads": 1}, dict(tensor=2), "tensor == 0 for layers/0/attention/k, but 1 % 2 = 1; nearest: 1"),
+        ({"ffn_dim": 31}, dict(tensor=2), "ffn_dim % tensor == 0 for layers/0/ffn/down, but 31 % 2 = 1; nearest: 1"),
         ({"vocab_size": 63}, dict(tensor=2), "vocab_size % tensor == 0 for embedding/tokens, but 63 % 2 = 1"),
         (
             {"moe_pattern": (True,), "num_experts": 6, "expert_dim": 8},
             dict(expert=4),
-            "num_experts % expert == 0 for layers/0/moe/experts/down, but 6 % 4 = 2",
+            "num_experts % expert == 0 for layers/0/moe/experts/down, but 6 % 4 = 2; nearest: 3 or 6",
         ),
     ],
 )
@@ -77,9 +90,10 @@ def test_a_model_that_does_not_divide_is_refused(change, sizes, message):
 def test_a_batch_that_does_not_divide_is_refused():
     config = MeshConfig(data=2, expert=2, tensor=2)
     check_batch(config, batch_size=24, length=6, num_microbatches=3)
-    assert "batch_size % (data * expert * num_microbatches) == 0, here 20 % (2 * 2 * 3) = 8" in message_of(
-        check_batch, config, batch_size=20, length=6, num_microbatches=3
+    assert (
+        "batch_size % (data * expert * num_microbatches) == 0, here 20 % (2 * 2 * 3) = 8; nearest: 12 or 24"
+        in message_of(check_batch, config, batch_size=20, length=6, num_microbatches=3)
     )
-    assert "sequence_length % (sequence * tensor) == 0, here 7 % (1 * 2) = 1" in message_of(
+    assert "sequence_length % (sequence * tensor) == 0, here 7 % (1 * 2) = 1; nearest: 6 or 8" in message_of(
         check_batch, config, batch_size=24, length=7, num_microbatches=3
     )

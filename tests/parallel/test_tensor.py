@@ -1,4 +1,4 @@
-"""The vocabulary-parallel look-up and loss and split rows, value and gradient, against one device."""
+"""The vocabulary-parallel look-up and loss and rows by member, value and gradient, against one device."""
 
 import functools
 
@@ -9,12 +9,19 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.parameters import parameter_table
 from jaxscale.ops import loss
 from jaxscale.ops.operations import Operations
 from jaxscale.parallel import tensor
 from jaxscale.parallel.mesh import AXES, TENSOR, MeshConfig, make_mesh
+from jaxscale.parallel.region import make_operations
+from jaxscale.parallel.rules import make_specs
 from jaxscale.types import InputError
 
+MODEL = ModelConfig(
+    vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32, max_length=16
+)
 B, T, V, D, SHARDS = 2, 8, 12, 6, 4
 RNG = np.random.default_rng(0)
 OWN = P(None, TENSOR)  # residual and figures of the own tokens, in an order of its own: see `in_order`
@@ -105,7 +112,7 @@ def test_own_tokens_are_those_that_enter_and_exit_exchange():
 
 
 @pytest.mark.parametrize("num_rows", [SHARDS, 2 * SHARDS, 2])  # of two rows no member has a whole one
-def test_split_equals_all_at_once(num_rows):
+def test_rows_by_member_equal_all_at_once(num_rows):
     """Of a function that knows its rows, value and gradients: of the residual, of weights cut either way, and whole."""
     sizes = dict(x=(num_rows, T, D), into=(D, V), out=(V, D), scale=(D,), cotangent=(num_rows, T, D))
     with jax.enable_x64(True):
@@ -123,7 +130,7 @@ def test_split_equals_all_at_once(num_rows):
             x, into, out, scale = pullback(arguments[-1])
             return y, x, into, out, operations.total(scale)
 
-        operations = Operations(enter=tensor.enter, exit=tensor.exit, split=tensor.split, total=tensor.total)
+        operations = Operations(between=tensor.by_member, total=tensor.total)
         cut = (OWN, P(None, TENSOR), P(TENSOR))
         mapped = on_mesh(functools.partial(both, operations), (*cut, P(), OWN), (OWN, *cut, P()))
         found = mapped(of_devices(x), into, out, scale, of_devices(cotangent))
@@ -132,9 +139,29 @@ def test_split_equals_all_at_once(num_rows):
             np.testing.assert_allclose(in_order(got) if is_own else got, want, rtol=1e-10, atol=1e-10)
 
 
-def test_split_refuses_what_rows_keep():
+def test_sums_of_many_members_are_taken_in_float32():
+    """256 and four halves are 258; in bfloat16, one after the other, each would be rounded away."""
+    x, parts = jnp.ones((SHARDS, T // SHARDS, 1), "bfloat16"), jnp.array([256, 0.5, 0.5, 1], "bfloat16")
+
+    def run(x):
+        part = parts[lax.axis_index(TENSOR)]
+        return tensor.by_member(lambda h: (h, None), lambda hidden: part * hidden, x)[0]
+
+    np.testing.assert_array_equal(on_mesh(run, (P(),), P())(x), 258)
+
+
+def test_a_pipeline_exchanges_all_at_once():
+    """In a branch that one stage takes alone a permute is wrong on CPUs."""
+    table = parameter_table(MODEL)
+    for pipeline, between in ((1, tensor.by_member), (2, tensor.whole)):
+        mesh = MeshConfig(pipeline=pipeline, tensor=2)
+        operations = make_operations(mesh, make_specs(table, mesh), attention=None, reduction="float32")
+        assert operations.between is between
+
+
+def test_what_rows_would_keep_is_refused():
     """A cache would come back in pieces."""
-    run = on_mesh(lambda x: tensor.split(lambda h: (h, h), lambda y: y, x)[0], (P(),), P())
+    run = on_mesh(lambda x: tensor.by_member(lambda h: (h, h), lambda y: y, x)[0], (P(),), P())
     with pytest.raises(InputError, match="cache"):
         run(jnp.ones((SHARDS, T // SHARDS, D)))
 
