@@ -1,9 +1,10 @@
 """What each scheme sends: the collectives of the train step compiled for described H200s equal the papers' formulas.
 
 The comparison is complete: every all-gather, reduce-scatter, all-to-all and permute of the step, by its size and how
-often it runs, and all bytes that are all-reduced. What a formula does not have would show, such as an all-gather that
-the compiler put in. ZeRO 1 to 3 and the ring have tests of their own. Sizes are what a device is given: of an
-all-gather the whole, of a reduce-scatter its share.
+often it runs, and all bytes that are all-reduced; where the compiler packs several together, as ZeRO's and a ring's,
+the bytes of each kind. What a formula does not have would show, such as an all-gather that the compiler put in. A ring
+in a pipeline, which gathers, and the ragged exchange are in test_ring and test_expert. Sizes are what a device is
+given: of an all-gather the whole, of a reduce-scatter its share.
 """
 
 import collections
@@ -24,8 +25,9 @@ from jaxscale.ops.precision import Policy
 from jaxscale.parallel import ahead_of_time
 from jaxscale.parallel.ahead_of_time import described_devices, has_plugin
 from jaxscale.parallel.batch import abstract_batch
-from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.mesh import TENSOR, MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_operations
+from jaxscale.parallel.ring import ring_attention
 from jaxscale.parallel.rules import all_axes_of, make_specs
 from jaxscale.parallel.schedule import make_schedule
 from jaxscale.train.losses import NextTokenLoss
@@ -54,21 +56,26 @@ def compiled(model, mesh, **settings):
     return in_total(program(model, mesh, **settings))
 
 
-def program(model, mesh, *, num_microbatches=1, num_loss_chunks=1, remat="none", is_scanned=True):
-    """One step's, compiled for H200s."""
+def program(model, mesh, *, num_microbatches=1, num_loss_chunks=1, remat="none", is_scanned=True, momentum=None):
+    """One step's, compiled for H200s; without momentum the optimizer has no state, and nothing to shard."""
     devices = described_devices("h200", num_hosts=1, gpus_per_host=math.prod(mesh.sizes))
     specs = make_specs(parameter_table(model), mesh)
     run_attention = functools.partial(attention, implementation="reference")
+    if mesh.ring > 1:
+        num_ulysses, uses_permute = mesh.sequence // mesh.ring, mesh.pipeline == 1
+        run_attention = ring_attention(
+            ring=mesh.ring, num_ulysses=num_ulysses, uses_permute=uses_permute, implementation="reference"
+        )
     schedule = None
     if mesh.pipeline > 1:
         schedule = make_schedule(mesh.schedule, mesh.pipeline, mesh.num_chunks, num_microbatches)
     region = Region(
         make_mesh(mesh, devices), specs, make_operations(mesh, specs, attention=run_attention, reduction="float32"),
-        num_microbatches=num_microbatches, schedule=schedule,
+        num_microbatches=num_microbatches, schedule=schedule, ring=mesh.ring,
     )  # fmt: skip
     stack = StackConfig(is_scanned=is_scanned, num_loss_chunks=num_loss_chunks, remat=remat)
     loss = NextTokenLoss(model, Policy(), stack)
-    optimizer = optax.sgd(1e-3)
+    optimizer = optax.sgd(1e-3, momentum)
     state = abstract_state(model, optimizer, mesh=region.mesh, specs=specs, dtype="float32", trainable=".*")
     batch = abstract_batch(region.mesh, B, T, is_packed=False)
     return make_step(loss, optimizer, region, state).lower(state, batch).compile().as_text()
@@ -86,11 +93,11 @@ def in_total(hlo):
 
 
 def gradient_bytes(model, mesh):
-    """Of the gradients that a device has to sum with others: those of parameters which other devices hold too."""
+    """Of the gradients that a device has to sum with others: those of which other devices have the same share."""
     specs, total = make_specs(parameter_table(model), mesh), 0
-    entries, held = tree.flatten(parameter_table(model)), dict(tree.flatten(specs.held))
+    entries, shares = tree.flatten(parameter_table(model)), tree.flatten(specs.gradients)
     for path, entry in entries.items():
-        ways = {axis: getattr(mesh, axis) for axis in all_axes_of(held[path])}
+        ways = {axis: getattr(mesh, axis) for axis in all_axes_of(shares[path])}
         if math.prod(ways.values()) < math.prod(mesh.sizes):
             total += FLOAT * math.prod(entry.shape) // math.prod(ways.values())
     return total
@@ -151,6 +158,31 @@ def test_ulysses_exchanges_four_times_its_share_of_the_activations(num_heads, nu
     check_reduced(reduced, gradient_bytes(config, mesh))
     if num_heads == num_kv_heads:
         assert in_bytes(found)[EXCHANGE] == 2 * num_layers * 4 * (T * num_heads * H // mesh.sequence) * B * COMPUTE
+
+
+# Sequence: rings
+
+
+def ring(mesh, num_kv_heads, num_layers):
+    """Blocks of keys and values, forward and again backward, with their gradients in float32.
+
+    Source: Liu et al. 2023 (arXiv 2310.01889), section 3: what R members have passes by every other in R - 1 rounds.
+    """
+    block = B * T // mesh.ring * num_kv_heads // (mesh.sequence // mesh.ring) * H
+    return {PERMUTE: {num_layers * (mesh.ring - 1) * 2 * block * (COMPUTE + COMPUTE + FLOAT): 1}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [4, 2])
+def test_a_ring_passes_keys_and_values_twice_and_their_gradients_once(size):
+    """Alone and with Ulysses in each ring of two, which has half of the heads. Bytes, as a round is sent together."""
+    mesh, config, num_layers = MeshConfig(sequence=4, ring=size, zero=0), model(8, 4, num_layers=2), 2
+    found, reduced = compiled(config, mesh)
+    sent = [ring(mesh, 4, num_layers), {GATHER: {4 * B * T * FLOAT: 1}}]  # tokens, labels, weights, positions: laid out
+    if size < mesh.sequence:
+        sent += [ulysses(mesh, 8, 4, num_layers), {GATHER: {B * T // size * FLOAT: 1}}]
+    assert in_bytes(found) == in_bytes(together(*sent))
+    check_reduced(reduced, gradient_bytes(config, mesh))
 
 
 # Tensor
@@ -238,6 +270,53 @@ def test_zero_0_reduces_the_gradients_once_a_step():
     check_reduced(reduced, gradient_bytes(config, mesh))
 
 
+def zero(config, mesh, *, num_microbatches=1, remat="none"):
+    """Gradients to the devices that update them, parameters to those that use them; Psi is all parameters.
+
+    Source: Rajbhandari et al. 2019 (arXiv 1910.02054), section 7.1: Psi is scattered and Psi gathered, once a step;
+    section 7.2: under ZeRO 3 in each micro-batch, and what is not kept for the backward is gathered again, to 3 Psi.
+    That is the layers; embedding, head and final norm are gathered once and kept.
+    """
+    num_shards, sizes = mesh.data * mesh.sequence, {}  # of Psi what one of the `tensor` shares has
+    specs = tree.flatten(make_specs(parameter_table(config), mesh).parameters)
+    for path, entry in tree.flatten(parameter_table(config)).items():
+        sizes[path] = math.prod(entry.shape) // (mesh.tensor if TENSOR in all_axes_of(specs[path]) else 1)
+    scattered = FLOAT * sum(sizes.values()) // num_shards
+    if mesh.zero < 3:
+        return {GATHER: {FLOAT * sum(sizes.values()): 1}, SCATTER: {scattered: 1}}
+    gathered = 0
+    for path, size in sizes.items():  # as they are used: rows are looked up and norms scaled in the parameters' type
+        num_bytes = FLOAT if path == "embedding/tokens" or path.endswith("scale") else COMPUTE
+        gathered += num_bytes * size * (2 if path.startswith("layers") and remat == "full" else 1)
+    return times(num_microbatches, {GATHER: {gathered: 1}, SCATTER: {scattered: 1}})
+
+
+ZERO = [
+    (1, dict(data=2), dict(), 1),
+    (3, dict(data=2), dict(remat="full"), 2),  # layers: of one alone nothing would be gathered again
+    pytest.param(2, dict(data=4), dict(), 1, marks=pytest.mark.long),
+    pytest.param(1, dict(data=2, sequence=2), dict(), 1, marks=pytest.mark.long),
+    pytest.param(2, dict(data=2, sequence=2), dict(num_microbatches=2), 1, marks=pytest.mark.long),
+    pytest.param(3, dict(data=2, sequence=2), dict(num_microbatches=2), 1, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("level, sizes, settings, num_layers", ZERO, ids=str)
+def test_zero_scatters_gradients_and_gathers_parameters(level, sizes, settings, num_layers):
+    """Bytes, for the compiler sends many parameters together. It scatters under ZeRO 1 too, as a share is all it reads.
+
+    Nothing is all-reduced but figures, and the `sequence` axis sends what it sends without ZeRO.
+    """
+    mesh, config = MeshConfig(zero=level, **sizes), model(num_layers=num_layers)
+    found, reduced = compiled(config, mesh, momentum=0.9, **settings)
+    rows, others = B // mesh.data, []
+    if mesh.sequence > 1:
+        others = [ulysses(mesh, 8, 8, num_layers, rows=rows), {GATHER: {rows * T * FLOAT: 1}}]
+    assert in_bytes(found) == in_bytes(together(zero(config, mesh, **settings), *others))
+    assert num_layers * max(found[SCATTER]) <= in_bytes(found)[SCATTER]  # a layer's gradient waits for no other's
+    check_reduced(reduced, 0)
+
+
 # Experts
 
 E, A = 8, 3
@@ -301,13 +380,14 @@ def test_a_pipeline_sends_two_activations_a_tick(schedule, num_stages, num_chunk
 
 @pytest.mark.long
 def test_axes_send_nothing_more_together():
-    """Data, sequence and tensor: each sends what it does alone, of the others' share."""
-    mesh, config = MeshConfig(data=2, sequence=2, tensor=2, zero=0), model(8, 4)
-    found, reduced = compiled(config, mesh)
+    """ZeRO over data and sequence, Ulysses and tensor: each sends what it does alone, of the others' share."""
+    mesh, config = MeshConfig(data=2, sequence=2, tensor=2, zero=2), model(8, 4)
+    found, reduced = compiled(config, mesh, momentum=0.9)
     rows, length = B // mesh.data, T // mesh.sequence
     positions = {GATHER: {rows * T * FLOAT: 1}}
     heads = times(mesh.tensor, ulysses(mesh, 8 // mesh.tensor, 4 // mesh.tensor, 1, rows=rows // mesh.tensor))
-    assert found == together(heads, tensor(mesh, rows=rows, length=length), positions)
+    sent = together(heads, tensor(mesh, rows=rows, length=length), zero(config, mesh), positions)
+    assert in_bytes(found) == in_bytes(sent)
     maxima = rows * length * FLOAT
     check_reduced(reduced, gradient_bytes(config, mesh) + maxima)
 

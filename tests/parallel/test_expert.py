@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxscale.ops import moe
 from jaxscale.ops.draws import Dropout
-from jaxscale.parallel.ahead_of_time import described_devices, has_plugin
+from jaxscale.parallel.ahead_of_time import collective_bytes, described_devices, has_plugin
 from jaxscale.parallel.expert import check_exchange, experts, make_experts, ragged_experts, tensor_experts
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
 from jaxscale.types import InputError
@@ -181,7 +181,11 @@ def test_a_ragged_exchange_is_refused_where_there_is_none():
 
 
 @pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
-def test_the_ragged_exchange_and_its_gradient_compile_for_gpus(monkeypatch):
+def test_the_ragged_exchange_and_its_gradient_on_gpus_move_rows_and_counts(monkeypatch):
+    """Bytes of the buffers in which rows arrive, each way twice: there every device's worst case, here what was sent.
+
+    Of those no more is filled than there is, as the semantics tested above have it.
+    """
     monkeypatch.undo()  # the real one
     devices = described_devices("h200", num_hosts=1, gpus_per_host=8)
     config = MeshConfig(expert=8, expert_exchange="ragged")
@@ -193,5 +197,10 @@ def test_the_ragged_exchange_and_its_gradient_compile_for_gpus(monkeypatch):
     ))  # fmt: skip
     x, index, gates = (jax.ShapeDtypeStruct((8, 16, n), t) for n, t in ((32, "bfloat16"), (2, "int32"), (2, "float32")))
     weights = {"up": jax.ShapeDtypeStruct((16, 32, 64), x.dtype), "down": jax.ShapeDtypeStruct((16, 64, 32), x.dtype)}
-    hlo = run.lower(x, index, gates, weights, x).compile().as_text()
-    assert hlo.count(" ragged-all-to-all(") + hlo.count(" ragged-all-to-all-start(") == 4  # two each way
+    found = collective_bytes(run.lower(x, index, gates, weights, x).compile().as_text())
+    chosen = 16 * 2 * 32 * 2  # n A D, bfloat16: the rows at the sender, who gets as many back
+    counts = 16 * 4  # E, int32
+    assert sorted(found.pop("ragged-all-to-all")) == [chosen, chosen, 8 * chosen, 8 * chosen]
+    # How many rows and where they go; where they go back to; in the backward both ends of each exchange.
+    assert found.pop("all-to-all") == 7 * [counts]
+    assert not any(found.values())

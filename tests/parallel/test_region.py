@@ -61,11 +61,17 @@ def pallas_attention(q, k, v, context, cache):
     return attention(doubled(q) / 2, k, v, context, cache, implementation="reference")
 
 
-def make_batch(rows=8, length=16, seed=0):
-    """Packed documents, padding, and rows 3 and 7, micro-batch 3 of 4, whose labels count for nothing."""
+def make_batch(rows=8, length=16, seed=0, empty=None):
+    """Packed documents, padding, and rows 3 and 7, micro-batch 3 of 4, whose labels count for nothing.
+
+    Args:
+        empty: rows and columns, as ranges, all of whose tokens are padding.
+    """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 64, (rows, length + 1))
     segments = np.repeat([[1] * 6 + [2] * 7 + [0] * (length - 13)], rows, 0)
+    if empty is not None:
+        segments[np.ix_(*empty)] = 0
     positions = np.concatenate([np.arange(6), np.arange(7), np.arange(length - 13)])[None].repeat(rows, 0)
     weights = (segments > 0) * 1.0
     weights[3::4] = 0
@@ -93,11 +99,17 @@ def make_params(model):
 
 
 @functools.cache
-def single_device(model, num_microbatches=1):
+def on_one_device(model):
+    """Of a batch, whose contents share the compilation."""
+    return jax.jit(jax.value_and_grad(lambda params, batch: make_loss(model)(params, batch, None)[0]))
+
+
+@functools.cache
+def single_device(model, num_microbatches=1, empty=None):
     """Loss and gradients of the micro-batches one by one, with the plain operations, added up."""
     with jax.enable_x64(True):
-        run = jax.jit(jax.value_and_grad(lambda p, batch: make_loss(model)(p, batch, None)[0]))
-        whole = with_token_keys(make_batch(), KEY)
+        run = on_one_device(model)
+        whole = with_token_keys(make_batch(empty=empty), KEY)
         parts = [
             run(make_params(model), jax.tree.map(lambda a: a[m::num_microbatches], whole))  # noqa: B023
             for m in range(num_microbatches)
@@ -105,7 +117,9 @@ def single_device(model, num_microbatches=1):
         return jax.tree.map(lambda *leaves: sum(leaves), *parts)
 
 
-def on_mesh(model, *, num_microbatches=1, trainable=".*", remat="full", is_scanned=True, dtype="float64", **sizes):
+def on_mesh(
+    model, *, num_microbatches=1, trainable=".*", remat="full", is_scanned=True, dtype="float64", empty=None, **sizes
+):
     """Sums and gradients on a mesh, the gradients of layer stacks in canonical order."""
     config = MeshConfig(**sizes)
     mesh = make_mesh(config, jax.devices()[: math.prod(config.sizes)])
@@ -125,15 +139,15 @@ def on_mesh(model, *, num_microbatches=1, trainable=".*", remat="full", is_scann
     )  # fmt: skip
     loss = make_loss(model, dtype, remat=remat, is_scanned=is_scanned)
     params = specs.layout.store(jax.tree.map(lambda p: p.astype(dtype), make_params(model)), specs.dims)
-    sums, gradients = jax.jit(region.gradient(loss))(params, make_batch(), KEY)
+    sums, gradients = jax.jit(region.gradient(loss))(params, make_batch(empty=empty), KEY)
     dims = jax.tree.map(lambda d, g: d if g is not None else None, specs.dims, gradients, is_leaf=lambda x: x is None)
     return sums, specs.layout.restore(gradients, dims)
 
 
-def assert_equal_to_single_device(result, wanted):
+def assert_equal_to_single_device(result, wanted, empty=None):
     (loss, weight, metrics), gradients = result
     np.testing.assert_allclose(loss, wanted[0], rtol=1e-12)
-    valid = make_batch()["weights"].sum()
+    valid = make_batch(empty=empty)["weights"].sum()
     assert weight == valid
     if "load" in metrics:
         np.testing.assert_array_equal(metrics["load"].sum(1), MOE.num_active_experts * valid)
@@ -142,18 +156,8 @@ def assert_equal_to_single_device(result, wanted):
         assert error < 1e-11, f"{path}: {error}"
 
 
-@pytest.mark.parametrize(
-    "model, settings",
-    [
-        (DENSE, dict(data=2, expert=2, tensor=2, zero=3)),
-        pytest.param(
-            MOE, dict(data=2, expert=2, tensor=2, zero=3, is_scanned=False, remat="none"), marks=pytest.mark.long
-        ),
-    ],
-    ids=["dense", "moe_unrolled"],
-)
-def test_data_expert_tensor_equal_one_device(model, settings):
-    assert_equal_to_single_device(on_mesh(model, **settings), single_device(model))
+def test_data_expert_tensor_equal_one_device():
+    assert_equal_to_single_device(on_mesh(DENSE, data=2, expert=2, tensor=2, zero=3), single_device(DENSE))
 
 
 def test_microbatches_equal_one_batch():
@@ -165,11 +169,23 @@ def test_microbatches_equal_one_batch():
         assert leaf.addressable_shards[0].data.size == leaf.size // (2 if DATA in all_axes_of(spec) else 1), path
 
 
-@pytest.mark.long
-def test_microbatches_of_experts_equal_those_on_one_device():
-    """The balance loss is a mean over a micro-batch, so the twin is cut in micro-batches too: rows r % M."""
-    result = on_mesh(MOE, num_microbatches=2, expert=2)
-    assert_equal_to_single_device(result, single_device(MOE, 2))
+EVERY_ROW, EVERY_TOKEN, SECOND_ROWS = range(8), range(16), range(4, 8)
+
+
+@pytest.mark.parametrize(
+    "model, sizes, empty",
+    [
+        (DENSE, dict(sequence=2), (EVERY_ROW, range(8, 16))),
+        (DENSE, dict(sequence=2, ring=2), (EVERY_ROW, range(4, 12))),  # the second member has the middle
+        (MOE, dict(expert=2), (SECOND_ROWS, EVERY_TOKEN)),
+        (MOE, dict(tensor=2), (SECOND_ROWS, EVERY_TOKEN)),  # whose norms and losses have a share of the rows
+    ],
+    ids=["ulysses", "ring", "expert", "tensor"],
+)
+def test_a_member_all_of_whose_tokens_are_padding_counts_for_nothing(model, sizes, empty):
+    """Divided where the tokens are, its loss would be 0 / 0, or a mean of means."""
+    result, wanted = on_mesh(model, empty=empty, remat="none", **sizes), single_device(model, 1, empty)
+    assert_equal_to_single_device(result, wanted, empty)
 
 
 def test_frozen_parameters_have_no_gradient():

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -100,10 +101,16 @@ def test_every_member_sees_what_it_should(ring, num_ulysses, mask, uses_permute)
     close(got, wanted(arguments, settings))
 
 
+RINGS = [(1, 2), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2)]
+EVERY = [
+    (*members, mask, (i + j) % 2 == 0)  # each ring and each mask both ways, and not each pair of them
+    for (i, members), (j, mask) in itertools.product(enumerate(RINGS), enumerate(MASKS))
+    if (*members, mask) not in [case[:3] for case in CASES]
+]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("uses_permute", [True, False], ids=["permute", "gather"])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("ring, num_ulysses", [(1, 2), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize("ring, num_ulysses, mask, uses_permute", EVERY)
 def test_every_ring_with_every_mask(ring, num_ulysses, mask, uses_permute):
     test_every_member_sees_what_it_should(ring, num_ulysses, mask, uses_permute)
 
@@ -193,7 +200,8 @@ def test_what_is_sent_round_is_keys_values_and_their_gradients():
     found = collective_bytes(hlo)
     there, back = (ring - 1) * 2 * block, (ring - 1) * 2 * 2 * block  # k and v; their gradients in float32
     assert sum(collective_bytes(compiled(ring, True, forward))["collective-permute"]) == there
-    assert there + back <= sum(found.pop("collective-permute")) <= 2 * there + back  # equal passes may be merged
+    # Side by side the forward's passes serve the backward; in a step they are made again: see test_communication.
+    assert sum(found.pop("collective-permute")) == there + back
     assert not any(found.values())
     assert hlo.count('"__cudnn$fmhaSoftmaxBackward"') == 1 + 2 * (ring - 1)
 
@@ -203,6 +211,6 @@ def test_what_is_sent_round_is_keys_values_and_their_gradients():
 def test_what_is_gathered_is_keys_and_values_and_scattered_their_gradients():
     ring, block = 4, 64 * 2 * 64 * 2
     found = collective_bytes(compiled(ring, False, both_ways))
-    assert sum(found.pop("all-gather")) in (ring * 2 * block, 2 * ring * 2 * block)
+    assert sum(found.pop("all-gather")) == ring * 2 * block  # once, as above
     assert sum(found.pop("reduce-scatter")) == 2 * 2 * block
     assert not any(found.values())

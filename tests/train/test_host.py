@@ -5,7 +5,6 @@ import math
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -125,29 +124,56 @@ def test_a_checkpoint_is_of_the_step_at_which_it_was_saved(make_setup, make_batc
     assert_same_bits(flat(restored), wanted)
 
 
-@pytest.mark.parametrize("first, second", [(True, False), (False, True)])
-def test_checkpoints_go_there_and_back(make_setup, tmp_path, first, second):
-    """Between a pipeline whose stages hold unequal numbers of layers and ZeRO-1, one of them on the host."""
-    model = dataclasses.replace(MODEL, num_layers=3)
+# What stages hold, by rows of a stack: the layer of each, None where there is none.
+UNEVEN = MeshConfig(pipeline=2), (0, 1, 2, None)
+INTERLEAVED = (
+    MeshConfig(pipeline=2, schedule="interleaved", num_chunks=2, stage_periods=(2, 1, 1, 1)),
+    (0, 1, 3, None, 2, None, 4, None),
+)
+
+
+def distinct(plan, rows):
+    """The moments by path: of each leaf its own number, of a stack's row also its layer's, and nothing in padding."""
+    by_row, found = np.array([np.nan if layer is None else layer / 8 for layer in rows]), {}
+    dims = tree.flatten(plan.dims.opt_state)
+    for number, (path, leaf) in enumerate(tree.flatten(plan.state.opt_state).items(), 1):
+        found[path] = np.full(leaf.shape, number, leaf.dtype)
+        if dims[path].startswith("L"):
+            found[path] = np.nan_to_num((found[path].T + by_row).T)
+    return found
+
+
+@pytest.mark.parametrize(
+    "staged, first, second",
+    [(UNEVEN, True, False), (UNEVEN, False, True), (INTERLEAVED, False, False)],
+    ids=["uneven_on_host", "uneven_to_host", "interleaved"],
+)
+def test_checkpoints_go_there_and_back(make_setup, tmp_path, staged, first, second):
+    """Between a pipeline whose stages hold unequal numbers of layers and ZeRO-1, one of them on the host or neither."""
+    mesh, rows = staged
+    num_layers = 1 + max(row for row in rows if row is not None)
+    model = dataclasses.replace(MODEL, num_layers=num_layers)
     meshes = (
-        MeshConfig(pipeline=2, is_optimizer_on_host=first),
+        dataclasses.replace(mesh, is_optimizer_on_host=first),
         dataclasses.replace(SHARDED, is_optimizer_on_host=second),
     )
     old, new = (make_setup(model=model, mesh=mesh, num_microbatches=mesh.pipeline) for mesh in meshes)
-    state = old.first
-    moments = jax.tree.map(lambda leaf: jax.device_put(jnp.full_like(leaf, 0.5), leaf.sharding), state.opt_state)
-    with_moments = dataclasses.replace(state, opt_state=moments)
+    given, wanted = distinct(old.plan, rows), distinct(new.plan, range(num_layers))
+    moments = tree.map_with_path(
+        lambda path, leaf: jax.device_put(given[path].astype(leaf.dtype), leaf.sharding), old.first.opt_state
+    )
+    with_moments = dataclasses.replace(old.first, opt_state=moments)
     checkpoints = Checkpoints(CheckpointConfig(str(tmp_path), save_every=1, keep_last=1), fingerprint={})
     checkpoints.save(1, old.plan.to_canonical(with_moments), {})
     restored = new.plan.from_canonical(checkpoints.restore(new.plan.canonical_state)[0])
     back = old.plan.from_canonical(checkpoints.restore(old.plan.canonical_state)[0])
     checkpoints.close()
     for setup, found in ((old, back), (new, restored)):
-        wanted = [leaf.sharding.memory_kind for leaf in jax.tree.leaves(setup.first)]
-        assert [leaf.sharding.memory_kind for leaf in jax.tree.leaves(found)] == wanted
-    for path, leaf in flat(restored).items():
-        if path.startswith("opt_state") and leaf.ndim:
-            np.testing.assert_array_equal(leaf, 0.5, err_msg=path)
+        kinds = [leaf.sharding.memory_kind for leaf in jax.tree.leaves(setup.first)]
+        assert [leaf.sharding.memory_kind for leaf in jax.tree.leaves(found)] == kinds
+    assert_same_bits(flat(back), flat(with_moments))
+    for path, leaf in tree.flatten(restored.opt_state).items():
+        np.testing.assert_array_equal(leaf, wanted[path], err_msg=path)
 
 
 @pytest.mark.long
