@@ -26,7 +26,8 @@ class MeshConfig:
         tensor: shares of heads, feed-forward, experts' width and vocabulary.
         zero: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters sharded over `zero_axes`
             (arXiv 1910.02054, section 5). Gradients add up whole over the micro-batches and are cut at the step's end,
-            once; under 3 each micro-batch's is cut.
+            once; under 3 each micro-batch's is cut. A layer without rematerialisation keeps its gathered parameters for
+            the backward: under 3 it then takes the memory of all of them in the compute type, and gathers once.
         zero_axes: ("data",) or ("data", "sequence"): both hold replicas of the parameters.
         ring: of the `sequence` shares, rings of so many pass keys round (arXiv 2310.01889); the sequence / ring
             members of a group exchange heads (arXiv 2309.14509).
