@@ -12,6 +12,7 @@ from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.kernels.checks import check_backend, require
 
 BACKENDS = ("reference", "mosaic")
+VARYING = {"mosaic": ("dq",)}  # whose last bits differ from run to run: added up in the order in which blocks finish
 HEAD_DIMS = (64, 128, 256)  # of the kernels; others are padded with zeros
 OUTPUT_NAME = "attention_kernel"  # of what a rematerialisation had better keep
 ALIGNMENT = 8  # of a row's tokens: the rows of a swizzled tile
@@ -24,7 +25,7 @@ def attention(
     """Softmax attention of each query t over the keys low[t] <= s < high[t].
 
     "mosaic" leaves out the tiles of keys that no query of a tile sees, and tests no key of those that all of them see.
-    Its gradient of `q` is added up in the order in which blocks finish: the last bits differ from run to run.
+    Of results and gradients (o, lse, dq, dk, dv) those in VARYING are not the same bits from run to run.
 
     Source: Dao 2023, FlashAttention-2 (arXiv 2307.08691); Shah et al. 2024, FlashAttention-3 (arXiv 2407.08608).
     Args:

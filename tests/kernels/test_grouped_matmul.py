@@ -13,11 +13,11 @@ from jaxscale.kernels.grouped_matmul.swiglu import swiglu
 from tests.kernels.interpretation import INTERPRET, KNOWS_THE_END, OLD_REASON
 
 ROWS, K, N = 192, 64, 320  # N is no multiple of a block's columns
-CASES = {
+CASES = {  # of one shape, for which an interpreted kernel is compiled once
     "uneven_and_empty": [0, 70, 0, 122],
-    "all_in_one": [0, 192],
+    "all_in_one": [0, 192, 0, 0],
     "one_row_each_and_a_rest": [1, 3, 1, 70],
-    "none": [0, 0],
+    "none": [0, 0, 0, 0],
 }
 TOLERANCE = 4e-3  # of the norm: inputs and output in bfloat16, the sum in float32
 
@@ -86,6 +86,14 @@ def test_twice_the_same_bits(run):
     arguments = draw(CASES["uneven_and_empty"])
     for a, b in zip(product_and_gradients(run, *arguments), product_and_gradients(run, *arguments), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_long_contraction_is_added_up_in_float32(run):
+    """Rounded to bfloat16 after each of its 16 steps, the sum would be off by more than twice this."""
+    arguments = draw([40, 24], size=(64, 1024, 64))
+    product = np.asarray(run(*arguments[:3]), np.float64)
+    wanted = naive(*arguments)[0]
+    assert np.linalg.norm(product - wanted) <= TOLERANCE / 2 * np.linalg.norm(wanted)
 
 
 def test_float16(run):
@@ -174,27 +182,58 @@ def naive_feed_forward(x, weights, group_sizes):
     return jnp.einsum("rf,rfd->rd", g * jax.nn.sigmoid(g) * u, down)
 
 
-@pytest.mark.parametrize("case", ["uneven_and_empty", "one_row_each_and_a_rest"])
-def test_feed_forward_and_its_gradients_are_those_of_float64(backend, case):
-    """Width F is no multiple of the half block that holds the gate's columns, nor of a tile."""
-    sizes, width = CASES[case], 180
+def draw_feed_forward(case, dtype="bfloat16"):
+    """x, the cotangent and the matrices; F is no multiple of half a block, which holds the gate, nor of a tile."""
+    num_experts, width = len(CASES[case]), 180
     keys = jax.random.split(jax.random.key(1), 5)
-    shapes = (ROWS, K), (ROWS, K), *[(len(sizes), K, width)] * 2, (len(sizes), width, K)
-    x, cotangent, *weights = (jax.random.normal(k, s).astype("bfloat16") for k, s in zip(keys, shapes, strict=True))
+    shapes = (ROWS, K), (ROWS, K), *[(num_experts, K, width)] * 2, (num_experts, width, K)
+    x, cotangent, *weights = (jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True))
     weights[0] /= 8  # gates of about 1, where the slope of SwiGLU changes most
+    if dtype == "float16":
+        weights = [w / 8 for w in weights]  # gradients stay far from the largest number
+    return x, cotangent, *weights
+
+
+def feed_forward_and_gradients(backend, sizes, x, cotangent, *weights):
+    """The output without a backward, which keeps nothing for one, and with one, and all gradients."""
 
     def run(x, *weights):
         return feed_forward(x, *weights, jnp.array(sizes, jnp.int32), **backend)
 
-    got, pullback = jax.vjp(run, x, *weights)
+    y, pullback = jax.vjp(run, x, *weights)
+    return run(x, *weights), y, *pullback(cotangent)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("uneven_and_empty", "bfloat16"),
+        ("one_row_each_and_a_rest", "bfloat16"),
+        ("none", "bfloat16"),
+        pytest.param("all_in_one", "bfloat16", marks=pytest.mark.long),
+        pytest.param("one_row_each_and_a_rest", "float16", marks=pytest.mark.long),
+    ],
+)
+def test_feed_forward_and_its_gradients_are_those_of_float64(backend, case, dtype):
+    sizes, drawn = CASES[case], draw_feed_forward(case, dtype)
     with jax.enable_x64(True):
-        wide = [jnp.asarray(a, "float64") for a in (x, *weights)]
-        y, wide_pullback = jax.vjp(lambda x, *w: naive_feed_forward(x, w, sizes), *wide)
-        wanted = [np.asarray(a) for a in (y, y, *wide_pullback(jnp.asarray(cotangent, "float64")))]
-    for a, b in zip((run(x, *weights), got, *pullback(cotangent)), wanted, strict=True):
-        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= 3 * TOLERANCE * np.linalg.norm(b)
-        if a.shape == x.shape:
-            assert not np.asarray(a[sum(sizes) :]).any(), "rows past the last group"
+        x, cotangent, *weights = (jnp.asarray(a, "float64") for a in drawn)
+        y, pullback = jax.vjp(lambda x, *w: naive_feed_forward(x, w, sizes), x, *weights)
+        wanted = [np.asarray(a) for a in (y, y, *pullback(cotangent))]
+    tolerance = 3 * TOLERANCE / (8 if dtype == "float16" else 1)
+    for got, want in zip(feed_forward_and_gradients(backend, sizes, *drawn), wanted, strict=True):
+        assert got.dtype == dtype
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
+        if got.shape == x.shape:
+            assert not np.asarray(got[sum(sizes) :]).any(), "rows past the last group"
+
+
+@pytest.mark.long
+def test_feed_forward_twice_the_same_bits(backend):
+    case = "one_row_each_and_a_rest"
+    once, again = (feed_forward_and_gradients(backend, CASES[case], *draw_feed_forward(case)) for _ in range(2))
+    for a, b in zip(once, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_a_gate_far_below_zero_has_a_gradient_of_zero():

@@ -13,6 +13,8 @@ from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import init_params, parameter_table
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import AttentionContext, attention
+from jaxscale.ops.loss import token_loss
+from jaxscale.ops.moe import grouped_ffn
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.ahead_of_time import (
     Collective,
@@ -201,6 +203,45 @@ def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, caplog
     assert backends == {
         ("attention", "mosaic" if is_new else "cudnn"), ("experts", "mosaic"), ("cross-entropy", "mosaic")
     }  # fmt: skip
+
+
+def temporaries_on_a_gpu(f, arguments, differentiated):
+    """Bytes of f's program, and of that of its gradient, beside arguments and results; its kernels are a GPU's."""
+    devices = described_devices("h200", num_hosts=1, gpus_per_host=1)
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    arguments = [jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in arguments]
+    with as_on_gpus(devices):
+        programs = f, jax.grad(f, tuple(range(differentiated)))
+        return [memory_of(jax.jit(program).lower(*arguments).compile()).temporaries for program in programs]
+
+
+@pytest.mark.long
+@needs_plugin
+def test_experts_keep_no_product_of_every_row_and_every_expert():
+    """Which would be 16 times what is needed, and is how a grouped matmul is made of plain ones."""
+    rows, experts, depth, width = 2048, 16, 512, 512
+
+    def f(x, gate, up, down, sizes):
+        weights = dict(gate=gate, up=up, down=down)
+        return grouped_ffn(x, sizes, weights, "swiglu").astype("float32").sum()
+
+    shapes = (rows, depth), *[(experts, depth, width)] * 2, (experts, width, depth)
+    arguments = [(shape, "bfloat16") for shape in shapes] + [((experts,), "int32")]
+    assert max(temporaries_on_a_gpu(f, arguments, 4)) < rows * experts * width
+
+
+@needs_plugin
+def test_cross_entropy_keeps_no_logits_in_float32():
+    """Two bytes a logit for the backward, and two more for their gradient while it runs."""
+    tokens, vocabulary, depth = 2048, 8192, 256
+
+    def f(h, head, labels):
+        return token_loss(h, head, labels)[0].sum()
+
+    shapes = ((1, tokens, depth), "bfloat16"), ((vocabulary, depth), "bfloat16"), ((1, tokens), "int32")
+    forward, both = temporaries_on_a_gpu(f, shapes, 2)
+    assert forward < 1.1 * 2 * tokens * vocabulary
+    assert both < 1.1 * 4 * tokens * vocabulary
 
 
 def test_a_machine_has_memory():

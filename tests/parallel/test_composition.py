@@ -27,6 +27,11 @@ MODELS = {
 MODELS["grin"] = dataclasses.replace(
     MODELS["moe"], router="sparsemixer_v2", router_threshold=0.8, expert_dropout=0.3, use_head_bias=True
 )
+ROUTERS = "sparsemixer", "sparsemixer_v2_star", "masked_sampling", "densemixer"
+MODELS |= {
+    name: dataclasses.replace(MODELS["grin"], router=name, num_layers=2, num_active_experts=1 + (name != "sparsemixer"))
+    for name in ROUTERS
+}
 NUM_MICROBATCHES = 2
 LIMIT = 1e-9  # norm of the difference over the norm; of a gradient that is zero, the norm of the difference
 
@@ -107,6 +112,13 @@ def test_every_pair_and_triple(name, sizes):
 def test_what_tokens_draw_does_not_depend_on_the_mesh():
     """Where one device rematerialises and the mesh does not."""
     check("grin", dict(data=2, expert=2, tensor=2, num_microbatches=1, remat="none"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "densemixer")) for name in ROUTERS]
+)
+def test_every_router_chooses_and_learns_the_same_on_a_mesh(name):
+    check(name, dict(data=2, expert=2))
 
 
 @pytest.mark.long

@@ -205,12 +205,19 @@ def test_a_profile_is_written(tmp_path):
 
 
 def test_figures_are_json(tmp_path):
-    """What reaches a reporter is host numbers."""
+    """What reaches a reporter is host numbers and, of a model with experts, arrays; how evenly these are used too."""
     seen = []
     world = World()
-    world.report = lambda step, figures: seen.append(json.dumps(figures))
-    make_loop(world, tmp_path, steps=2).run(make_state())
-    assert set(json.loads(seen[0])) >= {"loss", "gradient_norm", "tokens_per_second", "data_wait_s", "seconds"}
+    world.report = lambda step, figures: seen.append(json.dumps(figures, default=lambda array: array.tolist()))
+
+    def step(state, batch):
+        state, metrics = world.step(state, batch)
+        return state, metrics | {"load": jnp.array([[2.0, 2, 2, 2], [4, 4, 0, 0]])}
+
+    dataclasses.replace(make_loop(world, tmp_path, steps=2), step_fn=step).run(make_state())
+    figures = json.loads(seen[0])
+    assert set(figures) >= {"loss", "gradient_norm", "tokens_per_second", "data_wait_s", "seconds"}
+    assert (figures["expert_max_share"], figures["expert_entropy"]) == (0.5, pytest.approx(0.5))
 
 
 def test_what_is_due_is_saved_though_the_evaluation_fails(tmp_path):

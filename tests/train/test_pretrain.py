@@ -18,6 +18,7 @@ import pytest
 from jaxscale import config, tree
 from jaxscale.checkpoint.manager import Checkpoints
 from jaxscale.data.loader import make_loader
+from jaxscale.data.sources import TextSource
 from jaxscale.models.config import checkpoint_facts
 from jaxscale.train.loop import Outcome
 from jaxscale.train.metrics import read_history
@@ -347,3 +348,18 @@ def test_a_missing_start_is_named_and_nothing_created(gin_file, whole, tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match=f"there is none; {whole / 'checkpoints'} has"):
         run(gin_file, tmp_path / "run", f"train.init_from={str(whole)!r}")
+
+
+@pytest.mark.long
+def test_the_smallest_grin_moe_learns(gin_file, tmp_path):
+    """As configured, but for a few steps, on a tiny corpus and on all devices: this process cannot go back to one."""
+    file = ROOT / "experiments/configs/papers/grin_moe_cpu.gin"
+    data = config.load(pretrain, [file], [f"data.cache_directory={str(tmp_path / 'cache')!r}"]).arguments["data"]
+    data = dataclasses.replace(data, sources=(TextSource((str(gin_file.parent / "corpus"),)),))
+    overrides = ("train.steps=12", "optimizer.warmup_steps=2", "runtime.num_cpu_devices=8", "mesh.data=8")
+    assert run(file, tmp_path / "run", *overrides, data=data) == Outcome(12, None)
+    history = losses(tmp_path / "run")
+    assert history[0] == pytest.approx(np.log(260), rel=0.02)
+    assert history[-1] < 0.75 * history[0]
+    used = read_history(tmp_path / "run" / "metrics.jsonl")[0]
+    assert 1 / 8 < used["expert_max_share"] < 1 and 0 < used["expert_entropy"] < 1
