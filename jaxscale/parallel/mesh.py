@@ -111,7 +111,7 @@ def check_batch(config: MeshConfig, *, batch_size: int, length: int, num_microba
             "DataConfig.batch_size",
             batch_size,
             f"batch_size % (data * expert * num_microbatches) == 0, here {batch_size} % ({config.data} * "
-            f"{config.expert} * {num_microbatches}) = {rest}; nearest: {_nearest_multiples(batch_size, shards)}",
+            f"{config.expert} * {num_microbatches}) = {rest}; nearest: {nearest_multiples(batch_size, shards)}",
         )
     for equation, parts in (
         (f"(sequence * tensor) == 0, here {length} % ({config.sequence} * {config.tensor})",
@@ -119,7 +119,7 @@ def check_batch(config: MeshConfig, *, batch_size: int, length: int, num_microba
         (f"(2 * ring) == 0, here {length} % (2 * {config.ring})", 2 * config.ring if config.ring > 1 else 1),
     ):  # fmt: skip
         if rest := length % parts:
-            expected = f"sequence_length % {equation} = {rest}; nearest: {_nearest_multiples(length, parts)}"
+            expected = f"sequence_length % {equation} = {rest}; nearest: {nearest_multiples(length, parts)}"
             raise InputError("DataConfig.sequence_length", length, expected)
 
 
@@ -131,7 +131,7 @@ def nearest_divisors(size: int, given: int) -> str:
     return " or ".join(map(str, below + above))
 
 
-def _nearest_multiples(given: int, factor: int) -> str:
+def nearest_multiples(given: int, factor: int) -> str:
     """The positive multiples of `factor` next below and above `given`, as text."""
     below = given - given % factor
     return " or ".join(str(number) for number in (below, below + factor) if number)

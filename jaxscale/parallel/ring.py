@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxscale.ops import block_attention
 from jaxscale.ops.attention import AttentionContext
-from jaxscale.parallel.mesh import SEQUENCE
+from jaxscale.parallel.mesh import SEQUENCE, nearest_multiples
 from jaxscale.types import Array, Batch, InputError
 
 
@@ -33,12 +33,11 @@ def zigzag_order(length: int, ring: int) -> np.ndarray:
         InputError: the chunks are not equal.
     """
     if rest := length % (2 * ring):
-        below, above = length - rest, length - rest + 2 * ring
         raise InputError(
             "DataConfig.sequence_length",
             length,
             f"sequence_length % (2 * ring) == 0, here {length} % (2 * {ring}) = {rest}; nearest: "
-            + (f"{below} or {above}" if below else str(above)),
+            + nearest_multiples(length, 2 * ring),
         )
     chunks = np.arange(length).reshape(2 * ring, -1)
     return np.concatenate([chunks[[i, 2 * ring - 1 - i]].reshape(-1) for i in range(ring)])

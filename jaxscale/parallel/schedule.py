@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxscale.parallel.mesh import SCHEDULES
+from jaxscale.parallel.mesh import SCHEDULES, nearest_multiples
 from jaxscale.types import InputError, check_choice, check_positive
 
 NONE = -1  # no micro-batch, no chunk, no slot
@@ -141,11 +141,9 @@ def interleaved(num_stages: int, num_chunks: int, num_microbatches: int) -> Sche
     check_positive("MeshConfig.num_chunks", num_chunks)
     virtual, microbatch = _grid(num_stages, num_microbatches, num_chunks)
     if num_chunks > 1 and num_microbatches % num_stages:
-        below = num_microbatches - num_microbatches % num_stages
-        nearest = " or ".join(str(near) for near in (below, below + num_stages) if near)
         expected = (
             f"num_microbatches % pipeline == 0 for the interleaved schedule, but {num_microbatches} % {num_stages} = "
-            f"{num_microbatches % num_stages}; nearest: {nearest}"
+            f"{num_microbatches % num_stages}; nearest: {nearest_multiples(num_microbatches, num_stages)}"
         )
         raise InputError("TrainConfig.num_microbatches", num_microbatches, expected)
     start = microbatch // num_stages * num_stages * num_chunks + microbatch % num_stages
