@@ -14,7 +14,7 @@ from jaxscale.models.config import LayerKind, ModelConfig
 from jaxscale.ops.activation import activate
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.draws import Draws
-from jaxscale.ops.norm import layer_norm, rms_norm
+from jaxscale.ops.norm import layer_norm, residual_norm, rms_norm
 from jaxscale.ops.operations import Operations
 from jaxscale.ops.rope import rope
 from jaxscale.types import Array, Params
@@ -25,6 +25,13 @@ def normalise(params: Params, x: Array, config: ModelConfig) -> Array:
     if config.norm == "rmsnorm":
         return rms_norm(x, params["scale"], epsilon=config.norm_epsilon)
     return layer_norm(x, params["scale"], params.get("bias"), epsilon=config.norm_epsilon)
+
+
+def branch(params: Params, x: Array, config: ModelConfig) -> tuple[Array, Array]:
+    """The residual `x`, to go on with, and its configured norm, which a branch of the layer takes."""
+    if config.norm == "rmsnorm":
+        return residual_norm(x, params["scale"], epsilon=config.norm_epsilon)
+    return x, normalise(params, x, config)
 
 
 def qkv(params: Params, h: Array, positions: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
@@ -81,7 +88,7 @@ def finish(
     attention = params["attention"]
     x = operations.mark("attended", _add(x, y + attention["o_bias"] if config.use_bias else y))
     ffn = params.get("moe") or params["ffn"]
-    h = normalise(ffn["norm"], x, config)
+    x, h = branch(ffn["norm"], x, config)
     if "moe" in params:
         y, sums = moe.feed_forward(ffn, operations.enter(h), weights, config, operations, draws)
         return _add(x, operations.mark("feed_forward", operations.exit(y))), sums

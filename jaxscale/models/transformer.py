@@ -163,8 +163,7 @@ def run_layer(
         o, new = layers.attend(q, k, v, context, cache, kind, operations)
         return mark("attention", o), new
 
-    x = mark("residual", x)
-    h = layers.normalise(params["attention"]["norm"], x, config)
+    x, h = layers.branch(params["attention"]["norm"], mark("residual", x), config)
     y, new = operations.between(attend, functools.partial(layers.output, params), h, context)
     marking = dataclasses.replace(operations, mark=mark)
     x, sums = layers.finish(params, x, y, weights, config, marking, draws)

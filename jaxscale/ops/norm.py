@@ -1,10 +1,16 @@
 """RMSNorm and LayerNorm over the model dim."""
 
+import logging
+
 import jax
 from jax import lax
 
+from jaxscale.kernels.rms_norm import api as kernel
+from jaxscale.ops.device import is_hopper
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
+
+logger = logging.getLogger(__name__)
 
 
 def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
@@ -35,6 +41,20 @@ def _backward(epsilon: float, kept: tuple[Array, Array], dy: Array) -> tuple[Arr
 
 _rms_norm = jax.custom_vjp(_formula, nondiff_argnums=(2,))
 _rms_norm.defvjp(lambda x, scale, epsilon: (_formula(x, scale, epsilon), (x, scale)), _backward)
+
+
+def residual_norm(x: Array, scale: Array, *, epsilon: float) -> tuple[Array, Array]:
+    """(x, rms_norm(x)): where the residual goes on from its first part, both gradients of `x` are added in one pass.
+
+    On Hopper GPUs the backward is a kernel, elsewhere `rms_norm`'s; arguments as there.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    implementation = "mosaic" if is_hopper() and kernel.mosaic_refusal(rows) is None else "xla"
+    logger.info("norm: backend %s for x%s %s", implementation, x.shape, x.dtype)
+    if implementation == "xla":
+        return x, rms_norm(x, scale, epsilon=epsilon)
+    same, y = kernel.residual_norm(rows, scale, epsilon=epsilon, implementation=implementation)
+    return same.reshape(x.shape), y.reshape(x.shape)
 
 
 def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> Array:

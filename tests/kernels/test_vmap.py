@@ -8,6 +8,7 @@ import pytest
 from jaxscale.kernels.attention.api import attention
 from jaxscale.kernels.grouped_matmul.api import feed_forward, grouped_matmul
 from jaxscale.kernels.linear_cross_entropy.api import label_and_normaliser
+from jaxscale.kernels.rms_norm.api import residual_norm
 from tests.kernels.interpretation import INTERPRET, KNOWS_THE_END, OLD_REASON
 
 pytestmark = pytest.mark.skipif(not KNOWS_THE_END, reason=OLD_REASON)
@@ -22,12 +23,17 @@ OPERATIONS = {
     "label_and_normaliser": (
         lambda h, head: label_and_normaliser(h, head, jnp.arange(8), **GPU)[1], [(8, 64), (16, 64)]
     ),
+    "residual_norm": (lambda x, w: residual_norm(x, w, epsilon=1e-3, **GPU)[1], [(3, 128), (128,)]),
     "attention": (lambda q, k, v: attention(q, k, v, *BOUNDS, scale=0.1, **GPU)[0], [(1, 16, 1, 64)] * 3),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.long] * (n != "label_and_normaliser")) for n in OPERATIONS]
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.long] * (n not in ("label_and_normaliser", "residual_norm")))
+        for n in OPERATIONS
+    ],
 )
 def test_vmap_is_a_loop(name):
     run, shapes = OPERATIONS[name]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxscale.ops.norm import layer_norm, rms_norm
+from jaxscale.ops.norm import layer_norm, residual_norm, rms_norm
 
 X = np.random.default_rng(0).normal(2, 3, (2, 3, 16))
 SCALE, BIAS = np.random.default_rng(1).normal(size=(2, 16))
@@ -48,6 +48,20 @@ def test_rms_gradient_is_that_of_the_formula(transform):
     with jax.enable_x64(True):
         got, wanted = gradient(lambda x, scale: rms_norm(x, scale, epsilon=1e-3)), gradient(plain)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, wanted)
+
+
+def test_residual_norm_is_the_input_beside_its_norm():
+    """Off a Hopper GPU to the bit, its gradient too."""
+    x, scale = jnp.asarray(X), jnp.asarray(SCALE)
+
+    def both(f):
+        results, pullback = jax.vjp(f, x, scale)
+        return *results, *pullback((jnp.cos(x), jnp.sin(x)))
+
+    got = both(lambda x, scale: residual_norm(x, scale, epsilon=1e-3))
+    wanted = both(lambda x, scale: (x, rms_norm(x, scale, epsilon=1e-3)))
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_rms_norm_keeps_its_input_alone():

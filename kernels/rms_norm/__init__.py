@@ -1,0 +1,1 @@
+"""RMSNorm beside the residual that it is taken of."""

@@ -1,0 +1,136 @@
+"""Every backend of the norm beside its residual against float64; the GPU kernel is interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxscale.kernels.rms_norm.api import BACKENDS, mosaic_refusal, residual_norm
+from tests.kernels.interpretation import INTERPRET, KNOWS_THE_END, OLD_REASON
+
+EPSILON = 1e-3
+SHAPES = {"one_row": (1, 128), "odd_rows": (7, 384), "few_elements_a_thread": (5, 1024)}
+TOLERANCE = 4e-3  # of the norm: results in bfloat16
+STEEP = 0.05  # a row's largest mean square: next to EPSILON
+
+
+@pytest.fixture(params=BACKENDS)
+def run(request):
+    if request.param == "mosaic" and not KNOWS_THE_END:
+        pytest.skip(OLD_REASON)
+    return functools.partial(residual_norm, implementation=request.param, interpret=INTERPRET)
+
+
+def draw(shape, dtype="bfloat16"):
+    """Input with rows of unlike size, scale in float32, cotangents of the input itself and of its norm."""
+    keys = jax.random.split(jax.random.key(shape[1]), 4)
+    size = STEEP * jnp.arange(1, shape[0] + 1)[:, None] / shape[0]
+    x, dx, dy = (jax.random.normal(key, shape) for key in keys[:3])
+    return (x * size).astype(dtype), jax.random.normal(keys[3], shape[1:]), dx.astype(dtype), dy.astype(dtype)
+
+
+def naive(x, scale, dx, dy):
+    """Both results and both gradients in float64."""
+    x, scale, dx, dy = (np.asarray(a, np.float64) for a in (x, scale, dx, dy))
+    inverse = (np.square(x).mean(-1, keepdims=True) + EPSILON) ** -0.5
+    slope = (dy * scale * x).mean(-1, keepdims=True)
+    return x, x * inverse * scale, dx + dy * scale * inverse - x * slope * inverse**3, (dy * x * inverse).sum(0)
+
+
+def results_and_gradients(run, x, scale, dx, dy):
+    both, pullback = jax.vjp(functools.partial(run, epsilon=EPSILON), x, scale)
+    return *both, *pullback((dx, dy))
+
+
+def check(found, wanted, tolerance):
+    for got, want in zip(found, wanted, strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_results_and_gradients_are_those_of_float64(run, shape):
+    arguments = draw(shape)
+    found = results_and_gradients(run, *arguments)
+    assert [a.dtype for a in found] == ["bfloat16"] * 3 + ["float32"]
+    check(found, naive(*arguments), TOLERANCE)
+
+
+def test_float16(run):
+    arguments = draw(SHAPES["odd_rows"], "float16")
+    check(results_and_gradients(run, *arguments), naive(*arguments), TOLERANCE / 8)
+
+
+def test_twice_the_same_bits(run):
+    arguments = draw(SHAPES["odd_rows"])
+    for a, b in zip(results_and_gradients(run, *arguments), results_and_gradients(run, *arguments), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.skipif(not KNOWS_THE_END, reason=OLD_REASON)
+def test_the_sum_of_both_gradients_is_rounded_once():
+    """Two rounded parts that cancel but for a bit would leave a wrong one; the kernel adds before it rounds."""
+    x, scale, _, dy = draw(SHAPES["odd_rows"])
+    alone = naive(x, scale, np.zeros_like(dy, np.float64), dy)[2]
+    dx = jnp.asarray(-alone, "bfloat16")
+    run = functools.partial(residual_norm, implementation="mosaic", interpret=INTERPRET)
+    check(results_and_gradients(run, x, scale, dx, dy)[2:3], naive(x, scale, dx, dy)[2:3], TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_inside_a_manual_region_under_scan_and_remat(implementation):
+    """Interpretation knows neither, so the kernel is lowered for GPUs, which the other backend is too."""
+    if implementation == "mosaic" and not KNOWS_THE_END:
+        pytest.skip(OLD_REASON)
+
+    def through_a_scan(x, scale, *, epsilon):
+        one = jax.checkpoint(functools.partial(residual_norm, epsilon=epsilon, implementation=implementation))
+        (x, y), _ = jax.lax.scan(lambda carry, _: (one(carry[0], scale), None), (x, x), length=1)
+        return x, y
+
+    mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
+    specs = each, PartitionSpec(), each, each
+    local = jax.shard_map(
+        lambda *arguments: results_and_gradients(through_a_scan, *arguments)[:3],
+        mesh=mesh, in_specs=specs, out_specs=each, check_vma=False,
+    )  # fmt: skip
+    x, scale, dx, dy = draw(SHAPES["odd_rows"])
+    arguments = [jnp.concatenate([each] * mesh.size) if each.ndim == 2 else each for each in (x, scale, dx, dy)]
+    lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
+    if implementation != "mosaic":
+        wanted = [np.concatenate([each] * mesh.size) for each in naive(x, scale, dx, dy)[:3]]
+        check(jax.jit(local)(*arguments), wanted, TOLERANCE)
+
+
+@pytest.mark.skipif(not KNOWS_THE_END, reason=OLD_REASON)
+@pytest.mark.parametrize("shape", [(3, 128), (16384, 2048), (100, 3072), (8192, 4096)], ids=str)
+def test_every_shape_can_be_compiled_for_a_gpu(shape):
+    """Copies to shared memory want dims that interpretation does not ask for."""
+    run = functools.partial(residual_norm, implementation="mosaic")
+    arguments = jax.eval_shape(lambda: draw(shape))
+    jax.jit(functools.partial(results_and_gradients, run)).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((4, 128), "float32", "x bfloat16 or float16, but it is float32"),
+        ((4, 192), "bfloat16", "but D = 192"),
+        ((4, 8192), "bfloat16", "but D = 8192"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused(shape, dtype, message):
+    x = jnp.zeros(shape, dtype)
+    assert message in mosaic_refusal(x)
+    with pytest.raises(ValueError, match=message):
+        residual_norm(x, jnp.ones(shape[1:]), epsilon=EPSILON, implementation="mosaic")
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_shapes_that_do_not_fit_are_refused(implementation):
+    for x, scale in (((4, 128), (64,)), ((2, 4, 128), (128,)), ((0, 128), (128,))):
+        with pytest.raises(ValueError, match=r"expected \[rows, D\] and \[D\]"):
+            residual_norm(jnp.zeros(x, "bfloat16"), jnp.ones(scale), epsilon=EPSILON, implementation=implementation)
