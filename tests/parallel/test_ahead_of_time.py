@@ -199,9 +199,10 @@ def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, caplog
     with as_on_gpus(mesh.devices.flat), caplog.at_level("INFO", logger="jaxscale"):
         make_step(loss, optax.sgd(1e-3), region, state).lower(state, batch)
     backends = {tuple(record.getMessage().split(" for ")[0].split(": backend ")) for record in caplog.records}
-    is_new = jax.__version_info__ >= (0, 11)  # an older one the attention kernel refuses
+    is_new = jax.__version_info__ >= (0, 11)  # an older one these kernels refuse
     assert backends == {
-        ("attention", "mosaic" if is_new else "cudnn"), ("experts", "mosaic"), ("cross-entropy", "mosaic")
+        ("attention", "mosaic" if is_new else "cudnn"), ("experts", "mosaic"), ("cross-entropy", "mosaic"),
+        ("norm", "mosaic" if is_new else "xla"),
     }  # fmt: skip
 
 

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Other processes sum in another order: at most 3e-7 of a loss was seen.
 LOSS_TOLERANCE = 2e-6
 WATCHDOG_S = 4
+# The number of devices is the configuration's; the other flags are for quick compilation.
+XLA_FLAGS = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ class Run:
             extra = [f"--set=runtime.processes.{name}={value}" for name, value in settings.items() if number > 1]
             self.logs.append(Path(f"{directory}.{time.monotonic_ns()}.log"))
             with self.logs[-1].open("w") as log:
-                environment = {**os.environ, "XLA_FLAGS": ""}
+                environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
                 started = subprocess.Popen(command + extra, cwd=ROOT, env=environment, stdout=log, stderr=log)
             self.processes.append(started)
 
@@ -166,7 +168,7 @@ def test_each_process_places_its_share_on_any_mesh():
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
     processes = [
         subprocess.Popen([sys.executable, "-c", PLACE, address, str(index)], cwd=ROOT, env=environment, **pipe)
         for index in range(2)
