@@ -46,14 +46,14 @@ _rms_norm.defvjp(lambda x, scale, epsilon: (_formula(x, scale, epsilon), (x, sca
 def residual_norm(x: Array, scale: Array, *, epsilon: float) -> tuple[Array, Array]:
     """(x, rms_norm(x)): where the residual goes on from its first part, both gradients of `x` are added in one pass.
 
-    On Hopper GPUs the backward is a kernel, elsewhere `rms_norm`'s; arguments as there.
+    On Hopper GPUs the backward is a kernel where that takes such rows, and says so in the log: differentiable once, and
+    on several devices for a manual region. Elsewhere it is `rms_norm`'s; arguments as there.
     """
     rows = x.reshape(-1, x.shape[-1])
-    implementation = "mosaic" if is_hopper() and kernel.mosaic_refusal(rows) is None else "xla"
-    logger.info("norm: backend %s for x%s %s", implementation, x.shape, x.dtype)
-    if implementation == "xla":
+    if not is_hopper() or kernel.mosaic_refusal(rows) is not None:
         return x, rms_norm(x, scale, epsilon=epsilon)
-    same, y = kernel.residual_norm(rows, scale, epsilon=epsilon, implementation=implementation)
+    logger.info("norm: backend mosaic for x%s %s", x.shape, x.dtype)
+    same, y = kernel.residual_norm(rows, scale, epsilon=epsilon, implementation="mosaic")
     return same.reshape(x.shape), y.reshape(x.shape)
 
 

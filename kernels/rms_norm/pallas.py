@@ -13,7 +13,7 @@ from jaxscale.kernels.persistent import NUM_SMS
 
 THREADS = 128  # of a warpgroup, which is a block
 MAX_WIDTH = 4096  # of a row, beyond which a thread's part of it does not fit its registers
-BLOCKS = 4  # of a multiprocessor: while one adds up its row, others do too
+BLOCKS = 4  # of a multiprocessor: while one adds up its row, those of others are on their way
 STAGES = 2  # rows on their way to a block or in its work
 
 
