@@ -9,7 +9,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-from profile_table import kernel_times
+from profile_table import device_events, kernel_times
 
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.moe import feed_forward
@@ -54,7 +54,7 @@ jax.block_until_ready(layer(params, h, dy, draws))
 with tempfile.TemporaryDirectory() as directory:
     with jax.profiler.trace(directory):
         jax.block_until_ready([layer(params, h, dy, draws) for _ in range(REPEATS)])
-    times, counts = kernel_times(directory)
+    times, counts = kernel_times(device_events(directory))
 milliseconds = collections.Counter({name: t / 1e6 / REPEATS for name, t in times.items()})
 total = sum(milliseconds.values())
 grouped = sum(ms for name, ms in milliseconds.items() if GROUPED in name)
