@@ -289,8 +289,10 @@ def _stack(*leaves: Array) -> Array:
     """`jnp.stack(leaves)`, each copied as soon as the backward has made it, last layer first.
 
     XLA would fuse `jnp.stack` with what reads it, the norm and the update, and such kernels run at a third and two
-    thirds of an H200's memory rate; the copies run beside the backward's matmuls.
+    thirds of an H200's memory rate; the copies run beside the backward's matmuls. Vectors are not worth a copy each.
     """
+    if leaves[0].ndim == 1:
+        return jnp.stack(leaves)
     stack = lax.empty((len(leaves), *leaves[0].shape), leaves[0].dtype)
     for i in reversed(range(len(leaves))):
         stack = lax.dynamic_update_index_in_dim(stack, leaves[i], i, 0)
