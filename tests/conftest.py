@@ -28,3 +28,10 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)
+
+LONGEST = "train", "parallel"  # folders
+
+
+def pytest_collection_modifyitems(items):
+    """Their tests come first, so that two workers end together."""
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
