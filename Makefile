@@ -12,7 +12,7 @@ train: $(VENV)/.installed
 	$(BIN)/python experiments/main_job.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 -m long
