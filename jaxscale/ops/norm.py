@@ -6,6 +6,7 @@ import jax
 from jax import lax
 
 from jaxscale.kernels.rms_norm import api as kernel
+from jaxscale.kernels.rms_norm import reference
 from jaxscale.ops.device import is_hopper
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
@@ -27,20 +28,15 @@ def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
     return _rms_norm(x, scale, epsilon)
 
 
-def _formula(x: Array, scale: Array, epsilon: float) -> Array:
-    x32 = accumulator(x)
-    inverse = lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + epsilon)
-    return (x32 * inverse * accumulator(scale)).astype(x.dtype)
-
-
 def _backward(epsilon: float, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     """Makes the mean square again, in the pass of its own sum: if it were kept, the forward would read `x` twice."""
     x, scale = kept
-    return jax.vjp(lambda *arguments: _formula(*arguments, epsilon), lax.optimization_barrier(x), scale)[1](dy)
+    x = lax.optimization_barrier(x)
+    return jax.vjp(lambda x, scale: reference.rms_norm(x, scale, epsilon), x, scale)[1](dy)
 
 
-_rms_norm = jax.custom_vjp(_formula, nondiff_argnums=(2,))
-_rms_norm.defvjp(lambda x, scale, epsilon: (_formula(x, scale, epsilon), (x, scale)), _backward)
+_rms_norm = jax.custom_vjp(reference.rms_norm, nondiff_argnums=(2,))
+_rms_norm.defvjp(lambda x, scale, epsilon: (reference.rms_norm(x, scale, epsilon), (x, scale)), _backward)
 
 
 def residual_norm(x: Array, scale: Array, *, epsilon: float) -> tuple[Array, Array]:

@@ -1,13 +1,13 @@
-"""The slow twin of the norm beside its residual."""
+"""The slow twin of the norm, whose gradient is JAX's own."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def residual_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """As `api.residual_norm`: (x, x / rms(x) * scale), in at least float32."""
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) * scale over the last dim, in at least float32, in the type of `x`."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     x_wide = x.astype(wide)
     inverse = lax.rsqrt((x_wide * x_wide).mean(-1, keepdims=True) + epsilon)
-    return x, (x_wide * inverse * scale.astype(wide)).astype(x.dtype)
+    return (x_wide * inverse * scale.astype(wide)).astype(x.dtype)

@@ -63,7 +63,7 @@ def test_on_a_hopper_gpu_the_kernel_is_taken_where_it_can_be(monkeypatch, shape,
 
     def twin(x, scale, epsilon):
         taken.append(x.shape)
-        return reference.residual_norm(x, scale, epsilon)
+        return x, reference.rms_norm(x, scale, epsilon)
 
     monkeypatch.setattr(norm, "is_hopper", lambda: True)
     monkeypatch.setattr(norm.kernel, "_mosaic", lambda x, scale, epsilon, interpret: twin(x, scale, epsilon))
