@@ -3,10 +3,11 @@
 python experiments/bench/pipeline_prediction.py experiments/configs/runs/llama_1b.gin --set mesh.pipeline=2 \
     --set data.batch_size=32 --set train.num_microbatches=32
 
-The engine runs any table, so F of one stage is the time of a table in which that stage does F in tick after tick while
-the others wait, less that of the same table without it. Such tables begin as the schedule of one micro-batch does, so
-that the slots hold numbers as they are in training: with zeros a GPU draws less power and clocks higher. What a step
-takes with an empty table (exchanges, reduction of the gradients, update) is added to the prediction.
+The engine runs any table, so F of one stage's chunk is the time of a table in which that stage does it in tick after
+tick while the others wait, less that of the same table without it. Such tables begin as the shortest schedule does (one
+micro-batch, or as many as there are stages where they hold several chunks), so that the slots hold numbers as they are
+in training: with zeros a GPU draws less power and clocks higher. What a step takes with an empty table (exchanges,
+reduction of the gradients, update) is added to the prediction.
 """
 
 import argparse
@@ -43,8 +44,8 @@ run = defaults | config.load(pretrain, [options.file], options.set).arguments
 apply_runtime(run["runtime"], ".")
 plan = make_plan(**{name: run[name] for name in ("model", "mesh", "data", "optimizer", "train", "policy", "stack")})
 schedule, shardings = plan.region.schedule, jax.tree.map(lambda leaf: leaf.sharding, plan.state)
-if schedule is None or schedule.num_chunks > 1:
-    parser.error("needs a pipeline of one chunk a stage")
+if schedule is None:
+    parser.error("needs a pipeline: --set mesh.pipeline=2")
 settings = dict(specs=plan.region.specs, seed=0, trainable=run["train"].trainable)
 state = init_state(run["model"], plan.optimizer, plan.state, **settings)
 rows, length = run["data"].batch_size, run["data"].sequence_length
@@ -71,15 +72,22 @@ def seconds(step, *table):
     return np.median(found[2:])
 
 
-def table(operation=None, stage=None):
-    """One micro-batch through all stages, then, if there is one, the operation in all ticks that are left."""
-    first = make_schedule(schedule.name, schedule.num_stages, 1, 1).rows
+def table(operation=None, chunk=None, stage=None):
+    """The shortest schedule, then, if there is one, the operation in all ticks that are left."""
+    shortest = schedule.num_stages if schedule.num_chunks > 1 else 1
+    first = make_schedule(schedule.name, schedule.num_stages, schedule.num_chunks, shortest).rows
     num = schedule.num_ticks - len(first.forward)
     found = {name: np.pad(each, ((0, num), (0, 0)), constant_values=NONE) for name, each in first._asdict().items()}
     for name in READS_AND_STORES[operation] if operation else ():
-        tick = np.flatnonzero(getattr(first, operation)[:, stage] != NONE)[0]
+        tick = np.flatnonzero(getattr(first, f"{operation}_chunk")[:, stage] == chunk)[0]
         found[name][-num:, stage] = found[name][tick, stage]
     return Rows(**found), num
+
+
+def cost(operation, chunk, stage):
+    """Seconds of one F, B or W."""
+    with_it, num = table(operation, chunk, stage)
+    return (seconds(step, with_it) - one) / num
 
 
 real = seconds(make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(state, batch).compile())
@@ -87,10 +95,9 @@ step = jax.jit(step_with, donate_argnums=0, out_shardings=(shardings, None))
 step = step.lower(state, batch, schedule.rows).compile()
 same, one = seconds(step, schedule.rows), seconds(step, table()[0])
 empty = seconds(step, jax.tree.map(lambda column: np.full_like(column, NONE), schedule.rows))
-costs = {}
-for operation in ("forward", "backward", "weight")[: 2 + schedule.is_split]:
-    tables = [table(operation, stage) for stage in range(schedule.num_stages)]
-    costs[operation] = np.array([(seconds(step, each) - one) / num for each, num in tables])
+grid = [[(chunk, stage) for stage in range(schedule.num_stages)] for chunk in range(schedule.num_chunks)]
+operations = ("forward", "backward", "weight")[: 2 + schedule.is_split]
+costs = {name: np.array([[cost(name, *each) for each in stages] for stages in grid]) for name in operations}
 predicted = empty + duration(schedule, costs["forward"], costs["backward"], costs.get("weight", 0.0))
 seconds_of = {"": real, "predicted_": predicted, "same_table_": same, "one_": one, "empty_": empty}
 seconds_of |= {f"{name}_": each for name, each in costs.items()}

@@ -46,10 +46,11 @@ def temporary_bytes(schedule, num_microbatches, pipeline=2):
     return compiled(schedule, num_microbatches, pipeline).memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zero_bubble"])
-def test_a_table_may_be_an_argument(name):
+@pytest.mark.parametrize(("name", "num_chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)])
+def test_a_table_may_be_an_argument(name, num_chunks):
     """One program then runs any table of as many ticks and slots, as `pipeline_prediction.py` does."""
-    region, loss = make_region(MeshConfig(pipeline=2, schedule=name), 4), make_loss(MODEL, "float32", is_scanned=False)
+    mesh = MeshConfig(pipeline=2, schedule=name, num_chunks=num_chunks)
+    region, loss = make_region(mesh, 4), make_loss(MODEL, "float32", is_scanned=False)
 
     def gradient(params, rows):
         schedule = dataclasses.replace(region.schedule, rows=rows)
