@@ -10,7 +10,10 @@ import pytest
 
 from jaxscale import cli, config
 from jaxscale.data.sources import Source
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.ahead_of_time import described_devices, has_plugin
 from jaxscale.train.metrics import read_history
+from jaxscale.train.plan import make_plan
 from jaxscale.train.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +103,19 @@ def test_a_run_on_ones_own_text(repository, capsys):
     assert [line for line in read_history(Path("runs/mine/metrics.jsonl")) if "held_out/bits_per_byte" in line]
     assert {path.name for path in Path("runs").iterdir()} == {"main_job", "mine"}
     assert [path.name for path in Path("runs/main_job").iterdir()] == ["config.gin"]
+
+
+@pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
+def test_the_axes_of_the_example_fit_its_run(tmp_path):
+    """The 1.1B run, with a batch that has a row for each of the micro-batches."""
+    path = tmp_path / "axes.gin"
+    lines = ["from __gin__ import dynamic_registration", "from jaxscale.parallel import mesh"]
+    lines += ["from jaxscale.train import plan", f"include '{ROOT}/experiments/configs/runs/llama_1b.gin'"]
+    path.write_text("\n".join([*lines, blocks("gin")[1]]))
+    run = config.load(pretrain, [path], ["data.batch_size=32"]).arguments
+    parts = {name: run[name] for name in ("model", "mesh", "data", "optimizer", "train", "stack")}
+    plan = make_plan(**parts, policy=Policy(), devices=described_devices("h200", num_hosts=2, gpus_per_host=8))
+    assert plan.region.schedule.num_chunks == 2 and plan.region.ring == 2
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[-1][:40])

@@ -8,6 +8,7 @@ given: of an all-gather the whole, of a reduce-scatter its share.
 """
 
 import collections
+import dataclasses
 import functools
 import math
 import re
@@ -17,6 +18,8 @@ import optax
 import pytest
 
 from jaxscale import tree
+from jaxscale.data.loader import DataConfig
+from jaxscale.data.sources import TextSource
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
@@ -31,6 +34,8 @@ from jaxscale.parallel.ring import ring_attention
 from jaxscale.parallel.rules import all_axes_of, make_specs
 from jaxscale.parallel.schedule import make_schedule
 from jaxscale.train.losses import NextTokenLoss
+from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.plan import TrainConfig, make_plan
 from jaxscale.train.state import abstract_state
 from jaxscale.train.step import make_step
 
@@ -378,11 +383,29 @@ def test_a_pipeline_sends_two_activations_a_tick(schedule, num_stages, num_chunk
 # Several at once
 
 
+def run_program(model, mesh):
+    """The step as a run has it: AdamW, clipped, of the plan, instead of `program`'s bare parts."""
+    devices = described_devices("h200", num_hosts=1, gpus_per_host=math.prod(mesh.sizes))
+    data = DataConfig(sources=(TextSource(("unread",)),), sequence_length=T, batch_size=B)
+    stack = StackConfig(num_loss_chunks=1, remat="none", attention="reference")
+    plan = make_plan(
+        model=model, mesh=mesh, data=data, optimizer=OptimizerConfig(name="adamw"), train=TrainConfig(steps=2),
+        policy=Policy(), stack=stack, devices=devices,
+    )  # fmt: skip
+    step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
+    return step.lower(plan.state, abstract_batch(plan.mesh, B, T, is_packed=False)).compile().as_text()
+
+
 @pytest.mark.long
-def test_axes_send_nothing_more_together():
+@pytest.mark.parametrize("is_run", [False, True], ids=["parts", "run"])
+def test_axes_send_nothing_more_together(is_run):
     """ZeRO over data and sequence, Ulysses and tensor: each sends what it does alone, of the others' share."""
     mesh, config = MeshConfig(data=2, sequence=2, tensor=2, zero=2), model(8, 4)
-    found, reduced = compiled(config, mesh, momentum=0.9)
+    if is_run:
+        config = dataclasses.replace(config, positions="rope", activation="swiglu")
+        found, reduced = in_total(run_program(config, mesh))
+    else:
+        found, reduced = compiled(config, mesh, momentum=0.9)
     rows, length = B // mesh.data, T // mesh.sequence
     positions = {GATHER: {rows * T * FLOAT: 1}}
     heads = times(mesh.tensor, ulysses(mesh, 8 // mesh.tensor, 4 // mesh.tensor, 1, rows=rows // mesh.tensor))

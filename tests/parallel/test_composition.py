@@ -42,9 +42,13 @@ VARIANTS = [
     dict(pipeline=2, schedule="gpipe", num_microbatches=4),
     dict(pipeline=2, schedule="interleaved", num_chunks=2),
     dict(pipeline=2, schedule="interleaved", num_chunks=2, is_scanned=False, remat="none"),
+    dict(pipeline=2, schedule="interleaved", num_chunks=2, num_periods=5),  # chunks of 2, 1, 1 and 1
     dict(pipeline=2, schedule="zero_bubble", is_scanned=False),
     dict(pipeline=2, tensor=2, schedule="zero_bubble", is_scanned=False, remat="none"),
     dict(sequence=2, data=2, zero_axes=("data",)),
+    dict(sequence=2, data=2, zero=0),
+    dict(sequence=2, data=2, zero=1),
+    dict(sequence=2, data=2, zero=2),
     dict(sequence=2, ring=2, tensor=2),
     dict(tensor=2, data=2, expert_axis="tensor"),
     dict(tensor=2, expert=2, pipeline=2, expert_axis="tensor"),
@@ -71,9 +75,11 @@ def errors(result, wanted):
 def check(name, sizes):
     """Runs one case with remat, accumulation and ZeRO-3 unless `sizes` says otherwise."""
     model = MODELS[name]
-    if (num_chunks := sizes.get("pipeline", 1) * sizes.get("num_chunks", 1)) > 2:
-        model = dataclasses.replace(model, num_layers=2 * num_chunks * model.period)
     settings = {"zero": 3, "num_microbatches": NUM_MICROBATCHES} | sizes
+    num_chunks = sizes.get("pipeline", 1) * sizes.get("num_chunks", 1)
+    num_periods = settings.pop("num_periods", 2 * num_chunks if num_chunks > 2 else None)
+    if num_periods:
+        model = dataclasses.replace(model, num_layers=num_periods * model.period)
     with jax.enable_x64(True):
         wanted = single_device(model, 1 if name == "dense" else settings["num_microbatches"])
         found = errors(on_mesh(model, **settings), wanted)
@@ -140,8 +146,10 @@ def test_no_token_is_dropped_when_all_choose_the_same_device(monkeypatch):
 SAME_DRAWS = [
     dict(pipeline=2, schedule="gpipe", num_microbatches=4),
     dict(pipeline=2, schedule="interleaved", num_chunks=2, is_scanned=False, remat="none"),
+    dict(pipeline=2, schedule="interleaved", num_chunks=2, num_periods=5),
     dict(pipeline=2, tensor=2, schedule="zero_bubble", is_scanned=False, remat="none"),
     dict(sequence=2, data=2, zero_axes=("data",)),
+    *(dict(sequence=2, data=2, zero=level) for level in (0, 1, 2)),
     dict(data=4, tensor=2, zero=2),
 ]
 DRAWING = [sizes for sizes in SINGLES[: len(AXES)] + PAIRS + VARIANTS if sizes not in (*DRAWN, *SAME_DRAWS)]

@@ -94,6 +94,16 @@ def test_a_batch_that_does_not_divide_is_refused():
         "batch_size % (data * expert * num_microbatches) == 0, here 20 % (2 * 2 * 3) = 8; nearest: 12 or 24"
         in message_of(check_batch, config, batch_size=20, length=6, num_microbatches=3)
     )
-    assert "sequence_length % (sequence * tensor) == 0, here 7 % (1 * 2) = 1; nearest: 6 or 8" in message_of(
-        check_batch, config, batch_size=24, length=7, num_microbatches=3
-    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length", "message"),
+    [
+        (dict(tensor=2), 7, "% (sequence * tensor) == 0, here 7 % (1 * 2) = 1; nearest: 6 or 8"),
+        (dict(sequence=4, tensor=2), 30, "% (sequence * tensor) == 0, here 30 % (4 * 2) = 6; nearest: 24 or 32"),
+        (dict(sequence=4, ring=4), 12, "% (2 * ring) == 0, here 12 % (2 * 4) = 4; nearest: 8 or 16"),
+    ],
+)
+def test_a_length_that_does_not_divide_is_refused(sizes, length, message):
+    text = message_of(check_batch, MeshConfig(**sizes), batch_size=8, length=length, num_microbatches=1)
+    assert text.startswith("DataConfig.sequence_length") and f"sequence_length {message}" in text

@@ -175,12 +175,14 @@ EVERY_ROW, EVERY_TOKEN, SECOND_ROWS = range(8), range(16), range(4, 8)
 @pytest.mark.parametrize(
     "model, sizes, empty",
     [
+        (DENSE, dict(data=2), (SECOND_ROWS, EVERY_TOKEN)),
+        (DENSE, dict(pipeline=2, num_microbatches=4), (range(2, 8, 4), EVERY_TOKEN)),  # beside micro-batch 3
         (DENSE, dict(sequence=2), (EVERY_ROW, range(8, 16))),
         (DENSE, dict(sequence=2, ring=2), (EVERY_ROW, range(4, 12))),  # the second member has the middle
         (MOE, dict(expert=2), (SECOND_ROWS, EVERY_TOKEN)),
         (MOE, dict(tensor=2), (SECOND_ROWS, EVERY_TOKEN)),  # whose norms and losses have a share of the rows
     ],
-    ids=["ulysses", "ring", "expert", "tensor"],
+    ids=["data", "pipeline", "ulysses", "ring", "expert", "tensor"],
 )
 def test_a_member_all_of_whose_tokens_are_padding_counts_for_nothing(model, sizes, empty):
     """Divided where the tokens are, its loss would be 0 / 0, or a mean of means."""

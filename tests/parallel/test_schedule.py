@@ -1,5 +1,9 @@
 """Schedules: a machine that knows nothing but the rows runs each of them, and their idle time is the papers'."""
 
+import runpy
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -218,3 +222,15 @@ def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(InputError) as error:
         make_schedule(*arguments)
     assert message in str(error.value)
+
+
+def test_a_picture_has_a_box_for_each_f_b_and_w():
+    """Of whichever schedule; the box says its micro-batch, in the row of its stage."""
+    script = Path(__file__).resolve().parents[2] / "experiments" / "draw_schedules.py"
+    draw, figure = runpy.run_path(str(script))["draw"], plt.figure()
+    for name, num_chunks, kinds in (("gpipe", 1, 2), ("1f1b", 1, 2), ("interleaved", 2, 2), ("zero_bubble", 1, 3)):
+        axes = figure.add_subplot()
+        draw(axes, make_schedule(name, 2, num_chunks, 4))
+        boxes = sorted((text.get_position()[1], int(text.get_text())) for text in axes.texts)
+        assert boxes == sorted((s, m) for s in range(2) for m in range(4) for _ in range(kinds * num_chunks))
+    plt.close(figure)
