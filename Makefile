@@ -1,6 +1,8 @@
 # `make train` and `make test` each set up .venv on first use. PYTHON=python3.12 takes another interpreter, in a
 # virtual environment of its own.
 PYTHON ?= python3
+# What `make long` runs.
+TESTS ?= tests
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 # -qq shows errors and leaves out warnings.
@@ -15,7 +17,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 long: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 -m long
+	$(BIN)/python -m pytest -q -n 2 -m long $(TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

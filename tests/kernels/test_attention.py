@@ -224,7 +224,7 @@ def test_visited_blocks_are_those_of_phi_3_small():
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_inside_a_manual_region_under_scan_and_remat(implementation):
-    """Interpretation knows neither, so the kernel is lowered for GPUs, which the other backend is too."""
+    """Interpretation knows neither, so on a CPU the kernel is only lowered for GPUs."""
     if implementation == "mosaic" and not IS_NEW:
         pytest.skip(OLD_REASON)
     arrays, bounds, cotangents, settings = draw("documents")
@@ -239,7 +239,7 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     )
     lowered = jax.jit(local).trace(arrays, bounds, cotangents).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
-    if implementation != "mosaic":
+    if implementation != "mosaic" or INTERPRET is False:
         got = jax.jit(local)(arrays, bounds, cotangents)
         for a, b in zip(got, results_and_gradients(run, arrays, bounds, cotangents, settings), strict=True):
             np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=2e-2)

@@ -124,7 +124,7 @@ def test_under_jit_scan_and_remat_nothing_changes(implementation):
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_inside_a_manual_region_under_scan_and_remat(implementation):
-    """Interpretation knows neither, so the kernel is lowered for GPUs, which other backends are too."""
+    """Interpretation knows neither, so on a CPU the kernel is only lowered for GPUs."""
     run = functools.partial(through_a_scan, functools.partial(grouped_matmul, implementation=implementation))
     mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
     local = jax.shard_map(
@@ -133,7 +133,7 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     arguments = [jnp.concatenate([x] * mesh.size) for x in draw(CASES["uneven_and_empty"])]
     lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
-    if implementation != "mosaic":
+    if implementation != "mosaic" or INTERPRET is False:
         for got, want in zip(jax.jit(local)(*arguments), naive(*draw(CASES["uneven_and_empty"])), strict=True):
             want = np.concatenate([want] * mesh.size)
             assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(want)

@@ -85,7 +85,7 @@ def test_twice_the_same_bits(run):
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_inside_a_manual_region_under_scan_and_remat(implementation):
-    """Interpretation knows neither, so the kernel is lowered for GPUs, which the other backend is too."""
+    """Interpretation knows neither, so on a CPU the kernel is only lowered for GPUs."""
     run = functools.partial(label_and_normaliser, implementation=implementation)
 
     def through_a_scan(h, head, labels):
@@ -100,7 +100,7 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     arguments = [jnp.concatenate([x] * mesh.size) for x in draw(SHAPES["one_tile"])]
     lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
-    if implementation != "mosaic":
+    if implementation != "mosaic" or INTERPRET is False:
         wanted = [np.concatenate([x] * mesh.size) for x in naive(*draw(SHAPES["one_tile"]))]
         check(jax.jit(local)(*arguments), wanted, TOLERANCE)
 

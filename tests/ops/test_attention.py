@@ -11,7 +11,7 @@ import pytest
 
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.ops import attention as module
-from jaxscale.ops.attention import BACKENDS, AttentionContext, attention
+from jaxscale.ops.attention import BACKENDS, DETERMINISTIC, AttentionContext, attention
 from jaxscale.types import InputError
 
 # Our kernel is interpreted in tests/kernels.
@@ -116,6 +116,20 @@ def test_forward_and_gradient_equal_the_loop(backend, case, dtype):
     for got, want, name in zip(pullback(cotangent), wanted_gradients, "qkv"):
         error = np.abs(got.astype("float32") - want).max()
         assert error < 2 * tolerance * max(1, np.abs(want).max()), f"gradient of {name}: {error}"
+
+
+@pytest.mark.parametrize("backend", DETERMINISTIC)
+def test_a_deterministic_backend_gives_the_same_bits_twice(backend):
+    arrays, cotangent, context = make("grouped", "bfloat16")
+    attend = functools.partial(attention, context=context, implementation=backend)
+
+    @jax.jit
+    def run(*arrays):
+        out, pullback = jax.vjp(lambda *a: attend(*a)[0], *arrays)
+        return out, *pullback(cotangent)
+
+    for a, b in zip(run(*arrays), run(*arrays), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("backend", HERE)
