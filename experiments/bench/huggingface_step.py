@@ -1,6 +1,9 @@
 """The peer of train_step.py: Hugging Face Llama or Mixtral with torch.compile and fused AdamW; prints one JSON line.
 
 python experiments/bench/huggingface_step.py llama --precision autocast
+
+"masters" is autocast's alternative: weights and gradients in bfloat16, AdamW on float32 copies of the weights. With it
+Mixtral keeps its grouped matmul, which transformers leaves for a loop over experts where autocast makes types differ.
 """
 
 import argparse
@@ -22,7 +25,7 @@ MODELS = {"llama": (LlamaConfig, LlamaForCausalLM, LLAMA), "mixtral": (MixtralCo
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", choices=MODELS)
-parser.add_argument("--precision", choices=("autocast", "bf16"), default="autocast")
+parser.add_argument("--precision", choices=("autocast", "bf16", "masters"), default="autocast")
 for name, default in (("--rows", 4), ("--length", 4096), ("--steps", 20)):
     parser.add_argument(name, type=int, default=default)
 options = parser.parse_args()
@@ -32,7 +35,9 @@ torch.set_default_dtype(torch.float32 if options.precision == "autocast" else to
 with torch.device("cuda"):
     model = model_class(config_class(**shape))
     tokens = torch.randint(0, shape["vocab_size"], (options.rows, options.length))
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+weights = list(model.parameters())
+updated = [w.detach().float().requires_grad_() for w in weights] if options.precision == "masters" else weights
+optimizer = torch.optim.AdamW(updated, lr=1e-4, fused=True)
 compiled = torch.compile(model)
 
 
@@ -41,9 +46,15 @@ def step():
     with torch.autocast("cuda", torch.bfloat16, enabled=options.precision == "autocast"):
         loss = compiled(input_ids=tokens, labels=tokens).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    if updated is not weights:
+        for master, weight in zip(updated, weights):
+            master.grad, weight.grad = weight.grad.float(), None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if updated is not weights:
+        with torch.no_grad():
+            torch._foreach_copy_(weights, updated)
     return loss
 
 
