@@ -107,12 +107,12 @@ def test_a_run_on_ones_own_text(repository, capsys):
 
 @pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
 def test_the_axes_of_the_example_fit_its_run(tmp_path):
-    """The 1.1B run, with a batch that has a row for each of the micro-batches."""
     path = tmp_path / "axes.gin"
-    lines = ["from __gin__ import dynamic_registration", "from jaxscale.parallel import mesh"]
+    lines = ["from __gin__ import dynamic_registration", "from jaxscale.data import loader"]
+    lines += ["from jaxscale.parallel import mesh"]
     lines += ["from jaxscale.train import plan", f"include '{ROOT}/experiments/configs/runs/llama_1b.gin'"]
-    path.write_text("\n".join([*lines, blocks("gin")[1]]))
-    run = config.load(pretrain, [path], ["data.batch_size=32"]).arguments
+    path.write_text("\n".join([*lines, next(block for block in blocks("gin") if "mesh.MeshConfig" in block)]))
+    run = config.load(pretrain, [path]).arguments
     parts = {name: run[name] for name in ("model", "mesh", "data", "optimizer", "train", "stack")}
     plan = make_plan(**parts, policy=Policy(), devices=described_devices("h200", num_hosts=2, gpus_per_host=8))
     assert plan.region.schedule.num_chunks == 2 and plan.region.ring == 2

@@ -7,7 +7,7 @@ The engine runs any table, so F of one stage's chunk is the time of a table in w
 tick while the others wait, less that of the same table without it. Such tables begin as the shortest schedule does (one
 micro-batch, or as many as there are stages where they hold several chunks), so that the slots hold numbers as they are
 in training: with zeros a GPU draws less power and clocks higher. What a step takes with an empty table (exchanges,
-reduction of the gradients, update) is added to the prediction.
+reduction of the gradients, update) is added to the prediction. What one takes is printed by [chunk][stage].
 """
 
 import argparse
@@ -46,6 +46,9 @@ plan = make_plan(**{name: run[name] for name in ("model", "mesh", "data", "optim
 schedule, shardings = plan.region.schedule, jax.tree.map(lambda leaf: leaf.sharding, plan.state)
 if schedule is None:
     parser.error("needs a pipeline: --set mesh.pipeline=2")
+SHORTEST = schedule.num_stages if schedule.num_chunks > 1 else 1  # micro-batches
+if schedule.num_microbatches <= SHORTEST:
+    parser.error(f"needs more micro-batches than {SHORTEST}: --set train.num_microbatches={16 * SHORTEST}")
 settings = dict(specs=plan.region.specs, seed=0, trainable=run["train"].trainable)
 state = init_state(run["model"], plan.optimizer, plan.state, **settings)
 rows, length = run["data"].batch_size, run["data"].sequence_length
@@ -74,8 +77,7 @@ def seconds(step, *table):
 
 def table(operation=None, chunk=None, stage=None):
     """The shortest schedule, then, if there is one, the operation in all ticks that are left."""
-    shortest = schedule.num_stages if schedule.num_chunks > 1 else 1
-    first = make_schedule(schedule.name, schedule.num_stages, schedule.num_chunks, shortest).rows
+    first = make_schedule(schedule.name, schedule.num_stages, schedule.num_chunks, SHORTEST).rows
     num = schedule.num_ticks - len(first.forward)
     found = {name: np.pad(each, ((0, num), (0, 0)), constant_values=NONE) for name, each in first._asdict().items()}
     for name in READS_AND_STORES[operation] if operation else ():
@@ -95,9 +97,9 @@ step = jax.jit(step_with, donate_argnums=0, out_shardings=(shardings, None))
 step = step.lower(state, batch, schedule.rows).compile()
 same, one = seconds(step, schedule.rows), seconds(step, table()[0])
 empty = seconds(step, jax.tree.map(lambda column: np.full_like(column, NONE), schedule.rows))
-grid = [[(chunk, stage) for stage in range(schedule.num_stages)] for chunk in range(schedule.num_chunks)]
+chunks, stages = range(schedule.num_chunks), range(schedule.num_stages)
 operations = ("forward", "backward", "weight")[: 2 + schedule.is_split]
-costs = {name: np.array([[cost(name, *each) for each in stages] for stages in grid]) for name in operations}
+costs = {name: np.array([[cost(name, chunk, stage) for stage in stages] for chunk in chunks]) for name in operations}
 predicted = empty + duration(schedule, costs["forward"], costs["backward"], costs.get("weight", 0.0))
 seconds_of = {"": real, "predicted_": predicted, "same_table_": same, "one_": one, "empty_": empty}
 seconds_of |= {f"{name}_": each for name, each in costs.items()}

@@ -241,8 +241,9 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
     if implementation != "mosaic" or INTERPRET is False:
         got = jax.jit(local)(arrays, bounds, cotangents)
-        for a, b in zip(got, results_and_gradients(run, arrays, bounds, cotangents, settings), strict=True):
-            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=2e-2)
+        for a, b in zip(got, naive("documents"), strict=True):
+            a = np.where(np.isfinite(a), np.asarray(a, np.float64), 0)  # an lse of nothing
+            assert np.linalg.norm(a - b) <= TOLERANCE * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize(

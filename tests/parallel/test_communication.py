@@ -386,7 +386,7 @@ def test_a_pipeline_sends_two_activations_a_tick(schedule, num_stages, num_chunk
 def run_program(model, mesh):
     """The step as a run has it: AdamW, clipped, of the plan, instead of `program`'s bare parts."""
     devices = described_devices("h200", num_hosts=1, gpus_per_host=math.prod(mesh.sizes))
-    data = DataConfig(sources=(TextSource(("unread",)),), sequence_length=T, batch_size=B)
+    data = DataConfig(sources=(TextSource(("unread",)),), sequence_length=T, batch_size=B, is_packed=False)
     stack = StackConfig(num_loss_chunks=1, remat="none", attention="reference")
     plan = make_plan(
         model=model, mesh=mesh, data=data, optimizer=OptimizerConfig(name="adamw"), train=TrainConfig(steps=2),

@@ -146,7 +146,6 @@ def test_no_token_is_dropped_when_all_choose_the_same_device(monkeypatch):
 SAME_DRAWS = [
     dict(pipeline=2, schedule="gpipe", num_microbatches=4),
     dict(pipeline=2, schedule="interleaved", num_chunks=2, is_scanned=False, remat="none"),
-    dict(pipeline=2, schedule="interleaved", num_chunks=2, num_periods=5),
     dict(pipeline=2, tensor=2, schedule="zero_bubble", is_scanned=False, remat="none"),
     dict(sequence=2, data=2, zero_axes=("data",)),
     *(dict(sequence=2, data=2, zero=level) for level in (0, 1, 2)),

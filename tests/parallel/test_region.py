@@ -184,7 +184,7 @@ EVERY_ROW, EVERY_TOKEN, SECOND_ROWS = range(8), range(16), range(4, 8)
     ],
     ids=["data", "pipeline", "ulysses", "ring", "expert", "tensor"],
 )
-def test_a_member_all_of_whose_tokens_are_padding_counts_for_nothing(model, sizes, empty):
+def test_a_member_or_micro_batch_all_of_whose_tokens_are_padding_counts_for_nothing(model, sizes, empty):
     """Divided where the tokens are, its loss would be 0 / 0, or a mean of means."""
     result, wanted = on_mesh(model, empty=empty, remat="none", **sizes), single_device(model, 1, empty)
     assert_equal_to_single_device(result, wanted, empty)

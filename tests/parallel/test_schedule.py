@@ -231,6 +231,8 @@ def test_a_picture_has_a_box_for_each_f_b_and_w():
     for name, num_chunks, kinds in (("gpipe", 1, 2), ("1f1b", 1, 2), ("interleaved", 2, 2), ("zero_bubble", 1, 3)):
         axes = figure.add_subplot()
         draw(axes, make_schedule(name, 2, num_chunks, 4))
-        boxes = sorted((text.get_position()[1], int(text.get_text())) for text in axes.texts)
-        assert boxes == sorted((s, m) for s in range(2) for m in range(4) for _ in range(kinds * num_chunks))
+        boxes = [(text.get_position()[1], int(text.get_text())) for text in axes.texts]
+        assert sorted(boxes) == sorted((s, m) for s in range(2) for m in range(4) for _ in range(kinds * num_chunks))
+        colors = {tuple(bars.get_facecolor()[0]) for bars in axes.collections}
+        assert len(colors) >= kinds * num_chunks
     plt.close(figure)
