@@ -91,6 +91,13 @@ def expected(case):
     return out, (dq, dk, dv)
 
 
+@pytest.fixture(autouse=True)
+def whole_products():
+    """Of float32, which a GPU otherwise rounds to TF32's 10 bits before it multiplies."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 PLAIN = [backend for backend in HERE if backend not in ("cudnn", "mosaic")]
 COMBINATIONS = [(backend, case, "float32") for backend in PLAIN for case in CASES]
 COMBINATIONS += [(backend, "everything", "bfloat16") for backend in PLAIN]
