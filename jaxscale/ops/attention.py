@@ -111,17 +111,34 @@ def attention(
     Returns:
         ([B, T, N, H] in the type of `q`, None).
     Raises:
-        InputError: the mask makes no sense, or the named backend is unknown or cannot do what is asked; there is no
-            silent fallback.
+        InputError: shapes do not fit one another, the mask makes no sense, or the named backend is unknown or cannot
+            do what is asked; there is no silent fallback.
     """
-    if not context.is_causal and (context.window is not None or context.layout is not None):
-        raise InputError("AttentionContext.is_causal", False, "True where there is a window or a layout of blocks")
+    _check(q, k, v, context)
     if implementation is None:
         implementation = _choose(q, context)
         logger.info("attention: backend %s for q%s k%s %s", implementation, q.shape, k.shape, q.dtype)
     check_backend("attention", implementation, q, context)
     backends = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "mosaic": mosaic}
     return backends[implementation](q, k, v, context), cache
+
+
+def _check(q: Array, k: Array, v: Array, context: AttentionContext) -> None:
+    """Raises InputError for shapes that do not fit and masks that make no sense."""
+    shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
+    is_fit = k.shape == v.shape and (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3]) and not q.shape[2] % k.shape[2]
+    if not is_fit:
+        raise InputError("attention", shapes, "q [B, T, N, H], k and v [B, S, K, H] with N % K == 0")
+    if context.is_aligned and k.shape[1] != q.shape[1]:
+        raise InputError("AttentionContext.key_positions", None, f"[B, S] where S is not T, as in {shapes}")
+    if context.segments is not None and not context.is_aligned and context.key_segments is None:
+        raise InputError("AttentionContext.key_segments", None, "[B, S] where there are segments and key_positions")
+    if context.window is not None and context.window < 1:
+        raise InputError("AttentionContext.window", context.window, "1 or more, for a query sees its own key, or None")
+    if context.softcap is not None and context.softcap <= 0:
+        raise InputError("AttentionContext.softcap", context.softcap, "above 0, or None")
+    if not context.is_causal and (context.window is not None or context.layout is not None):
+        raise InputError("AttentionContext.is_causal", False, "True where there is a window or a layout of blocks")
 
 
 def check_backend(parameter: str, implementation: str, q: Array, context: AttentionContext) -> None:

@@ -46,6 +46,7 @@ def attention(
     Cost: 4 H FLOPs for each query, head and key in a visited tile, and 10 in the backward, 14 where H > 128.
     """
     _check_shapes(q, k, v, low, high)
+    require(softcap is None or softcap > 0, "attention", f"softcap {softcap}", "above 0, or None")
     check_backend("attention", implementation, BACKENDS, mosaic_refusal(q, k))
     if implementation == "mosaic":
         length, head_dim = q.shape[1], q.shape[3]
@@ -53,8 +54,7 @@ def attention(
         low, high = (jnp.pad(x, ((0, 0), (0, -length % ALIGNMENT))) for x in (low, high))
         o, lse = _mosaic(q, k, v, low, high, scale, softcap, layout, interpret)
         return o[:, :length, :, :head_dim], lse[:, :, :length]
-    settings = dict(scale=scale, softcap=softcap, layout=layout)
-    return {"reference": reference.attention}[implementation](q, k, v, low, high, **settings)
+    return reference.attention(q, k, v, low, high, scale=scale, softcap=softcap, layout=layout)
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, low: jax.Array, high: jax.Array) -> None:

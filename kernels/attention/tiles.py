@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxscale.kernels.checks import require
+
 BLOCK = 64  # tokens, of a block-sparse layout
 
 
@@ -65,10 +67,16 @@ class BlockLayout:
     Args:
         local: blocks, the query's own among them.
         stride: of the columns; also how many patterns there are over the heads.
+    Raises:
+        ValueError: one of them is below 1.
     """
 
     local: int = 16
     stride: int = 8
+
+    def __post_init__(self):
+        given = f"local {self.local} and stride {self.stride}"
+        require(self.local >= 1 and self.stride >= 1, "BlockLayout", given, "1 or more of both")
 
     def sees(self, num_blocks: int) -> np.ndarray:
         """[stride, blocks of queries, blocks of keys] bool; head n has pattern n % stride."""

@@ -40,7 +40,7 @@ def label_and_normaliser(
     check_backend("label_and_normaliser", implementation, BACKENDS, mosaic_refusal(h, head))
     if implementation == "mosaic":
         return _mosaic(h, head, labels, interpret)
-    return {"reference": reference.label_and_normaliser}[implementation](h, head, labels)
+    return reference.label_and_normaliser(h, head, labels)
 
 
 def mosaic_refusal(h: jax.Array, head: jax.Array) -> str | None:

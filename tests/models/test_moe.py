@@ -47,6 +47,13 @@ def test_routing_in_bfloat16_keeps_float32_logits():
     assert gates.dtype == logits.dtype == jnp.float32
 
 
+def test_logits_of_bfloat16_tokens_are_those_of_the_float32_router():
+    rng = np.random.default_rng(2)
+    h, router = jnp.asarray(rng.normal(size=(1, 8, 2048)), jnp.bfloat16), rng.normal(size=(2048, 16)).astype("float32")
+    wanted = np.asarray(h, np.float64) @ router.astype(np.float64)
+    np.testing.assert_allclose(logits_of({"router": jnp.asarray(router)}, h), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_balance_loss_is_its_weight_when_balanced_and_more_when_not():
     weight = WEIGHTS.sum()
     even = jnp.zeros((B, T, E))

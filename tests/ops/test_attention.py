@@ -235,6 +235,31 @@ def test_a_mask_of_all_keys_has_neither_window_nor_blocks(change):
 
 
 @pytest.mark.parametrize(
+    "shapes, change, expected_text",
+    [
+        (((12, 2), (12, 2)), {"window": 0}, "window: given 0, expected 1 or more"),
+        (((12, 2), (12, 2)), {"softcap": 0.0}, "softcap: given 0.0, expected above 0"),
+        (((12, 3), (12, 2)), {}, "N % K == 0"),
+        (((12, 2), (16, 2)), {}, "key_positions: given None, expected .B, S. where S is not T"),
+        (
+            ((12, 2), (16, 2)), {"key_positions": jnp.arange(16)[None], "segments": jnp.ones((1, 12), int)},
+            "key_segments: given None",
+        ),
+    ],
+)  # fmt: skip
+def test_what_fits_no_mask_is_refused(shapes, change, expected_text):
+    q, k = (jnp.ones((1, *shape, 8)) for shape in shapes)
+    with pytest.raises(InputError, match=expected_text):
+        attention(q, k, k, AttentionContext(jnp.arange(12)[None], **change))
+
+
+@pytest.mark.parametrize("change", [{"local": 0}, {"stride": 0}], ids=str)
+def test_a_layout_of_no_blocks_is_refused(change):
+    with pytest.raises(ValueError, match=r"BlockLayout: given .* 0.*expected 1 or more"):
+        BlockLayout(**change)
+
+
+@pytest.mark.parametrize(
     "backend, change, expected_text",
     [
         ("flash", {}, "'reference', 'chunked', 'cudnn', 'mosaic'"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxscale.ops import moe
+from jaxscale.ops.dispatch import make_dispatch
 from jaxscale.ops.moe import experts, grouped_ffn, reference
 
 B, T, D, F, E = 2, 6, 8, 12, 5
@@ -54,6 +55,17 @@ def test_forward_and_gradient_equal_the_reference(routing, activation, dtype):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = a.astype("float32"), b.astype("float32")
         assert jnp.abs(a - b).max() < tolerance * jnp.abs(b).max()
+
+
+def test_bfloat16_outputs_are_summed_before_they_are_rounded():
+    rng = np.random.default_rng(3)
+    index = np.stack([rng.permutation(16)[:8] for _ in range(32)])
+    dispatch = make_dispatch(jnp.asarray(index), 16)
+    outputs, gates = jnp.asarray(rng.normal(size=(index.size, D)), jnp.bfloat16), rng.uniform(size=(32, 8))
+    by_token = np.asarray(outputs, np.float64)[np.asarray(dispatch.inverse)].reshape(32, 8, D)
+    wanted = (by_token * gates[..., None]).sum(1)
+    error = np.abs(np.asarray(dispatch.combine(outputs, jnp.asarray(gates, jnp.float32)), np.float64) - wanted)
+    assert (error <= 2.0**-8 * np.abs(wanted) + 1e-5).all()  # half of a unit in the last place
 
 
 def test_what_is_asked_of_the_fused_feed_forward(monkeypatch):
