@@ -135,7 +135,7 @@ def _check(q: Array, k: Array, v: Array, context: AttentionContext) -> None:
         raise InputError("AttentionContext.key_segments", None, "[B, S] where there are segments and key_positions")
     if context.window is not None and context.window < 1:
         raise InputError("AttentionContext.window", context.window, "1 or more, for a query sees its own key, or None")
-    if context.softcap is not None and context.softcap <= 0:
+    if context.softcap is not None and not context.softcap > 0:  # so that NaN fails too
         raise InputError("AttentionContext.softcap", context.softcap, "above 0, or None")
     if not context.is_causal and (context.window is not None or context.layout is not None):
         raise InputError("AttentionContext.is_causal", False, "True where there is a window or a layout of blocks")

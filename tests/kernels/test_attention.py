@@ -260,6 +260,13 @@ def test_what_the_kernel_cannot_do_is_refused(q, k, message):
         attention(q, k, k, bounds, bounds, scale=1.0, implementation="mosaic")
 
 
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_a_soft_cap_of_zero_is_refused(implementation):
+    x, bounds = jnp.zeros((1, 8, 2, 64)), jnp.zeros((1, 8), jnp.int32)
+    with pytest.raises(ValueError, match=r"attention: given softcap 0\.0, expected above 0"):
+        attention(x, x, x, bounds, bounds, scale=1.0, softcap=0.0, implementation=implementation)
+
+
 @pytest.mark.parametrize(
     ("k", "v", "bounds", "message"),
     [
