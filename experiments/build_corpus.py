@@ -1,8 +1,9 @@
 """Builds a corpus of several domains out of text on this machine: one compressed JSON-lines file a domain.
 
-Documents come in the order of a hash of their keys, so a budget takes a sample. Left out: what is not UTF-8 or is short
-or long, what looks like data (a line above 1,000 or a mean above 100 characters, fewer than a quarter alphanumeric; as
-LLM-jp filters code, arXiv 2407.03963), and near-duplicates: more than half of the distinct lines stood in earlier ones.
+Documents come in the order of a hash of their keys, so a budget takes a sample. Left out: what is
+not UTF-8 or is short or long, what looks like data (a line above 1,000 or a mean above 100
+characters, fewer than a quarter alphanumeric; as LLM-jp filters code, arXiv 2407.03963), and
+near-duplicates: more than half of the distinct lines stood in earlier ones.
 
 python experiments/build_corpus.py runs/corpus python 45 '*.py' ENVIRONMENT/site-packages
 """
@@ -19,7 +20,9 @@ import zstandard
 from jaxscale.data.split import hash_key
 
 MIN_BYTES, MAX_BYTES, LEAST_LINE = 500, 200_000, 16
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("output", type=Path, help="folder")
 parser.add_argument("domain", help="names the file")
 parser.add_argument("megabytes", type=float, help="of text, at most")
@@ -42,13 +45,27 @@ def read(path):
     return text if "\ufffd" not in text and text.strip() and looks_like_text(text) else ""
 
 
-walks = [(Path(folder), Path(at), names) for folder in options.folders for at, _, names in os.walk(folder)]
-files = {str((at / name).relative_to(folder)): at / name for folder, at, names in walks for name in names}
-chosen = [key for key in files if any(fnmatch(Path(key).name, each) for each in options.patterns.split(","))]
+walks = [
+    (Path(folder), Path(at), names)
+    for folder in options.folders
+    for at, _, names in os.walk(folder)
+]
+files = {
+    str((at / name).relative_to(folder)): at / name for folder, at, names in walks for name in names
+}
+chosen = [
+    key
+    for key in files
+    if any(fnmatch(Path(key).name, each) for each in options.patterns.split(","))
+]
 seen, documents, num_bytes = set(), [], 0
-for key in sorted(chosen, key=lambda key: hash_key(f"order of {key}")):  # not of the key itself: that holds out
+for key in sorted(
+    chosen, key=lambda key: hash_key(f"order of {key}")
+):  # not of the key itself: that holds out
     if num_bytes < options.megabytes * 1e6 and files[key].is_file() and (text := read(files[key])):
-        lines = {hash(line) for line in map(str.strip, text.splitlines()) if len(line) >= LEAST_LINE}
+        lines = {
+            hash(line) for line in map(str.strip, text.splitlines()) if len(line) >= LEAST_LINE
+        }
         if len(lines & seen) * 2 <= len(lines):
             documents.append({"key": key, "text": text})
             num_bytes += len(text.encode())
@@ -56,4 +73,6 @@ for key in sorted(chosen, key=lambda key: hash_key(f"order of {key}")):  # not o
 options.output.mkdir(parents=True, exist_ok=True)
 content = zstandard.compress("".join(json.dumps(each) + "\n" for each in documents).encode(), 19)
 (options.output / f"{options.domain}.jsonl.zst").write_bytes(content)
-print(f"{options.domain}: {len(documents):,} of {len(chosen):,} files, {num_bytes / 1e6:.1f} MB of text")
+print(
+    f"{options.domain}: {len(documents):,} of {len(chosen):,} files, {num_bytes / 1e6:.1f} MB of text"
+)

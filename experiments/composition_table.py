@@ -1,7 +1,7 @@
 """Writes the composition matrix into the README, between its markers, from what the long tests recorded.
 
-JAXSCALE_MATRIX=matrix.jsonl python -m pytest tests/parallel/test_composition.py -m "long or not long"
-python experiments/composition_table.py matrix.jsonl
+JAXSCALE_MATRIX=matrix.jsonl python -m pytest tests/parallel/test_composition.py -m "long or not
+long" python experiments/composition_table.py matrix.jsonl
 """
 
 import json
@@ -22,16 +22,24 @@ def table(lines):
     cases = {}
     for line in (line for line in lines if line["model"] in ("dense", "moe")):
         cases.setdefault(describe(line["sizes"]), {})[line["model"]] = line
-    rows = ["| mesh | dense, float64 | MoE, float64 | dense, float32 | MoE, float32 |", "|---|---|---|---|---|"]
+    rows = [
+        "| mesh | dense, float64 | MoE, float64 | dense, float32 | MoE, float32 |",
+        "|---|---|---|---|---|",
+    ]
     for case, models in cases.items():
-        figures = [f"{models[m][dtype]:.0e}" for dtype in ("float64", "float32") for m in ("dense", "moe")]
+        figures = [
+            f"{models[m][dtype]:.0e}" for dtype in ("float64", "float32") for m in ("dense", "moe")
+        ]
         rows.append(f"| {case} | {' | '.join(figures)} |")
     return "\n".join(rows)
 
 
 def main(file):
     """Replaces what stands between the markers."""
-    lines = sorted((json.loads(line) for line in Path(file).read_text().splitlines()), key=lambda x: len(x["sizes"]))
+    lines = sorted(
+        (json.loads(line) for line in Path(file).read_text().splitlines()),
+        key=lambda x: len(x["sizes"]),
+    )
     before, rest = README.read_text().split(BEGIN)
     README.write_text(f"{before}{BEGIN}\n{table(lines)}\n{END}{rest.split(END)[1]}")
 

@@ -1,6 +1,7 @@
 """Tests and draws what experiments/grin_study.py wrote; prints the tables of the results page.
 
-python experiments/draw_grin_study.py runs/study.jsonl experiments/results/2026-11-24_h200_grin_study
+python experiments/draw_grin_study.py runs/study.jsonl
+experiments/results/2026-11-24_h200_grin_study
 """
 
 import json
@@ -11,7 +12,13 @@ import numpy as np
 
 from jaxscale.evaluate.routing import routing_table, shares, similarity
 from jaxscale.evaluate.study import compare_arms
-from jaxscale.evaluate.study_report import loss_table, plot_loads, plot_losses_of_arms, plot_routing, verdict_table
+from jaxscale.evaluate.study_report import (
+    loss_table,
+    plot_loads,
+    plot_losses_of_arms,
+    plot_routing,
+    verdict_table,
+)
 
 LAYER = 3  # of 6
 MARGIN = 0.01  # nats a token; fixed in the protocol
@@ -35,10 +42,16 @@ def main(file, output):
     found = compare_arms(runs, PAIRS, margin=MARGIN)
     print(loss_table(runs, NAMES), verdict_table(found, NAMES), sep="\n\n")
     for arm in [arm for arm in NAMES if arm != "dense"]:
-        loads = [{d: np.array(each["load"]) for d, each in r["domains"].items()} for r in runs if r["arm"] == arm]
+        loads = [
+            {d: np.array(each["load"]) for d, each in r["domains"].items()}
+            for r in runs
+            if r["arm"] == arm
+        ]
         largest = max(shares(sum(each.values())).max() for each in loads)
         cosines = [similarity(each)[:, *np.triu_indices(len(each), 1)].mean() for each in loads]
-        print(f"\n{NAMES[arm]}: largest share {largest:.1%}, mean cosine between domains {np.mean(cosines):.4f}")
+        print(
+            f"\n{NAMES[arm]}: largest share {largest:.1%}, mean cosine between domains {np.mean(cosines):.4f}"
+        )
         print(f"first seed, layer {LAYER}:", routing_table(loads[0], LAYER), sep="\n")
     plot_losses_of_arms(runs, found, NAMES, Path(f"{output}_loss.png"), margin=MARGIN)
     plot_loads(runs, NAMES, Path(f"{output}_load.png"))

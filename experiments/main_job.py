@@ -22,7 +22,14 @@ RUN = Path("runs/main_job")
 
 def jaxscale(verb, *overrides):
     """Starts `jaxscale VERB FILE --set ...` as a process of its own."""
-    command = [sys.executable, "-m", "jaxscale.cli", verb, FILE, *(f"--set={override}" for override in overrides)]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxscale.cli",
+        verb,
+        FILE,
+        *(f"--set={override}" for override in overrides),
+    ]
     print("\n$ jaxscale", *command[3:], flush=True)
     return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
@@ -46,7 +53,9 @@ def main():
     expect(jaxscale("tokenizer"), 0)
     run = config.load(pretrain, [FILE]).arguments
     first = jaxscale("pretrain")
-    while first.poll() is None and len(read_history(RUN / "metrics.jsonl")) < run["train"].steps // 2:
+    while (
+        first.poll() is None and len(read_history(RUN / "metrics.jsonl")) < run["train"].steps // 2
+    ):
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)
     expect(first, 128 + signal.SIGTERM)

@@ -63,7 +63,9 @@ class Bindings:
         known = inspect.signature(target).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         if name not in known and not takes_any:
-            raise InputError(f"{binding.location}: {target.__name__}.{name}", name, one_of(name, known))
+            raise InputError(
+                f"{binding.location}: {target.__name__}.{name}", name, one_of(name, known)
+            )
         self.parameters.setdefault((scopes, target), {})[name] = binding
         self._written.append(binding.value)
 
@@ -80,15 +82,19 @@ class Bindings:
             if value.name == REQUIRED:
                 raise InputError(label, "%gin.REQUIRED", "a value in a gin file or by --set")
             if value.name not in self.macros or value.name in seen:
-                raise InputError(f"{label}: %{value.name}", value.name, one_of(value.name, self.macros.keys() - seen))
+                raise InputError(
+                    f"{label}: %{value.name}",
+                    value.name,
+                    one_of(value.name, self.macros.keys() - seen),
+                )
             return self.expand(self.macros[value.name].value, label, seen | {value.name})
         return _mapped(lambda item: self.expand(item, label, seen), value)
 
     def check_used(self, function: Callable) -> None:
         """Raises InputError for what would silently do nothing, whichever verb the file is given to.
 
-        That is a macro that no value mentions and a parameter of what no reference names; a function of keyword-only
-        parameters is taken for a verb.
+        That is a macro that no value mentions and a parameter of what no reference names; a
+        function of keyword-only parameters is taken for a verb.
         """
         mentioned = {macro.name for macro in _found(Macro, self._written)}
         for name, binding in self.macros.items():
@@ -100,24 +106,38 @@ class Bindings:
             if target not in targets and not _is_verb(target):
                 name, binding = next(iter(bound.items()))
                 kinds = {each: _dataclass_in(hint) for each, hint in _hints(function).items()}
-                places = [f"{_selector(function)}.{each} = " for each, kind in kinds.items() if kind is target]
-                expected = (
-                    f"also `{''.join(places[:1])}@{_selector(target)}()`: nothing builds it, so this does nothing"
+                places = [
+                    f"{_selector(function)}.{each} = "
+                    for each, kind in kinds.items()
+                    if kind is target
+                ]
+                expected = f"also `{''.join(places[:1])}@{_selector(target)}()`: nothing builds it, so this does nothing"
+                raise InputError(
+                    f"{binding.location}: {target.__name__}.{name}",
+                    _written(binding.value),
+                    expected,
                 )
-                raise InputError(f"{binding.location}: {target.__name__}.{name}", _written(binding.value), expected)
 
     def check_scopes(self) -> None:
         """Raises InputError for a binding in a scope that no reference enters: it would silently do nothing."""
         written = [binding for bound in self.parameters.values() for binding in bound.values()]
-        references = _found(Reference, [binding.value for binding in [*written, *self.macros.values()]])
-        entered = {reference.scopes[:depth] for reference in references for depth in range(len(reference.scopes) + 1)}
+        references = _found(
+            Reference, [binding.value for binding in [*written, *self.macros.values()]]
+        )
+        entered = {
+            reference.scopes[:depth]
+            for reference in references
+            for depth in range(len(reference.scopes) + 1)
+        }
         for (scopes, target), bound in self.parameters.items():
             if scopes and scopes not in entered:
                 location = next(iter(bound.values())).location
                 name = "/".join(scopes)
                 known = one_of(name, ["/".join(scopes) for scopes in entered if scopes])
                 raise InputError(
-                    f"{location}: {name}/{target.__name__}", name, f"a scope that a reference enters: {known}"
+                    f"{location}: {name}/{target.__name__}",
+                    name,
+                    f"a scope that a reference enters: {known}",
                 )
 
     def override(self, function: Callable, text: str) -> None:
@@ -125,9 +145,10 @@ class Bindings:
 
         Args:
             function: the verb; its parameters are the first names.
-            text: `FIELD=VALUE` for a parameter of the function, `NAME.FIELD=VALUE` for a field of the configuration
-                bound to its parameter NAME (and so on inwards), `SCOPE/NAME.FIELD=VALUE` to bind in that scope,
-                `MACRO=VALUE` for a macro that the files define. VALUE is a Python literal, or else a plain string.
+            text: `FIELD=VALUE` for a parameter of the function, `NAME.FIELD=VALUE` for a field of
+                the configuration bound to its parameter NAME (and so on inwards),
+                `SCOPE/NAME.FIELD=VALUE` to bind in that scope, `MACRO=VALUE` for a macro that the
+                files define. VALUE is a Python literal, or else a plain string.
         """
         location = f"--set {text}"
         key, equals, value = text.partition("=")
@@ -136,7 +157,11 @@ class Bindings:
         if not (equals and all(map(str.isidentifier, [*scopes, *parents, name]))):
             raise InputError("--set", text, "NAME.FIELD=VALUE or FIELD=VALUE")
         if value.lstrip().startswith(("@", "%")):
-            raise InputError(f"--set {key}", value, "a Python literal or plain text; references belong in a gin file")
+            raise InputError(
+                f"--set {key}",
+                value,
+                "a Python literal or plain text; references belong in a gin file",
+            )
         binding = Binding(_literal_or_text(value.strip()), location)
         if key.strip() in self.macros:
             self.define(key.strip(), binding)
@@ -146,19 +171,31 @@ class Bindings:
             target, scope = self._enter(target, scope, parent, location)
         self.bind(tuple(scopes) or scope, target, name, binding)
 
-    def _enter(self, target: Callable, scopes: Scopes, name: str, location: str) -> tuple[Callable, Scopes]:
+    def _enter(
+        self, target: Callable, scopes: Scopes, name: str, location: str
+    ) -> tuple[Callable, Scopes]:
         """What is built for parameter `name` of `target`, and its scopes; binds its default where nothing is bound."""
         signature = inspect.signature(target).parameters
         if name not in signature:
             raise InputError(f"{location}: {name}", name, one_of(name, signature))
         bound = self.of(target, scopes).get(name)
-        value = self.expand(bound.value, f"{bound.location}: {name}") if bound else signature[name].default
+        value = (
+            self.expand(bound.value, f"{bound.location}: {name}")
+            if bound
+            else signature[name].default
+        )
         kind = _dataclass_in(_hints(target).get(name))
-        if kind is not None and not dataclasses.is_dataclass(value) and not isinstance(value, Reference):
+        if (
+            kind is not None
+            and not dataclasses.is_dataclass(value)
+            and not isinstance(value, Reference)
+        ):
             value = Reference(kind, default_scopes(scopes, target, name), is_called=True)
         reference, fields = as_written(value, default_scopes(scopes, target, name))
         if not (isinstance(reference, Reference) and reference.is_called):
-            raise InputError(f"{location}: {name}", _written(value), "a configuration that has fields")
+            raise InputError(
+                f"{location}: {name}", _written(value), "a configuration that has fields"
+            )
         if not bound or bound.value != reference:
             self.bind(scopes, target, name, Binding(reference, location))
         for (inner, inner_target), values in fields.items():
@@ -178,14 +215,20 @@ class Builder:
         """The checked keyword arguments for `target` in `scopes`; defaults are left out."""
         signature = inspect.signature(target).parameters
         arguments, self.used[scopes, target] = self.bound(target, scopes)
-        missing = [each.name for each in signature.values() if _is_required(each) and each.name not in arguments]
+        missing = [
+            each.name
+            for each in signature.values()
+            if _is_required(each) and each.name not in arguments
+        ]
         if missing:
             expected = f"a value for each of {', '.join(missing)} in a gin file or by --set"
             bound = {_selector(each) for _, each in self.bindings.parameters if _is_verb(each)}
             if not scopes and bound and _selector(target) not in bound:
                 expected += f"; the file binds only {', '.join(sorted(bound))}"
             raise InputError(f"{target.__name__}.{missing[0]}", None, expected)
-        defaults = {each.name: each.default for each in signature.values() if each.name not in arguments}
+        defaults = {
+            each.name: each.default for each in signature.values() if each.name not in arguments
+        }
         for name, value in defaults.items():
             written, fields = as_written(value, default_scopes(scopes, target, name))
             if written is not UNWRITABLE:
@@ -239,7 +282,10 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 def _is_verb(target: Callable) -> bool:
     kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
-    return not inspect.isclass(target) and kinds <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+    return not inspect.isclass(target) and kinds <= {
+        inspect.Parameter.KEYWORD_ONLY,
+        inspect.Parameter.VAR_KEYWORD,
+    }
 
 
 def default_scopes(scopes: Scopes, target: Callable, name: str) -> Scopes:
@@ -247,7 +293,9 @@ def default_scopes(scopes: Scopes, target: Callable, name: str) -> Scopes:
     return (*scopes, target.__name__, name)
 
 
-def as_written(value: Any, scopes: Scopes) -> tuple[Any, dict[tuple[Scopes, Callable], dict[str, Any]]]:
+def as_written(
+    value: Any, scopes: Scopes
+) -> tuple[Any, dict[tuple[Scopes, Callable], dict[str, Any]]]:
     """A value as a gin file would hold it, and the bindings in `scopes` that this takes; UNWRITABLE if none would."""
     if isinstance(value, Reference) or _is_literal(value):
         return value, {}
@@ -261,7 +309,9 @@ def as_written(value: Any, scopes: Scopes) -> tuple[Any, dict[tuple[Scopes, Call
         bindings |= more
     if UNWRITABLE in written.values():
         return UNWRITABLE, {}
-    return Reference(type(value), scopes, is_called=True), {(scopes, type(value)): written} | bindings
+    return Reference(type(value), scopes, is_called=True), {
+        (scopes, type(value)): written
+    } | bindings
 
 
 def _is_literal(value: Any) -> bool:
@@ -275,12 +325,21 @@ def _is_literal(value: Any) -> bool:
 def render(used: dict[tuple[Scopes, Callable], dict[str, Any]]) -> str:
     """The text of a gin file that binds `used`; macros are written out as their values."""
     modules = {
-        each.__module__ for each in [*(target for _, target in used), *(r.target for r in _found(Reference, used))]
+        each.__module__
+        for each in [*(target for _, target in used), *(r.target for r in _found(Reference, used))]
     }
-    lines = ["from __gin__ import dynamic_registration", *(f"import {module}" for module in sorted(modules))]
-    for (scopes, target), values in sorted(used.items(), key=lambda item: (_selector(item[0][1]), item[0][0])):
+    lines = [
+        "from __gin__ import dynamic_registration",
+        *(f"import {module}" for module in sorted(modules)),
+    ]
+    for (scopes, target), values in sorted(
+        used.items(), key=lambda item: (_selector(item[0][1]), item[0][0])
+    ):
         prefix = "/".join([*scopes, _selector(target)])
-        lines += ["", *(f"{prefix}.{name} = {_written(value)}" for name, value in sorted(values.items()))]
+        lines += [
+            "",
+            *(f"{prefix}.{name} = {_written(value)}" for name, value in sorted(values.items())),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -293,7 +352,11 @@ def _written(value: Any) -> str:
         items = ", ".join(map(_written, value)) + "," * (type(value) is tuple and len(value) == 1)
         return f"[{items}]" if type(value) is list else f"({items})"
     if type(value) is dict:
-        return "{" + ", ".join(f"{_written(key)}: {_written(item)}" for key, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{_written(key)}: {_written(item)}" for key, item in value.items())
+            + "}"
+        )
     return repr(value).replace("inf", "1e999") if type(value) is float else repr(value)
 
 

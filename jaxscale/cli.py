@@ -17,7 +17,8 @@ from jaxscale import config
 from jaxscale.types import InputError, RunError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-# The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps its traceback.
+# The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps
+# its traceback.
 REFUSALS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -32,8 +33,9 @@ REFUSALS = {
 class Verb(NamedTuple):
     """Where a verb's function is, imported only when the verb is used, and a line of help.
 
-    `bound_as` is the function whose parameters the gin file binds, where the verb takes the arguments of another one;
-    `option` is a parameter of the function that the command line gives, with its help.
+    `bound_as` is the function whose parameters the gin file binds, where the verb takes the
+    arguments of another one; `option` is a parameter of the function that the command line gives,
+    with its help.
     """
 
     function: str
@@ -44,10 +46,13 @@ class Verb(NamedTuple):
 
 VERBS = {
     "pretrain": Verb(
-        "jaxscale.train.pretrain:pretrain", "train a model; resumes if the run's directory has a checkpoint"
+        "jaxscale.train.pretrain:pretrain",
+        "train a model; resumes if the run's directory has a checkpoint",
     ),
     "generate": Verb("jaxscale.serve.generate:generate", "sample text from a checkpoint"),
-    "evaluate": Verb("jaxscale.evaluate.perplexity:evaluate", "measure a checkpoint on held-out text"),
+    "evaluate": Verb(
+        "jaxscale.evaluate.perplexity:evaluate", "measure a checkpoint on held-out text"
+    ),
     "tokenizer": Verb("jaxscale.data.tokenizer:train_tokenizer", "train a tokenizer"),
     "inspect": Verb(
         "jaxscale.train.inspect:inspect",
@@ -91,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = VERBS[options.verb]
         function, bound_as = _load(verb.function), _load(verb.bound_as or verb.function)
         if verb.option:
-            function = functools.partial(function, **{verb.option[0]: getattr(options, verb.option[0])})
+            function = functools.partial(
+                function, **{verb.option[0]: getattr(options, verb.option[0])}
+            )
         with _news_on_stderr():
             outcome = config.run(function, [options.file], options.set, bound_as=bound_as)
     except (InputError, OSError) as error:
@@ -130,7 +137,10 @@ class _News(logging.Handler):
 def _news_on_stderr() -> Iterator[None]:
     """Shows what the library logs: chosen backends, the peak behind MFU, resumes."""
     logger, news = logging.getLogger("jaxscale"), _News()
-    level, logger.propagate = logger.level, False  # a library may have given the root logger a handler of its own
+    level, logger.propagate = (
+        logger.level,
+        False,
+    )  # a library may have given the root logger a handler of its own
     logger.setLevel(logging.INFO)
     logger.addHandler(news)
     try:
@@ -143,17 +153,32 @@ def _news_on_stderr() -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("jaxscale", description=jaxscale.__doc__, epilog=EXAMPLES, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        "jaxscale", description=jaxscale.__doc__, epilog=EXAMPLES, formatter_class=layout
+    )
     parser.add_argument("--version", action="version", version=f"jaxscale {jaxscale.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
         bound = (verb.bound_as or verb.function).replace(":", ".")
-        description = f"{verb.help[0].upper()}{verb.help[1:]}. The file binds the parameters of {bound}."
+        description = (
+            f"{verb.help[0].upper()}{verb.help[1:]}. The file binds the parameters of {bound}."
+        )
         each = verbs.add_parser(
-            name, help=verb.help, description=description, epilog=EXAMPLES, formatter_class=layout, allow_abbrev=False
+            name,
+            help=verb.help,
+            description=description,
+            epilog=EXAMPLES,
+            formatter_class=layout,
+            allow_abbrev=False,
         )
         each.add_argument("file", metavar="FILE.gin", help="binds the function's parameters")
-        each.add_argument("--set", metavar="NAME.FIELD=VALUE", action="append", default=[], help="override one value")
+        each.add_argument(
+            "--set",
+            metavar="NAME.FIELD=VALUE",
+            action="append",
+            default=[],
+            help="override one value",
+        )
         if verb.option:
             each.add_argument(f"--{verb.option[0]}", required=True, help=verb.option[1])
         each.add_argument("--debug", action="store_true", help="show the traceback of bad input")

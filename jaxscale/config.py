@@ -1,15 +1,16 @@
 """Loads gin files and overrides for one function: the only module that knows gin.
 
-gin's parser reads the files; jaxscale.bindings, not gin's registry, binds what they say. So classes and functions stay
-undecorated, no state outlives a call, every value remembers its file and line, and a mistake raises InputError.
+gin's parser reads the files; jaxscale.bindings, not gin's registry, binds what they say. So classes
+and functions stay undecorated, no state outlives a call, every value remembers its file and line,
+and a mistake raises InputError.
 
 What a file may hold (a subset of gin, so that gin itself reads it too):
-    from __gin__ import dynamic_registration      first, in every file that binds something
-    import a.b.c; from a.b import c; ... as d     modules only
-    include 'other.gin'                           relative to this file; the last binding of a name wins
-    c.Class.field = value                         Python literals, @c.Class(), @c.function, @scope/c.Class(), %MACRO
-    scope/c.Class.field = value                   used where c.Class is built in that scope
-    MACRO = value                                 and %gin.REQUIRED for a value that a later file or --set must give
+    from __gin__ import dynamic_registration      first, in every file that binds something import
+    a.b.c; from a.b import c; ... as d     modules only include 'other.gin'
+    relative to this file; the last binding of a name wins c.Class.field = value
+    Python literals, @c.Class(), @c.function, @scope/c.Class(), %MACRO scope/c.Class.field = value
+    used where c.Class is built in that scope MACRO = value                                 and
+    %gin.REQUIRED for a value that a later file or --set must give
 """
 
 import contextlib
@@ -45,7 +46,8 @@ def run(
         function: keyword-only function, the verb.
         files: gin files; later ones override earlier ones.
         overrides: `NAME.FIELD=VALUE`, `FIELD=VALUE` or `MACRO=VALUE`, see `Bindings.override`.
-        bound_as: the function whose parameters the files bind, where `function` takes the arguments of another one.
+        bound_as: the function whose parameters the files bind, where `function` takes the arguments
+            of another one.
 
     Raises:
         InputError: a name, type or file is wrong, or a required value is missing.
@@ -122,7 +124,9 @@ class _Names:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{statement.module}.".startswith(f"{error.name}."):
                 raise  # a dependency of the module is missing, not the module
-            raise InputError(f"{_where(statement)}: import", statement.module, "an importable module") from None
+            raise InputError(
+                f"{_where(statement)}: import", statement.module, "an importable module"
+            ) from None
         if not (statement.is_from or statement.alias):  # `import a.b` binds a
             module = importlib.import_module(statement.module.split(".")[0])
         self.modules[statement.bound_name()] = module
@@ -130,11 +134,17 @@ class _Names:
     def resolve(self, selector: str, location: str) -> Callable:
         """The function or class that a selector such as `config.ModelConfig` names."""
         if not self.is_dynamic:
-            raise InputError(location, selector, "`from __gin__ import dynamic_registration` as the file's first line")
+            raise InputError(
+                location,
+                selector,
+                "`from __gin__ import dynamic_registration` as the file's first line",
+            )
         first, *rest = selector.split(".")
         if first not in self.modules:
             known = one_of(first, self.modules) if self.modules else "it imports none"
-            raise InputError(f"{location}: {selector}", first, f"a module that this file imports: {known}")
+            raise InputError(
+                f"{location}: {selector}", first, f"a module that this file imports: {known}"
+            )
         found = self.modules[first]
         for name in rest:
             if not hasattr(found, name):
@@ -146,7 +156,9 @@ class _Names:
         return found
 
 
-def _read(path: Path, bindings: Bindings, including: tuple[Path, ...] = (), label: str = "FILE.gin") -> None:
+def _read(
+    path: Path, bindings: Bindings, including: tuple[Path, ...] = (), label: str = "FILE.gin"
+) -> None:
     """Adds what a file and its includes bind; `label` names the file in an error."""
     if path.resolve() in including:
         raise InputError(label, str(path), "a file that does not include itself")
@@ -156,7 +168,12 @@ def _read(path: Path, bindings: Bindings, including: tuple[Path, ...] = (), labe
         if isinstance(statement, config_parser.ImportStatement):
             names.add(statement)
         elif isinstance(statement, config_parser.IncludeStatement):
-            _read(path.parent / statement.filename, bindings, (*including, path.resolve()), f"{location}: include")
+            _read(
+                path.parent / statement.filename,
+                bindings,
+                (*including, path.resolve()),
+                f"{location}: include",
+            )
         elif isinstance(statement, config_parser.BlockDeclaration):
             names.resolve(statement.selector, location)
         elif statement.arg_name:
@@ -173,10 +190,14 @@ def _statements(path: Path, names: _Names, label: str) -> Iterator[Any]:
     if path.is_dir():
         raise InputError(label, str(path), "a gin file; this is a folder")
     if not path.is_file():
-        siblings = [other.name for other in path.parent.glob("*.gin")] if path.parent.is_dir() else []
+        siblings = (
+            [other.name for other in path.parent.glob("*.gin")] if path.parent.is_dir() else []
+        )
         raise InputError(label, str(path), "an existing gin file" + closest(path.name, siblings))
     with path.open(encoding="utf-8") as stream, _syntax_errors(path):
-        delegate = _Delegate(lambda selector: names.resolve(selector, f"{path}:{parser.current_token.start[0]}"))
+        delegate = _Delegate(
+            lambda selector: names.resolve(selector, f"{path}:{parser.current_token.start[0]}")
+        )
         parser = config_parser.ConfigParser(stream, delegate)
         yield from parser
 
@@ -186,9 +207,13 @@ def _syntax_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except SyntaxError as error:
-        raise InputError(f"{path}:{error.lineno}", (error.text or "").strip(), f"gin syntax ({error.msg})") from None
+        raise InputError(
+            f"{path}:{error.lineno}", (error.text or "").strip(), f"gin syntax ({error.msg})"
+        ) from None
     except tokenize.TokenError as error:
-        raise InputError(f"{path}:{error.args[1][0]}", "the end of the file", f"gin syntax ({error.args[0]})") from None
+        raise InputError(
+            f"{path}:{error.args[1][0]}", "the end of the file", f"gin syntax ({error.args[0]})"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(str(path), error.reason, "UTF-8 text") from None
 

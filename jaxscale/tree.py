@@ -21,13 +21,17 @@ def flatten(tree: Any) -> dict[str, Any]:
     flat = dict(leaves)
     if len(flat) != len(leaves):
         names = [name for name, _ in leaves]
-        raise ValueError(f"two leaves are called {next(name for name in names if names.count(name) > 1)}")
+        raise ValueError(
+            f"two leaves are called {next(name for name in names if names.count(name) > 1)}"
+        )
     return flat
 
 
 def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Maps `function(path, leaf, *leaves of others)` over trees of one structure."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_name(path), *leaves), tree, *others)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(_name(path), *leaves), tree, *others
+    )
 
 
 def compile_pattern(parameter: str, pattern: str) -> re.Pattern:
@@ -54,12 +58,16 @@ def select(tree: Any, pattern: str) -> Any:
     Raises:
         InputError: `pattern` is no regular expression.
     """
-    return jax.tree.map(lambda leaf, is_selected: leaf if is_selected else None, tree, mask(tree, pattern))
+    return jax.tree.map(
+        lambda leaf, is_selected: leaf if is_selected else None, tree, mask(tree, pattern)
+    )
 
 
 def merge(first: Any, second: Any) -> Any:
     """The leaves of `first`, and those of `second` where `first` has None."""
-    return jax.tree.map(lambda one, other: other if one is None else one, first, second, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda one, other: other if one is None else one, first, second, is_leaf=lambda x: x is None
+    )
 
 
 def _name(path: tuple) -> str:

@@ -1,8 +1,9 @@
 """Names shared by every package: array aliases, the dimension legend, the error for bad input and the field type check.
 
 Dimension legend, used in einsums, suffixes and the sharding rules:
-    B batch, T query tokens, S key tokens, D model, N query heads, K kv heads, G queries per kv head, H head dim,
-    F feed-forward, V vocabulary, E experts, C capacity, L layers, P pages or learned positions.
+    B batch, T query tokens, S key tokens, D model, N query heads, K kv heads, G queries per kv
+    head, H head dim, F feed-forward, V vocabulary, E experts, C capacity, L layers, P pages or
+    learned positions.
 """
 
 import collections.abc
@@ -41,11 +42,16 @@ def check_types(instance: Any) -> None:
     """Checks each field of a dataclass instance against its annotation.
 
     Raises:
-        InputError: a value is not of its field's type (an int is accepted for a float, nothing else is converted).
+        InputError: a value is not of its field's type (an int is accepted for a float, nothing else
+            is converted).
     """
     hints = typing.get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
-        check_type(f"{type(instance).__name__}.{field.name}", getattr(instance, field.name), hints[field.name])
+        check_type(
+            f"{type(instance).__name__}.{field.name}",
+            getattr(instance, field.name),
+            hints[field.name],
+        )
 
 
 def check_type(parameter: str, value: Any, annotation: Any) -> None:
@@ -61,7 +67,9 @@ def check_choice(parameter: str, value: Any, choices: collections.abc.Iterable[A
     """Raises InputError unless `value` is one of `choices`."""
     choices = tuple(choices)
     if value not in choices:
-        raise InputError(parameter, value, "one of " + ", ".join(repr(choice) for choice in choices))
+        raise InputError(
+            parameter, value, "one of " + ", ".join(repr(choice) for choice in choices)
+        )
 
 
 def check_positive(parameter: str, value: int | float) -> None:
@@ -112,4 +120,8 @@ def _are_items_of_type(value: tuple, args: tuple) -> bool:
 
 
 def _type_name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
+    return (
+        annotation.__name__
+        if isinstance(annotation, type) and not typing.get_args(annotation)
+        else str(annotation)
+    )

@@ -27,7 +27,8 @@ class BlockSizes:
         columns: of the output that a block computes at a time.
         stages: steps of the contraction whose operands are in shared memory.
         minor: dim along which consecutive blocks lie, 0 rows or 1 columns.
-        snake: blocks along that dim before the other advances; what they read together stays in the L2 cache.
+        snake: blocks along that dim before the other advances; what they read together stays in the
+            L2 cache.
     """
 
     columns: int = 256
@@ -36,7 +37,9 @@ class BlockSizes:
     snake: int = 8
 
 
-def make_kernel(body: Callable, out_type: Any, scratch_types: Any, num_blocks: int, interpret: Any) -> Callable:
+def make_kernel(
+    body: Callable, out_type: Any, scratch_types: Any, num_blocks: int, interpret: Any
+) -> Callable:
     """A persistent kernel of one block a multiprocessor, of COMPUTE warpgroups that multiply and one that fetches."""
     return plgpu.kernel(
         body,
@@ -46,27 +49,45 @@ def make_kernel(body: Callable, out_type: Any, scratch_types: Any, num_blocks: i
         grid_names=("sm",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
+        ),
         interpret=interpret,
     )
 
 
-def make_matmul(body: Callable, out_type: Any, blocks: BlockSizes, interpret: Any, *buffers: Any, copies: int = 2):
+def make_matmul(
+    body: Callable,
+    out_type: Any,
+    blocks: BlockSizes,
+    interpret: Any,
+    *buffers: Any,
+    copies: int = 2,
+):
     """A kernel for `multiply_tiles`: a block shares `buffers` and barriers; `copies` bring the operands of a step."""
     barriers = (
-        plgpu.Barrier(num_arrivals=copies, num_barriers=blocks.stages),  # all operands of a step have come
-        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=blocks.stages),  # both warpgroups are done with them
+        plgpu.Barrier(
+            num_arrivals=copies, num_barriers=blocks.stages
+        ),  # all operands of a step have come
+        plgpu.Barrier(
+            num_arrivals=COMPUTE, num_barriers=blocks.stages
+        ),  # both warpgroups are done with them
     )
-    return make_kernel(body, out_type, (*buffers, *barriers), 2 if interpret else NUM_SMS, interpret)
+    return make_kernel(
+        body, out_type, (*buffers, *barriers), 2 if interpret else NUM_SMS, interpret
+    )
 
 
-def multiply_tiles(num_tiles, blocks, full, empty, *, tile_at, fetch, is_needed, multiply, finish, products=1):
+def multiply_tiles(
+    num_tiles, blocks, full, empty, *, tile_at, fetch, is_needed, multiply, finish, products=1
+):
     """Tiles of the output, one after the other; operands of the next ones are fetched while one is written.
 
     Args:
         tile_at: number -> tile, whose last item is the number of steps of its contraction.
         fetch: (tile, step, slot): starts the copies of both operands.
-        is_needed: tile -> whether this warpgroup has a product to make; else it leaves the tensor cores to the other.
+        is_needed: tile -> whether this warpgroup has a product to make; else it leaves the tensor
+            cores to the other.
         multiply: (accumulator, slot, tile, step): adds one step's product.
         finish: (tile, product): stores.
         products: wgmmas in `multiply`.
@@ -91,7 +112,9 @@ def multiply_tiles(num_tiles, blocks, full, empty, *, tile_at, fetch, is_needed,
             return lax.fori_loop(0, tile[-1], step, count)
 
         count = lax.fori_loop(0, num_mine, one, jnp.int32(0))
-        for slot in range(stages):  # a barrier may go only when all that happened to it has been seen
+        for slot in range(
+            stages
+        ):  # a barrier may go only when all that happened to it has been seen
             pl.when(count > slot)(lambda slot=slot: plgpu.barrier_wait(empty.at[slot]))
 
     @pl.when(lax.axis_index("warpgroup") < COMPUTE)
@@ -144,7 +167,9 @@ def store_piece(values, number, buffers, target, row, column):
 
     @pl.when((row < target.shape[0]) & (column < target.shape[1]))
     def _():
-        plgpu.wait_smem_to_gmem(min(number, 1), wait_read_only=True)  # none of the tile before, which may end anywhere
+        plgpu.wait_smem_to_gmem(
+            min(number, 1), wait_read_only=True
+        )  # none of the tile before, which may end anywhere
         slot = number % 2
         buffers[slot] = values.astype(target.dtype)
         plgpu.commit_smem()

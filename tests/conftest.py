@@ -3,8 +3,9 @@
 import gc
 import os
 
-# The programs here are tiny, and nearly all of the time is compiling: without LLVM's optimisations and with XLA's older
-# emitters, which lower a kernel in one step, the tests need less than half of it.
+# The programs here are tiny, and nearly all of the time is compiling: without LLVM's optimisations
+# and with XLA's older emitters, which lower a kernel in one step, the tests need less than half of
+# it.
 FLAGS = {
     "--xla_force_host_platform_device_count": "8",
     "--xla_backend_optimization_level": "0",
@@ -21,10 +22,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax  # noqa: E402
 
-# An interpreted kernel computes in callbacks, which could wait for ever for threads that the main one has taken.
+# An interpreted kernel computes in callbacks, which could wait for ever for threads that the main
+# one has taken.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-# Of the modules just loaded nothing is ever freed, and tracing makes many short-lived objects: 5 % of the time.
+# Of the modules just loaded nothing is ever freed, and tracing makes many short-lived objects: 5 %
+# of the time.
 gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)

@@ -48,7 +48,11 @@ def write_file(root, more=""):
 
 
 def pretrain(root, *overrides, debug=False):
-    arguments = ["pretrain", str(root / "run.gin"), *(f"--set={override}" for override in overrides)]
+    arguments = [
+        "pretrain",
+        str(root / "run.gin"),
+        *(f"--set={override}" for override in overrides),
+    ]
     return cli.main(arguments + ["--debug"] * debug)
 
 
@@ -78,61 +82,150 @@ EXPERTS = ("model.moe_pattern=(True,)", "model.num_experts=3", "model.expert_dim
 CASES = {
     "misspelt name": (["train.stepz=3"], "stepz", "closest is 'steps'"),
     "misspelt parameter": (["trian.steps=3"], "trian", "'train'"),
-    "text for a number": (["train.steps=many"], "steps", "given 'many', expected a value of type int"),
+    "text for a number": (
+        ["train.steps=many"],
+        "steps",
+        "given 'many', expected a value of type int",
+    ),
     "number for a text": (["directory=3"], "directory", "given 3, expected a value of type str"),
-    "float for an int": (["data.batch_size=8.0"], "batch_size", "given 8.0, expected a value of type int"),
+    "float for an int": (
+        ["data.batch_size=8.0"],
+        "batch_size",
+        "given 8.0, expected a value of type int",
+    ),
     "unknown choice": (["optimizer.name='sgd'"], "OptimizerConfig.name", "'adamw', 'muon', 'lion'"),
     "no steps": (["train.steps=0"], "TrainConfig.steps", "given 0, expected a number above 0"),
-    "warm-up": (["optimizer.warmup_steps=99"], "warmup_steps", "warmup_steps + decay steps <= steps, but 99 + 0 > 30"),
+    "warm-up": (
+        ["optimizer.warmup_steps=99"],
+        "warmup_steps",
+        "warmup_steps + decay steps <= steps, but 99 + 0 > 30",
+    ),
     "missing tokenizer": (
         ["data.tokenizer.kind='huggingface'", "data.tokenizer.path='/absent/tokenizer'"],
-        "TokenizerConfig.path", "given '/absent/tokenizer'",
+        "TokenizerConfig.path",
+        "given '/absent/tokenizer'",
     ),
-    "mesh": (["mesh.data=2"], "MeshConfig", "= 1 * 2 * 1 * 1 * 2 = 4 to equal the number of devices, 8"),
+    "mesh": (
+        ["mesh.data=2"],
+        "MeshConfig",
+        "= 1 * 2 * 1 * 1 * 2 = 4 to equal the number of devices, 8",
+    ),
     "pipeline": (
         ["mesh.pipeline=2", "mesh.data=2"],
-        "MeshConfig.pipeline", "given 2", "pipeline * num_chunks <= periods of the stack, but 2 * 1 = 2 > 1",
+        "MeshConfig.pipeline",
+        "given 2",
+        "pipeline * num_chunks <= periods of the stack, but 2 * 1 = 2 > 1",
     ),
     "zero bubble": (
         ["mesh.pipeline=2", "mesh.data=2", "model.num_layers=2", "mesh.schedule='zero_bubble'"],
-        "StackConfig.is_scanned", "given True, expected False",
+        "StackConfig.is_scanned",
+        "given True, expected False",
     ),
-    "heads of a group": (["model.num_kv_heads=3"], "num_kv_heads", "num_heads % num_kv_heads == 0 (4 heads)"),
+    "heads of a group": (
+        ["model.num_kv_heads=3"],
+        "num_kv_heads",
+        "num_heads % num_kv_heads == 0 (4 heads)",
+    ),
     "heads on the mesh": (
-        ["model.num_kv_heads=1"], "MeshConfig.tensor", "num_kv_heads % tensor == 0", "1 % 2 = 1",
+        ["model.num_kv_heads=1"],
+        "MeshConfig.tensor",
+        "num_kv_heads % tensor == 0",
+        "1 % 2 = 1",
     ),
     "experts on the mesh": (
-        [*EXPERTS, "mesh.data=2", "mesh.expert=2"], "MeshConfig.expert", "num_experts % expert == 0", "3 % 2 = 1",
+        [*EXPERTS, "mesh.data=2", "mesh.expert=2"],
+        "MeshConfig.expert",
+        "num_experts % expert == 0",
+        "3 % 2 = 1",
     ),
     "batch": (
         ["data.batch_size=6"],
-        "DataConfig.batch_size", "batch_size % (data * expert * num_microbatches) == 0, here 6 % (4 * 1 * 1) = 2",
+        "DataConfig.batch_size",
+        "batch_size % (data * expert * num_microbatches) == 0, here 6 % (4 * 1 * 1) = 2",
     ),
-    "micro-batches": (["train.num_microbatches=3"], "DataConfig.batch_size", "here 8 % (4 * 1 * 3) = 8"),
+    "micro-batches": (
+        ["train.num_microbatches=3"],
+        "DataConfig.batch_size",
+        "here 8 % (4 * 1 * 3) = 8",
+    ),
     "sequence": (
-        ["data.sequence_length=64"], "DataConfig.sequence_length: given 64", "sequence_length <= max_length = 32",
+        ["data.sequence_length=64"],
+        "DataConfig.sequence_length: given 64",
+        "sequence_length <= max_length = 32",
     ),
-    "vocabulary": (["model.vocab_size=200"], "model.vocab_size: given 200", "200 >= 257 does not hold"),
-    "pattern": (["train.trainable='('"], "TrainConfig.trainable: given '('", "a regular expression"),
-    "pattern that matches nothing": (["train.trainable='lora'"], "TrainConfig.trainable", "embedding/tokens"),
-    "profile": (["train.profile_steps=(5, 99)"], "TrainConfig.profile_steps", "0 <= first < second <= 30"),
-    "start of a run": (["train.init_from='/absent'"], "TrainConfig.init_from: given '/absent'", "a checkpoint"),
+    "vocabulary": (
+        ["model.vocab_size=200"],
+        "model.vocab_size: given 200",
+        "200 >= 257 does not hold",
+    ),
+    "pattern": (
+        ["train.trainable='('"],
+        "TrainConfig.trainable: given '('",
+        "a regular expression",
+    ),
+    "pattern that matches nothing": (
+        ["train.trainable='lora'"],
+        "TrainConfig.trainable",
+        "embedding/tokens",
+    ),
+    "profile": (
+        ["train.profile_steps=(5, 99)"],
+        "TrainConfig.profile_steps",
+        "0 <= first < second <= 30",
+    ),
+    "start of a run": (
+        ["train.init_from='/absent'"],
+        "TrainConfig.init_from: given '/absent'",
+        "a checkpoint",
+    ),
     "determinism": (
         ["runtime.is_deterministic=True", "stack.attention='cudnn'"],
-        "StackConfig.attention", "given 'cudnn'", "one of ('reference', 'chunked')",
+        "StackConfig.attention",
+        "given 'cudnn'",
+        "one of ('reference', 'chunked')",
     ),
-    "attention": (["stack.attention='flash'"], "StackConfig.attention: given 'flash', expected one of", "'chunked'"),
-    "chunks of the loss": (["stack.num_loss_chunks=3"], "StackConfig.num_loss_chunks: given 3", "; nearest: 2 or 4"),
-    "length of a chunk": (["stack.attention='chunked'"], "StackConfig.attention: given 'chunked'", "T % 512 == 0"),
+    "attention": (
+        ["stack.attention='flash'"],
+        "StackConfig.attention: given 'flash', expected one of",
+        "'chunked'",
+    ),
+    "chunks of the loss": (
+        ["stack.num_loss_chunks=3"],
+        "StackConfig.num_loss_chunks: given 3",
+        "; nearest: 2 or 4",
+    ),
+    "length of a chunk": (
+        ["stack.attention='chunked'"],
+        "StackConfig.attention: given 'chunked'",
+        "T % 512 == 0",
+    ),
     "soft-cap": (
-        ["stack.attention='cudnn'", "model.attention_softcap=30.0"], "StackConfig.attention: given 'cudnn'", "soft-cap",
+        ["stack.attention='cudnn'", "model.attention_softcap=30.0"],
+        "StackConfig.attention: given 'cudnn'",
+        "soft-cap",
     ),
-    "weight of the z-loss": (["train.z_loss=-1.0"], "TrainConfig.z_loss: given -1.0", "0 or a finite number above"),
-    "no devices": (["runtime.num_cpu_devices=0"], "RuntimeConfig.num_cpu_devices: given 0", "above 0"),
-    "flags": (["runtime.xla_flags=('xla_x=1',)"], "RuntimeConfig.xla_flags: given 'xla_x=1'", "--xla_"),
-    "seed": (["train.seed=9999999999"], "TrainConfig.seed: given 9999999999", "0 <= seed <= 4294967295"),
+    "weight of the z-loss": (
+        ["train.z_loss=-1.0"],
+        "TrainConfig.z_loss: given -1.0",
+        "0 or a finite number above",
+    ),
+    "no devices": (
+        ["runtime.num_cpu_devices=0"],
+        "RuntimeConfig.num_cpu_devices: given 0",
+        "above 0",
+    ),
+    "flags": (
+        ["runtime.xla_flags=('xla_x=1',)"],
+        "RuntimeConfig.xla_flags: given 'xla_x=1'",
+        "--xla_",
+    ),
+    "seed": (
+        ["train.seed=9999999999"],
+        "TrainConfig.seed: given 9999999999",
+        "0 <= seed <= 4294967295",
+    ),
     "devices": (["runtime.num_cpu_devices=5"], "RuntimeConfig.num_cpu_devices: given 5", "8"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,7 +237,8 @@ def test_a_misfit_is_refused_before_anything_happens(root, capsys, name):
 
 def test_a_misspelt_name_in_the_file(root, capsys):
     write_file(
-        root, "from __gin__ import dynamic_registration\nfrom jaxscale.train import plan\nplan.TrainConfig.stepz = 3"
+        root,
+        "from __gin__ import dynamic_registration\nfrom jaxscale.train import plan\nplan.TrainConfig.stepz = 3",
     )
     assert "run.gin:8" in (message := refused(capsys, root)) and "closest is 'steps'" in message
 
@@ -152,7 +246,10 @@ def test_a_misspelt_name_in_the_file(root, capsys):
 def test_a_missing_file(root, capsys):
     (root / "run.gin").rename(root / "run2.gin")
     message = refused(capsys, root)
-    assert f"given '{root / 'run.gin'}', expected an existing gin file; closest is 'run2.gin'" in message
+    assert (
+        f"given '{root / 'run.gin'}', expected an existing gin file; closest is 'run2.gin'"
+        in message
+    )
 
 
 def test_a_missing_corpus(root, capsys):
@@ -167,7 +264,9 @@ def test_an_empty_corpus(root, capsys, content):
         path.unlink()
     if content is not None:
         (root / "corpus" / "0.txt").write_text(content)
-    expected = "the corpus is empty" if content == "" else "expected at least one file that matches *.txt"
+    expected = (
+        "the corpus is empty" if content == "" else "expected at least one file that matches *.txt"
+    )
     assert expected in refused(capsys, root)
 
 
@@ -182,7 +281,9 @@ loader.DataConfig.held_out_fraction = 1e-9
 """
 
 
-@pytest.mark.parametrize(("brackets", "part"), [("()", "leaves documents in the split 'held_out'"), ("", "brackets")])
+@pytest.mark.parametrize(
+    ("brackets", "part"), [("()", "leaves documents in the split 'held_out'"), ("", "brackets")]
+)
 def test_an_evaluator_that_cannot_evaluate(root, capsys, brackets, part):
     write_file(root, EVALUATOR % brackets)
     assert part in refused(capsys, root)
@@ -253,7 +354,13 @@ def test_a_disk_that_fills_up_harms_nothing(shared, root, small_disk):
         command.append(f"--set={override}")
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled")}
     start = functools.partial(
-        subprocess.run, command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        subprocess.run,
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     process = start()
     assert process.returncode == 2, process.stderr
@@ -262,7 +369,9 @@ def test_a_disk_that_fills_up_harms_nothing(shared, root, small_disk):
     assert len(messages) == 1, process.stderr
     message = messages[0].splitlines()[0]
     assert "directory: given" in message and "No space left" in message and str(run) in message
-    assert str(ROOT / "jaxscale") not in process.stderr  # no traceback of ours; orbax's threads may leave one
+    assert (
+        str(ROOT / "jaxscale") not in process.stderr
+    )  # no traceback of ours; orbax's threads may leave one
     after = files(run / "checkpoints")
     assert {name: after[name] for name in before} == before
     assert "TrainConfig.steps" in (run / "config.gin").read_text()

@@ -89,9 +89,19 @@ def test_a_missing_file_exits_2(gin_file, capsys):
 
 
 def test_a_full_disk_and_an_unwritable_directory_are_one_line(gin_file, capsys, tmp_path):
-    assert cli.main(["pretrain", gin_file, "--set", "fault=full disk", "--set", f"directory={tmp_path}"]) == 2
+    assert (
+        cli.main(
+            ["pretrain", gin_file, "--set", "fault=full disk", "--set", f"directory={tmp_path}"]
+        )
+        == 2
+    )
     assert capsys.readouterr().err == f"jaxscale pretrain: {tmp_path}: No space left on device\n"
-    assert cli.main(["pretrain", gin_file, "--set", "fault=unwritable", "--set", f"directory={tmp_path}"]) == 2
+    assert (
+        cli.main(
+            ["pretrain", gin_file, "--set", "fault=unwritable", "--set", f"directory={tmp_path}"]
+        )
+        == 2
+    )
     assert f"{tmp_path}: Is a directory" in capsys.readouterr().err
 
 
@@ -114,7 +124,9 @@ def test_debug_shows_the_traceback(gin_file):
         cli.main(["pretrain", gin_file, "--debug", "--set", "train.step=7"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["pretrian"], ["pretrain"], ["pretrain", "a.gin", "--sett", "x=1"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["pretrian"], ["pretrain"], ["pretrain", "a.gin", "--sett", "x=1"]]
+)
 def test_a_wrong_command_line_exits_2_with_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
@@ -143,7 +155,9 @@ def test_version(capsys):
 
 
 def test_a_verb_may_take_what_the_file_binds_for_another(gin_file, capsys, monkeypatch):
-    monkeypatch.setitem(cli.VERBS, "inspect", cli.Verb("builtins:print", "inspect", bound_as="stub_verb:verb"))
+    monkeypatch.setitem(
+        cli.VERBS, "inspect", cli.Verb("builtins:print", "inspect", bound_as="stub_verb:verb")
+    )
     monkeypatch.setattr("builtins.print", lambda **given: sys.stdout.write(repr(given)))
     assert cli.main(["inspect", gin_file, "--set", "directory=x"]) == 0
     assert capsys.readouterr().out == "{'train': TrainConfig(steps=1), 'directory': 'x'}"

@@ -92,7 +92,8 @@ def test_includes_are_found_beside_the_including_file(run, tmp_path):
 
 def test_the_last_binding_of_a_name_wins_across_includes(run):
     given = run(
-        SMALLEST + "include 'b.gin'\nhouse.Room.height = 7\n", b=HEADER + "house.Room:\n  width = 8\n  height = 6\n"
+        SMALLEST + "include 'b.gin'\nhouse.Room.height = 7\n",
+        b=HEADER + "house.Room:\n  width = 8\n  height = 6\n",
     )
     assert (given["room"].width, given["room"].height) == (8, 7)
 
@@ -171,7 +172,10 @@ def test_override_of_a_macro_reaches_all_that_mention_it(run):
 
 
 def test_a_macro_and_a_reference_that_a_later_binding_replaced_are_no_mistakes(run):
-    text = SMALLEST + "WIDTH = 3\nhouse.Room.width = %WIDTH\nhouse.Room.roof = @house.Roof()\nhouse.Roof.slope = 1\n"
+    text = (
+        SMALLEST
+        + "WIDTH = 3\nhouse.Room.width = %WIDTH\nhouse.Room.roof = @house.Roof()\nhouse.Roof.slope = 1\n"
+    )
     given = run(text + "house.Room.roof = None\n", "room.width=4")
     assert (given["room"].width, given["room"].roof) == (4, None)
 
@@ -205,7 +209,12 @@ house.build.paint = @house.paint
 house.paint.coats = %SLOPES
 """
     )
-    first = run(text, f"size={-math.inf!r}".replace("inf", "1e999"), "roof.slope=0.75", 'name=it\'s "here"\\n')
+    first = run(
+        text,
+        f"size={-math.inf!r}".replace("inf", "1e999"),
+        "roof.slope=0.75",
+        'name=it\'s "here"\\n',
+    )
     second = run(first["text"], name="again.gin")
     assert second["text"] == first["text"]
     assert "house.Room.height = 3" in first["text"], "defaults are written out"
@@ -235,7 +244,10 @@ def test_nothing_outlives_a_call(run):
         ("house.Room.widht = 1", r"a\.gin:5: Room\.widht: .*closest is 'width'"),
         ("house.Rom.width = 1", r"a\.gin:5: house\.Rom: .*closest is 'Room'"),
         ("hose.Room.width = 1", r"a\.gin:5: hose\.Room: .*closest is 'house'"),
-        ("WIDHT = 1\nWIDTH = 2\nhouse.Room.width = %WIDTH", r"a\.gin:5: WIDHT: .* mentions: .*closest is 'WIDTH'"),
+        (
+            "WIDHT = 1\nWIDTH = 2\nhouse.Room.width = %WIDTH",
+            r"a\.gin:5: WIDHT: .* mentions: .*closest is 'WIDTH'",
+        ),
         (
             "house.Roof.slope = 1",
             r"a\.gin:5: Roof\.slope: .* also `house\.build\.roof = @house\.Roof\(\)`: nothing builds",
@@ -243,15 +255,33 @@ def test_nothing_outlives_a_call(run):
         ("house.paint.coats = 5", r"a\.gin:5: paint\.coats: .*@house\.paint"),
         ("house.build.guest = @house.Rooom()", r"a\.gin:5: house\.Rooom: .*closest is 'Room'"),
         ("house.build.gest = None", r"a\.gin:5: build\.gest: .*closest is 'guest'"),
-        ("gest/house.Room.width = 1\nhouse.build.guest = @guest/house.Room()", r"a\.gin:5: .*closest is 'guest'"),
-        ("house.WALLS.height = 1", r"a\.gin:5: house\.WALLS: given 4, expected a function or a class"),
-        ("house.Room.width = '2'", r"a\.gin:5: Room\.width: given '2', expected a value of type int"),
-        ("house.build.size = '2'", r"a\.gin:5: build\.size: given '2', expected a value of type float"),
-        ("house.build.room = @house.Roof()", r"a\.gin:5: build\.room: given Roof.*expected a value of type Room"),
+        (
+            "gest/house.Room.width = 1\nhouse.build.guest = @guest/house.Room()",
+            r"a\.gin:5: .*closest is 'guest'",
+        ),
+        (
+            "house.WALLS.height = 1",
+            r"a\.gin:5: house\.WALLS: given 4, expected a function or a class",
+        ),
+        (
+            "house.Room.width = '2'",
+            r"a\.gin:5: Room\.width: given '2', expected a value of type int",
+        ),
+        (
+            "house.build.size = '2'",
+            r"a\.gin:5: build\.size: given '2', expected a value of type float",
+        ),
+        (
+            "house.build.room = @house.Roof()",
+            r"a\.gin:5: build\.room: given Roof.*expected a value of type Room",
+        ),
         ("house.Room.width = %gin.REQUIRED", r"a\.gin:5: Room\.width: .*REQUIRED.*--set"),
         ("house.Room.width = %W\nWIDTH = 3\n", r"a\.gin:5: Room\.width: %W: .*WIDTH"),
         ("house.Room.width = %W\nW = %W\n", r"a\.gin:5: Room\.width: %W"),
-        ("house.Room.width = = 3", r"a\.gin:5: given 'house\.Room\.width = = 3', expected gin syntax"),
+        (
+            "house.Room.width = = 3",
+            r"a\.gin:5: given 'house\.Room\.width = = 3', expected gin syntax",
+        ),
         ("house.Room.width = (1,", r"a\.gin:\d: given .*, expected gin syntax"),
         ("  house.Room.width 3", r"a\.gin:5: given .*expected gin syntax"),
         ("import hosue", r"a\.gin:5: import: given 'hosue', expected an importable module"),
@@ -287,9 +317,15 @@ def test_missing_values_are_named(run, house):
     [
         ("rom.width=3", "closest is 'room'"),
         ("room.widht=3", "--set room.widht=3: Room.widht: .*closest is 'width'"),
-        ("room.width=wide", "--set room.width=wide: Room.width: given 'wide', expected a value of type int"),
+        (
+            "room.width=wide",
+            "--set room.width=wide: Room.width: given 'wide', expected a value of type int",
+        ),
         ("room.width.x=3", "width: given '2', expected a configuration that has fields"),
-        ("rooms.x.width=3", r"rooms: given \"{'x': @house\.Room\(\)}\", expected a configuration that has fields"),
+        (
+            "rooms.x.width=3",
+            r"rooms: given \"{'x': @house\.Room\(\)}\", expected a configuration that has fields",
+        ),
         ("room.width", "--set: given 'room.width', expected NAME.FIELD=VALUE or FIELD=VALUE"),
         ("=3", "expected NAME.FIELD=VALUE"),
         ("room=@house.Room()", "expected a Python literal or plain text"),
@@ -302,7 +338,9 @@ def test_a_mistake_in_an_override_is_named(run, override, message):
 
 def test_files_that_cannot_be_read(house, tmp_path, run):
     (tmp_path / "base.gin").write_text("")
-    with pytest.raises(InputError, match=r"bse\.gin', expected an existing gin file; closest is 'base\.gin'"):
+    with pytest.raises(
+        InputError, match=r"bse\.gin', expected an existing gin file; closest is 'base\.gin'"
+    ):
         config.run(house.build, [tmp_path / "bse.gin"])
     with pytest.raises(InputError, match="expected a gin file; this is a folder"):
         config.run(house.build, [tmp_path])
@@ -328,5 +366,7 @@ def test_gin_itself_reads_the_same_file(run, house, tmp_path):
         gin.parse_config_file({str(tmp_path / "a.gin")!r})
         print(gin.get_configurable(house.build)()["room"])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == str(given["room"])

@@ -23,7 +23,9 @@ FILES = sorted(CONFIGS.rglob("*.gin"))
 
 
 def each_file(test):
-    return pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))(test)
+    return pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))(
+        test
+    )
 
 
 def test_there_are_files():
@@ -56,7 +58,9 @@ def test_the_run_fits(path, tmp_path, capsys):
                 assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", sorted((EXPERIMENTS / "bench").glob("*.txt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((EXPERIMENTS / "bench").glob("*.txt")), ids=lambda path: path.stem
+)
 def test_the_commands_of_a_list_fit(path, monkeypatch):
     monkeypatch.chdir(EXPERIMENTS.parent)
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
@@ -67,7 +71,12 @@ def test_the_commands_of_a_list_fit(path, monkeypatch):
         for file in (word for word in words if word.endswith(".gin")):
             overrides = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
             run = dict(policy=Policy()) | config.load(pretrain, [file], overrides).arguments
-            check_fit(**{name: run[name] for name in ("model", "mesh", "data", "train", "policy", "stack")})
+            check_fit(
+                **{
+                    name: run[name]
+                    for name in ("model", "mesh", "data", "train", "policy", "stack")
+                }
+            )
 
 
 def bind(path: Path) -> None:
@@ -80,7 +89,9 @@ def bind(path: Path) -> None:
             continue
         built, _ = Builder(bindings).bound(target, scopes)
         signature = inspect.signature(target).parameters.values()
-        if inspect.isclass(target) and all(each.name in built or each.default is not each.empty for each in signature):
+        if inspect.isclass(target) and all(
+            each.name in built or each.default is not each.empty for each in signature
+        ):
             check_shapes(target(**built))
 
 
@@ -112,15 +123,24 @@ def left_open(bindings: Bindings) -> list[str]:
 
 
 def is_directory_open(bindings: Bindings, function) -> bool:
-    return "directory" in inspect.signature(function).parameters and "directory" not in bindings.of(function, ())
+    return "directory" in inspect.signature(function).parameters and "directory" not in bindings.of(
+        function, ()
+    )
 
 
 @pytest.mark.parametrize(
     "line",
-    ["types.InputErorr.given = 1", "types.InputError.gven = 1", "types.InputError.expected = 1", "a = = 1"],
+    [
+        "types.InputErorr.given = 1",
+        "types.InputError.gven = 1",
+        "types.InputError.expected = 1",
+        "a = = 1",
+    ],
 )
 def test_a_file_that_cannot_be_bound_fails(line, tmp_path):
     path = tmp_path / "a.gin"
-    path.write_text(f"from __gin__ import dynamic_registration\nfrom jaxscale import types\n{line}\n")
+    path.write_text(
+        f"from __gin__ import dynamic_registration\nfrom jaxscale import types\n{line}\n"
+    )
     with pytest.raises(InputError, match=r"a\.gin:3"):
         bind(path)

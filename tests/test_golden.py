@@ -1,6 +1,7 @@
 """Twenty steps of training repeat a stored curve, scanned and unrolled, on every Python and jax that is supported.
 
-To store a new one after a change that is meant to change the numbers: `python tests/test_golden.py`.
+To store a new one after a change that is meant to change the numbers: `python
+tests/test_golden.py`.
 """
 
 import json
@@ -24,15 +25,30 @@ from jaxscale.train.step import make_step
 
 GOLDEN = Path(__file__).parent / "golden" / "twenty_steps.json"
 STEPS = 20
-# jax 0.10.2 and 0.11.2 differ by the order of float32 sums: at most 6e-7 was seen; scanned and unrolled by nothing.
+# jax 0.10.2 and 0.11.2 differ by the order of float32 sums: at most 6e-7 was seen; scanned and
+# unrolled by nothing.
 TOLERANCE = 5e-6
 MODEL = ModelConfig(
-    vocab_size=48, num_layers=4, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=24, max_length=16,
-    windows=(None, 4), moe_pattern=(False, True), num_experts=4, expert_dim=16, router_z_loss=1e-3, use_qk_norm=True,
-)  # fmt: skip
+    vocab_size=48,
+    num_layers=4,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=24,
+    max_length=16,
+    windows=(None, 4),
+    moe_pattern=(False, True),
+    num_experts=4,
+    expert_dim=16,
+    router_z_loss=1e-3,
+    use_qk_norm=True,
+)
 OPTIMIZERS = {
     "adamw": OptimizerConfig(learning_rate=0.01, warmup_steps=3, epsilon=1e-3),
-    "muon": OptimizerConfig(name="muon", learning_rate=0.02, warmup_steps=3, schedule="wsd", epsilon=1e-3),
+    "muon": OptimizerConfig(
+        name="muon", learning_rate=0.02, warmup_steps=3, schedule="wsd", epsilon=1e-3
+    ),
 }
 
 
@@ -42,22 +58,32 @@ def make_batch(number):
     segments = np.tile(np.repeat([1, 2, 0], (6, 7, 3)), (4, 1))
     positions = np.tile(np.concatenate([np.arange(n) for n in (6, 7, 3)]), (4, 1))
     arrays = dict(tokens=text[:, :-1], labels=text[:, 1:], segments=segments, positions=positions)
-    return {name: a.astype(np.int32) for name, a in arrays.items()} | {"weights": np.float32(segments > 0)}
+    return {name: a.astype(np.int32) for name, a in arrays.items()} | {
+        "weights": np.float32(segments > 0)
+    }
 
 
 def train(optimizer, *, is_scanned):
     """Loss and gradient norm of each step, and the parameters' norm before it."""
     plan = make_plan(
-        model=MODEL, mesh=MeshConfig(), optimizer=OPTIMIZERS[optimizer],
+        model=MODEL,
+        mesh=MeshConfig(),
+        optimizer=OPTIMIZERS[optimizer],
         data=DataConfig(sources=(TextSource(("unread",)),), sequence_length=16, batch_size=4),
-        train=TrainConfig(steps=STEPS, num_microbatches=2, z_loss=1e-3), policy=Policy(compute="float32"),
-        stack=StackConfig(is_scanned=is_scanned, num_loss_chunks=2), devices=jax.devices()[:1],
-    )  # fmt: skip
-    state = init_state(MODEL, plan.optimizer, plan.state, specs=plan.region.specs, seed=0, trainable=".*")
+        train=TrainConfig(steps=STEPS, num_microbatches=2, z_loss=1e-3),
+        policy=Policy(compute="float32"),
+        stack=StackConfig(is_scanned=is_scanned, num_loss_chunks=2),
+        devices=jax.devices()[:1],
+    )
+    state = init_state(
+        MODEL, plan.optimizer, plan.state, specs=plan.region.specs, seed=0, trainable=".*"
+    )
     step, curve = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state), []
     for number in range(STEPS):
         state, metrics = step(state, place(plan.mesh, make_batch(number)))
-        curve.append({name: float(metrics[name]) for name in ("loss", "gradient_norm", "parameter_norm")})
+        curve.append(
+            {name: float(metrics[name]) for name in ("loss", "gradient_norm", "parameter_norm")}
+        )
     return {name: [each[name] for each in curve] for name in curve[0]}
 
 

@@ -19,12 +19,14 @@ RANKS = {
     "ops": 2,
     "data": 2,
     "parallel": 3,
+    "launch": 3,
     "models": 4,
     "checkpoint": 4,
-    "planner": 4,
     "train": 5,
     "serve": 5,
+    "convert": 5,
     "evaluate": 6,
+    "planner": 6,
     "rlhf": 7,
     "cli": 8,
 }
@@ -34,16 +36,31 @@ VAGUE_NAMES = {"utils", "common", "misc", "helpers"}
 MAX_LINES = 400
 AXES = {"pipeline", "data", "expert", "sequence", "tensor"}
 COLLECTIVES = {
-    "all_gather", "all_to_all", "axis_index", "axis_size", "pcast", "pmax", "pmean", "pmin", "ppermute", "pshuffle",
-    "psum", "psum_scatter", "ragged_all_to_all",
-}  # fmt: skip
+    "all_gather",
+    "all_to_all",
+    "axis_index",
+    "axis_size",
+    "pcast",
+    "pmax",
+    "pmean",
+    "pmin",
+    "ppermute",
+    "pshuffle",
+    "psum",
+    "psum_scatter",
+    "ragged_all_to_all",
+}
 
 
-MODULES = sorted({path.resolve() for folder in (PACKAGE, ROOT / "kernels") for path in folder.rglob("*.py")})
+MODULES = sorted(
+    {path.resolve() for folder in (PACKAGE, ROOT / "kernels") for path in folder.rglob("*.py")}
+)
 
 
 def each_module(test):
-    return pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))(test)
+    return pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))(
+        test
+    )
 
 
 @functools.cache
@@ -72,7 +89,9 @@ def imports(path: Path) -> set[str]:
 
 
 def our_rooms(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("jaxscale.")} & (RANKS.keys())
+    return {name.split(".")[1] for name in imports(path) if name.startswith("jaxscale.")} & (
+        RANKS.keys()
+    )
 
 
 @each_module
@@ -83,7 +102,9 @@ def test_imports_go_down(path):
         return
     for other in our_rooms(path) - {mine}:
         same_foundation = RANKS[other] == RANKS[mine] == FOUNDATION
-        assert RANKS[other] < RANKS[mine] or same_foundation, f"{mine} ({RANKS[mine]}) imports {other} ({RANKS[other]})"
+        assert RANKS[other] < RANKS[mine] or same_foundation, (
+            f"{mine} ({RANKS[mine]}) imports {other} ({RANKS[other]})"
+        )
 
 
 def test_every_room_has_a_rank():
@@ -112,7 +133,11 @@ def test_names_and_sizes(path):
 
 
 def test_experiments_are_short():
-    scripts = [path for path in (ROOT / "experiments").glob("*.py") if len(path.read_text().splitlines()) > 60]
+    scripts = [
+        path
+        for path in (ROOT / "experiments").glob("*.py")
+        if len(path.read_text().splitlines()) > 60
+    ]
     assert not scripts
 
 
@@ -124,7 +149,10 @@ def test_axes_are_named_by_constants_in_collectives(path):
         if _called_name(call) in COLLECTIVES:
             arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
             literals = {
-                node.value for each in arguments for node in ast.walk(each) if isinstance(node, ast.Constant)
+                node.value
+                for each in arguments
+                for node in ast.walk(each)
+                if isinstance(node, ast.Constant)
             } & AXES
             assert not literals, f"line {call.lineno}: {_called_name(call)}({literals})"
 
@@ -139,14 +167,23 @@ def test_what_is_public_has_a_docstring(path):
     assert ast.get_docstring(tree), "the module"
     definitions = _public_definitions(tree)
     documented = {node.name for node in definitions if ast.get_docstring(node)}
-    assert not {node.name for node in definitions} - documented  # a method's interface may document it for the others
+    assert (
+        not {node.name for node in definitions} - documented
+    )  # a method's interface may document it for the others
 
 
 def _public_definitions(parent) -> list:
     """Public functions and classes of a module and public methods of its public classes."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    found = [node for node in parent.body if isinstance(node, kinds) and not node.name.startswith("_")]
-    return found + [method for node in found if isinstance(node, ast.ClassDef) for method in _public_definitions(node)]
+    found = [
+        node for node in parent.body if isinstance(node, kinds) and not node.name.startswith("_")
+    ]
+    return found + [
+        method
+        for node in found
+        if isinstance(node, ast.ClassDef)
+        for method in _public_definitions(node)
+    ]
 
 
 @each_module

@@ -21,7 +21,11 @@ def execute(path: Path):
 
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=TIMEOUT_S, kernel_name="python3", record_timing=False, coalesce_streams=True
+        notebook,
+        timeout=TIMEOUT_S,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
     )
     client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
     return notebook
@@ -36,7 +40,9 @@ def test_there_are_notebooks():
 def test_the_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     shown = [output for cell in execute(path).cells for output in cell.get("outputs", [])]
-    assert any("image/png" in output.get("data", {}) for output in shown), "a notebook shows a picture"
+    assert any("image/png" in output.get("data", {}) for output in shown), (
+        "a notebook shows a picture"
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -48,7 +54,9 @@ def test_the_stored_notebook_was_run_in_order_and_without_errors(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
-    assert not [cell.id for cell in notebook.cells if "execution" in cell.metadata], "no execution times are stored"
+    assert not [cell.id for cell in notebook.cells if "execution" in cell.metadata], (
+        "no execution times are stored"
+    )
 
 
 if __name__ == "__main__":

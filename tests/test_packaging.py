@@ -22,21 +22,37 @@ def checkout(tmp_path_factory) -> Path:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     for name in ("jaxscale", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     return copy
 
 
 def run(command: list, *, cwd: Path, **environment) -> str:
     """The command's standard output; fails with all of its output."""
     environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", **environment}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
 def install(target: Path, *what: str | Path, cwd: Path) -> None:
     """Installs into an empty folder, without dependencies and without the network."""
-    run([*PIP, "install", "--no-deps", "--no-index", "--no-build-isolation", "--target", target, *what], cwd=cwd)
+    run(
+        [
+            *PIP,
+            "install",
+            "--no-deps",
+            "--no-index",
+            "--no-build-isolation",
+            "--target",
+            target,
+            *what,
+        ],
+        cwd=cwd,
+    )
 
 
 def modules_under(folder: Path) -> set[str]:
@@ -48,7 +64,19 @@ def test_bare_checkout(checkout):
 
 
 def test_wheel(checkout, tmp_path):
-    run([*PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", tmp_path, checkout], cwd=tmp_path)
+    run(
+        [
+            *PIP,
+            "wheel",
+            "--no-deps",
+            "--no-index",
+            "--no-build-isolation",
+            "-w",
+            tmp_path,
+            checkout,
+        ],
+        cwd=tmp_path,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     target = tmp_path / "site"
     install(target, wheel, cwd=tmp_path)
@@ -57,13 +85,17 @@ def test_wheel(checkout, tmp_path):
     assert modules_under(target / "jaxscale") == modules_under(checkout / "jaxscale") | {
         f"kernels/{module}" for module in modules_under(checkout / "kernels")
     }
-    assert {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")} == {"jaxscale", "bin"}
+    assert {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")} == {
+        "jaxscale",
+        "bin",
+    }
 
 
 def test_editable_install(checkout, tmp_path):
     target = tmp_path / "site"
     install(target, "--editable", checkout, cwd=tmp_path)
-    # -S: the environment of this test may itself hold an editable jaxscale, which must not be the one found.
+    # -S: the environment of this test may itself hold an editable jaxscale, which must not be the
+    # one found.
     python = [sys.executable, "-S", "-c"]
     follow_pth = f"import site; site.addsitedir({str(target)!r}); "
     paths = f"{target}:{sysconfig.get_path('purelib')}"
@@ -75,9 +107,7 @@ def test_editable_install(checkout, tmp_path):
 
 def test_transformers_imports_from_the_repository_root():
     """transformers looks for a public package named kernels; ours, in the working folder, must not be taken for it."""
-    program = (
-        "import transformers; from transformers import PreTrainedConfig, AutoTokenizer, LlamaConfig; LlamaConfig()"
-    )
+    program = "import transformers; from transformers import PreTrainedConfig, AutoTokenizer, LlamaConfig; LlamaConfig()"
     run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, HF_HUB_OFFLINE="1")
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from jaxscale import cli, config
 from jaxscale.data.sources import Source
+from jaxscale.launch.ahead_of_time import described_devices, has_plugin
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.ahead_of_time import described_devices, has_plugin
 from jaxscale.train.metrics import read_history
 from jaxscale.train.plan import make_plan
 from jaxscale.train.pretrain import pretrain
@@ -42,13 +42,20 @@ def repository(tmp_path, monkeypatch) -> Path:
 
 
 def shell_lines() -> list[str]:
-    return [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return [
+        line.split("#")[0].strip()
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.strip()
+    ]
 
 
 def paper_rows() -> list[tuple[list[str], str]]:
     """arXiv numbers and place of each row of the tables of papers."""
     rows = [line.strip("|").split("|") for line in README.splitlines() if line.startswith("|")]
-    return [(re.findall(ARXIV, row[1]), row[2].strip()) for row in rows if re.findall(ARXIV, row[1])]
+    return [
+        (re.findall(ARXIV, row[1]), row[2].strip()) for row in rows if re.findall(ARXIV, row[1])
+    ]
 
 
 def test_the_paths_exist():
@@ -66,7 +73,9 @@ def test_the_tree_is_what_exists():
         name = line.split()[0]
         if not line.startswith(" "):
             folder = ROOT / name if name.endswith("/") else ROOT
-            names = [ROOT / each for each in (line.split() if line.startswith("Makefile") else [name])]
+            names = [
+                ROOT / each for each in (line.split() if line.startswith("Makefile") else [name])
+            ]
         else:
             names = [folder / name]
         assert not [path for path in names if not path.exists()], line
@@ -74,12 +83,16 @@ def test_the_tree_is_what_exists():
 
 def test_the_tree_names_every_package():
     packages = {path.parent.name for path in (ROOT / "jaxscale").glob("*/__init__.py")}
-    assert not [name for name in packages if f" {name}/" not in README and f"\n{name}/" not in README]
+    assert not [
+        name for name in packages if f" {name}/" not in README and f"\n{name}/" not in README
+    ]
 
 
 def test_the_make_targets_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z]+)", "\n".join(shell_lines()))) | set(re.findall(r"`make ([a-z]+)`", README))
+    named = set(re.findall(r"make ([a-z]+)", "\n".join(shell_lines()))) | set(
+        re.findall(r"`make ([a-z]+)`", README)
+    )
     assert {"train", "test"} <= named <= targets
 
 
@@ -88,19 +101,27 @@ def test_the_commands_load(line, repository):
     """Everything up to the verb's call."""
     options = cli._parser().parse_args(shlex.split(line)[1:])
     verb = cli.VERBS[options.verb]
-    assert config.load(cli._load(verb.bound_as or verb.function), [options.file], options.set).arguments
+    assert config.load(
+        cli._load(verb.bound_as or verb.function), [options.file], options.set
+    ).arguments
 
 
 def test_a_run_on_ones_own_text(repository, capsys):
     """A hundred modules of the standard library as texts, two steps."""
     (repository / "texts").mkdir()
     for number, path in enumerate(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:100]):
-        (repository / "texts" / f"{number}.{('txt', 'md')[number % 2]}").write_bytes(path.read_bytes())
+        (repository / "texts" / f"{number}.{('txt', 'md')[number % 2]}").write_bytes(
+            path.read_bytes()
+        )
     assert cli.main(["tokenizer", "mine.gin"]) == 0
     assert "tokenizer of 2048 tokens: runs/mine/tokenizer" in capsys.readouterr().out
     overrides = ["train.steps=2", "train.evaluate_every=2", "optimizer.warmup_steps=1"]
     assert cli.main(["pretrain", "mine.gin", *(f"--set={override}" for override in overrides)]) == 0
-    assert [line for line in read_history(Path("runs/mine/metrics.jsonl")) if "held_out/bits_per_byte" in line]
+    assert [
+        line
+        for line in read_history(Path("runs/mine/metrics.jsonl"))
+        if "held_out/bits_per_byte" in line
+    ]
     assert {path.name for path in Path("runs").iterdir()} == {"main_job", "mine"}
     assert [path.name for path in Path("runs/main_job").iterdir()] == ["config.gin"]
 
@@ -110,11 +131,18 @@ def test_the_axes_of_the_example_fit_its_run(tmp_path):
     path = tmp_path / "axes.gin"
     lines = ["from __gin__ import dynamic_registration", "from jaxscale.data import loader"]
     lines += ["from jaxscale.parallel import mesh"]
-    lines += ["from jaxscale.train import plan", f"include '{ROOT}/experiments/configs/runs/llama_1b.gin'"]
-    path.write_text("\n".join([*lines, next(block for block in blocks("gin") if "mesh.MeshConfig" in block)]))
+    lines += [
+        "from jaxscale.train import plan",
+        f"include '{ROOT}/experiments/configs/runs/llama_1b.gin'",
+    ]
+    path.write_text(
+        "\n".join([*lines, next(block for block in blocks("gin") if "mesh.MeshConfig" in block)])
+    )
     run = config.load(pretrain, [path]).arguments
     parts = {name: run[name] for name in ("model", "mesh", "data", "optimizer", "train", "stack")}
-    plan = make_plan(**parts, policy=Policy(), devices=described_devices("h200", num_hosts=2, gpus_per_host=8))
+    plan = make_plan(
+        **parts, policy=Policy(), devices=described_devices("h200", num_hosts=2, gpus_per_host=8)
+    )
     assert plan.region.schedule.num_chunks == 2 and plan.region.ring == 2
 
 
@@ -145,4 +173,6 @@ def test_a_module_cites_its_papers(numbers, place):
 def test_every_result_says_when_where_and_how():
     for page in RESULTS.glob("20*.md"):
         assert re.match(r"\d{4}-\d{2}-\d{2}_\w+\.md$", page.name), page.name
-        assert not [word for word in ("Hardware", "Versions", "Command") if word not in page.read_text()], page.name
+        assert not [
+            word for word in ("Hardware", "Versions", "Command") if word not in page.read_text()
+        ], page.name

@@ -61,7 +61,9 @@ def test_check_type(annotation, good, bad):
 
 def test_fields_are_checked_and_named():
     assert Outer(inner=Inner(), rate=1).rate == 1
-    with pytest.raises(InputError, match=r"^Outer\.rate: given 'fast', expected a value of type float$") as caught:
+    with pytest.raises(
+        InputError, match=r"^Outer\.rate: given 'fast', expected a value of type float$"
+    ) as caught:
         Outer(inner=Inner(), rate="fast")
     assert caught.value.parameter == "Outer.rate"
     with pytest.raises(InputError, match=r"Outer\.inner: given 3, expected a value of type Inner"):
@@ -69,7 +71,9 @@ def test_fields_are_checked_and_named():
 
 
 def test_a_class_in_the_place_of_an_instance_is_told_from_it():
-    with pytest.raises(InputError, match=r"x: given .*Inner.*; in gin, brackets build one: @Inner\(\)"):
+    with pytest.raises(
+        InputError, match=r"x: given .*Inner.*; in gin, brackets build one: @Inner\(\)"
+    ):
         check_type("x", (Inner,), tuple[Inner, ...])
 
 

@@ -20,19 +20,26 @@ LENGTH = int(sys.argv[1]) if len(sys.argv) > 1 else 4096
 ROWS, HEADS, KV_HEADS, REPEATS, ROUNDS = max(1, 16384 // LENGTH), 32, 8, 10, 4
 positions = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), (ROWS, 1))
 ends = np.cumsum(np.random.default_rng(0).exponential(LENGTH / 4, 64).astype(int) + 1)
-segments = jnp.tile(jnp.searchsorted(ends, jnp.arange(LENGTH), side="right").astype(jnp.int32) + 1, (ROWS, 1))
+segments = jnp.tile(
+    jnp.searchsorted(ends, jnp.arange(LENGTH), side="right").astype(jnp.int32) + 1, (ROWS, 1)
+)
 MASKS = {
     "causal": AttentionContext(positions),
     "all keys": AttentionContext(positions, is_causal=False),
     f"window of {LENGTH // 4}": AttentionContext(positions, window=LENGTH // 4),
     f"documents of mean {LENGTH // 4}": AttentionContext(positions, segments),
 }
-CASES = [*itertools.product(("bfloat16",), (64, 96, 128, 256), MASKS), *itertools.product(("float16",), (128,), MASKS)]
+CASES = [
+    *itertools.product(("bfloat16",), (64, 96, 128, 256), MASKS),
+    *itertools.product(("float16",), (128,), MASKS),
+]
 
 
 def step(do, q, k, v, *, context, implementation):
     """Output and the three gradients of its product with `do`."""
-    o, pullback = jax.vjp(lambda *a: attention(*a, context, implementation=implementation)[0], q, k, v)
+    o, pullback = jax.vjp(
+        lambda *a: attention(*a, context, implementation=implementation)[0], q, k, v
+    )
     return o, *pullback(do)
 
 
@@ -49,10 +56,17 @@ def seconds(runs, arrays):
     return best
 
 
-print(f"| {ROWS} x {LENGTH} x {HEADS}/{KV_HEADS} | default, ms | cuDNN, ms | cuDNN / default |\n|---|---|---|---|")
+print(
+    f"| {ROWS} x {LENGTH} x {HEADS}/{KV_HEADS} | default, ms | cuDNN, ms | cuDNN / default |\n|---|---|---|---|"
+)
 for dtype, dim, mask in CASES:
     shapes = [(ROWS, LENGTH, n, dim) for n in (HEADS, HEADS, KV_HEADS, KV_HEADS)]
     arrays = [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
     run = functools.partial(step, context=MASKS[mask])
-    default, peer = seconds([jax.jit(functools.partial(run, implementation=name)) for name in (None, "cudnn")], arrays)
-    print(f"| H {dim}, {dtype}, {mask} | {default * 1e3:.3f} | {peer * 1e3:.3f} | {peer / default:.3f} |", flush=True)
+    default, peer = seconds(
+        [jax.jit(functools.partial(run, implementation=name)) for name in (None, "cudnn")], arrays
+    )
+    print(
+        f"| H {dim}, {dtype}, {mask} | {default * 1e3:.3f} | {peer * 1e3:.3f} | {peer / default:.3f} |",
+        flush=True,
+    )

@@ -1,6 +1,7 @@
 """Same bits again? Runs a gin file twice, the second time stopped half-way and resumed, and compares all figures.
 
-python experiments/bench/determinism.py experiments/configs/runs/main_job.gin bits --set runtime.is_deterministic=True
+python experiments/bench/determinism.py experiments/configs/runs/main_job.gin bits --set
+runtime.is_deterministic=True
 """
 
 import argparse
@@ -14,7 +15,9 @@ from pathlib import Path
 from jaxscale.train.metrics import read_history
 
 FIGURES = ("loss", "gradient_norm", "parameter_norm")
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("file")
 parser.add_argument("directory", type=Path)
 parser.add_argument("--set", action="append", default=[])
@@ -31,7 +34,9 @@ def start(directory: Path) -> subprocess.Popen:
 def steps(directory: Path) -> dict[int, tuple[float, ...]]:
     """The figures of each step so far."""
     history = read_history(directory / "metrics.jsonl")
-    return {line["step"]: tuple(line[name] for name in FIGURES) for line in history if "loss" in line}
+    return {
+        line["step"]: tuple(line[name] for name in FIGURES) for line in history if "loss" in line
+    }
 
 
 whole, stopped = options.directory / "whole", options.directory / "stopped"
@@ -49,5 +54,7 @@ assert process.wait() == 128 + signal.SIGTERM
 num_before = len(steps(stopped))
 assert start(stopped).wait() == 0
 differing = [step for step, figures in steps(whole).items() if steps(stopped)[step] != figures]
-print(f"{len(steps(whole))} steps; stopped after {num_before} and resumed; steps that differ: {differing or 'none'}")
+print(
+    f"{len(steps(whole))} steps; stopped after {num_before} and resumed; steps that differ: {differing or 'none'}"
+)
 sys.exit(bool(differing))

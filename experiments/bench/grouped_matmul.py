@@ -22,7 +22,9 @@ R, K, N, E = map(int, sys.argv[1:])
 sizes = np.floor(np.random.default_rng(0).dirichlet(np.full(E, 6.0)) * R).astype(int)
 sizes[-1] += R - sizes.sum()
 shapes = (R, K), (E, K, N), (R, N)
-rows, weights, cotangent = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes))
+rows, weights, cotangent = (
+    jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes)
+)
 groups = jnp.asarray(sizes, jnp.int32)
 x, w, y = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
 w_by_columns = w.transpose(1, 2).contiguous().transpose(1, 2)
@@ -43,12 +45,16 @@ def tflops(run, wait) -> str:
 
 ours = {
     "forward": lambda: forward((rows,), (weights,), groups, is_transposed=False, blocks=H200),
-    "input gradient": lambda: forward((cotangent,), (weights,), groups, is_transposed=True, blocks=H200),
+    "input gradient": lambda: forward(
+        (cotangent,), (weights,), groups, is_transposed=True, blocks=H200
+    ),
     "weight gradient": lambda: weight_gradient(rows, cotangent, groups, blocks=H200),
 }
 theirs = {
     "forward": [lambda w=w: torch._grouped_mm(x, w, ends) for w in (w, w_by_columns)],
-    "input gradient": [lambda w=w: torch._grouped_mm(y, w.transpose(1, 2), ends) for w in (w, w_by_columns)],
+    "input gradient": [
+        lambda w=w: torch._grouped_mm(y, w.transpose(1, 2), ends) for w in (w, w_by_columns)
+    ],
     "weight gradient": [lambda: torch._grouped_mm(x.t(), y, ends)],
 }
 print(

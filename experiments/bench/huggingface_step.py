@@ -2,8 +2,9 @@
 
 python experiments/bench/huggingface_step.py llama --precision autocast
 
-"masters" is autocast's alternative: weights and gradients in bfloat16, AdamW on float32 copies of the weights. With it
-Mixtral keeps its grouped matmul, which transformers leaves for a loop over experts where autocast makes types differ.
+"masters" is autocast's alternative: weights and gradients in bfloat16, AdamW on float32 copies of
+the weights. With it Mixtral keeps its grouped matmul, which transformers leaves for a loop over
+experts where autocast makes types differ.
 """
 
 import argparse
@@ -14,16 +15,32 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 LLAMA = dict(
-    vocab_size=32064, hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=8,
-    intermediate_size=8192, max_position_embeddings=4096, use_cache=False, attn_implementation="sdpa",
-)  # fmt: skip
+    vocab_size=32064,
+    hidden_size=2048,
+    num_hidden_layers=16,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    intermediate_size=8192,
+    max_position_embeddings=4096,
+    use_cache=False,
+    attn_implementation="sdpa",
+)
 MIXTRAL = LLAMA | dict(
-    num_hidden_layers=12, num_key_value_heads=4, intermediate_size=3200, num_local_experts=16, num_experts_per_tok=2,
+    num_hidden_layers=12,
+    num_key_value_heads=4,
+    intermediate_size=3200,
+    num_local_experts=16,
+    num_experts_per_tok=2,
     experts_implementation="grouped_mm",
-)  # fmt: skip
-MODELS = {"llama": (LlamaConfig, LlamaForCausalLM, LLAMA), "mixtral": (MixtralConfig, MixtralForCausalLM, MIXTRAL)}
+)
+MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, LLAMA),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, MIXTRAL),
+}
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("model", choices=MODELS)
 parser.add_argument("--precision", choices=("autocast", "bf16", "masters"), default="autocast")
 for name, default in (("--rows", 4), ("--length", 4096), ("--steps", 20)):
@@ -36,7 +53,11 @@ with torch.device("cuda"):
     model = model_class(config_class(**shape))
     tokens = torch.randint(0, shape["vocab_size"], (options.rows, options.length))
 weights = list(model.parameters())
-updated = [w.detach().float().requires_grad_() for w in weights] if options.precision == "masters" else weights
+updated = (
+    [w.detach().float().requires_grad_() for w in weights]
+    if options.precision == "masters"
+    else weights
+)
 optimizer = torch.optim.AdamW(updated, lr=1e-4, fused=True)
 compiled = torch.compile(model)
 
@@ -66,6 +87,10 @@ for _ in range(options.steps):
     last = step()
 torch.cuda.synchronize()
 seconds = (time.perf_counter() - began) / options.steps
-figures = {"ms": seconds * 1e3, "tokens_per_second": options.rows * options.length / seconds, "loss": last.item()}
+figures = {
+    "ms": seconds * 1e3,
+    "tokens_per_second": options.rows * options.length / seconds,
+    "loss": last.item(),
+}
 figures |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 print(json.dumps({"peer": f"huggingface {options.model} {options.precision}"} | figures))

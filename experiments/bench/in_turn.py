@@ -14,17 +14,34 @@ import time
 from pathlib import Path
 
 COLUMNS = ("ms", "tokens_per_second", "mfu", "peak_gib", "predicted_ms", "ratio")
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("list", type=Path)
-parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl and what the commands print")
+parser.add_argument(
+    "--output",
+    type=Path,
+    required=True,
+    help="folder for results.jsonl and what the commands print",
+)
 parser.add_argument("--only", nargs="*", help="names to run; all by default")
-parser.add_argument("--limit-s", type=float, default=3600, help="for all; what has no time left is left out")
+parser.add_argument(
+    "--limit-s", type=float, default=3600, help="for all; what has no time left is left out"
+)
 options = parser.parse_args()
 
 ends = time.monotonic() + options.limit_s
-lines = [line for line in options.list.read_text().splitlines() if line.strip() and not line.startswith("#")]
-commands = {name.strip(): command.strip() for name, command in (line.split("|", 1) for line in lines)}
-commands = {name: each for name, each in commands.items() if not options.only or name in options.only}
+lines = [
+    line
+    for line in options.list.read_text().splitlines()
+    if line.strip() and not line.startswith("#")
+]
+commands = {
+    name.strip(): command.strip() for name, command in (line.split("|", 1) for line in lines)
+}
+commands = {
+    name: each for name, each in commands.items() if not options.only or name in options.only
+}
 options.output.mkdir(parents=True, exist_ok=True)
 environment = dict(XLA_PYTHON_CLIENT_MEM_FRACTION="0.92") | os.environ
 environment |= dict(PYTHONPATH=str(Path.cwd()), PYTHONUNBUFFERED="1")
@@ -41,7 +58,9 @@ def run(name, command):
             process.wait(max(ends - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
-    return [json.loads(line) for line in Path(log.name).read_text().splitlines() if line.startswith("{")]
+    return [
+        json.loads(line) for line in Path(log.name).read_text().splitlines() if line.startswith("{")
+    ]
 
 
 print(f"{'name':24}", *(f"{column:>18}" for column in COLUMNS))
@@ -51,4 +70,8 @@ with (options.output / "results.jsonl").open("a") as results:
         results.writelines(json.dumps({"name": name} | each) + "\n" for each in found)
         results.flush()
         for each in found or [{}]:
-            print(f"{name:24}", *(f"{each[c]:18,.3f}" if c in each else f"{'-':>18}" for c in COLUMNS), flush=True)
+            print(
+                f"{name:24}",
+                *(f"{each[c]:18,.3f}" if c in each else f"{'-':>18}" for c in COLUMNS),
+                flush=True,
+            )

@@ -49,7 +49,9 @@ def without_logits(h, head, labels, weights):
 matmuls = [lambda a, b, c: a[0] @ b.T, lambda a, b, c: c @ b, lambda a, b, c: c.T @ a[0]]
 three = [measure(each, h, head, dlogits)[1] for each in matmuls]
 print(f"matmuls {', '.join(f'{ms:.2f}' for ms in three)} ms, {sum(three):.2f} in all\n")
-print("| form | chunks | ms | of three matmuls | GiB | gradients beside the first's |\n|---|---|---|---|---|---|")
+print(
+    "| form | chunks | ms | of three matmuls | GiB | gradients beside the first's |\n|---|---|---|---|---|---|"
+)
 first = None
 for form in (with_logits, without_logits):
     for chunks in (1, 4, 8):
@@ -59,6 +61,14 @@ for form in (with_logits, without_logits):
 
         (_, gradients), ms, gib = measure(jax.value_and_grad(loss, (0, 1)), h, head)
         first = first or gradients
-        errors = [jnp.linalg.norm((a - b).astype("float32")) for a, b in zip(gradients, first, strict=True)]
-        errors = [f"{e / jnp.linalg.norm(b.astype('float32')):.1e}" for e, b in zip(errors, first, strict=True)]
-        print(f"| {form.__name__} | {chunks} | {ms:.2f} | {ms / sum(three):.3f} | {gib:.2f} | {', '.join(errors)} |")
+        errors = [
+            jnp.linalg.norm((a - b).astype("float32"))
+            for a, b in zip(gradients, first, strict=True)
+        ]
+        errors = [
+            f"{e / jnp.linalg.norm(b.astype('float32')):.1e}"
+            for e, b in zip(errors, first, strict=True)
+        ]
+        print(
+            f"| {form.__name__} | {chunks} | {ms:.2f} | {ms / sum(three):.3f} | {gib:.2f} | {', '.join(errors)} |"
+        )

@@ -1,6 +1,7 @@
 """Device time of one mixture-of-experts feed-forward, forward and backward: grouped matmuls and all the rest.
 
-python experiments/bench/moe_layer.py 16384 4096 6400 16 sparsemixer_v2  # tokens, D, F, experts, router; two a token
+python experiments/bench/moe_layer.py 16384 4096 6400 16 sparsemixer_v2  # tokens, D, F, experts,
+router; two a token
 """
 
 import collections
@@ -20,10 +21,21 @@ from jaxscale.ops.operations import Operations
 REPEATS, GROUPED = 5, "mosaic_gpu"
 T, D, F, E = map(int, sys.argv[1:5])
 model = ModelConfig(
-    vocab_size=64, num_layers=1, model_dim=D, num_heads=1, num_kv_heads=1, head_dim=128, ffn_dim=F,
-    max_length=T, moe_pattern=(True,), num_experts=E, num_active_experts=2, expert_dim=F, balance_loss=0.01,
+    vocab_size=64,
+    num_layers=1,
+    model_dim=D,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=128,
+    ffn_dim=F,
+    max_length=T,
+    moe_pattern=(True,),
+    num_experts=E,
+    num_active_experts=2,
+    expert_dim=F,
+    balance_loss=0.01,
     router=sys.argv[5],
-)  # fmt: skip
+)
 
 
 def draw(i, *shape, dtype="bfloat16"):
@@ -44,7 +56,9 @@ def layer(params, h, dy, draws):
     """The layer's gradients; the balance loss among them."""
 
     def loss(params, h):
-        y, sums = feed_forward(params, h, jnp.ones(h.shape[:2]), model, Operations(experts=experts), draws)
+        y, sums = feed_forward(
+            params, h, jnp.ones(h.shape[:2]), model, Operations(experts=experts), draws
+        )
         return jnp.vdot(y, dy, preferred_element_type=jnp.float32) + sums.balance
 
     return jax.grad(loss, (0, 1))(params, h)

@@ -16,7 +16,11 @@ def device_events(directory):
     path = max(Path(directory).rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
     return [
         sorted(
-            (event.start_ns, event.start_ns + event.duration_ns, re.sub(r"[._]\d+$", "", event.name)[:100])
+            (
+                event.start_ns,
+                event.start_ns + event.duration_ns,
+                re.sub(r"[._]\d+$", "", event.name)[:100],
+            )
             for line in plane.lines
             if line.name.startswith("Stream")
             for event in line.events

@@ -52,4 +52,6 @@ for name, f in (("XLA", by_xla), ("kernel", by_kernel)):
         for a, b in zip(gradients, first, strict=True)
     ]
     rate = 8 * ROWS * D / min(seconds) / 1e12
-    print(f"| {name} | {min(seconds) * 1e3:.4f} | {rate:.2f} TB | {', '.join(f'{e:.1e}' for e in errors)} |")
+    print(
+        f"| {name} | {min(seconds) * 1e3:.4f} | {rate:.2f} TB | {', '.join(f'{e:.1e}' for e in errors)} |"
+    )

@@ -1,6 +1,7 @@
 """Saves and restores the training state: asynchronous, atomic, checksummed, independent of the mesh.
 
-On disk: `<directory>/<step>/{state,data,meta}` and `checksums.json`; in `state` one folder per leaf, named by its path.
+On disk: `<directory>/<step>/{state,data,meta}` and `checksums.json`; in `state` one folder per
+leaf, named by its path.
 """
 
 import contextlib
@@ -22,10 +23,13 @@ from jaxscale.types import InputError, check_positive, check_types
 
 logger = logging.getLogger(__name__)
 
-# A chunk is the least that a restore reads, so it bounds what another sharding must read for nothing.
+# A chunk is the least that a restore reads, so it bounds what another sharding must read for
+# nothing.
 CHUNK_BYTES = 1 << 26
 PARAMS_FILES = ("state/_", "state/array_metadatas/", "state/params.")
-TENSORSTORE_OS_ERROR = "os_error_code="  # tensorstore reports a full disk as a ValueError with this in its message
+TENSORSTORE_OS_ERROR = (
+    "os_error_code="  # tensorstore reports a full disk as a ValueError with this in its message
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +40,11 @@ class CheckpointConfig:
         directory: local or shared folder of the run's checkpoints; created when first needed.
         save_every: steps between checkpoints.
         keep_last: how many of the newest checkpoints to keep.
-        keep_every: keep also, for ever, the steps that are multiples of this; a multiple of `save_every`.
+        keep_every: keep also, for ever, the steps that are multiples of this; a multiple of
+            `save_every`.
         is_async: write while training goes on.
-        use_previous: when the newest checkpoint is damaged, restore the one before instead of stopping.
+        use_previous: when the newest checkpoint is damaged, restore the one before instead of
+            stopping.
     """
 
     directory: str
@@ -52,11 +58,17 @@ class CheckpointConfig:
         check_types(self)
         check_positive("CheckpointConfig.save_every", self.save_every)
         check_positive("CheckpointConfig.keep_last", self.keep_last)
-        if self.keep_every is not None and (self.keep_every <= 0 or self.keep_every % self.save_every):
+        if self.keep_every is not None and (
+            self.keep_every <= 0 or self.keep_every % self.save_every
+        ):
             expected = f"keep_every % save_every == 0, with save_every = {self.save_every}"
             raise InputError("CheckpointConfig.keep_every", self.keep_every, expected)
         if not self.directory or "://" in self.directory:
-            raise InputError("CheckpointConfig.directory", self.directory, "the path of a local or mounted folder")
+            raise InputError(
+                "CheckpointConfig.directory",
+                self.directory,
+                "the path of a local or mounted folder",
+            )
 
     def within(self, run: str | pathlib.Path) -> "CheckpointConfig":
         """This configuration with its directory taken relative to that of a run; "~" is the user's home in both."""
@@ -84,14 +96,20 @@ class Checkpoints:
     """
 
     def __init__(
-        self, config: CheckpointConfig, *, fingerprint: dict[str, Any], defaults: dict[str, Any] | None = None
+        self,
+        config: CheckpointConfig,
+        *,
+        fingerprint: dict[str, Any],
+        defaults: dict[str, Any] | None = None,
     ):
         self._config = config
         self._fingerprint = fingerprint
         self._defaults = defaults or {}
         self._directory = pathlib.Path(config.directory).expanduser().absolute()
         if self._directory.exists() and not self._directory.is_dir():
-            raise InputError("checkpoint.directory", str(self._directory), "a folder; this is a file")
+            raise InputError(
+                "checkpoint.directory", str(self._directory), "a folder; this is a file"
+            )
         self._saving: int | None = None
         self._damaged: list[int] = []
         for name in ("absl", "asyncio"):
@@ -117,20 +135,24 @@ class Checkpoints:
             newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
         return None if newest < 0 else newest
 
-    def save(self, step: int, state: Any, data_state: dict[str, Any], *, force: bool = False) -> bool:
+    def save(
+        self, step: int, state: Any, data_state: dict[str, Any], *, force: bool = False
+    ) -> bool:
         """Starts saving, once the save before is committed; says whether it did.
 
-        A step that is not a multiple of `save_every` is passed over unless `force`, a committed one always: it holds
-        the same state.
+        A step that is not a multiple of `save_every` is passed over unless `force`, a committed one
+        always: it holds the same state.
 
         Args:
             step: number of finished steps.
-            state: tree of jax arrays with a child `params`; it may be donated as soon as this returns.
+            state: tree of jax arrays with a child `params`; it may be donated as soon as this
+                returns.
             data_state: JSON-able position of the loader, the same on every process.
             force: save also when `step` is not due.
 
         Raises:
-            InputError: this or the previous checkpoint cannot be written, or newer ones are in the way.
+            InputError: this or the previous checkpoint cannot be written, or newer ones are in the
+                way.
         """
         if not force and step % self._config.save_every:
             return False
@@ -167,20 +189,28 @@ class Checkpoints:
         finally:
             self._saving = None
         if jax.process_index() == 0:
-            steps.keep_only(self._directory, keep_last=self._config.keep_last, keep_every=self._config.keep_every)
+            steps.keep_only(
+                self._directory,
+                keep_last=self._config.keep_last,
+                keep_every=self._config.keep_every,
+            )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Returns the state, placed as asked, and the loader's position.
 
         Args:
-            abstract_state: the state's tree with jax.ShapeDtypeStruct leaves that carry shardings, on any mesh.
+            abstract_state: the state's tree with jax.ShapeDtypeStruct leaves that carry shardings,
+                on any mesh.
             step: which one; the newest when None.
 
         Raises:
-            InputError: there is none, it is damaged (and `use_previous` is off), or it is of another model.
+            InputError: there is none, it is damaged (and `use_previous` is off), or it is of
+                another model.
         """
         path = self._sound_path(step, lambda name: True)
-        matching.check_leaves(self._saved_leaves(path), abstract_state, str(path), is_cast_allowed=False)
+        matching.check_leaves(
+            self._saved_leaves(path), abstract_state, str(path), is_cast_allowed=False
+        )
         items = ocp.args.Composite(state=_restore_args(abstract_state), data=ocp.args.JsonRestore())
         restored = self._checkpointer.restore(path, args=items)
         return restored.state, restored.data
@@ -196,14 +226,18 @@ class Checkpoints:
             InputError: as `restore`.
         """
         path = self._sound_path(step, _is_for_params)
-        matching.check_leaves(self._saved_leaves(path)["params"], abstract_params, str(path), is_cast_allowed=True)
+        matching.check_leaves(
+            self._saved_leaves(path)["params"], abstract_params, str(path), is_cast_allowed=True
+        )
         args = _restore_args({"params": abstract_params}, partial_restore=True)
         return self._checkpointer.restore(path, args=ocp.args.Composite(state=args)).state["params"]
 
     def data_state(self, step: int | None = None) -> dict[str, Any]:
         """Returns the loader's position alone; arguments and errors as `restore_params`."""
         path = self._sound_path(step, lambda name: name.startswith("data/"))
-        return self._checkpointer.restore(path, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
+        return self._checkpointer.restore(
+            path, args=ocp.args.Composite(data=ocp.args.JsonRestore())
+        ).data
 
     def close(self) -> None:
         """Waits and releases the writer's threads."""
@@ -220,13 +254,17 @@ class Checkpoints:
         manifest.write_manifest(self._directory / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}")
 
     def _committed(self) -> list[int]:
-        return [step for step in steps.committed_steps(self._directory) if step not in self._damaged]
+        return [
+            step for step in steps.committed_steps(self._directory) if step not in self._damaged
+        ]
 
     def _make_room(self, step: int) -> bool:
         """Clears away what is in the way of `step`; returns False when it is committed already."""
         newest = self.latest_step()
         if newest is not None and newest > step:
-            expected = f"a folder without checkpoints newer than step {step}; this one has step {newest}"
+            expected = (
+                f"a folder without checkpoints newer than step {step}; this one has step {newest}"
+            )
             raise InputError("checkpoint.directory", str(self._directory), expected)
         if newest == step:
             return False
@@ -235,7 +273,9 @@ class Checkpoints:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 steps.remove_leftovers(self._directory)
                 for damaged in self._damaged:
-                    logger.warning("damaged checkpoint moved to %s", steps.set_aside(self._directory, damaged))
+                    logger.warning(
+                        "damaged checkpoint moved to %s", steps.set_aside(self._directory, damaged)
+                    )
         self._damaged.clear()
         return True
 
@@ -252,34 +292,55 @@ class Checkpoints:
                 return path
             if not self._config.use_previous:
                 raise InputError(
-                    "checkpoint.directory", str(path), f"a sound checkpoint; {damage}; {self._advice(candidate)}"
+                    "checkpoint.directory",
+                    str(path),
+                    f"a sound checkpoint; {damage}; {self._advice(candidate)}",
                 )
             logger.warning("checkpoint %s is damaged (%s): passing it over", path, damage)
             self._damaged.append(candidate)
-        raise InputError("checkpoint.directory", str(self._directory), "a sound checkpoint; every one is damaged")
+        raise InputError(
+            "checkpoint.directory", str(self._directory), "a sound checkpoint; every one is damaged"
+        )
 
     def _candidates(self, step: int | None) -> list[int]:
         committed, newest = self._committed(), self.latest_step()
         if newest is None:
-            raise InputError("checkpoint.directory", str(self._directory), "a folder with a checkpoint; there is none")
+            raise InputError(
+                "checkpoint.directory",
+                str(self._directory),
+                "a folder with a checkpoint; there is none",
+            )
         if step is not None and step not in committed:
             raise InputError("step", step, f"one of the steps in {self._directory}: {committed}")
-        return [number for number in reversed(committed) if number <= (newest if step is None else step)]
+        return [
+            number for number in reversed(committed) if number <= (newest if step is None else step)
+        ]
 
     def _advice(self, step: int) -> str:
         previous = [number for number in self._committed() if number < step]
-        return f"checkpoint.use_previous = True restores step {previous[-1]}" if previous else "there is none before it"
+        return (
+            f"checkpoint.use_previous = True restores step {previous[-1]}"
+            if previous
+            else "there is none before it"
+        )
 
     def _find_damage(self, path: pathlib.Path, is_wanted: Callable[[str], bool]) -> str | None:
         share = slice(jax.process_index(), None, jax.process_count())
         damage = manifest.find_damage(path, is_wanted, share)
-        if jax.process_count() > 1 and multihost_utils.process_allgather(np.int32(damage is not None)).any():
+        if (
+            jax.process_count() > 1
+            and multihost_utils.process_allgather(np.int32(damage is not None)).any()
+        ):
             damage = damage or "another process names the file"
         return damage
 
     def _check_model(self, path: pathlib.Path) -> None:
-        meta = self._checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        matching.check_fingerprint(meta["fingerprint"], self._fingerprint, self._defaults, str(path))
+        meta = self._checkpointer.restore(
+            path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
+        matching.check_fingerprint(
+            meta["fingerprint"], self._fingerprint, self._defaults, str(path)
+        )
 
     def _saved_leaves(self, path: pathlib.Path) -> Any:
         return self._leaves.metadata(epath.Path(path) / "state").tree
@@ -291,11 +352,15 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and TENSORSTORE_OS_ERROR not in str(error):
                 raise
-            raise InputError("checkpoint.directory", str(self._directory), f"{expected} ({error})") from error
+            raise InputError(
+                "checkpoint.directory", str(self._directory), f"{expected} ({error})"
+            ) from error
 
 
 def _is_for_params(name: str) -> bool:
-    return name.startswith(PARAMS_FILES) or name.endswith("/.zarray")  # every leaf's shape is looked at
+    return name.startswith(PARAMS_FILES) or name.endswith(
+        "/.zarray"
+    )  # every leaf's shape is looked at
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -316,4 +381,6 @@ def _composite(leaves: _LeafFolders) -> ocp.CompositeCheckpointHandler:
 
 def _restore_args(abstract: Any, *, partial_restore: bool = False) -> ocp.args.PyTreeRestore:
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial_restore)
+    return ocp.args.PyTreeRestore(
+        item=abstract, restore_args=restore_args, partial_restore=partial_restore
+    )

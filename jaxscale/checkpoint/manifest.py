@@ -1,7 +1,7 @@
 """Checksums of a checkpoint's files: written before a step is committed, compared before it is read.
 
-The array files themselves carry no checksum: of 200 bits flipped at random in orbax's default format, 200 came back as
-wrong weights without a word.
+The array files themselves carry no checksum: of 200 bits flipped at random in orbax's default
+format, 200 came back as wrong weights without a word.
 """
 
 import concurrent.futures
@@ -20,12 +20,16 @@ FileFacts = tuple[int, str]  # size in bytes, CRC-32 in hexadecimal
 
 def write_manifest(folder: pathlib.Path) -> None:
     """Writes size and CRC-32 of every file in the folders of `folder` into its manifest, which begins with its own."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file())
+    names = sorted(
+        str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file()
+    )
     text = json.dumps(dict(zip(names, _facts_of(folder, names))), indent=0)
     (folder / MANIFEST).write_text(f"{_crc_of(text)}\n{text}")
 
 
-def find_damage(folder: pathlib.Path, is_wanted: Callable[[str], bool], share: slice = slice(None)) -> str | None:
+def find_damage(
+    folder: pathlib.Path, is_wanted: Callable[[str], bool], share: slice = slice(None)
+) -> str | None:
     """Returns what is wrong with the first damaged file below `folder`, or None.
 
     Args:

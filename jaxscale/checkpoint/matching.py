@@ -21,7 +21,9 @@ def check_fingerprint(saved: dict, current: dict, defaults: dict, where: str) ->
         defaults: what fields were before they existed.
         where: path of the checkpoint, for the message.
     """
-    defaults, saved, current = (_flatten(json.loads(json.dumps(fields))) for fields in (defaults, saved, current))
+    defaults, saved, current = (
+        _flatten(json.loads(json.dumps(fields))) for fields in (defaults, saved, current)
+    )
     saved = defaults | saved
     absent = "(absent)"
     differing = [name for name in current if saved.get(name, absent) != current[name]]
@@ -47,12 +49,16 @@ def check_leaves(saved: Any, wanted: Any, where: str, *, is_cast_allowed: bool) 
     saved, wanted = (ocp.tree.to_flat_dict(tree, sep="/") for tree in (saved, wanted))
     if odd := sorted(set(saved) ^ set(wanted)):
         side = "the checkpoint lacks" if odd[0] in wanted else "only the checkpoint has"
-        raise InputError("checkpoint.directory", where, f"the leaves of this run's state; {side} {odd[0]}")
+        raise InputError(
+            "checkpoint.directory", where, f"the leaves of this run's state; {side} {odd[0]}"
+        )
     for name, leaf in wanted.items():
         given, expected = _form(saved[name]), _form(leaf)
         if given[0] != expected[0] or (given[1] != expected[1] and not is_cast_allowed):
             raise InputError(
-                "checkpoint.directory", where, f"leaf {name} as {_describe(expected)}; it holds {_describe(given)}"
+                "checkpoint.directory",
+                where,
+                f"leaf {name} as {_describe(expected)}; it holds {_describe(given)}",
             )
 
 

@@ -1,8 +1,8 @@
 """The folder of a run's checkpoints: which steps are committed, which to keep, what to clear away.
 
-A committed step is a folder named by its number: it gets that name by one rename, after its last byte is written. So a
-killed process leaves either the step or a folder of another name. No file is forced to the disk: a power cut is not
-what this guards against.
+A committed step is a folder named by its number: it gets that name by one rename, after its last
+byte is written. So a killed process leaves either the step or a folder of another name. No file is
+forced to the disk: a power cut is not what this guards against.
 """
 
 import pathlib
@@ -17,7 +17,9 @@ def committed_steps(directory: pathlib.Path) -> list[int]:
     """Returns the committed steps in ascending order; none when there is no such directory."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(
+        int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()
+    )
 
 
 def remove_leftovers(directory: pathlib.Path) -> None:

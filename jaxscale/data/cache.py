@@ -34,7 +34,8 @@ class TokenCache:
         num_bytes: int64 [num_documents], UTF-8 bytes of the text.
         key_hashes: uint64 [num_documents].
         fingerprint: names source, tokenizer and the state of the source's files on this machine.
-        content: names the tokens, the documents' ends and their keys; the same wherever they were read.
+        content: names the tokens, the documents' ends and their keys; the same wherever they were
+            read.
         tokenizer: the tokenizer's fingerprint.
         directory: where the files are.
     """
@@ -50,16 +51,20 @@ class TokenCache:
 
     def keys(self) -> list[str]:
         """The documents' keys, in order."""
-        return [json.loads(line) for line in (self.directory / "keys.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.directory / "keys.jsonl").read_text().splitlines()
+        ]
 
 
 def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> TokenCache:
     """Opens the cache of `source` under `directory`, after building it if it is not there.
 
-    It is built aside and renamed, so that it is there whole or not at all, whoever else builds it or dies building it.
+    It is built aside and renamed, so that it is there whole or not at all, whoever else builds it
+    or dies building it.
 
     Raises:
-        InputError: the source has no text, `directory` cannot be written, or the cache there is damaged.
+        InputError: the source has no text, `directory` cannot be written, or the cache there is
+            damaged.
     """
     name = fingerprint(source, tokenizer)
     root = Path(directory).expanduser()
@@ -70,7 +75,13 @@ def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> T
 
 def fingerprint(source: Source, tokenizer: Tokenizer) -> str:
     """Names what a cache holds: 32 hexadecimal digits of the source, its version and the tokenizer."""
-    facts = [FORMAT, type(source).__name__, dataclasses.asdict(source), source.version(), tokenizer.fingerprint]
+    facts = [
+        FORMAT,
+        type(source).__name__,
+        dataclasses.asdict(source),
+        source.version(),
+        tokenizer.fingerprint,
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -128,8 +139,14 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             tokens(flat)
             keys("".join(json.dumps(document.key) + "\n" for document in documents).encode())
     if not lengths:
-        raise InputError("DataConfig.sources", source, "at least one document with text: the corpus is empty")
-    arrays = {"offsets": np.cumsum([0, *lengths]), "num_bytes": np.array(sizes), "key_hashes": np.uint64(hashes)}
+        raise InputError(
+            "DataConfig.sources", source, "at least one document with text: the corpus is empty"
+        )
+    arrays = {
+        "offsets": np.cumsum([0, *lengths]),
+        "num_bytes": np.array(sizes),
+        "key_hashes": np.uint64(hashes),
+    }
     for name, array in arrays.items():
         with _writer(folder / f"{name}.bin") as write:
             write(array.tobytes())
@@ -139,16 +156,32 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
 
 def _write_manifest(folder: Path, tokens_dtype: str, content: str) -> None:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    manifest = {"format": FORMAT, "tokens_dtype": tokens_dtype, "content": content, "sizes_bytes": sizes}
+    manifest = {
+        "format": FORMAT,
+        "tokens_dtype": tokens_dtype,
+        "content": content,
+        "sizes_bytes": sizes,
+    }
     with _writer(folder / MANIFEST) as write:
         write(json.dumps(manifest, indent=1, sort_keys=True).encode())
 
 
 def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
     manifest = _read_manifest(folder)
-    dtypes = {"tokens": manifest["tokens_dtype"], "offsets": "int64", "num_bytes": "int64", "key_hashes": "uint64"}
-    arrays = {name: np.memmap(folder / f"{name}.bin", dtype, mode="r") for name, dtype in dtypes.items()}
-    facts = {"fingerprint": folder.name, "content": manifest["content"], "tokenizer": tokenizer.fingerprint}
+    dtypes = {
+        "tokens": manifest["tokens_dtype"],
+        "offsets": "int64",
+        "num_bytes": "int64",
+        "key_hashes": "uint64",
+    }
+    arrays = {
+        name: np.memmap(folder / f"{name}.bin", dtype, mode="r") for name, dtype in dtypes.items()
+    }
+    facts = {
+        "fingerprint": folder.name,
+        "content": manifest["content"],
+        "tokenizer": tokenizer.fingerprint,
+    }
     return TokenCache(**arrays, **facts, directory=folder)
 
 
@@ -158,9 +191,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         sizes = {name: (folder / name).stat().st_size for name in manifest["sizes_bytes"]}
     except (OSError, ValueError, KeyError) as error:
-        raise InputError("DataConfig.cache_directory", str(folder), f"a whole cache; delete it ({error})") from error
+        raise InputError(
+            "DataConfig.cache_directory", str(folder), f"a whole cache; delete it ({error})"
+        ) from error
     if sizes != manifest["sizes_bytes"]:
-        expected = f"a whole cache with file sizes {manifest['sizes_bytes']}, not {sizes}; delete it"
+        expected = (
+            f"a whole cache with file sizes {manifest['sizes_bytes']}, not {sizes}; delete it"
+        )
         raise InputError("DataConfig.cache_directory", str(folder), expected)
     return manifest
 

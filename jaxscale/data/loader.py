@@ -34,13 +34,15 @@ class DataConfig:
         sources: where the text comes from.
         weights: share of each source in the rows of the training split; None: equal shares.
         tokenizer: how text becomes tokens.
-        held_out_fraction: about this share of the documents, chosen by a hash of their keys, is never trained on.
+        held_out_fraction: about this share of the documents, chosen by a hash of their keys, is
+            never trained on.
         sequence_length: T, tokens in a row.
         batch_size: rows in a global batch.
         seed: shuffles the rows of each source anew in each epoch, and phases the mixture.
         cache_directory: where tokenised sources are kept; runs share it.
-        is_packed: documents are packed into rows and attention stays within a document; otherwise they are joined end
-            to end, rows are cut every T tokens, attention crosses documents and batches have no `segments`.
+        is_packed: documents are packed into rows and attention stays within a document; otherwise
+            they are joined end to end, rows are cut every T tokens, attention crosses documents and
+            batches have no `segments`.
     """
 
     sources: tuple[Source, ...]
@@ -61,7 +63,9 @@ class DataConfig:
         if not self.sources:
             raise InputError("DataConfig.sources", self.sources, "at least one source")
         if self.weights is not None and len(self.weights) != len(self.sources):
-            expected = f"one weight per source: {len(self.weights)} == {len(self.sources)} does not hold"
+            expected = (
+                f"one weight per source: {len(self.weights)} == {len(self.sources)} does not hold"
+            )
             raise InputError("DataConfig.weights", self.weights, expected)
 
 
@@ -73,11 +77,13 @@ def make_loader(
     Args:
         config: what to read.
         split: `train`: without end; `held_out`: each document once in every pass.
-        process_index: this host; it gets rows [process_index * b, (process_index + 1) * b) of each global batch.
+        process_index: this host; it gets rows [process_index * b, (process_index + 1) * b) of each
+            global batch.
         process_count: number of hosts; b = batch_size / process_count.
 
     Raises:
-        InputError: a source is missing or empty, the split has no documents, or the batch does not divide.
+        InputError: a source is missing or empty, the split has no documents, or the batch does not
+            divide.
     """
     check_choice("split", split, ("train", "held_out"))
     rest = config.batch_size % process_count
@@ -121,8 +127,9 @@ def warn_of_trained_documents(state: dict[str, Any], held_out_fraction: float) -
     if held_out_fraction > trained:
         logger.warning(
             "DataConfig.held_out_fraction: %s is above the %s of the training, which may have seen some of these",
-            held_out_fraction, trained,
-        )  # fmt: skip
+            held_out_fraction,
+            trained,
+        )
 
 
 class TrainLoader:
@@ -160,7 +167,8 @@ class TrainLoader:
         rows = n * self._config.batch_size + self._local_rows
         sources, positions = self._mixture.sources(rows), self._mixture.positions(rows)
         parts = [
-            each.read(self._shuffled(source, positions[sources == source])) for source, each in enumerate(self._rows)
+            each.read(self._shuffled(source, positions[sources == source]))
+            for source, each in enumerate(self._rows)
         ]
         order = np.argsort(np.argsort(sources, kind="stable"))
         return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
@@ -172,7 +180,9 @@ class TrainLoader:
         rows = np.zeros_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            rows[chosen] = permute(within[chosen], size, seed=self._config.seed, stream=source, epoch=int(epoch))
+            rows[chosen] = permute(
+                within[chosen], size, seed=self._config.seed, stream=source, epoch=int(epoch)
+            )
         return rows
 
     def state(self) -> dict[str, Any]:
@@ -190,10 +200,18 @@ class TrainLoader:
         saved = {"format": 1, "tokenizer": self._facts["tokenizer"]} | state.get("depends_on", {})
         for name, value in self._facts.items():
             if saved.get(name) != value:
-                raise InputError(f"DataConfig.{name}", value, f"{saved.get(name)!r}, with which the run was begun")
+                raise InputError(
+                    f"DataConfig.{name}",
+                    value,
+                    f"{saved.get(name)!r}, with which the run was begun",
+                )
         served = self._mixture.served(state["batch"] * self._config.batch_size)
         if state["positions"] != served:
-            raise InputError("data state positions", state["positions"], f"{served} before batch {state['batch']}")
+            raise InputError(
+                "data state positions",
+                state["positions"],
+                f"{served} before batch {state['batch']}",
+            )
         self._next = state["batch"]
         self._batches.set_state({"next_index": self._next})
 
@@ -227,7 +245,9 @@ class HeldOutLoader:
     def batch_at(self, n: int) -> Batch:
         """This host's rows of global batch `n`, numpy [b, T]."""
         rows = n * self._config.batch_size + self._local_rows
-        sources = np.clip(np.searchsorted(self._firsts, rows, side="right") - 1, 0, len(self._rows) - 1)
+        sources = np.clip(
+            np.searchsorted(self._firsts, rows, side="right") - 1, 0, len(self._rows) - 1
+        )
         within = np.where(rows < self._firsts[-1], rows - self._firsts[sources], -1)
         parts = [each.read(within[sources == source]) for source, each in enumerate(self._rows)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -246,8 +266,11 @@ class _Rows:
     def read(self, rows: np.ndarray) -> Batch:
         batch = read_rows(self._tokens, self._plan, rows, is_packed=self._is_packed)
         if not self._is_packed:
-            del batch["segments"]  # a row is one document to attention, whose plain causal backends are the fast ones
-            # Padding too has its place in the row: at position 0 it would be visible to all that stands before it.
+            del batch[
+                "segments"
+            ]  # a row is one document to attention, whose plain causal backends are the fast ones
+            # Padding too has its place in the row: at position 0 it would be visible to all that
+            # stands before it.
             batch["positions"] = np.broadcast_to(
                 np.arange(batch["tokens"].shape[1], dtype=np.int32), batch["tokens"].shape
             )
@@ -278,7 +301,13 @@ def _facts(config: DataConfig, corpora: list[Corpus]) -> dict[str, Any]:
     """Everything that decides what the global batches hold, by field of DataConfig."""
     fields = ("sequence_length", "batch_size", "held_out_fraction", "seed", "is_packed")
     weights = config.weights or (1.0,) * len(corpora)
-    # Not the cache's fingerprint: the same text may lie elsewhere, with other times, on the machine that resumes.
+    # Not the cache's fingerprint: the same text may lie elsewhere, with other times, on the machine
+    # that resumes.
     sources = [corpus.cache.content for corpus in corpora]
-    facts = {"format": FORMAT, "weights": list(weights), "tokenizer": corpora[0].cache.tokenizer, "sources": sources}
+    facts = {
+        "format": FORMAT,
+        "weights": list(weights),
+        "tokenizer": corpora[0].cache.tokenizer,
+        "sources": sources,
+    }
     return {name: getattr(config, name) for name in fields} | facts

@@ -11,8 +11,9 @@ PERIOD = 1 << 16
 class Mixture:
     """Rows 0, 1, 2, ... spread over sources, periodically and as evenly as the weights allow.
 
-    Within a period source i has round(PERIOD * weight_i / sum of weights) rows, spaced evenly, with a phase that the
-    seed chooses; so every stretch of rows holds each source's share up to about one row per source.
+    Within a period source i has round(PERIOD * weight_i / sum of weights) rows, spaced evenly, with
+    a phase that the seed chooses; so every stretch of rows holds each source's share up to about
+    one row per source.
 
     Args:
         weights: one positive number per source, each at least 1 / PERIOD of their sum.
@@ -21,7 +22,10 @@ class Mixture:
 
     def __init__(self, weights: tuple[float, ...], seed: int):
         counts = _counts(weights)
-        phases = permute(np.arange(len(weights)), PERIOD, seed=seed, stream=len(weights), epoch=0) / PERIOD
+        phases = (
+            permute(np.arange(len(weights)), PERIOD, seed=seed, stream=len(weights), epoch=0)
+            / PERIOD
+        )
         owners = np.repeat(np.arange(len(weights)), counts)
         ranks = np.arange(PERIOD) - np.repeat(np.cumsum(counts) - counts, counts)
         order = np.argsort((ranks + phases[owners]) / counts[owners], kind="stable")
@@ -51,5 +55,7 @@ def _counts(weights: tuple[float, ...]) -> np.ndarray:
     counts = np.floor(shares).astype(np.int64)
     counts[np.argsort(counts - shares, kind="stable")[: PERIOD - counts.sum()]] += 1
     if counts.min() == 0:
-        raise InputError("DataConfig.weights", weights, f"weights of at least 1/{PERIOD} of their sum")
+        raise InputError(
+            "DataConfig.weights", weights, f"weights of at least 1/{PERIOD} of their sum"
+        )
     return counts

@@ -32,16 +32,18 @@ class Plan:
 def plan_packed(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Plan:
     """Packs documents into as few rows as best-fit decreasing finds, longest pieces first.
 
-    A document longer than T is cut into pieces of T and a rest. The pieces are strangers to attention: each is its own
-    segment, with positions from 0. No label is lost at the seam: the last token of a piece is still asked for the token
-    that follows in the document, so that a document's tokens but the first are each predicted once per epoch.
+    A document longer than T is cut into pieces of T and a rest. The pieces are strangers to
+    attention: each is its own segment, with positions from 0. No label is lost at the seam: the
+    last token of a piece is still asked for the token that follows in the document, so that a
+    document's tokens but the first are each predicted once per epoch.
 
     Args:
         offsets: int64 [documents], first token of each document.
         lengths: int64 [documents], tokens of each document, at least 1.
         sequence_length: T.
 
-    Source: Ding et al. 2024, Fewer truncations improve language modeling, arXiv 2404.10830 (section 3, best-fit).
+    Source: Ding et al. 2024, Fewer truncations improve language modeling, arXiv 2404.10830 (section
+        3, best-fit).
     Cost: O(pieces log pieces + T^2), in whole groups of equal pieces and rows.
     """
     counts = -(-lengths // sequence_length)
@@ -68,18 +70,21 @@ def plan_concatenated(offsets: np.ndarray, lengths: np.ndarray, sequence_length:
     return Plan(starts, sizes, edges[1:] == ends[document], row_offsets, sequence_length)
 
 
-def read_rows(tokens: np.ndarray, plan: Plan, rows: np.ndarray, *, is_packed: bool) -> dict[str, np.ndarray]:
+def read_rows(
+    tokens: np.ndarray, plan: Plan, rows: np.ndarray, *, is_packed: bool
+) -> dict[str, np.ndarray]:
     """The rows of a batch.
 
     Args:
         tokens: the token array that the plan was made for.
         plan: which pieces a row holds.
         rows: int64 [b], rows of the plan; a row of -1 is padding.
-        is_packed: each piece is a segment of its own; otherwise a row is one segment and attention crosses documents.
-            The labels are the same: none crosses a document.
+        is_packed: each piece is a segment of its own; otherwise a row is one segment and attention
+            crosses documents. The labels are the same: none crosses a document.
 
     Returns:
-        tokens, labels, segments, positions int32 [b, T] and weights float32 [b, T]; all 0 where there is padding.
+        tokens, labels, segments, positions int32 [b, T] and weights float32 [b, T]; all 0 where
+        there is padding.
     """
     counts = np.where(rows < 0, 0, plan.row_offsets[rows + 1] - plan.row_offsets[rows])
     row, rank = np.repeat(np.arange(len(rows)), counts), _ranks(counts)
@@ -87,10 +92,13 @@ def read_rows(tokens: np.ndarray, plan: Plan, rows: np.ndarray, *, is_packed: bo
     lengths = plan.lengths[piece]
     within = _ranks(lengths)
     used = np.bincount(row, lengths, minlength=len(rows)).astype(np.int64)
-    # Pieces fill a row from the left, so the tokens of all rows in order fill the mask of used places in order.
+    # Pieces fill a row from the left, so the tokens of all rows in order fill the mask of used
+    # places in order.
     places = np.arange(plan.sequence_length) < used[:, None]
     source = np.repeat(plan.starts[piece], lengths) + within
-    has_label = ~(np.repeat(plan.is_last[piece], lengths) & (within == np.repeat(lengths - 1, lengths)))
+    has_label = ~(
+        np.repeat(plan.is_last[piece], lengths) & (within == np.repeat(lengths - 1, lengths))
+    )
     following = tokens[np.where(has_label, source + 1, source)] * has_label
     segments = np.repeat(rank + 1, lengths) if is_packed else np.ones_like(source)
     positions = within if is_packed else _ranks(used)
@@ -122,7 +130,9 @@ def _best_fit(counts: np.ndarray, capacity: int) -> np.ndarray:
     Returns:
         int64 [pieces], the row of each, pieces sorted by size from `capacity` down to 1.
     """
-    rows_with: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # by the space that is left
+    rows_with: list[list[np.ndarray]] = [
+        [] for _ in range(capacity + 1)
+    ]  # by the space that is left
     open_spaces = 0  # bit s: rows_with[s] is not empty
     num_rows, assigned = 0, []
     for size in range(capacity, 0, -1):
@@ -144,5 +154,7 @@ def _best_fit(counts: np.ndarray, capacity: int) -> np.ndarray:
             rows_with[space - size].append(taken)
             wanted -= len(taken)
             open_spaces |= 1 << (space - size)
-            open_spaces = open_spaces | 1 << space if rows_with[space] else open_spaces & ~(1 << space)
+            open_spaces = (
+                open_spaces | 1 << space if rows_with[space] else open_spaces & ~(1 << space)
+            )
     return np.concatenate(assigned)

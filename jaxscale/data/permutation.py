@@ -9,9 +9,9 @@ MIX = np.uint64(0x9E3779B97F4A7C15)
 def permute(indices: np.ndarray, size: int, *, seed: int, stream: int, epoch: int) -> np.ndarray:
     """The images of `indices` under a permutation of range(size) that (seed, stream, epoch) choose.
 
-    A balanced Feistel network over the next even number of bits; images outside the range are mapped again until they
-    fall inside (cycle walking, fewer than four times on average). Independent of numpy's generators, whose streams
-    may change between versions.
+    A balanced Feistel network over the next even number of bits; images outside the range are
+    mapped again until they fall inside (cycle walking, fewer than four times on average).
+    Independent of numpy's generators, whose streams may change between versions.
 
     Args:
         indices: int [n], each in range(size).

@@ -39,7 +39,9 @@ def num_bytes(document: Document) -> int:
     try:
         return len(document.text.encode())
     except UnicodeEncodeError as error:
-        raise InputError("sources", document.key, f"text of whole characters ({error.reason})") from error
+        raise InputError(
+            "sources", document.key, f"text of whole characters ({error.reason})"
+        ) from error
 
 
 @runtime_checkable
@@ -77,7 +79,9 @@ class TextSource:
             try:
                 yield Document(key, _read(path).decode())
             except UnicodeDecodeError as error:
-                raise InputError("TextSource.paths", str(path), f"text in UTF-8 ({error.reason})") from error
+                raise InputError(
+                    "TextSource.paths", str(path), f"text in UTF-8 ({error.reason})"
+                ) from error
 
     def version(self) -> list[Any]:
         return _stamps(self._files())
@@ -91,11 +95,18 @@ class StandardLibrary:
     """The Python files of the running interpreter's standard library: code and prose on every machine.
 
     Args:
-        excluded: names of folders that are not entered. Some systems ship Python without its tests, so that leaving
-            them out gives about the same corpus everywhere.
+        excluded: names of folders that are not entered. Some systems ship Python without its tests,
+            so that leaving them out gives about the same corpus everywhere.
     """
 
-    excluded: tuple[str, ...] = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
+    excluded: tuple[str, ...] = (
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "test",
+        "tests",
+        "idle_test",
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -140,7 +151,11 @@ class JsonLinesSource:
                 if line.strip():
                     label = f"{path}:{number}"
                     yield _document(
-                        label, _json_object(label, line), self.text_field, self.key_field, f"{name}:{number}"
+                        label,
+                        _json_object(label, line),
+                        self.text_field,
+                        self.key_field,
+                        f"{name}:{number}",
                     )
 
     def version(self) -> list[Any]:
@@ -170,13 +185,19 @@ class ParquetSource:
             try:
                 file = parquet.ParquetFile(path)
             except pyarrow.ArrowInvalid as error:
-                raise InputError("ParquetSource.paths", str(path), f"a Parquet file ({error})") from error
+                raise InputError(
+                    "ParquetSource.paths", str(path), f"a Parquet file ({error})"
+                ) from error
             with file:
                 _check_columns(f"ParquetSource: {path}", columns, file.schema_arrow.names)
-                rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+                rows = (
+                    row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist()
+                )
                 for number, row in enumerate(rows):
                     label = f"{name}:{number}"
-                    yield _document(f"{path}:{number}", row, self.text_column, self.key_column, label)
+                    yield _document(
+                        f"{path}:{number}", row, self.text_column, self.key_column, label
+                    )
 
     def version(self) -> list[Any]:
         return _stamps(self._files())
@@ -193,10 +214,12 @@ class HuggingFaceSource:
         directory: where `save_to_disk` wrote the dataset; or
         name: what `load_dataset` gets: a dataset on the hub, or a local folder of data files.
         configuration: the dataset's configuration, for `name`.
-        revision: commit or tag on the hub, for `name`; without one the newest at the time of the call.
+        revision: commit or tag on the hub, for `name`; without one the newest at the time of the
+            call.
         split: the part of the dataset, where it has parts.
         text_column: the column that holds the text.
-        key_column: the column that holds the document's key; without one the key is the row's number.
+        key_column: the column that holds the document's key; without one the key is the row's
+            number.
     """
 
     directory: str | None = None
@@ -210,7 +233,11 @@ class HuggingFaceSource:
     def __post_init__(self):
         check_types(self)
         if (self.directory is None) == (self.name is None):
-            raise InputError("HuggingFaceSource", (self.directory, self.name), "exactly one of directory and name")
+            raise InputError(
+                "HuggingFaceSource",
+                (self.directory, self.name),
+                "exactly one of directory and name",
+            )
 
     def documents(self) -> Iterator[Document]:
         columns = [self.text_column] + [self.key_column] * (self.key_column is not None)
@@ -227,10 +254,14 @@ class HuggingFaceSource:
         datasets = _import("datasets", "HuggingFaceSource")
         try:
             if self.directory is None:
-                return datasets.load_dataset(self.name, self.configuration, revision=self.revision, split=self.split)
+                return datasets.load_dataset(
+                    self.name, self.configuration, revision=self.revision, split=self.split
+                )
             found = datasets.load_from_disk(str(Path(self.directory).expanduser()))
         except (FileNotFoundError, ConnectionError, ValueError) as error:
-            raise InputError("HuggingFaceSource", self.directory or self.name, f"a dataset ({error})") from error
+            raise InputError(
+                "HuggingFaceSource", self.directory or self.name, f"a dataset ({error})"
+            ) from error
         if not isinstance(found, datasets.DatasetDict):
             return found
         if self.split not in found:
@@ -239,7 +270,10 @@ class HuggingFaceSource:
 
 
 def _files(
-    parameter: str, paths: tuple[str, ...], patterns: tuple[str, ...], excluded: tuple[str, ...] = ()
+    parameter: str,
+    paths: tuple[str, ...],
+    patterns: tuple[str, ...],
+    excluded: tuple[str, ...] = (),
 ) -> list[tuple[str, Path]]:
     """Keys and paths of the files that `paths` name, folders searched, in the order of the keys."""
     found = []
@@ -256,7 +290,10 @@ def _files(
 
 
 def _search(
-    folder: Path, patterns: tuple[str, ...], excluded: tuple[str, ...], entered: frozenset[Path] = frozenset()
+    folder: Path,
+    patterns: tuple[str, ...],
+    excluded: tuple[str, ...],
+    entered: frozenset[Path] = frozenset(),
 ) -> Iterator[tuple[str, Path]]:
     """Keys and paths of the files in a folder; links are followed, but not back into a folder of `entered`."""
     if folder.resolve() in entered:
@@ -274,7 +311,9 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise InputError("paths", str(folder), f"a folder that can be read ({error.strerror})") from error
+        raise InputError(
+            "paths", str(folder), f"a folder that can be read ({error.strerror})"
+        ) from error
 
 
 def _stamps(files: list[tuple[str, Path]]) -> list[Any]:
@@ -287,14 +326,18 @@ def _stat(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:  # such as a link to nothing
-        raise InputError("paths", str(path), f"a file that can be read ({error.strerror})") from error
+        raise InputError(
+            "paths", str(path), f"a file that can be read ({error.strerror})"
+        ) from error
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError("paths", str(path), f"a file that can be read ({error.strerror})") from error
+        raise InputError(
+            "paths", str(path), f"a file that can be read ({error.strerror})"
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -305,7 +348,9 @@ def _lines(path: Path) -> Iterator[bytes]:
                 *whole, rest = (rest + chunk).split(b"\n")
                 yield from whole
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise InputError("JsonLinesSource.paths", str(path), f"a whole compressed file ({error})") from error
+        raise InputError(
+            "JsonLinesSource.paths", str(path), f"a whole compressed file ({error})"
+        ) from error
     yield rest
 
 
@@ -344,7 +389,9 @@ def _json_object(label: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def _document(label: str, row: dict[str, Any], text_field: str, key_field: str | None, key: str) -> Document:
+def _document(
+    label: str, row: dict[str, Any], text_field: str, key_field: str | None, key: str
+) -> Document:
     """The document that a row holds; `label` names the row in errors, `key` serves without a `key_field`."""
     for field in (text_field, key_field):
         if field is not None and field not in row:
@@ -369,4 +416,6 @@ def _import(module: str, needed_by: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(needed_by, f"no {module}", "the extra: pip install 'jaxscale[data]'") from error
+        raise InputError(
+            needed_by, f"no {module}", "the extra: pip install 'jaxscale[data]'"
+        ) from error

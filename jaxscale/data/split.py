@@ -15,7 +15,9 @@ HASH_BITS = 64
 def hash_key(key: str) -> int:
     """The first 64 bits of the key's BLAKE2b hash."""
     # File names that are not UTF-8 reach us with surrogates.
-    digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=HASH_BITS // 8).digest()
+    digest = hashlib.blake2b(
+        key.encode(errors="surrogatepass"), digest_size=HASH_BITS // 8
+    ).digest()
     return int.from_bytes(digest, "little")
 
 

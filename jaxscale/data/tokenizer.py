@@ -64,7 +64,9 @@ class TokenizerConfig:
         check_types(self)
         if (self.path is None) != (self.kind == "byte"):
             expected = "no path" if self.kind == "byte" else "the tokenizer's file or folder"
-            raise InputError("TokenizerConfig.path", self.path, f"{expected} for kind={self.kind!r}")
+            raise InputError(
+                "TokenizerConfig.path", self.path, f"{expected} for kind={self.kind!r}"
+            )
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -76,7 +78,9 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "byte":
         return ByteTokenizer()
     if config.kind == "huggingface":
-        return HuggingFaceTokenizer(_text(config.path, _read(config.path, HUGGING_FACE_FILE)), config.eos_token)
+        return HuggingFaceTokenizer(
+            _text(config.path, _read(config.path, HUGGING_FACE_FILE)), config.eos_token
+        )
     return SentencePieceTokenizer(_read(config.path, SENTENCE_PIECE_FILE))
 
 
@@ -101,24 +105,35 @@ def train_tokenizer(
         sources: the text.
         output: folder for tokenizer.json (`bpe`) or tokenizer.model (`sentencepiece`).
         vocab_size: number of tokens, with the 256 bytes and the special tokens.
-        kind: byte-level BPE of the `tokenizers` library, or a SentencePiece unigram model with bytes to fall back on.
-            (The unigram trainer of `tokenizers` is not offered: it gives another vocabulary each time.)
+        kind: byte-level BPE of the `tokenizers` library, or a SentencePiece unigram model with
+            bytes to fall back on. (The unigram trainer of `tokenizers` is not offered: it gives
+            another vocabulary each time.)
         held_out_fraction: leaves out the documents that a DataConfig with this fraction holds out.
 
     Raises:
-        InputError: no text, a vocabulary too small or too large for it, or `output` cannot be written.
+        InputError: no text, a vocabulary too small or too large for it, or `output` cannot be
+            written.
 
-    Source: Sennrich et al. 2016, arXiv 1508.07909 (BPE); Kudo and Richardson 2018, arXiv 1808.06226 (SentencePiece).
+    Source: Sennrich et al. 2016, arXiv 1508.07909 (BPE); Kudo and Richardson 2018, arXiv 1808.06226
+        (SentencePiece).
     """
     check_choice("kind", kind, ("bpe", "sentencepiece"))
     check_held_out_fraction("held_out_fraction", held_out_fraction)
     if vocab_size < SMALLEST_TRAINED:
-        raise InputError("vocab_size", vocab_size, f"at least {SMALLEST_TRAINED}: the bytes and the special tokens")
+        raise InputError(
+            "vocab_size",
+            vocab_size,
+            f"at least {SMALLEST_TRAINED}: the bytes and the special tokens",
+        )
     texts = _training_texts(sources, held_out_fraction)
     train = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}[kind]
     tokenizer = train(texts, vocab_size)
     if tokenizer.vocab_size < vocab_size:
-        raise InputError("vocab_size", vocab_size, f"a size that the text supports, at most {tokenizer.vocab_size}")
+        raise InputError(
+            "vocab_size",
+            vocab_size,
+            f"a size that the text supports, at most {tokenizer.vocab_size}",
+        )
     tokenizer.save(output)
     print(f"tokenizer of {tokenizer.vocab_size} tokens: {output}")
     return tokenizer
@@ -156,7 +171,9 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         except Exception as error:  # the library raises bare Exception
-            raise InputError("TokenizerConfig.path", serialized[:40], f"a tokenizer.json ({error})") from error
+            raise InputError(
+                "TokenizerConfig.path", serialized[:40], f"a tokenizer.json ({error})"
+            ) from error
         # Text that spells a special token must not become one, least of all the end of a document.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -194,11 +211,15 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
         except RuntimeError as error:
-            raise InputError("TokenizerConfig.path", serialized[:20], f"a SentencePiece model ({error})") from error
+            raise InputError(
+                "TokenizerConfig.path", serialized[:20], f"a SentencePiece model ({error})"
+            ) from error
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
-            raise InputError("TokenizerConfig.path", "a SentencePiece model without </s>", "one that has it")
+            raise InputError(
+                "TokenizerConfig.path", "a SentencePiece model without </s>", "one that has it"
+            )
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
         self._serialized = serialized
 
@@ -267,7 +288,9 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise InputError("vocab_size", vocab_size, f"a size that the text supports ({error})") from error
+        raise InputError(
+            "vocab_size", vocab_size, f"a size that the text supports ({error})"
+        ) from error
     return SentencePieceTokenizer(model.getvalue())
 
 
@@ -285,7 +308,9 @@ def _text(path: str, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise InputError("TokenizerConfig.path", path, f"a tokenizer.json, which is text ({error.reason})") from error
+        raise InputError(
+            "TokenizerConfig.path", path, f"a tokenizer.json, which is text ({error.reason})"
+        ) from error
 
 
 def _write(directory: Path, name: str, content: bytes) -> None:
@@ -296,4 +321,6 @@ def _write(directory: Path, name: str, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(directory / name)
     except OSError as error:
-        raise InputError("output", str(directory), f"a folder that can be written ({error.strerror})") from error
+        raise InputError(
+            "output", str(directory), f"a folder that can be written ({error.strerror})"
+        ) from error

@@ -17,10 +17,11 @@ class Comparison:
     Args:
         difference: mean of first - second.
         interval: of the difference, at confidence 1 - alpha.
-        inner_interval: at confidence 1 - 2 alpha; it lies within the margin just if both one-sided tests reject.
+        inner_interval: at confidence 1 - 2 alpha; it lies within the margin just if both one-sided
+            tests reject.
         p_equivalence: larger of the two one-sided tests' p-values.
-        verdict: "equivalent", both one-sided tests reject a difference as large as the margin; else "different", the
-            two-sided test rejects no difference; else "undecided".
+        verdict: "equivalent", both one-sided tests reject a difference as large as the margin; else
+            "different", the two-sided test rejects no difference; else "undecided".
     """
 
     difference: float
@@ -30,7 +31,9 @@ class Comparison:
     verdict: str
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, tuple[float, float]]:
+def mean_interval(
+    values: Sequence[float], confidence: float = 0.95
+) -> tuple[float, tuple[float, float]]:
     """Mean and Student's confidence interval of it.
 
     Args:
@@ -52,9 +55,11 @@ def compare_paired(
 ) -> Comparison:
     """Tests whether paired figures differ by less than a margin that was fixed before they were seen.
 
-    Equivalence goes first: a difference may be certain and yet smaller than what was said to matter.
+    Equivalence goes first: a difference may be certain and yet smaller than what was said to
+    matter.
 
-    Source: Schuirmann 1987, "A comparison of the two one-sided tests procedure and the power approach".
+    Source: Schuirmann 1987, "A comparison of the two one-sided tests procedure and the power
+        approach".
     Args:
         first, second: one figure per seed, in the same order.
         margin: the smallest difference that matters, in the figures' unit.

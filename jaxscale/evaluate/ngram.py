@@ -30,8 +30,9 @@ class NgramFigures:
 def ngram_figures(config: DataConfig) -> NgramFigures:
     """Fits both models on the training split of `config` and measures them on the held-out one.
 
-    The bigram is charged for the tokens that a language model is charged for in the same split: all but the first of
-    each document, with the one that ends it; and both are divided by all bytes of the text.
+    The bigram is charged for the tokens that a language model is charged for in the same split: all
+    but the first of each document, with the one that ends it; and both are divided by all bytes of
+    the text.
 
     Raises:
         InputError: as in make_loader.
@@ -41,7 +42,9 @@ def ngram_figures(config: DataConfig) -> NgramFigures:
     bigram = KneserNeyBigram(*pairs(train), tokenizer.vocab_size)
     num_bytes = sum(corpus.num_bytes for corpus in held_out)
     return NgramFigures(
-        byte_unigram=byte_unigram_bits(byte_counts(train, tokenizer), byte_counts(held_out, tokenizer)),
+        byte_unigram=byte_unigram_bits(
+            byte_counts(train, tokenizer), byte_counts(held_out, tokenizer)
+        ),
         token_bigram=-float(np.log2(bigram.probability(*pairs(held_out))).sum()) / num_bytes,
     )
 
@@ -75,15 +78,16 @@ class KneserNeyBigram:
         P(w | v) = max(c(v w) - D, 0) / c(v .) + D N(v .) / c(v .) P'(w)
         P'(w)    = max(N(. w) - D', 0) / N(. .) + D' #{w: N(. w) > 0} / N(. .) / V
 
-    c counts pairs, N kinds of pairs; each discount is n1 / (n1 + 2 n2), of the counts that are 1 and 2.
+    c counts pairs, N kinds of pairs; each discount is n1 / (n1 + 2 n2), of the counts that are 1
+    and 2.
 
     Args:
         context: int [n], tokens v.
         successor: int [n], the token w after each.
         vocab_size: V.
 
-    Source: Chen and Goodman 1998, An empirical study of smoothing techniques, TR-10-98, section 2.7;
-        Kneser and Ney 1995.
+    Source: Chen and Goodman 1998, An empirical study of smoothing techniques, TR-10-98, section
+        2.7; Kneser and Ney 1995.
     Cost: sorts the n pairs once; 8 bytes per pair and array.
     """
 
@@ -103,7 +107,9 @@ class KneserNeyBigram:
         counts = np.where(self._codes[place] == codes, self._counts[place], 0)
         total = np.maximum(self._total[context], 1)
         kept = np.maximum(counts - self._discount, 0) / total
-        freed = np.where(self._total[context] > 0, self._discount * self._num_kinds[context] / total, 1.0)
+        freed = np.where(
+            self._total[context] > 0, self._discount * self._num_kinds[context] / total, 1.0
+        )
         return kept + freed * self._continuation[successor]
 
 

@@ -19,12 +19,16 @@ SMOOTHING_STEPS = 10
 def plot_run(directory: Path, *, held_out: str) -> None:
     """Draws `loss.png`, and `experts.png` of a mixture of experts, from a run's `metrics.jsonl`; resumes are those of
     `starts.jsonl`."""
-    starts = [json.loads(line)["step"] for line in (directory / "starts.jsonl").read_text().splitlines()]
+    starts = [
+        json.loads(line)["step"] for line in (directory / "starts.jsonl").read_text().splitlines()
+    ]
     history = read_history(directory / "metrics.jsonl")
     plot_losses(history, directory / "loss.png", held_out=held_out, starts=starts[1:])
     if any("load" in line for line in history):
         plot_experts(history, directory / "experts.png")
-    print(f"\nloss curve: {directory / 'loss.png'}   every step's figures: {directory / 'metrics.jsonl'}")
+    print(
+        f"\nloss curve: {directory / 'loss.png'}   every step's figures: {directory / 'metrics.jsonl'}"
+    )
 
 
 def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> str:
@@ -40,7 +44,9 @@ def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> 
         RunError: the model is not below the margin, or an expert got no token in the last step.
     """
     history, ngrams = read_history(directory / "metrics.jsonl"), ngram_figures(data)
-    bits = [line["held_out/bits_per_byte"] for line in history if "held_out/bits_per_byte" in line][-1]
+    bits = [line["held_out/bits_per_byte"] for line in history if "held_out/bits_per_byte" in line][
+        -1
+    ]
     loads = [line["load"] for line in history if "load" in line][-1]
     shares = [count / sum(layer) for layer in loads for count in layer]
     gain = 1 - bits / ngrams.token_bigram
@@ -50,18 +56,25 @@ def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> 
         f"experts' shares of a step's tokens: {min(shares):.1%} to {max(shares):.1%}"
     )
     if gain < margin or min(shares) == 0:
-        raise RunError(f"expected at least {margin:.0%} below the bigram and every expert used:\n{text}")
+        raise RunError(
+            f"expected at least {margin:.0%} below the bigram and every expert used:\n{text}"
+        )
     return text
 
 
 def plot_losses(
-    history: Sequence[Mapping[str, Any]], path: Path, *, held_out: str, starts: Sequence[int] = (),
+    history: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    held_out: str,
+    starts: Sequence[int] = (),
     levels: Mapping[str, float] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Draws training and held-out loss by step, with every resume marked, as a PNG.
 
     Args:
-        history: lines of `metrics.jsonl`; training lines have `nll` (nats a token), evaluations the key `held_out`.
+        history: lines of `metrics.jsonl`; training lines have `nll` (nats a token), evaluations the
+            key `held_out`.
         path: of the picture.
         held_out: key of the held-out loss, in nats a token.
         starts: finished steps at which the run was resumed.
@@ -71,14 +84,23 @@ def plot_losses(
     axes = figure.subplots()
     train = np.array([(line["step"], line["nll"]) for line in history if "nll" in line])
     axes.plot(*train.T, color="#9dbad5", linewidth=0.8, label="training, each step")
-    axes.plot(train[:, 0], _running_mean(train[:, 1]), color="#1f5a92", label=f"training, mean of {SMOOTHING_STEPS}")
+    axes.plot(
+        train[:, 0],
+        _running_mean(train[:, 1]),
+        color="#1f5a92",
+        label=f"training, mean of {SMOOTHING_STEPS}",
+    )
     evaluations = np.array([(line["step"], line[held_out]) for line in history if held_out in line])
     if evaluations.size:
         axes.plot(*evaluations.T, "o-", color="#c4501b", markersize=4, label="held out")
     for number, step in enumerate(starts):
-        axes.axvline(step, color="#444444", linestyle="--", linewidth=1, label=None if number else "resumed")
+        axes.axvline(
+            step, color="#444444", linestyle="--", linewidth=1, label=None if number else "resumed"
+        )
     for number, (name, level) in enumerate((levels or {}).items()):
-        axes.axhline(level, color="#777777", linestyle=(":", "-.")[number % 2], linewidth=1.2, label=name)
+        axes.axhline(
+            level, color="#777777", linestyle=(":", "-.")[number % 2], linewidth=1.2, label=name
+        )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -99,8 +121,13 @@ def plot_experts(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     by_step, by_expert = (figure.add_subplot(1, 2, place) for place in (1, 2))
     steps = [line["step"] for line in lines]
     use = [expert_use(np.asarray(line["load"])) for line in lines]
-    for name, label in (("expert_max_share", "largest share"), ("expert_entropy", "entropy / log E")):
-        by_step.plot(steps, [each[name] for each in use], linewidth=0.9, label=f"{label}, least even layer")
+    for name, label in (
+        ("expert_max_share", "largest share"),
+        ("expert_entropy", "entropy / log E"),
+    ):
+        by_step.plot(
+            steps, [each[name] for each in use], linewidth=0.9, label=f"{label}, least even layer"
+        )
     by_step.axhline(1 / shares.shape[1], color="#777777", linestyle=":", label="1 / E")
     by_step.set(xlabel="step", ylim=(0, 1.05))
     by_step.legend(frameon=False)

@@ -25,7 +25,9 @@ class DomainSums:
     load: np.ndarray | None
 
 
-def domain_sums(context: EvaluationContext, domains: Mapping[str, Iterable[Batch]]) -> dict[str, DomainSums]:
+def domain_sums(
+    context: EvaluationContext, domains: Mapping[str, Iterable[Batch]]
+) -> dict[str, DomainSums]:
     """Runs a model over the text of each domain.
 
     Args:
@@ -38,7 +40,9 @@ def domain_sums(context: EvaluationContext, domains: Mapping[str, Iterable[Batch
 def _sums(context: EvaluationContext, batches: Iterable[Batch]) -> DomainSums:
     key = jax.random.key(0)
     results = [context.sums(context.params, context.place(batch), key) for batch in batches]
-    loads = [np.asarray(metrics["load"], np.float64) for _, _, metrics in results if "load" in metrics]
+    loads = [
+        np.asarray(metrics["load"], np.float64) for _, _, metrics in results if "load" in metrics
+    ]
     return DomainSums(
         nll=sum(float(metrics["nll"]) for _, _, metrics in results),
         tokens=sum(float(weight) for _, weight, _ in results),
@@ -71,7 +75,10 @@ def similarity(loads: Mapping[str, np.ndarray]) -> np.ndarray:
 def routing_table(loads: Mapping[str, np.ndarray], layer: int) -> str:
     """Markdown: a row a domain, a column an expert, shares of the domain's choices in one layer."""
     num_experts = len(next(iter(loads.values()))[layer])
-    rows = [f"| domain | {' | '.join(map(str, range(num_experts)))} |", "|---" * (num_experts + 1) + "|"]
+    rows = [
+        f"| domain | {' | '.join(map(str, range(num_experts)))} |",
+        "|---" * (num_experts + 1) + "|",
+    ]
     for name, load in loads.items():
         rows.append(f"| {name} | {' | '.join(f'{share:.1%}' for share in shares(load[layer]))} |")
     return "\n".join(rows)

@@ -43,9 +43,16 @@ class Arm:
 
 
 def make_arm(
-    name: str, *, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig,
-    train: TrainConfig, policy: Policy = Policy(), stack: StackConfig = StackConfig(),
-) -> Arm:  # fmt: skip
+    name: str,
+    *,
+    model: ModelConfig,
+    mesh: MeshConfig,
+    data: DataConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    policy: Policy = Policy(),
+    stack: StackConfig = StackConfig(),
+) -> Arm:
     """Lays an arm out and opens its held-out documents.
 
     Args: as `train.pretrain.pretrain`; `name` is the arm's.
@@ -53,11 +60,23 @@ def make_arm(
         InputError: the parts do not fit one another, or a source has no held-out documents.
     """
     check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
-    plan = make_plan(model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack)
+    plan = make_plan(
+        model=model,
+        mesh=mesh,
+        data=data,
+        optimizer=optimizer,
+        train=train,
+        policy=policy,
+        stack=stack,
+    )
     context = EvaluationContext(
-        params=None, step=0, model=model, mesh=plan.mesh, sums=jax.jit(plan.region.evaluate(plan.loss_fn)),
+        params=None,
+        step=0,
+        model=model,
+        mesh=plan.mesh,
+        sums=jax.jit(plan.region.evaluate(plan.loss_fn)),
         place=functools.partial(place, plan.mesh),
-    )  # fmt: skip
+    )
     step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
     return Arm(name, model, data, train, plan, step, context, dict(_domains(data)))
 
@@ -65,13 +84,14 @@ def make_arm(
 def run_seed(arm: Arm, seed: int) -> dict[str, Any]:
     """Trains an arm once and evaluates it on each source's held-out documents.
 
-    The seed decides the initial parameters, what is drawn and the order of the rows; arms of the same parameters and
-    data begin and go on alike.
+    The seed decides the initial parameters, what is drawn and the order of the rows; arms of the
+    same parameters and data begin and go on alike.
 
     Returns:
-        JSON-able: `arm`, `seed`, `parameters` and `active` of the model, `steps`, `seconds` of training, with the first
-        seed's compilation, `train_nll` of each step, `domains`: name -> `loss` (nats a token), `tokens` and, for a
-        mixture of experts, `load` [MoE layers, E]; and `loss` over the tokens of all domains.
+        JSON-able: `arm`, `seed`, `parameters` and `active` of the model, `steps`, `seconds` of
+        training, with the first seed's compilation, `train_nll` of each step, `domains`: name ->
+        `loss` (nats a token), `tokens` and, for a mixture of experts, `load` [MoE layers, E]; and
+        `loss` over the tokens of all domains.
     Raises:
         InputError: the run would see a row twice.
         RunError: a loss or gradient norm was not finite.
@@ -86,21 +106,29 @@ def run_seed(arm: Arm, seed: int) -> dict[str, Any]:
         state, metrics = arm.step(state, arm.context.place(next(loader)))
         nll.append(metrics["nll"])
     if not bool(metrics["is_finite"]):
-        raise RunError(f"{arm.name}, seed {seed}: the loss is not finite after step {int(state.step)}")
+        raise RunError(
+            f"{arm.name}, seed {seed}: the loss is not finite after step {int(state.step)}"
+        )
     seconds = time.perf_counter() - began
     context = dataclasses.replace(arm.context, params=state.params, step=arm.train.steps)
     sums = domain_sums(context, arm.held_out)
     total, active = count_parameters(arm.model)
     return {
-        "arm": arm.name, "seed": seed, "parameters": total, "active": active, "steps": arm.train.steps,
-        "seconds": seconds, "train_nll": [float(each) for each in nll],
-        "loss": sum(each.nll for each in sums.values()) / sum(each.tokens for each in sums.values()),
+        "arm": arm.name,
+        "seed": seed,
+        "parameters": total,
+        "active": active,
+        "steps": arm.train.steps,
+        "seconds": seconds,
+        "train_nll": [float(each) for each in nll],
+        "loss": sum(each.nll for each in sums.values())
+        / sum(each.tokens for each in sums.values()),
         "domains": {
             name: {"loss": each.nll / each.tokens, "tokens": each.tokens}
             | ({} if each.load is None else {"load": each.load.tolist()})
             for name, each in sums.items()
         },
-    }  # fmt: skip
+    }
 
 
 def _check_single_epoch(loader: TrainLoader, data: DataConfig, steps: int) -> None:
@@ -133,7 +161,11 @@ def compare_arms(
     losses: dict[str, dict[int, float]] = {}
     for run in runs:
         if run["seed"] in losses.setdefault(run["arm"], {}):
-            raise InputError("runs", f"two of arm {run['arm']!r} and seed {run['seed']}", "one run an arm and seed")
+            raise InputError(
+                "runs",
+                f"two of arm {run['arm']!r} and seed {run['seed']}",
+                "one run an arm and seed",
+            )
         losses[run["arm"]][run["seed"]] = run["loss"]
     found = {}
     for first, second in pairs:

@@ -1,6 +1,7 @@
 """One decoder layer as four functions, token-wise but for the second one: `qkv`, `attend`, `output`, `finish`.
 
-Batch and time may be a batch of rows, a chunk of a sequence or one flat ragged row; only `attend` mixes tokens.
+Batch and time may be a batch of rows, a chunk of a sequence or one flat ragged row; only `attend`
+mixes tokens.
 """
 
 import dataclasses
@@ -34,7 +35,9 @@ def branch(params: Params, x: Array, config: ModelConfig) -> tuple[Array, Array]
     return x, normalise(params, x, config)
 
 
-def qkv(params: Params, h: Array, positions: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
+def qkv(
+    params: Params, h: Array, positions: Array, config: ModelConfig
+) -> tuple[Array, Array, Array]:
     """Projections, QK-norm and rotary positions.
 
     Args:
@@ -46,7 +49,8 @@ def qkv(params: Params, h: Array, positions: Array, config: ModelConfig) -> tupl
     """
     attention = params["attention"]
     weights = [attention[name] for name in "qkv"]
-    # One matmul, and in the backward one to `h` and one to the weights, where three would add up three parts.
+    # One matmul, and in the backward one to `h` and one to the weights, where three would add up
+    # three parts.
     heads = jnp.einsum("btd,dnh->btnh", h, jnp.concatenate(weights, 1))
     q, k, v = lax.split(heads, [w.shape[1] for w in weights], axis=2)
     if config.use_bias:
@@ -59,7 +63,13 @@ def qkv(params: Params, h: Array, positions: Array, config: ModelConfig) -> tupl
 
 
 def attend(
-    q: Array, k: Array, v: Array, context: AttentionContext, cache: Any, kind: LayerKind, operations: Operations
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    cache: Any,
+    kind: LayerKind,
+    operations: Operations,
 ) -> tuple[Array, Any]:
     """The only step in which tokens meet; the attention callable owns `cache`."""
     return operations.attention(q, k, v, dataclasses.replace(context, window=kind.window), cache)
@@ -71,9 +81,14 @@ def output(params: Params, o: Array) -> Array:
 
 
 def finish(
-    params: Params, x: Array, y: Array, weights: Array, config: ModelConfig, operations: Operations,
+    params: Params,
+    x: Array,
+    y: Array,
+    weights: Array,
+    config: ModelConfig,
+    operations: Operations,
     draws: Draws | None = None,
-) -> tuple[Array, moe.RouterSums]:  # fmt: skip
+) -> tuple[Array, moe.RouterSums]:
     """Residual, feed-forward, residual.
 
     Args:
@@ -93,7 +108,9 @@ def finish(
         y, sums = moe.feed_forward(ffn, operations.enter(h), weights, config, operations, draws)
         return _add(x, operations.mark("feed_forward", operations.exit(y))), sums
     y, _ = operations.between(
-        lambda h: (_hidden(ffn, h, config), None), lambda hidden: jnp.einsum("btf,fd->btd", hidden, ffn["down"]), h
+        lambda h: (_hidden(ffn, h, config), None),
+        lambda hidden: jnp.einsum("btf,fd->btd", hidden, ffn["down"]),
+        h,
     )
     y = operations.mark("feed_forward", y)
     return _add(x, y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)

@@ -15,7 +15,9 @@ from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, Params
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["balance", "z", "load"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["balance", "z", "load"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class RouterSums:
     """Sums over this device's own valid tokens.
@@ -37,17 +39,20 @@ def no_router(config: ModelConfig) -> RouterSums:
     return RouterSums(zero, zero, jnp.zeros(config.num_experts, jnp.float32))
 
 
-def router_sums(index: Array, logits: Array, weights: Array, config: ModelConfig, operations: Operations) -> RouterSums:
+def router_sums(
+    index: Array, logits: Array, weights: Array, config: ModelConfig, operations: Operations
+) -> RouterSums:
     """Balance loss E sum_e f_e P_e and z-loss log^2 Z, as sums over own valid tokens.
 
-    f_e is the share of all choices in this micro-batch that fell on expert e, over all devices, and is not
-    differentiated; so each token's balance loss is E sum_e f_e p_e and the sum over devices equals the single-device
-    loss of as many micro-batches.
+    f_e is the share of all choices in this micro-batch that fell on expert e, over all devices, and
+    is not differentiated; so each token's balance loss is E sum_e f_e p_e and the sum over devices
+    equals the single-device loss of as many micro-batches.
 
-    f_e counts the experts that were drawn, p_e is the whole softmax, unmasked; both are of one layer.
+    f_e counts the experts that were drawn, p_e is the whole softmax, unmasked; both are of one
+    layer.
 
-    Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6; Zoph et al. 2022 (arXiv 2202.08906), equation 5;
-        over all devices, Liu et al. 2024 (arXiv 2409.12136), section 3.3.
+    Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6; Zoph et al. 2022 (arXiv
+        2202.08906), equation 5; over all devices, Liu et al. 2024 (arXiv 2409.12136), section 3.3.
     Args:
         index: [B, T, A]; a number of E or more counts for no expert.
         logits: [B, T, E].
@@ -55,7 +60,9 @@ def router_sums(index: Array, logits: Array, weights: Array, config: ModelConfig
     """
     own = operations.own
     index, logits, weights = own(index), own(logits), own(weights)
-    chosen = jax.nn.one_hot(index, config.num_experts, dtype=logits.dtype).sum(-2) * weights[..., None]
+    chosen = (
+        jax.nn.one_hot(index, config.num_experts, dtype=logits.dtype).sum(-2) * weights[..., None]
+    )
     load = lax.stop_gradient(chosen.sum((0, 1)))
     total = operations.total(load)
     share = total / jnp.where(total.sum() > 0, total.sum(), 1)
@@ -66,7 +73,12 @@ def router_sums(index: Array, logits: Array, weights: Array, config: ModelConfig
 
 
 def feed_forward(
-    params: Params, h: Array, weights: Array, config: ModelConfig, operations: Operations, draws: Draws | None = None
+    params: Params,
+    h: Array,
+    weights: Array,
+    config: ModelConfig,
+    operations: Operations,
+    draws: Draws | None = None,
 ) -> tuple[Array, RouterSums]:
     """Routes each token and applies its experts.
 

@@ -54,9 +54,16 @@ class _Builder:
     def __init__(self, config: ModelConfig):
         self.config = config
         self.sizes = dict(
-            L=config.num_periods, D=config.model_dim, N=config.num_heads, K=config.num_kv_heads, H=config.head_dim,
-            F=config.ffn_dim, V=config.vocab_size, E=config.num_experts, P=config.max_length,
-        )  # fmt: skip
+            L=config.num_periods,
+            D=config.model_dim,
+            N=config.num_heads,
+            K=config.num_kv_heads,
+            H=config.head_dim,
+            F=config.ffn_dim,
+            V=config.vocab_size,
+            E=config.num_experts,
+            P=config.max_length,
+        )
 
     def __call__(self, dims: str, std: float = 0.0, mean: float = 0.0, **sizes: int) -> Parameter:
         sizes = self.sizes | sizes
@@ -82,7 +89,11 @@ class _Builder:
             "o": self(stack + "NHD", self.output_std()),
         }
         if self.config.use_bias:
-            out |= {"q_bias": self(stack + "NH"), "k_bias": self(stack + "KH"), "v_bias": self(stack + "KH")}
+            out |= {
+                "q_bias": self(stack + "NH"),
+                "k_bias": self(stack + "KH"),
+                "v_bias": self(stack + "KH"),
+            }
             out |= {"o_bias": self(stack + "D")}
         if self.config.use_qk_norm:
             out |= {"q_norm": self.norm(stack, "H"), "k_norm": self.norm(stack, "H")}
@@ -90,7 +101,11 @@ class _Builder:
 
     def ffn(self, stack: str) -> dict[str, Any]:
         std = self.config.init_std
-        out = {"norm": self.norm(stack), "up": self(stack + "DF", std), "down": self(stack + "FD", self.output_std())}
+        out = {
+            "norm": self.norm(stack),
+            "up": self(stack + "DF", std),
+            "down": self(stack + "FD", self.output_std()),
+        }
         if self.config.is_gated:
             out["gate"] = self(stack + "DF", std)
         if self.config.use_bias:
@@ -117,7 +132,9 @@ class _Builder:
 
 def abstract_params(config: ModelConfig, dtype: str) -> Params:
     """The parameter tree as shapes, nothing allocated."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), parameter_table(config))
+    return jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), parameter_table(config)
+    )
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: str) -> Params:

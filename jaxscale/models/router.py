@@ -39,10 +39,11 @@ def route(logits: Array, draws: Draws | None, config: ModelConfig) -> Mixture:
 def top_k(logits: Array, config: ModelConfig) -> Mixture:
     """Top-k routing; gates are renormalised over the chosen experts, unless there is only one.
 
-    A single renormalised gate would be 1 and give the router no gradient, so it stays the expert's probability.
+    A single renormalised gate would be 1 and give the router no gradient, so it stays the expert's
+    probability.
 
-    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 2.2; top-1, Fedus et al. 2021 (arXiv 2101.03961),
-        equation 2; without capacity, so nothing is dropped.
+    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 2.2; top-1, Fedus et al. 2021 (arXiv
+        2101.03961), equation 2; without capacity, so nothing is dropped.
     """
     gates, index = lax.top_k(jax.nn.softmax(logits), config.num_active_experts)
     return Mixture(index, _renormalised(gates))
@@ -61,17 +62,21 @@ def masked_sampling(logits: Array, draws: Draws, config: ModelConfig) -> Mixture
 def densemixer(logits: Array, config: ModelConfig) -> Mixture:
     """`top_k` whose router learns from the outputs of all experts: the straight-through gradient.
 
-    Forward and the experts' own gradients are those of `top_k`. The loss's gradient to the gate of an expert that was
-    not chosen is that of a gate p_i / sum_chosen p, the sum held fixed (p_i itself if there is one active expert).
+    Forward and the experts' own gradients are those of `top_k`. The loss's gradient to the gate of
+    an expert that was not chosen is that of a gate p_i / sum_chosen p, the sum held fixed (p_i
+    itself if there is one active expert).
 
-    Source: Yao et al. 2025, "DenseMixer: improving MoE post-training with precise router gradient", as released
-        (github.com/yaof20/DenseMixer, its `partscale_fix_expert` normalisation).
+    Source: Yao et al. 2025, "DenseMixer: improving MoE post-training with precise router gradient",
+        as released (github.com/yaof20/DenseMixer, its `partscale_fix_expert` normalisation).
     Returns:
-        The mixture with all E experts for each token, in their order; gates and slopes of those not chosen are 0.
+        The mixture with all E experts for each token, in their order; gates and slopes of those not
+        chosen are 0.
     Cost: every expert runs on every token, forward and backward: E / A times the FLOPs of `top_k`.
     """
     p = jax.nn.softmax(logits)
-    is_chosen = jax.nn.one_hot(lax.top_k(p, config.num_active_experts)[1], config.num_experts, dtype=bool).any(-2)
+    is_chosen = jax.nn.one_hot(
+        lax.top_k(p, config.num_active_experts)[1], config.num_experts, dtype=bool
+    ).any(-2)
     if config.num_active_experts > 1:
         total = jnp.where(is_chosen, p, 0).sum(-1, keepdims=True)
         p = jnp.where(is_chosen, p / total, p / lax.stop_gradient(total))

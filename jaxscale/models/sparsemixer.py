@@ -1,10 +1,12 @@
 """SparseMixer: experts drawn from a masked softmax, and the router's gradient through the draw.
 
-For h = p_D E_D(x) of the drawn expert D the layer returns c h, where c is 1 or a smaller number that is drawn too: the
-loss's slope at c h, times dh/dz, is in expectation a quadrature of f(h) - f(0), the draw's share of the loss. What f
-is differentiated at is the forward's affair (c), how much of it counts the backward's (`Estimator.slope`).
+For h = p_D E_D(x) of the drawn expert D the layer returns c h, where c is 1 or a smaller number
+that is drawn too: the loss's slope at c h, times dh/dz, is in expectation a quadrature of f(h) -
+f(0), the draw's share of the loss. What f is differentiated at is the forward's affair (c), how
+much of it counts the backward's (`Estimator.slope`).
 
-Source: Liu et al. 2023 (arXiv 2310.00811); Liu et al. 2024 (arXiv 2409.12136), section 2 and its appendix A.
+Source: Liu et al. 2023 (arXiv 2310.00811); Liu et al. 2024 (arXiv 2409.12136), section 2 and its
+    appendix A.
 """
 
 import dataclasses
@@ -35,10 +37,11 @@ class Estimator:
     slope: float
 
 
-# The objective of v1 and v2* keeps p inside f: sum_D p_D f(p_D E_D), whose gradient is that of p outside, a quadrature
-# of f(h) - f(0), plus f'(h) dh. The midpoint rule gives f'(h/2) + f'(h) = 2 (1/2 f'(h/2) + 1/2 f'(h)), Heun's third
-# order 1/4 f'(h) + 3/4 f'(h/3) + f'(h) = 2 (5/8 f'(h) + 3/8 f'(h/3)). v2's has p inside f detached: the quadrature
-# alone. Each is confirmed by finite differences in the tests.
+# The objective of v1 and v2* keeps p inside f: sum_D p_D f(p_D E_D), whose gradient is that of p
+# outside, a quadrature of f(h) - f(0), plus f'(h) dh. The midpoint rule gives f'(h/2) + f'(h) = 2
+# (1/2 f'(h/2) + 1/2 f'(h)), Heun's third order 1/4 f'(h) + 3/4 f'(h/3) + f'(h) = 2 (5/8 f'(h) + 3/8
+# f'(h/3)). v2's has p inside f detached: the quadrature alone. Each is confirmed by finite
+# differences in the tests.
 ESTIMATORS = {
     "sparsemixer": Estimator(temperature=1, chance=1 / 2, fraction=1 / 2, slope=2),
     "sparsemixer_v2": Estimator(temperature=1, chance=1 / 4, fraction=1 / 3, slope=1),
@@ -79,7 +82,9 @@ def kept(z: Array, available: Array, *, threshold: float, form: str) -> Array:
     return available & (top - z <= limit)
 
 
-def select(z: Array, available: Array, uniform: Array | None, config: ModelConfig, temperature: float) -> Selection:
+def select(
+    z: Array, available: Array, uniform: Array | None, config: ModelConfig, temperature: float
+) -> Selection:
     """Draws one of the kept experts by their masked softmax; without `uniform`, takes the most probable one.
 
     Of several with the largest logit the first is the most probable one.
@@ -95,7 +100,9 @@ def select(z: Array, available: Array, uniform: Array | None, config: ModelConfi
     return Selection(jnp.argmax(noisy, -1), jax.nn.softmax(masked))
 
 
-def select_all(z: Array, numbers: Array | None, config: ModelConfig, temperature: float = 1) -> list[Selection]:
+def select_all(
+    z: Array, numbers: Array | None, config: ModelConfig, temperature: float = 1
+) -> list[Selection]:
     """A draws one after the other, each without the experts drawn before, whose mask is made anew.
 
     Args:
@@ -123,7 +130,8 @@ class Mixture(NamedTuple):
         index: the experts.
         gates: their multipliers.
         slopes: what an expert's gradient is multiplied by instead; None for the gates.
-        is_chosen: false for an expert that runs for its router's gradient alone; None where there is none.
+        is_chosen: false for an expert that runs for its router's gradient alone; None where there
+            is none.
     """
 
     index: Array
@@ -135,9 +143,9 @@ class Mixture(NamedTuple):
 def sparsemixer(z: Array, draws: Draws | None, config: ModelConfig) -> Mixture:
     """SparseMixer v1, v2 or v2*, whichever `config.router` names; without draws the argmax and ordinary gates p_D.
 
-    The authors differ from themselves in what an expert's gradient is multiplied by. "paper", algorithm 1 and 2:
-    y = s h + stop_gradient(c h - s h) gives s p_D with the estimator's slope s; "released", their code: c p_D.
-    The multipliers of two experts are not normalised to sum to 1.
+    The authors differ from themselves in what an expert's gradient is multiplied by. "paper",
+    algorithm 1 and 2: y = s h + stop_gradient(c h - s h) gives s p_D with the estimator's slope s;
+    "released", their code: c p_D. The multipliers of two experts are not normalised to sum to 1.
 
     Source: arXiv 2409.12136, algorithm 1 (v2), algorithm 2 (v2*); arXiv 2310.00811, section 3 (v1).
     Args:
@@ -156,10 +164,16 @@ def sparsemixer(z: Array, draws: Draws | None, config: ModelConfig) -> Mixture:
             is_most = selection.index == jnp.argmax(selection.p, -1)
             is_euler = is_most | (numbers[..., number, -1] < estimator.chance)
             c = jnp.where(is_euler, c, estimator.fraction)
-        gates.append(multiplier(z, selection, c, jnp.asarray(slope / estimator.temperature, z.dtype)))
+        gates.append(
+            multiplier(z, selection, c, jnp.asarray(slope / estimator.temperature, z.dtype))
+        )
     if numbers is None or config.router_expert_gradient == "released":
         return Mixture(index, jnp.stack(gates, -1))
-    return Mixture(index, jnp.stack(gates, -1), slope * jnp.stack([_taken(selection) for selection in found], -1))
+    return Mixture(
+        index,
+        jnp.stack(gates, -1),
+        slope * jnp.stack([_taken(selection) for selection in found], -1),
+    )
 
 
 @jax.custom_vjp
@@ -184,7 +198,8 @@ def _multiplier_backward(arguments: tuple[Selection, Array], cotangent: Array) -
 
 
 multiplier.defvjp(
-    lambda z, selection, c, slope: (multiplier(z, selection, c, slope), (selection, slope)), _multiplier_backward
+    lambda z, selection, c, slope: (multiplier(z, selection, c, slope), (selection, slope)),
+    _multiplier_backward,
 )
 
 

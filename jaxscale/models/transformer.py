@@ -21,14 +21,23 @@ from jaxscale.ops.draws import EMBEDDING, Draws
 from jaxscale.ops.loss import Head, unembed
 from jaxscale.ops.operations import EXCHANGED, Operations
 from jaxscale.ops.precision import Policy, cast
-from jaxscale.types import Array, Batch, InputError, Params, check_choice, check_positive, check_types
+from jaxscale.types import (
+    Array,
+    Batch,
+    InputError,
+    Params,
+    check_choice,
+    check_positive,
+    check_types,
+)
 
 NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
-# Logits made again may differ in the last bit, as they are fused with other things: a draw could take another expert.
+# Logits made again may differ in the last bit, as they are fused with other things: a draw could
+# take another expert.
 ROUTER = "router"
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
-# A router in low precision picks other experts (GRIN keeps it in float32); a scale next to 1 has steps of 2^-7
-# in bfloat16, so an update of it would be lost.
+# A router in low precision picks other experts (GRIN keeps it in float32); a scale next to 1 has
+# steps of 2^-7 in bfloat16, so an update of it would be lost.
 KEEP_PARAMETER_TYPE = {"router", "scale", "omega", "bias"}
 
 
@@ -37,10 +46,12 @@ class StackConfig:
     """How the layer stack is executed; no setting changes what it computes.
 
     Args:
-        is_scanned: one compiled layer in a loop, or every layer unrolled (longer to compile, faster on a GPU).
-        remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots" (keep the outputs of
-            matmuls with weights, of attention on a GPU and of exchanges between devices, those before a matmul aside);
-            "names" (keep `saved_names` on the device and `offloaded_names` in host memory).
+        is_scanned: one compiled layer in a loop, or every layer unrolled (longer to compile, faster
+            on a GPU).
+        remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots"
+            (keep the outputs of matmuls with weights, of attention on a GPU and of exchanges
+            between devices, those before a matmul aside); "names" (keep `saved_names` on the device
+            and `offloaded_names` in host memory).
         saved_names: of NAMES.
         offloaded_names: of NAMES.
         num_loss_chunks: chunks of T in which logits exist.
@@ -63,7 +74,11 @@ class StackConfig:
             for name in getattr(self, field):
                 check_choice(f"StackConfig.{field}", name, NAMES)
         if (self.saved_names or self.offloaded_names) and self.remat != "names":
-            raise InputError("StackConfig.remat", self.remat, '"names" when saved_names or offloaded_names are given')
+            raise InputError(
+                "StackConfig.remat",
+                self.remat,
+                '"names" when saved_names or offloaded_names are given',
+            )
 
     def operations(self) -> Operations:
         """What the model calls on one device: the plain functions, with the named attention backend."""
@@ -97,14 +112,22 @@ def _is_product(primitive: jax.extend.core.Primitive, *avals: Any, **params: Any
 
     A partial sum is not kept beside the sum over devices, for then nothing reads it.
     """
-    is_like = primitive.name == CUDNN_ATTENTION or params.get("name") in (KERNEL_OUTPUT, EXCHANGED, ROUTER)
-    return is_like or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
+    is_like = primitive.name == CUDNN_ATTENTION or params.get("name") in (
+        KERNEL_OUTPUT,
+        EXCHANGED,
+        ROUTER,
+    )
+    return is_like or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+        primitive, *avals, **params
+    )
 
 
 def attention_context(batch: Batch, config: ModelConfig) -> AttentionContext:
     """The mask structure of a batch; without `segments` a row is one document."""
     return AttentionContext(
-        positions=batch["positions"], segments=batch.get("segments"), softcap=config.attention_softcap
+        positions=batch["positions"],
+        segments=batch.get("segments"),
+        softcap=config.attention_softcap,
     )
 
 
@@ -113,7 +136,11 @@ def to_compute(params: Params, policy: Policy) -> Params:
 
     def one(path: str, leaf: Array) -> Array:
         # Any part of the path: a parameter may itself be a tree of arrays.
-        return leaf if KEEP_PARAMETER_TYPE & set(path.split(tree.SEPARATOR)) else cast(leaf, policy.compute)
+        return (
+            leaf
+            if KEEP_PARAMETER_TYPE & set(path.split(tree.SEPARATOR))
+            else cast(leaf, policy.compute)
+        )
 
     return tree.map_with_path(one, params)
 
@@ -124,11 +151,14 @@ def use(params: Params, section: str, operations: Operations, policy: Policy) ->
     return operations.gather(section, to_compute(params, policy))
 
 
-def embed(params: Params, batch: Batch, config: ModelConfig, operations: Operations, policy: Policy) -> Array:
+def embed(
+    params: Params, batch: Batch, config: ModelConfig, operations: Operations, policy: Policy
+) -> Array:
     """Tokens [B, T] to the residual [B, own T, D].
 
-    Looked up in the parameter type: the gradient of a row adds up all occurrences of its token, and a sum in bfloat16
-    stands still after 256 equal terms. Positions outside a learned table, as of padding, read its last row.
+    Looked up in the parameter type: the gradient of a row adds up all occurrences of its token, and
+    a sum in bfloat16 stands still after 256 equal terms. Positions outside a learned table, as of
+    padding, read its last row.
     """
     embedding = operations.gather("embedding", params["embedding"])
     x = operations.embed(embedding["tokens"], batch["tokens"])
@@ -140,7 +170,8 @@ def embed(params: Params, batch: Batch, config: ModelConfig, operations: Operati
 def add_noise(x: Array, draws: Draws, width: float, operations: Operations) -> Array:
     """The residual [B, own T, D] plus noise of a uniform distribution from -`width` to `width`.
 
-    Source: Jain et al. 2023, NEFTune (arXiv 2310.05914), algorithm 1; its width is alpha / sqrt(T D).
+    Source: Jain et al. 2023, NEFTune (arXiv 2310.05914), algorithm 1; its width is alpha / sqrt(T
+        D).
     """
     own = dataclasses.replace(draws, keys=operations.own(draws.keys))
     noise = width * (2 * own.numbers(EMBEDDING, x.shape[-1]) - 1)
@@ -148,9 +179,19 @@ def add_noise(x: Array, draws: Draws, width: float, operations: Operations) -> A
 
 
 def run_layer(
-    params: Params, x: Array, context: AttentionContext, weights: Array, cache: Any, draws: Draws | None = None, *,
-    kind: LayerKind, section: str, config: ModelConfig, operations: Operations, policy: Policy,
-) -> tuple[Array, Any, RouterSums]:  # fmt: skip
+    params: Params,
+    x: Array,
+    context: AttentionContext,
+    weights: Array,
+    cache: Any,
+    draws: Draws | None = None,
+    *,
+    kind: LayerKind,
+    section: str,
+    config: ModelConfig,
+    operations: Operations,
+    policy: Policy,
+) -> tuple[Array, Any, RouterSums]:
     """One layer: residual [B, own T, D] and cache to the next residual, the layer's cache and its router's sums."""
     params = use(params, section, operations, policy)
 
@@ -171,7 +212,12 @@ def run_layer(
 
 
 def run_layers(
-    params: Params, x: Array, context: AttentionContext, weights: Array, caches: Any = None, **settings: Any
+    params: Params,
+    x: Array,
+    context: AttentionContext,
+    weights: Array,
+    caches: Any = None,
+    **settings: Any,
 ) -> tuple[Array, Any, list[RouterSums]]:
     """Runs the prefix and the whole stack; `settings` as theirs, `caches` {"prefix": ..., "layers": ...} or None."""
     caches = caches or {"prefix": None, "layers": None}
@@ -181,9 +227,17 @@ def run_layers(
 
 
 def run_prefix(
-    params: Params, x: Array, context: AttentionContext, weights: Array, caches: Any = None, *, config: ModelConfig,
-    operations: Operations, policy: Policy, stack: StackConfig,
-) -> tuple[Array, Any]:  # fmt: skip
+    params: Params,
+    x: Array,
+    context: AttentionContext,
+    weights: Array,
+    caches: Any = None,
+    *,
+    config: ModelConfig,
+    operations: Operations,
+    policy: Policy,
+    stack: StackConfig,
+) -> tuple[Array, Any]:
     """Runs the layers before the stack.
 
     Args:
@@ -198,7 +252,12 @@ def run_prefix(
     caches, new = caches or {}, {}
     for i, kind in enumerate(config.prefix):
         one = functools.partial(
-            run_layer, kind=kind, section=f"prefix/{i}", config=config, operations=operations, policy=policy
+            run_layer,
+            kind=kind,
+            section=f"prefix/{i}",
+            config=config,
+            operations=operations,
+            policy=policy,
         )
         layer = stack.rematerialise(one)
         x, new[str(i)], _ = layer(params["prefix"][str(i)], x, context, weights, caches.get(str(i)))
@@ -218,14 +277,24 @@ class Periods(NamedTuple):
 
 
 def run_stack(
-    params: Params, x: Array, context: AttentionContext, weights: Array, caches: Any = None,
-    periods: Periods | None = None, draws: Draws | None = None, *, config: ModelConfig, operations: Operations,
-    policy: Policy, stack: StackConfig,
-) -> tuple[Array, Any, list[RouterSums]]:  # fmt: skip
+    params: Params,
+    x: Array,
+    context: AttentionContext,
+    weights: Array,
+    caches: Any = None,
+    periods: Periods | None = None,
+    draws: Draws | None = None,
+    *,
+    config: ModelConfig,
+    operations: Operations,
+    policy: Policy,
+    stack: StackConfig,
+) -> tuple[Array, Any, list[RouterSums]]:
     """Runs periods of the repeating pattern: all of them, or those that one pipeline stage holds.
 
     Args:
-        params: the tree `layers`, leaves [periods, ...]; or, for an unrolled stack, a tuple of the periods' trees.
+        params: the tree `layers`, leaves [periods, ...]; or, for an unrolled stack, a tuple of the
+            periods' trees.
         x: residual [B, own T, D].
         context: mask structure of these tokens.
         weights: [B, T] 0 for padding.
@@ -236,34 +305,53 @@ def run_stack(
         (residual, caches, RouterSums of [periods] per position of the pattern).
     """
 
-    def period(x: Array, stacks: tuple[Params, Any, Periods]) -> tuple[Array, tuple[Any, list[RouterSums]]]:
+    def period(
+        x: Array, stacks: tuple[Params, Any, Periods]
+    ) -> tuple[Array, tuple[Any, list[RouterSums]]]:
         layer_params, layer_caches, here = stacks
         if here.is_real is None:
             return run(x, layer_params, layer_caches, here.number)
         shapes = jax.eval_shape(run, x, layer_params, layer_caches, here.number)[1]
         skipped = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return lax.cond(
-            here.is_real, lambda x: run(x, layer_params, layer_caches, here.number), lambda x: (x, skipped), x
+            here.is_real,
+            lambda x: run(x, layer_params, layer_caches, here.number),
+            lambda x: (x, skipped),
+            x,
         )
 
-    def run(x: Array, layer_params: Params, layer_caches: Any, number: Array) -> tuple[Array, tuple[Any, list]]:
+    def run(
+        x: Array, layer_params: Params, layer_caches: Any, number: Array
+    ) -> tuple[Array, tuple[Any, list]]:
         first, kept, sums = config.num_dense_prefix + number * config.period, {}, []
         for i, kind in enumerate(config.pattern):
             one = functools.partial(
-                run_layer, kind=kind, section=f"layers/{i}", config=config, operations=operations, policy=policy
+                run_layer,
+                kind=kind,
+                section=f"layers/{i}",
+                config=config,
+                operations=operations,
+                policy=policy,
             )
             layer, own = stack.rematerialise(one), None if draws is None else draws.at(first + i)
-            x, kept[str(i)], s = layer(layer_params[str(i)], x, context, weights, layer_caches.get(str(i)), own)
+            x, kept[str(i)], s = layer(
+                layer_params[str(i)], x, context, weights, layer_caches.get(str(i)), own
+            )
             sums.append(s)
         return x, (kept, sums)
 
     if stack.is_scanned:
         loop = lax.scan
     else:
-        # Converted at once, for then the gradient is stacked in the compute type, at half the bytes.
+        # Converted at once, for then the gradient is stacked in the compute type, at half the
+        # bytes.
         loop, params = _unrolled, to_compute(params, policy)
     if periods is None:
-        periods = Periods(jnp.arange(len(params) if isinstance(params, tuple) else len(jax.tree.leaves(params)[0])))
+        periods = Periods(
+            jnp.arange(
+                len(params) if isinstance(params, tuple) else len(jax.tree.leaves(params)[0])
+            )
+        )
     x, (new, sums) = loop(period, x, (params, caches or {}, periods))
     return x, new, sums
 
@@ -272,7 +360,9 @@ def _unrolled(body: Callable, carry: Any, stacks: Any) -> tuple[Any, Any]:
     """`lax.scan(body, carry, stacks)` with every iteration written out; the first stack may be a tuple of its parts."""
     params, *others = stacks
     outputs = []
-    for own, other in zip(params if isinstance(params, tuple) else _unstack(params), _unstack(others), strict=True):
+    for own, other in zip(
+        params if isinstance(params, tuple) else _unstack(params), _unstack(others), strict=True
+    ):
         carry, output = body(carry, (own, *other))
         outputs.append(output)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
@@ -288,8 +378,9 @@ def _unstack(tree: Any) -> list[Any]:
 def _stack(*leaves: Array) -> Array:
     """`jnp.stack(leaves)`, each copied as soon as the backward has made it, last layer first.
 
-    XLA would fuse `jnp.stack` with what reads it, the norm and the update, and such kernels run at a third and two
-    thirds of an H200's memory rate; the copies run beside the backward's matmuls. Vectors are not worth a copy each.
+    XLA would fuse `jnp.stack` with what reads it, the norm and the update, and such kernels run at
+    a third and two thirds of an H200's memory rate; the copies run beside the backward's matmuls.
+    Vectors are not worth a copy each.
     """
     if leaves[0].ndim == 1:
         return jnp.stack(leaves)
@@ -299,10 +390,14 @@ def _stack(*leaves: Array) -> Array:
     return lax.optimization_barrier(stack)
 
 
-_unstack.defvjp(lambda tree: (_unstack(tree), None), lambda _, cotangents: (jax.tree.map(_stack, *cotangents),))
+_unstack.defvjp(
+    lambda tree: (_unstack(tree), None), lambda _, cotangents: (jax.tree.map(_stack, *cotangents),)
+)
 
 
-def unembedding(params: Params, config: ModelConfig, operations: Operations, policy: Policy) -> Array | Head:
+def unembedding(
+    params: Params, config: ModelConfig, operations: Operations, policy: Policy
+) -> Array | Head:
     """The unembedding matrix [V, D], with its bias where it has one (on a mesh: the local rows)."""
     head = use(params["head"], "head", operations, policy) if "head" in params else {}
     if config.is_tied:
@@ -310,16 +405,24 @@ def unembedding(params: Params, config: ModelConfig, operations: Operations, pol
     return Head(**head) if config.use_head_bias else head["weights"]
 
 
-def final_hidden(params: Params, x: Array, config: ModelConfig, operations: Operations, policy: Policy) -> Array:
+def final_hidden(
+    params: Params, x: Array, config: ModelConfig, operations: Operations, policy: Policy
+) -> Array:
     """Final norm: residual [B, own T, D] to the unembedding's input [B, T, D]."""
     norm = use(params["final_norm"], "final_norm", operations, policy)
     return operations.mark("final_norm", operations.enter(layers.normalise(norm, x, config)))
 
 
 def forward(
-    params: Params, batch: Batch, caches: Any = None, *, config: ModelConfig, operations: Operations | None = None,
-    policy: Policy | None = None, stack: StackConfig | None = None,
-) -> tuple[Array, Any]:  # fmt: skip
+    params: Params,
+    batch: Batch,
+    caches: Any = None,
+    *,
+    config: ModelConfig,
+    operations: Operations | None = None,
+    policy: Policy | None = None,
+    stack: StackConfig | None = None,
+) -> tuple[Array, Any]:
     """Logits of every token.
 
     Args:
@@ -335,7 +438,15 @@ def forward(
     weights = batch.get("weights", jnp.ones(batch["tokens"].shape, jnp.float32))
     x = embed(params, batch, config, operations, policy)
     x, caches, _ = run_layers(
-        params, x, context, weights, caches, config=config, operations=operations, policy=policy, stack=stack
+        params,
+        x,
+        context,
+        weights,
+        caches,
+        config=config,
+        operations=operations,
+        policy=policy,
+        stack=stack,
     )
     h = final_hidden(params, x, config, operations, policy)
     logits = unembed(h, unembedding(params, config, operations, policy), config.logit_softcap)
@@ -357,7 +468,9 @@ class Transformer(nnx.Module):
         params = init_params(config, rngs.params(), self.policy.parameters)
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
 
-    def __call__(self, tokens: Array, positions: Array | None = None, segments: Array | None = None) -> Array:
+    def __call__(
+        self, tokens: Array, positions: Array | None = None, segments: Array | None = None
+    ) -> Array:
         """Logits [B, T, V] of tokens [B, T]; positions default to 0 .. T - 1."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -367,4 +480,6 @@ class Transformer(nnx.Module):
 
     def pure_params(self) -> Params:
         """The parameter tree as plain arrays, as the train step takes it."""
-        return jax.tree.map(lambda p: p[...], self.params, is_leaf=lambda p: isinstance(p, nnx.Param))
+        return jax.tree.map(
+            lambda p: p[...], self.params, is_leaf=lambda p: isinstance(p, nnx.Param)
+        )

@@ -11,13 +11,16 @@ from jaxscale.types import Array
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["order", "inverse", "group_sizes"], meta_fields=["num_active"]
+    jax.tree_util.register_dataclass,
+    data_fields=["order", "inverse", "group_sizes"],
+    meta_fields=["num_active"],
 )
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
     """Where the choices of n tokens stand once they are sorted by expert.
 
-    Source: Gale et al. 2022, MegaBlocks (arXiv 2211.15841), section 5.2: its permutation, without padding.
+    Source: Gale et al. 2022, MegaBlocks (arXiv 2211.15841), section 5.2: its permutation, without
+        padding.
     Args:
         order: [n A] the choice in each row.
         inverse: [n A] the row of each choice.
@@ -41,7 +44,8 @@ class Dispatch:
     def combine(self, outputs: Array, gates: Array, slopes: Array | None = None) -> Array:
         """The sum over each token's choices of the sorted outputs [n A, D] times gates [n, A]: [n, D].
 
-        The gradient of `outputs` is multiplied by `slopes` [n, A], which have none themselves; None for the gates.
+        The gradient of `outputs` is multiplied by `slopes` [n, A], which have none themselves; None
+        for the gates.
         """
         return _combine(outputs, gates, gates if slopes is None else slopes, self)
 
@@ -50,7 +54,11 @@ def make_dispatch(index: Array, num_experts: int) -> Dispatch:
     """Sorts the choices index [n, A], those of one expert in the order of their tokens."""
     choices = index.reshape(-1)
     order = jnp.argsort(choices, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    inverse = (
+        jnp.zeros_like(order)
+        .at[order]
+        .set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    )
     group_sizes = jnp.bincount(choices, length=num_experts).astype(jnp.int32)
     return Dispatch(order, inverse, group_sizes, index.shape[-1])
 

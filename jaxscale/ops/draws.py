@@ -1,9 +1,11 @@
 """Random draws of single tokens: whatever the mesh, the micro-batches and the layout, a token draws the same numbers.
 
-Each number is a function of the step's key, the token's place in the global batch, the layer, the purpose and nothing
-else, made by a counter-based generator: nothing is stored, and a forward that is run again draws the same.
+Each number is a function of the step's key, the token's place in the global batch, the layer, the
+purpose and nothing else, made by a counter-based generator: nothing is stored, and a forward that
+is run again draws the same.
 
-Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2 (Threefry), as JAX has it.
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.2 (Threefry),
+    as JAX has it.
 """
 
 import dataclasses
@@ -39,7 +41,12 @@ def scramble(keys: Array, first: Array | int, second: Array | int) -> Array:
     Returns:
         [..., 2] uint32.
     """
-    words = (keys[..., 0], keys[..., 1], jnp.asarray(first, jnp.uint32), jnp.asarray(second, jnp.uint32))
+    words = (
+        keys[..., 0],
+        keys[..., 1],
+        jnp.asarray(first, jnp.uint32),
+        jnp.asarray(second, jnp.uint32),
+    )
     return jnp.stack(threefry2x32_p.bind(*jnp.broadcast_arrays(*words)), -1)
 
 
@@ -76,12 +83,15 @@ class Draws:
         return dataclasses.replace(self, layer=layer)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "first"], meta_fields=["rate"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "first"], meta_fields=["rate"]
+)
 @dataclasses.dataclass(frozen=True)
 class Dropout:
     """Zeroes each element of a vector with a probability and divides the others by what is left of 1.
 
-    Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting", section 4.
+    Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from
+        overfitting", section 4.
     Args:
         keys: [..., 2] uint32, one key a vector.
         rate: the probability.

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 def project(x: Array, head: Array) -> Array:
     """Logits in at least float32, as the matmul accumulates them: rounded to bfloat16, one in ten tops would be a tie.
 
-    Its gradient rounds the cotangent to the type of `x`; plainly differentiated, the two matmuls would run in float32.
+    Its gradient rounds the cotangent to the type of `x`; plainly differentiated, the two matmuls
+    would run in float32.
 
     Args:
         x: [B, T, D].
@@ -30,7 +31,9 @@ def project(x: Array, head: Array) -> Array:
     Returns:
         [B, T, V].
     """
-    return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.einsum(
+        "btd,vd->btv", x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
+    )
 
 
 def _project_backward(arguments: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
@@ -61,11 +64,17 @@ def num_rows(head: Array | Head) -> int:
 
 def unembed(h: Array, head: Array | Head, softcap: float | None = None) -> Array:
     """Logits [B, T, V] of `project`, plus the bias if there is one, as c * tanh(logits / c) with a soft-cap c."""
-    logits = project(h, head.weights) + accumulator(head.bias) if isinstance(head, Head) else project(h, head)
+    logits = (
+        project(h, head.weights) + accumulator(head.bias)
+        if isinstance(head, Head)
+        else project(h, head)
+    )
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def token_loss(h: Array, head: Array | Head, labels: Array, softcap: float | None = None) -> tuple[Array, Array]:
+def token_loss(
+    h: Array, head: Array | Head, labels: Array, softcap: float | None = None
+) -> tuple[Array, Array]:
     """Negative log-likelihood and log-normaliser of each token; the softmax is taken in at least float32.
 
     Args:
@@ -85,12 +94,16 @@ def label_and_normaliser(
 ) -> tuple[Array, Array]:
     """Logit of each token's label [B, T], 0 for one outside [0, V), and log sum exp of its logits [B, T].
 
-    Of part of a vocabulary as of a whole one. On Hopper GPUs by a kernel, elsewhere by logits; arguments as
-    `token_loss`.
+    Of part of a vocabulary as of a whole one. On Hopper GPUs by a kernel, elsewhere by logits;
+    arguments as `token_loss`.
     """
-    implementation = "mosaic" if is_hopper() and _mosaic_refusal(h, head, softcap) is None else "logits"
+    implementation = (
+        "mosaic" if is_hopper() and _mosaic_refusal(h, head, softcap) is None else "logits"
+    )
     shape = num_rows(head), h.shape[-1]
-    logger.info("cross-entropy: backend %s for h%s head%s %s", implementation, h.shape, shape, h.dtype)
+    logger.info(
+        "cross-entropy: backend %s for h%s head%s %s", implementation, h.shape, shape, h.dtype
+    )
     if implementation == "mosaic":
         h, head = _with_bias_in_columns(h.reshape(-1, h.shape[-1]), head)
         label, normaliser = linear_cross_entropy.label_and_normaliser(
@@ -102,7 +115,8 @@ def label_and_normaliser(
 
 def from_logits(logits: Array, labels: Array) -> tuple[Array, Array]:
     """What `label_and_normaliser` returns, of logits [B, T, V] and labels [B, T]."""
-    # The maximum only steadies the exponentials. In this form XLA makes the gradient of the logits in one pass.
+    # The maximum only steadies the exponentials. In this form XLA makes the gradient of the logits
+    # in one pass.
     top = lax.stop_gradient(logits.max(-1))
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
     label = jnp.where(is_label, logits, 0).sum(-1)
@@ -114,9 +128,14 @@ def _with_bias_in_columns(h: Array, head: Array | Head) -> tuple[Array, Array]:
     if not isinstance(head, Head):
         return h, head
     first, *rest = parts_of(accumulator(head.bias), 3)
-    columns = [first, *map(lax.stop_gradient, rest)]  # the bias is one parameter, so one column has its gradient
+    columns = [
+        first,
+        *map(lax.stop_gradient, rest),
+    ]  # the bias is one parameter, so one column has its gradient
     columns = jnp.stack(columns, -1).astype(h.dtype)
-    return jnp.concatenate([h, jnp.ones((len(h), 3), h.dtype)], -1), jnp.concatenate([head.weights, columns], -1)
+    return jnp.concatenate([h, jnp.ones((len(h), 3), h.dtype)], -1), jnp.concatenate(
+        [head.weights, columns], -1
+    )
 
 
 def _mosaic_refusal(h: Array, head: Array | Head, softcap: float | None) -> str | None:
@@ -128,16 +147,18 @@ def _mosaic_refusal(h: Array, head: Array | Head, softcap: float | None) -> str 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def sum_over_chunks(loss: Callable, num_chunks: int, x: Array, head: Array | Head, labels: Array, weights: Array):
+def sum_over_chunks(
+    loss: Callable, num_chunks: int, x: Array, head: Array | Head, labels: Array, weights: Array
+):
     """Sums a per-token loss over chunks of T; the backward's matmuls run in the forward, so no logits are kept.
 
-    The loss is a sum, so its cotangent is one number: each chunk's gradients are made while its logits exist (three
-    matmuls and nothing recomputed) and multiplied by that number in the backward. The gradient of `head` is
-    accumulated over chunks in at least float32.
+    The loss is a sum, so its cotangent is one number: each chunk's gradients are made while its
+    logits exist (three matmuls and nothing recomputed) and multiplied by that number in the
+    backward. The gradient of `head` is accumulated over chunks in at least float32.
 
     Args:
-        loss: (x [B, T/n, D], head, labels, weights [B, T/n]) -> pytree of sums; its first leaf is the loss that
-            is differentiated, the others are figures with no gradient.
+        loss: (x [B, T/n, D], head, labels, weights [B, T/n]) -> pytree of sums; its first leaf is
+            the loss that is differentiated, the others are figures with no gradient.
         num_chunks: n, dividing T.
         x: [B, T, D] final hidden states.
         head: [V, D] unembedding, or with a bias.
@@ -152,7 +173,9 @@ def sum_over_chunks(loss: Callable, num_chunks: int, x: Array, head: Array | Hea
     return jax.tree.map(lambda s: s.sum(0), lax.map(lambda c: loss(c[0], head, c[1], c[2]), chunks))
 
 
-def _forward(loss: Callable, num_chunks: int, x: Array, head: Array | Head, labels: Array, weights: Array):
+def _forward(
+    loss: Callable, num_chunks: int, x: Array, head: Array | Head, labels: Array, weights: Array
+):
     def one(head_gradient: Array | Head, chunk: tuple[Array, Array, Array]):
         x_chunk, labels_chunk, weights_chunk = chunk
 
@@ -183,7 +206,12 @@ def _split(num_chunks: int, *arrays: Array) -> tuple[Array, ...]:
     """[B, T, ...] -> [n, B, T/n, ...] of each array."""
     length = arrays[0].shape[1]
     if length % num_chunks:
-        raise InputError("num_loss_chunks", num_chunks, f"T % num_loss_chunks == 0, but T = {length}")
+        raise InputError(
+            "num_loss_chunks", num_chunks, f"T % num_loss_chunks == 0, but T = {length}"
+        )
     return tuple(
-        jnp.moveaxis(a.reshape(a.shape[0], num_chunks, a.shape[1] // num_chunks, *a.shape[2:]), 1, 0) for a in arrays
+        jnp.moveaxis(
+            a.reshape(a.shape[0], num_chunks, a.shape[1] // num_chunks, *a.shape[2:]), 1, 0
+        )
+        for a in arrays
     )

@@ -19,20 +19,27 @@ logger = logging.getLogger(__name__)
 
 
 def experts(
-    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    x: Array,
+    index: Array,
+    gates: Array,
+    weights: Params,
+    activation: str,
+    slopes: Array | None = None,
     dropout: Dropout | None = None,
-) -> Array:  # fmt: skip
+) -> Array:
     """Sends each token to its experts and returns the gated sum of their outputs; no token is ever dropped.
 
-    Source: Shazeer et al. 2017 (arXiv 1701.06538), equation 1; dropless by sorting as in arXiv 2211.15841.
+    Source: Shazeer et al. 2017 (arXiv 1701.06538), equation 1; dropless by sorting as in arXiv
+        2211.15841.
     Args:
         x: [B, T, D].
         index: [B, T, A] the chosen experts of each token, A experts a token.
         gates: [B, T, A] their weights.
-        weights: expert matrices with leading dim E: `up` [E, D, F], `down` [E, F, D], and `gate` when gated.
+        weights: expert matrices with leading dim E: `up` [E, D, F], `down` [E, F, D], and `gate`
+            when gated.
         activation: name of the feed-forward's activation.
-        slopes: [B, T, A] what the gradient of an expert's output is multiplied by in place of its gate, not
-            differentiated; None for the gates.
+        slopes: [B, T, A] what the gradient of an expert's output is multiplied by in place of its
+            gate, not differentiated; None for the gates.
         dropout: of the hidden activations, with a key [B, T, A, 2] a choice; None drops nothing.
     Returns:
         [B, T, D] in the type of `x`.
@@ -40,14 +47,20 @@ def experts(
     """
     tokens, choices = x.reshape(-1, x.shape[-1]), index.reshape(-1, index.shape[-1])
     dispatch = make_dispatch(choices, weights["up"].shape[0])
-    dropout = None if dropout is None else dataclasses.replace(dropout, keys=dispatch.keys(dropout.keys))
+    dropout = (
+        None if dropout is None else dataclasses.replace(dropout, keys=dispatch.keys(dropout.keys))
+    )
     outputs = grouped_ffn(dispatch.rows(tokens), dispatch.group_sizes, weights, activation, dropout)
     slopes = None if slopes is None else slopes.reshape(choices.shape)
     return dispatch.combine(outputs, gates.reshape(choices.shape), slopes).reshape(x.shape)
 
 
 def grouped_ffn(
-    rows: Array, group_sizes: Array, weights: Params, activation: str, dropout: Dropout | None = None
+    rows: Array,
+    group_sizes: Array,
+    weights: Params,
+    activation: str,
+    dropout: Dropout | None = None,
 ) -> Array:
     """The feed-forward of expert e on its consecutive `group_sizes[e]` rows; rows past the last group give zero.
 
@@ -62,8 +75,15 @@ def grouped_ffn(
     implementation = "mosaic" if is_hopper() and _mosaic_refusal(rows, weights) is None else "xla"
     logger.info("experts: backend %s for rows%s %s", implementation, rows.shape, rows.dtype)
     if implementation == "mosaic" and activation == "swiglu" and dropout is None:
-        return feed_forward(rows, *(weights[n] for n in ("gate", "up", "down")), group_sizes, implementation="mosaic")
-    multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
+        return feed_forward(
+            rows,
+            *(weights[n] for n in ("gate", "up", "down")),
+            group_sizes,
+            implementation="mosaic",
+        )
+    multiply = functools.partial(
+        grouped_matmul, group_sizes=group_sizes, implementation=implementation
+    )
     gate = multiply(rows, weights["gate"]) if "gate" in weights else None
     hidden = activate(activation, gate, multiply(rows, weights["up"]))
     return multiply(hidden if dropout is None else dropout(hidden), weights["down"])
@@ -75,15 +95,24 @@ def _mosaic_refusal(rows: Array, weights: Params) -> str | None:
 
 
 def reference(
-    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    x: Array,
+    index: Array,
+    gates: Array,
+    weights: Params,
+    activation: str,
+    slopes: Array | None = None,
     dropout: Dropout | None = None,
-) -> Array:  # fmt: skip
+) -> Array:
     """The slow twin: every expert on every token, in at least float32; arguments as `experts`."""
     x32 = accumulator(x)
     chosen = jax.nn.one_hot(index, weights["up"].shape[0], dtype=x32.dtype)
 
     def one(expert: Params, chosen: Array) -> Array:
-        project = {name: jnp.einsum("btd,df->btf", x32, accumulator(expert[name])) for name in expert if name != "down"}
+        project = {
+            name: jnp.einsum("btd,df->btf", x32, accumulator(expert[name]))
+            for name in expert
+            if name != "down"
+        }
         hidden = activate(activation, project.get("gate"), project["up"])
         if dropout is not None:
             of_choice = dropout(jnp.ones((*index.shape, hidden.shape[-1]), x32.dtype))

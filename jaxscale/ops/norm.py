@@ -36,14 +36,17 @@ def _backward(epsilon: float, kept: tuple[Array, Array], dy: Array) -> tuple[Arr
 
 
 _rms_norm = jax.custom_vjp(reference.rms_norm, nondiff_argnums=(2,))
-_rms_norm.defvjp(lambda x, scale, epsilon: (reference.rms_norm(x, scale, epsilon), (x, scale)), _backward)
+_rms_norm.defvjp(
+    lambda x, scale, epsilon: (reference.rms_norm(x, scale, epsilon), (x, scale)), _backward
+)
 
 
 def residual_norm(x: Array, scale: Array, *, epsilon: float) -> tuple[Array, Array]:
     """(x, rms_norm(x)): where the residual goes on from its first part, both gradients of `x` are added in one pass.
 
-    On Hopper GPUs the backward is a kernel where that takes such rows, and says so in the log: differentiable once, and
-    on several devices for a manual region. Elsewhere it is `rms_norm`'s; arguments as there.
+    On Hopper GPUs the backward is a kernel where that takes such rows, and says so in the log:
+    differentiable once, and on several devices for a manual region. Elsewhere it is `rms_norm`'s;
+    arguments as there.
     """
     rows = x.reshape(-1, x.shape[-1])
     if not is_hopper() or kernel.mosaic_refusal(rows) is not None:
@@ -67,5 +70,9 @@ def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) ->
     """
     x32 = accumulator(x)
     centred = x32 - x32.mean(-1, keepdims=True)
-    y = centred * lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon) * accumulator(scale)
+    y = (
+        centred
+        * lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
+        * accumulator(scale)
+    )
     return (y if bias is None else y + accumulator(bias)).astype(x.dtype)

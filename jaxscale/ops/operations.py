@@ -43,28 +43,34 @@ def _between(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Arra
 class Operations:
     """What a model calls wherever a mesh could matter; the defaults are one device.
 
-    The residual stream between `exit` and `enter` belongs to this device alone (on a mesh: its tokens only), so every
-    token's loss is counted on exactly one device and a parameter's gradient is the sum over the devices that hold it.
+    The residual stream between `exit` and `enter` belongs to this device alone (on a mesh: its
+    tokens only), so every token's loss is counted on exactly one device and a parameter's gradient
+    is the sum over the devices that hold it.
 
     Args:
         attention: (q, k, v, context, cache) -> (output, cache); owns the cache's layout.
         experts: as `ops.moe.experts` -> this device's part of the output, summed by `exit`.
-        first_hidden: (number of local elements of an expert's hidden vector) -> number of the first one.
-        gather: (section, params) -> params as the forward uses them; section is "embedding", "layers/0", "head" ...
+        first_hidden: (number of local elements of an expert's hidden vector) -> number of the first
+            one.
+        gather: (section, params) -> params as the forward uses them; section is "embedding",
+            "layers/0", "head" ...
         enter: residual [B, own T, D] -> [B, T, D], input of column-parallel matmuls.
         exit: [B, T, D] partial sums of row-parallel matmuls -> residual [B, own T, D].
-        between: (f, project, x, *rows) -> (residual [B, own T, D], what `f` kept): what the matmuls after `enter` and
-            before `exit` enclose. x is the normalised residual [B, own T, D]; f([b, T, D], *rows of as many) returns
-            (hidden, what it keeps) and treats rows alike: of some of the rows those rows of what it returns of all;
-            project(hidden) is the last matmul, partial sums [b, T, D]; rows are trees of [B, T, ...] known to the whole
-            tensor group.
-        own: [B, T, ...] known to the whole tensor group -> the own tokens [B, own T, ...]; a share of all B T tokens in
-            the order of rows, so its rows are not the batch's: only what treats tokens alike may read it.
-        embed: (table [V, D], tokens [B, T]) -> residual [B, own T, D]; 0 for a token outside the table.
-        token_loss: (h [B, T, D], head as `ops.loss` has it, labels [B, T], softcap) -> (nll, log-normaliser) of the
-            own tokens; nll 0 for a label outside the vocabulary.
-        mark: (path, x) -> x; names a tensor for rematerialisation policies by the last part of its path, and lets a
-            diagnosis look at it.
+        between: (f, project, x, *rows) -> (residual [B, own T, D], what `f` kept): what the matmuls
+            after `enter` and before `exit` enclose. x is the normalised residual [B, own T, D];
+            f([b, T, D], *rows of as many) returns (hidden, what it keeps) and treats rows alike: of
+            some of the rows those rows of what it returns of all; project(hidden) is the last
+            matmul, partial sums [b, T, D]; rows are trees of [B, T, ...] known to the whole tensor
+            group.
+        own: [B, T, ...] known to the whole tensor group -> the own tokens [B, own T, ...]; a share
+            of all B T tokens in the order of rows, so its rows are not the batch's: only what
+            treats tokens alike may read it.
+        embed: (table [V, D], tokens [B, T]) -> residual [B, own T, D]; 0 for a token outside the
+            table.
+        token_loss: (h [B, T, D], head as `ops.loss` has it, labels [B, T], softcap) -> (nll,
+            log-normaliser) of the own tokens; nll 0 for a label outside the vocabulary.
+        mark: (path, x) -> x; names a tensor for rematerialisation policies by the last part of its
+            path, and lets a diagnosis look at it.
         total: sums over the tokens of all devices a figure that is not differentiated.
     """
 

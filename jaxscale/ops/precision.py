@@ -18,7 +18,8 @@ class Policy:
     Args:
         parameters: type of the stored (master) parameters and of the optimizer state.
         compute: type of activations and of the parameters as matmuls see them.
-        reduction: type in which gradients are accumulated over micro-batches and summed over devices.
+        reduction: type in which gradients are accumulated over micro-batches and summed over
+            devices.
         output: type of logits returned to a caller (the loss always works in at least float32).
     Raises:
         InputError: a type is unknown, or float64 while JAX computes in float32 instead.
@@ -35,12 +36,16 @@ class Policy:
             value = getattr(self, field.name)
             check_choice(f"Policy.{field.name}", value, FLOAT_TYPES)
             if jax.dtypes.canonicalize_dtype(value) != value:
-                raise InputError(f"Policy.{field.name}", value, "JAX_ENABLE_X64=1 in the environment with it")
+                raise InputError(
+                    f"Policy.{field.name}", value, "JAX_ENABLE_X64=1 in the environment with it"
+                )
 
 
 def cast(tree: Any, dtype: str) -> Any:
     """Casts the floating-point leaves of a tree to `dtype`; other leaves pass unchanged."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
 
 
 def accumulator(x: Array) -> Array:

@@ -21,10 +21,13 @@ def rope(x: Array, positions: Array, *, theta: float) -> Array:
     """
     half = x.shape[-1] // 2
     pairs = accumulator(x).reshape(*x.shape[:-1], 2, half)
-    # In float64 on the host: at position 100,000 the device's power is off by hundredths of a radian.
+    # In float64 on the host: at position 100,000 the device's power is off by hundredths of a
+    # radian.
     frequencies = (theta ** (-np.arange(half) / half)).astype(pairs.dtype)
     angles = positions[..., None, None, None].astype(pairs.dtype) * frequencies
     signs = np.array([[-1], [1]], pairs.dtype)
     # Halves sliced and joined again would become two padded halves, and their sum, in the gradient.
-    rotated = pairs * jnp.cos(angles) + lax.rev(pairs, (pairs.ndim - 2,)) * (signs * jnp.sin(angles))
+    rotated = pairs * jnp.cos(angles) + lax.rev(pairs, (pairs.ndim - 2,)) * (
+        signs * jnp.sin(angles)
+    )
     return rotated.reshape(x.shape).astype(x.dtype)

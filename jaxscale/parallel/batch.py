@@ -1,14 +1,21 @@
 """Batches on the mesh: rows over `data` and `expert`, tokens over `sequence`."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxscale.parallel.mesh import BATCH_SPEC
-from jaxscale.parallel.processes import batch_share
-from jaxscale.types import Batch
+from jaxscale.parallel.mesh import AXES, BATCH_SPEC, DATA, EXPERT
+from jaxscale.types import Batch, InputError
 
-TYPES = {"tokens": "int32", "labels": "int32", "weights": "float32", "segments": "int32", "positions": "int32"}
+TYPES = {
+    "tokens": "int32",
+    "labels": "int32",
+    "weights": "float32",
+    "segments": "int32",
+    "positions": "int32",
+}
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, length: int, *, is_packed: bool) -> Batch:
@@ -36,3 +43,29 @@ def place(mesh: Mesh, batch: Batch) -> Batch:
         return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, shard)
 
     return jax.tree.map(put, batch)
+
+
+@functools.cache
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which rows of each global batch this process reads: share `index` of `count` equal ones.
+
+    Processes that hold other layers, positions or columns for the same rows read the same share.
+
+    Raises:
+        InputError: the devices of some process do not make up one share.
+    """
+    num_shards = mesh.shape[DATA] * mesh.shape[EXPERT]
+    kept = (AXES.index(DATA), AXES.index(EXPERT))
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    owners = np.moveaxis(owners, kept, (0, 1)).reshape(num_shards, -1)
+    for process in np.unique(owners):
+        held = np.flatnonzero((owners == process).any(axis=1))
+        if num_shards % len(held) or held[0] % len(held) or held[-1] - held[0] + 1 != len(held):
+            raise InputError(
+                "MeshConfig",
+                tuple(mesh.devices.shape),
+                "axes that give each process whole shares of the batch: of "
+                f"data * expert = {num_shards} shares, process {process} holds parts of {held.tolist()}",
+            )
+    held = np.flatnonzero((owners == jax.process_index()).any(axis=1))
+    return int(held[0]) // len(held), num_shards // len(held)

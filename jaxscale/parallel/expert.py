@@ -38,23 +38,29 @@ def check_exchange(config: MeshConfig, devices: Iterable[jax.Device]) -> None:
 
 
 def experts(
-    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    x: Array,
+    index: Array,
+    gates: Array,
+    weights: Params,
+    activation: str,
+    slopes: Array | None = None,
     dropout: Dropout | None = None,
-) -> Array:  # fmt: skip
+) -> Array:
     """`ops.moe.experts` with the experts spread over `expert`: local weights have leading dim E / expert.
 
     The choices of a token are different experts.
 
-    Tokens travel in one dense all-to-all whose buffers hold the worst case, so no routing can drop a token: with n
-    local tokens and A choices each, `expert` blocks of n min(A, E / expert) rows each way. The same devices get the
-    outputs back and weigh them. The rows that a block has too many come after the last expert's, where a grouped
-    matmul computes nothing, but they are sent and stored like the others.
+    Tokens travel in one dense all-to-all whose buffers hold the worst case, so no routing can drop
+    a token: with n local tokens and A choices each, `expert` blocks of n min(A, E / expert) rows
+    each way. The same devices get the outputs back and weigh them. The rows that a block has too
+    many come after the last expert's, where a grouped matmul computes nothing, but they are sent
+    and stored like the others.
 
     Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 3.2, without its capacity.
     Args and Returns as `ops.moe.experts`.
-    Cost: with R = expert n min(A, E / expert) rows, a fixed number of times (expert min(A, E / expert) / A) the rows
-        there are: 2 R D elements exchanged, forward; three buffers [R, D] kept for the backward beside the R F that
-        the feed-forward keeps.
+    Cost: with R = expert n min(A, E / expert) rows, a fixed number of times (expert min(A, E /
+        expert) / A) the rows there are: 2 R D elements exchanged, forward; three buffers [R, D]
+        kept for the backward beside the R F that the feed-forward keeps.
     """
     num_shards, num_local = lax.axis_size(EXPERT), weights["up"].shape[0]
     dispatch, rows = _sort(x, index, num_local * num_shards)
@@ -65,7 +71,11 @@ def experts(
     slots = shard * capacity + jnp.arange(len(rows)) - starts[shard]
 
     def forth(rows: Array) -> Array:
-        sent = jnp.zeros((num_shards * capacity, rows.shape[-1]), rows.dtype).at[slots].set(rows, unique_indices=True)
+        sent = (
+            jnp.zeros((num_shards * capacity, rows.shape[-1]), rows.dtype)
+            .at[slots]
+            .set(rows, unique_indices=True)
+        )
         return _exchange(sent.reshape(num_shards, capacity, -1))
 
     if dropout is not None:
@@ -75,30 +85,44 @@ def experts(
 
 
 def ragged_experts(
-    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    x: Array,
+    index: Array,
+    gates: Array,
+    weights: Params,
+    activation: str,
+    slopes: Array | None = None,
     dropout: Dropout | None = None,
-) -> Array:  # fmt: skip
+) -> Array:
     """`experts` with an exchange that carries only the rows there are, on GPUs.
 
-    The numbers of rows are exchanged first. Each expert's rows are sent apart, so that the rows of an expert arrive
-    side by side from all devices and need no sorting there.
+    The numbers of rows are exchanged first. Each expert's rows are sent apart, so that the rows of
+    an expert arrive side by side from all devices and need no sorting there.
 
     Args and Returns as `ops.moe.experts`.
-    Cost: 2 n A D elements exchanged, forward. As shapes are static and no token is dropped, the receiving buffer is
-        that of the worst case, expert n min(A, E / expert) rows as in `experts`, but it is there once; the rows at the
-        sender are n A.
+    Cost: 2 n A D elements exchanged, forward. As shapes are static and no token is dropped, the
+        receiving buffer is that of the worst case, expert n min(A, E / expert) rows as in
+        `experts`, but it is there once; the rows at the sender are n A.
     """
     num_shards, num_local = lax.axis_size(EXPERT), weights["up"].shape[0]
     dispatch, rows = _sort(x, index, num_local * num_shards)
     counts = dispatch.group_sizes
     starts = jnp.cumsum(counts) - counts
-    sizes = _exchange(counts.reshape(num_shards, num_local))  # [sender, expert] of the rows that come here
-    ends = jnp.cumsum(sizes.T).reshape(num_local, num_shards).T  # all senders' rows of an expert lie together
+    sizes = _exchange(
+        counts.reshape(num_shards, num_local)
+    )  # [sender, expert] of the rows that come here
+    ends = (
+        jnp.cumsum(sizes.T).reshape(num_local, num_shards).T
+    )  # all senders' rows of an expert lie together
     places = ends - sizes
 
     def forth(rows: Array) -> Array:
-        buffer, there = jnp.zeros((num_rows, rows.shape[-1]), rows.dtype), _exchange(places).reshape(-1)
-        return lax.ragged_all_to_all(rows, buffer, starts, counts, there, sizes.reshape(-1), axis_name=EXPERT)
+        buffer, there = (
+            jnp.zeros((num_rows, rows.shape[-1]), rows.dtype),
+            _exchange(places).reshape(-1),
+        )
+        return lax.ragged_all_to_all(
+            rows, buffer, starts, counts, there, sizes.reshape(-1), axis_name=EXPERT
+        )
 
     def back(rows: Array, buffer: Array) -> Array:
         there = _exchange(starts.reshape(num_shards, num_local)).reshape(-1)
@@ -109,29 +133,41 @@ def ragged_experts(
     num_rows = num_shards * _capacity(x, index.shape[-1], num_local)
     if dropout is not None:
         dropout = dataclasses.replace(dropout, keys=forth(dispatch.keys(dropout.keys)))
-    outputs = back(grouped_ffn(forth(rows), sizes.sum(0), weights, activation, dropout), jnp.zeros_like(rows))
+    outputs = back(
+        grouped_ffn(forth(rows), sizes.sum(0), weights, activation, dropout), jnp.zeros_like(rows)
+    )
     return _combine(outputs, dispatch, gates, slopes)
 
 
 def tensor_experts(
-    x: Array, index: Array, gates: Array, weights: Params, activation: str, slopes: Array | None = None,
+    x: Array,
+    index: Array,
+    gates: Array,
+    weights: Params,
+    activation: str,
+    slopes: Array | None = None,
     dropout: Dropout | None = None,
-) -> Array:  # fmt: skip
+) -> Array:
     """`ops.moe.experts` with whole experts on each rank of `tensor`: local weights have leading dim E / tensor.
 
-    Every rank has all the group's tokens, runs the choices that fell on its own experts and returns their share of the
-    sum; the others' rows come after the last expert's, where a grouped matmul computes nothing.
+    Every rank has all the group's tokens, runs the choices that fell on its own experts and returns
+    their share of the sum; the others' rows come after the last expert's, where a grouped matmul
+    computes nothing.
 
     Source: Liu et al. 2024 (arXiv 2409.12136), section 3.2.
-    Args: x [B, T, D], index, gates and slopes [B, T, A], the same on every rank; else as `ops.moe.experts`.
+    Args: x [B, T, D], index, gates and slopes [B, T, A], the same on every rank; else as
+    `ops.moe.experts`.
     Returns:
         This rank's part of the output [B, T, D].
-    Cost: nothing is exchanged; the buffers hold all B T A rows, as any rank may be chosen for all of them.
+    Cost: nothing is exchanged; the buffers hold all B T A rows, as any rank may be chosen for all
+        of them.
     """
     num_local = weights["up"].shape[0]
     local = index - lax.axis_index(TENSOR) * num_local
     is_here = (local >= 0) & (local < num_local)
-    return moe.experts(x, jnp.where(is_here, local, num_local), gates, weights, activation, slopes, dropout)
+    return moe.experts(
+        x, jnp.where(is_here, local, num_local), gates, weights, activation, slopes, dropout
+    )
 
 
 def _sort(x: Array, index: Array, num_experts: int) -> tuple[Dispatch, Array]:
@@ -157,13 +193,21 @@ def _exchange(x: Array) -> Array:
     return lax.all_to_all(x, EXPERT, 0, 0, tiled=True)
 
 
-def _apply(received: Array, counts: Array, weights: Params, activation: str, dropout: Dropout | None) -> Array:
+def _apply(
+    received: Array, counts: Array, weights: Params, activation: str, dropout: Dropout | None
+) -> Array:
     """Runs the local experts on blocks [shards, C, D] whose first rows are sorted by expert, `counts` [shards, E]."""
     num_shards, capacity, width = received.shape
     ends = jnp.cumsum(counts, 1)
-    expert = (jnp.arange(capacity)[None, :, None] >= ends[:, None, :]).sum(-1)  # = E / expert past the last row
+    expert = (jnp.arange(capacity)[None, :, None] >= ends[:, None, :]).sum(
+        -1
+    )  # = E / expert past the last row
     order = jnp.argsort(expert.reshape(-1), stable=True)
     rows = received.reshape(-1, width)[order]
-    dropout = None if dropout is None else dataclasses.replace(dropout, keys=dropout.keys.reshape(-1, 2)[order])
+    dropout = (
+        None
+        if dropout is None
+        else dataclasses.replace(dropout, keys=dropout.keys.reshape(-1, 2)[order])
+    )
     y = grouped_ffn(rows, counts.sum(0), weights, activation, dropout)
     return jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(num_shards, capacity, -1)

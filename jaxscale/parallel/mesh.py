@@ -9,9 +9,17 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
-PIPELINE, DATA, EXPERT, SEQUENCE, TENSOR = AXES = ("pipeline", "data", "expert", "sequence", "tensor")
+PIPELINE, DATA, EXPERT, SEQUENCE, TENSOR = AXES = (
+    "pipeline",
+    "data",
+    "expert",
+    "sequence",
+    "tensor",
+)
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
-BATCH_SPEC = PartitionSpec((DATA, EXPERT), SEQUENCE)  # [B, T]: dense layers share the batch over data and expert
+BATCH_SPEC = PartitionSpec(
+    (DATA, EXPERT), SEQUENCE
+)  # [B, T]: dense layers share the batch over data and expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +32,23 @@ class MeshConfig:
         expert: shares of the experts; dense layers use it as more data.
         sequence: shares of the sequence.
         tensor: shares of heads, feed-forward, experts' width and vocabulary.
-        zero: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters sharded over `zero_axes`
-            (arXiv 1910.02054, section 5). Gradients add up whole over the micro-batches and are cut at the step's end,
-            once; under 3 each micro-batch's is cut. A layer without rematerialisation keeps its gathered parameters for
-            the backward: under 3 it then takes the memory of all of them in the compute type, and gathers once.
+        zero: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters sharded over
+            `zero_axes` (arXiv 1910.02054, section 5). Gradients add up whole over the micro-batches
+            and are cut at the step's end, once; under 3 each micro-batch's is cut. A layer without
+            rematerialisation keeps its gathered parameters for the backward: under 3 it then takes
+            the memory of all of them in the compute type, and gathers once.
         zero_axes: ("data",) or ("data", "sequence"): both hold replicas of the parameters.
-        ring: of the `sequence` shares, rings of so many pass keys round (arXiv 2310.01889); the sequence / ring
-            members of a group exchange heads (arXiv 2309.14509).
+        ring: of the `sequence` shares, rings of so many pass keys round (arXiv 2310.01889); the
+            sequence / ring members of a group exchange heads (arXiv 2309.14509).
         schedule: of the pipeline, one of SCHEDULES.
         num_chunks: chunks of the stack that each stage holds, above 1 for "interleaved".
-        stage_periods: periods of the stack in each chunk, in the order of the layers; None is as even as possible.
-        expert_axis: "expert" exchanges tokens; "tensor" holds whole experts on each tensor rank, which sees all its
-            group's tokens already (arXiv 2409.12136, section 3.2).
+        stage_periods: periods of the stack in each chunk, in the order of the layers; None is as
+            even as possible.
+        expert_axis: "expert" exchanges tokens; "tensor" holds whole experts on each tensor rank,
+            which sees all its group's tokens already (arXiv 2409.12136, section 3.2).
         expert_exchange: "dense", worst-case buffers; "ragged", only the rows there are (GPU).
-        is_optimizer_on_host: the optimizer's moments rest in host memory between updates; a step moves them to the
-            device and back, an eighth or one parameter's at a time.
+        is_optimizer_on_host: the optimizer's moments rest in host memory between updates; a step
+            moves them to the device and back, an eighth or one parameter's at a time.
     """
 
     pipeline: int = 1
@@ -71,7 +81,9 @@ class MeshConfig:
             nearest = nearest_divisors(self.sequence, self.ring)
             raise InputError("MeshConfig.ring", self.ring, f"{equation}; nearest: {nearest}")
         if self.num_chunks > 1 and self.schedule != "interleaved":
-            raise InputError("MeshConfig.num_chunks", self.num_chunks, '1 unless schedule is "interleaved"')
+            raise InputError(
+                "MeshConfig.num_chunks", self.num_chunks, '1 unless schedule is "interleaved"'
+            )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -95,12 +107,17 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     if math.prod(config.sizes) != len(devices):
-        equation = " * ".join(AXES) + " = " + " * ".join(map(str, config.sizes)) + f" = {math.prod(config.sizes)}"
-        expected = (
-            f"{equation} to equal the number of devices, {len(devices)}; nearest: {_fitting(config, len(devices))}"
+        equation = (
+            " * ".join(AXES)
+            + " = "
+            + " * ".join(map(str, config.sizes))
+            + f" = {math.prod(config.sizes)}"
         )
+        expected = f"{equation} to equal the number of devices, {len(devices)}; nearest: {_fitting(config, len(devices))}"
         raise InputError("MeshConfig", config.sizes, expected)
-    return Mesh(np.asarray(devices).reshape(config.sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(
+        np.asarray(devices).reshape(config.sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
 
 
 def check_batch(config: MeshConfig, *, batch_size: int, length: int, num_microbatches: int) -> None:
@@ -114,10 +131,15 @@ def check_batch(config: MeshConfig, *, batch_size: int, length: int, num_microba
             f"{config.expert} * {num_microbatches}) = {rest}; nearest: {nearest_multiples(batch_size, shards)}",
         )
     for equation, parts in (
-        (f"(sequence * tensor) == 0, here {length} % ({config.sequence} * {config.tensor})",
-         config.sequence * config.tensor),
-        (f"(2 * ring) == 0, here {length} % (2 * {config.ring})", 2 * config.ring if config.ring > 1 else 1),
-    ):  # fmt: skip
+        (
+            f"(sequence * tensor) == 0, here {length} % ({config.sequence} * {config.tensor})",
+            config.sequence * config.tensor,
+        ),
+        (
+            f"(2 * ring) == 0, here {length} % (2 * {config.ring})",
+            2 * config.ring if config.ring > 1 else 1,
+        ),
+    ):
         if rest := length % parts:
             expected = f"sequence_length % {equation} = {rest}; nearest: {nearest_multiples(length, parts)}"
             raise InputError("DataConfig.sequence_length", length, expected)
@@ -141,5 +163,9 @@ def _fitting(config: MeshConfig, num_devices: int) -> str:
     """The sizes that fit if one axis changes, as text; if none does, plain data parallelism."""
     product = math.prod(config.sizes)
     others = {axis: product // getattr(config, axis) for axis in AXES}
-    fitting = [f"{axis} = {num_devices // other}" for axis, other in others.items() if num_devices % other == 0]
+    fitting = [
+        f"{axis} = {num_devices // other}"
+        for axis, other in others.items()
+        if num_devices % other == 0
+    ]
     return " or ".join(fitting) or f"data = {num_devices} alone"

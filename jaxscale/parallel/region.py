@@ -15,22 +15,26 @@ from jaxscale.ops.operations import Operations
 from jaxscale.parallel import tensor
 from jaxscale.parallel.expert import make_experts
 from jaxscale.parallel.mesh import AXES, BATCH_SPEC, TENSOR, MeshConfig
-from jaxscale.parallel.pipeline import Pipeline, StagedLoss
-from jaxscale.parallel.ring import to_zigzag
+from jaxscale.parallel.pipeline.engine import Pipeline, StagedLoss
+from jaxscale.parallel.pipeline.schedule import Schedule
 from jaxscale.parallel.rules import Specs
-from jaxscale.parallel.schedule import Schedule
-from jaxscale.parallel.ulysses import ulysses
+from jaxscale.parallel.sequence.ring import to_zigzag
+from jaxscale.parallel.sequence.ulysses import ulysses
 from jaxscale.parallel.zero import hold, make_gather, reduce_gradient
 from jaxscale.types import Batch
 
 LossFn = Callable[..., tuple[Any, Any, dict[str, Any]]]
 
 
-def make_operations(config: MeshConfig, specs: Specs, *, attention: Callable, reduction: str) -> Operations:
+def make_operations(
+    config: MeshConfig, specs: Specs, *, attention: Callable, reduction: str
+) -> Operations:
     """The operations a mesh injects; `attention` runs on local heads and rows as it would on one device."""
     num_members = config.sequence // config.ring
     return Operations(
-        attention=attention if num_members == 1 else ulysses(attention, num_members=num_members, ring=config.ring),
+        attention=attention
+        if num_members == 1
+        else ulysses(attention, num_members=num_members, ring=config.ring),
         experts=make_experts(config),
         first_hidden=Operations.first_hidden if config.expert_axis == TENSOR else tensor.first,
         gather=make_gather(specs, reduction),
@@ -71,9 +75,10 @@ class Region:
     def gradient(self, loss_fn: LossFn) -> Callable:
         """Returns f(params, batch, key) -> ((sum_loss, sum_weight, metrics), gradients of sum_loss).
 
-        The batch that the loss is given has `token_keys`, made of `key` and each token's place in the global batch.
-        Gradients have None where a parameter is not trainable, are of the reduction type and sharded as
-        `specs.gradients` says. Sums are over all micro-batches and devices; nothing is divided here.
+        The batch that the loss is given has `token_keys`, made of `key` and each token's place in
+        the global batch. Gradients have None where a parameter is not trainable, are of the
+        reduction type and sharded as `specs.gradients` says. Sums are over all micro-batches and
+        devices; nothing is divided here.
         """
         held = tree.select(self.specs.held, self.trainable)
         wanted = tree.select(self.specs.gradients, self.trainable)
@@ -83,7 +88,9 @@ class Region:
             if self.schedule is None:
                 sums, gradients = self._accumulate(loss_fn, params, batch, key)
             else:
-                sums, gradients = self._pipeline(loss_fn, params, jax.tree.map(self._split, batch)).gradient()
+                sums, gradients = self._pipeline(
+                    loss_fn, params, jax.tree.map(self._split, batch)
+                ).gradient()
             gradients = jax.tree.map(reduce_gradient, gradients, held, wanted)
             return lax.psum(sums, AXES), gradients
 
@@ -109,14 +116,28 @@ class Region:
     def _pipeline(self, loss_fn: StagedLoss, params: Any, microbatches: Batch) -> Pipeline:
         params = {**params, "layers": loss_fn.prepare(params["layers"])}
         trained = tree.select(params, self.trainable)
-        frozen = jax.tree.map(lambda t, p: p if t is None else None, trained, params, is_leaf=lambda leaf: leaf is None)
+        frozen = jax.tree.map(
+            lambda t, p: p if t is None else None,
+            trained,
+            params,
+            is_leaf=lambda leaf: leaf is None,
+        )
         return Pipeline(
-            loss_fn, self.operations, self.specs.layout, self.schedule, trained, frozen, microbatches, self.reduction
+            loss_fn,
+            self.operations,
+            self.specs.layout,
+            self.schedule,
+            trained,
+            frozen,
+            microbatches,
+            self.reduction,
         )
 
     def _manual(self, local: Callable, out_specs: Any) -> Callable:
         in_specs = (self.specs.parameters, BATCH_SPEC, PartitionSpec())
-        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
     def _accumulate(self, loss_fn: LossFn, params: Any, batch: Batch, key: jax.Array):
         frozen = params
@@ -135,7 +156,9 @@ class Region:
 
         def add(carry: Any, item: tuple[jax.Array, Batch]):
             number, microbatch = item
-            return jax.tree.map(jnp.add, carry, one(microbatch, jax.random.fold_in(key, number))), None
+            return jax.tree.map(
+                jnp.add, carry, one(microbatch, jax.random.fold_in(key, number))
+            ), None
 
         microbatches = jax.tree.map(self._split, batch)
         first = jax.tree.map(lambda x: x[0], microbatches)

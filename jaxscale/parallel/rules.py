@@ -9,11 +9,17 @@ from jax.sharding import PartitionSpec
 
 from jaxscale import tree
 from jaxscale.parallel.mesh import DATA, EXPERT, PIPELINE, TENSOR, MeshConfig, nearest_divisors
-from jaxscale.parallel.stages import StageLayout
+from jaxscale.parallel.pipeline.stages import StageLayout
 from jaxscale.types import InputError
 
 AXIS_OF_DIM = {"L": PIPELINE, "E": EXPERT, "N": TENSOR, "K": TENSOR, "F": TENSOR, "V": TENSOR}
-NAME_OF_DIM = {"E": "num_experts", "N": "num_heads", "K": "num_kv_heads", "F": "ffn_dim", "V": "vocab_size"}
+NAME_OF_DIM = {
+    "E": "num_experts",
+    "N": "num_heads",
+    "K": "num_kv_heads",
+    "F": "ffn_dim",
+    "V": "vocab_size",
+}
 ROUTER_DIMS = "DE"  # a router scores all experts on every device
 
 
@@ -21,15 +27,15 @@ ROUTER_DIMS = "DE"  # a router scores all experts on every device
 class Specs:
     """PartitionSpecs of the parameter tree in its roles.
 
-    A dim's entry names its axes in the order in which they cut it: the tensor axes of the model, then ZeRO's, then the
-    pipeline's; what was cut last is gathered first.
+    A dim's entry names its axes in the order in which they cut it: the tensor axes of the model,
+    then ZeRO's, then the pipeline's; what was cut last is gathered first.
 
     Args:
         dims: dim letters of each leaf.
         layout: which periods of the layer stack each pipeline stage stores.
         parameters: as stored between steps.
-        held: as a pipeline stage holds them during a step: the parameters that are in no layer come together from all
-            stages, which store a share each.
+        held: as a pipeline stage holds them during a step: the parameters that are in no layer come
+            together from all stages, which store a share each.
         gradients: as they leave the manual region.
         optimizer: of optimizer leaves that mirror a parameter.
         is_optimizer_on_host: whether those rest in host memory between updates.
@@ -59,9 +65,12 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
     num_periods = next(entry.shape[0] for entry in flat.values() if entry.dims.startswith("L"))
     dense = jax.tree.map(lambda entry: _dense_spec(entry, config), table)
     layout = StageLayout(num_periods, config.pipeline, config.num_chunks, config.stage_periods)
-    # Where layers are gathered one by one each device must have a share of each; a padded stack is longer than its dim.
+    # Where layers are gathered one by one each device must have a share of each; a padded stack is
+    # longer than its dim.
     cuts_layers = config.zero < 3 and layout.is_identity
-    zero = jax.tree.map(lambda entry, spec: _zero_spec(entry, spec, config, cuts_layers), table, dense)
+    zero = jax.tree.map(
+        lambda entry, spec: _zero_spec(entry, spec, config, cuts_layers), table, dense
+    )
 
     def stored(level: int) -> Any:
         specs = zero if config.zero >= level else dense
@@ -81,7 +90,8 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
 def mirror(abstract: Any, params: Any, values: Any, default: Any) -> Any:
     """A value for each leaf of a tree that repeats the parameters under longer paths, such as an optimizer state.
 
-    A leaf takes the value of the parameter whose path ends its own and whose shape it has; any other the default.
+    A leaf takes the value of the parameter whose path ends its own and whose shape it has; any
+    other the default.
 
     Args:
         abstract: the optimizer state as shapes.
@@ -91,7 +101,9 @@ def mirror(abstract: Any, params: Any, values: Any, default: Any) -> Any:
     """
     flat = {
         path: (leaf.shape, value)
-        for (path, leaf), value in zip(tree.flatten(params).items(), jax.tree.leaves(values), strict=True)
+        for (path, leaf), value in zip(
+            tree.flatten(params).items(), jax.tree.leaves(values), strict=True
+        )
     }
 
     def one(path: str, leaf: Any) -> Any:
@@ -120,7 +132,9 @@ def _letters_to_axes(dims: str, config: MeshConfig) -> list[str | None]:
     axes = [AXIS_OF_DIM.get(letter) for letter in dims]
     if dims.endswith(ROUTER_DIMS):
         axes[-1] = None
-    elif "E" in dims and config.expert_axis == TENSOR:  # whole experts: their width is not cut as well
+    elif (
+        "E" in dims and config.expert_axis == TENSOR
+    ):  # whole experts: their width is not cut as well
         axes = [{EXPERT: TENSOR, TENSOR: None}.get(axis, axis) for axis in axes]
     return axes
 
@@ -129,7 +143,9 @@ def _dense_spec(entry: Any, config: MeshConfig) -> PartitionSpec:
     return PartitionSpec(*_letters_to_axes(entry.dims, config))
 
 
-def _zero_spec(entry: Any, spec: PartitionSpec, config: MeshConfig, cuts_layers: bool) -> PartitionSpec:
+def _zero_spec(
+    entry: Any, spec: PartitionSpec, config: MeshConfig, cuts_layers: bool
+) -> PartitionSpec:
     """Cuts over ZeRO's axes, or over `data` alone; a leaf with no dim that divides stays whole."""
     axes = tuple(axis for axis in config.zero_axes if getattr(config, axis) > 1) or (DATA,)
     settings = dict(may_share=False, cuts_layers=cuts_layers)
@@ -145,12 +161,18 @@ def _stage_spec(entry: Any, spec: PartitionSpec, config: MeshConfig) -> Partitio
 
 
 def _cut(
-    entry: Any, spec: PartitionSpec, axes: tuple[str, ...], config: MeshConfig, *, may_share: bool, cuts_layers: bool
+    entry: Any,
+    spec: PartitionSpec,
+    axes: tuple[str, ...],
+    config: MeshConfig,
+    *,
+    may_share: bool,
+    cuts_layers: bool,
 ) -> PartitionSpec:
     """Adds `axes` to the outermost dim that divides, a dim that is whole before one that is cut already.
 
-    The outermost, for its shares lie together in memory: those of an inner dim are transposed before and after each
-    exchange.
+    The outermost, for its shares lie together in memory: those of an inner dim are transposed
+    before and after each exchange.
     """
     ways = math.prod(getattr(config, axis) for axis in axes)
     cuts = [math.prod(getattr(config, axis) for axis in axes_of(each)) for each in spec]
@@ -163,11 +185,15 @@ def _cut(
         return spec
     dim = -max(fitting)[1]
     together = axes_of(spec[dim]) + axes
-    return PartitionSpec(*(spec[:dim]), together if len(together) > 1 else together[0], *(spec[dim + 1 :]))
+    return PartitionSpec(
+        *(spec[:dim]), together if len(together) > 1 else together[0], *(spec[dim + 1 :])
+    )
 
 
 def _check_divides(path: str, entry: Any, config: MeshConfig) -> None:
-    for letter, size, axis in zip(entry.dims, entry.shape, _letters_to_axes(entry.dims, config), strict=True):
+    for letter, size, axis in zip(
+        entry.dims, entry.shape, _letters_to_axes(entry.dims, config), strict=True
+    ):
         if letter in NAME_OF_DIM and axis is not None and size % getattr(config, axis):
             name, shards = NAME_OF_DIM[letter], getattr(config, axis)
             raise InputError(

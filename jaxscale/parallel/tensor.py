@@ -1,13 +1,14 @@
 """Tensor parallelism with sequence-sharded norms, as operations injected into a single-device model.
 
-Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device, which has a share of the
-B T tokens in the order of rows, so that what is exchanged lies together in memory and nothing is transposed. Every
-collective here has its transpose here (all-gather and reduce-scatter, a permute there and one back); a bare psum would
-have a wrong gradient.
-`enter` and `exit` of a single device exchange nothing at all: XLA removes such an exchange only after it has kept a
-matmul from taking in the addition that follows.
+Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device, which
+has a share of the B T tokens in the order of rows, so that what is exchanged lies together in
+memory and nothing is transposed. Every collective here has its transpose here (all-gather and
+reduce-scatter, a permute there and one back); a bare psum would have a wrong gradient. `enter` and
+`exit` of a single device exchange nothing at all: XLA removes such an exchange only after it has
+kept a matmul from taking in the addition that follows.
 
-Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2.
+Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv
+    2205.05198), section 4.2.2.
 """
 
 from collections.abc import Callable
@@ -55,13 +56,16 @@ def whole(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, 
 def by_member(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
     """`Operations.between`, one member's rows after the other: exchanges run beside the matmuls of other rows.
 
-    A member's rows arrive while `f` has those of the one before, and their sums leave while it has the next one's; the
-    own rows come first and are projected last. The same in the backward. Own tokens are whole rows if the group divides
-    B; else this is `whole`. Permutes, because each can be waited for alone. Not for a branch that some pipeline stages
+    A member's rows arrive while `f` has those of the one before, and their sums leave while it has
+    the next one's; the own rows come first and are projected last. The same in the backward. Own
+    tokens are whole rows if the group divides B; else this is `whole`. Permutes, because each can
+    be waited for alone. Not for a branch that some pipeline stages
     do not take: on CPUs a permute there is wrong.
 
-    Source: Wang et al. 2023 (ASPLOS, doi 10.1145/3567955.3567959), section 4; here no ring, each exchange is direct.
-    Cost: P times as many matmuls, of B / P rows, and P parts of each weight's gradient, added in its type.
+    Source: Wang et al. 2023 (ASPLOS, doi 10.1145/3567955.3567959), section 4; here no ring, each
+        exchange is direct.
+    Cost: P times as many matmuls, of B / P rows, and P parts of each weight's gradient, added in
+        its type.
     Raises:
         InputError: `f` keeps something, as serving does a cache, whose rows would be cut.
     """
@@ -78,7 +82,11 @@ def by_member(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Arr
         of_member = jax.tree.map(lambda r: lax.dynamic_slice_in_dim(r, first, each), rows)  # noqa: B023
         hidden, kept = f(theirs, *of_member)
         if jax.tree.leaves(kept):
-            raise InputError("tensor.by_member", "a cache", "none, for its rows would be cut: `tensor.whole` keeps one")
+            raise InputError(
+                "tensor.by_member",
+                "a cache",
+                "none, for its rows would be cut: `tensor.whole` keeps one",
+            )
         done.append(project(hidden) if distance else hidden)
     done[0], done[-1] = lax.optimization_barrier((done[0], done[-1]))
     received = [_shift(y, distance) for distance, y in enumerate(done[1:], 1)]
@@ -116,13 +124,17 @@ def embed(table: Array, tokens: Array) -> Array:
     return exit(jnp.where(is_here[..., None], table[jnp.clip(local, 0, rows - 1)], 0))
 
 
-def token_loss(h: Array, head: Array | Head, labels: Array, softcap: float | None = None) -> tuple[Array, Array]:
+def token_loss(
+    h: Array, head: Array | Head, labels: Array, softcap: float | None = None
+) -> tuple[Array, Array]:
     """Vocabulary-parallel `ops.loss.token_loss` of the own tokens; local head [V / tensor, D].
 
     The maximum only steadies the exponentials and carries no gradient.
     """
     columns = loss.num_rows(head)
-    label, part = loss.label_and_normaliser(h, head, labels - lax.axis_index(TENSOR) * columns, softcap)
+    label, part = loss.label_and_normaliser(
+        h, head, labels - lax.axis_index(TENSOR) * columns, softcap
+    )
     top = lax.pmax(lax.stop_gradient(part), TENSOR)
     total, label = jnp.moveaxis(exit(jnp.stack([jnp.exp(part - top), label], -1)), -1, 0)
     normaliser = jnp.log(total) + own(top)

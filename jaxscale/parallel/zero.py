@@ -45,7 +45,9 @@ def _gather(x: Array, dim: int, axes: tuple[str, ...], reduction: str) -> Array:
     return lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
-def _scatter(dim: int, axes: tuple[str, ...], reduction: str, _: None, cotangent: Array) -> tuple[Array]:
+def _scatter(
+    dim: int, axes: tuple[str, ...], reduction: str, _: None, cotangent: Array
+) -> tuple[Array]:
     summed = lax.psum_scatter(cotangent.astype(reduction), axes, scatter_dimension=dim, tiled=True)
     return (summed.astype(cotangent.dtype),)
 
@@ -68,8 +70,8 @@ def hold(params: Any, specs: Specs) -> Any:
 def reduce_gradient(gradient: Array, held: PartitionSpec, wanted: PartitionSpec) -> Array:
     """Sums a local gradient over the devices that hold the parameter.
 
-    Every token's loss is counted on one device, so the gradient is the sum over all axes absent from the spec; over
-    axes that cut the gradient further than the parameter, as a reduce-scatter.
+    Every token's loss is counted on one device, so the gradient is the sum over all axes absent
+    from the spec; over axes that cut the gradient further than the parameter, as a reduce-scatter.
 
     Args:
         gradient: local, shaped as the parameter is held during the step.

@@ -21,7 +21,8 @@ class SamplingConfig:
     Args:
         temperature: divides the logits; 0 takes the arg max.
         top_k: keep the k most probable tokens; None keeps all.
-        top_p: keep the smallest set of most probable tokens whose probability is at least this; 1 keeps all.
+        top_p: keep the smallest set of most probable tokens whose probability is at least this; 1
+            keeps all.
         min_p: keep the tokens at least this probable relative to the most probable; 0 keeps all.
         seed: all draws derive from it.
     """
@@ -57,7 +58,9 @@ def token_keys(key: Array, sequences: Array, positions: Array) -> Array:
     Returns:
         [B] typed PRNG keys.
     """
-    return jax.vmap(lambda s, p: jax.random.fold_in(jax.random.fold_in(key, s), p))(sequences, positions)
+    return jax.vmap(lambda s, p: jax.random.fold_in(jax.random.fold_in(key, s), p))(
+        sequences, positions
+    )
 
 
 def sample(logits: Array, keys: Array, config: SamplingConfig) -> Array:

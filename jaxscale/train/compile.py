@@ -11,10 +11,7 @@ from typing import Any
 import jax
 
 from jaxscale.data.loader import DataConfig
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.precision import Policy
-from jaxscale.parallel.ahead_of_time import (
+from jaxscale.launch.ahead_of_time import (
     KINDS,
     Collective,
     Memory,
@@ -25,9 +22,12 @@ from jaxscale.parallel.ahead_of_time import (
     device_memory_bytes,
     memory_of,
 )
+from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.transformer import StackConfig
+from jaxscale.ops.precision import Policy
 from jaxscale.parallel.batch import abstract_batch
 from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import Plan, TrainConfig, deterministic_stack, make_plan
@@ -57,24 +57,37 @@ class Topology:
 
     def devices(self) -> list[jax.Device]:
         """Its devices, to compile for."""
-        return described_devices(self.machine, num_hosts=self.num_hosts, gpus_per_host=self.gpus_per_host)
+        return described_devices(
+            self.machine, num_hosts=self.num_hosts, gpus_per_host=self.gpus_per_host
+        )
 
 
 def compile_step(
-    *, topology: str, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig,
-    train: TrainConfig, policy: Policy = Policy(), stack: StackConfig = StackConfig(),
-    runtime: RuntimeConfig = RuntimeConfig(), make_loss: Callable = NextTokenLoss, **_: Any,
-) -> None:  # fmt: skip
+    *,
+    topology: str,
+    model: ModelConfig,
+    mesh: MeshConfig,
+    data: DataConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    policy: Policy = Policy(),
+    stack: StackConfig = StackConfig(),
+    runtime: RuntimeConfig = RuntimeConfig(),
+    make_loss: Callable = NextTokenLoss,
+    **_: Any,
+) -> None:
     """Compiles the step that `pretrain` would run and prints bytes per device, collectives and compile time.
 
-    Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know without a GPU is left out:
-    cuDNN's workspaces, NCCL's buffers, and the matmul kernels that tuning would choose.
+    Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know
+    without a GPU is left out: cuDNN's workspaces, NCCL's buffers, and the matmul kernels that
+    tuning would choose.
 
     Args:
-        topology: such as "h200:16x8", 16 hosts of 8.
-        model, mesh, data, optimizer, train, policy, stack, runtime, make_loss: as `train.pretrain.pretrain`.
+        topology: such as "h200:16x8", 16 hosts of 8. model, mesh, data, optimizer, train, policy,
+        stack, runtime, make_loss: as `train.pretrain.pretrain`.
     Raises:
-        InputError: the parts do not fit one another or the topology, or the compiler is not installed.
+        InputError: the parts do not fit one another or the topology, or the compiler is not
+            installed.
         RunError: the step does not fit into the devices' memory, or the compiler failed.
     """
     wanted, share = Topology.parse(topology), memory_share()
@@ -82,11 +95,22 @@ def compile_step(
     devices, began = wanted.devices(), time.perf_counter()
     with as_on_gpus(devices):
         plan = make_plan(
-            model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack,
-            devices=devices, make_loss=make_loss,
-        )  # fmt: skip
-        batch = abstract_batch(plan.mesh, data.batch_size, data.sequence_length, is_packed=data.is_packed)
-        lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(plan.state, batch)
+            model=model,
+            mesh=mesh,
+            data=data,
+            optimizer=optimizer,
+            train=train,
+            policy=policy,
+            stack=stack,
+            devices=devices,
+            make_loss=make_loss,
+        )
+        batch = abstract_batch(
+            plan.mesh, data.batch_size, data.sequence_length, is_packed=data.is_packed
+        )
+        lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(
+            plan.state, batch
+        )
     traced = time.perf_counter()
     is_on_host = rests_on_host(plan.state, plan.region.specs, train.trainable)
     compiled = _compile(lowered, jax.tree.leaves(is_on_host))
@@ -121,7 +145,8 @@ def check_fits(peak: int, available: int, share: float) -> str:
 def _apply(runtime: RuntimeConfig, stack: StackConfig, data: DataConfig) -> StackConfig:
     """The run's flags, without its devices and processes; the stack as the run would have it.
 
-    The flag of a deterministic run stays out: it asks for tuning on a GPU, where without it a default will do.
+    The flag of a deterministic run stays out: it asks for tuning on a GPU, where without it a
+    default will do.
     """
     apply_runtime(RuntimeConfig(platform="cpu", xla_flags=runtime.xla_flags), ".")
     return deterministic_stack(stack, data.sequence_length) if runtime.is_deterministic else stack
@@ -134,7 +159,9 @@ def _compile(lowered: jax.stages.Lowered, is_on_host: list[bool]) -> jax.stages.
             return compile_with_host(lowered, arguments=is_on_host, results=is_on_host)
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise RunError(f"the compiler failed, maybe for want of a GPU: {str(error).partition(chr(10))[0]}") from error
+        raise RunError(
+            f"the compiler failed, maybe for want of a GPU: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _memory_text(memory: Memory, plan: Plan, batch: Batch, available: int) -> str:
@@ -149,12 +176,16 @@ def _memory_text(memory: Memory, plan: Plan, batch: Batch, available: int) -> st
         "device memory": available,
     }
     rows |= {"host memory": memory.host} if memory.host else {}
-    return "bytes per device\n" + "".join(f"  {name:<18} {_gib(size)} {size:>17,}\n" for name, size in rows.items())
+    return "bytes per device\n" + "".join(
+        f"  {name:<18} {_gib(size)} {size:>17,}\n" for name, size in rows.items()
+    )
 
 
 def _bytes_per_device(abstract: Any) -> int:
     leaves = jax.tree.leaves(abstract)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
 
 
 def _collectives_text(found: list[Collective]) -> str:
@@ -167,9 +198,15 @@ def _collectives_text(found: list[Collective]) -> str:
     for kind in (kind for kind in KINDS if any(each.kind == kind for each in found)):
         ours = [each for each in found if each.kind == kind]
         total, largest = sum(c.num_bytes * c.times for c in ours), max(c.num_bytes for c in ours)
-        note = "" if all(c.is_exact for c in ours) else "  some in a loop of unknown length, counted once"
+        note = (
+            ""
+            if all(c.is_exact for c in ours)
+            else "  some in a loop of unknown length, counted once"
+        )
         runs = sum(c.times for c in ours)
-        lines.append(f"  {kind:<18} {len(ours):>14} {runs:>8,} {total / 2**30:>13.3f} {largest:>17,}{note}")
+        lines.append(
+            f"  {kind:<18} {len(ours):>14} {runs:>8,} {total / 2**30:>13.3f} {largest:>17,}{note}"
+        )
     return "\n".join(lines)
 
 

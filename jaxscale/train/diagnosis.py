@@ -22,16 +22,24 @@ FORWARD = {"embedding": 0, "prefix": 0, "layers": 1}  # what has another name co
 # Where the backward comes by: sections of the parameter tree, and the parameters of one layer.
 SECTIONS = ("head", "final_norm", "layers", "prefix", "embedding")
 LAYER = (
-    ".*/down(_bias)?", ".*/(up|gate)(_bias)?", ".*/(router|omega)", ".*/(ffn|moe)/norm/.*", ".*/o(_bias)?",
-    ".*/[qk]_norm/.*", ".*/[qkv](_bias)?", ".*/attention/norm/.*",
-)  # fmt: skip
+    ".*/down(_bias)?",
+    ".*/(up|gate)(_bias)?",
+    ".*/(router|omega)",
+    ".*/(ffn|moe)/norm/.*",
+    ".*/o(_bias)?",
+    ".*/[qk]_norm/.*",
+    ".*/[qkv](_bias)?",
+    ".*/attention/norm/.*",
+)
 
 
-def first_non_finite(loss_fn: LossFn, region: Region, params: Params, batch: Batch, key: jax.Array) -> str:
+def first_non_finite(
+    loss_fn: LossFn, region: Region, params: Params, batch: Batch, key: jax.Array
+) -> str:
     """Runs one batch again and looks at every named tensor in the order of their making.
 
-    The forward is looked at layer by layer, unrolled and nothing rematerialised, where the loss has a `stack` that can
-    be replaced by such a one.
+    The forward is looked at layer by layer, unrolled and nothing rematerialised, where the loss has
+    a `stack` that can be replaced by such a one.
 
     Args:
         loss_fn: under the contract of `train.losses`.
@@ -40,8 +48,8 @@ def first_non_finite(loss_fn: LossFn, region: Region, params: Params, batch: Bat
         batch: the step's batch, on the mesh.
         key: the step's key.
     Returns:
-        The path of a parameter, else of a tensor of the forward ("layers/0/q, layer 3 of its stack"), else "loss",
-        else of the gradient that the backward makes first, else their norm.
+        The path of a parameter, else of a tensor of the forward ("layers/0/q, layer 3 of its
+        stack"), else "loss", else of the gradient that the backward makes first, else their norm.
     """
     for path, leaf in tree.flatten(params).items():
         if not bool(jnp.isfinite(leaf).all()):
@@ -58,11 +66,15 @@ def first_non_finite(loss_fn: LossFn, region: Region, params: Params, batch: Bat
     return "nothing: this time every tensor was finite"
 
 
-def _first_of_forward(loss_fn: LossFn, region: Region, params: Params, batch: Batch, key: jax.Array) -> str | None:
+def _first_of_forward(
+    loss_fn: LossFn, region: Region, params: Params, batch: Batch, key: jax.Array
+) -> str | None:
     """A tensor of the forward, run as the step runs it: one micro-batch after the other, each with its key."""
     if not hasattr(loss_fn, "stack"):
         return None
-    stack = dataclasses.replace(loss_fn.stack, is_scanned=False, remat="none", saved_names=(), offloaded_names=())
+    stack = dataclasses.replace(
+        loss_fn.stack, is_scanned=False, remat="none", saved_names=(), offloaded_names=()
+    )
     names: list[str] = []
     counting = _Counting if region.schedule is None else _StagedCounting
     evaluate = region.evaluate(counting(dataclasses.replace(loss_fn, stack=stack), names))
@@ -70,7 +82,9 @@ def _first_of_forward(loss_fn: LossFn, region: Region, params: Params, batch: Ba
 
     @jax.jit
     def count(params: Params, batch: Batch, key: jax.Array, number: int) -> dict[str, Array]:
-        rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:])[:, number], with_token_keys(batch, key))
+        rows = jax.tree.map(
+            lambda x: x.reshape(-1, parts, *x.shape[1:])[:, number], with_token_keys(batch, key)
+        )
         return evaluate(params, rows, jax.random.fold_in(key, number))[2]
 
     for number in range(parts):
@@ -97,7 +111,9 @@ class _Counting:
         loss, weight, metrics = self.loss(params, batch, key, operations=watched)
         return loss, weight, self._counts(counts, metrics)
 
-    def _counts(self, counts: dict[str, list[Array]], metrics: dict[str, Array]) -> dict[str, Array]:
+    def _counts(
+        self, counts: dict[str, list[Array]], metrics: dict[str, Array]
+    ) -> dict[str, Array]:
         if "nll" in metrics:
             counts["logits"] = [metrics["nll"]]
         self.names.extend(name for name in counts if name not in self.names)
@@ -105,7 +121,7 @@ class _Counting:
 
 
 class _StagedCounting(_Counting):
-    """The same in the parts that pipeline stages run, see `parallel.pipeline.StagedLoss`."""
+    """The same in the parts that pipeline stages run, see `parallel.pipeline.engine.StagedLoss`."""
 
     is_by_period = False
 
@@ -118,7 +134,14 @@ class _StagedCounting(_Counting):
         return self.loss.prepare(layers)
 
     def body(
-        self, layers: Params, x: Array, batch: Batch, number: Array, is_real: Array | None, *, operations: Operations
+        self,
+        layers: Params,
+        x: Array,
+        batch: Batch,
+        number: Array,
+        is_real: Array | None,
+        *,
+        operations: Operations,
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Period by period: within the branch that skips padding, `mark` would see no more than a tracer."""
         watched, counts = _watch(operations)
@@ -126,7 +149,9 @@ class _StagedCounting(_Counting):
         is_real = jnp.ones(num_periods, bool) if is_real is None else is_real
         for i, real in enumerate(is_real):
             period = jax.tree.map(lambda leaf: leaf[i : i + 1], layers)  # noqa: B023
-            x = jnp.where(real, self.loss.body(period, x, batch, number[i : i + 1], operations=watched)[0], x)
+            x = jnp.where(
+                real, self.loss.body(period, x, batch, number[i : i + 1], operations=watched)[0], x
+            )
         counts = self._counts(counts, {})
         return x, jnp.zeros(()), {name: each * is_real for name, each in counts.items()}
 
@@ -146,14 +171,18 @@ def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
         counts.setdefault(name, []).append(jnp.sum(~jnp.isfinite(x)))
         return x
 
-    def count_tokens(h: Array, head: Array, labels: Array, softcap: float | None) -> tuple[Array, Array]:
+    def count_tokens(
+        h: Array, head: Array, labels: Array, softcap: float | None
+    ) -> tuple[Array, Array]:
         """In place of the loss, in whose loop over chunks `mark` would see no more than a tracer."""
         is_bad = ~jnp.isfinite(unembed(h, head, softcap)).all(-1, keepdims=True)
         bad = operations.exit(is_bad.astype(jnp.float32))[..., 0]
         return bad, bad
 
     # All rows at once: else a name would stand for several tensors of a layer.
-    return dataclasses.replace(operations, mark=mark, token_loss=count_tokens, between=tensor.whole), counts
+    return dataclasses.replace(
+        operations, mark=mark, token_loss=count_tokens, between=tensor.whole
+    ), counts
 
 
 def _first_counted(counts: dict[str, Array], names: list[str]) -> str | None:
@@ -166,7 +195,9 @@ def _first_counted(counts: dict[str, Array], names: list[str]) -> str | None:
     if not bad:
         return None
     _, period, number = min(bad)
-    return names[number] + (f", layer {period} of its stack" if names[number].startswith("layers/") else "")
+    return names[number] + (
+        f", layer {period} of its stack" if names[number].startswith("layers/") else ""
+    )
 
 
 def _first_gradient(gradients: Any, region: Region) -> str | None:
@@ -186,11 +217,18 @@ def _first_gradient(gradients: Any, region: Region) -> str | None:
     if not bad:
         return None
     path, layer = min(bad, key=_backward_order)
-    return f"gradient of {path}" + (f", layer {layer} of its stack" if path.startswith("layers/") else "")
+    return f"gradient of {path}" + (
+        f", layer {layer} of its stack" if path.startswith("layers/") else ""
+    )
 
 
 def _backward_order(gradient: tuple[str, int]) -> tuple[int, ...]:
     path, layer = gradient
     section, number = path.split("/")[:2]
     position = int(number) if section in ("layers", "prefix") else 0
-    return SECTIONS.index(section), -layer, -position, *(not re.fullmatch(part, path) for part in LAYER)
+    return (
+        SECTIONS.index(section),
+        -layer,
+        -position,
+        *(not re.fullmatch(part, path) for part in LAYER),
+    )

@@ -1,8 +1,8 @@
 """What an evaluator is, and what it is given.
 
-An evaluator is called as `evaluator(context) -> {name: figure}`, by every process of a run. One that also has
-`check(context)` is asked before the run writes anything, with `context.params` None and step 0: there it opens what it
-reads and raises InputError if it could not evaluate this run.
+An evaluator is called as `evaluator(context) -> {name: figure}`, by every process of a run. One
+that also has `check(context)` is asked before the run writes anything, with `context.params` None
+and step 0: there it opens what it reads and raises InputError if it could not evaluate this run.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ class EvaluationContext:
         step: finished steps.
         model: the model.
         mesh: the device mesh.
-        sums: (params, batch, key) -> (sum_loss, sum_weight, metrics) over all devices, without gradients:
+        sums: (params, batch, key) -> (sum_loss, sum_weight, metrics) over all devices, without
+            gradients:
             `jax.jit(region.evaluate(loss_fn))`, made once so that it is compiled once.
         place: puts a host's numpy batch on the mesh.
     """

@@ -30,15 +30,19 @@ def check_host_memory(device: jax.Device) -> None:
         raise InputError("MeshConfig.is_optimizer_on_host", True, expected)
 
 
-def update_in_parts(update: Update, gradients: Any, opt_state: Any, trained: Any, *, after: Array) -> tuple[Any, Any]:
+def update_in_parts(
+    update: Update, gradients: Any, opt_state: Any, trained: Any, *, after: Array
+) -> tuple[Any, Any]:
     """What `update` returns, with the moments of few parameters on the device at a time.
 
-    Each part is the whole update with moments made up for all other parameters; what comes of those is used nowhere, so
-    the compiler drops it. A part is fetched once the part before it is back on the host: to fetch two ahead took twice
-    the memory, and the compiler's schedule let next to nothing overlap.
+    Each part is the whole update with moments made up for all other parameters; what comes of those
+    is used nowhere, so the compiler drops it. A part is fetched once the part before it is back on
+    the host: to fetch two ahead took twice the memory, and the compiler's schedule let next to
+    nothing overlap.
 
     Args:
-        update: (gradients, opt_state, trained) -> (trained, opt_state), each parameter by its own moments.
+        update: (gradients, opt_state, trained) -> (trained, opt_state), each parameter by its own
+            moments.
         gradients, trained: on the device.
         opt_state: its moments on the host.
         after: what is known when the first part may be fetched.
@@ -59,7 +63,9 @@ def update_in_parts(update: Update, gradients: Any, opt_state: Any, trained: Any
         ours = [i for i, owner in enumerate(owners) if owner in part]
         waiting, _ = lax.optimization_barrier(([state[i] for i in ours], done))
         here = dict(zip(ours, jax.device_put(waiting, jax.memory.Space.Device), strict=True))
-        whole = jax.tree.unflatten(state_structure, [here.get(i, leaf) for i, leaf in enumerate(given)])
+        whole = jax.tree.unflatten(
+            state_structure, [here.get(i, leaf) for i, leaf in enumerate(given)]
+        )
         got_params, got_state = map(jax.tree.leaves, update(gradients, whole, trained))
         done = jax.device_put([got_state[i] for i in ours], jax.memory.Space.Host)
         for i, leaf in zip(ours, done, strict=True):
@@ -82,7 +88,9 @@ def parts(sizes: Sequence[int]) -> list[range]:
     return found
 
 
-def through_device(convert: Callable[[Array], Array], leaf: Array, wanted: jax.sharding.Sharding) -> Array:
+def through_device(
+    convert: Callable[[Array], Array], leaf: Array, wanted: jax.sharding.Sharding
+) -> Array:
     """A converted copy on the host of a leaf on the host, made on the device; waits, so that one is there at a time."""
     here = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
     return jax.block_until_ready(jax.device_put(convert(here), wanted))

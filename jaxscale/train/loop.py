@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxscale.launch.watchdog import Watchdog
 from jaxscale.train.metrics import Reporter, Speed, expert_use
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import TrainState
-from jaxscale.train.watchdog import Watchdog
 from jaxscale.types import Batch, RunError
 
 
@@ -34,7 +34,9 @@ class Loader(Protocol):
 class Saver(Protocol):
     """What the loop asks of checkpoints."""
 
-    def save(self, step: int, state: Any, data_state: dict[str, Any], *, force: bool = False) -> Any:
+    def save(
+        self, step: int, state: Any, data_state: dict[str, Any], *, force: bool = False
+    ) -> Any:
         """Starts a save when one is due."""
 
     def wait(self) -> None:
@@ -105,7 +107,8 @@ class Loop:
         """Trains from `state` (donated) to the last step or a signal; the end is always a committed checkpoint.
 
         Raises:
-            NonFiniteError: the state before the bad step has been saved, unless it was an update that broke it.
+            NonFiniteError: the state before the bad step has been saved, unless it was an update
+                that broke it.
         """
         pending = None
         first = int(state.step) + 1
@@ -142,7 +145,9 @@ class Loop:
         """Fetches a step's figures while the next one runs."""
         if pending is None:
             return
-        figures = {name: _host_value(value) for name, value in jax.device_get(pending.metrics).items()}
+        figures = {
+            name: _host_value(value) for name, value in jax.device_get(pending.metrics).items()
+        }
         if not figures.pop("is_finite"):
             self._stop_non_finite(pending, state)
         figures |= self.speed.figures() | {"data_wait_s": pending.data_wait_s}
@@ -163,7 +168,9 @@ class Loop:
             f"the state after step {pending.step - 1} is saved"
         )
 
-    def _save(self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False) -> None:
+    def _save(
+        self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False
+    ) -> None:
         """Saves unless an update has broken the parameters, which no step has used yet."""
         if not _are_finite(state.params):
             raise NonFiniteError(

@@ -25,7 +25,8 @@ class NextTokenLoss:
         policy: dtype policy.
         stack: how the layers run.
         z_loss: weight of log^2 Z.
-        embedding_noise: half the width of the noise on embeddings in training, see `transformer.add_noise`.
+        embedding_noise: half the width of the noise on embeddings in training, see
+            `transformer.add_noise`.
     """
 
     model: ModelConfig
@@ -41,12 +42,14 @@ class NextTokenLoss:
 
         Args:
             params: the parameter tree.
-            batch: tokens, labels, weights, positions and optionally segments, [B, T], and in training `token_keys`, see
-                `ops.draws.with_token_keys`; without them nothing is drawn.
+            batch: tokens, labels, weights, positions and optionally segments, [B, T], and in
+                training `token_keys`, see `ops.draws.with_token_keys`; without them nothing is
+                drawn.
             key: unused: what this loss draws comes from the batch's `token_keys`.
             operations: what the mesh injects.
         Returns:
-            (sum_loss, sum_weight, {"nll": [], "load": [MoE layers in order, E] choices, for MoE models}).
+            (sum_loss, sum_weight, {"nll": [], "load": [MoE layers in order, E] choices, for MoE
+            models}).
         """
         operations = operations or self.stack.operations()
         x = self.start(params, batch, operations=operations)
@@ -59,9 +62,13 @@ class NextTokenLoss:
         settings = dict(config=self.model, operations=operations, policy=self.policy)
         x = transformer.embed(params, batch, **settings)
         if self.embedding_noise and "token_keys" in batch:
-            x = transformer.add_noise(x, Draws(batch["token_keys"]), self.embedding_noise, operations)
+            x = transformer.add_noise(
+                x, Draws(batch["token_keys"]), self.embedding_noise, operations
+            )
         context = transformer.attention_context(batch, self.model)
-        return transformer.run_prefix(params, x, context, batch["weights"], stack=self.stack, **settings)[0]
+        return transformer.run_prefix(
+            params, x, context, batch["weights"], stack=self.stack, **settings
+        )[0]
 
     @property
     def is_by_period(self) -> bool:
@@ -73,13 +80,20 @@ class NextTokenLoss:
         return transformer.to_compute(layers, self.policy)
 
     def body(
-        self, layers: Params, x: Array, batch: Batch, number: Array | None = None, is_real: Array | None = None, *,
+        self,
+        layers: Params,
+        x: Array,
+        batch: Batch,
+        number: Array | None = None,
+        is_real: Array | None = None,
+        *,
         operations: Operations,
-    ) -> tuple[Array, Array, dict[str, Array]]:  # fmt: skip
+    ) -> tuple[Array, Array, dict[str, Array]]:
         """Consecutive periods of the stack.
 
         Args:
-            layers: the tree `layers`, of any number of periods; or, if unrolled, a tuple of their trees.
+            layers: the tree `layers`, of any number of periods; or, if unrolled, a tuple of their
+                trees.
             x: residual [B, own T, D].
             batch: as `__call__`.
             number: [periods] of each period in the model's stack; None for all of them in order.
@@ -88,11 +102,15 @@ class NextTokenLoss:
         Returns:
             (residual, the routers' losses, metrics with a leading dim of MoE layers).
         """
-        settings = dict(config=self.model, operations=operations, policy=self.policy, stack=self.stack)
+        settings = dict(
+            config=self.model, operations=operations, policy=self.policy, stack=self.stack
+        )
         context = transformer.attention_context(batch, self.model)
         periods = None if number is None else transformer.Periods(number, is_real)
         draws = Draws(batch["token_keys"]) if "token_keys" in batch else None
-        x, _, routers = transformer.run_stack(layers, x, context, batch["weights"], None, periods, draws, **settings)
+        x, _, routers = transformer.run_stack(
+            layers, x, context, batch["weights"], None, periods, draws, **settings
+        )
         if not any(self.model.moe_pattern):
             return x, jnp.zeros((), jnp.float32), {}
         loss = sum(router.balance.sum() + router.z.sum() for router in routers)
@@ -107,7 +125,9 @@ class NextTokenLoss:
         h = transformer.final_hidden(params, x, **settings)
         head = transformer.unembedding(params, **settings)
 
-        def chunk(h: Array, head: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
+        def chunk(
+            h: Array, head: Array, labels: Array, weights: Array
+        ) -> tuple[Array, Array, Array]:
             nll, normaliser = operations.token_loss(h, head, labels, self.model.logit_softcap)
             weights = operations.own(weights)
             nll, z = (nll * weights).sum(), (normaliser**2 * weights).sum()

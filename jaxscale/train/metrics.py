@@ -19,7 +19,14 @@ from tqdm import tqdm
 from jaxscale.types import InputError
 
 # Dense bf16 peak per device in FLOP/s, from the vendors' data sheets (no sparsity).
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "v5p": 459e12, "v6e": 918e12}
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "v5p": 459e12,
+    "v6e": 918e12,
+}
 
 
 class Reporter(Protocol):
@@ -38,7 +45,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError("directory", str(path), f"a place that can be written ({error.strerror})") from error
+        raise InputError(
+            "directory", str(path), f"a place that can be written ({error.strerror})"
+        ) from error
 
 
 class History:
@@ -51,7 +60,11 @@ class History:
 
     def __init__(self, path: Path, step: int):
         self._path = path
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
+        kept = (
+            [line for line in path.read_text().splitlines() if _step(line) <= step]
+            if path.exists()
+            else []
+        )
         with writing(path):
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept))
@@ -60,7 +73,9 @@ class History:
 
     def report(self, step: int, figures: Mapping[str, Any]) -> None:
         """Appends a line; evaluations of a step are a line of their own."""
-        line = json.dumps({"step": step, **figures}, default=lambda value: np.asarray(value).tolist())
+        line = json.dumps(
+            {"step": step, **figures}, default=lambda value: np.asarray(value).tolist()
+        )
         with writing(self._path):
             self._file.write(line + "\n")
             self._file.flush()
@@ -90,7 +105,8 @@ class TensorBoard:
 
     Args:
         directory: where the files are.
-        step: finished steps of the state the run starts from; TensorBoard hides what earlier files have after it.
+        step: finished steps of the state the run starts from; TensorBoard hides what earlier files
+            have after it.
     """
 
     def __init__(self, directory: Path, step: int):
@@ -104,7 +120,9 @@ class TensorBoard:
     def report(self, step: int, figures: Mapping[str, Any]) -> None:
         """Writes the scalars."""
         scalars = {name: value for name, value in figures.items() if np.ndim(value) == 0}
-        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
+        values = [
+            Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()
+        ]
         self._write(Event(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
@@ -127,14 +145,22 @@ class ProgressBar:
     """A live line: step, loss, speed."""
 
     def __init__(self, steps: int, step: int):
-        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, desc="train", smoothing=0.1)
+        self._bar = tqdm(
+            total=steps, initial=step, unit="step", dynamic_ncols=True, desc="train", smoothing=0.1
+        )
         self._shown: dict[str, str] = {}
 
     def report(self, step: int, figures: Mapping[str, Any]) -> None:
         """Moves the bar and shows the newest figures."""
-        for name, text in {"loss": "{:.3f}", "tokens_per_second": "{:,.0f}", "mfu": "{:.1%}"}.items():
+        for name, text in {
+            "loss": "{:.3f}",
+            "tokens_per_second": "{:,.0f}",
+            "mfu": "{:.1%}",
+        }.items():
             if name in figures:
-                self._shown[name.replace("tokens_per_second", "tokens/s")] = text.format(figures[name])
+                self._shown[name.replace("tokens_per_second", "tokens/s")] = text.format(
+                    figures[name]
+                )
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(step - self._bar.n)
 
@@ -149,11 +175,14 @@ def expert_use(load: np.ndarray) -> dict[str, float]:
     Args:
         load: [layers, E] choices of a step.
     Returns:
-        `expert_max_share`, of the layer's choices on one expert: 1 / E to 1. `expert_entropy`, of the shares, as a
+        `expert_max_share`, of the layer's choices on one expert: 1 / E to 1. `expert_entropy`, of
+        the shares, as a
         fraction of log E: 1 where all are used alike, 0 where one gets all.
     """
     share = load / np.maximum(load.sum(-1, keepdims=True), 1)
-    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(-1) / max(np.log(load.shape[-1]), 1e-9)
+    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(-1) / max(
+        np.log(load.shape[-1]), 1e-9
+    )
     return {"expert_max_share": float(share.max()), "expert_entropy": float(entropy.min())}
 
 

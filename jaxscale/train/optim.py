@@ -10,7 +10,9 @@ from optax.contrib import MuonDimensionNumbers, muon
 from jaxscale import tree
 from jaxscale.types import InputError, check_choice, check_not_negative, check_positive, check_types
 
-DECAYED = r".*/(q|k|v|o|gate|up|down|tokens|weights)"  # matrices; not norms, biases, routers or positions
+DECAYED = (
+    r".*/(q|k|v|o|gate|up|down|tokens|weights)"  # matrices; not norms, biases, routers or positions
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +20,13 @@ class OptimizerConfig:
     """An optimizer with its schedule.
 
     Args:
-        name: "adamw" (arXiv 1711.05101), "muon" (Jordan 2024; matrices by Newton-Schulz, the rest by AdamW, both
-            with Nesterov momentum) or "lion" (arXiv 2302.06675).
+        name: "adamw" (arXiv 1711.05101), "muon" (Jordan 2024; matrices by Newton-Schulz, the rest
+            by AdamW, both with Nesterov momentum) or "lion" (arXiv 2302.06675).
         learning_rate: peak.
-        schedule: after the warm-up, "cosine" or "linear" down to the end, or "wsd" (arXiv 2404.06395): constant, then
-            linear over the last `decay_fraction`.
-        warmup_steps: linear up to the peak, which the last of them has; the first step's rate is above 0.
+        schedule: after the warm-up, "cosine" or "linear" down to the end, or "wsd" (arXiv
+            2404.06395): constant, then linear over the last `decay_fraction`.
+        warmup_steps: linear up to the peak, which the last of them has; the first step's rate is
+            above 0.
         final_fraction: learning rate at the last step over the peak.
         decay_fraction: share of all steps in which "wsd" decays.
         beta1: decay of the first moment (Muon: its momentum).
@@ -60,7 +63,9 @@ class OptimizerConfig:
                 raise InputError(f"OptimizerConfig.{name}", getattr(self, name), "0 <= beta < 1")
         if not 0 <= self.final_fraction <= 1 or not 0 <= self.decay_fraction <= 1:
             given = (self.final_fraction, self.decay_fraction)
-            raise InputError("OptimizerConfig.final_fraction, decay_fraction", given, "fractions from 0 to 1")
+            raise InputError(
+                "OptimizerConfig.final_fraction, decay_fraction", given, "fractions from 0 to 1"
+            )
         if self.clip_norm is not None:
             check_positive("OptimizerConfig.clip_norm", self.clip_norm)
         tree.compile_pattern("OptimizerConfig.decayed", self.decayed)
@@ -88,13 +93,16 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, last_at_peak])
 
 
-def make_optimizer(config: OptimizerConfig, *, steps: int, dims: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, *, steps: int, dims: Any
+) -> optax.GradientTransformation:
     """The optimizer over a parameter tree (None where a parameter is frozen).
 
     Args:
         config: which.
         steps: of the whole run, for the schedule.
-        dims: tree of dim letters, one string a parameter; Muon reads from it which dims are a matrix.
+        dims: tree of dim letters, one string a parameter; Muon reads from it which dims are a
+            matrix.
     Raises:
         InputError: weights are to decay, but `decayed` matches none.
     """
@@ -103,22 +111,41 @@ def make_optimizer(config: OptimizerConfig, *, steps: int, dims: Any) -> optax.G
     def decay_mask(params: Any) -> Any:
         return tree.map_with_path(lambda path, _: path in decayed, params)
 
-    decayed = {path for path, leaf in tree.flatten(tree.select(dims, config.decayed)).items() if leaf is not None}
+    decayed = {
+        path
+        for path, leaf in tree.flatten(tree.select(dims, config.decayed)).items()
+        if leaf is not None
+    }
     if config.weight_decay and not decayed:
-        expected = f"a pattern that matches one of {', '.join(tree.flatten(dims))}, or weight_decay 0"
+        expected = (
+            f"a pattern that matches one of {', '.join(tree.flatten(dims))}, or weight_decay 0"
+        )
         raise InputError("OptimizerConfig.decayed", config.decayed, expected)
     if config.name == "adamw":
         optimizer = optax.adamw(
-            schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decay_mask
+            schedule,
+            config.beta1,
+            config.beta2,
+            config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
         )
     elif config.name == "lion":
-        optimizer = optax.lion(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay_mask)
+        optimizer = optax.lion(
+            schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay_mask
+        )
     else:
-        # muon's own AdamW takes no mask for its decay, so decay and rate come after it; -1 undoes its sign.
+        # muon's own AdamW takes no mask for its decay, so decay and rate come after it; -1 undoes
+        # its sign.
         direction = muon(
-            -1.0, beta=config.beta1, adam_b1=config.beta1, adam_b2=config.beta2, eps=config.epsilon, consistent_rms=0.2,
+            -1.0,
+            beta=config.beta1,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            eps=config.epsilon,
+            consistent_rms=0.2,
             muon_weight_dimension_numbers=lambda params: _matrix_dims(params, dims),
-        )  # fmt: skip
+        )
         decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
         optimizer = optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
     if config.clip_norm is None:
@@ -132,7 +159,11 @@ def _matrix_dims(params: Any, dims: Any) -> Any:
 
     def one(path: str, _: jax.Array) -> MuonDimensionNumbers | None:
         matrix = letters[path].replace("L", "")
-        if path.startswith(("embedding", "head")) or not set(matrix) & set("NKF") or "D" not in matrix:
+        if (
+            path.startswith(("embedding", "head"))
+            or not set(matrix) & set("NKF")
+            or "D" not in matrix
+        ):
             return None
         inputs = "D" if matrix.index("D") < len(matrix) - 1 else "NKFH"
         where = [(i, d) for i, d in enumerate(letters[path]) if d not in "LE"]

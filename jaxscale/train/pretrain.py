@@ -13,15 +13,16 @@ import jax
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig, make_loader
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
+from jaxscale.launch.preemption import Preemption
+from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
+from jaxscale.launch.watchdog import Watchdog
 from jaxscale.models.config import ModelConfig, checkpoint_facts, training_flops_per_token
 from jaxscale.models.parameters import count_parameters
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.batch import abstract_batch, place
+from jaxscale.parallel.batch import abstract_batch, batch_share, place
 from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.parallel.processes import batch_share
 from jaxscale.parallel.region import LossFn
-from jaxscale.parallel.runtime import RuntimeConfig, apply_runtime
 from jaxscale.train import diagnosis
 from jaxscale.train.evaluation import EvaluationContext, check_evaluators
 from jaxscale.train.loop import Loop, Outcome
@@ -29,23 +30,30 @@ from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard, peak_flops
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import Plan, TrainConfig, deterministic_stack, make_plan
-from jaxscale.train.preemption import Preemption
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.run_directory import check_new, held, write_start
 from jaxscale.train.state import TrainState, init_state, run_key
 from jaxscale.train.step import make_step
-from jaxscale.train.watchdog import Watchdog
 from jaxscale.types import Batch, InputError, Params
 
 logger = logging.getLogger(__name__)
 
 
 def pretrain(
-    *, directory: str, model: ModelConfig, mesh: MeshConfig, data: DataConfig, optimizer: OptimizerConfig,
-    train: TrainConfig, checkpoint: CheckpointConfig, policy: Policy = Policy(), stack: StackConfig = StackConfig(),
-    runtime: RuntimeConfig = RuntimeConfig(), evaluators: dict[str, Callable] | None = None,
+    *,
+    directory: str,
+    model: ModelConfig,
+    mesh: MeshConfig,
+    data: DataConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    checkpoint: CheckpointConfig,
+    policy: Policy = Policy(),
+    stack: StackConfig = StackConfig(),
+    runtime: RuntimeConfig = RuntimeConfig(),
+    evaluators: dict[str, Callable] | None = None,
     make_loss: Callable[..., LossFn] = NextTokenLoss,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Trains a model; a run that was stopped goes on from its newest checkpoint, on whatever mesh is asked now.
 
     Args:
@@ -60,8 +68,8 @@ def pretrain(
         stack: how the layers are executed.
         runtime: platform, flags, processes and watchdog.
         evaluators: name -> evaluator(context) -> figures, see `train.evaluation`.
-        make_loss: (model, policy, stack, z_loss and, of a run that has it, embedding_noise), by keyword, -> a loss
-            under the contract of `train.losses`.
+        make_loss: (model, policy, stack, z_loss and, of a run that has it, embedding_noise), by
+            keyword, -> a loss under the contract of `train.losses`.
     Returns:
         The steps finished and the signal that ended the run early, if any.
     Raises:
@@ -74,9 +82,15 @@ def pretrain(
         stack = deterministic_stack(stack, data.sequence_length)
     apply_runtime(runtime, str(run))
     plan = make_plan(
-        model=model, mesh=mesh, data=data, optimizer=optimizer, train=train, policy=policy, stack=stack,
+        model=model,
+        mesh=mesh,
+        data=data,
+        optimizer=optimizer,
+        train=train,
+        policy=policy,
+        stack=stack,
         make_loss=make_loss,
-    )  # fmt: skip
+    )
     check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
     checkpoints = Checkpoints(checkpoint.within(run), **checkpoint_facts(model))
     evaluate = _make_evaluate(plan, model, evaluators or {})
@@ -123,7 +137,10 @@ def pretrain(
 def _make_traced_step(plan: Plan, data: DataConfig) -> Callable:
     """What refuses only when it is traced does so here, before a file changes; the first step finds the trace again."""
     step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
-    step.trace(plan.state, abstract_batch(plan.mesh, data.batch_size, data.sequence_length, is_packed=data.is_packed))
+    step.trace(
+        plan.state,
+        abstract_batch(plan.mesh, data.batch_size, data.sequence_length, is_packed=data.is_packed),
+    )
     return step
 
 
@@ -134,32 +151,46 @@ class _CanonicalCheckpoints:
     checkpoints: Checkpoints
     plan: Plan
 
-    def save(self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False) -> bool:
+    def save(
+        self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False
+    ) -> bool:
         return self.checkpoints.save(step, self.plan.to_canonical(state), data_state, force=force)
 
     def wait(self) -> None:
         self.checkpoints.wait()
 
 
-def _restore_or_start(plan: Plan, checkpoints: Checkpoints, loader: Any, model: ModelConfig, train: TrainConfig):
+def _restore_or_start(
+    plan: Plan, checkpoints: Checkpoints, loader: Any, model: ModelConfig, train: TrainConfig
+):
     """Resume, else the parameters of another run, else a fresh draw."""
     if checkpoints.latest_step() is not None:
         saved, data_state = checkpoints.restore(plan.canonical_state)
         state = plan.from_canonical(saved)
         loader.restore(data_state)
         if (jax.random.key_data(state.key) != jax.random.key_data(run_key(train.seed))).any():
-            raise InputError("TrainConfig.seed", train.seed, "the seed with which the run was begun")
+            raise InputError(
+                "TrainConfig.seed", train.seed, "the seed with which the run was begun"
+            )
         logger.info("resumed after step %d", int(state.step))
         return state
     state = init_state(
-        model, plan.optimizer, plan.state, specs=plan.region.specs, seed=train.seed, trainable=train.trainable
+        model,
+        plan.optimizer,
+        plan.state,
+        specs=plan.region.specs,
+        seed=train.seed,
+        trainable=train.trainable,
     )
     if train.init_from is None:
         return state
     config = CheckpointConfig(directory=train.init_from, save_every=1, keep_last=1)
     with contextlib.closing(Checkpoints(config, **checkpoint_facts(model))) as source:
         if source.latest_step() is None:
-            hints = [f"; {path.parent} has" for path in Path(train.init_from).expanduser().glob("*/[0-9]*")][:1]
+            hints = [
+                f"; {path.parent} has"
+                for path in Path(train.init_from).expanduser().glob("*/[0-9]*")
+            ][:1]
             expected = f"a folder with a checkpoint; there is none{''.join(hints)}"
             raise InputError("TrainConfig.init_from", train.init_from, expected)
         params = source.restore_params(plan.canonical_state.params)
@@ -180,7 +211,11 @@ def _make_reporters(directory: Path, steps: int, step: int) -> list[Reporter]:
 def _make_speed(model: ModelConfig, data: DataConfig) -> Speed:
     peak = peak_flops()
     kind = jax.local_devices()[0].device_kind
-    against = f"measured against {peak / 1e12:.0f} TFLOP/s (dense bf16)" if peak else "left out: its peak is not known"
+    against = (
+        f"measured against {peak / 1e12:.0f} TFLOP/s (dense bf16)"
+        if peak
+        else "left out: its peak is not known"
+    )
     logger.info("MFU of a %s is %s", kind, against)
     flops = training_flops_per_token(model, count_parameters(model)[1], data.sequence_length)
     return Speed(data.batch_size * data.sequence_length, flops)
@@ -188,9 +223,13 @@ def _make_speed(model: ModelConfig, data: DataConfig) -> Speed:
 
 def _make_evaluate(plan: Plan, model: ModelConfig, evaluators: dict[str, Callable]) -> Callable:
     context = EvaluationContext(
-        params=None, step=0, model=model, mesh=plan.mesh, sums=jax.jit(plan.region.evaluate(plan.loss_fn)),
+        params=None,
+        step=0,
+        model=model,
+        mesh=plan.mesh,
+        sums=jax.jit(plan.region.evaluate(plan.loss_fn)),
         place=functools.partial(place, plan.mesh),
-    )  # fmt: skip
+    )
     check_evaluators(evaluators, context)
 
     def evaluate(params: Params, step: int) -> dict[str, Any]:

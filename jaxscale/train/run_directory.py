@@ -23,14 +23,19 @@ from jaxscale.types import InputError
 logger = logging.getLogger(__name__)
 
 LOCK, STARTS, CONFIG = ".lock", "starts.jsonl", "config.gin"
-WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # how a file system says that it has none
+WITHOUT_LOCKS = {
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+}  # how a file system says that it has none
 
 
 @contextlib.contextmanager
 def held(directory: Path) -> Iterator[None]:
     """Keeps other runs out of `directory`, which is made if need be, and removed again if nothing came to be in it.
 
-    The system lets go of it when this process ends, however it ends. Only the run's first process takes it.
+    The system lets go of it when this process ends, however it ends. Only the run's first process
+    takes it.
 
     Raises:
         InputError: another run holds it, or it cannot be written.
@@ -59,7 +64,9 @@ def _lock(file: BinaryIO, directory: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError("directory", str(directory), "a directory where no other process is training") from None
+        raise InputError(
+            "directory", str(directory), "a directory where no other process is training"
+        ) from None
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
@@ -77,11 +84,11 @@ def check_new(directory: Path, checkpoints: str) -> None:
     """
     path = directory / STARTS
     starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for before in dict.fromkeys(start["checkpoints"] for start in reversed(starts) if "checkpoints" in start):
+    for before in dict.fromkeys(
+        start["checkpoints"] for start in reversed(starts) if "checkpoints" in start
+    ):
         if steps := committed_steps(directory / before):
-            expected = (
-                f"{before!r}, where the run of {directory} has step {steps[-1]}; another directory begins another run"
-            )
+            expected = f"{before!r}, where the run of {directory} has step {steps[-1]}; another directory begins another run"
             raise InputError("CheckpointConfig.directory", checkpoints, expected)
 
 
@@ -103,14 +110,19 @@ def write_start(directory: Path, step: int, checkpoints: str) -> None:
         "checkpoints": checkpoints,
         "jaxscale": jaxscale.__version__,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("jax", "flax", "optax", "orbax-checkpoint")
+        },
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
     }
     with writing(directory):
         if text := operative_config():  # there is none when Python code calls
             for name in (f"config.{step}.gin", CONFIG):
-                temporary = directory / f"{name}.tmp"  # renamed when whole: a full disk must not cost the old one
+                temporary = (
+                    directory / f"{name}.tmp"
+                )  # renamed when whole: a full disk must not cost the old one
                 temporary.write_text(text)
                 temporary.replace(directory / name)
         with (directory / STARTS).open("a") as file:

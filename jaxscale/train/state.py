@@ -21,7 +21,9 @@ RUNS_ONCE = {"xla_backend_optimization_level": 0}
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "key", "is_finite"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "opt_state", "key", "is_finite"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -32,7 +34,8 @@ class TrainState:
         params: the parameter tree, in the policy's parameter type.
         opt_state: optimizer state of the trainable parameters.
         key: typed PRNG key of the run; step n draws from fold_in(key, n).
-        is_finite: [] bool; False once a loss or gradient was not finite, after which no step changes anything.
+        is_finite: [] bool; False once a loss or gradient was not finite, after which no step
+            changes anything.
     """
 
     step: jax.Array
@@ -43,17 +46,27 @@ class TrainState:
 
 
 def abstract_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, *, mesh: Mesh, specs: Specs, dtype: str, trainable: str
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    specs: Specs,
+    dtype: str,
+    trainable: str,
 ) -> TrainState:
     """The state as shapes with shardings, nothing allocated: what init makes and a checkpoint is restored to."""
-    params = jax.eval_shape(lambda params: specs.layout.store(params, specs.dims), abstract_params(model, dtype))
+    params = jax.eval_shape(
+        lambda params: specs.layout.store(params, specs.dims), abstract_params(model, dtype)
+    )
     trained = tree.select(params, trainable)
     opt_state = jax.eval_shape(optimizer.init, trained)
     trained_specs = tree.select(specs.optimizer, trainable)
     opt_specs = mirror(opt_state, trained, trained_specs, PartitionSpec())
 
     def place(leaf: Any, spec: PartitionSpec, is_on_host: bool = False) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, spec, memory_kind=HOST if is_on_host and specs.is_optimizer_on_host else None)
+        sharding = NamedSharding(
+            mesh, spec, memory_kind=HOST if is_on_host and specs.is_optimizer_on_host else None
+        )
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     scalar = PartitionSpec()
@@ -88,15 +101,22 @@ def run_key(seed: int) -> jax.Array:
 
 
 def init_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, abstract: TrainState, *, specs: Specs, seed: int,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    *,
+    specs: Specs,
+    seed: int,
     trainable: str,
-) -> TrainState:  # fmt: skip
+) -> TrainState:
     """The first state, each leaf made where it lives; the same numbers on any mesh."""
     dtype = jax.tree.leaves(abstract.params)[0].dtype
 
     def init() -> TrainState:
         key = jax.random.key(seed)
-        params = specs.layout.store(init_params(model, jax.random.fold_in(key, 0), dtype), specs.dims)
+        params = specs.layout.store(
+            init_params(model, jax.random.fold_in(key, 0), dtype), specs.dims
+        )
         opt_state = optimizer.init(tree.select(params, trainable))
         return TrainState(jnp.int32(0), params, opt_state, run_key(seed), jnp.bool_(True))
 

@@ -1,11 +1,12 @@
 """The backward of attention for Hopper GPUs, as a Pallas kernel for Mosaic GPU.
 
-A block keeps a tile of keys and values and the sums of their gradients, and goes over the queries that see them: five
-products a step, of which the gradient of the queries is added in memory, in the order in which blocks come to it; so
-its last bits differ from run to run. The logits of the next tile of queries are made before a step's last products,
-so that the tensor cores have work while its softmax is computed. A warpgroup sums for half of the tile's keys; where
-heads are wider than 128 that does not fit in its registers: it then sums half of the columns for all keys, and both
-make the logits, seven products.
+A block keeps a tile of keys and values and the sums of their gradients, and goes over the queries
+that see them: five products a step, of which the gradient of the queries is added in memory, in the
+order in which blocks come to it; so its last bits differ from run to run. The logits of the next
+tile of queries are made before a step's last products, so that the tensor cores have work while its
+softmax is computed. A warpgroup sums for half of the tile's keys; where heads are wider than 128
+that does not fit in its registers: it then sums half of the columns for all keys, and both make the
+logits, seven products.
 
 Source: Dao 2023 (arXiv 2307.08691), algorithm 2; Shah et al. 2024 (arXiv 2407.08608), appendix B.
 """
@@ -32,7 +33,13 @@ from jaxscale.kernels.attention.products import (
     tanh,
     visit_at,
 )
-from jaxscale.kernels.attention.scheduler import SLOTS, item_at, longest_first, make_queue, over_items
+from jaxscale.kernels.attention.scheduler import (
+    SLOTS,
+    item_at,
+    longest_first,
+    make_queue,
+    over_items,
+)
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, query_tiles, query_visits
 from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel
 
@@ -63,7 +70,8 @@ class Problem:
     def is_early(self) -> bool:
         """Whether the next tile's logits are made beside the queries' gradient, not after it.
 
-        Wider heads lack the registers; for heads of 64 it is slower, 323 TFLOP/s against 389 on an H200.
+        Wider heads lack the registers; for heads of 64 it is slower, 323 TFLOP/s against 389 on an
+        H200.
         """
         return self.head_dim == 128
 
@@ -100,7 +108,9 @@ class Problem:
 
     def item_at(self, order: Any, number: Any) -> tuple[Any, ...]:
         """(row, kv head, row of the intervals, tile)."""
-        head_bytes = self.num_queries * self.head_dim * (2 + 2 + 4)  # of q, do and dq of the query head in work
+        head_bytes = (
+            self.num_queries * self.head_dim * (2 + 2 + 4)
+        )  # of q, do and dq of the query head in work
         return item_at(order, number, self.batch, self.kv_heads, head_bytes)
 
     def tiles_of(self, table: Any, head: Any, row: Any, tile: Any) -> tuple[Any, ...]:
@@ -109,12 +119,25 @@ class Problem:
         return place, tuple(table[(*place, field)] for field in range(4))
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))  # lowered once for all layers
+@functools.partial(
+    jax.jit, static_argnames=("scale", "softcap", "layout", "interpret")
+)  # lowered once for all layers
 def backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array,
-    low: jax.Array, high: jax.Array, *, scale: float, softcap: float | None, layout: BlockLayout | None = None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    o: jax.Array,
+    lse: jax.Array,
+    do: jax.Array,
+    dlse: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    layout: BlockLayout | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v.
 
     Args:
@@ -125,18 +148,29 @@ def backward(
     batch, length, num_heads, head_dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
     problem = Problem(
-        length, num_keys, batch, kv_heads, num_heads // kv_heads, head_dim, scale, softcap,
+        length,
+        num_keys,
+        batch,
+        kv_heads,
+        num_heads // kv_heads,
+        head_dim,
+        scale,
+        softcap,
         layout.stride if layout else 0,
-    )  # fmt: skip
+    )
     margin = -length % QUERIES
     low, high = (jnp.pad(x, ((0, 0), (0, margin))) for x in (low, high))
     delta = jnp.einsum("btnh,btnh->bnt", o, do, preferred_element_type=jnp.float32) - dlse
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # so that a query that sees nothing has no probabilities
+    lse = jnp.where(
+        lse == -jnp.inf, jnp.inf, lse * LOG2E
+    )  # so that a query that sees nothing has no probabilities
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, margin)), constant_values=jnp.inf)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, margin)))
     if layout:
         blocks = problem.keys // BLOCK
-        visited = query_visits(layout, (length + margin) // BLOCK, problem.num_tiles * blocks, blocks)
+        visited = query_visits(
+            layout, (length + margin) // BLOCK, problem.num_tiles * blocks, blocks
+        )
         table, entries = map(jnp.asarray, visited)
     else:
         table = query_tiles(low, high, queries=QUERIES, keys=problem.keys, num_keys=num_keys)
@@ -146,22 +180,58 @@ def backward(
         refs = _Refs(*refs, *[None] * (len(_FIELDS) - len(refs)))
         queue = make_queue(interpret)
         pl.when(lax.axis_index("warpgroup") == COMPUTE)(lambda: _fetch(refs, problem, queue))
-        pl.when(lax.axis_index("warpgroup") < COMPUTE)(lambda: _compute(refs, problem, queue, interpret))
+        pl.when(lax.axis_index("warpgroup") < COMPUTE)(
+            lambda: _compute(refs, problem, queue, interpret)
+        )
 
     out_type = jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)
     num_blocks = 1 if interpret else NUM_SMS
-    kernel = make_kernel(body, out_type, _scratch(problem, q.dtype, interpret), num_blocks, interpret)
-    dq = jax.new_ref(jnp.zeros((COMPUTE if interpret else 1, batch, length + margin, num_heads, head_dim), jnp.float32))
+    kernel = make_kernel(
+        body, out_type, _scratch(problem, q.dtype, interpret), num_blocks, interpret
+    )
+    dq = jax.new_ref(
+        jnp.zeros(
+            (COMPUTE if interpret else 1, batch, length + margin, num_heads, head_dim), jnp.float32
+        )
+    )
     order = longest_first(table, problem.num_patterns)
     dk, dv = kernel(order, table, entries, low, high, lse, delta, q, k, v, do, dq)
     return (dq[...].sum(0)[:, :length] * scale).astype(q.dtype), dk, dv
 
 
 _FIELDS = (
-    "order", "table", "entries", "low", "high", "lse", "delta", "q", "k", "v", "do", "dq", "dk", "dv", "k_smem",
-    "v_smem", "q_smem", "do_smem", "ds_smem", "dq_smem", "bounds_smem", "sums_smem", "kv_full", "kv_empty",
-    "q_full", "do_full", "empty", "ds_full", "done", "ready", "p_smem",
-)  # fmt: skip
+    "order",
+    "table",
+    "entries",
+    "low",
+    "high",
+    "lse",
+    "delta",
+    "q",
+    "k",
+    "v",
+    "do",
+    "dq",
+    "dk",
+    "dv",
+    "k_smem",
+    "v_smem",
+    "q_smem",
+    "do_smem",
+    "ds_smem",
+    "dq_smem",
+    "bounds_smem",
+    "sums_smem",
+    "kv_full",
+    "kv_empty",
+    "q_full",
+    "do_full",
+    "empty",
+    "ds_full",
+    "done",
+    "ready",
+    "p_smem",
+)
 _Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
 
 
@@ -173,8 +243,12 @@ def _scratch(problem: Problem, dtype: Any, interpret: Any) -> tuple[Any, ...]:
         plgpu.SMEM((STAGES, QUERIES, head_dim), dtype, transforms=SWIZZLED),
         plgpu.SMEM((STAGES, QUERIES, head_dim), dtype, transforms=SWIZZLED),
         plgpu.SMEM((2, keys, QUERIES), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((COMPUTE, QUERIES, problem.staged_columns), jnp.float32, transforms=SWIZZLED_FLOAT32),
-        plgpu.SMEM((2, STAGES, QUERIES), jnp.int32),  # low and high in one, as each takes whole KiBs
+        plgpu.SMEM(
+            (COMPUTE, QUERIES, problem.staged_columns), jnp.float32, transforms=SWIZZLED_FLOAT32
+        ),
+        plgpu.SMEM(
+            (2, STAGES, QUERIES), jnp.int32
+        ),  # low and high in one, as each takes whole KiBs
         plgpu.SMEM((2, STAGES, QUERIES), jnp.float32),  # lse and delta
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=COMPUTE),
@@ -238,7 +312,9 @@ def _compute(refs: Any, problem: Problem, queue: Any, interpret: Any) -> None:
     _, mine, columns = problem.share(warpgroup)
     accumulator = plgpu.ACC((ROWS, QUERIES), jnp.float32)
 
-    def begin(slot, s_ref):  # also where no query sees the keys: nobody uses what is made of an old tile then
+    def begin(
+        slot, s_ref
+    ):  # also where no query sees the keys: nobody uses what is made of an old tile then
         plgpu.wgmma(s_ref, refs.k_smem.at[0, mine], refs.q_smem.at[slot].transpose((1, 0)))
         return s_ref[...]
 
@@ -253,7 +329,9 @@ def _compute(refs: Any, problem: Problem, queue: Any, interpret: Any) -> None:
             first, end, *_ = tiles
             pl.when(end > first)(lambda: plgpu.barrier_wait(refs.q_full.at[lax.rem(count, STAGES)]))
             logits = pl.run_scoped(functools.partial(begin, lax.rem(count, STAGES)), accumulator)
-            step = functools.partial(_step, refs, problem, interpret, (b, head, place, end), count - first)
+            step = functools.partial(
+                _step, refs, problem, interpret, (b, head, place, end), count - first
+            )
             *sums, _ = over_runs(tiles, step, (*sums, logits))
             return *sums, count + end - first
 
@@ -263,8 +341,14 @@ def _compute(refs: Any, problem: Problem, queue: Any, interpret: Any) -> None:
         plgpu.barrier_arrive(refs.done)  # the other warpgroup reads all keys
         plgpu.barrier_wait(refs.done)
         num_rows = problem.keys // COMPUTE
-        rows, own = _part(warpgroup, num_rows), pl.ds(tile * problem.keys + warpgroup * num_rows, num_rows)
-        for value, smem, gmem in ((dk * problem.scale, refs.k_smem, refs.dk), (dv, refs.v_smem, refs.dv)):
+        rows, own = (
+            _part(warpgroup, num_rows),
+            pl.ds(tile * problem.keys + warpgroup * num_rows, num_rows),
+        )
+        for value, smem, gmem in (
+            (dk * problem.scale, refs.k_smem, refs.dk),
+            (dv, refs.v_smem, refs.dv),
+        ):
             smem[0, mine, columns] = value.astype(smem.dtype)
             plgpu.commit_smem()
             if problem.is_wide:  # whole rows are copied, of which the other warpgroup makes a half
@@ -286,13 +370,16 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
     block, mine, columns = problem.share(warpgroup)
     slot, next_slot = lax.rem(passed + j, STAGES), lax.rem(passed + j + 1, STAGES)
     ds_slot = warpgroup if problem.is_wide else lax.rem(passed + j, 2)
-    # An index that ptxas cannot prove constant, or it keeps the descriptors of keys and values in registers and spills.
+    # An index that ptxas cannot prove constant, or it keeps the descriptors of keys and values in
+    # registers and spills.
     nought = lax.optimization_barrier(j) - j
     query_tile, is_seen = visit_at(refs.entries, problem.num_patterns, place, j)
     accumulator = plgpu.ACC((ROWS, QUERIES), jnp.float32)
     buffer = None if refs.p_smem is None else refs.p_smem.at[warpgroup]
     is_by_columns = problem.dq_columns < problem.head_dim
-    is_exchanged = is_by_columns and not problem.is_wide  # wide, a warpgroup has the logits of all keys
+    is_exchanged = (
+        is_by_columns and not problem.is_wide
+    )  # wide, a warpgroup has the logits of all keys
 
     def row_of(ref, which):
         return spread(plgpu.load(ref.at[which, slot], layout=COLUMN), (ROWS, QUERIES), 1)
@@ -307,7 +394,9 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
             key = plgpu.broadcasted_iota(jnp.int32, (ROWS, QUERIES), 0, layout=MATRIX)
             key += place[1] * problem.keys + block * ROWS
             above = row_of(refs.bounds_smem, 1) * is_seen(block)
-            logits = jnp.where((key >= row_of(refs.bounds_smem, 0)) & (key < above), logits, -jnp.inf)
+            logits = jnp.where(
+                (key >= row_of(refs.bounds_smem, 0)) & (key < above), logits, -jnp.inf
+            )
         return jnp.exp2(logits * factor - row_of(refs.sums_smem, 0)), slope
 
     def cotangents(dp_ref):
@@ -332,7 +421,9 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
 
         def scores():
             pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(refs.q_full.at[next_slot]))
-            plgpu.wgmma(s_ref, refs.k_smem.at[nought, mine], refs.q_smem.at[next_slot].transpose((1, 0)))
+            plgpu.wgmma(
+                s_ref, refs.k_smem.at[nought, mine], refs.q_smem.at[next_slot].transpose((1, 0))
+            )
 
         of_both = functools.partial(of_queries_and_keys, dk_ref)
         if problem.is_early:
@@ -347,11 +438,21 @@ def _step(refs: Any, problem: Problem, interpret: Any, where, passed, is_masked,
         share = _part(warpgroup, problem.dq_columns) if is_by_columns else slice(None)
         if is_exchanged:
             plgpu.barrier_wait(refs.ds_full)
-        plgpu.wgmma_wait(1 if problem.is_early else 0)  # for the product of probabilities: frees their registers
-        plgpu.wgmma(dq_ref, refs.ds_smem.at[ds_slot, keys].transpose((1, 0)), refs.k_smem.at[nought, keys, share])
+        plgpu.wgmma_wait(
+            1 if problem.is_early else 0
+        )  # for the product of probabilities: frees their registers
+        plgpu.wgmma(
+            dq_ref,
+            refs.ds_smem.at[ds_slot, keys].transpose((1, 0)),
+            refs.k_smem.at[nought, keys, share],
+        )
         plgpu.wgmma(dk_ref, refs.ds_smem.at[ds_slot, mine], refs.q_smem.at[slot, :, columns])
-        dq = plgpu.wgmma_accumulator_load(dq_ref, wait_n=1)  # stored while the keys' product is made
-        target = refs.dq.at[warpgroup if interpret else 0, b, pl.ds(query_tile * QUERIES, QUERIES), head, share]
+        dq = plgpu.wgmma_accumulator_load(
+            dq_ref, wait_n=1
+        )  # stored while the keys' product is made
+        target = refs.dq.at[
+            warpgroup if interpret else 0, b, pl.ds(query_tile * QUERIES, QUERIES), head, share
+        ]
         for first in range(0, problem.dq_columns, problem.staged_columns):
             part = pl.ds(first, problem.staged_columns)
             add(dq[:, first : first + problem.staged_columns], target.at[:, part])

@@ -1,8 +1,9 @@
 """The forward of attention for Hopper GPUs, as a Pallas kernel for Mosaic GPU.
 
-Two warpgroups multiply, each for 64 queries, and one fetches. A warpgroup gives the tensor cores the logits of the next
-tile of keys together with the product of this one's probabilities and values, and makes the softmax of the former while
-the latter runs; the warpgroups take turns, so that one's softmax also runs beside the other's products.
+Two warpgroups multiply, each for 64 queries, and one fetches. A warpgroup gives the tensor cores
+the logits of the next tile of keys together with the product of this one's probabilities and
+values, and makes the softmax of the former while the latter runs; the warpgroups take turns, so
+that one's softmax also runs beside the other's products.
 
 Source: Dao 2023 (arXiv 2307.08691), algorithm 1; Shah et al. 2024 (arXiv 2407.08608), section 3.
 """
@@ -28,7 +29,13 @@ from jaxscale.kernels.attention.products import (
     tanh,
     visit_at,
 )
-from jaxscale.kernels.attention.scheduler import SLOTS, item_at, longest_first, make_queue, over_items
+from jaxscale.kernels.attention.scheduler import (
+    SLOTS,
+    item_at,
+    longest_first,
+    make_queue,
+    over_items,
+)
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_visits
 from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel
 
@@ -73,11 +80,21 @@ class Problem:
         return b, head, row, place, tuple(table[(*place, field)] for field in range(4))
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))  # lowered once for all layers
+@functools.partial(
+    jax.jit, static_argnames=("scale", "softcap", "layout", "interpret")
+)  # lowered once for all layers
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, low: jax.Array, high: jax.Array, *, scale: float, softcap: float | None,
-    layout: BlockLayout | None = None, interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    layout: BlockLayout | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
     """Attention of every query t over the keys low[t] <= s < high[t], which are those of a causal mask with a layout.
 
     Args:
@@ -93,24 +110,42 @@ def forward(
     is_wide = head_dim > 128  # then shared memory holds half of the keys, and one tile of queries
     groups = num_heads // k.shape[2]
     problem = Problem(
-        padded // QUERIES, batch, num_heads, groups, 2 * 2 * k.shape[1] * head_dim // groups,
-        BLOCK if is_wide or layout else 128, 1 if is_wide else 2, scale, softcap, layout.stride if layout else 0,
-    )  # fmt: skip
+        padded // QUERIES,
+        batch,
+        num_heads,
+        groups,
+        2 * 2 * k.shape[1] * head_dim // groups,
+        BLOCK if is_wide or layout else 128,
+        1 if is_wide else 2,
+        scale,
+        softcap,
+        layout.stride if layout else 0,
+    )
     if layout:
-        table, entries = map(jnp.asarray, key_visits(layout, padded // BLOCK, pl.cdiv(k.shape[1], BLOCK)))
+        table, entries = map(
+            jnp.asarray, key_visits(layout, padded // BLOCK, pl.cdiv(k.shape[1], BLOCK))
+        )
     else:
-        table, entries = key_tiles(low, high, queries=QUERIES, keys=problem.keys), jnp.zeros((1, 1, 1), jnp.int32)
+        table, entries = (
+            key_tiles(low, high, queries=QUERIES, keys=problem.keys),
+            jnp.zeros((1, 1, 1), jnp.int32),
+        )
 
     def body(*refs):
         refs = _Refs(*refs, *[None] * (len(_FIELDS) - len(refs)))
         queue = make_queue(interpret)
         pl.when(lax.axis_index("warpgroup") == COMPUTE)(lambda: _fetch(refs, problem, queue))
-        pl.when(lax.axis_index("warpgroup") < COMPUTE)(lambda: _compute(refs, problem, queue, interpret))
+        pl.when(lax.axis_index("warpgroup") < COMPUTE)(
+            lambda: _compute(refs, problem, queue, interpret)
+        )
 
     slots = problem.query_slots
     o, lse = make_kernel(
         body,
-        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, num_heads, padded), jnp.float32)),
+        (
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, num_heads, padded), jnp.float32),
+        ),
         (
             plgpu.SMEM((slots, QUERIES, head_dim), q.dtype, transforms=SWIZZLED),
             plgpu.SMEM((STAGES, problem.keys, head_dim), q.dtype, transforms=SWIZZLED),
@@ -135,9 +170,32 @@ def forward(
 
 
 _FIELDS = (
-    "order", "table", "entries", "low", "high", "q", "k", "v", "o", "lse", "q_smem", "k_smem", "v_smem", "low_smem",
-    "high_smem", "lse_smem", "q_full", "q_empty", "k_full", "k_empty", "v_full", "v_empty", "turn", "ready", "p_smem",
-)  # fmt: skip
+    "order",
+    "table",
+    "entries",
+    "low",
+    "high",
+    "q",
+    "k",
+    "v",
+    "o",
+    "lse",
+    "q_smem",
+    "k_smem",
+    "v_smem",
+    "low_smem",
+    "high_smem",
+    "lse_smem",
+    "q_full",
+    "q_empty",
+    "k_full",
+    "k_empty",
+    "v_full",
+    "v_empty",
+    "turn",
+    "ready",
+    "p_smem",
+)
 _Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
 
 
@@ -174,7 +232,9 @@ def _fetch(refs: Any, problem: Problem, queue: Any) -> None:
     num_mine, _, count = over_items(problem.num_items, one, queue, refs.ready, is_fetching=True)
     for slot in range(STAGES):  # a barrier may go only when all that happened to it has been seen
         for barrier in (refs.k_empty, refs.v_empty):
-            pl.when(count > slot)(lambda slot=slot, barrier=barrier: plgpu.barrier_wait(barrier.at[slot]))
+            pl.when(count > slot)(
+                lambda slot=slot, barrier=barrier: plgpu.barrier_wait(barrier.at[slot])
+            )
     for slot in range(slots):
         pl.when(num_mine > slot)(lambda slot=slot: plgpu.barrier_wait(refs.q_empty.at[slot]))
 
@@ -226,10 +286,16 @@ def _softmax(refs: Any, problem: Problem, place, slot, logits, top, number, is_m
     if is_masked:
         warpgroup = lax.axis_index("warpgroup")
         tile, is_seen = visit_at(refs.entries, problem.num_patterns, place, number)
-        key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX) + tile * problem.keys
+        key = (
+            plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX) + tile * problem.keys
+        )
         mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
-        below, above = (plgpu.load(ref.at[slot, mine], layout=ROW) for ref in (refs.low_smem, refs.high_smem))
-        below, above = (spread(values, logits.shape, 0) for values in (below, above * is_seen(warpgroup)))
+        below, above = (
+            plgpu.load(ref.at[slot, mine], layout=ROW) for ref in (refs.low_smem, refs.high_smem)
+        )
+        below, above = (
+            spread(values, logits.shape, 0) for values in (below, above * is_seen(warpgroup))
+        )
         logits = jnp.where((key >= below) & (key < above), logits, -jnp.inf)
     new = jnp.maximum(top, logits.max(axis=1) * factor)
     safe = jnp.where(new == -jnp.inf, 0.0, new) if is_masked else new
@@ -277,7 +343,9 @@ def _attend(refs: Any, problem: Problem, q_mine, tiles, count, zeros, softmax, i
             return pl.run_scoped(scores, logits_type)
 
         like = p.astype(jnp.float32), total, top, top
-        (acc,), (wide, total_new, shrink, top) = accumulate((acc,), products, like, interpret=interpret)
+        (acc,), (wide, total_new, shrink, top) = accumulate(
+            (acc,), products, like, interpret=interpret
+        )
         # Not before the product is done, which reads the old ones from the same registers.
         p = lax.optimization_barrier(wide).astype(p.dtype)
         plgpu.barrier_arrive(refs.v_empty.at[before])

@@ -47,7 +47,9 @@ def accumulate(values: Any, products: Callable, like: Any, *, interpret: Any) ->
 
     def add(refs):
         accumulators, others = refs
-        for ref, value in zip(jax.tree.leaves(others), jax.tree.leaves(products(*accumulators)), strict=True):
+        for ref, value in zip(
+            jax.tree.leaves(others), jax.tree.leaves(products(*accumulators)), strict=True
+        ):
             ref[...] = value
 
     return pl.run_state(add)((tuple(plgpu.ACC.init(x) for x in values), like))
@@ -61,7 +63,9 @@ def over_runs(table: Any, step: Callable, carry: Any) -> Any:
         (whole_first, whole_end, False),
         (whole_end, end, True),
     ):
-        carry = lax.fori_loop(lower, upper, lambda j, c, is_masked=is_masked: step(is_masked, j, c), carry)
+        carry = lax.fori_loop(
+            lower, upper, lambda j, c, is_masked=is_masked: step(is_masked, j, c), carry
+        )
     return carry
 
 
@@ -70,7 +74,9 @@ def visit_at(entries: Any, num_patterns: int, place: Any, number: Any) -> tuple[
     if not num_patterns:
         return number, lambda warpgroup: 1
     entry = entries[(*place, number)]
-    return lax.shift_right_logical(entry, 2), lambda warpgroup: lax.shift_right_logical(entry, warpgroup) & 1
+    return lax.shift_right_logical(
+        entry, 2
+    ), lambda warpgroup: lax.shift_right_logical(entry, warpgroup) & 1
 
 
 def tanh(x: jax.Array) -> jax.Array:

@@ -7,14 +7,24 @@ from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, low: jax.Array, high: jax.Array, *, scale: float, softcap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
     layout: BlockLayout | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
     """As `api.attention`: all logits in at least float32."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     groups = q.shape[2] // k.shape[2]
     keys, values = (jnp.repeat(x.astype(wide), groups, axis=2) for x in (k, v))
-    logits = jnp.einsum("btnh,bsnh->bnts", q.astype(wide), keys, precision=jax.lax.Precision.HIGHEST) * scale
+    logits = (
+        jnp.einsum("btnh,bsnh->bnts", q.astype(wide), keys, precision=jax.lax.Precision.HIGHEST)
+        * scale
+    )
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     number = jnp.arange(k.shape[1])

@@ -12,15 +12,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxscale.kernels.persistent import NUM_SMS
 
-CACHE = 32 * 2**20  # bytes of the L2 cache of 50 MiB that the tiles in work may fill with what they share
-SLOTS = 4  # numbers of a block that are handed over: the fetching warpgroup is up to two items ahead
+CACHE = (
+    32 * 2**20
+)  # bytes of the L2 cache of 50 MiB that the tiles in work may fill with what they share
+SLOTS = (
+    4  # numbers of a block that are handed over: the fetching warpgroup is up to two items ahead
+)
 
 
 def longest_first(table: jax.Array, num_patterns: int) -> jax.Array:
     """The order in which to take the tiles of `table` [rows or patterns, tiles, 4], so that blocks end together.
 
     Returns:
-        [rows or 1, tiles] int32, those that visit most first; of patterns, by what all visit together.
+        [rows or 1, tiles] int32, those that visit most first; of patterns, by what all visit
+        together.
     """
     lengths = table[..., 1] - table[..., 0]
     lengths = lengths.sum(0, keepdims=True) if num_patterns else lengths
@@ -32,7 +37,8 @@ def item_at(order: Any, number: Any, batch: int, heads: int, head_bytes: int) ->
 
     Args:
         order: as `longest_first` gives it.
-        head_bytes: that the tiles of a head share; as many heads as the cache holds are gone through together.
+        head_bytes: that the tiles of a head share; as many heads as the cache holds are gone
+            through together.
     """
     rows, num_tiles = order.shape
     together = max(CACHE // head_bytes, 1)
@@ -52,8 +58,9 @@ def make_queue(interpret: Any) -> Any:
 def over_items(num_items: int, body: Callable, queue: Any, ready: Any, *, is_fetching: bool) -> Any:
     """(items that this block got, whatever, the last count); `body(i, number, count)` gives the count after the i-th.
 
-    The first item is the block's own number; then each block asks for another when it has fetched one, so that all end
-    together however long items take. Interpreted, which knows no atomic addition, blocks take turns.
+    The first item is the block's own number; then each block asks for another when it has fetched
+    one, so that all end together however long items take. Interpreted, which knows no atomic
+    addition, blocks take turns.
 
     Args:
         queue: of `make_queue`.
@@ -74,7 +81,9 @@ def over_items(num_items: int, body: Callable, queue: Any, ready: Any, *, is_fet
             plgpu.barrier_wait(ready.at[slot])
         return i + 1, blocks + (number if queue is None else _number_at(queue.at[place])), count
 
-    return lax.while_loop(lambda state: state[1] < num_items, one, (jnp.int32(0), block, jnp.int32(0)))
+    return lax.while_loop(
+        lambda state: state[1] < num_items, one, (jnp.int32(0), block, jnp.int32(0))
+    )
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
@@ -91,11 +100,13 @@ def _count_up(_, counter, target):
 
 
 @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+    arg_types=(plgpu.RefType(),),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
 )
 def _number_at(_, source):
     """What is stored there, the same for all threads of a warpgroup."""
-    # Lanes take what the first of a warp read, or ptxas thinks that they diverge and serialises all products (C7520).
+    # Lanes take what the first of a warp read, or ptxas thinks that they diverge and serialises all
+    # products (C7520).
     number = mgpu.utils.inline_ptx(
         "{ .reg .u32 read; ld.u32 read, [$1]; shfl.sync.idx.b32 $0, read, 0, 31, -1; }",
         mgpu.utils.memref_ptr(source),

@@ -16,11 +16,17 @@ BACKENDS = ("reference", "xla", "mosaic")
 
 
 def grouped_matmul(
-    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, *, implementation: str, interpret: Any = False
+    rows: jax.Array,
+    weights: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: str,
+    interpret: Any = False,
 ) -> jax.Array:
     """The rows of group e, which are consecutive, times `weights[e]`; rows past the last group give zero.
 
-    Source: Gale et al. 2022, MegaBlocks (arXiv 2211.15841), section 4: experts without capacity or padding.
+    Source: Gale et al. 2022, MegaBlocks (arXiv 2211.15841), section 4: experts without capacity or
+        padding.
     Args:
         rows: [rows, K], sorted by group.
         weights: [E, K, N] of the same type.
@@ -31,18 +37,22 @@ def grouped_matmul(
         [rows, N] in the type of `rows`, accumulated in at least float32.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: 2 rows K N FLOPs, as many again for each of the two gradients; "mosaic" fills rows up to a multiple of 8 and K
-        and N of 64, by copying.
+    Cost: 2 rows K N FLOPs, as many again for each of the two gradients; "mosaic" fills rows up to a
+        multiple of 8 and K and N of 64, by copying.
     """
     _check("grouped_matmul", rows, group_sizes, weights.shape, weights.shape[-1])
     check_backend("grouped_matmul", implementation, BACKENDS, mosaic_refusal(rows, weights))
     if implementation == "mosaic":
         product = _mosaic(_filled(rows), _filled(weights), group_sizes, interpret)
         return product[: rows.shape[0], : weights.shape[2]]
-    return {"reference": reference.grouped_matmul, "xla": lax.ragged_dot}[implementation](rows, weights, group_sizes)
+    return {"reference": reference.grouped_matmul, "xla": lax.ragged_dot}[implementation](
+        rows, weights, group_sizes
+    )
 
 
-def _check(operation: str, rows: jax.Array, group_sizes: jax.Array, weights: tuple[int, ...], width: int) -> None:
+def _check(
+    operation: str, rows: jax.Array, group_sizes: jax.Array, weights: tuple[int, ...], width: int
+) -> None:
     """`weights` is the shape of matrices that rows are multiplied by or, transposed, that give such rows."""
     is_fit = rows.ndim == 2 and len(rows) and weights == (*group_sizes.shape, rows.shape[1], width)
     given = f"rows {rows.shape}, weights {weights} and group_sizes {group_sizes.shape}"
@@ -59,11 +69,15 @@ def mosaic_refusal(rows: jax.Array, weights: jax.Array) -> str | None:
 def _filled(operand: jax.Array) -> jax.Array:
     """Rows [rows, K] or weights [E, K, N] with zeros up to whole tiles; a copy where there is something to fill."""
     units = (pallas.ALIGNMENT, DEPTH) if operand.ndim == 2 else (1, DEPTH, DEPTH)
-    return jnp.pad(operand, [(0, -size % unit) for size, unit in zip(operand.shape, units, strict=True)])
+    return jnp.pad(
+        operand, [(0, -size % unit) for size, unit in zip(operand.shape, units, strict=True)]
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _mosaic(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, interpret: Any) -> jax.Array:
+def _mosaic(
+    rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, interpret: Any
+) -> jax.Array:
     settings = dict(blocks=H200, interpret=interpret)
     return pallas.forward((rows,), (weights,), group_sizes, is_transposed=False, **settings)
 
@@ -83,13 +97,20 @@ _mosaic.defvjp(_forward, _backward)
 
 
 def feed_forward(
-    rows: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, group_sizes: jax.Array, *,
-    implementation: str, interpret: Any = False,
-) -> jax.Array:  # fmt: skip
+    rows: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    implementation: str,
+    interpret: Any = False,
+) -> jax.Array:
     """The SwiGLU feed-forward of each group's expert; rows past the last group give zero.
 
-    "mosaic" makes `gate`'s and `up`'s products and SwiGLU of them in one kernel, and one sum of both of their gradients
-    to the rows. Between forward and backward it keeps the two products [rows, F].
+    "mosaic" makes `gate`'s and `up`'s products and SwiGLU of them in one kernel, and one sum of
+    both of their gradients to the rows. Between forward and backward it keeps the two products
+    [rows, F].
 
     Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
     Args:
@@ -112,7 +133,9 @@ def feed_forward(
     if implementation == "mosaic":
         y = _mosaic_feed_forward(*map(_filled, (rows, gate, up, down)), group_sizes, interpret)
         return y[: rows.shape[0], : rows.shape[1]]
-    multiply = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
+    multiply = functools.partial(
+        grouped_matmul, group_sizes=group_sizes, implementation=implementation
+    )
     return multiply(jax.nn.silu(multiply(rows, gate)) * multiply(rows, up), down)
 
 
@@ -137,7 +160,11 @@ def _feed_forward_backward(interpret, kept, dy):
     dg, du = pullback(pallas.forward((dy,), (down,), group_sizes, is_transposed=True, **settings))
     drows = pallas.forward((dg, du), (gate, up), group_sizes, is_transposed=True, **settings)
     products = (rows, dg), (rows, du), (h, dy)
-    return drows, *(pallas.weight_gradient(*both, group_sizes, **settings) for both in products), None
+    return (
+        drows,
+        *(pallas.weight_gradient(*both, group_sizes, **settings) for both in products),
+        None,
+    )
 
 
 _mosaic_feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)

@@ -28,14 +28,18 @@ ALIGNMENT = 8  # of the first row of a copy that swizzles: the rows of a swizzle
 def row_tiles(group_sizes: jax.Array, num_rows: int) -> jax.Array:
     """The tiles of rows that cover every group and the rows past the last.
 
-    A tile begins at a multiple of ALIGNMENT, so the first of a group may begin with rows of the group before it.
+    A tile begins at a multiple of ALIGNMENT, so the first of a group may begin with rows of the
+    group before it.
 
     Returns:
-        [4, tiles] int32: group (the number of groups for the rows past the last), first row, and the range of the
-        tile's rows that are the group's; it is empty in what is left over at the end.
+        [4, tiles] int32: group (the number of groups for the rows past the last), first row, and
+        the range of the tile's rows that are the group's; it is empty in what is left over at the
+        end.
     """
     tile = COMPUTE * ROWS
-    sizes = jnp.concatenate([group_sizes, num_rows - group_sizes.sum(keepdims=True)]).astype(jnp.int32)
+    sizes = jnp.concatenate([group_sizes, num_rows - group_sizes.sum(keepdims=True)]).astype(
+        jnp.int32
+    )
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     aligned = starts - starts % ALIGNMENT
@@ -72,7 +76,9 @@ class RowTiles:
 
     def own_rows(self, tile):
         """The range of the warpgroup's rows that are the group's."""
-        return tuple(jnp.clip(row - lax.axis_index("warpgroup") * ROWS, 0, ROWS) for row in tile[2:4])
+        return tuple(
+            jnp.clip(row - lax.axis_index("warpgroup") * ROWS, 0, ROWS) for row in tile[2:4]
+        )
 
     def is_needed(self, tile):
         """Whether the warpgroup has rows of the group."""
@@ -93,11 +99,18 @@ class RowTiles:
             _store_some(begin, end - begin, values, edge, target, first, tile[4] + column)
 
 
-@functools.partial(jax.jit, static_argnames=("is_transposed", "blocks", "interpret"))  # lowered once for all layers
+@functools.partial(
+    jax.jit, static_argnames=("is_transposed", "blocks", "interpret")
+)  # lowered once for all layers
 def forward(
-    lefts: tuple[jax.Array, ...], rights: tuple[jax.Array, ...], group_sizes: jax.Array, *, is_transposed: bool,
-    blocks: BlockSizes, interpret: Any = False,
-) -> jax.Array:  # fmt: skip
+    lefts: tuple[jax.Array, ...],
+    rights: tuple[jax.Array, ...],
+    group_sizes: jax.Array,
+    *,
+    is_transposed: bool,
+    blocks: BlockSizes,
+    interpret: Any = False,
+) -> jax.Array:
     """The sum of products [rows, K] times [E, K, N], or [E, N, K] where `is_transposed`: [rows, N]."""
     num_rows, depth = lefts[0].shape
     num_groups, dtype = rights[0].shape[0], lefts[0].dtype
@@ -108,11 +121,15 @@ def forward(
     def body(table_gmem, *refs):
         *operands, out_gmem, left_smem, right_smem, out_smem, edge_smem, full, empty = refs
         warpgroup = lax.axis_index("warpgroup")
-        tiles = RowTiles(table_gmem, num_groups, num_columns, blocks.columns, steps * len(lefts), blocks)
+        tiles = RowTiles(
+            table_gmem, num_groups, num_columns, blocks.columns, steps * len(lefts), blocks
+        )
 
         def fetch(tile, step, slot):
             group, first, _, _, column, _ = tile
-            for number, (left, right) in enumerate(zip(operands[: len(lefts)], operands[len(lefts) :], strict=True)):
+            for number, (left, right) in enumerate(
+                zip(operands[: len(lefts)], operands[len(lefts) :], strict=True)
+            ):
 
                 @pl.when(lax.div(step, steps) == number)
                 def _(left=left, right=right, number=number):
@@ -121,7 +138,9 @@ def forward(
                     where = (columns, depth_slice) if is_transposed else (depth_slice, columns)
                     rows = left.at[pl.ds(first, COMPUTE * ROWS), depth_slice]
                     plgpu.copy_gmem_to_smem(rows, left_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(right.at[(group, *where)], right_smem.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        right.at[(group, *where)], right_smem.at[slot], full.at[slot]
+                    )
 
         def multiply(accumulator, slot, tile, step):
             left = left_smem.at[slot, pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)]
@@ -133,13 +152,26 @@ def forward(
                 column = number * PIECE
                 piece = product[:, column : column + PIECE]
                 tiles.store_piece(
-                    tile, piece, number, out_smem.at[warpgroup], edge_smem.at[warpgroup], out_gmem, column
+                    tile,
+                    piece,
+                    number,
+                    out_smem.at[warpgroup],
+                    edge_smem.at[warpgroup],
+                    out_gmem,
+                    column,
                 )
 
         multiply_tiles(
-            table.shape[1] * num_columns, blocks, full, empty,
-            tile_at=tiles.tile_at, fetch=fetch, is_needed=tiles.is_needed, multiply=multiply, finish=finish,
-        )  # fmt: skip
+            table.shape[1] * num_columns,
+            blocks,
+            full,
+            empty,
+            tile_at=tiles.tile_at,
+            fetch=fetch,
+            is_needed=tiles.is_needed,
+            multiply=multiply,
+            finish=finish,
+        )
 
     right = (blocks.columns, DEPTH) if is_transposed else (DEPTH, blocks.columns)
     kernel = make_matmul(
@@ -156,12 +188,19 @@ def forward(
 
 def out_buffers(dtype: Any) -> tuple[Any, Any]:
     """Of each warpgroup two pieces, and one of which rows are stored: those of a swizzled tile cannot be one by one."""
-    return plgpu.SMEM((COMPUTE, 2, ROWS, PIECE), dtype, transforms=SWIZZLED), plgpu.SMEM((COMPUTE, ROWS, PIECE), dtype)
+    return plgpu.SMEM((COMPUTE, 2, ROWS, PIECE), dtype, transforms=SWIZZLED), plgpu.SMEM(
+        (COMPUTE, ROWS, PIECE), dtype
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("blocks", "interpret"))
 def weight_gradient(
-    rows: jax.Array, cotangent: jax.Array, group_sizes: jax.Array, *, blocks: BlockSizes, interpret: Any = False
+    rows: jax.Array,
+    cotangent: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    blocks: BlockSizes,
+    interpret: Any = False,
 ) -> jax.Array:
     """Each group's [K, rows] times [rows, N]: [E, K, N] of rows [rows, K] and cotangent [rows, N]."""
     depth, width = rows.shape[1], cotangent.shape[1]
@@ -170,7 +209,17 @@ def weight_gradient(
     table = jnp.stack([ends - group_sizes, ends]).astype(jnp.int32)
     num_tiles, num_columns = pl.cdiv(depth, COMPUTE * ROWS), pl.cdiv(width, blocks.columns)
 
-    def body(table_gmem, rows_gmem, cotangent_gmem, out_gmem, rows_smem, cotangent_smem, out_smem, full, empty):
+    def body(
+        table_gmem,
+        rows_gmem,
+        cotangent_gmem,
+        out_gmem,
+        rows_smem,
+        cotangent_smem,
+        out_smem,
+        full,
+        empty,
+    ):
         warpgroup = lax.axis_index("warpgroup")
         own = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
 
@@ -181,7 +230,15 @@ def weight_gradient(
             start, end = table_gmem[0, group], table_gmem[1, group]
             first = start - lax.rem(start, ALIGNMENT)
             steps = jnp.where(end > start, lax.div(end - first + DEPTH - 1, DEPTH), 0)
-            return group, first, start - first, end - first, i * COMPUTE * ROWS, j * blocks.columns, steps
+            return (
+                group,
+                first,
+                start - first,
+                end - first,
+                i * COMPUTE * ROWS,
+                j * blocks.columns,
+                steps,
+            )
 
         def fetch(tile, step, slot):
             _, first, _, _, row, column, _ = tile
@@ -200,19 +257,30 @@ def weight_gradient(
                 layout = plgpu.Layout.WGMMA
                 values = left[...]
                 number = plgpu.broadcasted_iota(jnp.int32, (DEPTH, ROWS), 0, layout=layout)
-                left[...] = jnp.where((number >= begin) & (number < end), values, jnp.zeros_like(values))
+                left[...] = jnp.where(
+                    (number >= begin) & (number < end), values, jnp.zeros_like(values)
+                )
                 plgpu.commit_smem()
 
             plgpu.wgmma(accumulator, left.transpose((1, 0)), cotangent_smem.at[slot])
 
         def finish(tile, product):
             group, _, _, _, row, column, _ = tile
-            store(product, out_smem.at[warpgroup], out_gmem.at[group], row + warpgroup * ROWS, column)
+            store(
+                product, out_smem.at[warpgroup], out_gmem.at[group], row + warpgroup * ROWS, column
+            )
 
         multiply_tiles(
-            num_groups * num_tiles * num_columns, blocks, full, empty,
-            tile_at=tile_at, fetch=fetch, is_needed=lambda tile: True, multiply=multiply, finish=finish,
-        )  # fmt: skip
+            num_groups * num_tiles * num_columns,
+            blocks,
+            full,
+            empty,
+            tile_at=tile_at,
+            fetch=fetch,
+            is_needed=lambda tile: True,
+            multiply=multiply,
+            finish=finish,
+        )
 
     kernel = make_matmul(
         body,

@@ -27,9 +27,15 @@ from jaxscale.kernels.persistent import (
 
 @functools.partial(jax.jit, static_argnames=("is_for_backward", "blocks", "interpret"))
 def forward(
-    rows: jax.Array, gate: jax.Array, up: jax.Array, group_sizes: jax.Array, *, is_for_backward: bool,
-    blocks: BlockSizes, interpret: Any = False,
-) -> tuple[jax.Array, ...]:  # fmt: skip
+    rows: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    is_for_backward: bool,
+    blocks: BlockSizes,
+    interpret: Any = False,
+) -> tuple[jax.Array, ...]:
     """(h,) or (h, g, u) [rows, F] of rows [rows, D], gate and up [E, D, F]; h is that of the rounded g and u."""
     num_rows, depth = rows.shape
     num_groups, _, width = gate.shape
@@ -39,7 +45,10 @@ def forward(
     num_out = 3 if is_for_backward else 1
 
     def body(table_gmem, rows_gmem, gate_gmem, up_gmem, *refs):
-        targets, (rows_smem, both_smem, out_smem, edge_smem, full, empty) = refs[:num_out], refs[num_out:]
+        targets, (rows_smem, both_smem, out_smem, edge_smem, full, empty) = (
+            refs[:num_out],
+            refs[num_out:],
+        )
         warpgroup = lax.axis_index("warpgroup")
         tiles = RowTiles(table_gmem, num_groups, num_columns, half, depth // DEPTH, blocks)
 
@@ -50,27 +59,45 @@ def forward(
             plgpu.copy_gmem_to_smem(left, rows_smem.at[slot], full.at[slot])
             for number, weights in enumerate((gate_gmem, up_gmem)):
                 right = both_smem.at[slot, number]
-                plgpu.copy_gmem_to_smem(weights.at[group, depth_slice, columns], right, full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    weights.at[group, depth_slice, columns], right, full.at[slot]
+                )
 
         def multiply(accumulator, slot, tile, step):
             left = rows_smem.at[slot, pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)]
             for number in range(2):
-                plgpu.wgmma(accumulator.at[:, pl.ds(number * half, half)], left, both_smem.at[slot, number])
+                plgpu.wgmma(
+                    accumulator.at[:, pl.ds(number * half, half)], left, both_smem.at[slot, number]
+                )
 
         def finish(tile, product):
             for start in range(0, half, PIECE):
                 g, u = (product[:, c : c + PIECE].astype(rows.dtype) for c in (start, half + start))
-                for number, (values, target) in enumerate(zip((swiglu(g, u), g, u), targets, strict=False)):
+                for number, (values, target) in enumerate(
+                    zip((swiglu(g, u), g, u), targets, strict=False)
+                ):
                     tiles.store_piece(
-                        tile, values, start // PIECE * num_out + number, out_smem.at[warpgroup],
-                        edge_smem.at[warpgroup], target, start,
-                    )  # fmt: skip
+                        tile,
+                        values,
+                        start // PIECE * num_out + number,
+                        out_smem.at[warpgroup],
+                        edge_smem.at[warpgroup],
+                        target,
+                        start,
+                    )
 
         multiply_tiles(
-            table.shape[1] * num_columns, blocks, full, empty,
-            tile_at=tiles.tile_at, fetch=fetch, is_needed=tiles.is_needed, multiply=multiply, finish=finish,
+            table.shape[1] * num_columns,
+            blocks,
+            full,
+            empty,
+            tile_at=tiles.tile_at,
+            fetch=fetch,
+            is_needed=tiles.is_needed,
+            multiply=multiply,
+            finish=finish,
             products=2,
-        )  # fmt: skip
+        )
 
     kernel = make_matmul(
         body,

@@ -18,10 +18,12 @@ def label_and_normaliser(
 ) -> tuple[jax.Array, jax.Array]:
     """Each token's logit of its label and log sum exp of all its logits h head^T; their difference is the loss.
 
-    "mosaic" keeps one number of 16 bits for each logit between forward and backward, its exponential beside the
-    largest of its tile, from which the backward makes the gradient of the logits in one pass.
+    "mosaic" keeps one number of 16 bits for each logit between forward and backward, its
+    exponential beside the largest of its tile, from which the backward makes the gradient of the
+    logits in one pass.
 
-    Source: Wijmans et al. 2024, Cut Your Losses (arXiv 2411.09009), equations 2 to 4, but what they recompute is kept.
+    Source: Wijmans et al. 2024, Cut Your Losses (arXiv 2411.09009), equations 2 to 4, but what they
+        recompute is kept.
     Args:
         h: [T, D].
         head: [V, D] of the same type.
@@ -32,7 +34,8 @@ def label_and_normaliser(
         (logit of the label [T], log sum exp [T]), float32.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: 2 T V D FLOPs and twice as many in the backward; 2 T V bytes kept, as much again while the backward runs.
+    Cost: 2 T V D FLOPs and twice as many in the backward; 2 T V bytes kept, as much again while the
+        backward runs.
     """
     given = f"h {h.shape}, head {head.shape} and labels {labels.shape}"
     is_fit = h.shape == (*labels.shape, head.shape[-1])
@@ -51,7 +54,9 @@ def mosaic_refusal(h: jax.Array, head: jax.Array) -> str | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _mosaic(h: jax.Array, head: jax.Array, labels: jax.Array, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _mosaic(
+    h: jax.Array, head: jax.Array, labels: jax.Array, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
     return _forward(h, head, labels, interpret)[0]
 
 
@@ -71,7 +76,9 @@ def _backward(interpret: Any, kept: tuple[jax.Array, ...], cotangents: tuple[jax
     vocabulary = head.shape[0]
     scale = jnp.repeat((scales * dnormaliser).T, H200.columns, axis=1)[:, :vocabulary]
     is_label = jnp.arange(vocabulary) == labels[:, None]
-    dlogits = values[:, :vocabulary].astype(jnp.float32) * scale + jnp.where(is_label, dlabel[:, None], 0)
+    dlogits = values[:, :vocabulary].astype(jnp.float32) * scale + jnp.where(
+        is_label, dlabel[:, None], 0
+    )
     dlogits = dlogits.astype(h.dtype)
     return jnp.einsum("tv,vd->td", dlogits, head), jnp.einsum("tv,td->vd", dlogits, h), None
 

@@ -35,18 +35,34 @@ def exponentials(
         h: [T, D].
         head: [V, D].
     Returns:
-        exp(logit - top) [T, V rounded up to PIECE] in the type of `h`, 0 beyond V; of each tile of columns the largest
-        logit `top` [tiles, T] and the sum of its exponentials [tiles, T], float32.
+        exp(logit - top) [T, V rounded up to PIECE] in the type of `h`, 0 beyond V; of each tile of
+        columns the largest logit `top` [tiles, T] and the sum of its exponentials [tiles, T],
+        float32.
     """
     num_tokens, vocabulary = h.shape[0], head.shape[0]
     # Copies want whole swizzled tiles; `head` is copied for that only where D or V is odd.
-    h, head = (jnp.pad(x, [(0, -size % unit) for size, unit in zip(x.shape, UNITS, strict=True)]) for x in (h, head))
+    h, head = (
+        jnp.pad(x, [(0, -size % unit) for size, unit in zip(x.shape, UNITS, strict=True)])
+        for x in (h, head)
+    )
     length, depth = h.shape
     tile_rows = COMPUTE * ROWS
     num_tiles, num_columns = pl.cdiv(length, tile_rows), pl.cdiv(vocabulary, blocks.columns)
     steps = pl.cdiv(depth, DEPTH)
 
-    def body(h_gmem, head_gmem, out_gmem, top_gmem, sum_gmem, h_smem, head_smem, out_smem, row_smem, full, empty):
+    def body(
+        h_gmem,
+        head_gmem,
+        out_gmem,
+        top_gmem,
+        sum_gmem,
+        h_smem,
+        head_smem,
+        out_smem,
+        row_smem,
+        full,
+        empty,
+    ):
         warpgroup = lax.axis_index("warpgroup")
 
         def tile_at(number):
@@ -56,9 +72,13 @@ def exponentials(
         def fetch(tile, step, slot):
             row, j, _ = tile
             depth_slice = pl.ds(step * DEPTH, DEPTH)
-            plgpu.copy_gmem_to_smem(h_gmem.at[pl.ds(row, tile_rows), depth_slice], h_smem.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(
+                h_gmem.at[pl.ds(row, tile_rows), depth_slice], h_smem.at[slot], full.at[slot]
+            )
             columns = pl.ds(j * blocks.columns, blocks.columns)
-            plgpu.copy_gmem_to_smem(head_gmem.at[columns, depth_slice], head_smem.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(
+                head_gmem.at[columns, depth_slice], head_smem.at[slot], full.at[slot]
+            )
 
         def multiply(accumulator, slot, tile, step):
             left = h_smem.at[slot, pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)]
@@ -68,7 +88,9 @@ def exponentials(
             row, j, _ = tile
             row += warpgroup * ROWS
             if vocabulary % blocks.columns:
-                column = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
+                column = plgpu.broadcasted_iota(
+                    jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA
+                )
                 logits = jnp.where(column < vocabulary - j * blocks.columns, logits, -jnp.inf)
             top = logits.max(axis=1) * LOG2E
             values = jnp.exp2(logits * LOG2E - lax.broadcast_in_dim(top, logits.shape, [0]))
@@ -82,14 +104,25 @@ def exponentials(
             plgpu.copy_smem_to_gmem(row_smem.at[warpgroup, 1], sum_gmem.at[j, pl.ds(row, ROWS)])
 
         multiply_tiles(
-            num_tiles * num_columns, blocks, full, empty,
-            tile_at=tile_at, fetch=fetch, is_needed=lambda tile: True, multiply=multiply, finish=finish,
-        )  # fmt: skip
+            num_tiles * num_columns,
+            blocks,
+            full,
+            empty,
+            tile_at=tile_at,
+            fetch=fetch,
+            is_needed=lambda tile: True,
+            multiply=multiply,
+            finish=finish,
+        )
 
     by_row = jax.ShapeDtypeStruct((num_columns, num_tiles * tile_rows), jnp.float32)
     kernel = make_matmul(
         body,
-        (jax.ShapeDtypeStruct((length, pl.cdiv(vocabulary, PIECE) * PIECE), h.dtype), by_row, by_row),
+        (
+            jax.ShapeDtypeStruct((length, pl.cdiv(vocabulary, PIECE) * PIECE), h.dtype),
+            by_row,
+            by_row,
+        ),
         blocks,
         interpret,
         plgpu.SMEM((blocks.stages, tile_rows, DEPTH), h.dtype, transforms=SWIZZLED),

@@ -22,15 +22,15 @@ def residual_norm(
         x: [rows, D]; the mean is taken in at least float32.
         scale: [D].
         epsilon: added to the mean square.
-        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, and a kernel in the backward only: the forward is
-            one pass as XLA makes it.
+        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, and a kernel in the backward
+            only: the forward is one pass as XLA makes it.
         interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
     Returns:
         (x, norm [rows, D] in the type of `x`).
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: in the backward "mosaic" reads `x` and both cotangents and writes one gradient, 8 bytes an element, and
-        a part of the scale's gradient in float32 for each of up to 528 blocks.
+    Cost: in the backward "mosaic" reads `x` and both cotangents and writes one gradient, 8 bytes an
+        element, and a part of the scale's gradient in float32 for each of up to 528 blocks.
     """
     given = f"x {x.shape} and scale {scale.shape}"
     require(x.ndim == 2 and scale.shape == x.shape[1:], "residual_norm", given, "[rows, D] and [D]")
@@ -54,14 +54,24 @@ def mosaic_refusal(x: jax.Array) -> str | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _mosaic(x: jax.Array, scale: jax.Array, epsilon: float, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _mosaic(
+    x: jax.Array, scale: jax.Array, epsilon: float, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
     return x, reference.rms_norm(x, scale, epsilon)
 
 
-def _backward(epsilon: float, interpret: Any, kept: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, ...]):
+def _backward(
+    epsilon: float,
+    interpret: Any,
+    kept: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, ...],
+):
     x, scale = kept
     dx, dscale = pallas.backward(x, scale, *cotangents, epsilon=epsilon, interpret=interpret)
     return dx, dscale.astype(scale.dtype)
 
 
-_mosaic.defvjp(lambda x, scale, epsilon, interpret: (_mosaic(x, scale, epsilon, interpret), (x, scale)), _backward)
+_mosaic.defvjp(
+    lambda x, scale, epsilon, interpret: (_mosaic(x, scale, epsilon, interpret), (x, scale)),
+    _backward,
+)

@@ -19,7 +19,13 @@ STAGES = 2  # rows on their way to a block or in its work
 
 @functools.partial(jax.jit, static_argnames=("epsilon", "interpret"))
 def backward(
-    x: jax.Array, scale: jax.Array, dx: jax.Array, dy: jax.Array, *, epsilon: float, interpret: Any = False
+    x: jax.Array,
+    scale: jax.Array,
+    dx: jax.Array,
+    dy: jax.Array,
+    *,
+    epsilon: float,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of `x` and, in float32, of `scale`, for y = x r scale with r = (mean x^2 + epsilon)^-1/2.
 
@@ -50,7 +56,9 @@ def backward(
             def _():
                 for number, source in enumerate((x_gmem, dx_gmem, dy_gmem)):
                     target = row_smem.at[slot, number]
-                    plgpu.copy_gmem_to_smem(source.at[block + i * num_blocks], target, full.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        source.at[block + i * num_blocks], target, full.at[slot]
+                    )
 
         def one(i, dscale):
             slot = lax.rem(i, STAGES)
@@ -83,7 +91,9 @@ def backward(
         ),
         grid=(num_blocks,),
         grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
+        ),
         interpret=interpret,
     )
     x, dx, dy = (each.reshape(num_rows, *row_shape) for each in (x, dx, dy))

@@ -25,13 +25,22 @@ def make_state(mesh, seed=0, dim=16):
         "embed": jax.random.normal(embed, (dim, 8), jnp.bfloat16),
     }
     opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(params)
-    state = {"step": jnp.int32(7), "params": params, "opt_state": opt_state, "key": jax.random.key(seed + 1)}
+    state = {
+        "step": jnp.int32(7),
+        "params": params,
+        "opt_state": opt_state,
+        "key": jax.random.key(seed + 1),
+    }
     return jax.device_put(state, shardings(state, mesh))
 
 
 def shardings(state, mesh):
     def spec(leaf):
-        return PartitionSpec(*(None,) * (leaf.ndim - 2), "data", "tensor") if leaf.ndim >= 2 else PartitionSpec()
+        return (
+            PartitionSpec(*(None,) * (leaf.ndim - 2), "data", "tensor")
+            if leaf.ndim >= 2
+            else PartitionSpec()
+        )
 
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), state)
 
@@ -54,12 +63,16 @@ def assert_same(got, want):
 
 
 def open_at(directory, *, fingerprint=FINGERPRINT, defaults=None, **settings):
-    config = CheckpointConfig(**{"directory": str(directory), "save_every": 1, "keep_last": 10, **settings})
+    config = CheckpointConfig(
+        **{"directory": str(directory), "save_every": 1, "keep_last": 10, **settings}
+    )
     return Checkpoints(config, fingerprint=fingerprint, defaults=defaults)
 
 
 def committed(directory):
-    return sorted(int(path.name) for path in pathlib.Path(directory).iterdir() if path.name.isdecimal())
+    return sorted(
+        int(path.name) for path in pathlib.Path(directory).iterdir() if path.name.isdecimal()
+    )
 
 
 def saved_steps(directory, *step_numbers):

@@ -21,7 +21,9 @@ saver = runpy.run_path(str(SCRIPT))
 def kill_while_saving(directory, *, above, delay_s):
     """Runs the script until it has committed a step above `above` and `delay_s` more, then kills it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(directory)], env=environment, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(directory)], env=environment, cwd=ROOT
+    )
     try:
         deadline = time.monotonic() + 120
         while newest_name(directory) <= above:
@@ -60,7 +62,9 @@ def run_kills(directory, num_kills):
         newest = check_newest(directory)
     committed = sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
     assert committed[-1] == newest
-    assert all(step % 50 == 0 for step in committed[:-3]), "kept more than keep_last and keep_every ask for"
+    assert all(step % 50 == 0 for step in committed[:-3]), (
+        "kept more than keep_last and keep_every ask for"
+    )
 
 
 def test_newest_step_survives_three_kills(tmp_path):

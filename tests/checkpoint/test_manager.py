@@ -55,7 +55,9 @@ def test_every_mesh_gives_the_same_values_in_the_placement_asked_for(tmp_path):
         wanted = abstract(state, mesh_of(*shape))
         restored, _ = checkpoints.restore(wanted)
         assert_same(restored, state)
-        assert jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, wanted))
+        assert jax.tree.leaves(
+            jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, wanted)
+        )
     checkpoints.close()
 
 
@@ -73,7 +75,9 @@ def test_state_may_be_donated_right_after_save(tmp_path):
     mesh = mesh_of(4, 2)
     sharding = NamedSharding(mesh, PartitionSpec("data", "tensor"))
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0, out_shardings=sharding)
-    value = jax.device_put(jnp.arange(1 << 20, dtype=jnp.float32).reshape(1 << 10, 1 << 10), sharding)
+    value = jax.device_put(
+        jnp.arange(1 << 20, dtype=jnp.float32).reshape(1 << 10, 1 << 10), sharding
+    )
     want = np.array(value)
     state = {"params": {"w": value}}
     checkpoints = open_at(tmp_path)
@@ -93,8 +97,13 @@ def test_restore_params_reads_no_optimizer_byte_and_casts(tmp_path):
     checkpoints = open_at(tmp_path)
     wanted = abstract(state["params"], mesh_of(2, 1))
     assert_same(checkpoints.restore_params(wanted), state["params"])
-    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), wanted)
-    assert_same(checkpoints.restore_params(half), jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["params"]))
+    half = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), wanted
+    )
+    assert_same(
+        checkpoints.restore_params(half),
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["params"]),
+    )
     checkpoints.close()
 
 
@@ -120,7 +129,10 @@ def test_only_due_steps_are_saved_unless_forced(tmp_path):
 
 
 def test_keep_last_and_keep_every(tmp_path):
-    checkpoints, state = open_at(tmp_path, save_every=2, keep_last=2, keep_every=4), make_state(mesh_of(1, 1))
+    checkpoints, state = (
+        open_at(tmp_path, save_every=2, keep_last=2, keep_every=4),
+        make_state(mesh_of(1, 1)),
+    )
     for step in range(2, 15, 2):
         checkpoints.save(step, state, {})
     checkpoints.close()
@@ -136,7 +148,9 @@ def test_a_committed_step_is_not_written_again(tmp_path):
 
 def test_newer_checkpoints_in_the_folder_stop_a_run_that_did_not_resume(tmp_path):
     states = saved_steps(tmp_path, 3)
-    with pytest.raises(InputError, match="without checkpoints newer than step 1; this one has step 3"):
+    with pytest.raises(
+        InputError, match="without checkpoints newer than step 1; this one has step 3"
+    ):
         open_at(tmp_path).save(1, states[3], {})
     assert committed(tmp_path) == [3]
 
@@ -160,7 +174,11 @@ def test_half_written_and_half_deleted_steps_are_ignored_then_removed(tmp_path):
 def test_every_damaged_file_is_named_with_its_step(tmp_path):
     state = saved_steps(tmp_path / "sound", 1, 2)[2]
     wanted = abstract(state, mesh_of(1, 1))
-    files = [path for path in (tmp_path / "sound" / "2").rglob("*") if path.is_file() and path.stat().st_size]
+    files = [
+        path
+        for path in (tmp_path / "sound" / "2").rglob("*")
+        if path.is_file() and path.stat().st_size
+    ]
     leaf_files = [path for path in files if "params.layers.0.attention.q" in str(path)]
     assert leaf_files
     for number, sound in enumerate(files):
@@ -182,7 +200,9 @@ def check_damage(tmp_path, sound, damage, wanted, state):
         if name.name in ("_CHECKPOINT_METADATA", "commit_success.txt") and len(name.parts) == 2:
             assert_same(checkpoints.restore(wanted)[0], state)
             return ""
-        with pytest.raises(InputError, match=r"copy/2'.*use_previous = True restores step 1") as caught:
+        with pytest.raises(
+            InputError, match=r"copy/2'.*use_previous = True restores step 1"
+        ) as caught:
             checkpoints.restore(wanted)
         assert str(name.relative_to("2")) in str(caught.value)
         return str(caught.value)
@@ -238,11 +258,17 @@ def interrupted(path, *arguments, **options):
 
 def test_another_model_is_named_by_its_fields(tmp_path):
     state = saved_steps(tmp_path, 1)[1]
-    other = {"num_layers": 2, "attention": {"num_heads": 8, "window": None}, "pattern": (1, 2), "bias": True}
-    expected = (
-        r"with attention.num_heads=8, bias=True; it is of another model with attention.num_heads=4, bias='\(absent\)'"
-    )
-    for call in (lambda c: c.restore(abstract(state, mesh_of(1, 1))), lambda c: c.restore_params({})):
+    other = {
+        "num_layers": 2,
+        "attention": {"num_heads": 8, "window": None},
+        "pattern": (1, 2),
+        "bias": True,
+    }
+    expected = r"with attention.num_heads=8, bias=True; it is of another model with attention.num_heads=4, bias='\(absent\)'"
+    for call in (
+        lambda c: c.restore(abstract(state, mesh_of(1, 1))),
+        lambda c: c.restore_params({}),
+    ):
         with pytest.raises(InputError, match=expected):
             call(open_at(tmp_path, fingerprint=other))
 
@@ -253,7 +279,9 @@ def test_a_field_that_is_new_has_its_default_and_one_that_is_gone_does_not_matte
     wanted = abstract(state, mesh_of(1, 1))
     open_at(tmp_path, fingerprint=facts | {"bias": False}, defaults={"bias": False}).restore(wanted)
     with pytest.raises(InputError, match="with bias=True; it is of another model with bias=False"):
-        open_at(tmp_path, fingerprint=facts | {"bias": True}, defaults={"bias": False}).restore(wanted)
+        open_at(tmp_path, fingerprint=facts | {"bias": True}, defaults={"bias": False}).restore(
+            wanted
+        )
 
 
 def test_wrong_leaves_are_named(tmp_path):
@@ -268,11 +296,19 @@ def test_wrong_leaves_are_named(tmp_path):
 
     for dim in (8, 32):  # neither padded nor cut
         wider = {**make_state(mesh), "params": make_state(mesh, dim=dim)["params"]}
-        assert f"leaf params/layers/0/attention/q as float32[2, {dim}, 8]; it holds float32[2, 16, 8]" in message_for(
-            {**wider, "params": {**wider["params"], "embed": make_state(mesh)["params"]["embed"]}}
+        assert (
+            f"leaf params/layers/0/attention/q as float32[2, {dim}, 8]; it holds float32[2, 16, 8]"
+            in message_for(
+                {
+                    **wider,
+                    "params": {**wider["params"], "embed": make_state(mesh)["params"]["embed"]},
+                }
+            )
         )
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(mesh)["params"])
-    assert "as bfloat16[2, 16, 8]; it holds float32[2, 16, 8]" in message_for({**make_state(mesh), "params": half})
+    assert "as bfloat16[2, 16, 8]; it holds float32[2, 16, 8]" in message_for(
+        {**make_state(mesh), "params": half}
+    )
     assert "the checkpoint lacks extra" in message_for({**make_state(mesh), "extra": jnp.zeros(3)})
     less = make_state(mesh)
     del less["key"]

@@ -8,12 +8,23 @@ import jax
 import pytest
 
 from jaxscale.types import InputError
-from tests.checkpoint.states import abstract, assert_same, committed, make_state, mesh_of, open_at, saved_steps
+from tests.checkpoint.states import (
+    abstract,
+    assert_same,
+    committed,
+    make_state,
+    mesh_of,
+    open_at,
+    saved_steps,
+)
 
 
 def test_directory_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"checkpoint.directory: given '.*/file', expected a folder; this is a file"):
+    with pytest.raises(
+        InputError,
+        match=r"checkpoint.directory: given '.*/file', expected a folder; this is a file",
+    ):
         open_at(tmp_path / "file")
     with pytest.raises(InputError, match="Not a directory"):
         open_at(tmp_path / "file" / "below").check_writable()
@@ -27,8 +38,13 @@ def test_unwritable_directory(tmp_path, monkeypatch):
     checkpoints.check_writable()
     assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
     monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
-    for call in (checkpoints.check_writable, lambda: checkpoints.save(1, make_state(mesh_of(1, 1)), {})):
-        with pytest.raises(InputError, match=r"a/b', expected a folder in which .*Permission denied"):
+    for call in (
+        checkpoints.check_writable,
+        lambda: checkpoints.save(1, make_state(mesh_of(1, 1)), {}),
+    ):
+        with pytest.raises(
+            InputError, match=r"a/b', expected a folder in which .*Permission denied"
+        ):
             call()
 
 
@@ -42,8 +58,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-# Writes that end after the first has failed find the event loop closed on which orbax waited for them.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
+# Writes that end after the first has failed find the event loop closed on which orbax waited for
+# them.
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
 def test_full_disk_stops_the_save_and_harms_nothing(small_disk):
     state = saved_steps(small_disk / "run", 1)[1]
     big = {"params": {"w": jax.random.normal(jax.random.key(0), (1 << 17,))}}
@@ -69,7 +88,9 @@ def test_an_error_while_writing_surfaces_in_wait_with_its_cause(tmp_path, monkey
     checkpoints = open_at(tmp_path)
     monkeypatch.setattr("jaxscale.checkpoint.manifest.write_manifest", fail)
     checkpoints.save(2, state, {})
-    with pytest.raises(InputError, match=r"step 2 can be written .*No space left on device") as caught:
+    with pytest.raises(
+        InputError, match=r"step 2 can be written .*No space left on device"
+    ) as caught:
         checkpoints.wait()
     assert isinstance(caught.value.__cause__, OSError)
     checkpoints.wait()

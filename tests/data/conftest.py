@@ -10,7 +10,9 @@ WORDS = ["alpha ", "bé ", "gamma\n", "  d", "漢字 ", "def f(x):\n", "e", "ret
 
 def text_of(number: int) -> str:
     """Text of about 20 to 500 bytes that names its number and differs from all others."""
-    return f"document {number}\n" + "".join(WORDS[(number * 7 + k * k) % len(WORDS)] for k in range(number * 13 % 90))
+    return f"document {number}\n" + "".join(
+        WORDS[(number * 7 + k * k) % len(WORDS)] for k in range(number * 13 % 90)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,10 @@ def documents_of(batches):
     pieces = []
     for batch in batches:
         for tokens, segments in zip(batch["tokens"], batch["segments"]):
-            pieces += [tuple(tokens[segments == segment].tolist()) for segment in range(1, segments.max() + 1)]
+            pieces += [
+                tuple(tokens[segments == segment].tolist())
+                for segment in range(1, segments.max() + 1)
+            ]
     return sorted(pieces)
 
 
@@ -43,7 +46,10 @@ def test_batches_are_the_same_for_1_2_and_4_hosts(make_config, split, is_packed)
     config = make_config(is_packed=is_packed)
     single = take(make_loader(config, split=split), 3)
     for count in (2, 4):
-        hosts = [make_loader(config, split=split, process_index=i, process_count=count) for i in range(count)]
+        hosts = [
+            make_loader(config, split=split, process_index=i, process_count=count)
+            for i in range(count)
+        ]
         for expected, *parts in zip(single, *(take(host, 3) for host in hosts)):
             assert_equal(expected, joined(parts))
 
@@ -84,27 +90,39 @@ def test_state_of_two_hosts_continues_on_one(make_config):
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_every_row_once_per_epoch_in_another_order(make_config, folders, is_packed):
     config = make_config(
-        sources=(TextSource(paths=folders),), weights=None, is_packed=is_packed, batch_size=1, sequence_length=64
+        sources=(TextSource(paths=folders),),
+        weights=None,
+        is_packed=is_packed,
+        batch_size=1,
+        sequence_length=64,
     )
     loader = make_loader(config)
     (corpus,) = open_corpora(config, "train")
-    rows = [tuple(batch["tokens"][0].tolist()) for batch in take(loader, 2 * loader.rows_per_epoch[0])]
+    rows = [
+        tuple(batch["tokens"][0].tolist()) for batch in take(loader, 2 * loader.rows_per_epoch[0])
+    ]
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert sorted(first) == sorted(second)
     assert first != second
     predicted = sum(len(document) - 1 for document in corpus.token_arrays())
-    weight = sum(int(batch["weights"].sum()) for batch in take(make_loader(config), loader.rows_per_epoch[0]))
+    weight = sum(
+        int(batch["weights"].sum()) for batch in take(make_loader(config), loader.rows_per_epoch[0])
+    )
     assert weight == predicted
 
 
 def test_an_epoch_holds_the_training_documents(make_config, folders):
-    config = make_config(sources=(TextSource(paths=folders[:1]),), weights=None, sequence_length=1000, batch_size=1)
+    config = make_config(
+        sources=(TextSource(paths=folders[:1]),), weights=None, sequence_length=1000, batch_size=1
+    )
     loader = make_loader(config)
     found = documents_of(take(loader, loader.rows_per_epoch[0]))
     documents = list(config.sources[0].documents())
     held_out = is_held_out([hash_key(key) for key, _ in documents], config.held_out_fraction)
     expected = [
-        (*ByteTokenizer().encode(text), 256) for (_, text), is_hidden in zip(documents, held_out) if not is_hidden
+        (*ByteTokenizer().encode(text), 256)
+        for (_, text), is_hidden in zip(documents, held_out)
+        if not is_hidden
     ]
     assert found == sorted(expected)
     assert 0 < held_out.sum() < len(documents)
@@ -126,7 +144,12 @@ def test_held_out_pass_asks_for_each_token_once(make_config, is_packed):
     assert len(batches) == len(loader)
     assert [batch["tokens"].shape for batch in batches] == [(8, 32)] * len(batches)
     assert sum(int(batch["weights"].sum()) for batch in batches) == loader.num_tokens
-    texts = [text for source in config.sources for key, text in source.documents() if is_held_out([hash_key(key)], 0.2)]
+    texts = [
+        text
+        for source in config.sources
+        for key, text in source.documents()
+        if is_held_out([hash_key(key)], 0.2)
+    ]
     assert loader.num_bytes == sum(len(text.encode()) for text in texts)
     assert loader.num_tokens == loader.num_bytes  # bytes: the first is given, the end is asked for
     for again, batch in zip(loader, batches):
@@ -159,7 +182,9 @@ def test_padding_of_a_row_that_is_one_document_stands_after_its_tokens(make_conf
     """At position 0 the tokens before it would attend to it on every backend that goes by positions."""
     loader = make_loader(make_config(is_packed=False))
     batches = [loader.batch_at(number) for number in range(40)]
-    assert any((batch["weights"][:, -2:] == 0).all(1).any() for batch in batches)  # a row ends in padding
+    assert any(
+        (batch["weights"][:, -2:] == 0).all(1).any() for batch in batches
+    )  # a row ends in padding
     assert all((batch["positions"] == np.arange(32)).all() for batch in batches)
 
 
@@ -170,7 +195,13 @@ def test_seed_shuffles(make_config):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seed", 1), ("sequence_length", 64), ("batch_size", 4), ("weights", (1.0, 1.0)), ("is_packed", False)],
+    [
+        ("seed", 1),
+        ("sequence_length", 64),
+        ("batch_size", 4),
+        ("weights", (1.0, 1.0)),
+        ("is_packed", False),
+    ],
 )
 def test_state_of_another_configuration_is_refused(make_config, field, value):
     state = make_loader(make_config()).state()
@@ -184,31 +215,47 @@ def test_state_of_as_many_other_documents_is_refused(make_config, folders, tmp_p
     edited = next(other.rglob("*.txt"))
     edited.write_text(edited.read_text().swapcase())
     with pytest.raises(InputError, match=r"DataConfig\.sources: .*with which the run was begun"):
-        make_loader(make_config(sources=tuple(TextSource((str(f),)) for f in (other, folders[1])))).restore(state)
+        make_loader(
+            make_config(sources=tuple(TextSource((str(f),)) for f in (other, folders[1])))
+        ).restore(state)
 
 
 def test_each_source_is_shuffled_by_itself(make_config, folders):
     """Two sources of the same text take turns; each goes through all of it, in an order of its own."""
-    loader = make_loader(make_config(sources=(TextSource(folders[:1]),) * 2, weights=None, batch_size=2))
-    rows = [list(map(tuple, batch["tokens"].tolist())) for batch in take(loader, loader.rows_per_epoch[0])]
+    loader = make_loader(
+        make_config(sources=(TextSource(folders[:1]),) * 2, weights=None, batch_size=2)
+    )
+    rows = [
+        list(map(tuple, batch["tokens"].tolist()))
+        for batch in take(loader, loader.rows_per_epoch[0])
+    ]
     first, second = zip(*rows)
     assert sorted(first) == sorted(second) and first != second
 
 
 def test_state_continues_where_the_same_text_lies_elsewhere(make_config, folders, tmp_path):
     state = make_loader(make_config()).state()
-    copies = [shutil.copytree(folder, tmp_path / str(n), copy_function=shutil.copy) for n, folder in enumerate(folders)]
+    copies = [
+        shutil.copytree(folder, tmp_path / str(n), copy_function=shutil.copy)
+        for n, folder in enumerate(folders)
+    ]
     elsewhere = make_config(sources=tuple(TextSource(paths=(str(copy),)) for copy in copies))
     make_loader(elsewhere).restore(state)
 
 
-def test_state_of_another_format_or_tokenizer_is_refused_and_one_that_does_not_say_is_not(make_config):
+def test_state_of_another_format_or_tokenizer_is_refused_and_one_that_does_not_say_is_not(
+    make_config,
+):
     loader = make_loader(make_config())
     state = loader.state()
     for name, value in (("format", 2), ("tokenizer", "other")):
         with pytest.raises(InputError, match=f"DataConfig.{name}: .*with which the run was begun"):
             loader.restore(state | {"depends_on": state["depends_on"] | {name: value}})
-    old = {name: value for name, value in state["depends_on"].items() if name not in ("format", "tokenizer")}
+    old = {
+        name: value
+        for name, value in state["depends_on"].items()
+        if name not in ("format", "tokenizer")
+    }
     loader.restore(state | {"depends_on": old})
 
 
@@ -216,7 +263,9 @@ def test_state_of_other_text_and_a_forged_state_are_refused(make_config, folders
     loader = make_loader(make_config())
     state = loader.state()
     with pytest.raises(InputError, match=r"DataConfig\.sources"):
-        make_loader(make_config(sources=tuple(TextSource(paths=(f,)) for f in reversed(folders)))).restore(state)
+        make_loader(
+            make_config(sources=tuple(TextSource(paths=(f,)) for f in reversed(folders)))
+        ).restore(state)
     with pytest.raises(InputError, match="positions"):
         loader.restore(state | {"batch": 3})
     with pytest.raises(InputError):

@@ -23,11 +23,16 @@ def test_positions_count_earlier_rows_of_the_same_source():
     rows = np.arange(PERIOD + 500)
     owners, positions = mixture.sources(rows), mixture.positions(rows)
     for source in range(4):
-        assert positions[owners == source].tolist() == list(range(np.count_nonzero(owners == source)))
+        assert positions[owners == source].tolist() == list(
+            range(np.count_nonzero(owners == source))
+        )
     for row in (0, 1, 777, PERIOD, PERIOD + 499):
         assert mixture.served(row) == np.bincount(owners[:row], minlength=4).tolist()
     far = 10**12 + 7
-    assert mixture.served(far + 1)[mixture.sources(np.array([far]))[0]] == mixture.positions(np.array([far]))[0] + 1
+    assert (
+        mixture.served(far + 1)[mixture.sources(np.array([far]))[0]]
+        == mixture.positions(np.array([far]))[0] + 1
+    )
 
 
 def test_seed_moves_the_phases():

@@ -44,7 +44,9 @@ def test_rows_are_those_of_a_naive_loop(corpus, is_packed):
     for number in range(plan.num_rows):
         pieces = slice(plan.row_offsets[number], plan.row_offsets[number + 1])
         expected = naive_row(
-            list(zip(plan.starts[pieces], plan.lengths[pieces], plan.is_last[pieces])), corpus[0], is_packed
+            list(zip(plan.starts[pieces], plan.lengths[pieces], plan.is_last[pieces])),
+            corpus[0],
+            is_packed,
         )
         assert {name: values[number].tolist() for name, values in rows.items()} == expected
 
@@ -102,4 +104,6 @@ def test_padding_rows_are_zero(corpus):
     empty = read_rows(tokens, plan, np.zeros(0, np.int64), is_packed=True)
     assert {values.shape for values in empty.values()} == {(0, T)}
     dtypes = {name: values.dtype.name for name, values in rows.items()}
-    assert dtypes == dict.fromkeys(("tokens", "labels", "segments", "positions"), "int32") | {"weights": "float32"}
+    assert dtypes == dict.fromkeys(("tokens", "labels", "segments", "positions"), "int32") | {
+        "weights": "float32"
+    }

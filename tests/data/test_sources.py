@@ -7,7 +7,13 @@ import sys
 import pytest
 import zstandard
 
-from jaxscale.data.sources import HuggingFaceSource, JsonLinesSource, ParquetSource, StandardLibrary, TextSource
+from jaxscale.data.sources import (
+    HuggingFaceSource,
+    JsonLinesSource,
+    ParquetSource,
+    StandardLibrary,
+    TextSource,
+)
 from jaxscale.types import InputError
 
 ROWS = [{"id": f"key-{n}", "text": f"text {n} é\n\n漢", "other": n} for n in range(5)]
@@ -28,7 +34,9 @@ def test_text_files_come_in_the_order_of_their_keys(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/c.md", "skipped/d.txt", "B.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(f"{name}\r\n".encode())
-    documents = list(TextSource(paths=(str(tmp_path),), patterns=("*.txt",), excluded=("skip*",)).documents())
+    documents = list(
+        TextSource(paths=(str(tmp_path),), patterns=("*.txt",), excluded=("skip*",)).documents()
+    )
     assert documents == [(name, f"{name}\r\n") for name in ("B.txt", "a/z.txt", "b.txt")]
     single = TextSource(paths=(str(tmp_path / "a" / "c.md"),))
     assert list(single.documents()) == [("c.md", "a/c.md\r\n")]
@@ -113,7 +121,9 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
         next(HuggingFaceSource(directory=str(tmp_path / "none")).documents())
 
 
-@pytest.mark.parametrize("source", [ParquetSource(paths=(__file__,)), HuggingFaceSource(directory="x")])
+@pytest.mark.parametrize(
+    "source", [ParquetSource(paths=(__file__,)), HuggingFaceSource(directory="x")]
+)
 def test_missing_extra_is_named(source, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "datasets", None)

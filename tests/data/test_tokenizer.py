@@ -8,7 +8,12 @@ import tokenizers
 
 from jaxscale.data.sources import JsonLinesSource, TextSource
 from jaxscale.data.split import hash_key, is_held_out
-from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_tokenizer, train_tokenizer
+from jaxscale.data.tokenizer import (
+    TokenizerConfig,
+    check_vocabulary,
+    load_tokenizer,
+    train_tokenizer,
+)
 from jaxscale.types import InputError
 
 # Spells the special tokens, mixes line ends, repeats spaces, leaves the training alphabet.
@@ -30,7 +35,10 @@ def test_round_trip(config):
     tokenizer = load_tokenizer(config)
     ids = tokenizer.encode(HARD_TEXT)
     assert tokenizer.decode(ids) == HARD_TEXT
-    assert [batch.tolist() for batch in tokenizer.encode_batch([HARD_TEXT, "b"])] == [ids, tokenizer.encode("b")]
+    assert [batch.tolist() for batch in tokenizer.encode_batch([HARD_TEXT, "b"])] == [
+        ids,
+        tokenizer.encode("b"),
+    ]
     assert max(ids) < tokenizer.vocab_size
 
 
@@ -43,7 +51,10 @@ def test_no_text_ends_a_document(config):
 
 def test_ids_beyond_the_vocabulary_decode_to_nothing(config):
     tokenizer = load_tokenizer(config)
-    assert tokenizer.decode([*tokenizer.encode("end"), tokenizer.vocab_size, tokenizer.vocab_size + 9]) == "end"
+    assert (
+        tokenizer.decode([*tokenizer.encode("end"), tokenizer.vocab_size, tokenizer.vocab_size + 9])
+        == "end"
+    )
 
 
 def test_saved_tokenizer_is_the_same(config, tmp_path):
@@ -104,10 +115,14 @@ def test_a_full_disk_is_named_and_costs_no_earlier_tokenizer(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     (tmp_path / "a.txt").write_text("word " * 9)
-    arguments = dict(sources=(TextSource((str(tmp_path),)),), output=str(tmp_path / "output"), vocab_size=260)
+    arguments = dict(
+        sources=(TextSource((str(tmp_path),)),), output=str(tmp_path / "output"), vocab_size=260
+    )
     before = train_tokenizer(**arguments).fingerprint
     monkeypatch.setattr(pathlib.Path, "write_bytes", write_bytes)
-    with pytest.raises(InputError, match=r"output: given .*output', .* \(No space left on device\)"):
+    with pytest.raises(
+        InputError, match=r"output: given .*output', .* \(No space left on device\)"
+    ):
         train_tokenizer(**arguments | {"vocab_size": 261})
     assert load_tokenizer(TokenizerConfig("huggingface", arguments["output"])).fingerprint == before
 
@@ -140,7 +155,8 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(InputError, match="a size that the text supports"):
         train_tokenizer(sources=source, output=output, vocab_size=5000, kind="sentencepiece")
     with pytest.raises(
-        InputError, match=r"vocab_size: given 5000, expected a size that the text supports, at most \d+"
+        InputError,
+        match=r"vocab_size: given 5000, expected a size that the text supports, at most \d+",
     ):
         train_tokenizer(sources=source, output=output, vocab_size=5000)
     (bad / "half.jsonl").write_text('{"text": "\\ud800"}\n')

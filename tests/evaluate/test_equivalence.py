@@ -24,7 +24,9 @@ def test_an_interval_is_the_table_s(degrees):
 def test_two_values_have_cauchy_s_interval():
     """One degree of freedom: the quantile is tan(pi (p - 1/2))."""
     mean, (low, high) = mean_interval([0.0, 2.0], 0.9)
-    np.testing.assert_allclose([mean, low, high], [1, 1 - math.tan(0.45 * math.pi), 1 + math.tan(0.45 * math.pi)])
+    np.testing.assert_allclose(
+        [mean, low, high], [1, 1 - math.tan(0.45 * math.pi), 1 + math.tan(0.45 * math.pi)]
+    )
 
 
 def test_the_p_value_is_student_s():
@@ -61,7 +63,9 @@ def test_the_one_sided_tests_decide_at_their_level():
     for t, verdict in ((2.13, "undecided"), (2.134, "equivalent")):
         deviation = 0.01 * math.sqrt(5) / t
         found = compare_paired(deviation * SPREAD, np.zeros(5), margin=0.01)
-        assert found.verdict == verdict and (found.p_equivalence < 0.05) == (verdict == "equivalent")
+        assert found.verdict == verdict and (found.p_equivalence < 0.05) == (
+            verdict == "equivalent"
+        )
 
 
 def test_pairs_take_out_what_a_seed_does_to_both():
@@ -72,7 +76,11 @@ def test_pairs_take_out_what_a_seed_does_to_both():
 
 @pytest.mark.parametrize(
     ("first", "second", "margin", "named"),
-    [([1.0, 2.0], [1.0], 0.1, "second"), ([1.0], [1.0], 0.1, "values"), ([1.0, 2.0], [1.0, 2.0], 0.0, "margin")],
+    [
+        ([1.0, 2.0], [1.0], 0.1, "second"),
+        ([1.0], [1.0], 0.1, "values"),
+        ([1.0, 2.0], [1.0, 2.0], 0.0, "margin"),
+    ],
 )
 def test_bad_input_is_named(first, second, margin, named):
     with pytest.raises(InputError, match=named):

@@ -28,7 +28,11 @@ def twin(pairs, vocab_size):
 
     def discount_of(counts):
         singles = sum(count == 1 for count in counts.values())
-        return singles / (singles + 2 * sum(count == 2 for count in counts.values())) if singles else 0.5
+        return (
+            singles / (singles + 2 * sum(count == 2 for count in counts.values()))
+            if singles
+            else 0.5
+        )
 
     counts = Counter(pairs)
     kinds = Counter(w for _, w in counts)
@@ -81,7 +85,9 @@ def test_byte_unigram_is_the_cross_entropy():
 
 def test_figures_of_a_configuration(tmp_path):
     for number in range(40):
-        (tmp_path / f"{number}.txt").write_text(f"the cat {number} sat on the mat; é the dog sat too\n" * 5)
+        (tmp_path / f"{number}.txt").write_text(
+            f"the cat {number} sat on the mat; é the dog sat too\n" * 5
+        )
     config = DataConfig(
         sources=(TextSource(paths=(str(tmp_path),)),),
         sequence_length=16,

@@ -26,9 +26,19 @@ from jaxscale.types import InputError
 FLOAT32 = Policy(compute="float32")
 LENGTH = 32
 MODEL = ModelConfig(
-    vocab_size=258, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32, max_length=LENGTH,
-    moe_pattern=(False, True), num_experts=4, expert_dim=16, init_std=0.2,
-)  # fmt: skip
+    vocab_size=258,
+    num_layers=2,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=32,
+    max_length=LENGTH,
+    moe_pattern=(False, True),
+    num_experts=4,
+    expert_dim=16,
+    init_std=0.2,
+)
 
 
 DATA_STATE = {"depends_on": {"tokenizer": "byte", "held_out_fraction": 0.6}}
@@ -38,7 +48,10 @@ DATA_STATE = {"depends_on": {"tokenizer": "byte", "held_out_fraction": 0.6}}
 def texts(tmp_path):
     """40 documents of 1 to 70 characters, some longer than a row, one of them not of ASCII alone."""
     rng = np.random.default_rng(0)
-    texts = {f"{i}.txt": "".join(map(chr, rng.integers(97, 123, 1 + i * 70 // 40))) + "é" * (i == 7) for i in range(40)}
+    texts = {
+        f"{i}.txt": "".join(map(chr, rng.integers(97, 123, 1 + i * 70 // 40))) + "é" * (i == 7)
+        for i in range(40)
+    }
     (tmp_path / "texts").mkdir()
     for name, text in texts.items():
         (tmp_path / "texts" / name).write_text(text, encoding="utf-8")
@@ -49,13 +62,20 @@ def texts(tmp_path):
 def data(tmp_path, texts):
     source = TextSource(paths=(str(tmp_path / "texts"),))
     return DataConfig(
-        sources=(source,), sequence_length=LENGTH, batch_size=8, held_out_fraction=0.6,
+        sources=(source,),
+        sequence_length=LENGTH,
+        batch_size=8,
+        held_out_fraction=0.6,
         cache_directory=str(tmp_path / "cache"),
-    )  # fmt: skip
+    )
 
 
 def held_out(texts, data):
-    return [text.encode() for key, text in texts.items() if is_held_out([hash_key(key)], data.held_out_fraction)[0]]
+    return [
+        text.encode()
+        for key, text in texts.items()
+        if is_held_out([hash_key(key)], data.held_out_fraction)[0]
+    ]
 
 
 def naive_figures(params, documents):
@@ -87,27 +107,40 @@ def run(tmp_path, data):
     """Arguments of `evaluate` for a run's directory with two checkpoints."""
     config = CheckpointConfig(directory="checkpoints", save_every=1, keep_last=2)
     checkpoints = Checkpoints(
-        dataclasses.replace(config, directory=str(tmp_path / "checkpoints")), **checkpoint_facts(MODEL)
+        dataclasses.replace(config, directory=str(tmp_path / "checkpoints")),
+        **checkpoint_facts(MODEL),
     )
     for step in (1, 2):
-        checkpoints.save(step, {"params": init_params(MODEL, jax.random.key(step), "float32")}, DATA_STATE)
+        checkpoints.save(
+            step, {"params": init_params(MODEL, jax.random.key(step), "float32")}, DATA_STATE
+        )
     checkpoints.close()
     return dict(
-        directory=str(tmp_path), model=MODEL, data=data, checkpoint=config, policy=FLOAT32,
+        directory=str(tmp_path),
+        model=MODEL,
+        data=data,
+        checkpoint=config,
+        policy=FLOAT32,
         stack=StackConfig(num_loss_chunks=2),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=8, zero=3), MeshConfig(data=2, expert=2, tensor=2)], ids=["data", "data expert tensor"]
+    "mesh",
+    [MeshConfig(data=8, zero=3), MeshConfig(data=2, expert=2, tensor=2)],
+    ids=["data", "data expert tensor"],
 )
 def test_figures_are_the_naive_ones_on_any_mesh(run, mesh, texts, capsys, tmp_path):
     figures = evaluate(**run, mesh=mesh)
-    wanted = naive_figures(init_params(MODEL, jax.random.key(2), "float32"), held_out(texts, run["data"]))
+    wanted = naive_figures(
+        init_params(MODEL, jax.random.key(2), "float32"), held_out(texts, run["data"])
+    )
     assert figures.keys() == wanted.keys()
     printed = capsys.readouterr().out
     for name, value in wanted.items():
-        assert math.isclose(figures[name], value, rel_tol=2e-5), name  # float32 rounding of the forward
+        assert math.isclose(figures[name], value, rel_tol=2e-5), (
+            name
+        )  # float32 rounding of the forward
         assert f"{figures[name]:.6g}" in printed
     assert json.loads((tmp_path / "evaluation_2.json").read_text()) == {"step": 2, **figures}
 
@@ -143,15 +176,21 @@ def counting_context(labels):
         return 9 * weight, weight, {"nll": 2 * weight}
 
     mesh = make_mesh(MeshConfig(data=jax.device_count()))
-    return EvaluationContext(params=None, step=0, model=MODEL, mesh=mesh, sums=sums, place=lambda batch: batch)
+    return EvaluationContext(
+        params=None, step=0, model=MODEL, mesh=mesh, sums=sums, place=lambda batch: batch
+    )
 
 
 def test_every_held_out_token_counts_once(data, texts):
     documents = held_out(texts, data)
     figures, labels = counted(BitsPerByte(data))
-    assert sorted(labels) == sorted(token for document in documents for token in [*document[1:], 256])
+    assert sorted(labels) == sorted(
+        token for document in documents for token in [*document[1:], 256]
+    )
     assert figures["loss"] == 2
-    assert math.isclose(figures["bits_per_byte"], 2 / math.log(2) * len(labels) / sum(map(len, documents)))
+    assert math.isclose(
+        figures["bits_per_byte"], 2 / math.log(2) * len(labels) / sum(map(len, documents))
+    )
     assert counted(BitsPerByte(data))[1] == labels
     evaluator = BitsPerByte(data)
     assert counted(evaluator) == counted(evaluator), "a second pass is as the first"
@@ -173,12 +212,17 @@ def test_what_does_not_fit_is_refused(run, data, tmp_path):
     with pytest.raises(InputError, match=r"BitsPerByte.max_batches: given 0"):
         BitsPerByte(data, max_batches=0)
     with pytest.raises(InputError, match=r"model.vocab_size: given 256"):
-        context = EvaluationContext(None, 0, dataclasses.replace(MODEL, vocab_size=256), None, None, None)
+        context = EvaluationContext(
+            None, 0, dataclasses.replace(MODEL, vocab_size=256), None, None, None
+        )
         check_evaluators({"held_out": BitsPerByte(data)}, context)
     with pytest.raises(InputError, match=r"leaves documents in the split 'held_out'"):
         BitsPerByte(dataclasses.replace(data, held_out_fraction=1e-9)).check(counting_context([]))
     for unbuilt in (BitsPerByte, functools.partial(BitsPerByte, data)):
-        with pytest.raises(InputError, match=r"evaluators\['a'\]: given .*BitsPerByte.*@BitsPerByte\(\) with brackets"):
+        with pytest.raises(
+            InputError,
+            match=r"evaluators\['a'\]: given .*BitsPerByte.*@BitsPerByte\(\) with brackets",
+        ):
             check_evaluators({"a": unbuilt}, context)
     with pytest.raises(InputError, match=r"sequence_length <= max_length = 16"):
         evaluate(**run | {"model": dataclasses.replace(MODEL, max_length=16)}, mesh=mesh)
@@ -188,5 +232,7 @@ def test_what_does_not_fit_is_refused(run, data, tmp_path):
         evaluate(**run, mesh=mesh, step=3)
     assert not list(tmp_path.glob("evaluation_*"))
     (tmp_path / "evaluation_2.json").mkdir()
-    with pytest.raises(InputError, match=r"directory: given .*evaluation_2\.json', .* \(Is a directory\)"):
+    with pytest.raises(
+        InputError, match=r"directory: given .*evaluation_2\.json', .* \(Is a directory\)"
+    ):
         evaluate(**run, mesh=mesh, evaluators={})

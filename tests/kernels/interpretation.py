@@ -1,7 +1,9 @@
 """How the tests run the kernels: compiled on a Hopper GPU (with JAX_PLATFORMS=cuda), elsewhere interpreted."""
 
 import jax
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
+from jax._src.pallas.mosaic_gpu.interpret.params import (
+    InterpretGPUParams,  # jax 0.10 does not export it
+)
 
 from jaxscale.ops.device import is_hopper
 

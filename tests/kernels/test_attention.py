@@ -11,24 +11,52 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.attention.api import BACKENDS, VARYING, attention, mosaic_refusal
 from jaxscale.kernels.attention.scheduler import CACHE, item_at, longest_first
-from jaxscale.kernels.attention.tiles import BlockLayout, key_tiles, key_visits, query_tiles, query_visits
+from jaxscale.kernels.attention.tiles import (
+    BlockLayout,
+    key_tiles,
+    key_visits,
+    query_tiles,
+    query_visits,
+)
 from tests.kernels.interpretation import INTERPRET
 
 IS_NEW = jax.__version_info__ >= (0, 11)
-OLD_REASON = "jax 0.10 cannot put a kernel that writes to a reference into a scan, so the kernel refuses it"
+OLD_REASON = (
+    "jax 0.10 cannot put a kernel that writes to a reference into a scan, so the kernel refuses it"
+)
 TOLERANCE = 4e-3  # of the norm, in bfloat16
 LAYOUTS = {"blocks": BlockLayout(local=2, stride=3)}
 # B, T, S, N, K, H, dtype, softcap, intervals
 CASES = {
     "documents": (2, 200, 200, 2, 1, 64, "bfloat16", None, "documents"),
     "window_softcap_float16": (1, 144, 144, 1, 1, 128, "float16", 1.5, "window"),
-    "full_odd_shapes": (2, 77, 131, 1, 1, 24, "bfloat16", None, "full"),  # one interval for both rows
+    "full_odd_shapes": (
+        2,
+        77,
+        131,
+        1,
+        1,
+        24,
+        "bfloat16",
+        None,
+        "full",
+    ),  # one interval for both rows
     "block_sparse": (1, 460, 460, 4, 2, 64, "bfloat16", None, "blocks"),
     "wide_heads": (1, 136, 136, 2, 1, 256, "bfloat16", 1.5, "documents"),
     "wide_heads_padded_float16": (1, 72, 72, 1, 1, 160, "float16", None, "window"),
     "wide_heads_block_sparse": (1, 320, 320, 2, 2, 256, "bfloat16", None, "blocks"),
     "causal_two_tiles": (1, 264, 264, 2, 2, 64, "bfloat16", None, "causal"),
-    "causal_grouped_128": (1, 136, 136, 2, 1, 128, "bfloat16", None, "causal"),  # what most models train with
+    "causal_grouped_128": (
+        1,
+        136,
+        136,
+        2,
+        1,
+        128,
+        "bfloat16",
+        None,
+        "causal",
+    ),  # what most models train with
     "heads_of_96": (1, 72, 72, 2, 2, 96, "bfloat16", None, "causal"),
     "documents_float16": (1, 136, 136, 2, 1, 64, "float16", None, "documents"),
 }
@@ -54,12 +82,23 @@ def intervals(kind, length, num_keys, batch):
 def draw(case):
     """q, k, v, low, high, cotangents of both results, and the settings."""
     batch, length, num_keys, heads, kv_heads, dim, dtype, softcap, kind = CASES[case]
-    shapes = (batch, length, heads, dim), *[(batch, num_keys, kv_heads, dim)] * 2, (batch, length, heads, dim)
+    shapes = (
+        (batch, length, heads, dim),
+        *[(batch, num_keys, kv_heads, dim)] * 2,
+        (batch, length, heads, dim),
+    )
     keys = jax.random.split(jax.random.key(0), 5)
-    q, k, v, do = (jax.random.normal(key, s).astype(dtype) for key, s in zip(keys[:4], shapes, strict=True))
+    q, k, v, do = (
+        jax.random.normal(key, s).astype(dtype) for key, s in zip(keys[:4], shapes, strict=True)
+    )
     dlse = jax.random.normal(keys[4], (batch, heads, length))
     low, high = map(jnp.asarray, intervals(kind, length, num_keys, batch))
-    return (q, k, v), (low, high), (do, dlse), dict(scale=dim**-0.5, softcap=softcap, layout=LAYOUTS.get(kind))
+    return (
+        (q, k, v),
+        (low, high),
+        (do, dlse),
+        dict(scale=dim**-0.5, softcap=softcap, layout=LAYOUTS.get(kind)),
+    )
 
 
 @functools.cache
@@ -72,7 +111,9 @@ def naive(case):
     logits = np.einsum("btnh,bsnh->bnts", q, keys) * scale
     capped = cap * np.tanh(logits / cap) if cap else logits
     number = np.arange(k.shape[1])
-    sees = ((number >= np.asarray(low)[..., None]) & (number < np.asarray(high)[..., None]))[:, None]
+    sees = ((number >= np.asarray(low)[..., None]) & (number < np.asarray(high)[..., None]))[
+        :, None
+    ]
     if layout := settings["layout"]:
         i, j = np.arange(q.shape[1])[:, None] // 64, number // 64
         head = np.arange(q.shape[2])[:, None, None]
@@ -106,7 +147,9 @@ def results_and_gradients(run, arrays, bounds, cotangents, settings):
     return o, lse, *pullback((do, jnp.where(jnp.isfinite(lse), dlse, 0)))
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.long] * (c in HEAVY)) for c in CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.long] * (c in HEAVY)) for c in CASES]
+)
 def test_results_and_gradients_are_those_of_float64(run, case):
     arrays, bounds, cotangents, settings = draw(case)
     o, lse, *gradients = results_and_gradients(run, arrays, bounds, cotangents, settings)
@@ -117,7 +160,9 @@ def test_results_and_gradients_are_those_of_float64(run, case):
     np.testing.assert_allclose(lse, naive(case)[1], atol=1e-3)
     tolerance = TOLERANCE / 4 if o.dtype == jnp.float16 else TOLERANCE
     for got, want in zip((o, *gradients), (naive(case)[0], *naive(case)[2:]), strict=True):
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(
+            want
+        )
 
 
 def test_twice_the_same_bits_but_where_the_kernel_says_otherwise(run):
@@ -150,10 +195,14 @@ def test_two_ranges_of_keys_add_up_to_attention_over_all(run):
     """What lse is for, and its gradient; half of the queries see none of the second range."""
     case = "heads_of_96"
     arrays, bounds, cotangents, settings = draw(case)
-    found = results_and_gradients(functools.partial(merged, run, split=36), arrays, bounds, cotangents, settings)
+    found = results_and_gradients(
+        functools.partial(merged, run, split=36), arrays, bounds, cotangents, settings
+    )
     np.testing.assert_allclose(found[1], naive(case)[1], atol=1e-3)
     for name, got, want in zip(("o", "lse", "dq", "dk", "dv"), found, naive(case), strict=True):
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 1.5 * TOLERANCE * np.linalg.norm(want), name
+        assert np.linalg.norm(
+            np.asarray(got, np.float64) - want
+        ) <= 1.5 * TOLERANCE * np.linalg.norm(want), name
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "documents"])
@@ -187,7 +236,9 @@ def test_every_tile_of_every_head_is_taken_once_longest_first(kind, batch):
     rng, tiles, heads, together = np.random.default_rng(0), 64, 4, 3
     lengths = rng.integers(0, 90, ({"one mask": 1, "documents": batch, "patterns": 2}[kind], tiles))
     first = rng.integers(0, 9, lengths.shape)
-    order = longest_first(jnp.stack([first, first + lengths, first, first], -1), 2 if kind == "patterns" else 0)
+    order = longest_first(
+        jnp.stack([first, first + lengths, first, first], -1), 2 if kind == "patterns" else 0
+    )
     number = np.arange(tiles * batch * heads)
     take = jax.vmap(lambda i: jnp.stack(item_at(order, i, batch, heads, CACHE // together)))
     b, head, row, tile = np.asarray(take(number)).T
@@ -197,7 +248,9 @@ def test_every_tile_of_every_head_is_taken_once_longest_first(kind, batch):
     visits = (lengths.sum(0, keepdims=True) if kind == "patterns" else lengths)[row, tile]
     for start in range(0, batch * heads, together):
         now = slice(start * tiles, (start + together) * tiles)
-        assert set((b * heads + head)[now].tolist()) == set(range(start, min(start + together, batch * heads)))
+        assert set((b * heads + head)[now].tolist()) == set(
+            range(start, min(start + together, batch * heads))
+        )
         for each in range(batch):
             assert (np.diff(visits[now][b[now] == each]) <= 0).all()
 
@@ -206,7 +259,10 @@ def test_visited_blocks_are_those_of_phi_3_small():
     """64-token blocks, 16 local ones, every eighth, one further for each head; whole ones first."""
     layout, num_blocks = BlockLayout(), 40
     i, j = np.ogrid[:num_blocks, :num_blocks]
-    visits = (False, 2, key_visits(layout, 40, 40)), *((True, n, query_visits(layout, 40, 40, n)) for n in (1, 2))
+    visits = (
+        (False, 2, key_visits(layout, 40, 40)),
+        *((True, n, query_visits(layout, 40, 40, n)) for n in (1, 2)),
+    )
     for pattern in (0, 3, 7):
         wanted = (j <= i) & ((i - j < 16) | ((j + pattern + 1) % 8 == 0))
         for is_by_keys, size, (table, entries) in visits:
@@ -215,8 +271,14 @@ def test_visited_blocks_are_those_of_phi_3_small():
                 own = range(size * tile, size * (tile + 1))
                 first, end, whole_first, whole_end = table[pattern, tile]
                 assert (first, whole_first) == (0, 0)
-                found = {e >> 2: tuple(e >> b & 1 for b in range(size)) for e in entries[pattern, tile, :end].tolist()}
-                assert found == {b: tuple(sees[own, b].tolist()) for b in np.flatnonzero(sees[own].any(0)).tolist()}
+                found = {
+                    e >> 2: tuple(e >> b & 1 for b in range(size))
+                    for e in entries[pattern, tile, :end].tolist()
+                }
+                assert found == {
+                    b: tuple(sees[own, b].tolist())
+                    for b in np.flatnonzero(sees[own].any(0)).tolist()
+                }
                 for entry in entries[pattern, tile, :whole_end]:
                     assert sees[own, entry >> 2].all()
                     assert entry >> 2 not in own, "tokens of its own block are hidden in part"
@@ -230,12 +292,20 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     arrays, bounds, cotangents, settings = draw("documents")
 
     def run(q, k, v, low, high, **settings):
-        one = jax.checkpoint(lambda q: attention(q, k, v, low, high, implementation=implementation, **settings))
-        return jax.tree.map(lambda x: x[0], jax.lax.scan(lambda _, q: (None, one(q)), None, q[None])[1])
+        one = jax.checkpoint(
+            lambda q: attention(q, k, v, low, high, implementation=implementation, **settings)
+        )
+        return jax.tree.map(
+            lambda x: x[0], jax.lax.scan(lambda _, q: (None, one(q)), None, q[None])[1]
+        )
 
     mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
     local = jax.shard_map(
-        lambda *a: results_and_gradients(run, *a, settings), mesh=mesh, in_specs=each, out_specs=each, check_vma=False
+        lambda *a: results_and_gradients(run, *a, settings),
+        mesh=mesh,
+        in_specs=each,
+        out_specs=each,
+        check_vma=False,
     )
     lowered = jax.jit(local).trace(arrays, bounds, cotangents).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
@@ -250,7 +320,11 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     ("q", "k", "message"),
     [
         (((1, 8, 2, 64), "float32"), ((1, 8, 1, 64), "float32"), "all bfloat16 or all float16"),
-        (((1, 8, 2, 264), "bfloat16"), ((1, 8, 1, 264), "bfloat16"), "head_dim <= 256, but head_dim = 264"),
+        (
+            ((1, 8, 2, 264), "bfloat16"),
+            ((1, 8, 1, 264), "bfloat16"),
+            "head_dim <= 256, but head_dim = 264",
+        ),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(q, k, message):
@@ -270,12 +344,22 @@ def test_a_soft_cap_of_zero_is_refused(implementation):
 @pytest.mark.parametrize(
     ("k", "v", "bounds", "message"),
     [
-        ((2, 8, 2, 64), (2, 8, 2, 32), (2, 8), r"expected both \[B, S, K, H\] of one type, with B = 2 and H = 64"),
+        (
+            (2, 8, 2, 64),
+            (2, 8, 2, 32),
+            (2, 8),
+            r"expected both \[B, S, K, H\] of one type, with B = 2 and H = 64",
+        ),
         ((2, 8, 2, 32), (2, 8, 2, 32), (2, 8), "with B = 2 and H = 64"),
         ((1, 8, 2, 64), (1, 8, 2, 64), (2, 8), "with B = 2 and H = 64"),
         ((2, 9, 2, 64), (2, 8, 2, 64), (2, 8), r"given k float32\(2, 9, 2, 64\)"),
         ((2, 8, 3, 64), (2, 8, 3, 64), (2, 8), "given N = 4 and K = 3, expected N % K == 0"),
-        ((2, 8, 2, 64), (2, 8, 2, 64), (3, 8), r"expected both \[B, T\] or \[1, T\], with B = 2 and T = 8"),
+        (
+            (2, 8, 2, 64),
+            (2, 8, 2, 64),
+            (3, 8),
+            r"expected both \[B, T\] or \[1, T\], with B = 2 and T = 8",
+        ),
         ((2, 9, 2, 64), (2, 9, 2, 64), (2, 9), r"given low \(2, 9\)"),
     ],
 )
@@ -284,9 +368,14 @@ def test_shapes_that_do_not_fit_are_refused(implementation, k, v, bounds, messag
     bounds = jnp.zeros(bounds, jnp.int32)
     with pytest.raises(ValueError, match=message):
         attention(
-            jnp.zeros((2, 8, 4, 64)), jnp.zeros(k), jnp.zeros(v), bounds, bounds, scale=1.0,
+            jnp.zeros((2, 8, 4, 64)),
+            jnp.zeros(k),
+            jnp.zeros(v),
+            bounds,
+            bounds,
+            scale=1.0,
             implementation=implementation,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.skipif(not IS_NEW, reason=OLD_REASON)
@@ -294,5 +383,7 @@ def test_gradients_of_wide_heads_fit_in_shared_memory():
     """Which interpretation does not count."""
     arrays, bounds, cotangents, settings = draw("wide_heads")
     run = functools.partial(attention, implementation="mosaic")
-    traced = jax.jit(lambda *a: results_and_gradients(run, *a, settings)).trace(arrays, bounds, cotangents)
+    traced = jax.jit(lambda *a: results_and_gradients(run, *a, settings)).trace(
+        arrays, bounds, cotangents
+    )
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxscale.kernels.grouped_matmul.api import BACKENDS, feed_forward, grouped_matmul, mosaic_refusal
+from jaxscale.kernels.grouped_matmul.api import (
+    BACKENDS,
+    feed_forward,
+    grouped_matmul,
+    mosaic_refusal,
+)
 from jaxscale.kernels.grouped_matmul.swiglu import swiglu
 from tests.kernels.interpretation import INTERPRET, KNOWS_THE_END, OLD_REASON
 
@@ -38,14 +43,21 @@ def draw(group_sizes, dtype="bfloat16", size=(ROWS, K, N)):
     keys = jax.random.split(jax.random.key(len(group_sizes)), 3)
     num_rows, depth, width = size
     shapes = (num_rows, depth), (len(group_sizes), depth, width), (num_rows, width)
-    rows, weights, cotangent = (jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, shapes, strict=True))
+    rows, weights, cotangent = (
+        jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, shapes, strict=True)
+    )
     return rows, weights, jnp.array(group_sizes, jnp.int32), cotangent
 
 
 def naive(rows, weights, group_sizes, cotangent):
     """The product and both gradients."""
     rows, weights, cotangent = (np.asarray(x, np.float64) for x in (rows, weights, cotangent))
-    product, drows, dweights, start = np.zeros(cotangent.shape), np.zeros(rows.shape), np.zeros(weights.shape), 0
+    product, drows, dweights, start = (
+        np.zeros(cotangent.shape),
+        np.zeros(rows.shape),
+        np.zeros(weights.shape),
+        0,
+    )
     for group, size in enumerate(np.asarray(group_sizes)):
         own = slice(start, start + size)
         product[own], drows[own] = rows[own] @ weights[group], cotangent[own] @ weights[group].T
@@ -55,7 +67,9 @@ def naive(rows, weights, group_sizes, cotangent):
 
 
 def product_and_gradients(run, rows, weights, group_sizes, cotangent):
-    product, pullback = jax.vjp(lambda rows, weights: run(rows, weights, group_sizes), rows, weights)
+    product, pullback = jax.vjp(
+        lambda rows, weights: run(rows, weights, group_sizes), rows, weights
+    )
     return product, *pullback(cotangent)
 
 
@@ -65,7 +79,9 @@ def test_product_and_gradients_are_those_of_a_loop(run, group_sizes):
     wanted = naive(*arguments)
     found = product_and_gradients(run, *arguments)
     for got, want in zip(found, wanted, strict=True):
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(want)
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(
+            want
+        )
     for got in found[:2]:
         assert not np.asarray(got[sum(group_sizes) :]).any(), "rows past the last group"
 
@@ -76,7 +92,9 @@ def test_sizes_that_are_no_multiple_of_a_tile(run):
     found = product_and_gradients(run, *arguments)
     for got, want in zip(found, naive(*arguments), strict=True):
         assert got.shape == want.shape
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(want)
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(
+            want
+        )
     compiled = functools.partial(grouped_matmul, implementation=run.keywords["implementation"])
     lowering = jax.jit(functools.partial(product_and_gradients, compiled)).trace(*arguments)
     lowering.lower(lowering_platforms=("cuda",))
@@ -84,7 +102,9 @@ def test_sizes_that_are_no_multiple_of_a_tile(run):
 
 def test_twice_the_same_bits(run):
     arguments = draw(CASES["uneven_and_empty"])
-    for a, b in zip(product_and_gradients(run, *arguments), product_and_gradients(run, *arguments), strict=True):
+    for a, b in zip(
+        product_and_gradients(run, *arguments), product_and_gradients(run, *arguments), strict=True
+    ):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
@@ -100,7 +120,9 @@ def test_float16(run):
     arguments = draw(CASES["uneven_and_empty"], "float16")
     for got, want in zip(product_and_gradients(run, *arguments), naive(*arguments), strict=True):
         assert got.dtype == jnp.float16
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE / 8 * np.linalg.norm(want)
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE / 8 * np.linalg.norm(
+            want
+        )
 
 
 def through_a_scan(run, rows, weights, group_sizes):
@@ -125,18 +147,28 @@ def test_under_jit_scan_and_remat_nothing_changes(implementation):
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_inside_a_manual_region_under_scan_and_remat(implementation):
     """Interpretation knows neither, so on a CPU the kernel is only lowered for GPUs."""
-    run = functools.partial(through_a_scan, functools.partial(grouped_matmul, implementation=implementation))
+    run = functools.partial(
+        through_a_scan, functools.partial(grouped_matmul, implementation=implementation)
+    )
     mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
     local = jax.shard_map(
-        functools.partial(product_and_gradients, run), mesh=mesh, in_specs=each, out_specs=each, check_vma=False
+        functools.partial(product_and_gradients, run),
+        mesh=mesh,
+        in_specs=each,
+        out_specs=each,
+        check_vma=False,
     )
     arguments = [jnp.concatenate([x] * mesh.size) for x in draw(CASES["uneven_and_empty"])]
     lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
     if implementation != "mosaic" or INTERPRET is False:
-        for got, want in zip(jax.jit(local)(*arguments), naive(*draw(CASES["uneven_and_empty"])), strict=True):
+        for got, want in zip(
+            jax.jit(local)(*arguments), naive(*draw(CASES["uneven_and_empty"])), strict=True
+        ):
             want = np.concatenate([want] * mesh.size)
-            assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(want)
+            assert np.linalg.norm(np.asarray(got, np.float64) - want) <= TOLERANCE * np.linalg.norm(
+                want
+            )
 
 
 @pytest.mark.parametrize(
@@ -155,16 +187,23 @@ def test_what_the_kernel_cannot_do_is_refused(rows, weights, message):
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize(
-    ("rows", "weights", "groups"), [((8, 64), (2, 128, 64), 2), ((8, 64), (2, 64, 64), 3), ((0, 64), (2, 64, 64), 2)]
+    ("rows", "weights", "groups"),
+    [((8, 64), (2, 128, 64), 2), ((8, 64), (2, 64, 64), 3), ((0, 64), (2, 64, 64), 2)],
 )
 def test_shapes_that_do_not_fit_are_refused(implementation, rows, weights, groups):
     rows, weights = jnp.zeros(rows, "bfloat16"), jnp.zeros(weights, "bfloat16")
-    with pytest.raises(ValueError, match=r"given rows \(.*expected \[rows, K\], \[E, K, 64\] and \[E\]"):
+    with pytest.raises(
+        ValueError, match=r"given rows \(.*expected \[rows, K\], \[E, K, 64\] and \[E\]"
+    ):
         grouped_matmul(rows, weights, jnp.zeros(groups, jnp.int32), implementation=implementation)
 
 
 def test_a_feed_forward_whose_matrices_do_not_fit_and_an_unknown_backend_are_refused():
-    rows, up, sizes = jnp.zeros((8, 64), "bfloat16"), jnp.zeros((2, 64, 128), "bfloat16"), jnp.zeros(2, jnp.int32)
+    rows, up, sizes = (
+        jnp.zeros((8, 64), "bfloat16"),
+        jnp.zeros((2, 64, 128), "bfloat16"),
+        jnp.zeros(2, jnp.int32),
+    )
     down = up.swapaxes(1, 2)
     for gate, of_down in ((up[..., :64], down), (up, down[:, :64])):
         with pytest.raises(ValueError, match=r"feed_forward: given rows .*\[E, K, 128\]"):
@@ -187,7 +226,9 @@ def draw_feed_forward(case, dtype="bfloat16"):
     num_experts, width = len(CASES[case]), 180
     keys = jax.random.split(jax.random.key(1), 5)
     shapes = (ROWS, K), (ROWS, K), *[(num_experts, K, width)] * 2, (num_experts, width, K)
-    x, cotangent, *weights = (jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True))
+    x, cotangent, *weights = (
+        jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True)
+    )
     weights[0] /= 8  # gates of about 1, where the slope of SwiGLU changes most
     if dtype == "float16":
         weights = [w / 8 for w in weights]  # gradients stay far from the largest number
@@ -223,7 +264,9 @@ def test_feed_forward_and_its_gradients_are_those_of_float64(backend, case, dtyp
     tolerance = 3 * TOLERANCE / (8 if dtype == "float16" else 1)
     for got, want in zip(feed_forward_and_gradients(backend, sizes, *drawn), wanted, strict=True):
         assert got.dtype == dtype
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(
+            want
+        )
         if got.shape == x.shape:
             assert not np.asarray(got[sum(sizes) :]).any(), "rows past the last group"
 
@@ -231,7 +274,9 @@ def test_feed_forward_and_its_gradients_are_those_of_float64(backend, case, dtyp
 @pytest.mark.long
 def test_feed_forward_twice_the_same_bits(backend):
     case = "one_row_each_and_a_rest"
-    once, again = (feed_forward_and_gradients(backend, CASES[case], *draw_feed_forward(case)) for _ in range(2))
+    once, again = (
+        feed_forward_and_gradients(backend, CASES[case], *draw_feed_forward(case)) for _ in range(2)
+    )
     for a, b in zip(once, again, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -244,6 +289,12 @@ def test_a_gate_far_below_zero_has_a_gradient_of_zero():
 
 
 def test_feed_forward_refuses_what_the_kernel_cannot_do():
-    rows, up, down = jnp.zeros((8, 64), "bfloat16"), jnp.zeros((2, 64, 64), "bfloat16"), jnp.zeros((2, 64, 64))
-    with pytest.raises(ValueError, match="feed_forward: given 'mosaic', expected rows and weights both bfloat16"):
+    rows, up, down = (
+        jnp.zeros((8, 64), "bfloat16"),
+        jnp.zeros((2, 64, 64), "bfloat16"),
+        jnp.zeros((2, 64, 64)),
+    )
+    with pytest.raises(
+        ValueError, match="feed_forward: given 'mosaic', expected rows and weights both bfloat16"
+    ):
         feed_forward(rows, up, up, down, jnp.zeros(2, jnp.int32), implementation="mosaic")

@@ -23,7 +23,9 @@ TOLERANCE = 4e-3  # of the norm: gradients in bfloat16, made from logits' gradie
 def run(request):
     if request.param == "mosaic" and not KNOWS_THE_END:
         pytest.skip(OLD_REASON)
-    return functools.partial(label_and_normaliser, implementation=request.param, interpret=INTERPRET)
+    return functools.partial(
+        label_and_normaliser, implementation=request.param, interpret=INTERPRET
+    )
 
 
 def draw(shape, dtype="bfloat16", size=1.0):
@@ -32,18 +34,24 @@ def draw(shape, dtype="bfloat16", size=1.0):
     keys = jax.random.split(jax.random.key(vocabulary), 5)
     h = jax.random.normal(keys[0], (length, depth)).astype(dtype)
     head = (jax.random.normal(keys[1], (vocabulary, depth)) * size).astype(dtype)
-    labels = jax.random.randint(keys[2], (length,), 0, vocabulary).at[3].set(-100).at[5].set(vocabulary)
+    labels = (
+        jax.random.randint(keys[2], (length,), 0, vocabulary).at[3].set(-100).at[5].set(vocabulary)
+    )
     return h, head, labels, *(jax.random.normal(key, (length,)) for key in keys[3:])
 
 
 def naive(h, head, labels, dlabel, dnormaliser):
     """Both results and both gradients in float64."""
-    h, head, dlabel, dnormaliser = (np.asarray(x, np.float64) for x in (h, head, dlabel, dnormaliser))
+    h, head, dlabel, dnormaliser = (
+        np.asarray(x, np.float64) for x in (h, head, dlabel, dnormaliser)
+    )
     logits = h @ head.T
     top = logits.max(-1, keepdims=True)
     normaliser = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
     one_hot = np.arange(len(head)) == np.asarray(labels)[:, None]
-    dlogits = np.exp(logits - normaliser[:, None]) * dnormaliser[:, None] + one_hot * dlabel[:, None]
+    dlogits = (
+        np.exp(logits - normaliser[:, None]) * dnormaliser[:, None] + one_hot * dlabel[:, None]
+    )
     return (logits * one_hot).sum(-1), normaliser, dlogits @ head, dlogits.T @ h
 
 
@@ -56,7 +64,9 @@ def check(found, wanted, tolerance):
     for got, want in zip(found[:2], wanted[:2], strict=True):
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=1e-5, atol=1e-5)
     for got, want in zip(found[2:], wanted[2:], strict=True):
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(
+            want
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -79,7 +89,9 @@ def test_probabilities_of_large_logits_are_as_exact_as_bfloat16(run):
 
 def test_twice_the_same_bits(run):
     arguments = draw(SHAPES["edges"])
-    for a, b in zip(results_and_gradients(run, *arguments), results_and_gradients(run, *arguments), strict=True):
+    for a, b in zip(
+        results_and_gradients(run, *arguments), results_and_gradients(run, *arguments), strict=True
+    ):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
@@ -90,13 +102,19 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
 
     def through_a_scan(h, head, labels):
         one = jax.checkpoint(lambda labels: run(h, head, labels))
-        return jax.tree.map(lambda x: x[0], jax.lax.scan(lambda _, labels: (None, one(labels)), None, labels[None])[1])
+        return jax.tree.map(
+            lambda x: x[0],
+            jax.lax.scan(lambda _, labels: (None, one(labels)), None, labels[None])[1],
+        )
 
     mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
     local = jax.shard_map(
         functools.partial(results_and_gradients, through_a_scan),
-        mesh=mesh, in_specs=each, out_specs=each, check_vma=False,
-    )  # fmt: skip
+        mesh=mesh,
+        in_specs=each,
+        out_specs=each,
+        check_vma=False,
+    )
     arguments = [jnp.concatenate([x] * mesh.size) for x in draw(SHAPES["one_tile"])]
     lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert ("mosaic_gpu" in lowered.as_text()) == (implementation == "mosaic")
@@ -109,7 +127,9 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
 def test_every_shape_can_be_compiled_for_a_gpu(shape):
     """Copies to and from memory want whole tiles, of which interpretation knows nothing."""
     run = functools.partial(label_and_normaliser, implementation="mosaic")
-    jax.jit(functools.partial(results_and_gradients, run)).trace(*draw(shape)).lower(lowering_platforms=("cuda",))
+    jax.jit(functools.partial(results_and_gradients, run)).trace(*draw(shape)).lower(
+        lowering_platforms=("cuda",)
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,5 +150,9 @@ def test_what_the_kernel_cannot_do_is_refused(h, head, message):
 def test_shapes_that_do_not_fit_are_refused(implementation):
     for h, head, labels in (((8, 64), (16, 32), (8,)), ((8, 64), (16, 64), (7,))):
         with pytest.raises(ValueError, match=r"expected \[T, D\], \[V, D\] and \[T\]"):
-            arrays = jnp.zeros(h, "bfloat16"), jnp.zeros(head, "bfloat16"), jnp.zeros(labels, jnp.int32)
+            arrays = (
+                jnp.zeros(h, "bfloat16"),
+                jnp.zeros(head, "bfloat16"),
+                jnp.zeros(labels, jnp.int32),
+            )
             label_and_normaliser(*arrays, implementation=implementation)

@@ -21,7 +21,9 @@ SHAPES = {
     "eights": (5, 1024),
 }
 IS_OLD = jax.__version_info__ < (0, 11)
-OLD_REASON = "our kernel refuses jax 0.10, which cannot load a part of a reference in a given layout"
+OLD_REASON = (
+    "our kernel refuses jax 0.10, which cannot load a part of a reference in a given layout"
+)
 TOLERANCE = 4e-3  # of the norm: results in bfloat16
 LARGEST = 0.05  # root mean square of a row, whose square is next to EPSILON
 
@@ -38,7 +40,12 @@ def draw(shape, dtype="bfloat16"):
     keys = jax.random.split(jax.random.key(shape[1]), 4)
     size = LARGEST * jnp.arange(1, shape[0] + 1)[:, None] / shape[0]
     x, dx, dy = (jax.random.normal(key, shape) for key in keys[:3])
-    return (x * size).astype(dtype), jax.random.normal(keys[3], shape[1:]), dx.astype(dtype), dy.astype(dtype)
+    return (
+        (x * size).astype(dtype),
+        jax.random.normal(keys[3], shape[1:]),
+        dx.astype(dtype),
+        dy.astype(dtype),
+    )
 
 
 def naive(x, scale, dx, dy):
@@ -46,7 +53,12 @@ def naive(x, scale, dx, dy):
     x, scale, dx, dy = (np.asarray(a, np.float64) for a in (x, scale, dx, dy))
     inverse = (np.square(x).mean(-1, keepdims=True) + EPSILON) ** -0.5
     slope = (dy * scale * x).mean(-1, keepdims=True)
-    return x, x * inverse * scale, dx + dy * scale * inverse - x * slope * inverse**3, (dy * x * inverse).sum(0)
+    return (
+        x,
+        x * inverse * scale,
+        dx + dy * scale * inverse - x * slope * inverse**3,
+        (dy * x * inverse).sum(0),
+    )
 
 
 def results_and_gradients(run, x, scale, dx, dy):
@@ -56,7 +68,9 @@ def results_and_gradients(run, x, scale, dx, dy):
 
 def check(found, wanted, tolerance):
     for got, want in zip(found, wanted, strict=True):
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(
+            want
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -74,7 +88,9 @@ def test_float16(run):
 
 def test_twice_the_same_bits(run):
     arguments = draw(SHAPES["odd_rows"])
-    for a, b in zip(results_and_gradients(run, *arguments), results_and_gradients(run, *arguments), strict=True):
+    for a, b in zip(
+        results_and_gradients(run, *arguments), results_and_gradients(run, *arguments), strict=True
+    ):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
@@ -85,7 +101,9 @@ def test_the_sum_of_both_gradients_is_rounded_once():
     alone = naive(x, scale, np.zeros_like(dy, np.float64), dy)[2]
     dx = jnp.asarray(-alone, "bfloat16")
     run = functools.partial(residual_norm, implementation="mosaic", interpret=INTERPRET)
-    check(results_and_gradients(run, x, scale, dx, dy)[2:3], naive(x, scale, dx, dy)[2:3], TOLERANCE)
+    check(
+        results_and_gradients(run, x, scale, dx, dy)[2:3], naive(x, scale, dx, dy)[2:3], TOLERANCE
+    )
 
 
 @pytest.mark.skipif(IS_OLD, reason=OLD_REASON)
@@ -93,15 +111,24 @@ def test_inside_a_manual_region_under_scan_and_remat():
     """Interpretation knows neither, so on a CPU the kernel is only lowered for GPUs."""
 
     def through_a_scan(x, scale, *, epsilon):
-        one = jax.checkpoint(functools.partial(residual_norm, epsilon=epsilon, implementation="mosaic"))
+        one = jax.checkpoint(
+            functools.partial(residual_norm, epsilon=epsilon, implementation="mosaic")
+        )
         (x, y), _ = jax.lax.scan(lambda carry, _: (one(carry[0], scale), None), (x, x), length=1)
         return x, y
 
-    mesh, by_row, whole = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data"), PartitionSpec()
+    mesh, by_row, whole = (
+        Mesh(np.array(jax.devices()[:2]), ("data",)),
+        PartitionSpec("data"),
+        PartitionSpec(),
+    )
     local = jax.shard_map(
         lambda *arguments: results_and_gradients(through_a_scan, *arguments)[:3],
-        mesh=mesh, in_specs=(by_row, whole, by_row, by_row), out_specs=by_row, check_vma=False,
-    )  # fmt: skip
+        mesh=mesh,
+        in_specs=(by_row, whole, by_row, by_row),
+        out_specs=by_row,
+        check_vma=False,
+    )
     arguments = draw((6, 384))
     lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
@@ -110,12 +137,16 @@ def test_inside_a_manual_region_under_scan_and_remat():
 
 
 @pytest.mark.skipif(IS_OLD, reason=OLD_REASON)
-@pytest.mark.parametrize("shape", [*SHAPES.values(), (16384, 2048), (100, 3072), (8192, 4096)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES.values(), (16384, 2048), (100, 3072), (8192, 4096)], ids=str
+)
 def test_every_shape_can_be_compiled_for_a_gpu(shape):
     """Copies to shared memory want dims that interpretation does not ask for."""
     run = functools.partial(residual_norm, implementation="mosaic")
     arguments = jax.eval_shape(lambda: draw(shape))
-    jax.jit(functools.partial(results_and_gradients, run)).trace(*arguments).lower(lowering_platforms=("cuda",))
+    jax.jit(functools.partial(results_and_gradients, run)).trace(*arguments).lower(
+        lowering_platforms=("cuda",)
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,4 +169,9 @@ def test_what_the_kernel_cannot_do_is_refused(shape, dtype, message):
 def test_shapes_that_do_not_fit_are_refused(implementation):
     for x, scale in (((4, 128), (64,)), ((2, 4, 128), (128,))):
         with pytest.raises(ValueError, match=r"expected \[rows, D\] and \[D\]"):
-            residual_norm(jnp.zeros(x, "bfloat16"), jnp.ones(scale), epsilon=EPSILON, implementation=implementation)
+            residual_norm(
+                jnp.zeros(x, "bfloat16"),
+                jnp.ones(scale),
+                epsilon=EPSILON,
+                implementation=implementation,
+            )

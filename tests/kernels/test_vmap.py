@@ -18,27 +18,37 @@ BOUNDS = jnp.zeros((1, 16), jnp.int32), jnp.arange(1, 17, dtype=jnp.int32)[None]
 OPERATIONS = {
     "grouped_matmul": (lambda x, w: grouped_matmul(x, w, SIZES, **GPU), [(8, 64), (2, 64, 64)]),
     "feed_forward": (
-        lambda x, g, u, d: feed_forward(x, g, u, d, SIZES, **GPU), [(8, 64), (2, 64, 64), (2, 64, 64), (2, 64, 64)]
+        lambda x, g, u, d: feed_forward(x, g, u, d, SIZES, **GPU),
+        [(8, 64), (2, 64, 64), (2, 64, 64), (2, 64, 64)],
     ),
     "label_and_normaliser": (
-        lambda h, head: label_and_normaliser(h, head, jnp.arange(8), **GPU)[1], [(8, 64), (16, 64)]
+        lambda h, head: label_and_normaliser(h, head, jnp.arange(8), **GPU)[1],
+        [(8, 64), (16, 64)],
     ),
     "residual_norm": (lambda x, w: residual_norm(x, w, epsilon=1e-3, **GPU)[1], [(3, 128), (128,)]),
-    "attention": (lambda q, k, v: attention(q, k, v, *BOUNDS, scale=0.1, **GPU)[0], [(1, 16, 1, 64)] * 3),
-}  # fmt: skip
+    "attention": (
+        lambda q, k, v: attention(q, k, v, *BOUNDS, scale=0.1, **GPU)[0],
+        [(1, 16, 1, 64)] * 3,
+    ),
+}
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=[pytest.mark.long] * (n not in ("label_and_normaliser", "residual_norm")))
+        pytest.param(
+            n, marks=[pytest.mark.long] * (n not in ("label_and_normaliser", "residual_norm"))
+        )
         for n in OPERATIONS
     ],
 )
 def test_vmap_is_a_loop(name):
     run, shapes = OPERATIONS[name]
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    arrays = [jax.random.normal(key, (2, *shape)).astype("bfloat16") for key, shape in zip(keys, shapes, strict=True)]
+    arrays = [
+        jax.random.normal(key, (2, *shape)).astype("bfloat16")
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
 
     def result_and_gradients(*arrays):
         y, pullback = jax.vjp(run, *arrays)

@@ -19,9 +19,20 @@ from jaxscale.ops.precision import Policy
 
 B, T, D, E = 2, 5, 8, 4
 CONFIG = ModelConfig(
-    vocab_size=8, num_layers=1, model_dim=D, num_heads=1, num_kv_heads=1, head_dim=8, ffn_dim=8, max_length=8,
-    moe_pattern=(True,), num_experts=E, expert_dim=6, balance_loss=0.5, router_z_loss=0.25,
-)  # fmt: skip
+    vocab_size=8,
+    num_layers=1,
+    model_dim=D,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    ffn_dim=8,
+    max_length=8,
+    moe_pattern=(True,),
+    num_experts=E,
+    expert_dim=6,
+    balance_loss=0.5,
+    router_z_loss=0.25,
+)
 H = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
 ROUTER = {"router": jnp.asarray(np.random.default_rng(1).normal(size=(D, E)), jnp.float32)}
 WEIGHTS = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]], jnp.float32)
@@ -49,9 +60,14 @@ def test_routing_in_bfloat16_keeps_float32_logits():
 
 def test_logits_of_bfloat16_tokens_are_those_of_the_float32_router():
     rng = np.random.default_rng(2)
-    h, router = jnp.asarray(rng.normal(size=(1, 8, 2048)), jnp.bfloat16), rng.normal(size=(2048, 16)).astype("float32")
+    h, router = (
+        jnp.asarray(rng.normal(size=(1, 8, 2048)), jnp.bfloat16),
+        rng.normal(size=(2048, 16)).astype("float32"),
+    )
     wanted = np.asarray(h, np.float64) @ router.astype(np.float64)
-    np.testing.assert_allclose(logits_of({"router": jnp.asarray(router)}, h), wanted, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        logits_of({"router": jnp.asarray(router)}, h), wanted, atol=1e-5 * np.abs(wanted).max()
+    )
 
 
 def test_balance_loss_is_its_weight_when_balanced_and_more_when_not():
@@ -71,9 +87,12 @@ def test_padding_is_in_no_figure():
     index, _, logits = routed(H)
     sums = router_sums(index, logits, WEIGHTS, CONFIG, Operations())
     changed = router_sums(
-        jnp.where(WEIGHTS[..., None] > 0, index, 3), jnp.where(WEIGHTS[..., None] > 0, logits, 9.0), WEIGHTS, CONFIG,
+        jnp.where(WEIGHTS[..., None] > 0, index, 3),
+        jnp.where(WEIGHTS[..., None] > 0, logits, 9.0),
+        WEIGHTS,
+        CONFIG,
         Operations(),
-    )  # fmt: skip
+    )
     jax.tree.map(np.testing.assert_allclose, sums, changed)
     assert sums.load.sum() == 2 * WEIGHTS.sum()
     nothing = router_sums(index, logits, 0 * WEIGHTS, CONFIG, Operations())
@@ -82,7 +101,9 @@ def test_padding_is_in_no_figure():
 
 def test_small_weights_scale_the_losses():
     index, _, logits = routed(H)
-    whole, part = (router_sums(index, logits, f * WEIGHTS, CONFIG, Operations()) for f in (1, 0.001))
+    whole, part = (
+        router_sums(index, logits, f * WEIGHTS, CONFIG, Operations()) for f in (1, 0.001)
+    )
     jax.tree.map(lambda p, w: np.testing.assert_allclose(p, 0.001 * w, rtol=1e-5), part, whole)
 
 
@@ -108,7 +129,9 @@ def test_the_output_teaches_the_router(num_active):
     }
 
     def loss(router):
-        y, _ = feed_forward({"router": router, "experts": experts}, H, WEIGHTS, config, Operations())
+        y, _ = feed_forward(
+            {"router": router, "experts": experts}, H, WEIGHTS, config, Operations()
+        )
         return (y**2).sum()
 
     assert jnp.abs(jax.grad(loss)(ROUTER["router"])).max() > 1e-2
@@ -118,24 +141,39 @@ def test_the_output_teaches_the_router(num_active):
 def test_every_layer_draws_for_itself(is_scanned):
     """What is dropped in a layer depends on its number in the model, the dense ones before it counted."""
     config = dataclasses.replace(
-        CONFIG, num_layers=3, num_dense_prefix=1, router="sparsemixer_v2", router_threshold=1.0, expert_dropout=0.5
+        CONFIG,
+        num_layers=3,
+        num_dense_prefix=1,
+        router="sparsemixer_v2",
+        router_threshold=1.0,
+        expert_dropout=0.5,
     )
     draws = Draws(jnp.asarray(np.random.default_rng(2).integers(0, 2**32, (B, T, 2)), jnp.uint32))
     seen = []
 
     def spy(h, index, gates, weights, activation, slopes, dropout):
-        jax.debug.callback(lambda keys, index: seen.append((keys, index)), dropout.keys, index, ordered=True)
+        jax.debug.callback(
+            lambda keys, index: seen.append((keys, index)), dropout.keys, index, ordered=True
+        )
         return h
 
     def run(params):
         return run_stack(
-            params["layers"], H, AttentionContext(jnp.tile(jnp.arange(T), (B, 1))), WEIGHTS, draws=draws, config=config,
-            operations=Operations(experts=spy), policy=Policy(compute="float32"),
+            params["layers"],
+            H,
+            AttentionContext(jnp.tile(jnp.arange(T), (B, 1))),
+            WEIGHTS,
+            draws=draws,
+            config=config,
+            operations=Operations(experts=spy),
+            policy=Policy(compute="float32"),
             stack=StackConfig(is_scanned=is_scanned, remat="none"),
-        )[0]  # fmt: skip
+        )[0]
 
     jax.block_until_ready(jax.jit(run)(init_params(config, jax.random.key(0), "float32")))
     jax.effects_barrier()
     assert len(seen) == 2
     for number, (keys, index) in enumerate(seen):
-        np.testing.assert_array_equal(keys, draws.at(1 + number).streams(EXPERT, jnp.asarray(index)))
+        np.testing.assert_array_equal(
+            keys, draws.at(1 + number).streams(EXPERT, jnp.asarray(index))
+        )

@@ -19,9 +19,20 @@ from jaxscale.ops.operations import Operations
 
 D, E = 3, 5
 CONFIG = ModelConfig(
-    vocab_size=8, num_layers=1, model_dim=D, num_heads=1, num_kv_heads=1, head_dim=8, ffn_dim=8, max_length=8,
-    moe_pattern=(True,), num_experts=E, expert_dim=4, router="sparsemixer_v2", router_threshold=0.4,
-)  # fmt: skip
+    vocab_size=8,
+    num_layers=1,
+    model_dim=D,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    ffn_dim=8,
+    max_length=8,
+    moe_pattern=(True,),
+    num_experts=E,
+    expert_dim=4,
+    router="sparsemixer_v2",
+    router_threshold=0.4,
+)
 Z = np.array([0.9, 1.0, 0.5, -0.4, 0.7])  # at a threshold of 0.4 the fourth is never drawn
 OUTPUTS = np.random.default_rng(0).normal(size=(E, D))
 TARGET = np.array([0.3, -0.5, 0.8])
@@ -75,7 +86,9 @@ def draws_of(config):
         if len(picks) == config.num_active_experts:
             yield chance, picks, ones, ps
             return
-        p = masked_softmax(Z, [i for i in range(E) if i not in picks], config, estimator.temperature)
+        p = masked_softmax(
+            Z, [i for i in range(E) if i not in picks], config, estimator.temperature
+        )
         for pick, one in itertools.product(np.flatnonzero(p), (True, False)):
             of_one = estimator.chance if one else 1 - estimator.chance
             yield from extend((*picks, pick), (*ones, one), (*ps, p), chance * p[pick] * of_one)
@@ -83,7 +96,12 @@ def draws_of(config):
     return list(extend((), (), (), 1.0))
 
 
-CASES = [("sparsemixer", 1), ("sparsemixer_v2", 1), ("sparsemixer_v2", 2), ("sparsemixer_v2_star", 2)]
+CASES = [
+    ("sparsemixer", 1),
+    ("sparsemixer_v2", 1),
+    ("sparsemixer_v2", 2),
+    ("sparsemixer_v2_star", 2),
+]
 
 
 @pytest.mark.parametrize("router, num_active", CASES)
@@ -95,7 +113,9 @@ def test_the_expected_gradient_over_all_draws_is_the_closed_form(router, num_act
         forced = Forced((0,) * num_active, (True,) * num_active)
         forced.values = numbers
         index, gates, _, _ = sparsemixer(z[None, None], forced, config)
-        return smooth((gates[0, 0, :, None] * jnp.asarray(OUTPUTS)[index[0, 0]]).sum(0)), index[0, 0]
+        return smooth((gates[0, 0, :, None] * jnp.asarray(OUTPUTS)[index[0, 0]]).sum(0)), index[
+            0, 0
+        ]
 
     run = jax.jit(jax.grad(loss, has_aux=True))
     got, wanted, total = np.zeros(E), np.zeros(E), 0
@@ -103,7 +123,10 @@ def test_the_expected_gradient_over_all_draws_is_the_closed_form(router, num_act
         gradient, index = run(jnp.asarray(Z), jnp.asarray(Forced(picks, ones).values))
         assert tuple(index) == picks
         got += chance * np.asarray(gradient)
-        c = [1 if one or i == p.argmax() else estimator.fraction for i, one, p in zip(picks, ones, ps, strict=True)]
+        c = [
+            1 if one or i == p.argmax() else estimator.fraction
+            for i, one, p in zip(picks, ones, ps, strict=True)
+        ]
         y = sum(each * p[i] * OUTPUTS[i] for each, i, p in zip(c, picks, ps, strict=True))
         slope = np.asarray(jax.grad(smooth)(jnp.asarray(y)))
         for i, p in zip(picks, ps, strict=True):
@@ -121,9 +144,14 @@ def expected(f, estimator, z):
     @jax.jit
     @jax.grad
     def gradient(z, i, c):
-        selection = Selection(jnp.full((1, 1), i), jax.nn.softmax(z / estimator.temperature)[None, None])
+        selection = Selection(
+            jnp.full((1, 1), i), jax.nn.softmax(z / estimator.temperature)[None, None]
+        )
         slope = jnp.asarray(estimator.slope / estimator.temperature)
-        return f(multiplier(z[None, None], selection, jnp.full((1, 1), c), slope)[0, 0] * jnp.asarray(OUTPUTS)[i])
+        return f(
+            multiplier(z[None, None], selection, jnp.full((1, 1), c), slope)[0, 0]
+            * jnp.asarray(OUTPUTS)[i]
+        )
 
     p = jax.nn.softmax(z / estimator.temperature)
     choices = (1.0, estimator.chance), (estimator.fraction, 1 - estimator.chance)
@@ -157,13 +185,19 @@ def test_the_quadrature_is_the_gradient_of_the_papers_objective(router):
 
 
 @pytest.mark.parametrize("convention", ["paper", "released"])
-@pytest.mark.parametrize("router, num_active", [("sparsemixer", 1), ("sparsemixer_v2", 2), ("sparsemixer_v2_star", 2)])
+@pytest.mark.parametrize(
+    "router, num_active", [("sparsemixer", 1), ("sparsemixer_v2", 2), ("sparsemixer_v2_star", 2)]
+)
 def test_gradients_of_experts_are_those_of_the_literal_formula(router, num_active, convention):
     """y = s h + stop_gradient(c h - s h), or y = c h: by the dispatch, by its twin and by plain autodiff."""
-    config, estimator = config_of(router, num_active, router_expert_gradient=convention), ESTIMATORS[router]
+    config, estimator = (
+        config_of(router, num_active, router_expert_gradient=convention),
+        ESTIMATORS[router],
+    )
     x = jnp.asarray(RNG.normal(size=(1, 1, D)))
     weights = {
-        name: jnp.asarray(RNG.normal(size=(E, *shape))) for name, shape in {"up": (D, 4), "down": (4, D)}.items()
+        name: jnp.asarray(RNG.normal(size=(E, *shape)))
+        for name, shape in {"up": (D, 4), "down": (4, D)}.items()
     }
     picks = (0, 2)[:num_active]
     mixture = sparsemixer(jnp.asarray(Z)[None, None], Forced(picks, (False,) * num_active), config)
@@ -177,7 +211,9 @@ def test_gradients_of_experts_are_those_of_the_literal_formula(router, num_activ
         for i, p in zip(picks, ps, strict=True):
             h = p * (jax.nn.gelu(x @ weights["up"][i]) @ weights["down"][i])
             s, c = estimator.slope, estimator.fraction
-            y = y + (s * h + jax.lax.stop_gradient(c * h - s * h) if convention == "paper" else c * h)
+            y = y + (
+                s * h + jax.lax.stop_gradient(c * h - s * h) if convention == "paper" else c * h
+            )
         return jnp.sin(y).sum()
 
     def ours(weights, experts):
@@ -198,7 +234,9 @@ def random_logits(tokens):
 
 
 def random_draws(tokens):
-    return Draws(jnp.asarray(np.random.default_rng(4).integers(0, 2**32, (1, tokens, 2)), jnp.uint32), 3)
+    return Draws(
+        jnp.asarray(np.random.default_rng(4).integers(0, 2**32, (1, tokens, 2)), jnp.uint32), 3
+    )
 
 
 @pytest.mark.parametrize("router", ["sparsemixer_v2", "sparsemixer_v2_star"])
@@ -222,7 +260,10 @@ def test_no_two_draws_of_a_token_are_one_expert_and_each_comes_as_often_as_it_sh
     assert (index[:, 0] != index[:, 1]).all()
     p = masked_softmax(Z, list(range(E)), config, 1)
     np.testing.assert_allclose(np.bincount(index[:, 0], minlength=E) / 20000, p, atol=0.015)
-    second = sum(p[i] * masked_softmax(Z, [j for j in range(E) if j != i], config, 1) for i in np.flatnonzero(p))
+    second = sum(
+        p[i] * masked_softmax(Z, [j for j in range(E) if j != i], config, 1)
+        for i in np.flatnonzero(p)
+    )
     np.testing.assert_allclose(np.bincount(index[:, 1], minlength=E) / 20000, second, atol=0.015)
 
 
@@ -255,7 +296,11 @@ def test_equal_logits_are_all_kept_and_the_first_is_the_most_probable(form):
 def test_the_two_masks_differ_where_the_magnitudes_do():
     """Paper: 1 - z <= r (|z| + 1). Code: 1 - z <= 2 r max(|z|, 1), and with a negative top 2 r |z|."""
     everything = jnp.ones((1, 1, 2), bool)
-    for z, paper, released in [((1.0, 0.5), False, True), ((-1.0, -1.9), False, True), ((1.0, 0.7), True, True)]:
+    for z, paper, released in [
+        ((1.0, 0.5), False, True),
+        ((-1.0, -1.9), False, True),
+        ((1.0, 0.7), True, True),
+    ]:
         z = jnp.asarray(z)[None, None]
         assert bool(kept(z, everything, threshold=0.3, form="paper")[0, 0, 1]) is paper
         assert bool(kept(z, everything, threshold=0.3, form="released")[0, 0, 1]) is released
@@ -271,7 +316,9 @@ def test_the_second_mask_is_made_of_the_remaining_logits():
 
 def test_the_masked_sampling_router_draws_the_same_experts_and_gates_them_conventionally():
     z, draws = random_logits(64), random_draws(64)
-    index, gates, slopes, _ = jax.jit(route, static_argnums=2)(z, draws, config_of("masked_sampling", 2))
+    index, gates, slopes, _ = jax.jit(route, static_argnums=2)(
+        z, draws, config_of("masked_sampling", 2)
+    )
     np.testing.assert_array_equal(index, draw(z, draws, config_of("sparsemixer_v2", 2)).index)
     odds = np.exp(np.take_along_axis(np.asarray(z), np.asarray(index), -1))
     np.testing.assert_allclose(gates, odds / odds.sum(-1, keepdims=True), rtol=1e-12)
@@ -296,7 +343,10 @@ def test_nothing_but_a_kept_expert_is_ever_drawn_even_by_the_largest_numbers():
 def test_densemixer_is_gshard_whose_router_learns_from_every_expert(num_active):
     """Its router's gradient is that of a gate for every expert, those not chosen divided by a fixed sum."""
     config, x = config_of("densemixer", num_active), jnp.asarray(RNG.normal(size=(1, 1, D)))
-    weights = {"up": jnp.asarray(RNG.normal(size=(E, D, 4))), "down": jnp.asarray(RNG.normal(size=(E, 4, D)))}
+    weights = {
+        "up": jnp.asarray(RNG.normal(size=(E, D, 4))),
+        "down": jnp.asarray(RNG.normal(size=(E, 4, D))),
+    }
     z = jnp.asarray(Z)[None, None]
 
     def ours(z, weights, router):
@@ -310,14 +360,18 @@ def test_densemixer_is_gshard_whose_router_learns_from_every_expert(num_active):
         total = (p * chosen).sum() if num_active > 1 else 1.0
         gate = jnp.where(chosen, p / total, p / jax.lax.stop_gradient(total))
         gate = gate - jax.lax.stop_gradient(gate * ~chosen)
-        outputs = jnp.stack([jax.nn.gelu(x[0, 0] @ weights["up"][e]) @ weights["down"][e] for e in range(E)])
+        outputs = jnp.stack(
+            [jax.nn.gelu(x[0, 0] @ weights["up"][e]) @ weights["down"][e] for e in range(E)]
+        )
         return jnp.sin(gate @ outputs).sum()
 
     run = jax.jit(jax.value_and_grad(ours, (0, 1)), static_argnums=2)
     value, (dz, dweights) = run(z, weights, "densemixer")
     wanted, (dz_gshard, dweights_gshard) = run(z, weights, "gshard")
     np.testing.assert_allclose(value, wanted, rtol=1e-12)
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-12), dweights, dweights_gshard)
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, atol=1e-12), dweights, dweights_gshard
+    )
     np.testing.assert_allclose(dz, jax.jit(jax.grad(literal))(z), atol=1e-12)
     assert np.abs(dz - dz_gshard).max() > 1e-3
 
@@ -329,7 +383,10 @@ def test_a_router_that_is_gshard_without_draws_counts_the_chosen_only(router):
     wanted = route(z, None, config_of("gshard", 2))
     np.testing.assert_array_equal(index, wanted.index)
     np.testing.assert_array_equal(gates, wanted.gates)
-    params = {"router": jnp.eye(D, E), "experts": {"up": jnp.ones((E, D, 4)), "gate": jnp.ones((E, D, 4))}}
+    params = {
+        "router": jnp.eye(D, E),
+        "experts": {"up": jnp.ones((E, D, 4)), "gate": jnp.ones((E, D, 4))},
+    }
     params["experts"]["down"] = jnp.ones((E, 4, D))
     for draws in (None, random_draws(8)):
         run = jax.jit(functools.partial(feed_forward, config=config, operations=Operations()))

@@ -21,11 +21,30 @@ from jaxscale.types import InputError
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "one_step.json"
 FLOAT32 = Policy(compute="float32")
 MODEL = ModelConfig(
-    vocab_size=48, num_layers=4, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=24, max_length=16,
-    windows=(None, 4), moe_pattern=(False, True), num_experts=4, expert_dim=16, router_z_loss=1e-3, use_qk_norm=True,
-)  # fmt: skip
+    vocab_size=48,
+    num_layers=4,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=24,
+    max_length=16,
+    windows=(None, 4),
+    moe_pattern=(False, True),
+    num_experts=4,
+    expert_dim=16,
+    router_z_loss=1e-3,
+    use_qk_norm=True,
+)
 DENSE = ModelConfig(
-    vocab_size=48, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, ffn_dim=24, max_length=16
+    vocab_size=48,
+    num_layers=2,
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    ffn_dim=24,
+    max_length=16,
 )
 
 
@@ -34,8 +53,12 @@ def make_params(model=MODEL):
     """Waves, so that no random generator and no value such as 0 or 1 is in the golden numbers."""
 
     def wave(path, leaf):
-        phase = sum(map(ord, jax.tree_util.keystr(path))) + np.arange(np.prod(leaf.shape)).reshape(leaf.shape)
-        return jnp.asarray(0.2 * np.sin(1.7 * phase + phase**2 % 11) + (path[-1].key == "scale"), jnp.float32)
+        phase = sum(map(ord, jax.tree_util.keystr(path))) + np.arange(np.prod(leaf.shape)).reshape(
+            leaf.shape
+        )
+        return jnp.asarray(
+            0.2 * np.sin(1.7 * phase + phase**2 % 11) + (path[-1].key == "scale"), jnp.float32
+        )
 
     return jax.tree_util.tree_map_with_path(wave, abstract_params(model, "float32"))
 
@@ -45,10 +68,16 @@ def make_batch():
     tokens = (np.arange(34).reshape(2, 17) * 7 + 3) ** 2 % 47
     segments = np.tile(np.repeat([1, 2, 0], (6, 7, 3)), (2, 1))
     positions = np.tile(np.concatenate([np.arange(n) for n in (6, 7, 3)]), (2, 1))
-    return jax.tree.map(jnp.asarray, dict(
-        tokens=tokens[:, :-1], labels=tokens[:, 1:], segments=segments, positions=positions,
-        weights=(segments > 0).astype("float32"),
-    ))  # fmt: skip
+    return jax.tree.map(
+        jnp.asarray,
+        dict(
+            tokens=tokens[:, :-1],
+            labels=tokens[:, 1:],
+            segments=segments,
+            positions=positions,
+            weights=(segments > 0).astype("float32"),
+        ),
+    )
 
 
 @functools.cache
@@ -87,18 +116,26 @@ def test_remat_changes_no_gradient(stack):
     value, gradient = value_and_gradient(DENSE, **stack)
     wanted_value, wanted = value_and_gradient(DENSE)
     np.testing.assert_allclose(value, wanted_value, rtol=1e-6)
-    for (path, got), want in zip(tree.flatten(gradient).items(), jax.tree.leaves(wanted), strict=True):
+    for (path, got), want in zip(
+        tree.flatten(gradient).items(), jax.tree.leaves(wanted), strict=True
+    ):
         assert jnp.abs(got - want).max() <= 1e-5 * jnp.abs(want).max(), path
 
 
 def test_remat_keeps_less_the_more_it_recomputes():
     def kept(remat):
         loss = NextTokenLoss(DENSE, FLOAT32, StackConfig(num_loss_chunks=2, remat=remat))
-        pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, make_batch(), None)[0], p)[1], make_params(DENSE))
+        pullback = jax.eval_shape(
+            lambda p: jax.vjp(lambda p: loss(p, make_batch(), None)[0], p)[1], make_params(DENSE)
+        )
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
     residual = 2 * 16 * DENSE.model_dim
-    assert kept("full") + DENSE.num_layers * residual < kept("dots") < kept("none") - DENSE.num_layers * residual
+    assert (
+        kept("full") + DENSE.num_layers * residual
+        < kept("dots")
+        < kept("none") - DENSE.num_layers * residual
+    )
 
 
 def test_offloaded_names_go_to_the_host():
@@ -106,7 +143,9 @@ def test_offloaded_names_go_to_the_host():
 
     def traced(**stack):
         loss = NextTokenLoss(DENSE, FLOAT32, StackConfig(num_loss_chunks=2, **stack))
-        return str(jax.make_jaxpr(jax.grad(lambda p: loss(p, make_batch(), None)[0]))(make_params(DENSE)))
+        return str(
+            jax.make_jaxpr(jax.grad(lambda p: loss(p, make_batch(), None)[0]))(make_params(DENSE))
+        )
 
     assert "device_put" in traced(remat="names", offloaded_names=("residual",))
     assert "device_put" not in traced(remat="names", saved_names=("residual",))
@@ -117,8 +156,14 @@ def test_offloaded_names_go_to_the_host():
     [
         (dict(remat="some"), "StackConfig.remat: given 'some'"),
         (dict(remat="names", saved_names=("logits",)), "StackConfig.saved_names: given 'logits'"),
-        (dict(remat="names", offloaded_names=("logits",)), "StackConfig.offloaded_names: given 'logits'"),
-        (dict(attention="flash"), "StackConfig.attention: given 'flash', expected one of None, 'reference'"),
+        (
+            dict(remat="names", offloaded_names=("logits",)),
+            "StackConfig.offloaded_names: given 'logits'",
+        ),
+        (
+            dict(attention="flash"),
+            "StackConfig.attention: given 'flash', expected one of None, 'reference'",
+        ),
         (dict(num_loss_chunks=0), "StackConfig.num_loss_chunks: given 0"),
         (dict(saved_names=("q",)), '"names" when saved_names or offloaded_names are given'),
     ],
@@ -132,7 +177,9 @@ def test_a_wrong_setting_is_named(settings, message):
 def test_a_named_attention_backend_is_used_on_one_device():
     stack = StackConfig(attention="chunked")
     with pytest.raises(InputError, match="T % 512 == 0, but T = 16"):
-        jax.eval_shape(functools.partial(forward, config=MODEL, stack=stack), make_params(), make_batch())
+        jax.eval_shape(
+            functools.partial(forward, config=MODEL, stack=stack), make_params(), make_batch()
+        )
     with pytest.raises(InputError, match="T % 512 == 0, but T = 16"):
         jax.eval_shape(NextTokenLoss(MODEL, FLOAT32, stack), make_params(), make_batch(), None)
 
@@ -140,10 +187,18 @@ def test_a_named_attention_backend_is_used_on_one_device():
 def test_the_loss_traces_on_abstract_shapes():
     """A model of 70 billion parameters on two million tokens: nothing is allocated."""
     large = ModelConfig(
-        vocab_size=128256, num_layers=80, model_dim=8192, num_heads=64, num_kv_heads=8, head_dim=128, ffn_dim=28672,
+        vocab_size=128256,
+        num_layers=80,
+        model_dim=8192,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_dim=28672,
         max_length=8192,
-    )  # fmt: skip
-    types = dict(tokens="int32", labels="int32", weights="float32", segments="int32", positions="int32")
+    )
+    types = dict(
+        tokens="int32", labels="int32", weights="float32", segments="int32", positions="int32"
+    )
     batch = {name: jax.ShapeDtypeStruct((256, 8192), dtype) for name, dtype in types.items()}
     loss = NextTokenLoss(large, Policy(), StackConfig())
     params = abstract_params(large, "float32")
@@ -161,7 +216,9 @@ def module():
 
 def test_the_module_equals_the_function(module):
     batch = make_batch()
-    wanted, _ = jax.jit(functools.partial(forward, config=DENSE, policy=FLOAT32))(module.pure_params(), batch)
+    wanted, _ = jax.jit(functools.partial(forward, config=DENSE, policy=FLOAT32))(
+        module.pure_params(), batch
+    )
     run = nnx.jit(lambda m, b: m(b["tokens"], b["positions"], b["segments"]))
     np.testing.assert_allclose(run(module, batch), wanted, atol=1e-6)
     graph, state = nnx.split(module)
@@ -182,7 +239,10 @@ def test_the_module_differentiates(module):
     def plain(params):
         positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
         return (
-            forward(params, {"tokens": tokens, "positions": positions}, config=DENSE, policy=FLOAT32)[0] ** 2
+            forward(
+                params, {"tokens": tokens, "positions": positions}, config=DENSE, policy=FLOAT32
+            )[0]
+            ** 2
         ).mean()
 
     wanted = jax.tree.leaves(jax.jit(jax.grad(plain))(module.pure_params()))

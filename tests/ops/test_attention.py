@@ -10,14 +10,24 @@ import numpy as np
 import pytest
 
 from jaxscale.kernels.attention.tiles import BlockLayout
-from jaxscale.ops import attention as module
-from jaxscale.ops.attention import BACKENDS, DETERMINISTIC, AttentionContext, attention
+from jaxscale.ops.attention import (
+    BACKENDS,
+    DETERMINISTIC,
+    AttentionContext,
+    attention,
+    chunked,
+    mosaic,
+)
+from jaxscale.ops.attention import api as module
 from jaxscale.types import InputError
 
 # Our kernel is interpreted in tests/kernels.
-HERE = [name for name in BACKENDS if name not in ("cudnn", "mosaic") or jax.default_backend() == "gpu"]
+HERE = [
+    name for name in BACKENDS if name not in ("cudnn", "mosaic") or jax.default_backend() == "gpu"
+]
 
-# batch, T, N, K, H, window, softcap, documents: lengths in each row, 0 stands for padding to the end
+# batch, T, N, K, H, window, softcap, documents: lengths in each row, 0 stands for padding to the
+# end
 CASES = {
     "multi_head": (2, 12, 4, 4, 8, None, None, None),
     "grouped": (2, 12, 4, 2, 8, None, None, None),
@@ -40,7 +50,7 @@ MASKS = {
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "QUERY_CHUNK", 3)
+    monkeypatch.setattr(chunked, "QUERY_CHUNK", 3)
 
 
 def make(case, dtype=np.float32):
@@ -48,7 +58,8 @@ def make(case, dtype=np.float32):
     rows, length, heads, kv_heads, dim, window, softcap, documents = CASES[case]
     rng = np.random.default_rng(0)
     q, k, v, cotangent = (
-        jnp.asarray(rng.normal(size=(rows, length, n, dim)), dtype) for n in (heads, kv_heads, kv_heads, heads)
+        jnp.asarray(rng.normal(size=(rows, length, n, dim)), dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
     )
     positions, segments = np.arange(length), None
     if documents:
@@ -57,7 +68,9 @@ def make(case, dtype=np.float32):
         segments = np.repeat([0 if n == 0 else i + 1 for i, n in enumerate(documents)], lengths)
         segments = jnp.asarray(np.tile(segments, (rows, 1)), jnp.int32)
     positions = jnp.asarray(np.tile(positions, (rows, 1)), jnp.int32)
-    context = AttentionContext(positions, segments, window=window, softcap=softcap, **MASKS.get(case, {}))
+    context = AttentionContext(
+        positions, segments, window=window, softcap=softcap, **MASKS.get(case, {})
+    )
     return (q, k, v), cotangent, context
 
 
@@ -75,7 +88,11 @@ def expected(case):
         last = t if context.is_causal else length - 1
         seen = [s for s in range(last + 1) if s >= first and documents[s] == documents[t]]
         if layout := context.layout:
-            seen = [s for s in seen if t // 64 - s // 64 < layout.local or (s // 64 + n + 1) % layout.stride == 0]
+            seen = [
+                s
+                for s in seen
+                if t // 64 - s // 64 < layout.local or (s // 64 + n + 1) % layout.stride == 0
+            ]
         head = n * k.shape[2] // heads
         keys, values = k[b, seen, head], v[b, seen, head]
         logits = keys @ q[b, t, n] / np.sqrt(dim)
@@ -103,7 +120,8 @@ COMBINATIONS = [(backend, case, "float32") for backend in PLAIN for case in CASE
 COMBINATIONS += [(backend, "everything", "bfloat16") for backend in PLAIN]
 if "cudnn" in HERE:  # which has no float32, no soft-cap and no documents in an odd T
     COMBINATIONS += [
-        ("cudnn", case, "bfloat16") for case in ("multi_head", "grouped", "multi_query", "window_of_one", "documents")
+        ("cudnn", case, "bfloat16")
+        for case in ("multi_head", "grouped", "multi_query", "window_of_one", "documents")
     ]
 
 
@@ -128,15 +146,18 @@ def test_forward_and_gradient_equal_the_loop(backend, case, dtype):
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="a CPU adds up in one order")
 @pytest.mark.parametrize("backend", DETERMINISTIC)
 def test_a_deterministic_backend_gives_the_same_bits_twice(backend, monkeypatch):
-    monkeypatch.setattr(module, "QUERY_CHUNK", 512)
+    monkeypatch.setattr(chunked, "QUERY_CHUNK", 512)
     do, q, k, v = (
-        jax.random.normal(jax.random.key(i), (2, 2048, n, 64), jnp.bfloat16) for i, n in enumerate((4, 4, 2, 2))
+        jax.random.normal(jax.random.key(i), (2, 2048, n, 64), jnp.bfloat16)
+        for i, n in enumerate((4, 4, 2, 2))
     )
     context = AttentionContext(jnp.tile(jnp.arange(2048), (2, 1)))
 
     @jax.jit
     def run(*arrays):
-        out, pullback = jax.vjp(lambda *a: attention(*a, context, implementation=backend)[0], *arrays)
+        out, pullback = jax.vjp(
+            lambda *a: attention(*a, context, implementation=backend)[0], *arrays
+        )
         return out, *pullback(do)
 
     for a, b in zip(run(q, k, v), run(q, k, v), strict=True):
@@ -150,7 +171,11 @@ def test_a_document_sends_no_gradient_to_another(backend):
     second = np.asarray(context.segments) == 2
 
     def loss_of_second(arrays, context):
-        return (attention(*arrays, context, implementation=backend)[0].astype("float32") ** 2).sum((2, 3))[second].sum()
+        return (
+            (attention(*arrays, context, implementation=backend)[0].astype("float32") ** 2)
+            .sum((2, 3))[second]
+            .sum()
+        )
 
     for gradient in jax.jit(jax.grad(loss_of_second))(arrays, context):
         gradient = np.asarray(gradient, np.float32)
@@ -187,7 +212,9 @@ def test_chunked_keeps_no_logits_of_all_queries():
     (q, k, v), _, context = make("multi_head")
 
     def shapes(backend):
-        jaxpr = jax.make_jaxpr(jax.grad(lambda q: attention(q, k, v, context, implementation=backend)[0].sum()))(q)
+        jaxpr = jax.make_jaxpr(
+            jax.grad(lambda q: attention(q, k, v, context, implementation=backend)[0].sum())
+        )(q)
         return str(jaxpr)
 
     assert "12,12]" in shapes("reference")
@@ -211,25 +238,34 @@ def test_chunked_recomputes_its_logits_in_the_backward():
 def test_what_is_asked_of_cudnn(case, monkeypatch):
     """The same arguments, given to XLA's implementation, must give the same attention."""
     call = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: call(*a, **k | {"implementation": "xla"}))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, **k: call(*a, **k | {"implementation": "xla"})
+    )
     arrays, _, context = make(case)
-    np.testing.assert_allclose(attention(*arrays, context, implementation="cudnn")[0], expected(case)[0], atol=1e-5)
+    np.testing.assert_allclose(
+        attention(*arrays, context, implementation="cudnn")[0], expected(case)[0], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_asked_of_our_kernel(case, monkeypatch):
     """The same arguments, given to the kernel's slow twin, must give the same attention."""
-    call = module.kernel.attention
-    monkeypatch.setattr(module.kernel, "attention", lambda *a, **k: call(*a, **k | {"implementation": "reference"}))
+    call = mosaic.kernel.attention
+    monkeypatch.setattr(
+        mosaic.kernel, "attention", lambda *a, **k: call(*a, **k | {"implementation": "reference"})
+    )
     arrays, _, context = make(case)
     scaled = dataclasses.replace(context, scale=2 / np.sqrt(arrays[0].shape[-1]))
     for each, (q, k, v) in ((context, arrays), (scaled, (arrays[0] / 2, *arrays[1:]))):
-        np.testing.assert_allclose(module.mosaic(q, k, v, each), expected(case)[0], atol=1e-5)
+        np.testing.assert_allclose(mosaic.attend(q, k, v, each), expected(case)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"window": 3}, {"layout": BlockLayout()}], ids=str)
 def test_a_mask_of_all_keys_has_neither_window_nor_blocks(change):
-    x, context = jnp.ones((1, 12, 2, 8)), AttentionContext(jnp.arange(12)[None], is_causal=False, **change)
+    x, context = (
+        jnp.ones((1, 12, 2, 8)),
+        AttentionContext(jnp.arange(12)[None], is_causal=False, **change),
+    )
     with pytest.raises(InputError, match="expected True where there is a window or a layout"):
         attention(x, x, x, context)
 
@@ -242,11 +278,12 @@ def test_a_mask_of_all_keys_has_neither_window_nor_blocks(change):
         (((12, 3), (12, 2)), {}, "N % K == 0"),
         (((12, 2), (16, 2)), {}, "key_positions: given None, expected .B, S. where S is not T"),
         (
-            ((12, 2), (16, 2)), {"key_positions": jnp.arange(16)[None], "segments": jnp.ones((1, 12), int)},
+            ((12, 2), (16, 2)),
+            {"key_positions": jnp.arange(16)[None], "segments": jnp.ones((1, 12), int)},
             "key_segments: given None",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_fits_no_mask_is_refused(shapes, change, expected_text):
     q, k = (jnp.ones((1, *shape, 8)) for shape in shapes)
     with pytest.raises(InputError, match=expected_text):
@@ -268,17 +305,27 @@ def test_a_layout_of_no_blocks_is_refused(change):
         ("cudnn", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
         ("cudnn", {"dim": 12}, "head_dim % 8 == 0"),
         ("cudnn", {"layout": BlockLayout()}, "layouts of blocks"),
-        ("mosaic", {"layout": BlockLayout(), "window": 3}, "combines a layout of blocks with documents or a window"),
+        (
+            "mosaic",
+            {"layout": BlockLayout(), "window": 3},
+            "combines a layout of blocks with documents or a window",
+        ),
         ("mosaic", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
         ("mosaic", {"dim": 264}, "head_dim <= 256, but head_dim = 264"),
-        ("cudnn", {"length": 9, "segments": jnp.ones((1, 9), int)}, "T % 2 == 0 where rows hold documents, but T = 9"),
+        (
+            "cudnn",
+            {"length": 9, "segments": jnp.ones((1, 9), int)},
+            "T % 2 == 0 where rows hold documents, but T = 9",
+        ),
     ],
 )
 def test_a_named_backend_refuses_and_never_falls_back(backend, change, expected_text):
     length, dim = change.pop("length", 12), change.pop("dim", 8)
     x = jnp.ones((1, length, 2, dim), jnp.bfloat16)
     with pytest.raises(InputError, match=expected_text) as error:
-        attention(x, x, x, AttentionContext(jnp.arange(length)[None], **change), implementation=backend)
+        attention(
+            x, x, x, AttentionContext(jnp.arange(length)[None], **change), implementation=backend
+        )
     assert error.value.parameter == "attention"
     assert repr(backend) in str(error.value)
 
@@ -293,24 +340,41 @@ def test_key_intervals_are_the_mask(case):
     np.testing.assert_array_equal(np.broadcast_to(sees[:, None], mask.shape), mask)
 
 
-@pytest.mark.parametrize("change", [{"softcap": 3.0}, {"segments": jnp.ones((1, 12), int)}, {"layout": BlockLayout()}])
+@pytest.mark.parametrize(
+    "change", [{"softcap": 3.0}, {"segments": jnp.ones((1, 12), int)}, {"layout": BlockLayout()}]
+)
 def test_on_hopper_our_kernel_takes_what_cudnn_has_not(change, monkeypatch):
     monkeypatch.setattr(module, "is_hopper", lambda: True)
     x = jnp.ones((1, 12, 2, 64), jnp.bfloat16)
     is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses
-    assert (module._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic") == is_new
+    assert (
+        module._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic"
+    ) == is_new
     assert module._choose(x, AttentionContext(jnp.arange(12)[None])) != "mosaic"
-    assert module._choose(x.astype("float32"), AttentionContext(jnp.arange(12)[None], **change)) != "mosaic"
+    assert (
+        module._choose(x.astype("float32"), AttentionContext(jnp.arange(12)[None], **change))
+        != "mosaic"
+    )
 
 
-@pytest.mark.parametrize(("dim", "change", "is_ours"), [
-    (128, {}, True), (64, {}, False), (128, {"is_causal": False}, False), (128, {"window": 4}, False)
-])  # fmt: skip
-def test_on_hopper_our_kernel_takes_what_it_was_measured_faster_at(dim, change, is_ours, monkeypatch):
+@pytest.mark.parametrize(
+    ("dim", "change", "is_ours"),
+    [
+        (128, {}, True),
+        (64, {}, False),
+        (128, {"is_causal": False}, False),
+        (128, {"window": 4}, False),
+    ],
+)
+def test_on_hopper_our_kernel_takes_what_it_was_measured_faster_at(
+    dim, change, is_ours, monkeypatch
+):
     monkeypatch.setattr(module, "is_hopper", lambda: True)
     x = jnp.ones((1, 12, 2, dim), jnp.bfloat16)
     is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses
-    assert (module._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic") == (is_ours and is_new)
+    assert (module._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic") == (
+        is_ours and is_new
+    )
 
 
 @pytest.mark.parametrize("length, chosen", [(12, "chunked"), (11, "reference"), (3, "reference")])

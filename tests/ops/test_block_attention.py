@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.ops import attention, block_attention
-from jaxscale.ops.attention import NEVER, AttentionContext
+from jaxscale.ops.attention import blockwise as block_attention
+from jaxscale.ops.attention import reference as attention
+from jaxscale.ops.attention.context import NEVER, AttentionContext
 from jaxscale.types import InputError
 
 B, T, H = 2, 14, 4
@@ -33,7 +34,9 @@ def _float64(monkeypatch):
 def make(heads=(2, 2), documents=False, **settings):
     """(q, k, v), the cotangent of the output and the context."""
     rng = np.random.default_rng(0)
-    q, k, v, do = (jnp.asarray(rng.normal(size=(B, T, n, H))) for n in (heads[0], heads[1], heads[1], heads[0]))
+    q, k, v, do = (
+        jnp.asarray(rng.normal(size=(B, T, n, H))) for n in (heads[0], heads[1], heads[1], heads[0])
+    )
     positions, segments = np.tile(np.arange(T), (B, 1)), None
     if documents:
         lengths = [3, 8, T - 11]
@@ -44,7 +47,9 @@ def make(heads=(2, 2), documents=False, **settings):
 
 def between(context, columns):
     segments = None if context.segments is None else context.segments[:, columns]
-    return dataclasses.replace(context, key_positions=context.positions[:, columns], key_segments=segments)
+    return dataclasses.replace(
+        context, key_positions=context.positions[:, columns], key_segments=segments
+    )
 
 
 forward = jax.jit(functools.partial(block_attention.forward, implementation="reference"))
@@ -53,7 +58,7 @@ backward = jax.jit(functools.partial(block_attention.backward, implementation="r
 
 @jax.jit
 def wanted(q, k, v, do, context):
-    o, pullback = jax.vjp(lambda q, k, v: attention.reference(q, k, v, context), q, k, v)
+    o, pullback = jax.vjp(lambda q, k, v: attention.attend(q, k, v, context), q, k, v)
     return o, pullback(do)
 
 
@@ -90,7 +95,11 @@ def test_a_query_that_sees_nothing_has_no_part_in_the_sum():
 
 @pytest.mark.parametrize(
     "settings, head_dim, expected",
-    [(dict(documents=True), 4, "documents"), (dict(window=2), 4, "windows"), (dict(softcap=1.0), 4, "soft-cap")]
+    [
+        (dict(documents=True), 4, "documents"),
+        (dict(window=2), 4, "windows"),
+        (dict(softcap=1.0), 4, "soft-cap"),
+    ]
     + [(dict(), 4, "head_dim % 8 == 0")],
     ids=["documents", "window", "softcap", "head_dim"],
 )

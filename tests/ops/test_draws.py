@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxscale.ops import moe
-from jaxscale.ops.draws import EXPERT, PURPOSES, ROUTER, Draws, Dropout, scramble, uniform, with_token_keys
+from jaxscale.ops.draws import (
+    EXPERT,
+    PURPOSES,
+    ROUTER,
+    Draws,
+    Dropout,
+    scramble,
+    uniform,
+    with_token_keys,
+)
 
 ROWS, LENGTH = 8, 16
 
@@ -24,7 +33,12 @@ def test_no_number_is_0_or_1():
 
 
 def test_numbers_are_uniform_and_differ_by_step_token_layer_and_purpose():
-    drawn = [make_draws(key, layer).numbers(purpose, 7) for key in (0, 1) for layer in (0, 1) for purpose in PURPOSES]
+    drawn = [
+        make_draws(key, layer).numbers(purpose, 7)
+        for key in (0, 1)
+        for layer in (0, 1)
+        for purpose in PURPOSES
+    ]
     every = np.stack(drawn)
     assert every.shape[1:] == (ROWS, LENGTH, 7)
     assert len(np.unique(every)) > 0.999 * every.size
@@ -56,8 +70,14 @@ def test_a_part_of_a_vector_drops_what_the_whole_drops_there():
 def test_experts_with_dropout_equal_their_twin():
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        weights = {n: jnp.asarray(rng.normal(size=(4, 3, 6) if n != "down" else (4, 6, 3))) for n in ("up", "down")}
-        x, index = jnp.asarray(rng.normal(size=(ROWS, LENGTH, 3))), jnp.asarray(rng.integers(0, 2, (ROWS, LENGTH, 1)))
+        weights = {
+            n: jnp.asarray(rng.normal(size=(4, 3, 6) if n != "down" else (4, 6, 3)))
+            for n in ("up", "down")
+        }
+        x, index = (
+            jnp.asarray(rng.normal(size=(ROWS, LENGTH, 3))),
+            jnp.asarray(rng.integers(0, 2, (ROWS, LENGTH, 1))),
+        )
         index = jnp.concatenate([index, index + 2], -1)
         gates = jnp.asarray(rng.uniform(size=index.shape))
         dropout = Dropout(make_draws().streams(EXPERT, index), 0.4)
@@ -68,7 +88,11 @@ def test_experts_with_dropout_equal_their_twin():
 
             return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, weights)
 
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), run(moe.experts), run(moe.reference))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9),
+            run(moe.experts),
+            run(moe.reference),
+        )
 
 
 def test_a_kernel_that_makes_the_activation_itself_is_not_asked_to_drop(monkeypatch):
@@ -78,7 +102,9 @@ def test_a_kernel_that_makes_the_activation_itself_is_not_asked_to_drop(monkeypa
     monkeypatch.setattr(moe, "is_hopper", lambda: True)
     monkeypatch.setattr(moe, "_mosaic_refusal", lambda *_: None)
     monkeypatch.setattr(moe, "feed_forward", refuse)
-    monkeypatch.setattr(moe, "grouped_matmul", lambda rows, w, group_sizes, implementation: rows @ w[0])
+    monkeypatch.setattr(
+        moe, "grouped_matmul", lambda rows, w, group_sizes, implementation: rows @ w[0]
+    )
     weights = {name: jnp.ones((1, 4, 4)) for name in ("gate", "up", "down")}
     dropout = Dropout(jnp.zeros((5, 2), jnp.uint32), 0.5)
     rows = jnp.ones((5, 4))

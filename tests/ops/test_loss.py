@@ -14,7 +14,10 @@ B, T, D, V = 2, 12, 8, 20
 
 def make(dtype="float32"):
     rng = np.random.default_rng(0)
-    x, head = jnp.asarray(rng.normal(size=(B, T, D)), dtype), jnp.asarray(rng.normal(size=(V, D)), dtype)
+    x, head = (
+        jnp.asarray(rng.normal(size=(B, T, D)), dtype),
+        jnp.asarray(rng.normal(size=(V, D)), dtype),
+    )
     labels = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
     weights = jnp.asarray(rng.integers(0, 2, (B, T)), jnp.float32).at[1].set(0)
     return x, head, labels, weights
@@ -39,12 +42,18 @@ def test_value_and_gradient_equal_the_plain_loss(num_chunks):
     x, head, labels, weights = make()
 
     def scaled(f):
-        return jax.jit(jax.value_and_grad(lambda x, head: (-2.5 * f(x, head)[0], f(x, head)[1:]), (0, 1), has_aux=True))
+        return jax.jit(
+            jax.value_and_grad(
+                lambda x, head: (-2.5 * f(x, head)[0], f(x, head)[1:]), (0, 1), has_aux=True
+            )
+        )
 
-    (value, sums), gradients = scaled(lambda x, head: sum_over_chunks(loss, num_chunks, x, head, labels, weights))(
-        x, head
-    )
-    (wanted, wanted_sums), wanted_gradients = scaled(lambda x, head: plain(x, head, labels, weights))(x, head)
+    (value, sums), gradients = scaled(
+        lambda x, head: sum_over_chunks(loss, num_chunks, x, head, labels, weights)
+    )(x, head)
+    (wanted, wanted_sums), wanted_gradients = scaled(
+        lambda x, head: plain(x, head, labels, weights)
+    )(x, head)
     np.testing.assert_allclose((value, *sums), (wanted, *wanted_sums), rtol=1e-5)
     for got, want in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
@@ -57,7 +66,10 @@ def test_a_bias_is_added_to_the_logits_and_gets_its_gradient():
     bias = jnp.asarray(np.random.default_rng(1).normal(size=V), jnp.float32)
 
     def wider(x, head, bias):
-        wide = jnp.concatenate([x, jnp.ones((B, T, 1))], -1), jnp.concatenate([head, bias[:, None]], -1)
+        wide = (
+            jnp.concatenate([x, jnp.ones((B, T, 1))], -1),
+            jnp.concatenate([head, bias[:, None]], -1),
+        )
         return plain(*wide, labels, weights)[0]
 
     def ours(x, head, bias):
@@ -74,7 +86,9 @@ def test_what_is_asked_of_our_kernel(has_bias, monkeypatch):
     bias = jnp.asarray(np.random.default_rng(1).normal(size=V), jnp.float32)
 
     def run(x, head, bias):
-        return sum_over_chunks(loss, 3, x, Head(head, bias) if has_bias else head, labels, weights)[0]
+        return sum_over_chunks(loss, 3, x, Head(head, bias) if has_bias else head, labels, weights)[
+            0
+        ]
 
     wanted = jax.value_and_grad(run, (0, 1, 2))(x.astype("float32"), head.astype("float32"), bias)
     asked, call = [], losses.linear_cross_entropy.label_and_normaliser
@@ -147,15 +161,21 @@ def test_projection_is_rounded_neither_in_the_logits_nor_wider_in_the_gradient()
 
 
 def test_large_logits_do_not_overflow():
-    nll, normaliser = token_loss(jnp.array([[[1e4, 0.0], [0.0, 1e4]]]), jnp.eye(2), jnp.array([[0, 0]]))
+    nll, normaliser = token_loss(
+        jnp.array([[[1e4, 0.0], [0.0, 1e4]]]), jnp.eye(2), jnp.array([[0, 0]])
+    )
     np.testing.assert_allclose(nll, [[0, 1e4]])
     np.testing.assert_allclose(normaliser, [[1e4, 1e4]])
 
 
 def test_the_backward_keeps_no_logits():
     x, head, labels, weights = make()
-    _, pullback = jax.vjp(lambda x, head: sum_over_chunks(loss, 3, x, head, labels, weights)[0], x, head)
-    assert V not in {dim for leaf in jax.tree.leaves(pullback) for dim in leaf.shape[:-1] if leaf.ndim == 3}
+    _, pullback = jax.vjp(
+        lambda x, head: sum_over_chunks(loss, 3, x, head, labels, weights)[0], x, head
+    )
+    assert V not in {
+        dim for leaf in jax.tree.leaves(pullback) for dim in leaf.shape[:-1] if leaf.ndim == 3
+    }
     assert sum(leaf.size for leaf in jax.tree.leaves(pullback)) <= x.size + head.size
 
 

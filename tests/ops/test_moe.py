@@ -23,7 +23,10 @@ ROUTINGS = {
 def make(activation="swiglu", dtype="float32", num_active=2):
     rng = np.random.default_rng(1)
     names = ("up", "gate", "down") if activation != "gelu" else ("up", "down")
-    weights = {n: jnp.asarray(rng.normal(size=(E, F, D) if n == "down" else (E, D, F)) / 3, dtype) for n in names}
+    weights = {
+        n: jnp.asarray(rng.normal(size=(E, F, D) if n == "down" else (E, D, F)) / 3, dtype)
+        for n in names
+    }
     x = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
     gates = jnp.asarray(rng.uniform(size=(B, T, num_active)), "float32")
     return x, gates, weights
@@ -44,7 +47,11 @@ def gradients(function, x, index, gates, weights, activation):
 @pytest.mark.parametrize(
     "routing, activation, dtype",
     [(routing, "swiglu", "float32") for routing in ROUTINGS]
-    + [("random", "gelu", "float32"), ("random", "geglu", "float32"), ("random", "swiglu", "bfloat16")],
+    + [
+        ("random", "gelu", "float32"),
+        ("random", "geglu", "float32"),
+        ("random", "swiglu", "bfloat16"),
+    ],
 )
 def test_forward_and_gradient_equal_the_reference(routing, activation, dtype):
     index = ROUTINGS[routing]
@@ -61,10 +68,15 @@ def test_bfloat16_outputs_are_summed_before_they_are_rounded():
     rng = np.random.default_rng(3)
     index = np.stack([rng.permutation(16)[:8] for _ in range(32)])
     dispatch = make_dispatch(jnp.asarray(index), 16)
-    outputs, gates = jnp.asarray(rng.normal(size=(index.size, D)), jnp.bfloat16), rng.uniform(size=(32, 8))
+    outputs, gates = (
+        jnp.asarray(rng.normal(size=(index.size, D)), jnp.bfloat16),
+        rng.uniform(size=(32, 8)),
+    )
     by_token = np.asarray(outputs, np.float64)[np.asarray(dispatch.inverse)].reshape(32, 8, D)
     wanted = (by_token * gates[..., None]).sum(1)
-    error = np.abs(np.asarray(dispatch.combine(outputs, jnp.asarray(gates, jnp.float32)), np.float64) - wanted)
+    error = np.abs(
+        np.asarray(dispatch.combine(outputs, jnp.asarray(gates, jnp.float32)), np.float64) - wanted
+    )
     assert (error <= 2.0**-8 * np.abs(wanted) + 1e-5).all()  # half of a unit in the last place
 
 
@@ -73,7 +85,9 @@ def test_what_is_asked_of_the_fused_feed_forward(monkeypatch):
     call = moe.feed_forward
     monkeypatch.setattr(moe, "is_hopper", lambda: True)
     monkeypatch.setattr(moe, "_mosaic_refusal", lambda *_: None)
-    monkeypatch.setattr(moe, "feed_forward", lambda *a, implementation: call(*a, implementation="reference"))
+    monkeypatch.setattr(
+        moe, "feed_forward", lambda *a, implementation: call(*a, implementation="reference")
+    )
     x, gates, weights = make()
     index = jnp.asarray(ROUTINGS["random"])
     wanted = reference(x, index, gates, weights, "swiglu")

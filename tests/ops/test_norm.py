@@ -15,7 +15,11 @@ SCALE, BIAS = np.random.default_rng(1).normal(size=(2, 16))
 
 
 def run(kind, x, scale, bias):
-    return rms_norm(x, scale, epsilon=1e-3) if kind == "rms" else layer_norm(x, scale, bias, epsilon=1e-3)
+    return (
+        rms_norm(x, scale, epsilon=1e-3)
+        if kind == "rms"
+        else layer_norm(x, scale, bias, epsilon=1e-3)
+    )
 
 
 def formula(kind, x):
@@ -30,7 +34,9 @@ def test_forward_equals_the_formula(kind, dtype, tolerance):
     x, scale, bias = (jnp.asarray(a, dtype) for a in (X, SCALE, BIAS))
     y = run(kind, x, scale, bias)
     assert y.dtype == dtype
-    np.testing.assert_allclose(y.astype("float32"), formula(kind, X), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        y.astype("float32"), formula(kind, X), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -66,7 +72,9 @@ def test_on_a_hopper_gpu_the_kernel_is_taken_where_it_can_be(monkeypatch, shape,
         return x, reference.rms_norm(x, scale, epsilon)
 
     monkeypatch.setattr(norm, "is_hopper", lambda: True)
-    monkeypatch.setattr(norm.kernel, "_mosaic", lambda x, scale, epsilon, interpret: twin(x, scale, epsilon))
+    monkeypatch.setattr(
+        norm.kernel, "_mosaic", lambda x, scale, epsilon, interpret: twin(x, scale, epsilon)
+    )
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
     x = jax.random.normal(jax.random.key(0), shape).astype("bfloat16")
     scale = jax.random.normal(jax.random.key(1), shape[-1:])

@@ -16,7 +16,9 @@ def test_other_types_are_refused_by_name(field, value):
 
 
 def test_float64_is_refused_where_jax_would_compute_in_float32():
-    with pytest.raises(InputError, match=r"Policy.compute: given 'float64', expected JAX_ENABLE_X64=1"):
+    with pytest.raises(
+        InputError, match=r"Policy.compute: given 'float64', expected JAX_ENABLE_X64=1"
+    ):
         Policy(compute="float64")
     with jax.enable_x64(True):
         assert Policy(compute="float64").compute == "float64"
@@ -28,6 +30,8 @@ def test_cast_leaves_integers_alone():
     assert tree["n"].dtype == jnp.int32
 
 
-@pytest.mark.parametrize("given, wanted", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32")])
+@pytest.mark.parametrize(
+    "given, wanted", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32")]
+)
 def test_sums_are_taken_in_at_least_float32(given, wanted):
     assert accumulator(jnp.ones(2, given)).dtype == wanted

@@ -24,13 +24,19 @@ def rotated(x, positions, theta):
 def test_equals_complex_rotation(theta, dtype, tolerance):
     y = rope(jnp.asarray(X, dtype), POSITIONS, theta=theta)
     assert y.dtype == dtype
-    np.testing.assert_allclose(y.astype("float32"), rotated(X, POSITIONS, theta), atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(
+        y.astype("float32"), rotated(X, POSITIONS, theta), atol=tolerance, rtol=tolerance
+    )
 
 
 def test_scores_depend_on_the_distance_alone():
     q, k = X[:, :, :1], X[:, :, 1:2]
     scores = [
-        jnp.einsum("btnh,bsnh->bts", rope(q, POSITIONS + shift, theta=1e4), rope(k, POSITIONS + shift, theta=1e4))
+        jnp.einsum(
+            "btnh,bsnh->bts",
+            rope(q, POSITIONS + shift, theta=1e4),
+            rope(k, POSITIONS + shift, theta=1e4),
+        )
         for shift in (0, 1000)
     ]
     np.testing.assert_allclose(*scores, atol=2e-3)
@@ -38,7 +44,9 @@ def test_scores_depend_on_the_distance_alone():
 
 def test_the_gradient_pads_nothing():
     """Two halves joined would have the gradient of two padded halves and their sum."""
-    gradient = jax.make_jaxpr(jax.grad(lambda x: rope(x, POSITIONS, theta=1e4).sum()))(jnp.asarray(X))
+    gradient = jax.make_jaxpr(jax.grad(lambda x: rope(x, POSITIONS, theta=1e4).sum()))(
+        jnp.asarray(X)
+    )
     assert "pad" not in {eqn.primitive.name for eqn in gradient.jaxpr.eqns}
 
 
@@ -53,7 +61,9 @@ def test_long_positions_keep_their_angles(dtype):
 
 
 def test_equals_transformers():
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs torch, which is optional")
+    llama = pytest.importorskip(
+        "transformers.models.llama.modeling_llama", reason="needs torch, which is optional"
+    )
     torch = pytest.importorskip("torch", reason="transformers' rotation is written in torch")
     angles = POSITIONS[..., None] * 1e4 ** (-2 * np.arange(4) / 8)
     cos, sin = (torch.tensor(f(np.concatenate([angles, angles], -1))) for f in (np.cos, np.sin))

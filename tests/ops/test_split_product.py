@@ -11,7 +11,8 @@ def test_product_and_gradients_are_those_of_float32():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(40, 256)), jnp.bfloat16)
     w, dy = (
-        jnp.asarray(rng.normal(size=s) * 10.0 ** rng.integers(-3, 3, s), jnp.float32) for s in ((256, 16), (40, 16))
+        jnp.asarray(rng.normal(size=s) * 10.0 ** rng.integers(-3, 3, s), jnp.float32)
+        for s in ((256, 16), (40, 16))
     )
     y, pullback = jax.jit(lambda x, w: jax.vjp(split_product, x, w))(x, w)
     dx, dw = pullback(dy)

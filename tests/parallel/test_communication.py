@@ -1,9 +1,10 @@
 """What each scheme sends: the collectives of the train step compiled for described H200s equal the papers' formulas.
 
-The comparison is complete: every all-gather, reduce-scatter, all-to-all and permute of the step, by its size and how
-often it runs, and all bytes that are all-reduced; where the compiler packs several together, as ZeRO's and a ring's,
-the bytes of each kind. What a formula does not have would show, such as an all-gather that the compiler put in. A ring
-in a pipeline, which gathers, and the ragged exchange are in test_ring and test_expert. Sizes are what a device is
+The comparison is complete: every all-gather, reduce-scatter, all-to-all and permute of the step, by
+its size and how often it runs, and all bytes that are all-reduced; where the compiler packs several
+together, as ZeRO's and a ring's, the bytes of each kind. What a formula does not have would show,
+such as an all-gather that the compiler put in. A ring in a pipeline, which gathers, and the ragged
+exchange are in test_ring and test_expert. Sizes are what a device is
 given: of an all-gather the whole, of a reduce-scatter its share.
 """
 
@@ -20,19 +21,19 @@ import pytest
 from jaxscale import tree
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
+from jaxscale.launch import ahead_of_time
+from jaxscale.launch.ahead_of_time import described_devices, has_plugin
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.attention import attention
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel import ahead_of_time
-from jaxscale.parallel.ahead_of_time import described_devices, has_plugin
 from jaxscale.parallel.batch import abstract_batch
 from jaxscale.parallel.mesh import TENSOR, MeshConfig, make_mesh
+from jaxscale.parallel.pipeline.schedule import make_schedule
 from jaxscale.parallel.region import Region, make_operations
-from jaxscale.parallel.ring import ring_attention
 from jaxscale.parallel.rules import all_axes_of, make_specs
-from jaxscale.parallel.schedule import make_schedule
+from jaxscale.parallel.sequence.ring import ring_attention
 from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.plan import TrainConfig, make_plan
@@ -42,17 +43,33 @@ from jaxscale.train.step import make_step
 pytestmark = pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
 
 B, T, D, H, F, V = 4, 128, 64, 16, 192, 320
-COMPUTE, FLOAT = 2, 4  # bytes: of activations, bfloat16; of parameters, gradients and the loss, float32
-GATHER, SCATTER, EXCHANGE, PERMUTE = "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
-# Loss, weight and metrics; each parameter's part of two norms. Fewer bytes than the smallest gradient, a norm's [D].
+COMPUTE, FLOAT = (
+    2,
+    4,
+)  # bytes: of activations, bfloat16; of parameters, gradients and the loss, float32
+GATHER, SCATTER, EXCHANGE, PERMUTE = (
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+# Loss, weight and metrics; each parameter's part of two norms. Fewer bytes than the smallest
+# gradient, a norm's [D].
 MOST_FIGURES = 48
 
 
 def model(num_heads=8, num_kv_heads=8, *, num_layers=1, **fields):
     """Without rotary positions and gates, which send nothing and take long to compile."""
-    sizes = dict(num_layers=num_layers, vocab_size=V, model_dim=D, head_dim=H, ffn_dim=F, max_length=T)
+    sizes = dict(
+        num_layers=num_layers, vocab_size=V, model_dim=D, head_dim=H, ffn_dim=F, max_length=T
+    )
     return ModelConfig(
-        num_heads=num_heads, num_kv_heads=num_kv_heads, positions="none", activation="gelu", **sizes, **fields
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        positions="none",
+        activation="gelu",
+        **sizes,
+        **fields,
     )
 
 
@@ -61,7 +78,16 @@ def compiled(model, mesh, **settings):
     return in_total(program(model, mesh, **settings))
 
 
-def program(model, mesh, *, num_microbatches=1, num_loss_chunks=1, remat="none", is_scanned=True, momentum=None):
+def program(
+    model,
+    mesh,
+    *,
+    num_microbatches=1,
+    num_loss_chunks=1,
+    remat="none",
+    is_scanned=True,
+    momentum=None,
+):
     """One step's, compiled for H200s; without momentum the optimizer has no state, and nothing to shard."""
     devices = described_devices("h200", num_hosts=1, gpus_per_host=math.prod(mesh.sizes))
     specs = make_specs(parameter_table(model), mesh)
@@ -69,19 +95,28 @@ def program(model, mesh, *, num_microbatches=1, num_loss_chunks=1, remat="none",
     if mesh.ring > 1:
         num_ulysses, uses_permute = mesh.sequence // mesh.ring, mesh.pipeline == 1
         run_attention = ring_attention(
-            ring=mesh.ring, num_ulysses=num_ulysses, uses_permute=uses_permute, implementation="reference"
+            ring=mesh.ring,
+            num_ulysses=num_ulysses,
+            uses_permute=uses_permute,
+            implementation="reference",
         )
     schedule = None
     if mesh.pipeline > 1:
         schedule = make_schedule(mesh.schedule, mesh.pipeline, mesh.num_chunks, num_microbatches)
     region = Region(
-        make_mesh(mesh, devices), specs, make_operations(mesh, specs, attention=run_attention, reduction="float32"),
-        num_microbatches=num_microbatches, schedule=schedule, ring=mesh.ring,
-    )  # fmt: skip
+        make_mesh(mesh, devices),
+        specs,
+        make_operations(mesh, specs, attention=run_attention, reduction="float32"),
+        num_microbatches=num_microbatches,
+        schedule=schedule,
+        ring=mesh.ring,
+    )
     stack = StackConfig(is_scanned=is_scanned, num_loss_chunks=num_loss_chunks, remat=remat)
     loss = NextTokenLoss(model, Policy(), stack)
     optimizer = optax.sgd(1e-3, momentum)
-    state = abstract_state(model, optimizer, mesh=region.mesh, specs=specs, dtype="float32", trainable=".*")
+    state = abstract_state(
+        model, optimizer, mesh=region.mesh, specs=specs, dtype="float32", trainable=".*"
+    )
     batch = abstract_batch(region.mesh, B, T, is_packed=False)
     return make_step(loss, optimizer, region, state).lower(state, batch).compile().as_text()
 
@@ -113,11 +148,16 @@ def check_reduced(got, expected):
 
 
 def times(number, counted):
-    return {kind: {size: number * runs for size, runs in sizes.items()} for kind, sizes in counted.items()}
+    return {
+        kind: {size: number * runs for size, runs in sizes.items()}
+        for kind, sizes in counted.items()
+    }
 
 
 def in_bytes(counted):
-    return {kind: sum(size * runs for size, runs in sizes.items()) for kind, sizes in counted.items()}
+    return {
+        kind: sum(size * runs for size, runs in sizes.items()) for kind, sizes in counted.items()
+    }
 
 
 def together(*counted):
@@ -133,9 +173,9 @@ def together(*counted):
 def ulysses(mesh, num_heads, num_kv_heads, num_layers, *, rows=B):
     """The layers' exchanges of q, k, v and o, forward and of their gradients.
 
-    Source: Jacobs et al. 2023 (arXiv 2309.14509), section 3.2: 4 N h / P elements a layer forward, N tokens of width h.
-    Fewer key-value heads are fewer bytes, until there are fewer than members: each member needs at least one, so
-    those are sent several times.
+    Source: Jacobs et al. 2023 (arXiv 2309.14509), section 3.2: 4 N h / P elements a layer forward,
+    N tokens of width h. Fewer key-value heads are fewer bytes, until there are fewer than members:
+    each member needs at least one, so those are sent several times.
     """
     spread = math.lcm(num_kv_heads, mesh.sequence)
     if num_heads % mesh.sequence or num_heads % spread:
@@ -155,14 +195,22 @@ HEADS = [
 
 
 @pytest.mark.parametrize("num_heads, num_kv_heads, num_layers", HEADS)
-def test_ulysses_exchanges_four_times_its_share_of_the_activations(num_heads, num_kv_heads, num_layers):
-    mesh, config = MeshConfig(sequence=4, zero=0), model(num_heads, num_kv_heads, num_layers=num_layers)
+def test_ulysses_exchanges_four_times_its_share_of_the_activations(
+    num_heads, num_kv_heads, num_layers
+):
+    mesh, config = (
+        MeshConfig(sequence=4, zero=0),
+        model(num_heads, num_kv_heads, num_layers=num_layers),
+    )
     found, reduced = compiled(config, mesh)
     positions = {GATHER: {B * T * FLOAT: 1}}  # of the mask: int32, and not once a layer
     assert found == together(ulysses(mesh, num_heads, num_kv_heads, num_layers), positions)
     check_reduced(reduced, gradient_bytes(config, mesh))
     if num_heads == num_kv_heads:
-        assert in_bytes(found)[EXCHANGE] == 2 * num_layers * 4 * (T * num_heads * H // mesh.sequence) * B * COMPUTE
+        assert (
+            in_bytes(found)[EXCHANGE]
+            == 2 * num_layers * 4 * (T * num_heads * H // mesh.sequence) * B * COMPUTE
+        )
 
 
 # Sequence: rings
@@ -171,7 +219,8 @@ def test_ulysses_exchanges_four_times_its_share_of_the_activations(num_heads, nu
 def ring(mesh, num_kv_heads, num_layers):
     """Blocks of keys and values, forward and again backward, with their gradients in float32.
 
-    Source: Liu et al. 2023 (arXiv 2310.01889), section 3: what R members have passes by every other in R - 1 rounds.
+    Source: Liu et al. 2023 (arXiv 2310.01889), section 3: what R members have passes by every other
+        in R - 1 rounds.
     """
     block = B * T // mesh.ring * num_kv_heads // (mesh.sequence // mesh.ring) * H
     return {PERMUTE: {num_layers * (mesh.ring - 1) * 2 * block * (COMPUTE + COMPUTE + FLOAT): 1}}
@@ -181,9 +230,16 @@ def ring(mesh, num_kv_heads, num_layers):
 @pytest.mark.parametrize("size", [4, 2])
 def test_a_ring_passes_keys_and_values_twice_and_their_gradients_once(size):
     """Alone and with Ulysses in each ring of two, which has half of the heads. Bytes, as a round is sent together."""
-    mesh, config, num_layers = MeshConfig(sequence=4, ring=size, zero=0), model(8, 4, num_layers=2), 2
+    mesh, config, num_layers = (
+        MeshConfig(sequence=4, ring=size, zero=0),
+        model(8, 4, num_layers=2),
+        2,
+    )
     found, reduced = compiled(config, mesh)
-    sent = [ring(mesh, 4, num_layers), {GATHER: {4 * B * T * FLOAT: 1}}]  # tokens, labels, weights, positions: laid out
+    sent = [
+        ring(mesh, 4, num_layers),
+        {GATHER: {4 * B * T * FLOAT: 1}},
+    ]  # tokens, labels, weights, positions: laid out
     if size < mesh.sequence:
         sent += [ulysses(mesh, 8, 4, num_layers), {GATHER: {B * T // size * FLOAT: 1}}]
     assert in_bytes(found) == in_bytes(together(*sent))
@@ -196,10 +252,10 @@ def test_a_ring_passes_keys_and_values_twice_and_their_gradients_once(size):
 def tensor(mesh, *, rows=B, length=T, num_layers=1, num_split=2, again=0, chunks=1):
     """What layers send whose norms have a share of the tokens, the embedding and the loss.
 
-    Source: Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: two all-reduces a layer forward and two
-    backward, each as an all-gather and a reduce-scatter; where rows are split, instead of either each member's share
-    to each other member. Shoeybi et al. 2019 (arXiv 1909.08053), section 3: of the vocabulary's shares only figures a
-    token.
+    Source: Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2: two all-reduces a layer
+    forward and two backward, each as an all-gather and a reduce-scatter; where rows are split,
+    instead of either each member's share to each other member. Shoeybi et al. 2019 (arXiv
+    1909.08053), section 3: of the vocabulary's shares only figures a token.
 
     Args:
         num_split: how many of a layer's two halves have their rows split.
@@ -210,11 +266,14 @@ def tensor(mesh, *, rows=B, length=T, num_layers=1, num_split=2, again=0, chunks
     gathered = num_layers * 2 * (2 - num_split)
     layers = {PERMUTE: {part: shares}, GATHER: {whole: gathered}, SCATTER: {part: gathered}}
     head = {GATHER: {whole: 1}, SCATTER: {part: 1}}
-    # Rows are looked up in the parameters' type; their gradient comes back in that of the activations.
+    # Rows are looked up in the parameters' type; their gradient comes back in that of the
+    # activations.
     embedding = {SCATTER: {part * FLOAT // COMPUTE: 1}, GATHER: {whole: 1}}
     figures = 2 * rows * length * FLOAT // chunks  # the sum of exponentials and the label's logit
     loss = {SCATTER: {figures // mesh.tensor: chunks}, GATHER: {figures: chunks}}
-    return {kind: +sizes for kind, sizes in together(layers, head, embedding, loss).items() if +sizes}
+    return {
+        kind: +sizes for kind, sizes in together(layers, head, embedding, loss).items() if +sizes
+    }
 
 
 def test_tensor_parallelism_sends_two_all_reduces_worth_a_layer_each_way():
@@ -226,7 +285,9 @@ def test_tensor_parallelism_sends_two_all_reduces_worth_a_layer_each_way():
     check_reduced(reduced, gradient_bytes(config, mesh) + maxima)
 
 
-@pytest.mark.parametrize("num_members, most_alone", [(2, 0), pytest.param(4, 6, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "num_members, most_alone", [(2, 0), pytest.param(4, 6, marks=pytest.mark.long)]
+)
 def test_tensor_parallelism_sends_beside_matmuls(num_members, most_alone):
     """In an unrolled stack from an exchange's start to its end there is a matmul, forward and backward."""
     mesh, config = MeshConfig(tensor=num_members, zero=0), model(num_layers=2)
@@ -235,7 +296,9 @@ def test_tensor_parallelism_sends_beside_matmuls(num_members, most_alone):
     alone = sum(" collective-permute(" in line for line in lines)
     sent = [(i, re.search(r"permute-done\((%[\w.-]+)\)", line)) for i, line in enumerate(lines)]
     between = [lines[names.index(found[1]) : i] for i, found in sent if found]
-    alone += sum(not any(re.search(r"calls=%\S*gemm|__cublas", line) for line in each) for each in between)
+    alone += sum(
+        not any(re.search(r"calls=%\S*gemm|__cublas", line) for line in each) for each in between
+    )
     assert len(between) > 10
     assert alone <= most_alone
 
@@ -257,7 +320,9 @@ def test_rematerialisation_repeats_collectives_too(remat, again):
 def test_rematerialisation_repeats_ulysses_exchanges_unless_they_are_kept(remat, times):
     """Forward, again and backward; full remat asks for the last one, of the output, too: its matmul's input."""
     mesh = MeshConfig(sequence=4, zero=0)
-    found, _ = compiled(model(num_layers=2), mesh, remat=remat)  # of one alone nothing would be made again
+    found, _ = compiled(
+        model(num_layers=2), mesh, remat=remat
+    )  # of one alone nothing would be made again
     assert 2 * in_bytes(found)[EXCHANGE] == times * in_bytes(ulysses(mesh, 8, 8, 2))[EXCHANGE]
 
 
@@ -278,19 +343,27 @@ def test_zero_0_reduces_the_gradients_once_a_step():
 def zero(config, mesh, *, num_microbatches=1, remat="none"):
     """Gradients to the devices that update them, parameters to those that use them; Psi is all parameters.
 
-    Source: Rajbhandari et al. 2019 (arXiv 1910.02054), section 7.1: Psi is scattered and Psi gathered, once a step;
-    section 7.2: under ZeRO 3 in each micro-batch, and what is not kept for the backward is gathered again, to 3 Psi.
-    That is the layers; embedding, head and final norm are gathered once and kept.
+    Source: Rajbhandari et al. 2019 (arXiv 1910.02054), section 7.1: Psi is scattered and Psi
+        gathered, once a step;
+    section 7.2: under ZeRO 3 in each micro-batch, and what is not kept for the backward is gathered
+    again, to 3 Psi. That is the layers; embedding, head and final norm are gathered once and kept.
     """
     num_shards, sizes = mesh.data * mesh.sequence, {}  # of Psi what one of the `tensor` shares has
     specs = tree.flatten(make_specs(parameter_table(config), mesh).parameters)
     for path, entry in tree.flatten(parameter_table(config)).items():
-        sizes[path] = math.prod(entry.shape) // (mesh.tensor if TENSOR in all_axes_of(specs[path]) else 1)
+        sizes[path] = math.prod(entry.shape) // (
+            mesh.tensor if TENSOR in all_axes_of(specs[path]) else 1
+        )
     scattered = FLOAT * sum(sizes.values()) // num_shards
     if mesh.zero < 3:
         return {GATHER: {FLOAT * sum(sizes.values()): 1}, SCATTER: {scattered: 1}}
     gathered = 0
-    for path, size in sizes.items():  # as they are used: rows are looked up and norms scaled in the parameters' type
+    for (
+        path,
+        size,
+    ) in (
+        sizes.items()
+    ):  # as they are used: rows are looked up and norms scaled in the parameters' type
         num_bytes = FLOAT if path == "embedding/tokens" or path.endswith("scale") else COMPUTE
         gathered += num_bytes * size * (2 if path.startswith("layers") and remat == "full" else 1)
     return times(num_microbatches, {GATHER: {gathered: 1}, SCATTER: {scattered: 1}})
@@ -298,7 +371,12 @@ def zero(config, mesh, *, num_microbatches=1, remat="none"):
 
 ZERO = [
     (1, dict(data=2), dict(), 1),
-    (3, dict(data=2), dict(remat="full"), 2),  # layers: of one alone nothing would be gathered again
+    (
+        3,
+        dict(data=2),
+        dict(remat="full"),
+        2,
+    ),  # layers: of one alone nothing would be gathered again
     pytest.param(2, dict(data=4), dict(), 1, marks=pytest.mark.long),
     pytest.param(1, dict(data=2, sequence=2), dict(), 1, marks=pytest.mark.long),
     pytest.param(2, dict(data=2, sequence=2), dict(num_microbatches=2), 1, marks=pytest.mark.long),
@@ -318,7 +396,9 @@ def test_zero_scatters_gradients_and_gathers_parameters(level, sizes, settings, 
     if mesh.sequence > 1:
         others = [ulysses(mesh, 8, 8, num_layers, rows=rows), {GATHER: {rows * T * FLOAT: 1}}]
     assert in_bytes(found) == in_bytes(together(zero(config, mesh, **settings), *others))
-    assert num_layers * max(found[SCATTER]) <= in_bytes(found)[SCATTER]  # a layer's gradient waits for no other's
+    assert (
+        num_layers * max(found[SCATTER]) <= in_bytes(found)[SCATTER]
+    )  # a layer's gradient waits for no other's
     check_reduced(reduced, 0)
 
 
@@ -334,7 +414,8 @@ def mixture(**fields):
 def test_experts_exchange_their_worst_case_forth_and_back():
     """2 R D elements a layer forward and backward, R = expert n min(A, E / expert) rows for n local tokens.
 
-    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 3.2, whose capacity is the worst case here.
+    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 3.2, whose capacity is the worst case
+        here.
     """
     mesh, config = MeshConfig(expert=4, zero=0), mixture()
     found, reduced = compiled(config, mesh)
@@ -351,7 +432,8 @@ def test_experts_exchange_their_worst_case_forth_and_back():
 def permutes(mesh, num_ticks, *, num_microbatches, share=1):
     """An activation [b, T, D] to the next stage and a gradient to the previous one at the end of each tick.
 
-    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 3.2. Idle stages send too, what nobody reads.
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 3.2. Idle stages send too, what nobody
+        reads.
     """
     return {PERMUTE: {B // num_microbatches * T * D * COMPUTE // share: 2 * num_ticks}}
 
@@ -367,8 +449,12 @@ SCHEDULES = [  # with stages, chunks and ticks
     ("1f1b", S, 1, M + 2 * (S - 1)),
     pytest.param("gpipe", S, 1, 2 * M - 1 + 2 * (S - 1), marks=pytest.mark.long),
     # In a ring of two both permutes have the same pairs and are sent as one.
-    pytest.param("interleaved", 4, 2, make_schedule("interleaved", 4, 2, M).num_ticks, marks=pytest.mark.long),
-    pytest.param("zero_bubble", S, 1, make_schedule("zero_bubble", S, 1, M).num_ticks, marks=pytest.mark.long),
+    pytest.param(
+        "interleaved", 4, 2, make_schedule("interleaved", 4, 2, M).num_ticks, marks=pytest.mark.long
+    ),
+    pytest.param(
+        "zero_bubble", S, 1, make_schedule("zero_bubble", S, 1, M).num_ticks, marks=pytest.mark.long
+    ),
 ]
 
 
@@ -386,14 +472,24 @@ def test_a_pipeline_sends_two_activations_a_tick(schedule, num_stages, num_chunk
 def run_program(model, mesh):
     """The step as a run has it: AdamW, clipped, of the plan, instead of `program`'s bare parts."""
     devices = described_devices("h200", num_hosts=1, gpus_per_host=math.prod(mesh.sizes))
-    data = DataConfig(sources=(TextSource(("unread",)),), sequence_length=T, batch_size=B, is_packed=False)
+    data = DataConfig(
+        sources=(TextSource(("unread",)),), sequence_length=T, batch_size=B, is_packed=False
+    )
     stack = StackConfig(num_loss_chunks=1, remat="none", attention="reference")
     plan = make_plan(
-        model=model, mesh=mesh, data=data, optimizer=OptimizerConfig(name="adamw"), train=TrainConfig(steps=2),
-        policy=Policy(), stack=stack, devices=devices,
-    )  # fmt: skip
+        model=model,
+        mesh=mesh,
+        data=data,
+        optimizer=OptimizerConfig(name="adamw"),
+        train=TrainConfig(steps=2),
+        policy=Policy(),
+        stack=stack,
+        devices=devices,
+    )
     step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
-    return step.lower(plan.state, abstract_batch(plan.mesh, B, T, is_packed=False)).compile().as_text()
+    return (
+        step.lower(plan.state, abstract_batch(plan.mesh, B, T, is_packed=False)).compile().as_text()
+    )
 
 
 @pytest.mark.long
@@ -408,7 +504,9 @@ def test_axes_send_nothing_more_together(is_run):
         found, reduced = compiled(config, mesh, momentum=0.9)
     rows, length = B // mesh.data, T // mesh.sequence
     positions = {GATHER: {rows * T * FLOAT: 1}}
-    heads = times(mesh.tensor, ulysses(mesh, 8 // mesh.tensor, 4 // mesh.tensor, 1, rows=rows // mesh.tensor))
+    heads = times(
+        mesh.tensor, ulysses(mesh, 8 // mesh.tensor, 4 // mesh.tensor, 1, rows=rows // mesh.tensor)
+    )
     sent = together(heads, tensor(mesh, rows=rows, length=length), zero(config, mesh), positions)
     assert in_bytes(found) == in_bytes(sent)
     maxima = rows * length * FLOAT

@@ -1,7 +1,7 @@
 """Every axis, every pair and triples of them: loss and every gradient equal one device's, in float64.
 
-With JAXSCALE_MATRIX=FILE each case also runs in float32 and its errors are appended to FILE, of which
-`experiments/composition_table.py` makes the table of the README.
+With JAXSCALE_MATRIX=FILE each case also runs in float32 and its errors are appended to FILE, of
+which `experiments/composition_table.py` makes the table of the README.
 """
 
 import dataclasses
@@ -25,11 +25,17 @@ MODELS = {
 }
 # What each token draws must not depend on the mesh; the threshold lets most experts be drawn.
 MODELS["grin"] = dataclasses.replace(
-    MODELS["moe"], router="sparsemixer_v2", router_threshold=0.8, expert_dropout=0.3, use_head_bias=True
+    MODELS["moe"],
+    router="sparsemixer_v2",
+    router_threshold=0.8,
+    expert_dropout=0.3,
+    use_head_bias=True,
 )
 ROUTERS = "sparsemixer", "sparsemixer_v2_star", "masked_sampling", "densemixer"
 MODELS |= {
-    name: dataclasses.replace(MODELS["grin"], router=name, num_layers=2, num_active_experts=1 + (name != "sparsemixer"))
+    name: dataclasses.replace(
+        MODELS["grin"], router=name, num_layers=2, num_active_experts=1 + (name != "sparsemixer")
+    )
     for name in ROUTERS
 }
 NUM_MICROBATCHES = 2
@@ -42,7 +48,9 @@ VARIANTS = [
     dict(pipeline=2, schedule="gpipe", num_microbatches=4),
     dict(pipeline=2, schedule="interleaved", num_chunks=2),
     dict(pipeline=2, schedule="interleaved", num_chunks=2, is_scanned=False, remat="none"),
-    dict(pipeline=2, schedule="interleaved", num_chunks=2, num_periods=5),  # chunks of 2, 1, 1 and 1
+    dict(
+        pipeline=2, schedule="interleaved", num_chunks=2, num_periods=5
+    ),  # chunks of 2, 1, 1 and 1
     dict(pipeline=2, schedule="zero_bubble", is_scanned=False),
     dict(pipeline=2, tensor=2, schedule="zero_bubble", is_scanned=False, remat="none"),
     dict(sequence=2, data=2, zero_axes=("data",)),
@@ -58,16 +66,25 @@ VARIANTS = [
     dict(data=2, expert=2, tensor=2, is_scanned=False, remat="none"),
 ]
 DEFAULT = [{axis: 2} for axis in AXES]
-DEFAULT += [dict(pipeline=2, data=2), dict(pipeline=2, sequence=2), dict(data=2, expert=2), dict(sequence=2, tensor=2)]
+DEFAULT += [
+    dict(pipeline=2, data=2),
+    dict(pipeline=2, sequence=2),
+    dict(data=2, expert=2),
+    dict(sequence=2, tensor=2),
+]
 
 
 def errors(result, wanted):
     """Relative errors of the loss and of each parameter's gradient."""
     ((loss, _, metrics), gradients), (wanted_loss, wanted_gradients) = result, wanted
     if "load" in metrics:
-        assert (np.asarray(metrics["load"]).sum(1) == metrics["load"][0].sum()).all() and metrics["load"][0].sum() > 0
+        assert (np.asarray(metrics["load"]).sum(1) == metrics["load"][0].sum()).all() and metrics[
+            "load"
+        ][0].sum() > 0
     found = {"loss": abs(float(loss) / float(wanted_loss) - 1)}
-    for (path, got), want in zip(tree.flatten(gradients).items(), jax.tree.leaves(wanted_gradients), strict=True):
+    for (path, got), want in zip(
+        tree.flatten(gradients).items(), jax.tree.leaves(wanted_gradients), strict=True
+    ):
         found[path] = np.linalg.norm(got - want) / (np.linalg.norm(want) or 1)
     return found
 
@@ -83,17 +100,26 @@ def check(name, sizes):
     with jax.enable_x64(True):
         wanted = single_device(model, 1 if name == "dense" else settings["num_microbatches"])
         found = errors(on_mesh(model, **settings), wanted)
-    assert max(found.values()) <= LIMIT, {path: error for path, error in found.items() if error > LIMIT}
+    assert max(found.values()) <= LIMIT, {
+        path: error for path, error in found.items() if error > LIMIT
+    }
     if file := os.environ.get("JAXSCALE_MATRIX"):
         with jax.enable_x64(True):
             rounded = errors(on_mesh(model, dtype="float32", **settings), wanted)
-        line = dict(model=name, sizes=sizes, float64=max(found.values()), float32=max(rounded.values()))
+        line = dict(
+            model=name, sizes=sizes, float64=max(found.values()), float32=max(rounded.values())
+        )
         with Path(file).open("a") as lines:
             lines.write(json.dumps(line) + "\n")
 
 
 DRAWN = {"tensor": 2}, {"data": 2, "expert": 2}  # where experts draw in the default tests
-CASES = [(name, sizes) for name in ("dense", "moe") for sizes in DEFAULT if name == "dense" or sizes not in DRAWN]
+CASES = [
+    (name, sizes)
+    for name in ("dense", "moe")
+    for sizes in DEFAULT
+    if name == "dense" or sizes not in DRAWN
+]
 CASES += [("moe", dict(pipeline=2, schedule="zero_bubble", is_scanned=False))]
 CASES += [("grin", sizes) for sizes in DRAWN]
 
@@ -108,7 +134,9 @@ LONG = SINGLES + PAIRS + TRIPLES + VARIANTS
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("name", "sizes"), [(n, s) for n in ("dense", "moe") for s in LONG if (n, s) not in CASES], ids=str
+    ("name", "sizes"),
+    [(n, s) for n in ("dense", "moe") for s in LONG if (n, s) not in CASES],
+    ids=str,
 )
 def test_every_pair_and_triple(name, sizes):
     check(name, sizes)
@@ -121,7 +149,8 @@ def test_what_tokens_draw_does_not_depend_on_the_mesh():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name != "densemixer")) for name in ROUTERS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] * (name != "densemixer")) for name in ROUTERS],
 )
 def test_every_router_chooses_and_learns_the_same_on_a_mesh(name):
     check(name, dict(data=2, expert=2))
@@ -132,7 +161,9 @@ def test_no_token_is_dropped_when_all_choose_the_same_device(monkeypatch):
     """All logits are equal, so every token takes the first two experts, which one device of two has."""
     model = dataclasses.replace(MODELS["moe"], num_layers=2)
     with jax.enable_x64(True):
-        params = tree.map_with_path(lambda path, p: 0 * p if path.endswith("router") else p, make_params(model))
+        params = tree.map_with_path(
+            lambda path, p: 0 * p if path.endswith("router") else p, make_params(model)
+        )
         monkeypatch.setattr(test_region, "make_params", lambda model: params)
         wanted = single_device.__wrapped__(model)
         result = on_mesh(model, data=2, expert=2, zero=3)
@@ -151,7 +182,9 @@ SAME_DRAWS = [
     *(dict(sequence=2, data=2, zero=level) for level in (0, 1, 2)),
     dict(data=4, tensor=2, zero=2),
 ]
-DRAWING = [sizes for sizes in SINGLES[: len(AXES)] + PAIRS + VARIANTS if sizes not in (*DRAWN, *SAME_DRAWS)]
+DRAWING = [
+    sizes for sizes in SINGLES[: len(AXES)] + PAIRS + VARIANTS if sizes not in (*DRAWN, *SAME_DRAWS)
+]
 
 
 @pytest.mark.long

@@ -9,10 +9,16 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxscale.launch.ahead_of_time import collective_bytes, described_devices, has_plugin
 from jaxscale.ops import moe
 from jaxscale.ops.draws import Dropout
-from jaxscale.parallel.ahead_of_time import collective_bytes, described_devices, has_plugin
-from jaxscale.parallel.expert import check_exchange, experts, make_experts, ragged_experts, tensor_experts
+from jaxscale.parallel.expert import (
+    check_exchange,
+    experts,
+    make_experts,
+    ragged_experts,
+    tensor_experts,
+)
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
 from jaxscale.types import InputError
 
@@ -21,7 +27,9 @@ RNG = np.random.default_rng(0)
 
 
 def permuted(choices, num_active=2):
-    return np.stack([RNG.permutation(choices)[:num_active] for _ in range(B * T)]).reshape(B, T, num_active)
+    return np.stack([RNG.permutation(choices)[:num_active] for _ in range(B * T)]).reshape(
+        B, T, num_active
+    )
 
 
 ROUTINGS = {
@@ -46,11 +54,15 @@ def ragged_all_to_all_on_a_cpu(monkeypatch):
         def to_me(x):
             return lax.all_gather(x, axis_name).reshape(size, size, -1)[:, me, :]
 
-        starts, counts, places = map(to_me, (input_offsets, send_sizes, output_offsets))  # [sender, slice]
+        starts, counts, places = map(
+            to_me, (input_offsets, send_sizes, output_offsets)
+        )  # [sender, slice]
         is_from = (jnp.arange(len(output)) >= places[..., None]) & (
             jnp.arange(len(output)) < (places + counts)[..., None]
         )
-        source = jnp.clip(jnp.arange(len(output)) - places[..., None] + starts[..., None], 0, len(operand) - 1)
+        source = jnp.clip(
+            jnp.arange(len(output)) - places[..., None] + starts[..., None], 0, len(operand) - 1
+        )
         rows = jax.vmap(lambda rows, where: rows[where])(operands, source)
         arrived = jnp.einsum("sur,surd->rd", is_from * 1.0, rows).astype(output.dtype)
         return jnp.where(is_from.any((0, 1))[:, None], arrived, output)
@@ -72,7 +84,9 @@ def spread(variant, function):
         return y, (dx, dgates, dweights)
 
     in_specs, out_specs = (rows, rows, rows, P(axis), rows), (rows, (rows, rows, P(axis)))
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+    return jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    )
 
 
 def forward_and_backward(activation, function, x, index, gates, weights, cotangent):
@@ -130,7 +144,10 @@ def test_keys_of_dropout_travel_with_their_rows(variant):
         keys = jnp.asarray(rng.integers(0, 2**32, (*index.shape, 2)), jnp.uint32)
         shapes = {"up": (E, D, F), "down": (E, F, D)}
         weights = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
-        x, gates = jnp.asarray(rng.normal(size=(B, T, D))), jnp.asarray(rng.uniform(size=index.shape))
+        x, gates = (
+            jnp.asarray(rng.normal(size=(B, T, D))),
+            jnp.asarray(rng.uniform(size=index.shape)),
+        )
 
         def forward(function, x, index, gates, weights, keys):
             y = function(x, index, gates, weights, "gelu", None, Dropout(keys, 0.4))
@@ -173,10 +190,14 @@ def test_the_mesh_chooses():
 
 def test_a_ragged_exchange_is_refused_where_there_is_none():
     ragged = MeshConfig(expert=2, expert_exchange="ragged")
-    with pytest.raises(InputError, match=r"expert_exchange: given .ragged., expected .dense. on a CPU"):
+    with pytest.raises(
+        InputError, match=r"expert_exchange: given .ragged., expected .dense. on a CPU"
+    ):
         check_exchange(ragged, jax.devices())
     with pytest.raises(InputError, match=r"with MeshConfig.expert_axis = .tensor"):
-        check_exchange(MeshConfig(tensor=2, expert_axis="tensor", expert_exchange="ragged"), jax.devices())
+        check_exchange(
+            MeshConfig(tensor=2, expert_axis="tensor", expert_exchange="ragged"), jax.devices()
+        )
     check_exchange(MeshConfig(expert=2), jax.devices())
 
 
@@ -191,16 +212,28 @@ def test_the_ragged_exchange_and_its_gradient_on_gpus_move_rows_and_counts(monke
     config = MeshConfig(expert=8, expert_exchange="ragged")
     check_exchange(config, devices)
     rows = P(EXPERT)
-    run = jax.jit(jax.shard_map(
-        functools.partial(both["gelu"], ragged_experts), mesh=make_mesh(config, devices), in_specs=rows,
-        out_specs=rows, check_vma=False,
-    ))  # fmt: skip
-    x, index, gates = (jax.ShapeDtypeStruct((8, 16, n), t) for n, t in ((32, "bfloat16"), (2, "int32"), (2, "float32")))
-    weights = {"up": jax.ShapeDtypeStruct((16, 32, 64), x.dtype), "down": jax.ShapeDtypeStruct((16, 64, 32), x.dtype)}
+    run = jax.jit(
+        jax.shard_map(
+            functools.partial(both["gelu"], ragged_experts),
+            mesh=make_mesh(config, devices),
+            in_specs=rows,
+            out_specs=rows,
+            check_vma=False,
+        )
+    )
+    x, index, gates = (
+        jax.ShapeDtypeStruct((8, 16, n), t)
+        for n, t in ((32, "bfloat16"), (2, "int32"), (2, "float32"))
+    )
+    weights = {
+        "up": jax.ShapeDtypeStruct((16, 32, 64), x.dtype),
+        "down": jax.ShapeDtypeStruct((16, 64, 32), x.dtype),
+    }
     found = collective_bytes(run.lower(x, index, gates, weights, x).compile().as_text())
     chosen = 16 * 2 * 32 * 2  # n A D, bfloat16: the rows at the sender, who gets as many back
     counts = 16 * 4  # E, int32
     assert sorted(found.pop("ragged-all-to-all")) == [chosen, chosen, 8 * chosen, 8 * chosen]
-    # How many rows and where they go; where they go back to; in the backward both ends of each exchange.
+    # How many rows and where they go; where they go back to; in the backward both ends of each
+    # exchange.
     assert found.pop("all-to-all") == 7 * [counts]
     assert not any(found.values())

@@ -10,8 +10,16 @@ from jaxscale.parallel.mesh import AXES, MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.rules import make_specs
 from jaxscale.types import InputError
 
-MODEL = dict(vocab_size=64, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32,
-             max_length=16)  # fmt: skip
+MODEL = dict(
+    vocab_size=64,
+    num_layers=2,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=32,
+    max_length=16,
+)
 
 
 def message_of(function, *arguments, **settings):
@@ -27,9 +35,18 @@ def message_of(function, *arguments, **settings):
             dict(sequence=4, ring=3),
             "MeshConfig.ring: given 3, expected sequence % ring == 0, but 4 % 3 = 1; nearest: 2 or 4",
         ),
-        (dict(schedule="2f2b"), "MeshConfig.schedule: given '2f2b', expected one of 'gpipe', '1f1b'"),
-        (dict(num_chunks=2), 'MeshConfig.num_chunks: given 2, expected 1 unless schedule is "interleaved"'),
-        (dict(zero_axes=("tensor",)), "MeshConfig.zero_axes: given ('tensor',), expected one of ('data',)"),
+        (
+            dict(schedule="2f2b"),
+            "MeshConfig.schedule: given '2f2b', expected one of 'gpipe', '1f1b'",
+        ),
+        (
+            dict(num_chunks=2),
+            'MeshConfig.num_chunks: given 2, expected 1 unless schedule is "interleaved"',
+        ),
+        (
+            dict(zero_axes=("tensor",)),
+            "MeshConfig.zero_axes: given ('tensor',), expected one of ('data',)",
+        ),
         (dict(data=0), "MeshConfig.data: given 0, expected a number above 0"),
         (dict(tensor=-2), "MeshConfig.tensor: given -2, expected a number above 0"),
         (dict(data=2.0), "MeshConfig.data: given 2.0, expected a value of type int"),
@@ -70,9 +87,21 @@ def test_tensor_neighbours_are_neighbouring_devices():
     "change, sizes, message",
     [
         ({"num_heads": 6, "num_kv_heads": 6}, dict(tensor=4), "but 6 % 4 = 2; nearest: 3 or 6"),
-        ({"num_kv_heads": 1}, dict(tensor=2), "tensor == 0 for layers/0/attention/k, but 1 % 2 = 1; nearest: 1"),
-        ({"ffn_dim": 31}, dict(tensor=2), "ffn_dim % tensor == 0 for layers/0/ffn/down, but 31 % 2 = 1; nearest: 1"),
-        ({"vocab_size": 63}, dict(tensor=2), "vocab_size % tensor == 0 for embedding/tokens, but 63 % 2 = 1"),
+        (
+            {"num_kv_heads": 1},
+            dict(tensor=2),
+            "tensor == 0 for layers/0/attention/k, but 1 % 2 = 1; nearest: 1",
+        ),
+        (
+            {"ffn_dim": 31},
+            dict(tensor=2),
+            "ffn_dim % tensor == 0 for layers/0/ffn/down, but 31 % 2 = 1; nearest: 1",
+        ),
+        (
+            {"vocab_size": 63},
+            dict(tensor=2),
+            "vocab_size % tensor == 0 for embedding/tokens, but 63 % 2 = 1",
+        ),
         (
             {"moe_pattern": (True,), "num_experts": 6, "expert_dim": 8},
             dict(expert=4),
@@ -100,10 +129,20 @@ def test_a_batch_that_does_not_divide_is_refused():
     ("sizes", "length", "message"),
     [
         (dict(tensor=2), 7, "% (sequence * tensor) == 0, here 7 % (1 * 2) = 1; nearest: 6 or 8"),
-        (dict(sequence=4, tensor=2), 30, "% (sequence * tensor) == 0, here 30 % (4 * 2) = 6; nearest: 24 or 32"),
-        (dict(sequence=4, ring=4), 12, "% (2 * ring) == 0, here 12 % (2 * 4) = 4; nearest: 8 or 16"),
+        (
+            dict(sequence=4, tensor=2),
+            30,
+            "% (sequence * tensor) == 0, here 30 % (4 * 2) = 6; nearest: 24 or 32",
+        ),
+        (
+            dict(sequence=4, ring=4),
+            12,
+            "% (2 * ring) == 0, here 12 % (2 * 4) = 4; nearest: 8 or 16",
+        ),
     ],
 )
 def test_a_length_that_does_not_divide_is_refused(sizes, length, message):
-    text = message_of(check_batch, MeshConfig(**sizes), batch_size=8, length=length, num_microbatches=1)
+    text = message_of(
+        check_batch, MeshConfig(**sizes), batch_size=8, length=length, num_microbatches=1
+    )
     assert text.startswith("DataConfig.sequence_length") and f"sequence_length {message}" in text

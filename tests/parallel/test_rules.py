@@ -16,9 +16,19 @@ from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.rules import make_specs, mirror
 
 MODEL = ModelConfig(
-    vocab_size=64, num_layers=4, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, max_length=16,
-    moe_pattern=(False, True), num_experts=4, expert_dim=32, num_dense_prefix=2,
-)  # fmt: skip
+    vocab_size=64,
+    num_layers=4,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    max_length=16,
+    moe_pattern=(False, True),
+    num_experts=4,
+    expert_dim=32,
+    num_dense_prefix=2,
+)
 BIASES = dataclasses.replace(MODEL, use_bias=True)
 SIZES = dict(data=2, expert=2, tensor=2)
 
@@ -68,7 +78,11 @@ def test_zero_takes_the_outermost_free_dim(path, spec):
 @pytest.mark.parametrize(
     "path, by_layers, gathered",
     [
-        ("layers/0/ffn/down", (("pipeline", "data"), "tensor", None), ("pipeline", ("tensor", "data"), None)),
+        (
+            "layers/0/ffn/down",
+            (("pipeline", "data"), "tensor", None),
+            ("pipeline", ("tensor", "data"), None),
+        ),
         ("layers/1/moe/router", (("pipeline", "data"), None, None), ("pipeline", "data", None)),
         ("embedding/tokens", (("tensor", "data"), None), (("tensor", "data"), None)),
         ("prefix/1/ffn/down", (("tensor", "data"), None), (("tensor", "data"), None)),
@@ -89,9 +103,9 @@ def test_zero_leaves_the_layers_of_padded_chunks_whole():
 
 
 def test_a_leaf_without_a_free_dim_that_divides_stays_whole():
-    assert specs_by_path("parameters", BIASES, **SIZES, zero=3)["layers/0/ffn/up_bias"] == PartitionSpec(
-        "pipeline", "tensor"
-    )
+    assert specs_by_path("parameters", BIASES, **SIZES, zero=3)[
+        "layers/0/ffn/up_bias"
+    ] == PartitionSpec("pipeline", "tensor")
     assert specs_by_path("parameters", data=3, zero=3)["final_norm/scale"] == PartitionSpec(None)
 
 
@@ -111,7 +125,10 @@ def test_bytes_on_a_device(zero):
     mesh, specs = make_mesh(config), make_specs(parameter_table(MODEL), config)
     dense = specs_by_path("parameters", **SIZES, zero=0)
     table = tree.flatten(parameter_table(MODEL))
-    shards = {path: 2 ** sum(axis in spec for axis in ("tensor", "expert")) for path, spec in dense.items()}
+    shards = {
+        path: 2 ** sum(axis in spec for axis in ("tensor", "expert"))
+        for path, spec in dense.items()
+    }
     split = sum(4 * math.prod(table[path].shape) // shards[path] for path in table)
     for level, role in ((1, specs.optimizer), (2, specs.gradients), (3, specs.parameters)):
         arrays = jax.tree.map(

@@ -20,16 +20,27 @@ from jaxscale.parallel.rules import make_specs
 from jaxscale.types import InputError
 
 MODEL = ModelConfig(
-    vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32, max_length=16
+    vocab_size=32,
+    num_layers=2,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=32,
+    max_length=16,
 )
 B, T, V, D, SHARDS = 2, 8, 12, 6, 4
 RNG = np.random.default_rng(0)
-OWN = P(None, TENSOR)  # residual and figures of the own tokens, in an order of its own: see `in_order`
+OWN = P(
+    None, TENSOR
+)  # residual and figures of the own tokens, in an order of its own: see `in_order`
 
 
 def on_mesh(function, in_specs, out_specs):
     mesh = make_mesh(MeshConfig(tensor=SHARDS), jax.devices()[:SHARDS])
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+    return jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    )
 
 
 def in_order(x):
@@ -46,7 +57,10 @@ def of_devices(x):
 
 def test_look_up():
     with jax.enable_x64(True):
-        table, tokens = jnp.asarray(RNG.normal(size=(V, D))), jnp.asarray(RNG.integers(0, V, (B, T)))
+        table, tokens = (
+            jnp.asarray(RNG.normal(size=(V, D))),
+            jnp.asarray(RNG.integers(0, V, (B, T))),
+        )
         tokens = tokens.at[0, :2].set(jnp.array([-1, V]))
         cotangent = jnp.asarray(RNG.normal(size=(B, T, D)))
 
@@ -54,7 +68,9 @@ def test_look_up():
             x, pullback = jax.vjp(lambda t: embed(t, tokens), table)
             return x, pullback(cotangent)[0]
 
-        run = on_mesh(functools.partial(both, tensor.embed), (P(TENSOR), P(), OWN), (OWN, P(TENSOR)))
+        run = on_mesh(
+            functools.partial(both, tensor.embed), (P(TENSOR), P(), OWN), (OWN, P(TENSOR))
+        )
         x, gradient = run(table, tokens, of_devices(cotangent))
         wanted = both(Operations().embed, table, tokens, cotangent)
         jax.tree.map(np.testing.assert_allclose, (in_order(x), gradient), wanted)
@@ -63,16 +79,27 @@ def test_look_up():
 def test_token_loss():
     """With logits whose exponential overflows, a label on every shard and two outside the vocabulary."""
     with jax.enable_x64(True):
-        logits = jnp.asarray(RNG.normal(size=(B, T, V))) * jnp.array([1, 1, 10, 100, 1e3, 1e4, 1e5, 0])[:, None]
-        labels = jnp.asarray(RNG.permutation(np.arange(B * T) % V).reshape(B, T)).at[0, :2].set(jnp.array([-100, V]))
+        logits = (
+            jnp.asarray(RNG.normal(size=(B, T, V)))
+            * jnp.array([1, 1, 10, 100, 1e3, 1e4, 1e5, 0])[:, None]
+        )
+        labels = (
+            jnp.asarray(RNG.permutation(np.arange(B * T) % V).reshape(B, T))
+            .at[0, :2]
+            .set(jnp.array([-100, V]))
+        )
         cotangents = tuple(jnp.asarray(RNG.normal(size=(B, T))) for _ in range(2))
 
         def both(token_loss, logits, labels, cotangents):
-            values, pullback = jax.vjp(lambda x: token_loss(x, jnp.eye(x.shape[-1]), labels), logits)
+            values, pullback = jax.vjp(
+                lambda x: token_loss(x, jnp.eye(x.shape[-1]), labels), logits
+            )
             return values, pullback(cotangents)[0]
 
         columns = P(None, None, TENSOR)
-        run = on_mesh(functools.partial(both, tensor.token_loss), (columns, P(), OWN), (OWN, columns))
+        run = on_mesh(
+            functools.partial(both, tensor.token_loss), (columns, P(), OWN), (OWN, columns)
+        )
         figures, gradient = run(logits, labels, tuple(map(of_devices, cotangents)))
         wanted = both(loss.token_loss, logits, labels, cotangents)
         jax.tree.map(
@@ -107,16 +134,25 @@ def test_own_tokens_are_equal_shares_of_the_rows_one_after_the_other():
 
 def test_own_tokens_are_those_that_enter_and_exit_exchange():
     x = jnp.asarray(RNG.normal(size=(B, T, D)))
-    for function in (lambda x: tensor.enter(tensor.own(x)), lambda x: tensor.enter(tensor.exit(x) / SHARDS)):
+    for function in (
+        lambda x: tensor.enter(tensor.own(x)),
+        lambda x: tensor.enter(tensor.exit(x) / SHARDS),
+    ):
         np.testing.assert_allclose(on_mesh(function, (P(),), P())(x), x, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_rows", [SHARDS, 2 * SHARDS, 2])  # of two rows no member has a whole one
+@pytest.mark.parametrize(
+    "num_rows", [SHARDS, 2 * SHARDS, 2]
+)  # of two rows no member has a whole one
 def test_rows_by_member_equal_all_at_once(num_rows):
     """Of a function that knows its rows, value and gradients: of the residual, of weights cut either way, and whole."""
-    sizes = dict(x=(num_rows, T, D), into=(D, V), out=(V, D), scale=(D,), cotangent=(num_rows, T, D))
+    sizes = dict(
+        x=(num_rows, T, D), into=(D, V), out=(V, D), scale=(D,), cotangent=(num_rows, T, D)
+    )
     with jax.enable_x64(True):
-        x, into, out, scale, cotangent = (jnp.asarray(RNG.normal(size=size)) for size in sizes.values())
+        x, into, out, scale, cotangent = (
+            jnp.asarray(RNG.normal(size=size)) for size in sizes.values()
+        )
         positions = jnp.asarray(RNG.normal(size=(num_rows, T)))
 
         def run(operations, x, into, out, scale):
@@ -136,12 +172,17 @@ def test_rows_by_member_equal_all_at_once(num_rows):
         found = mapped(of_devices(x), into, out, scale, of_devices(cotangent))
         wanted = both(Operations(), x, into, out, scale, cotangent)
         for got, want, is_own in zip(found, wanted, (True, True, False, False, False), strict=True):
-            np.testing.assert_allclose(in_order(got) if is_own else got, want, rtol=1e-10, atol=1e-10)
+            np.testing.assert_allclose(
+                in_order(got) if is_own else got, want, rtol=1e-10, atol=1e-10
+            )
 
 
 def test_sums_of_many_members_are_taken_in_float32():
     """256 and four halves are 258; in bfloat16, one after the other, each would be rounded away."""
-    x, parts = jnp.ones((SHARDS, T // SHARDS, 1), "bfloat16"), jnp.array([256, 0.5, 0.5, 1], "bfloat16")
+    x, parts = (
+        jnp.ones((SHARDS, T // SHARDS, 1), "bfloat16"),
+        jnp.array([256, 0.5, 0.5, 1], "bfloat16"),
+    )
 
     def run(x):
         part = parts[lax.axis_index(TENSOR)]
@@ -155,7 +196,9 @@ def test_a_pipeline_exchanges_all_at_once():
     table = parameter_table(MODEL)
     for pipeline, between in ((1, tensor.by_member), (2, tensor.whole)):
         mesh = MeshConfig(pipeline=pipeline, tensor=2)
-        operations = make_operations(mesh, make_specs(table, mesh), attention=None, reduction="float32")
+        operations = make_operations(
+            mesh, make_specs(table, mesh), attention=None, reduction="float32"
+        )
         assert operations.between is between
 
 
@@ -169,6 +212,8 @@ def test_what_rows_would_keep_is_refused():
 def test_one_device_exchanges_nothing():
     """Else XLA hides a matmul's output from the addition that follows, and copies the residual."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    there_and_back = jax.shard_map(lambda x: tensor.exit(tensor.enter(x)), mesh=mesh, in_specs=P(), out_specs=P())
+    there_and_back = jax.shard_map(
+        lambda x: tensor.exit(tensor.enter(x)), mesh=mesh, in_specs=P(), out_specs=P()
+    )
     program = str(jax.make_jaxpr(there_and_back)(jnp.ones((B, T, D))))
     assert "gather" not in program and "scatter" not in program

@@ -17,7 +17,14 @@ from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.rules import make_specs
 
 MODEL = ModelConfig(
-    vocab_size=16, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffn_dim=8, max_length=1
+    vocab_size=16,
+    num_layers=1,
+    model_dim=8,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    ffn_dim=8,
+    max_length=1,
 )
 REPEATS = 1024  # half of them on each device; to a sum of 256 bfloat16 adds 1 in vain
 
@@ -27,7 +34,9 @@ def make_region(reduction, zero, num_microbatches):
     specs = make_specs(parameter_table(MODEL), config)
     operations = make_operations(config, specs, attention=attention, reduction=reduction)
     mesh = make_mesh(config, jax.devices()[:2])
-    return Region(mesh, specs, operations, num_microbatches, reduction=reduction, trainable="final_norm/scale")
+    return Region(
+        mesh, specs, operations, num_microbatches, reduction=reduction, trainable="final_norm/scale"
+    )
 
 
 def sum_of_scale(params, batch, key, *, operations):
@@ -55,4 +64,6 @@ def test_micro_batches_add_up_in_the_reduction_type(zero):
 def test_zero_3_scatters_in_the_reduction_type(reduction):
     """In the traced program: compilers may widen the sum of their own accord."""
     traced = str(jax.make_jaxpr(gradient(make_region(reduction, 3, 1)))())
-    assert re.findall(r":(\w+)\[\d+\] = reduce_scatter", traced) == [{"float32": "f32", "bfloat16": "bf16"}[reduction]]
+    assert re.findall(r":(\w+)\[\d+\] = reduce_scatter", traced) == [
+        {"float32": "f32", "bfloat16": "bf16"}[reduction]
+    ]

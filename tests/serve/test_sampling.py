@@ -53,9 +53,18 @@ def test_the_distribution_is_the_definitions(config):
 def test_of_equal_tokens_the_lowest_stay():
     logits = jnp.asarray([[0.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
     support = lambda config: (filter_logits(logits, config) > -jnp.inf).tolist()  # noqa: E731
-    assert support(SamplingConfig(top_k=2)) == [[False, True, True, False], [True, True, False, False]]
-    assert support(SamplingConfig(top_p=0.3)) == [[False, True, True, False], [True, True, False, False]]
-    assert support(SamplingConfig(top_p=1e-9)) == [[False, True, False, False], [True, False, False, False]]
+    assert support(SamplingConfig(top_k=2)) == [
+        [False, True, True, False],
+        [True, True, False, False],
+    ]
+    assert support(SamplingConfig(top_p=0.3)) == [
+        [False, True, True, False],
+        [True, True, False, False],
+    ]
+    assert support(SamplingConfig(top_p=1e-9)) == [
+        [False, True, False, False],
+        [True, False, False, False],
+    ]
     assert support(SamplingConfig(min_p=1.0)) == [[False, True, True, True], [True] * 4]
     keys = jax.random.split(jax.random.key(0), 2)
     assert sample(logits, keys, SamplingConfig(temperature=0)).tolist() == [1, 0]
@@ -84,16 +93,30 @@ def test_a_key_depends_on_seed_sequence_and_position_only():
 
     base = words(0, jnp.asarray([4, 5]), jnp.asarray([7, 8]))
     assert words(0, jnp.asarray([9, 5, 4]), jnp.asarray([9, 8, 7]))[1:] == base[::-1]
-    others = [words(1, jnp.asarray([4]), jnp.asarray([7])), words(0, jnp.asarray([7]), jnp.asarray([4]))]
+    others = [
+        words(1, jnp.asarray([4]), jnp.asarray([7])),
+        words(0, jnp.asarray([7]), jnp.asarray([4])),
+    ]
     assert base[:1] not in others
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", 1e-30), ("temperature", float("nan")), ("temperature", float("inf")),
-     ("top_k", 0), ("top_k", 2.0), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5), ("seed", -1),
-     ("seed", 2**32)],
-)  # fmt: skip
+    [
+        ("temperature", -0.1),
+        ("temperature", 1e-30),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", 0),
+        ("top_k", 2.0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("seed", -1),
+        ("seed", 2**32),
+    ],
+)
 def test_bad_settings_are_named(name, value):
     with pytest.raises(InputError, match=f"SamplingConfig.{name}: given"):
         SamplingConfig(**{name: value})

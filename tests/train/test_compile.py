@@ -7,14 +7,16 @@ import jax
 import pytest
 
 from jaxscale import cli, config
-from jaxscale.parallel import ahead_of_time
+from jaxscale.launch import ahead_of_time
 from jaxscale.train.compile import Topology, check_fits
 from jaxscale.train.inspect import bytes_per_device
 from jaxscale.train.plan import make_plan
 from jaxscale.train.pretrain import pretrain
 from jaxscale.types import InputError, RunError
 
-needs_plugin = pytest.mark.skipif(not ahead_of_time.has_plugin(), reason="jax-cuda13-plugin is not installed")
+needs_plugin = pytest.mark.skipif(
+    not ahead_of_time.has_plugin(), reason="jax-cuda13-plugin is not installed"
+)
 TINY = Path(__file__).resolve().parents[1] / "tiny.gin"
 COUNTERS = 4 + 8 + 1  # step, key and is_finite of the state
 GIB = 2**30
@@ -24,12 +26,16 @@ GIB = 2**30
 def file(tmp_path):
     """The tiny run over a corpus that does not exist."""
     path = tmp_path / "run.gin"
-    path.write_text(f"include '{TINY}'\nCORPUS = ('{tmp_path}/none',)\nCACHE = 'none'\nDIRECTORY = '{tmp_path}/run'\n")
+    path.write_text(
+        f"include '{TINY}'\nCORPUS = ('{tmp_path}/none',)\nCACHE = 'none'\nDIRECTORY = '{tmp_path}/run'\n"
+    )
     return path
 
 
 def compile_file(file, *overrides, topology="h200:1x8"):
-    return cli.main(["compile", str(file), "--topology", topology, *(f"--set={each}" for each in overrides)])
+    return cli.main(
+        ["compile", str(file), "--topology", topology, *(f"--set={each}" for each in overrides)]
+    )
 
 
 def sizes(shown):
@@ -52,13 +58,21 @@ def test_bytes_are_those_of_inspect_and_nothing_is_left_behind(file, tmp_path, c
     names = ("model", "mesh", "data", "optimizer", "train", "policy", "stack")
     plan = make_plan(**{name: run[name] for name in names})
     told = bytes_per_device(
-        plan.state.params, plan.region.specs, run["optimizer"], run["train"], run["policy"], run["mesh"]
+        plan.state.params,
+        plan.region.specs,
+        run["optimizer"],
+        run["train"],
+        run["policy"],
+        run["mesh"],
     )
     found = sizes(shown)
     assert found["parameters"] == told["parameters"]
     assert found["optimizer state"] == told["optimizer"]
     assert found["batch"] == 5 * 4 * 8 * 32 // 4
-    assert found["arguments, all"] == found["parameters"] + found["optimizer state"] + found["batch"] + COUNTERS
+    assert (
+        found["arguments, all"]
+        == found["parameters"] + found["optimizer state"] + found["batch"] + COUNTERS
+    )
     assert found["peak"] == found["arguments, all"] + found["outputs, new"] + found["temporaries"]
     assert re.search(r"^  reduce-scatter +\d+ +[1-9]", shown, re.MULTILINE)
     assert "\nfits: 0.00 GiB needed; JAX takes 0.75 of 139.80 GiB = 104.85 GiB\n" in shown
@@ -71,8 +85,12 @@ def test_what_does_not_fit_exits_1(file, capsys):
     assert compile_file(file, *overrides) == 1
     captured = capsys.readouterr()
     assert sizes(captured.out)["batch"] == 4 * 4 * 8 * 32 // 4
-    assert sizes(captured.out)["peak"] > 3 * 4 * 10**9 * 16 // 2  # float32 and AdamW's two, the table cut in two
-    assert re.search(r"compile: does not fit: [\d.]+ GiB needed; JAX takes 0.75 of 139.80 GiB", captured.err)
+    assert (
+        sizes(captured.out)["peak"] > 3 * 4 * 10**9 * 16 // 2
+    )  # float32 and AdamW's two, the table cut in two
+    assert re.search(
+        r"compile: does not fit: [\d.]+ GiB needed; JAX takes 0.75 of 139.80 GiB", captured.err
+    )
 
 
 @needs_plugin
@@ -82,16 +100,25 @@ def test_a_compiler_that_fails_exits_1(file, capsys, monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     assert compile_file(file) == 1
-    assert capsys.readouterr().err.endswith("the compiler failed, maybe for want of a GPU: INTERNAL: no such luck\n")
+    assert capsys.readouterr().err.endswith(
+        "the compiler failed, maybe for want of a GPU: INTERNAL: no such luck\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("h200", "topology: given 'h200', expected MACHINE:HOSTSxGPUS_PER_HOST, such as \"h200:16x8\""),
+        (
+            "h200",
+            "topology: given 'h200', expected MACHINE:HOSTSxGPUS_PER_HOST, such as \"h200:16x8\"",
+        ),
         ("h200:0x8", "num_hosts: given 0, expected a number above 0"),
         ("h300:1x8", "machine: given 'h300', expected one of 'h200'"),
-        pytest.param("h200:2x8", "1 * 4 * 1 * 1 * 2 = 8 to equal the number of devices, 16", marks=needs_plugin),
+        pytest.param(
+            "h200:2x8",
+            "1 * 4 * 1 * 1 * 2 = 8 to equal the number of devices, 16",
+            marks=needs_plugin,
+        ),
     ],
 )
 def test_a_topology_that_is_wrong_exits_2(file, capsys, topology, message):
@@ -106,8 +133,14 @@ def test_without_the_compiler_the_extra_is_named(file, capsys, monkeypatch):
 
 
 def test_the_share_that_would_do_is_named():
-    assert check_fits(70 * GIB, 100 * GIB, 0.75) == "fits: 70.00 GiB needed; JAX takes 0.75 of 100.00 GiB = 75.00 GiB"
-    with pytest.raises(RunError, match=r"does not fit: 80.00 GiB needed.*; XLA_PYTHON_CLIENT_MEM_FRACTION=0.80 would"):
+    assert (
+        check_fits(70 * GIB, 100 * GIB, 0.75)
+        == "fits: 70.00 GiB needed; JAX takes 0.75 of 100.00 GiB = 75.00 GiB"
+    )
+    with pytest.raises(
+        RunError,
+        match=r"does not fit: 80.00 GiB needed.*; XLA_PYTHON_CLIENT_MEM_FRACTION=0.80 would",
+    ):
         check_fits(80 * GIB, 100 * GIB, 0.75)
     with pytest.raises(RunError, match=r"75.00 GiB$"):
         check_fits(96 * GIB, 100 * GIB, 0.75)

@@ -22,7 +22,9 @@ def setup(make_setup):
 
 def diagnose(setup, params, batch):
     plan = setup.plan
-    return first_non_finite(plan.loss_fn, plan.region, params, place(plan.mesh, batch), jax.random.key(0))
+    return first_non_finite(
+        plan.loss_fn, plan.region, params, place(plan.mesh, batch), jax.random.key(0)
+    )
 
 
 def test_a_parameter(setup, make_batch):
@@ -31,17 +33,24 @@ def test_a_parameter(setup, make_batch):
     assert diagnose(setup, params, make_batch()) == "parameter layers/0/ffn/up"
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, tensor=2)], ids=["one_device", "mesh"])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(), MeshConfig(data=2, tensor=2)], ids=["one_device", "mesh"]
+)
 def test_an_activation_that_overflows_names_its_layer(make_setup, make_batch, mesh):
     """Finite values of 2e38 in the second layer: their sum is not."""
     setup = make_setup(mesh=mesh)
     params = setup.start().params
-    params["layers"]["0"]["attention"]["v"] = params["layers"]["0"]["attention"]["v"].at[1].set(2e38)
+    params["layers"]["0"]["attention"]["v"] = (
+        params["layers"]["0"]["attention"]["v"].at[1].set(2e38)
+    )
     assert diagnose(setup, params, make_batch()) == "layers/0/v, layer 1 of its stack"
 
 
 PIPELINES = {
-    "rows 0, none, 1, 2": (MeshConfig(pipeline=2, data=2, tensor=2, stage_periods=(1, 2), zero=3), 3),
+    "rows 0, none, 1, 2": (
+        MeshConfig(pipeline=2, data=2, tensor=2, stage_periods=(1, 2), zero=3),
+        3,
+    ),
     "rows 0, 2, 1, 3": (MeshConfig(pipeline=2, num_chunks=2, schedule="interleaved"), 4),
 }
 
@@ -57,7 +66,13 @@ PIPELINES = {
 )
 def test_an_activation_in_a_pipeline(make_setup, make_batch, stored, path, layer, name):
     mesh, num_periods = PIPELINES[stored]
-    sizes = dict(num_layers=1 + num_periods, num_dense_prefix=1, moe_pattern=(True,), num_experts=4, expert_dim=16)
+    sizes = dict(
+        num_layers=1 + num_periods,
+        num_dense_prefix=1,
+        moe_pattern=(True,),
+        num_experts=4,
+        expert_dim=16,
+    )
     model = dataclasses.replace(make_setup().plan.loss_fn.model, **sizes)
     setup = make_setup(model=model, mesh=mesh, num_microbatches=2)
     order = list(setup.plan.region.specs.layout.order)
@@ -81,7 +96,9 @@ def test_a_feed_forward_that_overflows(setup, make_batch):
 def test_an_output_projection_that_overflows(setup, make_batch):
     params = setup.start().params
     for name in ("v", "o"):
-        params["layers"]["0"]["attention"][name] = params["layers"]["0"]["attention"][name].at[1].set(1e25)
+        params["layers"]["0"]["attention"][name] = (
+            params["layers"]["0"]["attention"][name].at[1].set(1e25)
+        )
     assert diagnose(setup, params, make_batch()) == "layers/0/attended, layer 1 of its stack"
 
 
@@ -107,8 +124,12 @@ def test_the_micro_batch_is_named(make_setup, make_batch):
     setup, batch = make_setup(num_microbatches=4), make_batch()
     batch["tokens"] = np.where(np.arange(8)[:, None] == 2, 31, batch["tokens"]).astype(np.int32)
     params = setup.start().params
-    params["embedding"]["tokens"] = params["embedding"]["tokens"].at[:, 0].set(0).at[31].set(jnp.eye(16)[0])
-    params["layers"]["0"]["attention"]["v"] = params["layers"]["0"]["attention"]["v"].at[0, 0].set(2e38)
+    params["embedding"]["tokens"] = (
+        params["embedding"]["tokens"].at[:, 0].set(0).at[31].set(jnp.eye(16)[0])
+    )
+    params["layers"]["0"]["attention"]["v"] = (
+        params["layers"]["0"]["attention"]["v"].at[0, 0].set(2e38)
+    )
     assert diagnose(setup, params, batch) == "layers/0/v, layer 0 of its stack, micro-batch 2"
 
 
@@ -120,12 +141,17 @@ def test_a_loss_of_ones_own(setup, make_batch):
         loss, weight, _ = setup.plan.loss_fn(params, batch, key, operations=operations)
         return loss * jnp.inf, weight, {}
 
-    name = first_non_finite(loss_fn, setup.plan.region, setup.start().params, batch, jax.random.key(0))
+    name = first_non_finite(
+        loss_fn, setup.plan.region, setup.start().params, batch, jax.random.key(0)
+    )
     assert name == "loss"
 
 
 def test_nothing(setup, make_batch):
-    assert diagnose(setup, setup.start().params, make_batch()) == "nothing: this time every tensor was finite"
+    assert (
+        diagnose(setup, setup.start().params, make_batch())
+        == "nothing: this time every tensor was finite"
+    )
 
 
 @functools.partial(jax.custom_vjp)
@@ -144,7 +170,9 @@ blow_up.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
 def test_a_gradient_alone(make_setup, make_batch, monkeypatch, mesh, last):
     """The forward is finite; the backward of the final norm's input is not."""
     final_hidden = losses.transformer.final_hidden
-    monkeypatch.setattr(losses.transformer, "final_hidden", lambda p, x, **s: final_hidden(p, blow_up(x), **s))
+    monkeypatch.setattr(
+        losses.transformer, "final_hidden", lambda p, x, **s: final_hidden(p, blow_up(x), **s)
+    )
     model = dataclasses.replace(make_setup().plan.loss_fn.model, num_layers=last + 1)
     setup = make_setup(model=model, mesh=mesh, num_microbatches=2)
     gradient = f"gradient of layers/0/ffn/down, layer {last} of its stack"

@@ -12,10 +12,15 @@ from jaxscale import tree
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
+from jaxscale.launch.ahead_of_time import (
+    compile_with_host,
+    described_devices,
+    has_plugin,
+    memory_of,
+)
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.transformer import StackConfig
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.ahead_of_time import compile_with_host, described_devices, has_plugin, memory_of
 from jaxscale.parallel.batch import abstract_batch, place
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.train.host import HOST, check_host_memory, parts
@@ -28,10 +33,19 @@ from jaxscale.types import InputError
 
 LONG = pytest.mark.long
 MODEL = ModelConfig(
-    vocab_size=32, num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32, max_length=16
+    vocab_size=32,
+    num_layers=2,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=32,
+    max_length=16,
 )
 DATA = DataConfig(sources=(TextSource(("unread",)),), sequence_length=16, batch_size=8)
-ADAMW, MUON = (OptimizerConfig(name=name, learning_rate=0.01, epsilon=1.0) for name in ("adamw", "muon"))
+ADAMW, MUON = (
+    OptimizerConfig(name=name, learning_rate=0.01, epsilon=1.0) for name in ("adamw", "muon")
+)
 SHARDED = MeshConfig(data=2, zero=1)
 
 
@@ -68,7 +82,9 @@ def assert_same_bits(got, wanted):
         pytest.param(MUON, MeshConfig(pipeline=2), marks=LONG),
     ],
 )
-def test_steps_give_the_same_bits_and_moments_rest_on_the_host(make_setup, make_batch, optimizer, mesh):
+def test_steps_give_the_same_bits_and_moments_rest_on_the_host(
+    make_setup, make_batch, optimizer, mesh
+):
     settings = dict(optimizer=optimizer, num_microbatches=mesh.pipeline)
     setup = make_setup(mesh=on_host(mesh), **settings)
     batches = [make_batch(number) for number in range(3)]
@@ -79,13 +95,18 @@ def test_steps_give_the_same_bits_and_moments_rest_on_the_host(make_setup, make_
     for path, leaf in tree.flatten(state).items():
         is_moment = "/mu/" in path or "/nu/" in path
         assert (leaf.sharding.memory_kind == HOST) == is_moment, path
-        assert leaf.sharding.is_equivalent_to(tree.flatten(setup.plan.state)[path].sharding, leaf.ndim), path
+        assert leaf.sharding.is_equivalent_to(
+            tree.flatten(setup.plan.state)[path].sharding, leaf.ndim
+        ), path
 
 
 @LONG
 def test_one_device_differs_by_rounding_alone(make_setup, make_batch):
     """There the compiler joins the last of the gradient with the update, and rounds once where it rounded twice."""
-    got, wanted = (flat(run(make_setup(mesh=mesh), make_batch())) for mesh in (on_host(MeshConfig()), MeshConfig()))
+    got, wanted = (
+        flat(run(make_setup(mesh=mesh), make_batch()))
+        for mesh in (on_host(MeshConfig()), MeshConfig())
+    )
     for path, leaf in got.items():
         np.testing.assert_allclose(leaf, wanted[path], rtol=1e-6, atol=1e-8, err_msg=path)
 
@@ -102,7 +123,12 @@ def test_a_bad_batch_leaves_the_state(make_setup, make_batch):
 def test_bytes_are_those_that_inspect_tells(make_setup):
     setup = make_setup(mesh=on_host(SHARDED), optimizer=ADAMW)
     told = bytes_per_device(
-        setup.first.params, setup.plan.region.specs, ADAMW, TrainConfig(steps=10), Policy(), on_host(SHARDED)
+        setup.first.params,
+        setup.plan.region.specs,
+        ADAMW,
+        TrainConfig(steps=10),
+        Policy(),
+        on_host(SHARDED),
     )
     held = {HOST: 0, "device": 0}
     for leaf in jax.tree.leaves(setup.first.opt_state):
@@ -116,7 +142,9 @@ def test_a_checkpoint_is_of_the_step_at_which_it_was_saved(make_setup, make_batc
     setup = make_setup(mesh=on_host(SHARDED), optimizer=ADAMW)
     state = run(setup, make_batch())
     wanted = flat(state)
-    checkpoints = Checkpoints(CheckpointConfig(str(tmp_path), save_every=1, keep_last=1), fingerprint={})
+    checkpoints = Checkpoints(
+        CheckpointConfig(str(tmp_path), save_every=1, keep_last=1), fingerprint={}
+    )
     checkpoints.save(1, setup.plan.to_canonical(state), {})
     run(setup, make_batch(1), make_batch(2), state=state)
     restored = setup.plan.from_canonical(checkpoints.restore(setup.plan.canonical_state)[0])
@@ -157,13 +185,18 @@ def test_checkpoints_go_there_and_back(make_setup, tmp_path, staged, first, seco
         dataclasses.replace(mesh, is_optimizer_on_host=first),
         dataclasses.replace(SHARDED, is_optimizer_on_host=second),
     )
-    old, new = (make_setup(model=model, mesh=mesh, num_microbatches=mesh.pipeline) for mesh in meshes)
+    old, new = (
+        make_setup(model=model, mesh=mesh, num_microbatches=mesh.pipeline) for mesh in meshes
+    )
     given, wanted = distinct(old.plan, rows), distinct(new.plan, range(num_layers))
     moments = tree.map_with_path(
-        lambda path, leaf: jax.device_put(given[path].astype(leaf.dtype), leaf.sharding), old.first.opt_state
+        lambda path, leaf: jax.device_put(given[path].astype(leaf.dtype), leaf.sharding),
+        old.first.opt_state,
     )
     with_moments = dataclasses.replace(old.first, opt_state=moments)
-    checkpoints = Checkpoints(CheckpointConfig(str(tmp_path), save_every=1, keep_last=1), fingerprint={})
+    checkpoints = Checkpoints(
+        CheckpointConfig(str(tmp_path), save_every=1, keep_last=1), fingerprint={}
+    )
     checkpoints.save(1, old.plan.to_canonical(with_moments), {})
     restored = new.plan.from_canonical(checkpoints.restore(new.plan.canonical_state)[0])
     back = old.plan.from_canonical(checkpoints.restore(old.plan.canonical_state)[0])
@@ -186,23 +219,41 @@ def test_compiled_for_h200s_the_moments_are_not_on_the_device(make_setup):
         mesh = dataclasses.replace(SHARDED, is_optimizer_on_host=is_away)
         devices = described_devices("h200", num_hosts=1, gpus_per_host=2)
         plan = make_plan(
-            model=model, mesh=mesh, data=DATA, optimizer=ADAMW, train=TrainConfig(steps=10), policy=Policy(),
-            stack=StackConfig(attention="reference", num_loss_chunks=1), devices=devices,
-        )  # fmt: skip
+            model=model,
+            mesh=mesh,
+            data=DATA,
+            optimizer=ADAMW,
+            train=TrainConfig(steps=10),
+            policy=Policy(),
+            stack=StackConfig(attention="reference", num_loss_chunks=1),
+            devices=devices,
+        )
         batch = abstract_batch(plan.mesh, 8, 16, is_packed=True)
-        lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(plan.state, batch)
+        lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(
+            plan.state, batch
+        )
         flags = jax.tree.leaves(rests_on_host(plan.state, plan.region.specs, ".*"))
         found[is_away] = memory_of(compile_with_host(lowered, arguments=flags, results=flags))
     leaves = zip(jax.tree.leaves(plan.state), flags, strict=True)
-    moments = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf, is_away in leaves if is_away)
+    moments = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf, is_away in leaves if is_away
+    )
     assert found[False].host == 0
     assert found[True].host == moments == found[False].arguments - found[True].arguments
     assert found[True].temporaries - found[False].temporaries < moments / 2
 
 
 def test_parts_hold_an_eighth_or_the_largest_parameter():
-    assert parts([1] * 16) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8), range(8, 10), range(10, 12),
-                               range(12, 14), range(14, 16)]  # fmt: skip
+    assert parts([1] * 16) == [
+        range(0, 2),
+        range(2, 4),
+        range(4, 6),
+        range(6, 8),
+        range(8, 10),
+        range(10, 12),
+        range(12, 14),
+        range(14, 16),
+    ]
     assert parts([1, 8, 2, 6, 3]) == [range(0, 1), range(1, 2), range(2, 4), range(4, 5)]
     assert parts([]) == []
 
@@ -210,5 +261,7 @@ def test_parts_hold_an_eighth_or_the_largest_parameter():
 def test_a_backend_without_host_memory_is_refused():
     check_host_memory(jax.devices()[0])
     device = types.SimpleNamespace(platform="abacus", addressable_memories=lambda: [])
-    with pytest.raises(InputError, match=r"is_optimizer_on_host: given True, expected False: platform 'abacus' has"):
+    with pytest.raises(
+        InputError, match=r"is_optimizer_on_host: given True, expected False: platform 'abacus' has"
+    ):
         check_host_memory(device)

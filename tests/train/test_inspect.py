@@ -29,14 +29,20 @@ def test_counts_table_and_bytes(capsys):
     assert "ModelConfig.num_layers = 16" in shown
     assert f"{TOTAL:,} total" in shown
     for name, times in {"parameters": 1, "gradients": 1, "optimizer": 2, "sum": 4}.items():
-        assert re.search(rf"^{name} +{times * TOTAL * 4 / 2**30:.2f} GiB per device$", shown, re.MULTILINE), name
+        assert re.search(
+            rf"^{name} +{times * TOTAL * 4 / 2**30:.2f} GiB per device$", shown, re.MULTILINE
+        ), name
     assert re.search(r"^layers/0/attention/q +LDNH +\(16, 2048, 16, 128\) ", shown, re.MULTILINE)
 
 
 def test_a_mesh_that_is_not_there(capsys):
     """ZeRO 3 over 64 and tensor 4 on 256 devices divide everything but a few norms by 256; here there are 8."""
-    shown = inspect("mesh.data=64", "mesh.tensor=4", "mesh.zero=3", "data.batch_size=64", capsys=capsys)
-    assert "256 devices" in shown and re.search(r"attention/q .*\(pipeline, data, tensor, -\)", shown)
+    shown = inspect(
+        "mesh.data=64", "mesh.tensor=4", "mesh.zero=3", "data.batch_size=64", capsys=capsys
+    )
+    assert "256 devices" in shown and re.search(
+        r"attention/q .*\(pipeline, data, tensor, -\)", shown
+    )
     size = float(re.search(r"^sum +([\d.]+) MiB per device$", shown, re.MULTILINE)[1])
     assert size == pytest.approx(4 * TOTAL * 4 / 2**20 / 256, rel=1e-3)
 
@@ -67,7 +73,15 @@ def test_a_misfit_is_refused(capsys):
 
 def test_active_parameters_of_experts():
     """Two of eight experts count, the look-up table does not, the tied unembedding does."""
-    dims = dict(vocab_size=100, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=32)
+    dims = dict(
+        vocab_size=100,
+        num_layers=3,
+        model_dim=16,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        ffn_dim=32,
+    )
     experts = dict(moe_pattern=(True,), num_experts=8, num_active_experts=2, expert_dim=24)
     total, active = count_parameters(ModelConfig(**dims, **experts, max_length=8))
     attention, norms, expert, router = 16 * 4 * (4 + 2 + 2 + 4), 2 * 16, 3 * 16 * 24, 16 * 8

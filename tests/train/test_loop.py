@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxscale.launch.preemption import Preemption
+from jaxscale.launch.watchdog import Watchdog
 from jaxscale.train.loop import Loop, NonFiniteError, Outcome
 from jaxscale.train.metrics import Speed
-from jaxscale.train.preemption import Preemption
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.state import TrainState
-from jaxscale.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass
@@ -78,20 +78,44 @@ def make_state(step=0):
 
 def make_loop(world, tmp_path, *, steps=5, evaluate_every=100, window=None, preemption=None):
     return Loop(
-        step_fn=world.step, loader=world, place=lambda batch: batch, steps=steps, checkpoints=world, save_every=4,
-        reporters=[world], speed=Speed(1, 1.0), evaluate=world.evaluate, evaluate_every=evaluate_every,
-        diagnose=world.diagnose, preemption=preemption or Preemption(), profiler=Profiler(window, tmp_path),
+        step_fn=world.step,
+        loader=world,
+        place=lambda batch: batch,
+        steps=steps,
+        checkpoints=world,
+        save_every=4,
+        reporters=[world],
+        speed=Speed(1, 1.0),
+        evaluate=world.evaluate,
+        evaluate_every=evaluate_every,
+        diagnose=world.diagnose,
+        preemption=preemption or Preemption(),
+        profiler=Profiler(window, tmp_path),
         watchdog=Watchdog(None),
-    )  # fmt: skip
+    )
 
 
 def test_figures_come_one_step_late_and_before_what_is_saved(tmp_path):
     world = World()
     outcome = make_loop(world, tmp_path).run(make_state())
     assert world.log == [
-        "step 1", "step 2", "figures of 1", "step 3", "figures of 2", "step 4", "figures of 3", "figures of 4",
-        "save 4", "step 5", "figures of 5", "evaluate 5", "evaluation of 5", "save 5", "save 5 forced", "wait",
-    ]  # fmt: skip
+        "step 1",
+        "step 2",
+        "figures of 1",
+        "step 3",
+        "figures of 2",
+        "step 4",
+        "figures of 3",
+        "figures of 4",
+        "save 4",
+        "step 5",
+        "figures of 5",
+        "evaluate 5",
+        "evaluation of 5",
+        "save 5",
+        "save 5 forced",
+        "wait",
+    ]
     assert world.committed == {n: (n, True, {"position": n}) for n in (4, 5)}
     assert outcome == Outcome(5, None) and outcome.exit_status == 0
 
@@ -99,7 +123,9 @@ def test_figures_come_one_step_late_and_before_what_is_saved(tmp_path):
 def test_a_step_is_evaluated_before_it_is_committed(tmp_path):
     world = World()
     make_loop(world, tmp_path, steps=9, evaluate_every=2).run(make_state())
-    assert [line for line in world.log if line.startswith("evaluate")] == [f"evaluate {n}" for n in (2, 4, 6, 8, 9)]
+    assert [line for line in world.log if line.startswith("evaluate")] == [
+        f"evaluate {n}" for n in (2, 4, 6, 8, 9)
+    ]
     assert world.log.index("evaluation of 8") < world.log.index("save 8")
 
 
@@ -107,7 +133,10 @@ def test_a_resumed_run_does_the_rest(tmp_path):
     world = World(position=3)
     make_loop(world, tmp_path).run(make_state(3))
     assert [line for line in world.log if line.startswith("step")] == ["step 4", "step 5"]
-    assert [line for line in world.log if line.startswith("figures")] == ["figures of 4", "figures of 5"]
+    assert [line for line in world.log if line.startswith("figures")] == [
+        "figures of 4",
+        "figures of 5",
+    ]
 
 
 def test_a_finished_run_does_nothing(tmp_path):
@@ -125,7 +154,9 @@ def test_a_signal_stops_after_the_step_with_everything_reported_and_saved(tmp_pa
         return world.step(state, batch)
 
     with Preemption() as preemption:
-        loop = dataclasses.replace(make_loop(world, tmp_path, steps=9, preemption=preemption), step_fn=step)
+        loop = dataclasses.replace(
+            make_loop(world, tmp_path, steps=9, preemption=preemption), step_fn=step
+        )
         outcome = loop.run(make_state())
     assert world.log[-4:] == ["figures of 2", "figures of 3", "save 3 forced", "wait"]
     assert world.committed == {3: (3, True, {"position": 3})}
@@ -141,7 +172,9 @@ def test_a_signal_during_the_last_step_leaves_nothing_to_do(tmp_path):
         return world.step(state, batch)
 
     with Preemption() as preemption:
-        outcome = dataclasses.replace(make_loop(world, tmp_path, preemption=preemption), step_fn=step).run(make_state())
+        outcome = dataclasses.replace(
+            make_loop(world, tmp_path, preemption=preemption), step_fn=step
+        ).run(make_state())
     assert outcome == Outcome(5, None) and outcome.exit_status == 0
 
 
@@ -151,7 +184,10 @@ def test_a_bad_step_stops_the_run_with_the_state_before_it(tmp_path, bad_step):
     with pytest.raises(NonFiniteError) as error:
         make_loop(world, tmp_path, steps=9).run(make_state())
     message = str(error.value)
-    assert f"step {bad_step}: loss nan" in message and f"state after step {bad_step - 1} is saved" in message
+    assert (
+        f"step {bad_step}: loss nan" in message
+        and f"state after step {bad_step - 1} is saved" in message
+    )
     assert f"tensor x of step {bad_step}, batch {bad_step}" in message
     # What is saved can go on: it is not marked as broken, and the bad batch comes next.
     before = bad_step - 1
@@ -165,7 +201,10 @@ def test_a_diagnosis_that_fails_costs_no_state(tmp_path):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile allocating")
 
     world = World(bad_step=3)
-    with pytest.raises(NonFiniteError, match=r"diagnosis failed \(RESOURCE_EXHAUSTED: Out of memory\); .* 2 is saved"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"diagnosis failed \(RESOURCE_EXHAUSTED: Out of memory\); .* 2 is saved",
+    ):
         dataclasses.replace(make_loop(world, tmp_path), diagnose=diagnose).run(make_state())
     assert world.committed == {2: (2, True, {"position": 2})}
 
@@ -173,18 +212,24 @@ def test_a_diagnosis_that_fails_costs_no_state(tmp_path):
 @pytest.mark.parametrize("bad_step", [3, 4, 5])
 def test_parameters_that_an_update_broke_are_never_saved(tmp_path, bad_step):
     world = World(bad_step=bad_step, is_update_bad=True)
-    with pytest.raises(NonFiniteError, match=f"step {bad_step}: the update was not finite; .* newest checkpoint"):
+    with pytest.raises(
+        NonFiniteError, match=f"step {bad_step}: the update was not finite; .* newest checkpoint"
+    ):
         make_loop(world, tmp_path).run(make_state())
     assert world.committed == ({4: (4, True, {"position": 4})} if bad_step == 5 else {})
 
 
 @pytest.mark.parametrize(
-    ("start", "stop", "profiled"), [(0, 9, [3, 4, 5]), (4, 9, [5]), (6, 9, []), (0, 4, [3, 4])], ids=str
+    ("start", "stop", "profiled"),
+    [(0, 9, [3, 4, 5]), (4, 9, [5]), (6, 9, []), (0, 4, [3, 4])],
+    ids=str,
 )
 def test_the_profiler_records_its_window(tmp_path, monkeypatch, start, stop, profiled):
     """From the start, resumed within the window, resumed after it, and stopped within it."""
     world = World(position=start)
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: world.log.append(f"on {directory}"))
+    monkeypatch.setattr(
+        jax.profiler, "start_trace", lambda directory: world.log.append(f"on {directory}")
+    )
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: world.log.append("off"))
     make_loop(world, tmp_path, steps=stop, window=(2, 5)).run(make_state(start))
     lines = [line for line in world.log if line.startswith(("step", "on", "off"))]
@@ -208,7 +253,9 @@ def test_figures_are_json(tmp_path):
     """What reaches a reporter is host numbers and, of a model with experts, arrays; how evenly these are used too."""
     seen = []
     world = World()
-    world.report = lambda step, figures: seen.append(json.dumps(figures, default=lambda array: array.tolist()))
+    world.report = lambda step, figures: seen.append(
+        json.dumps(figures, default=lambda array: array.tolist())
+    )
 
     def step(state, batch):
         state, metrics = world.step(state, batch)
@@ -226,5 +273,7 @@ def test_what_is_due_is_saved_though_the_evaluation_fails(tmp_path):
 
     world = World()
     with pytest.raises(ZeroDivisionError):
-        dataclasses.replace(make_loop(world, tmp_path, steps=9, evaluate_every=4), evaluate=evaluate).run(make_state())
+        dataclasses.replace(
+            make_loop(world, tmp_path, steps=9, evaluate_every=4), evaluate=evaluate
+        ).run(make_state())
     assert world.committed == {4: (4, True, {"position": 4})}

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxscale.launch.watchdog import EXIT_LOST_PEER
 from jaxscale.train.metrics import read_history
-from jaxscale.train.watchdog import EXIT_LOST_PEER
 
 ROOT = Path(__file__).resolve().parents[2]
 # Other processes sum in another order: at most 3e-7 of a loss was seen.
@@ -48,19 +48,39 @@ class Run:
 
     def __init__(self, file, directory, *overrides, number):
         self.directory = directory
-        command = [sys.executable, "-m", "jaxscale.cli", "pretrain", str(file), f"--set=directory={str(directory)!r}"]
-        command += [f"--set={each}" for each in (f"runtime.num_cpu_devices={8 // number}", *overrides)]
+        command = [
+            sys.executable,
+            "-m",
+            "jaxscale.cli",
+            "pretrain",
+            str(file),
+            f"--set=directory={str(directory)!r}",
+        ]
+        command += [
+            f"--set={each}" for each in (f"runtime.num_cpu_devices={8 // number}", *overrides)
+        ]
         with socket.socket() as free:
             free.bind(("localhost", 0))
             coordinator = f"localhost:{free.getsockname()[1]}"
         self.processes, self.logs = [], []
         for index in range(number):
-            settings = {"launcher": "explicit", "coordinator": coordinator, "number": number, "index": index}
-            extra = [f"--set=runtime.processes.{name}={value}" for name, value in settings.items() if number > 1]
+            settings = {
+                "launcher": "explicit",
+                "coordinator": coordinator,
+                "number": number,
+                "index": index,
+            }
+            extra = [
+                f"--set=runtime.processes.{name}={value}"
+                for name, value in settings.items()
+                if number > 1
+            ]
             self.logs.append(Path(f"{directory}.{time.monotonic_ns()}.log"))
             with self.logs[-1].open("w") as log:
                 environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
-                started = subprocess.Popen(command + extra, cwd=ROOT, env=environment, stdout=log, stderr=log)
+                started = subprocess.Popen(
+                    command + extra, cwd=ROOT, env=environment, stdout=log, stderr=log
+                )
             self.processes.append(started)
 
     def statuses(self):
@@ -73,7 +93,9 @@ class Run:
     def wait_for_step(self, step):
         deadline = time.monotonic() + 200
         while len(losses(self.directory)) < step:
-            assert all(process.poll() is None for process in self.processes), self.log(0) + self.log(1)
+            assert all(process.poll() is None for process in self.processes), self.log(
+                0
+            ) + self.log(1)
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -109,7 +131,9 @@ def evaluations(directory):
 
 
 def checkpoints(directory):
-    return sorted(int(each.name) for each in directory.glob("checkpoints/*") if each.name.isdecimal())
+    return sorted(
+        int(each.name) for each in directory.glob("checkpoints/*") if each.name.isdecimal()
+    )
 
 
 # Devices 0 to 3 are process 0's: each of these has an axis that crosses the processes.
@@ -121,11 +145,16 @@ CROSSING = {
 }
 
 
-@pytest.mark.parametrize("axis", ["data", pytest.param("pipeline", marks=LONG), pytest.param("sequence", marks=LONG)])
+@pytest.mark.parametrize(
+    "axis", ["data", pytest.param("pipeline", marks=LONG), pytest.param("sequence", marks=LONG)]
+)
 def test_two_processes_train_as_one_does_and_one_goes_on(start, tmp_path, axis):
     """The one process has another mesh: it gets the same figures, and goes on from the two's checkpoint."""
     steps = ("train.steps=10", "checkpoint.keep_last=3", "model.num_layers=3")
-    whole, two = start(tmp_path / "whole", *steps, number=1), start(tmp_path / "two", *steps, *CROSSING[axis])
+    whole, two = (
+        start(tmp_path / "whole", *steps, number=1),
+        start(tmp_path / "two", *steps, *CROSSING[axis]),
+    )
     assert whole.statuses() == [0], whole.log(0)
     assert two.statuses() == [0, 0], two.log(0) + two.log(1)
     assert_same_figures(two.directory, whole.directory)
@@ -145,8 +174,8 @@ PLACE = """
 import sys
 import numpy as np
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
-from jaxscale.parallel.processes import batch_share
-from jaxscale.parallel.runtime import ProcessesConfig, RuntimeConfig, apply_runtime
+from jaxscale.parallel.batch import batch_share
+from jaxscale.launch.runtime import ProcessesConfig, RuntimeConfig, apply_runtime
 from jaxscale.parallel.batch import place
 
 processes = ProcessesConfig("explicit", sys.argv[1], 2, int(sys.argv[2]))
@@ -170,7 +199,9 @@ def test_each_process_places_its_share_on_any_mesh():
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
     processes = [
-        subprocess.Popen([sys.executable, "-c", PLACE, address, str(index)], cwd=ROOT, env=environment, **pipe)
+        subprocess.Popen(
+            [sys.executable, "-c", PLACE, address, str(index)], cwd=ROOT, env=environment, **pipe
+        )
         for index in range(2)
     ]
     outputs = [process.communicate(timeout=100)[0].decode() for process in processes]
@@ -182,7 +213,9 @@ def assert_same_figures(got, wanted):
     got, wanted = evaluations(got), evaluations(wanted)
     assert [line["step"] for line in got] == [line["step"] for line in wanted] == [7, 10]
     for name in ("held_out/loss", "held_out/bits_per_byte"):
-        np.testing.assert_allclose([line[name] for line in got], [line[name] for line in wanted], rtol=LOSS_TOLERANCE)
+        np.testing.assert_allclose(
+            [line[name] for line in got], [line[name] for line in wanted], rtol=LOSS_TOLERANCE
+        )
 
 
 ENDLESS = ("train.steps=100000", "train.evaluate_every=100000")
@@ -203,22 +236,37 @@ def assert_can_go_on(start, run, number):
     """Two more steps from the newest checkpoint."""
     newest = checkpoints(run.directory)[-1]
     again = start(run.directory, f"train.steps={newest + 2}", number=number)
-    assert again.statuses() == [0] * number and f"resumed after step {newest}" in again.log(0), again.log(0)
+    assert again.statuses() == [0] * number and f"resumed after step {newest}" in again.log(0), (
+        again.log(0)
+    )
     assert len(losses(again.directory)) == newest + 2
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_stuck_or_dead_process_ends_the_other_within_the_stated_time(start, tmp_path, victim, number):
-    run = start(tmp_path / "run", *ENDLESS, f"runtime.watchdog_timeout_s={WATCHDOG_S}", "checkpoint.save_every=20")
-    run.wait_for_step(22)  # in a checkpoint the watchdog has more patience than JAX, whose message would come
+def test_a_stuck_or_dead_process_ends_the_other_within_the_stated_time(
+    start, tmp_path, victim, number
+):
+    run = start(
+        tmp_path / "run",
+        *ENDLESS,
+        f"runtime.watchdog_timeout_s={WATCHDOG_S}",
+        "checkpoint.save_every=20",
+    )
+    run.wait_for_step(
+        22
+    )  # in a checkpoint the watchdog has more patience than JAX, whose message would come
     run.processes[victim].send_signal(number)
     began = time.monotonic()
     status = run.processes[1 - victim].wait(timeout=60)
-    assert time.monotonic() - began < 2 * WATCHDOG_S + 2  # two for writing the stacks on a busy machine
+    assert (
+        time.monotonic() - began < 2 * WATCHDOG_S + 2
+    )  # two for writing the stacks on a busy machine
     log = run.log(1 - victim)
-    if victim == 0 and number == signal.SIGKILL:  # JAX's own client may be first to see that its coordinator is gone
+    if (
+        victim == 0 and number == signal.SIGKILL
+    ):  # JAX's own client may be first to see that its coordinator is gone
         assert status in (EXIT_LOST_PEER, -signal.SIGABRT)
         assert "process 1 of 2: failed in step " in log or "another task died" in log
     else:

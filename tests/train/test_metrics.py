@@ -11,7 +11,15 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxscale.train import metrics
-from jaxscale.train.metrics import History, ProgressBar, Speed, TensorBoard, expert_use, peak_flops, read_history
+from jaxscale.train.metrics import (
+    History,
+    ProgressBar,
+    Speed,
+    TensorBoard,
+    expert_use,
+    peak_flops,
+    read_history,
+)
 
 
 def write(path, steps, first=0):
@@ -37,9 +45,13 @@ def test_floats_read_back_bit_identical(tmp_path):
 def test_arrays_of_any_kind_are_written(tmp_path):
     """Evaluators return what they like."""
     history = History(tmp_path / "metrics.jsonl", 0)
-    history.report(1, {"load": np.float32([[1, 2]]), "a": np.float32(0.5), "b": jax.numpy.int32(3), "c": True})
+    history.report(
+        1, {"load": np.float32([[1, 2]]), "a": np.float32(0.5), "b": jax.numpy.int32(3), "c": True}
+    )
     history.close()
-    assert read_history(tmp_path / "metrics.jsonl") == [{"step": 1, "load": [[1, 2]], "a": 0.5, "b": 3, "c": True}]
+    assert read_history(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "load": [[1, 2]], "a": 0.5, "b": 3, "c": True}
+    ]
 
 
 def test_a_resumed_history_drops_the_steps_that_run_again(tmp_path):
@@ -88,7 +100,9 @@ def test_speed_and_mfu(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     speed = Speed(tokens_per_step=1000, flops_per_token=989e9, _last=metrics.time.perf_counter())
     assert speed.figures() == pytest.approx(
-        dict(seconds=0.5, tokens_per_second=2000, tflops_per_device=989, mfu=1.0, peak_memory_bytes=5)
+        dict(
+            seconds=0.5, tokens_per_second=2000, tflops_per_device=989, mfu=1.0, peak_memory_bytes=5
+        )
     )
 
 
@@ -97,7 +111,9 @@ def test_the_use_of_experts_is_that_of_the_least_even_layer():
         dict(expert_max_share=0.5, expert_entropy=0.5)
     )
     assert expert_use(np.array([[0, 8]])) == dict(expert_max_share=1.0, expert_entropy=0.0)
-    assert expert_use(np.zeros((1, 4))) == dict(expert_max_share=0.0, expert_entropy=0.0)  # no valid token
+    assert expert_use(np.zeros((1, 4))) == dict(
+        expert_max_share=0.0, expert_entropy=0.0
+    )  # no valid token
 
 
 def test_no_mfu_where_the_peak_is_not_known():
@@ -120,7 +136,11 @@ def read_events(path):
 
 def read_scalars(directory):
     (path,) = directory.iterdir()
-    return [(value.tag, event.step, value.simple_value) for event in read_events(path) for value in event.summary.value]
+    return [
+        (value.tag, event.step, value.simple_value)
+        for event in read_events(path)
+        for value in event.summary.value
+    ]
 
 
 def test_tensorboard_gets_the_scalars(tmp_path):
@@ -135,14 +155,24 @@ def test_each_start_has_a_tensorboard_file_of_its_own(tmp_path):
     for step in (0, 7):
         TensorBoard(tmp_path, step).close()
     first, second = sorted(tmp_path.iterdir())
-    assert [event.step for event in read_events(second)] == [0, 8]  # what the first has from step 8 on is hidden
+    assert [event.step for event in read_events(second)] == [
+        0,
+        8,
+    ]  # what the first has from step 8 on is hidden
     assert read_events(first)[0].file_version == "brain.Event:2"
 
 
 def test_the_bar_shows_step_and_figures(capsys):
     bar = ProgressBar(10, 4)
-    bar.report(5, {"loss": 2.345678, "tokens_per_second": 12345.6, "mfu": 0.5, "gradient_norm": 1.0})
+    bar.report(
+        5, {"loss": 2.345678, "tokens_per_second": 12345.6, "mfu": 0.5, "gradient_norm": 1.0}
+    )
     bar.report(5, {"held_out/loss": 9.0})
     bar.close()
     shown = capsys.readouterr().err
-    assert "5/10" in shown and "loss=2.346" in shown and "tokens/s=12,346" in shown and "mfu=50.0%" in shown
+    assert (
+        "5/10" in shown
+        and "loss=2.346" in shown
+        and "tokens/s=12,346" in shown
+        and "mfu=50.0%" in shown
+    )

@@ -39,11 +39,15 @@ def make_schedule_of(steps, **fields):
 def draw(seed):
     """A tree of normal numbers in the shape of DIMS."""
     rng = np.random.default_rng(seed)
-    return tree.map_with_path(lambda path, d: jnp.float32(rng.normal(size=[SIZES[c] for c in d])), DIMS)
+    return tree.map_with_path(
+        lambda path, d: jnp.float32(rng.normal(size=[SIZES[c] for c in d])), DIMS
+    )
 
 
 def make(name, **fields):
-    config = OptimizerConfig(name=name, learning_rate=0.1, schedule="wsd", decay_fraction=0.0, **fields)
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, schedule="wsd", decay_fraction=0.0, **fields
+    )
     return make_optimizer(config, steps=10, dims=DIMS)
 
 
@@ -62,7 +66,9 @@ def assert_close(got, wanted, **tolerance):
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_schedules_rise_from_above_zero_to_the_peak_and_end_at_the_final_fraction(schedule):
-    rate = make_schedule_of(100, schedule=schedule, warmup_steps=10, final_fraction=0.2, decay_fraction=0.3)
+    rate = make_schedule_of(
+        100, schedule=schedule, warmup_steps=10, final_fraction=0.2, decay_fraction=0.3
+    )
     assert rate(0) == pytest.approx(PEAK / 10)
     assert rate(9) == pytest.approx(PEAK)
     assert rate(99) == pytest.approx(0.2 * PEAK)
@@ -71,13 +77,21 @@ def test_schedules_rise_from_above_zero_to_the_peak_and_end_at_the_final_fractio
 
 
 def test_schedules_have_their_shapes():
-    half = 10 + (99 - 9) // 2 - 1  # in the middle between the last step of the warm-up and the last of all
+    half = (
+        10 + (99 - 9) // 2 - 1
+    )  # in the middle between the last step of the warm-up and the last of all
     for schedule in ("cosine", "linear"):
-        assert make_schedule_of(100, schedule=schedule, warmup_steps=10)(half) == pytest.approx(PEAK * 0.55)
+        assert make_schedule_of(100, schedule=schedule, warmup_steps=10)(half) == pytest.approx(
+            PEAK * 0.55
+        )
     quarter = 9 + (half - 9) / 2
     cosine = 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2
-    assert make_schedule_of(100, schedule="cosine", warmup_steps=10)(quarter) == pytest.approx(PEAK * cosine)
-    wsd = make_schedule_of(100, schedule="wsd", warmup_steps=10, decay_fraction=0.3, final_fraction=0.0)
+    assert make_schedule_of(100, schedule="cosine", warmup_steps=10)(quarter) == pytest.approx(
+        PEAK * cosine
+    )
+    wsd = make_schedule_of(
+        100, schedule="wsd", warmup_steps=10, decay_fraction=0.3, final_fraction=0.0
+    )
     assert wsd(10) == wsd(69) == pytest.approx(PEAK)
     assert wsd(84) == pytest.approx(PEAK / 2)
 
@@ -98,26 +112,41 @@ def test_warm_up_must_fit(schedule):
 
 
 def test_wsd_decay_must_fit_after_the_warm_up():
-    with pytest.raises(InputError, match=r"warmup_steps \+ decay steps <= steps, but 15 \+ 10 > 20"):
+    with pytest.raises(
+        InputError, match=r"warmup_steps \+ decay steps <= steps, but 15 \+ 10 > 20"
+    ):
         make_schedule_of(20, schedule="wsd", warmup_steps=15, decay_fraction=0.5)
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(name="sgd"), dict(schedule="step"), dict(learning_rate=0.0), dict(warmup_steps=-1), dict(clip_norm=0.0),
-        dict(final_fraction=1.5), dict(decayed="("), dict(learning_rate=float("nan")), dict(clip_norm=float("nan")),
-        dict(beta1=1.0), dict(beta2=-0.1), dict(epsilon=0.0), dict(weight_decay=-0.1), dict(weight_decay=float("nan")),
+        dict(name="sgd"),
+        dict(schedule="step"),
+        dict(learning_rate=0.0),
+        dict(warmup_steps=-1),
+        dict(clip_norm=0.0),
+        dict(final_fraction=1.5),
+        dict(decayed="("),
+        dict(learning_rate=float("nan")),
+        dict(clip_norm=float("nan")),
+        dict(beta1=1.0),
+        dict(beta2=-0.1),
+        dict(epsilon=0.0),
+        dict(weight_decay=-0.1),
+        dict(weight_decay=float("nan")),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_settings_are_refused(fields):
     with pytest.raises(InputError, match=next(iter(fields))):
         OptimizerConfig(**fields)
 
 
 def test_a_decay_of_nothing_is_refused():
-    with pytest.raises(InputError, match=r"OptimizerConfig.decayed: given 'lora', .* one of .*attention/q"):
+    with pytest.raises(
+        InputError, match=r"OptimizerConfig.decayed: given 'lora', .* one of .*attention/q"
+    ):
         make("adamw", decayed="lora", weight_decay=0.1)
     make("adamw", decayed="lora", weight_decay=0.0)
 
@@ -149,7 +178,9 @@ def test_lion_equals_a_naive_one():
             p = p - rate * (np.sign(b1 * m + (1 - b1) * g) + (decay * p if path in DECAYED else 0))
             m = b2 * m + (1 - b2) * g
         wanted[path] = p
-    got = train(make("lion", beta1=b1, beta2=b2, weight_decay=decay, clip_norm=None), params, gradients)
+    got = train(
+        make("lion", beta1=b1, beta2=b2, weight_decay=decay, clip_norm=None), params, gradients
+    )
     assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -191,7 +222,9 @@ def test_weight_decay_spares_norms_biases_and_routers(name):
     """With no gradient at all a step is the decay alone."""
     params = draw(0)
     got = train(make(name, weight_decay=0.5), params, [jax.tree.map(jnp.zeros_like, params)])
-    wanted = {path: p * (0.95 if path in DECAYED else 1) for path, p in tree.flatten(params).items()}
+    wanted = {
+        path: p * (0.95 if path in DECAYED else 1) for path, p in tree.flatten(params).items()
+    }
     assert_close(got, wanted, rtol=1e-6)
 
 
@@ -199,11 +232,21 @@ def test_clipping_scales_all_gradients_by_the_global_norm():
     params, gradient = draw(0), draw(1)
     norm = optax.tree.norm(gradient)
     small = jax.tree.map(lambda g: g / norm, gradient)
-    settings = dict(weight_decay=0.0, epsilon=1.0)  # a large epsilon lets AdamW see the gradient's size
+    settings = dict(
+        weight_decay=0.0, epsilon=1.0
+    )  # a large epsilon lets AdamW see the gradient's size
     clipped = train(make("adamw", clip_norm=1.0, **settings), params, [gradient])
-    assert_close(clipped, tree.flatten(train(make("adamw", clip_norm=None, **settings), params, [small])), rtol=1e-5)
+    assert_close(
+        clipped,
+        tree.flatten(train(make("adamw", clip_norm=None, **settings), params, [small])),
+        rtol=1e-5,
+    )
     kept = train(make("adamw", clip_norm=2.0, **settings), params, [small])
-    assert_close(kept, tree.flatten(train(make("adamw", clip_norm=None, **settings), params, [small])), rtol=1e-6)
+    assert_close(
+        kept,
+        tree.flatten(train(make("adamw", clip_norm=None, **settings), params, [small])),
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])

@@ -18,16 +18,26 @@ TINY = Path(__file__).resolve().parents[1] / "tiny.gin"
 PARTS = ("model", "mesh", "data", "optimizer", "train", "policy", "stack")
 # AdamW's first steps are mere signs, which blow rounding up, unless epsilon is large.
 SETTINGS = (
-    "model.num_layers=2", "model.vocab_size=64", "train.num_microbatches=2", "stack.is_scanned=True",
-    "optimizer.epsilon=1.0", "optimizer.learning_rate=0.1", "data.sequence_length=16", "mesh.data=1", "mesh.tensor=1",
-)  # fmt: skip
+    "model.num_layers=2",
+    "model.vocab_size=64",
+    "train.num_microbatches=2",
+    "stack.is_scanned=True",
+    "optimizer.epsilon=1.0",
+    "optimizer.learning_rate=0.1",
+    "data.sequence_length=16",
+    "mesh.data=1",
+    "mesh.tensor=1",
+)
 MODELS = {
     "dense": (),
     "experts": (
-        "model.moe_pattern=(True,)", "model.num_experts=4", "model.num_active_experts=2", "model.expert_dim=16",
+        "model.moe_pattern=(True,)",
+        "model.num_experts=4",
+        "model.num_active_experts=2",
+        "model.expert_dim=16",
         "model.router='sparsemixer_v2'",
     ),
-}  # fmt: skip
+}
 
 
 def three_steps(gin_file, overrides, make_batch):
@@ -37,10 +47,17 @@ def three_steps(gin_file, overrides, make_batch):
     plan = make_plan(**{name: run[name] for name in PARTS}, devices=devices)
     settings = dict(specs=plan.region.specs, seed=0, trainable=run["train"].trainable)
     state = init_state(run["model"], plan.optimizer, plan.state, **settings)
-    step, specs, figures = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state), plan.region.specs, []
+    step, specs, figures = (
+        make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state),
+        plan.region.specs,
+        [],
+    )
 
     def canonical(state):
-        return {path: np.array(p) for path, p in tree.flatten(specs.layout.restore(state.params, specs.dims)).items()}
+        return {
+            path: np.array(p)
+            for path, p in tree.flatten(specs.layout.restore(state.params, specs.dims)).items()
+        }
 
     start = canonical(state)
     for number in range(3):
@@ -53,7 +70,9 @@ def three_steps(gin_file, overrides, make_batch):
 def gin_file(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     path = root / "run.gin"
-    path.write_text(f"include '{TINY}'\nCORPUS = ('{root}',)\nCACHE = '{root}'\nDIRECTORY = '{root}'\n")
+    path.write_text(
+        f"include '{TINY}'\nCORPUS = ('{root}',)\nCACHE = '{root}'\nDIRECTORY = '{root}'\n"
+    )
     return path
 
 
@@ -79,9 +98,14 @@ LONG = pytest.mark.long
     ],
     ids=str,
 )
-def test_products_of_axes_take_the_steps_of_one_device(model, mesh, gin_file, on_one_device, make_batch):
+def test_products_of_axes_take_the_steps_of_one_device(
+    model, mesh, gin_file, on_one_device, make_batch
+):
     overrides = *MODELS[model], *(f"mesh.{name}={size}" for name, size in mesh.items())
-    (figures, changes), (wanted, wanted_changes) = three_steps(gin_file, overrides, make_batch), on_one_device[model]
+    (figures, changes), (wanted, wanted_changes) = (
+        three_steps(gin_file, overrides, make_batch),
+        on_one_device[model],
+    )
     np.testing.assert_allclose(figures, wanted, rtol=2e-5)
     for path, change in changes.items():
         error = np.linalg.norm(change - wanted_changes[path])

@@ -28,7 +28,8 @@ from jaxscale.types import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, STOP = 30, 7
-# Sharding changes the order of float32 sums: after 30 steps at most 2e-7 of a loss and 3e-7 in a parameter were seen.
+# Sharding changes the order of float32 sums: after 30 steps at most 2e-7 of a loss and 3e-7 in a
+# parameter were seen.
 LOSS_TOLERANCE = 2e-6
 PARAMETER_TOLERANCE = 1e-5
 OTHER_MESH = ("mesh.data=2", "mesh.expert=2", "mesh.tensor=2", "mesh.zero=3")
@@ -73,12 +74,21 @@ def run(file, directory, *overrides, **more):
     def verb(**arguments):
         return pretrain(**arguments | more)
 
-    return config.run(verb, [file], [f"directory={str(directory)!r}", *overrides], bound_as=pretrain)
+    return config.run(
+        verb, [file], [f"directory={str(directory)!r}", *overrides], bound_as=pretrain
+    )
 
 
 def start(file, directory, *overrides):
     """`pretrain` in a process of its own, with eight devices unless the environment says otherwise."""
-    command = [sys.executable, "-m", "jaxscale.cli", "pretrain", str(file), f"--set=directory={str(directory)!r}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxscale.cli",
+        "pretrain",
+        str(file),
+        f"--set=directory={str(directory)!r}",
+    ]
     command += [f"--set={override}" for override in overrides]
     with Path(f"{directory}.log").open("a") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -130,7 +140,11 @@ def assert_close_run(file, got, wanted):
     assert data == wanted_data
     for path, leaf in state.items():
         np.testing.assert_allclose(
-            leaf, wanted_state[path], rtol=PARAMETER_TOLERANCE, atol=PARAMETER_TOLERANCE, err_msg=path
+            leaf,
+            wanted_state[path],
+            rtol=PARAMETER_TOLERANCE,
+            atol=PARAMETER_TOLERANCE,
+            err_msg=path,
         )
 
 
@@ -146,7 +160,9 @@ def whole(gin_file, tmp_path_factory):
 def stopped(whole, tmp_path_factory):
     """The directory of a run of the whole run's config.gin that SIGTERM stopped after step STOP."""
     directory = tmp_path_factory.mktemp("stopped")
-    assert run(whole / "config.gin", directory, evaluators=stop_at(STOP)) == Outcome(STOP, signal.SIGTERM)
+    assert run(whole / "config.gin", directory, evaluators=stop_at(STOP)) == Outcome(
+        STOP, signal.SIGTERM
+    )
     assert len(losses(directory)) == STOP
     return directory
 
@@ -164,42 +180,77 @@ def test_the_loss_goes_down(whole):
 
 def test_a_run_leaves_what_a_rerun_needs(gin_file, whole):
     names = {path.name for path in whole.iterdir()}
-    written = {"config.gin", "config.0.gin", "starts.jsonl", "metrics.jsonl", "tensorboard", "checkpoints"}
+    written = {
+        "config.gin",
+        "config.0.gin",
+        "starts.jsonl",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+    }
     assert names == written | {".lock"}
     (entry,) = map(json.loads, (whole / "starts.jsonl").read_text().splitlines())
-    assert entry["step"] == 0 and entry["jax"] == jax.__version__ and entry["devices"].startswith("8 x ")
+    assert (
+        entry["step"] == 0
+        and entry["jax"] == jax.__version__
+        and entry["devices"].startswith("8 x ")
+    )
     original = config.load(pretrain, [gin_file], [f"directory={str(whole)!r}"]).arguments
-    assert config.load(pretrain, [whole / "config.gin"]).arguments == original | {"evaluators": None}
+    assert config.load(pretrain, [whole / "config.gin"]).arguments == original | {
+        "evaluators": None
+    }
     line = read_history(whole / "metrics.jsonl")[0]
-    assert set(line) >= {"loss", "gradient_norm", "parameter_norm", "tokens_per_second", "data_wait_s"}
+    assert set(line) >= {
+        "loss",
+        "gradient_norm",
+        "parameter_norm",
+        "tokens_per_second",
+        "data_wait_s",
+    }
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["25", "30"]
 
 
 def test_a_run_resumed_on_the_same_mesh_is_bit_identical(gin_file, whole, resumable):
     assert run(gin_file, resumable) == Outcome(STEPS, None)
     assert_same_run(gin_file, resumable, whole)
-    assert [json.loads(line)["step"] for line in (resumable / "starts.jsonl").read_text().splitlines()] == [0, STOP]
+    assert [
+        json.loads(line)["step"] for line in (resumable / "starts.jsonl").read_text().splitlines()
+    ] == [0, STOP]
 
 
 def test_a_run_resumed_on_another_mesh_is_equal_within_rounding(gin_file, whole, resumable):
     assert run(gin_file, resumable, *OTHER_MESH) == Outcome(STEPS, None)
     assert_close_run(gin_file, resumable, whole)
     assert losses(resumable)[:STOP] == losses(whole)[:STOP]
-    meshes = [config.load(pretrain, [resumable / f"config.{n}.gin"]).arguments["mesh"] for n in (0, STOP)]
+    meshes = [
+        config.load(pretrain, [resumable / f"config.{n}.gin"]).arguments["mesh"] for n in (0, STOP)
+    ]
     assert [mesh.zero for mesh in meshes] == [1, 3], "each start's configuration is kept"
 
 
-def test_a_run_resumed_on_one_device_is_equal_within_rounding(gin_file, whole, resumable, monkeypatch):
+def test_a_run_resumed_on_one_device_is_equal_within_rounding(
+    gin_file, whole, resumable, monkeypatch
+):
     monkeypatch.setenv("XLA_FLAGS", "")
-    overrides = ("mesh.data=1", "mesh.tensor=1", "runtime.num_cpu_devices=1", "runtime.platform='cpu'")
-    assert start(gin_file, resumable, *overrides).wait(timeout=300) == 0, Path(f"{resumable}.log").read_text()
+    overrides = (
+        "mesh.data=1",
+        "mesh.tensor=1",
+        "runtime.num_cpu_devices=1",
+        "runtime.platform='cpu'",
+    )
+    assert start(gin_file, resumable, *overrides).wait(timeout=300) == 0, Path(
+        f"{resumable}.log"
+    ).read_text()
     assert_close_run(gin_file, resumable, whole)
 
 
 @pytest.mark.parametrize("steps", [STEPS, STEPS - 10])
 def test_a_finished_run_does_nothing_more(gin_file, whole, steps, caplog):
     def files():
-        return {path: (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns) for path in whole.rglob("*")}
+        return {
+            path: (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns)
+            for path in whole.rglob("*")
+        }
 
     before = files()
     with caplog.at_level("INFO"):
@@ -209,10 +260,14 @@ def test_a_finished_run_does_nothing_more(gin_file, whole, steps, caplog):
 
 
 def test_a_resumed_run_keeps_its_seed_and_its_checkpoints_folder(gin_file, resumable):
-    with pytest.raises(InputError, match=r"TrainConfig\.seed: given 1, expected the seed with which the run was begun"):
+    with pytest.raises(
+        InputError,
+        match=r"TrainConfig\.seed: given 1, expected the seed with which the run was begun",
+    ):
         run(gin_file, resumable, "train.seed=1")
     with pytest.raises(
-        InputError, match=r"directory: given 'chekpoints', expected 'checkpoints', where the run of .* 7"
+        InputError,
+        match=r"directory: given 'chekpoints', expected 'checkpoints', where the run of .* 7",
     ):
         run(gin_file, resumable, "checkpoint.directory=chekpoints")
     assert len(losses(resumable)) == STOP
@@ -221,7 +276,9 @@ def test_a_resumed_run_keeps_its_seed_and_its_checkpoints_folder(gin_file, resum
 def test_the_home_folder_may_be_written_as_a_tilde(gin_file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     run(gin_file, "~/run", "train.steps=2", "optimizer.warmup_steps=1")
-    assert (tmp_path / "run" / "metrics.jsonl").exists() and (tmp_path / "run" / "checkpoints" / "2").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").exists() and (
+        tmp_path / "run" / "checkpoints" / "2"
+    ).exists()
 
 
 def test_sigterm_saves_and_exits_143(gin_file, whole, tmp_path):
@@ -242,7 +299,10 @@ def wait_for(process, condition):
 
 
 def newest_step(directory):
-    return max((int(path.name) for path in directory.glob("checkpoints/*") if path.name.isdecimal()), default=0)
+    return max(
+        (int(path.name) for path in directory.glob("checkpoints/*") if path.name.isdecimal()),
+        default=0,
+    )
 
 
 def kill_again_and_again(file, directory, whole, num_kills, *overrides):
@@ -281,38 +341,72 @@ def test_evaluators_are_called_by_name(gin_file, tmp_path):
     def evaluator(context):
         seen.append(context.step)
         loader = make_loader(config.load(pretrain, [gin_file], ["directory=x"]).arguments["data"])
-        total, weight, _ = context.sums(context.params, context.place(next(loader)), jax.random.key(0))
+        total, weight, _ = context.sums(
+            context.params, context.place(next(loader)), jax.random.key(0)
+        )
         return {"loss": total / weight, "step": context.step}
 
-    run(gin_file, tmp_path, "train.steps=10", "checkpoint.save_every=100", evaluators={"first": evaluator})
+    run(
+        gin_file,
+        tmp_path,
+        "train.steps=10",
+        "checkpoint.save_every=100",
+        evaluators={"first": evaluator},
+    )
     lines = [line for line in read_history(tmp_path / "metrics.jsonl") if "first/loss" in line]
-    assert seen == [7, 10] == [line["step"] for line in lines] == [line["first/step"] for line in lines]
+    assert (
+        seen
+        == [7, 10]
+        == [line["step"] for line in lines]
+        == [line["first/step"] for line in lines]
+    )
     assert lines[1]["first/loss"] < lines[0]["first/loss"] < losses(tmp_path)[0]
 
 
 def test_a_run_starts_from_the_parameters_of_another(gin_file, whole, tmp_path):
     init_from = f"train.init_from={str(whole / 'checkpoints')!r}"
-    overrides = ("train.steps=2", "optimizer.warmup_steps=1", "train.trainable='final_norm/scale'", init_from)
+    overrides = (
+        "train.steps=2",
+        "optimizer.warmup_steps=1",
+        "train.trainable='final_norm/scale'",
+        init_from,
+    )
     run(gin_file, tmp_path, *overrides)
     names = {path for path in final_state(gin_file, whole)[0] if path.startswith("params")}
     wanted = final_state(gin_file, whole)[0]
     assert losses(tmp_path)[0] < 0.8 * losses(whole)[0]
     got = restore_params(gin_file, tmp_path)
     assert {f"params/{path}" for path in got} == names
-    changed = {path for path, leaf in got.items() if not np.array_equal(leaf, wanted[f"params/{path}"])}
+    changed = {
+        path for path, leaf in got.items() if not np.array_equal(leaf, wanted[f"params/{path}"])
+    }
     assert changed == {"final_norm/scale"}
 
 
 @pytest.mark.long
 def test_a_pipeline_of_unequal_stages_starts_from_the_parameters_of_another_run(gin_file, tmp_path):
     """The other run's stack is in canonical order, this one's permuted and padded, its optimizer state too."""
-    short = ("model.num_layers=3", "train.steps=2", "optimizer.warmup_steps=1", "train.num_microbatches=2")
+    short = (
+        "model.num_layers=3",
+        "train.steps=2",
+        "optimizer.warmup_steps=1",
+        "train.num_microbatches=2",
+    )
     run(gin_file, tmp_path / "first", *short)
     start = (*short, f"train.init_from={str(tmp_path / 'first/checkpoints')!r}")
     run(gin_file, tmp_path / "one", *start)
-    run(gin_file, tmp_path / "staged", *start, "mesh.pipeline=2", "mesh.data=2", "mesh.stage_periods=(1, 2)")
+    run(
+        gin_file,
+        tmp_path / "staged",
+        *start,
+        "mesh.pipeline=2",
+        "mesh.data=2",
+        "mesh.stage_periods=(1, 2)",
+    )
     assert losses(tmp_path / "one")[0] < losses(tmp_path / "first")[0]
-    np.testing.assert_allclose(losses(tmp_path / "staged"), losses(tmp_path / "one"), rtol=LOSS_TOLERANCE)
+    np.testing.assert_allclose(
+        losses(tmp_path / "staged"), losses(tmp_path / "one"), rtol=LOSS_TOLERANCE
+    )
 
 
 def restore_params(file, directory):
@@ -320,7 +414,9 @@ def restore_params(file, directory):
     where = dataclasses.replace(fields["checkpoint"], directory=str(directory / "checkpoints"))
     checkpoints = Checkpoints(where, **checkpoint_facts(fields["model"]))
     names = ("model", "mesh", "data", "optimizer", "train", "policy", "stack")
-    params = checkpoints.restore_params(make_plan(**{name: fields[name] for name in names}).state.params)
+    params = checkpoints.restore_params(
+        make_plan(**{name: fields[name] for name in names}).state.params
+    )
     checkpoints.close()
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(params).items()}
 
@@ -354,9 +450,16 @@ def test_a_missing_start_is_named_and_nothing_created(gin_file, whole, tmp_path)
 def test_the_smallest_grin_moe_learns(gin_file, tmp_path):
     """As configured, but for a few steps, on a tiny corpus and on all devices: this process cannot go back to one."""
     file = ROOT / "experiments/configs/papers/grin_moe_cpu.gin"
-    data = config.load(pretrain, [file], [f"data.cache_directory={str(tmp_path / 'cache')!r}"]).arguments["data"]
+    data = config.load(
+        pretrain, [file], [f"data.cache_directory={str(tmp_path / 'cache')!r}"]
+    ).arguments["data"]
     data = dataclasses.replace(data, sources=(TextSource((str(gin_file.parent / "corpus"),)),))
-    overrides = ("train.steps=12", "optimizer.warmup_steps=2", "runtime.num_cpu_devices=8", "mesh.data=8")
+    overrides = (
+        "train.steps=12",
+        "optimizer.warmup_steps=2",
+        "runtime.num_cpu_devices=8",
+        "mesh.data=8",
+    )
     assert run(file, tmp_path / "run", *overrides, data=data) == Outcome(12, None)
     history = losses(tmp_path / "run")
     assert history[0] == pytest.approx(np.log(260), rel=0.02)

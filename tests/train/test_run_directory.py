@@ -21,7 +21,9 @@ with held(Path(sys.argv[1])):
 
 
 def test_a_second_run_is_kept_out_until_the_first_is_gone(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE
+    )
     try:
         assert process.stdout.readline() == b"held\n"
         message = r"directory: given .*run', expected .* no other process is training"
@@ -34,7 +36,10 @@ def test_a_second_run_is_kept_out_until_the_first_is_gone(tmp_path):
     with held(tmp_path / "run"):
         (tmp_path / "run" / "metrics.jsonl").touch()
     with held(tmp_path / "run"):
-        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl"]
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+            ".lock",
+            "metrics.jsonl",
+        ]
 
 
 def test_a_start_that_is_refused_leaves_nothing(tmp_path):

@@ -48,15 +48,21 @@ def assert_close(got, wanted, tolerance):
 
 def test_figures_are_means_over_valid_tokens(make_setup, make_batch):
     setup, batch = make_setup(), make_batch()
-    loss_and_gradient = jax.jit(jax.value_and_grad(lambda params: setup.plan.loss_fn(params, batch, None)[0]))
+    loss_and_gradient = jax.jit(
+        jax.value_and_grad(lambda params: setup.plan.loss_fn(params, batch, None)[0])
+    )
     total, gradient = loss_and_gradient(setup.first.params)
     metrics = run(setup, batch)[1]
     valid, total = batch["weights"].sum(), float(total)
     assert metrics["weight"] == valid
     assert metrics["loss"] == pytest.approx(total / valid, rel=1e-5)
     assert metrics["nll"] == pytest.approx(total / valid, rel=1e-5)
-    assert metrics["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradient)) / valid, rel=1e-5)
-    assert metrics["parameter_norm"] == pytest.approx(float(optax.tree.norm(setup.first.params)), rel=1e-5)
+    assert metrics["gradient_norm"] == pytest.approx(
+        float(optax.tree.norm(gradient)) / valid, rel=1e-5
+    )
+    assert metrics["parameter_norm"] == pytest.approx(
+        float(optax.tree.norm(setup.first.params)), rel=1e-5
+    )
 
 
 def test_microbatches_equal_one_batch(make_setup, make_batch):
@@ -72,14 +78,19 @@ def test_microbatches_equal_one_batch(make_setup, make_batch):
 def test_a_batch_without_a_valid_token_is_no_fault(make_setup, make_batch):
     setup = make_setup()
     state, metrics = run(setup, make_batch(num_valid_rows=0))
-    assert metrics["is_finite"] and metrics["loss"] == metrics["gradient_norm"] == 0 == metrics["weight"]
+    assert (
+        metrics["is_finite"]
+        and metrics["loss"] == metrics["gradient_norm"] == 0 == metrics["weight"]
+    )
     scale = tree.flatten(state.params)["final_norm/scale"]
     np.testing.assert_array_equal(scale, 1)  # neither gradient nor decay
 
 
 def test_a_bad_batch_leaves_the_state_and_stops_all_later_steps(make_setup, make_batch):
     setup, good = make_setup(), make_batch()
-    bad = good | {"weights": np.where(np.arange(16) == 3, np.nan, good["weights"]).astype(np.float32)}
+    bad = good | {
+        "weights": np.where(np.arange(16) == 3, np.nan, good["weights"]).astype(np.float32)
+    }
     before, _ = run(setup, good)
     wanted = jax.tree.map(jnp.copy, before)
     after, metrics = run(setup, bad, state=before)
@@ -92,7 +103,9 @@ def test_a_bad_batch_leaves_the_state_and_stops_all_later_steps(make_setup, make
 
 def test_weights_of_any_scale_give_the_same_means(make_setup, make_batch):
     batch = make_batch()
-    (wanted, _), (got, metrics) = (run(make_setup(), batch | {"weights": batch["weights"] * f}) for f in (1, 0.001))
+    (wanted, _), (got, metrics) = (
+        run(make_setup(), batch | {"weights": batch["weights"] * f}) for f in (1, 0.001)
+    )
     assert metrics["weight"] < 1
     assert_close(got, wanted, 1e-6)
 
@@ -127,17 +140,24 @@ def test_frozen_parameters_stay_and_have_no_optimizer_state(make_setup, make_bat
 
 
 def test_a_pattern_that_trains_nothing_is_refused(make_setup):
-    with pytest.raises(InputError, match=r"TrainConfig.trainable: given 'attention', .* matches one of .*attention/q"):
+    with pytest.raises(
+        InputError,
+        match=r"TrainConfig.trainable: given 'attention', .* matches one of .*attention/q",
+    ):
         make_setup(trainable="attention")
 
 
 @pytest.mark.parametrize("zero", [pytest.param(0, marks=LONG), pytest.param(2, marks=LONG), 3])
 def test_zero_levels_give_the_same_update(make_setup, make_batch, zero):
     mesh = MeshConfig(data=2, zero=zero)
-    wanted, wanted_metrics = run(make_setup(mesh=MeshConfig(data=2, zero=1)), make_batch(), make_batch(1))
+    wanted, wanted_metrics = run(
+        make_setup(mesh=MeshConfig(data=2, zero=1)), make_batch(), make_batch(1)
+    )
     got, metrics = run(make_setup(mesh=mesh), make_batch(), make_batch(1))
     assert_close(got, wanted, 1e-6)
-    assert metrics["gradient_norm"] == pytest.approx(float(wanted_metrics["gradient_norm"]), rel=1e-5)
+    assert metrics["gradient_norm"] == pytest.approx(
+        float(wanted_metrics["gradient_norm"]), rel=1e-5
+    )
     single, _ = run(make_setup(), make_batch(), make_batch(1))
     assert_close(got, single, 1e-6)
 
@@ -148,14 +168,23 @@ def test_bytes_on_a_device_are_those_that_inspect_tells(make_setup, make_batch, 
     setup = make_setup(mesh=MeshConfig(data=2, zero=zero))
     state, _ = run(setup, make_batch(), make_batch(1))
     told = bytes_per_device(
-        setup.first.params, setup.plan.region.specs, OptimizerConfig(), TrainConfig(steps=10), Policy(),
+        setup.first.params,
+        setup.plan.region.specs,
+        OptimizerConfig(),
+        TrainConfig(steps=10),
+        Policy(),
         MeshConfig(data=2, zero=zero),
-    )  # fmt: skip
-    size = {name: bytes_of(part) for name, part in (("parameters", state.params), ("optimizer", state.opt_state))}
+    )
+    size = {
+        name: bytes_of(part)
+        for name, part in (("parameters", state.params), ("optimizer", state.opt_state))
+    }
     assert size == {name: told[name] for name in size}
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     assert size["parameters"] == (whole // 2 if zero == 3 else whole)
-    assert size["optimizer"] == pytest.approx(2 * whole if zero == 0 else whole, abs=16)  # and counters
+    assert size["optimizer"] == pytest.approx(
+        2 * whole if zero == 0 else whole, abs=16
+    )  # and counters
 
 
 def test_each_device_updates_its_share(make_setup):
@@ -181,13 +210,19 @@ def test_the_state_is_donated(make_setup, make_batch):
 
 def test_low_precision_compute_keeps_master_parameters(make_setup, make_batch):
     """An update far below bfloat16's resolution must not be lost."""
-    setup = make_setup(compute="bfloat16", optimizer=OptimizerConfig(learning_rate=1e-6, weight_decay=0.0))
+    setup = make_setup(
+        compute="bfloat16", optimizer=OptimizerConfig(learning_rate=1e-6, weight_decay=0.0)
+    )
     state, metrics = run(setup, make_batch())
     _, wanted = run(make_setup(), make_batch())
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state))} <= {
-        np.dtype("float32"), np.dtype("int32")
-    }  # fmt: skip
-    assert metrics["loss"] == pytest.approx(float(wanted["loss"]), rel=1e-2) and metrics["loss"] != wanted["loss"]
+        np.dtype("float32"),
+        np.dtype("int32"),
+    }
+    assert (
+        metrics["loss"] == pytest.approx(float(wanted["loss"]), rel=1e-2)
+        and metrics["loss"] != wanted["loss"]
+    )
     before, after = tree.flatten(setup.first.params), tree.flatten(state.params)
     for path, leaf in after.items():
         assert 0 < np.abs(leaf - before[path]).max() < 2e-6, path

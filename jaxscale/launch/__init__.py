@@ -1,0 +1,1 @@
+"""Starting processes, setting them up, watching them, and compiling for machines that are absent."""

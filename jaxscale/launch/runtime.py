@@ -1,0 +1,149 @@
+"""What must be set before JAX first touches a device: platform, virtual devices, flags and the other processes."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+
+from jaxscale.launch.processes import (
+    ProcessesConfig,
+    first_process_says,
+    process_index,
+    start_processes,
+)
+from jaxscale.types import InputError, check_choice, check_positive, check_types
+
+DEFAULT_WATCHDOG_S = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    """Settings of the process.
+
+    Args:
+        platform: "cpu", "cuda" or "tpu"; None leaves the choice to JAX.
+        num_cpu_devices: virtual devices that a CPU is split into; None for JAX's default.
+        is_deterministic: same bits from the same run on a GPU: deterministic operations, and the
+            autotuner's choices kept in the run's directory, which all processes share, and used
+            again on resume.
+        xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false"; at one that it
+            does not know, XLA itself ends the process.
+        processes: how the run's processes find one another; None for a run of one process.
+        watchdog_timeout_s: a step that takes longer ends the process, see `launch.watchdog`; a
+            process that is dead or frozen ends the others within twice that, whatever they do.
+            None: DEFAULT_WATCHDOG_S with several processes, no watch in a run of one, which waits
+            for nobody.
+    """
+
+    platform: str | None = None
+    num_cpu_devices: int | None = None
+    is_deterministic: bool = False
+    xla_flags: tuple[str, ...] = ()
+    processes: ProcessesConfig | None = None
+    watchdog_timeout_s: int | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("RuntimeConfig.platform", self.platform, (None, "cpu", "cuda", "tpu"))
+        if self.num_cpu_devices is not None:
+            check_positive("RuntimeConfig.num_cpu_devices", self.num_cpu_devices)
+        for flag in self.xla_flags:
+            if not flag.startswith("--xla_"):
+                raise InputError("RuntimeConfig.xla_flags", flag, "flags that begin with --xla_")
+        if self.watchdog_timeout_s is not None:
+            check_positive("RuntimeConfig.watchdog_timeout_s", self.watchdog_timeout_s)
+
+    def watchdog_s(self, num_processes: int) -> int | None:
+        """Seconds that a step may take in a run of so many processes; None for ever."""
+        return self.watchdog_timeout_s or (DEFAULT_WATCHDOG_S if num_processes > 1 else None)
+
+
+def apply_runtime(config: RuntimeConfig, directory: str) -> None:
+    """Applies the settings to this process.
+
+    Args:
+        config: the settings.
+        directory: of the run; holds the saved autotuning of a deterministic run.
+    Raises:
+        InputError: this machine has no such platform, JAX has already started with other devices or
+            flags than the configuration asks for, or a launcher's variable is missing.
+        RunError: this process could not join the others.
+    """
+    _set_flags("RuntimeConfig.xla_flags", config.xla_flags)
+    if config.platform is not None:
+        jax.config.update("jax_platforms", config.platform)
+    if config.num_cpu_devices is not None:
+        _set_cpu_devices(config.num_cpu_devices)
+    if config.processes is not None:
+        # Later than the watchdog's, which says more.
+        start_processes(config.processes, 2 * (config.watchdog_timeout_s or DEFAULT_WATCHDOG_S))
+    if config.is_deterministic:
+        flags = ("--xla_gpu_deterministic_ops=true", *_autotune_flags(directory))
+        _set_flags("RuntimeConfig.is_deterministic", flags)
+    if config.platform is not None:
+        _check_platform(config.platform)
+
+
+def _autotune_flags(directory: str) -> tuple[str, ...]:
+    """Where the autotuner's choices are saved every process loads them; where not, process 0 alone writes them.
+
+    The others need not write: XLA has each process tune a share and gives all of them every choice.
+    For that they wait for one another, so that all must load or none; process 0 says which,
+    whatever another's file system shows by now.
+    """
+    saved = Path(directory, "autotune.txtpb").absolute()
+    # A run that failed to compile leaves an empty file.
+    action = "load" if saved.exists() and saved.stat().st_size > 0 else "dump"
+    if first_process_says("autotune", action) == "load":
+        return (f"--xla_gpu_load_autotune_results_from={saved}",)
+    return (f"--xla_gpu_dump_autotune_results_to={saved}",) if process_index() == 0 else ()
+
+
+def _set_flags(parameter: str, flags: tuple[str, ...]) -> None:
+    """Adds flags to those of the environment; XLA reads them once, when it starts."""
+    present = os.environ.get("XLA_FLAGS", "").split()
+    missing = [flag for flag in flags if flag not in present]
+    if missing and _has_started():
+        expected = f"a process of its own: this one has started, without {' '.join(missing)}"
+        raise InputError(parameter, flags, expected)
+    os.environ["XLA_FLAGS"] = " ".join(present + missing)
+
+
+def _has_started() -> bool:
+    """Whether JAX has; there is no such question, but once it has it refuses another number of devices."""
+    number = jax.config.jax_num_cpu_devices
+    try:
+        jax.config.update("jax_num_cpu_devices", max(number, 0) + 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", number)
+    return False
+
+
+def _check_platform(platform: str) -> None:
+    try:
+        started = jax.devices()[0].platform.replace("gpu", "cuda")
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # it asserts, without a word, where a plugin finds no device
+        reason = str(error).partition("\n")[0] or "no device"
+        expected = f"a platform that this machine and this installation of JAX have ({reason})"
+        raise InputError("RuntimeConfig.platform", platform, expected) from None
+    if started != platform:
+        raise InputError(
+            "RuntimeConfig.platform", platform, f"{started!r}, as this process has started with"
+        )
+
+
+def _set_cpu_devices(number: int) -> None:
+    try:
+        jax.config.update("jax_num_cpu_devices", number)
+    except RuntimeError:  # the backends are up: fine if they are what is wanted
+        if len(jax.devices("cpu")) != number:
+            raise InputError(
+                "RuntimeConfig.num_cpu_devices",
+                number,
+                f"{len(jax.devices('cpu'))}, as this process has started with",
+            ) from None

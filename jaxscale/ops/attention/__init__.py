@@ -1,0 +1,19 @@
+"""Attention: one call with its mask structure, and one module for each backend behind it."""
+
+from jaxscale.ops.attention.api import (
+    BACKENDS,
+    DETERMINISTIC,
+    KERNEL_OUTPUT,
+    attention,
+    check_backend,
+)
+from jaxscale.ops.attention.context import AttentionContext
+
+__all__ = [
+    "BACKENDS",
+    "DETERMINISTIC",
+    "KERNEL_OUTPUT",
+    "AttentionContext",
+    "attention",
+    "check_backend",
+]

@@ -1,0 +1,250 @@
+"""Attention over one block of a sequence's keys: what is needed to add blocks up, forward and backward."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxscale.ops.attention.chunked import QUERY_CHUNK
+from jaxscale.ops.attention.context import NEVER, AttentionContext
+from jaxscale.ops.precision import accumulator
+from jaxscale.types import Array, InputError, check_choice
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "cudnn")
+
+
+def forward(
+    q: Array, k: Array, v: Array, context: AttentionContext, implementation: str
+) -> tuple[Array, Array]:
+    """Attention over a block of keys, with the logarithm of the softmax's denominator.
+
+    Source: Dao 2023, FlashAttention-2 (arXiv 2307.08691), section 3.1.1; its L is our lse.
+    Args:
+        q: [B, T, N, H].
+        k, v: [B, S, K, H], N a multiple of K.
+        context: the mask structure. "cudnn" does not look at positions: where the context is
+            aligned it takes the order of the tokens, elsewhere the caller vouches that every key
+            comes before every query.
+        implementation: one of BACKENDS.
+    Returns:
+        (o [B, T, N, H], lse [B, T, N]), both in at least float32. A query that sees no key has o =
+        0 and lse = NEVER.
+    """
+    return {"reference": _reference_forward, "cudnn": _cudnn_forward}[implementation](
+        q, k, v, context
+    )
+
+
+def backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    o: Array,
+    lse: Array,
+    do: Array,
+    implementation: str,
+) -> tuple[Array, Array, Array]:
+    """The block's part of the gradients, given the output and denominator over all blocks.
+
+    Source: Dao 2023, FlashAttention-2 (arXiv 2307.08691), algorithm 2.
+    Args:
+        q, k, v, context, implementation: as given to `forward`.
+        o: [B, T, N, H] over all blocks.
+        lse: [B, T, N] over all blocks.
+        do: [B, T, N, H], the cotangent of `o`.
+    Returns:
+        (dq, dk, dv) in at least float32, shaped as q, k and v.
+    """
+    backends = {"reference": _reference_backward, "cudnn": _cudnn_backward}
+    return backends[implementation](q, k, v, context, o, lse, do)
+
+
+def choose(q: Array, context: AttentionContext) -> str:
+    """The backend for a request that names none; logs it."""
+    is_half = q.dtype in (jnp.bfloat16, jnp.float16)
+    is_fast = jax.default_backend() == "gpu" and is_half and _cudnn_refusal(q, context) is None
+    implementation = "cudnn" if is_fast else "reference"
+    logger.info("block attention: backend %s for q%s %s", implementation, q.shape, q.dtype)
+    return implementation
+
+
+def check_backend(parameter: str, implementation: str, q: Array, context: AttentionContext) -> None:
+    """Raises InputError unless the backend is known and can do what is asked; shapes are enough."""
+    check_choice(parameter, implementation, BACKENDS)
+    if not context.is_causal or context.layout is not None:
+        raise InputError(
+            "AttentionContext",
+            "is_causal = False or a layout",
+            "a causal mask without layout of blocks",
+        )
+    if implementation == "cudnn" and (reason := _cudnn_refusal(q, context)):
+        raise InputError(parameter, implementation, reason)
+
+
+def _reference_forward(
+    q: Array, k: Array, v: Array, context: AttentionContext
+) -> tuple[Array, Array]:
+    def one(_: None, q: Array, part: AttentionContext) -> tuple[None, tuple[Array, Array]]:
+        logits, visible, _ = _logits(q, k, part)
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.where(visible, jnp.exp(logits - highest), 0)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        total = jnp.where(total > 0, total, 1)
+        o = jnp.einsum("bkgts,bskh->btkgh", weights / total, accumulator(v))
+        return None, (o.reshape(q.shape), _heads_last(highest + jnp.log(total)))
+
+    return _over_queries(one, None, (q,), context)[1]
+
+
+def _reference_backward(
+    q: Array, k: Array, v: Array, context: AttentionContext, o: Array, lse: Array, do: Array
+) -> tuple[Array, Array, Array]:
+    k32, v32 = accumulator(k), accumulator(v)
+
+    def one(sums: Any, q: Array, delta: Array, lse: Array, do: Array, part: AttentionContext):
+        logits, visible, slope = _logits(q, k, part)
+        do = _grouped(accumulator(do), k)
+        weights = jnp.exp(jnp.where(visible, logits - _heads_first(lse, k), NEVER))
+        dweights = jnp.einsum("btkgh,bskh->bkgts", do, v32)
+        dlogits = weights * (dweights - _heads_first(delta, k)) * slope * _scale(q, part)
+        dk = jnp.einsum("bkgts,btkgh->bskh", dlogits, _grouped(accumulator(q), k))
+        dv = jnp.einsum("bkgts,btkgh->bskh", weights, do)
+        return (sums[0] + dk, sums[1] + dv), jnp.einsum("bkgts,bskh->btkgh", dlogits, k32).reshape(
+            q.shape
+        )
+
+    delta = jnp.sum(accumulator(o) * accumulator(do), axis=-1)
+    zeros = (jnp.zeros_like(k32), jnp.zeros_like(v32))
+    (dk, dv), dq = _over_queries(one, zeros, (q, delta, lse, do), context)
+    return dq, dk, dv
+
+
+def _logits(q: Array, k: Array, context: AttentionContext) -> tuple[Array, Array, Array | float]:
+    """Masked logits [B, K, G, T, S], which of them are visible, and their slope by the logits before the soft-cap."""
+    logits = jnp.einsum("btkgh,bskh->bkgts", _grouped(accumulator(q), k), accumulator(k)) * _scale(
+        q, context
+    )
+    slope = 1.0
+    if context.softcap is not None:
+        capped = jnp.tanh(logits / context.softcap)
+        logits, slope = context.softcap * capped, 1 - capped**2
+    visible = context.mask()[:, :, None]
+    return jnp.where(visible, logits, NEVER), visible, slope
+
+
+def _over_queries(
+    f: Callable, carry: Any, arrays: tuple[Array, ...], context: AttentionContext
+) -> tuple[Any, Any]:
+    """Scans f(carry, *arrays, context) over chunks of queries, so that only [chunk, S] logits exist at a time."""
+    length = context.positions.shape[1]
+    chunk = min(length, QUERY_CHUNK)
+    num_chunks = -(-length // chunk)
+
+    def split(x: Array, fill: int = 0) -> Array:
+        rest = ((0, 0), (0, num_chunks * chunk - length), *((0, 0),) * (x.ndim - 2))
+        padded = jnp.pad(x, rest, constant_values=fill)
+        return jnp.moveaxis(padded.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], num_chunks * chunk, *x.shape[3:])[
+            :, :length
+        ]
+
+    def one(carry: Any, chunk: tuple):
+        *arrays, positions, segments = chunk
+        return f(carry, *arrays, dataclasses.replace(keyed, positions=positions, segments=segments))
+
+    keyed = context
+    if context.is_aligned:
+        keyed = dataclasses.replace(
+            context, key_positions=context.positions, key_segments=context.segments
+        )
+    segments = None if context.segments is None else split(context.segments)
+    unseeing = -1  # no key comes before this position, so that what fills the last chunk sees none
+    carry, out = lax.scan(
+        one, carry, (*map(split, arrays), split(context.positions, unseeing), segments)
+    )
+    return carry, jax.tree.map(join, out)
+
+
+def _grouped(q: Array, k: Array) -> Array:
+    """[B, T, N, H] -> [B, T, K, G, H]."""
+    return q.reshape(*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[3])
+
+
+def _heads_first(x: Array, k: Array) -> Array:
+    """[B, T, N] -> [B, K, G, T, 1]."""
+    return jnp.moveaxis(x, 1, 2).reshape(
+        x.shape[0], k.shape[2], x.shape[2] // k.shape[2], x.shape[1], 1
+    )
+
+
+def _heads_last(x: Array) -> Array:
+    """[B, K, G, T, 1] -> [B, T, N]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, x.shape[3]), 1, 2)
+
+
+def _cudnn_forward(q: Array, k: Array, v: Array, context: AttentionContext) -> tuple[Array, Array]:
+    cudnn, mask_type = _cudnn(context)
+    o, lse = cudnn.dot_product_attention(
+        q, k, v, scale=_scale(q, context), mask_type=mask_type, return_residual=True
+    )
+    return accumulator(o), jnp.moveaxis(lse, 1, 2)
+
+
+def _cudnn_backward(
+    q: Array, k: Array, v: Array, context: AttentionContext, o: Array, lse: Array, do: Array
+) -> tuple[Array, Array, Array]:
+    cudnn, mask_type = _cudnn(context)
+    unused = jnp.zeros(0, q.dtype)  # bias, lengths and offsets of documents, page tables
+    gradients = cudnn._dot_product_attention_bwd_p_wrapper.bind(
+        q,
+        k,
+        v,
+        *(unused,) * 7,
+        jnp.moveaxis(lse, 1, 2),
+        o.astype(q.dtype),
+        do.astype(q.dtype),
+        scale=_scale(q, context),
+        seed=42,
+        dropout_rate=0.0,
+        variadic_args=(False, False),
+        mask_type=mask_type,
+        layout=cudnn.AttentionLayout.BTNH.value,
+        sliding_window_length=None,
+    )
+    return tuple(map(accumulator, gradients))
+
+
+def _cudnn(context: AttentionContext) -> tuple[Any, Any]:
+    """JAX's binding of cuDNN and the mask it is asked for.
+
+    It is private because `jax.nn.dot_product_attention` rounds the lse that it returns to q's type,
+    which is too coarse to add blocks up, and has no way to give its backward the lse of all blocks.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    return cudnn, cudnn.MaskType.CAUSAL if context.is_aligned else cudnn.MaskType.NO_MASK
+
+
+def _cudnn_refusal(q: Array, context: AttentionContext) -> str | None:
+    """What of the request cuDNN cannot do, as the text of an error; None when it can."""
+    if context.softcap is not None:
+        return "a backend with soft-cap (cuDNN has none)"
+    if context.segments is not None or context.window is not None:
+        return 'a backend that reads documents and windows off positions, such as "reference"'
+    if q.shape[3] % 8 or q.shape[3] > 256:
+        return f"head_dim % 8 == 0 and head_dim <= 256, but head_dim = {q.shape[3]}"
+    return None
+
+
+def _scale(q: Array, context: AttentionContext) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if context.scale is None else context.scale

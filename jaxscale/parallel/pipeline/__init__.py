@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as tables, and one engine that runs any of them."""

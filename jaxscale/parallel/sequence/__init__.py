@@ -1,0 +1,1 @@
+"""Sequence parallelism: Ulysses, rings, and where the tokens of a sequence lie."""
