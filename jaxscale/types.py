@@ -8,6 +8,7 @@ Dimension legend, used in einsums, suffixes and the sharding rules:
 
 import collections.abc
 import dataclasses
+import enum
 import math
 import types
 import typing
@@ -125,3 +126,17 @@ def _type_name(annotation: Any) -> str:
         if isinstance(annotation, type) and not typing.get_args(annotation)
         else str(annotation)
     )
+
+
+class Role(enum.StrEnum):
+    """What a parameter is; whoever treats parameters differently reads this and no name."""
+
+    MATRIX = "matrix"  # of a dense matmul
+    EXPERT = "expert"  # matrices of experts
+    EMBEDDING = "embedding"  # looked up by token
+    POSITIONS = "positions"  # looked up by position
+    UNEMBEDDING = "unembedding"  # hidden state to logits
+    ROUTER = "router"  # hidden state to the logits of experts
+    NORM = "norm"  # scales and biases of norms, and other scales that start at 1
+    BIAS = "bias"  # of projections
+    LOGIT_BIAS = "logit_bias"

@@ -11,16 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxscale.data.loader import DataConfig
-from jaxscale.data.sources import TextSource
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.transformer import StackConfig
+from jaxscale.models.config.facts import from_flat
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.losses import NextTokenLoss
+from jaxscale.models.parameters import parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.train.optim import OptimizerConfig
-from jaxscale.train.plan import TrainConfig, make_plan
-from jaxscale.train.state import init_state
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.setup import make_setup
 from jaxscale.train.step import make_step
 
 GOLDEN = Path(__file__).parent / "golden" / "twenty_steps.json"
@@ -28,7 +28,7 @@ STEPS = 20
 # jax 0.10.2 and 0.11.2 differ by the order of float32 sums: at most 6e-7 was seen; scanned and
 # unrolled by nothing.
 TOLERANCE = 5e-6
-MODEL = ModelConfig(
+MODEL = from_flat(
     vocab_size=48,
     num_layers=4,
     model_dim=16,
@@ -65,22 +65,20 @@ def make_batch(number):
 
 def train(optimizer, *, is_scanned):
     """Loss and gradient norm of each step, and the parameters' norm before it."""
-    plan = make_plan(
-        model=MODEL,
+    policy = Policy(compute="float32")
+    execution = ExecutionConfig(is_scanned=is_scanned, num_loss_chunks=2)
+    setup = make_setup(
+        table=parameter_table(MODEL),
+        loss_fn=NextTokenLoss(MODEL, policy, execution, z_loss=1e-3),
         mesh=MeshConfig(),
         optimizer=OPTIMIZERS[optimizer],
-        data=DataConfig(sources=(TextSource(("unread",)),), sequence_length=16, batch_size=4),
-        train=TrainConfig(steps=STEPS, num_microbatches=2, z_loss=1e-3),
-        policy=Policy(compute="float32"),
-        stack=StackConfig(is_scanned=is_scanned, num_loss_chunks=2),
+        train=TrainConfig(steps=STEPS, num_microbatches=2),
+        policy=policy,
         devices=jax.devices()[:1],
     )
-    state = init_state(
-        MODEL, plan.optimizer, plan.state, specs=plan.region.specs, seed=0, trainable=".*"
-    )
-    step, curve = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state), []
+    state, step, curve = setup.init(0), make_step(setup), []
     for number in range(STEPS):
-        state, metrics = step(state, place(plan.mesh, make_batch(number)))
+        state, metrics = step(state, place(setup.mesh, make_batch(number)))
         curve.append(
             {name: float(metrics[name]) for name in ("loss", "gradient_norm", "parameter_norm")}
         )

@@ -90,6 +90,7 @@ class Checkpoints:
         config: where and how often.
         fingerprint: JSON-able facts of the model; a checkpoint with others is not restored.
         defaults: the values of those facts in checkpoints from before they were recorded.
+        upgrade: makes facts of today's form out of those that a checkpoint has recorded.
 
     Raises:
         InputError: `config.directory` is a file.
@@ -101,10 +102,12 @@ class Checkpoints:
         *,
         fingerprint: dict[str, Any],
         defaults: dict[str, Any] | None = None,
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda facts: facts,
     ):
         self._config = config
         self._fingerprint = fingerprint
         self._defaults = defaults or {}
+        self._upgrade = upgrade
         self._directory = pathlib.Path(config.directory).expanduser().absolute()
         if self._directory.exists() and not self._directory.is_dir():
             raise InputError(
@@ -339,7 +342,7 @@ class Checkpoints:
             path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
         matching.check_fingerprint(
-            meta["fingerprint"], self._fingerprint, self._defaults, str(path)
+            self._upgrade(meta["fingerprint"]), self._fingerprint, self._defaults, str(path)
         )
 
     def _saved_leaves(self, path: pathlib.Path) -> Any:

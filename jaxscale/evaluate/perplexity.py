@@ -1,18 +1,20 @@
-"""Held-out loss: nats a token, perplexity and bits per byte; as an evaluator of a run and as the `evaluate` verb."""
+"""Held-out loss: nats a token, perplexity and bits per byte.
+
+As an evaluator of a run, and as the `evaluate` verb.
+"""
 
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
-from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.restore import restore_params
 from jaxscale.data.loader import (
     DataConfig,
     HeldOutLoader,
@@ -21,19 +23,13 @@ from jaxscale.data.loader import (
     warn_of_trained_documents,
 )
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
-from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
-from jaxscale.models.config import ModelConfig, checkpoint_facts
-from jaxscale.models.parameters import abstract_params
-from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.precision import Policy
+from jaxscale.launch.runtime import apply_runtime
+from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.models.evaluation import EvaluationContext, check_evaluators
 from jaxscale.parallel.batch import batch_share, place
-from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.parallel.pipeline.stages import canonical_shapes, from_canonical
-from jaxscale.parallel.region import Region
-from jaxscale.train.evaluation import EvaluationContext, check_evaluators
-from jaxscale.train.losses import NextTokenLoss
 from jaxscale.train.metrics import writing
-from jaxscale.train.plan import TrainConfig, check_fit, make_region
+from jaxscale.train.run import Run, check_fit
+from jaxscale.train.state import stored_params
 from jaxscale.types import Batch, InputError, check_positive, check_types
 
 
@@ -106,32 +102,13 @@ def _open(data: DataConfig, index: int, count: int) -> HeldOutLoader:
     return make_loader(data, split="held_out", process_index=index, process_count=count)
 
 
-def evaluate(
-    *,
-    directory: str,
-    model: ModelConfig,
-    mesh: MeshConfig,
-    data: DataConfig,
-    checkpoint: CheckpointConfig,
-    policy: Policy = Policy(),
-    stack: StackConfig = StackConfig(),
-    runtime: RuntimeConfig = RuntimeConfig(),
-    evaluators: dict[str, Callable] | None = None,
-    step: int | None = None,
-) -> dict[str, float]:
-    """Measures a checkpoint, on any mesh; prints the figures and writes them to `directory`/evaluation_STEP.json.
+def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
+    """Measures a checkpoint, on any mesh; prints the figures and writes them to the run's directory.
+
+    They go to evaluation_STEP.json. A run without evaluators has `BitsPerByte` as "held_out".
 
     Args:
-        directory: of the run, as `train.pretrain.pretrain` had it.
-        model: the model.
-        mesh: axis sizes and ZeRO level.
-        data: held-out documents, sequence length and global batch size.
-        checkpoint: its directory is relative to `directory`.
-        policy: dtypes.
-        stack: how the layers are executed.
-        runtime: platform and flags.
-        evaluators: name -> evaluator(context) -> figures; None for BitsPerByte on `data` as
-            "held_out".
+        run: the run; its mesh may be another one than that of the training.
         step: which checkpoint; the newest when None.
     Returns:
         "name/figure" -> value.
@@ -139,36 +116,46 @@ def evaluate(
         InputError: the parts do not fit one another, there is no such checkpoint, or it had another
             tokenizer.
     """
-    run = Path(directory).expanduser()
-    apply_runtime(runtime, str(run))
-    evaluators = {"held_out": BitsPerByte(data)} if evaluators is None else evaluators
-    train = TrainConfig(steps=1)
-    region = make_region(model=model, mesh=mesh, train=train, policy=policy, stack=stack)
-    check_fit(model=model, mesh=mesh, data=data, train=train, policy=policy, stack=stack)
+    apply_runtime(run.runtime, str(run.path))
+    evaluators = run.evaluators or {"held_out": BitsPerByte(run.data)}
+    check_fit(run)
+    region = run.region()
     context = EvaluationContext(
         params=None,
         step=0,
-        model=model,
+        model=run.model,
         mesh=region.mesh,
         place=functools.partial(place, region.mesh),
-        sums=jax.jit(region.evaluate(NextTokenLoss(model, policy, stack))),
+        sums=jax.jit(region.evaluate(run.loss(run))),
     )
     check_evaluators(evaluators, context)
-    step, params = _restore(checkpoint.within(run), model, data, region, policy, step)
-    context = dataclasses.replace(context, params=params, step=step)
+    restored = restore_params(
+        run.checkpoint.within(run.path),
+        checkpoint_facts(run.model),
+        stored_params(run.table(), region.mesh, region.specs, run.policy.parameters),
+        dims=region.specs.dims,
+        layout=region.specs.layout,
+        step=step,
+        check=functools.partial(_check_data, run.data),
+    )
+    context = dataclasses.replace(context, params=restored.params, step=restored.step)
     figures = {
         f"{name}/{figure}": value
-        for name, each in evaluators.items()
-        for figure, value in each(context).items()
+        for name, evaluator in evaluators.items()
+        for figure, value in evaluator(context).items()
     }
     if jax.process_index() == 0:
-        print(
-            "\n".join(
-                [f"step {step}", *(f"{name:<30} {value:.6g}" for name, value in figures.items())]
-            )
-        )
-        _write_figures(run / f"evaluation_{step}.json", {"step": step, **figures})
+        lines = [f"{name:<30} {value:.6g}" for name, value in figures.items()]
+        print("\n".join([f"step {restored.step}", *lines]))
+        path = run.path / f"evaluation_{restored.step}.json"
+        _write_figures(path, {"step": restored.step, **figures})
     return figures
+
+
+def _check_data(data: DataConfig, saved: dict[str, Any]) -> None:
+    """Refuses another tokenizer than the saved one, and warns of documents that were trained on."""
+    check_tokenizer(saved, load_tokenizer(data.tokenizer))
+    warn_of_trained_documents(saved, data.held_out_fraction)
 
 
 def _write_figures(path: Path, figures: dict[str, Any]) -> None:
@@ -176,39 +163,3 @@ def _write_figures(path: Path, figures: dict[str, Any]) -> None:
     with writing(path):
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
         temporary.replace(path)
-
-
-def _restore(
-    checkpoint: CheckpointConfig,
-    model: ModelConfig,
-    data: DataConfig,
-    region: Region,
-    policy: Policy,
-    step: int | None,
-) -> tuple[int, Any]:
-    """The step and its parameters, placed as the region wants them."""
-    specs = region.specs
-    stored = jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(region.mesh, spec)
-        ),
-        jax.eval_shape(
-            lambda params: specs.layout.store(params, specs.dims),
-            abstract_params(model, policy.parameters),
-        ),
-        specs.parameters,
-    )
-    checkpoints = Checkpoints(checkpoint, **checkpoint_facts(model))
-    try:
-        data_state = checkpoints.data_state(step)
-        check_tokenizer(data_state, load_tokenizer(data.tokenizer))
-        warn_of_trained_documents(data_state, data.held_out_fraction)
-        params = checkpoints.restore_params(
-            canonical_shapes(stored, specs.dims, specs.layout), step
-        )
-        params = from_canonical(params, stored, specs.dims, specs.layout)
-        # After the restore: a damaged checkpoint that was passed over no longer counts as the
-        # latest.
-        return checkpoints.latest_step() if step is None else step, params
-    finally:
-        checkpoints.close()

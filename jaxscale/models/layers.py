@@ -1,7 +1,7 @@
-"""One decoder layer as four functions, token-wise but for the second one: `qkv`, `attend`, `output`, `finish`.
+"""One layer of a decoder as three functions: `qkv`, `attend` and `finish`.
 
-Batch and time may be a batch of rows, a chunk of a sequence or one flat ragged row; only `attend`
-mixes tokens.
+Batch and time may be a batch of rows, a chunk of a sequence or one flat ragged row: only `attend`
+mixes tokens, the other two treat each token by itself.
 """
 
 import dataclasses
@@ -11,119 +11,224 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.models import moe
-from jaxscale.models.config import LayerKind, ModelConfig
+from jaxscale.models.config import LayerConfig, NormConfig
 from jaxscale.ops.activation import activate
 from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import Draws
+from jaxscale.ops.linear import linear, linear_heads
 from jaxscale.ops.norm import layer_norm, residual_norm, rms_norm
-from jaxscale.ops.operations import Operations
-from jaxscale.ops.rope import rope
+from jaxscale.ops.precision import accumulator
+from jaxscale.ops.rotary import rotate
 from jaxscale.types import Array, Params
 
 
-def normalise(params: Params, x: Array, config: ModelConfig) -> Array:
+def normalise(params: Params, x: Array, config: NormConfig) -> Array:
     """The configured norm over the last dim of `x`."""
-    if config.norm == "rmsnorm":
-        return rms_norm(x, params["scale"], epsilon=config.norm_epsilon)
-    return layer_norm(x, params["scale"], params.get("bias"), epsilon=config.norm_epsilon)
+    if config.kind == "rmsnorm":
+        return rms_norm(x, params["scale"], epsilon=config.epsilon)
+    return layer_norm(x, params["scale"], params.get("bias"), epsilon=config.epsilon)
 
 
-def branch(params: Params, x: Array, config: ModelConfig) -> tuple[Array, Array]:
-    """The residual `x`, to go on with, and its configured norm, which a branch of the layer takes."""
-    if config.norm == "rmsnorm":
-        return residual_norm(x, params["scale"], epsilon=config.norm_epsilon)
-    return x, normalise(params, x, config)
-
-
-def qkv(
-    params: Params, h: Array, positions: Array, config: ModelConfig
-) -> tuple[Array, Array, Array]:
-    """Projections, QK-norm and rotary positions.
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer with its parameters.
 
     Args:
-        params: one layer, as `operations.gather` gave it.
-        h: residual, normalised, [B, T, D].
-        positions: [B, T].
-    Returns:
-        q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]; on a mesh the local heads.
+        params: as `Collectives.gather_parameters` gave them, in the compute type.
+        config: its kind.
+        norm: the model's norm.
+        operations: what the mesh injects; `backends.name` knows the layer's place in the model.
     """
-    attention = params["attention"]
-    weights = [attention[name] for name in "qkv"]
-    # One matmul, and in the backward one to `h` and one to the weights, where three would add up
-    # three parts.
-    heads = jnp.einsum("btd,dnh->btnh", h, jnp.concatenate(weights, 1))
-    q, k, v = lax.split(heads, [w.shape[1] for w in weights], axis=2)
-    if config.use_bias:
-        q, k, v = (y + attention[f"{name}_bias"] for y, name in zip((q, k, v), "qkv", strict=True))
-    if config.use_qk_norm:
-        q, k = normalise(attention["q_norm"], q, config), normalise(attention["k_norm"], k, config)
-    if config.positions == "rope":
-        q, k = (rope(y, positions, theta=config.rope_theta) for y in (q, k))
-    return q, k, v
 
+    params: Params
+    config: LayerConfig
+    norm: NormConfig
+    operations: Operations
 
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    context: AttentionContext,
-    cache: Any,
-    kind: LayerKind,
-    operations: Operations,
-) -> tuple[Array, Any]:
-    """The only step in which tokens meet; the attention callable owns `cache`."""
-    return operations.attention(q, k, v, dataclasses.replace(context, window=kind.window), cache)
+    def __call__(
+        self,
+        x: Array,
+        context: AttentionContext,
+        cache: Any = None,
+        draws: Draws | None = None,
+    ) -> tuple[Array, Any, moe.Choices | None]:
+        """The whole layer.
 
+        Args:
+            x: residual [B, own T, D].
+            context: mask structure of the tokens [B, T].
+            cache: of this layer, owned by the attention backend; None without one.
+            draws: of these tokens in training; None in evaluation and serving.
+        Returns:
+            (residual [B, own T, D], cache, what its router chose or None in a dense layer).
+        """
 
-def output(params: Params, o: Array) -> Array:
-    """Output projection of the attended values [B, T, N, H]; on a mesh partial sums of [B, T, D]."""
-    return jnp.einsum("btnh,nhd->btd", o, params["attention"]["o"])
+        def project_and_attend(h: Array, context: AttentionContext) -> tuple[Array, Any]:
+            q, k, v = self.qkv(h, context.positions)
+            return self.attend(q, k, v, context, cache)
 
+        exchange = self.operations.collectives.column_then_row
+        x, h = self.enter_attention(x)
+        y, cache = exchange(project_and_attend, self.output, h, context)
+        x, choices = self.finish(x, h, y, draws)
+        return x, cache, choices
 
-def finish(
-    params: Params,
-    x: Array,
-    y: Array,
-    weights: Array,
-    config: ModelConfig,
-    operations: Operations,
-    draws: Draws | None = None,
-) -> tuple[Array, moe.RouterSums]:
-    """Residual, feed-forward, residual.
+    def enter_attention(self, x: Array) -> tuple[Array, Array]:
+        """(the residual [B, own T, D], what attention takes of it)."""
+        x = self._name("residual", x)
+        if not self.config.has_norm_before:
+            return x, x
+        return self._residual_and_norm("attention", x)
 
-    Args:
-        params: one layer.
-        x: residual [B, own T, D].
-        y: [B, own T, D] what attention adds to it, without its bias.
-        weights: [B, T], 0 for padding, which the router's figures leave out.
-        draws: of these tokens in training; None in evaluation and serving.
-    Returns:
-        (residual [B, own T, D], the router's sums; zeros in a dense layer).
-    """
-    attention = params["attention"]
-    x = operations.mark("attended", _add(x, y + attention["o_bias"] if config.use_bias else y))
-    ffn = params.get("moe") or params["ffn"]
-    x, h = branch(ffn["norm"], x, config)
-    if "moe" in params:
-        y, sums = moe.feed_forward(ffn, operations.enter(h), weights, config, operations, draws)
-        return _add(x, operations.mark("feed_forward", operations.exit(y))), sums
-    y, _ = operations.between(
-        lambda h: (_hidden(ffn, h, config), None),
-        lambda hidden: jnp.einsum("btf,fd->btd", hidden, ffn["down"]),
-        h,
-    )
-    y = operations.mark("feed_forward", y)
-    return _add(x, y + ffn["down_bias"] if config.use_bias else y), moe.no_router(config)
+    def qkv(self, h: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Projections, norm of queries and keys, rotary positions.
+
+        Args:
+            h: what `enter_attention` returned, of all tokens, [B, T, D].
+            positions: [B, T].
+        Returns:
+            q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]; on a mesh the local heads.
+        """
+        params, config = self.params["attention"], self.config.attention
+
+        def kv_heads(weights: Array, axis: int) -> Array:
+            local_heads = self.operations.collectives.kv_heads
+            return local_heads(weights, axis, config.num_kv_heads)
+
+        weights = [params["q"], kv_heads(params["k"], 1), kv_heads(params["v"], 1)]
+        q, k, v = linear_heads(h, weights)
+        if "q" in config.biases:
+            q = q + params["q_bias"]
+        if "k" in config.biases:
+            k = k + kv_heads(params["k_bias"], 0)
+        if "v" in config.biases:
+            v = v + kv_heads(params["v_bias"], 0)
+        if config.qk_norm == "head":
+            q = normalise(params["q_norm"], q, self.norm)
+            k = normalise(params["k_norm"], k, self.norm)
+        elif config.qk_norm == "all":
+            scales = {name: kv_heads(p, 0) for name, p in params["k_norm"].items()}
+            q = self._normalise_all_heads(params["q_norm"], q)
+            k = self._normalise_all_heads(scales, k)
+        if config.rotary is not None:
+            q = rotate(q, positions, config.rotary)
+            k = rotate(k, positions, config.rotary)
+        return self._name("q", q), self._name("k", k), self._name("v", v)
+
+    def attend(
+        self, q: Array, k: Array, v: Array, context: AttentionContext, cache: Any
+    ) -> tuple[Array, Any]:
+        """The only step in which tokens meet: ([B, T, N, H], cache)."""
+        config = self.config.attention
+        context = dataclasses.replace(
+            context,
+            window=config.window,
+            softcap=config.softcap,
+            scale=config.scale,
+            layout=config.layout,
+        )
+        o, cache = self.operations.backends.attention(q, k, v, context, cache)
+        return self._name("attention", o), cache
+
+    def output(self, o: Array) -> Array:
+        """Output projection of [B, T, N, H]; on a mesh partial sums of [B, T, D]."""
+        return linear("btnh,nhd->btd", o, self.params["attention"]["o"])
+
+    def finish(
+        self, x: Array, h: Array, y: Array, draws: Draws | None = None
+    ) -> tuple[Array, moe.Choices | None]:
+        """Adds attention's output to the residual, then the feed-forward's.
+
+        Args:
+            x: residual [B, own T, D].
+            h: the input of attention [B, own T, D], which a parallel feed-forward takes too.
+            y: [B, own T, D] what `output` made of these tokens, summed over the tensor group.
+            draws: of these tokens in training; None in evaluation and serving.
+        Returns:
+            (residual [B, own T, D], what the router chose or None in a dense layer).
+        """
+        attention = self.params["attention"]
+        if "o" in self.config.attention.biases:
+            y = y + attention["o_bias"]
+        y = self._normalise_after(attention, y)
+        if self.config.is_parallel:
+            y_ffn, choices = self._feed_forward(h, draws)
+            return _add(self._name("attended", _add(x, y)), y_ffn), choices
+        x = self._name("attended", _add(x, y))
+        if self.config.has_norm_before:
+            x, h = self._residual_and_norm("moe" if self.config.is_moe else "ffn", x)
+        else:
+            h = x
+        y, choices = self._feed_forward(h, draws)
+        return _add(x, y), choices
+
+    def _feed_forward(self, h: Array, draws: Draws | None) -> tuple[Array, moe.Choices | None]:
+        """What the feed-forward adds to the residual, [B, own T, D], of its input `h`."""
+        config, collectives = self.config.feed_forward, self.operations.collectives
+        if self.config.is_moe:
+            params = self.params["moe"]
+            h = collectives.gather_tokens(h)
+            y, choices = moe.experts(params, h, config, self.operations, draws)
+            y = self._name("feed_forward", collectives.reduce_scatter_tokens(y))
+            return self._normalise_after(params, y), choices
+        params = self.params["ffn"]
+
+        def up(h: Array) -> tuple[Array, None]:
+            return self._hidden(h), None
+
+        def down(hidden: Array) -> Array:
+            return linear("btf,fd->btd", hidden, params["down"])
+
+        y, _ = collectives.column_then_row(up, down, h)
+        y = self._name("feed_forward", y)
+        if config.use_bias:
+            y = y + params["down_bias"]
+        return self._normalise_after(params, y), None
+
+    def _hidden(self, h: Array) -> Array:
+        """The activated hidden vector [B, T, F] of a dense feed-forward."""
+        params, config = self.params["ffn"], self.config.feed_forward
+
+        def project(name: str) -> Array:
+            y = linear("btd,df->btf", h, params[name])
+            return y + params[f"{name}_bias"] if config.use_bias else y
+
+        gate = project("gate") if config.is_gated else None
+        return activate(config.activation, gate, project("up"))
+
+    def _residual_and_norm(self, branch: str, x: Array) -> tuple[Array, Array]:
+        """The residual `x`, to go on with, and the norm of it that a branch takes."""
+        params = self.params[branch]["norm"]
+        if self.norm.kind == "rmsnorm":
+            return residual_norm(x, params["scale"], epsilon=self.norm.epsilon)
+        return x, normalise(params, x, self.norm)
+
+    def _normalise_after(self, params: Params, y: Array) -> Array:
+        if not self.config.has_norm_after:
+            return y
+        return normalise(params["norm_after"], y, self.norm)
+
+    def _normalise_all_heads(self, params: Params, x: Array) -> Array:
+        """The norm of x [B, T, N, H] over all heads of a token, those of other devices included."""
+        total = self.operations.collectives.sum_over_heads
+        x32 = accumulator(x)
+        count = total(jnp.asarray(x.shape[2] * x.shape[3], x32.dtype))
+        if self.norm.kind == "layernorm":
+            x32 = x32 - total(x32.sum((2, 3), keepdims=True)) / count
+        mean_square = total((x32 * x32).sum((2, 3), keepdims=True)) / count
+        y = x32 * lax.rsqrt(mean_square + self.norm.epsilon) * accumulator(params["scale"])
+        if "bias" in params:
+            y = y + accumulator(params["bias"])
+        return y.astype(x.dtype)
+
+    def _name(self, name: str, x: Array) -> Array:
+        return self.operations.backends.name(name, x)
 
 
 def _add(x: Array, y: Array) -> Array:
-    """x + y as rows of tokens: in another shape XLA's matmul that makes `y`, adding `x` too, copies `x` beforehand."""
+    """x + y as rows of tokens.
+
+    In another shape XLA copies `x` first, when the matmul that makes `y` adds `x` too.
+    """
     return (x.reshape(-1, x.shape[-1]) + y.reshape(-1, y.shape[-1])).reshape(x.shape)
-
-
-def _hidden(params: Params, h: Array, config: ModelConfig) -> Array:
-    def project(name: str) -> Array:
-        y = jnp.einsum("btd,df->btf", h, params[name])
-        return y + params[f"{name}_bias"] if config.use_bias else y
-
-    return activate(config.activation, project("gate") if config.is_gated else None, project("up"))

@@ -1,16 +1,17 @@
-"""The mixture-of-experts feed-forward: its router's losses and figures, and its experts."""
+"""The mixture-of-experts feed-forward: its experts, and its router's losses and figures."""
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.router import logits_of, route
+from jaxscale.models.config import ExpertsConfig
+from jaxscale.models.router import route, router_logits
+from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import EXPERT, Draws, Dropout
-from jaxscale.ops.operations import Operations
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, Params
 
@@ -33,71 +34,89 @@ class RouterSums:
     load: Array
 
 
-def no_router(config: ModelConfig) -> RouterSums:
-    """The sums of a layer without a router."""
+class Choices(NamedTuple):
+    """What a router chose, token by token, from which its losses are made.
+
+    Args:
+        index: [B, T, A]; a number of E or more counts for no expert.
+        logits: [B, T, E].
+    """
+
+    index: Array
+    logits: Array
+
+
+def no_router(num_experts: int) -> RouterSums:
+    """The sums of a layer without a router, in a model whose mixtures have `num_experts`."""
     zero = jnp.zeros((), jnp.float32)
-    return RouterSums(zero, zero, jnp.zeros(config.num_experts, jnp.float32))
+    return RouterSums(zero, zero, jnp.zeros(num_experts, jnp.float32))
 
 
 def router_sums(
-    index: Array, logits: Array, weights: Array, config: ModelConfig, operations: Operations
+    choices: Choices, weights: Array, config: ExpertsConfig, operations: Operations
 ) -> RouterSums:
     """Balance loss E sum_e f_e P_e and z-loss log^2 Z, as sums over own valid tokens.
 
     f_e is the share of all choices in this micro-batch that fell on expert e, over all devices, and
-    is not differentiated; so each token's balance loss is E sum_e f_e p_e and the sum over devices
-    equals the single-device loss of as many micro-batches.
+    is not differentiated. So each token's balance loss is E sum_e f_e p_e, and the sum over devices
+    equals the loss of one device with as many micro-batches.
 
     f_e counts the experts that were drawn, p_e is the whole softmax, unmasked; both are of one
     layer.
 
-    Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6; Zoph et al. 2022 (arXiv
-        2202.08906), equation 5; over all devices, Liu et al. 2024 (arXiv 2409.12136), section 3.3.
+    Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6; Zoph et al. 2022
+        (arXiv 2202.08906), equation 5; over all devices, Liu et al. 2024 (arXiv 2409.12136),
+        section 3.3.
     Args:
-        index: [B, T, A]; a number of E or more counts for no expert.
-        logits: [B, T, E].
+        choices: of the tokens [B, T].
         weights: [B, T], 0 for padding.
+        config: of the mixture.
+        operations: what the mesh injects.
     """
-    own = operations.own
-    index, logits, weights = own(index), own(logits), own(weights)
-    chosen = (
-        jax.nn.one_hot(index, config.num_experts, dtype=logits.dtype).sum(-2) * weights[..., None]
-    )
-    load = lax.stop_gradient(chosen.sum((0, 1)))
-    total = operations.total(load)
+    own_tokens = operations.collectives.own_tokens
+    index = own_tokens(choices.index)
+    logits = own_tokens(choices.logits)
+    weights = own_tokens(weights)
+    is_chosen = jax.nn.one_hot(index, config.num_experts, dtype=logits.dtype).sum(-2)
+    load = lax.stop_gradient((is_chosen * weights[..., None]).sum((0, 1)))
+    total = operations.collectives.sum_over_tokens(load)
     share = total / jnp.where(total.sum() > 0, total.sum(), 1)
     probabilities = jax.nn.softmax(logits) * weights[..., None]
     balance = config.num_experts * jnp.einsum("e,bte->", share, probabilities)
     z = (jax.nn.logsumexp(logits, -1) ** 2 * weights).sum()
-    return RouterSums(config.balance_loss * balance, config.router_z_loss * z, load)
+    return RouterSums(config.balance_loss * balance, config.z_loss * z, load)
 
 
-def feed_forward(
+def experts(
     params: Params,
     h: Array,
-    weights: Array,
-    config: ModelConfig,
+    config: ExpertsConfig,
     operations: Operations,
     draws: Draws | None = None,
-) -> tuple[Array, RouterSums]:
+) -> tuple[Array, Choices]:
     """Routes each token and applies its experts.
 
     Args:
         params: the layer's `moe` parameters.
         h: normalised input [B, T, D].
-        weights: [B, T], 0 for padding.
+        config: of the mixture.
+        operations: what the mesh injects.
         draws: of these tokens in training; None in evaluation and serving.
     Returns:
-        (this device's part of the output [B, T, D], the router's sums).
+        (this device's part of the output [B, T, D], what the router chose).
     """
-    logits = operations.mark("router", logits_of(params, h))
+    logits = operations.backends.name("router", router_logits(params, h))
     index, gates, slopes, is_chosen = route(logits, draws, config)
     dropout = None
-    if draws is not None and config.expert_dropout:
-        first = operations.first_hidden(params["experts"]["up"].shape[-1])
-        dropout = Dropout(draws.streams(EXPERT, index), config.expert_dropout, first)
-    y = operations.experts(h, index, gates, params["experts"], config.activation, slopes, dropout)
-    if "omega" in params:
+    if draws is not None and config.dropout:
+        num_columns = params["experts"]["up"].shape[-1]
+        first = operations.collectives.first_column(num_columns)
+        dropout = Dropout(draws.streams(EXPERT, index), config.dropout, first)
+    y = operations.backends.experts(
+        h, index, gates, params["experts"], config.activation, slopes, dropout
+    )
+    if config.has_output_scale:
         y = (accumulator(y) * accumulator(params["omega"])).astype(y.dtype)
-    counted = index if is_chosen is None else jnp.where(is_chosen, index, config.num_experts)
-    return y, router_sums(counted, logits, weights, config, operations)
+    if is_chosen is not None:
+        index = jnp.where(is_chosen, index, config.num_experts)
+    return y, Choices(index, logits)

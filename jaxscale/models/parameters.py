@@ -1,18 +1,29 @@
-"""The parameter table of a model: shape, logical dims and initial distribution of every leaf under its path.
+"""The parameter table of a model: shape, dims, role and first value of every leaf under its path.
 
-A layer stack is one leaf [L, ...] per position of the repeating pattern, whatever the mesh.
+A layer stack is one leaf [L, ...] for each position of the repeating pattern, whatever the mesh.
+Every level of a table is in the order in which a forward uses its parts.
 """
 
 import dataclasses
 import math
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxscale.models.config import LayerKind, ModelConfig
-from jaxscale.types import Params
+from jaxscale import tree
+from jaxscale.models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    ModelConfig,
+)
+from jaxscale.types import Params, Role
+
+Table = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,127 +33,151 @@ class Parameter:
     Args:
         dims: one letter a dimension (see `jaxscale.types`), such as "LDNH".
         shape: its size.
+        role: what it is.
         std: standard deviation of the normal it starts from; 0 starts it at `mean`.
         mean: 0 or 1.
+        learning_rate_factor: by which the optimizer's learning rate is multiplied.
     """
 
     dims: str
     shape: tuple[int, ...]
+    role: Role
     std: float = 0.0
     mean: float = 0.0
+    learning_rate_factor: float = 1.0
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it holds one row for each period of the layer stack."""
+        return self.dims.startswith("L")
 
 
-def parameter_table(config: ModelConfig) -> dict[str, Any]:
+def parameter_table(config: ModelConfig) -> Table:
     """Nested dict of Parameter, in the shape of the parameter tree."""
     build = _Builder(config)
-    table: dict[str, Any] = {"embedding": {"tokens": build("VD", config.init_std)}}
-    if config.positions == "learned":
-        table["embedding"]["positions"] = build("PD", config.init_std)
+    table: Table = {"embedding": {"tokens": build("VD", Role.EMBEDDING, config.init_std)}}
+    if config.use_learned_positions:
+        table["embedding"]["positions"] = build("PD", Role.POSITIONS, config.init_std)
     if config.prefix:
-        table["prefix"] = {str(i): build.layer(kind, "") for i, kind in enumerate(config.prefix)}
-    table["layers"] = {str(i): build.layer(kind, "L") for i, kind in enumerate(config.pattern)}
+        table["prefix"] = {
+            str(i): build.layer(layer, stack="") for i, layer in enumerate(config.prefix)
+        }
+    table["layers"] = {
+        str(i): build.layer(layer, stack="L") for i, layer in enumerate(config.pattern)
+    }
     table["final_norm"] = build.norm("")
-    head = {} if config.is_tied else {"weights": build("VD", config.init_std)}
+    head = {}
+    if not config.is_tied:
+        head["weights"] = build("VD", Role.UNEMBEDDING, config.init_std)
     if config.use_head_bias:
-        head["bias"] = build("V")
-    return table | ({"head": head} if head else {})
+        head["bias"] = build("V", Role.LOGIT_BIAS)
+    if head:
+        table["head"] = head
+    return table
 
 
 class _Builder:
-    """Makes Parameters from dim letters, given the size of each letter."""
+    """Makes Parameters from dim letters; the size of a letter is the model's or the layer's."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.sizes = dict(
-            L=config.num_periods,
-            D=config.model_dim,
-            N=config.num_heads,
-            K=config.num_kv_heads,
-            H=config.head_dim,
-            F=config.ffn_dim,
-            V=config.vocab_size,
-            E=config.num_experts,
-            P=config.max_length,
-        )
+        self.sizes = {
+            "L": config.num_periods,
+            "D": config.model_dim,
+            "V": config.vocab_size,
+            "P": config.max_length,
+        }
 
-    def __call__(self, dims: str, std: float = 0.0, mean: float = 0.0, **sizes: int) -> Parameter:
+    def __call__(
+        self, dims: str, role: Role, std: float = 0.0, mean: float = 0.0, **sizes: int
+    ) -> Parameter:
         sizes = self.sizes | sizes
-        return Parameter(dims, tuple(sizes[d] for d in dims), std, mean)
+        return Parameter(dims, tuple(sizes[letter] for letter in dims), role, std, mean)
 
-    def norm(self, stack: str, dim: str = "D") -> dict[str, Parameter]:
-        norm = {"scale": self(stack + dim, mean=1.0)}
-        if self.config.norm == "layernorm" and self.config.use_bias:
-            norm["bias"] = self(stack + dim)
+    def norm(self, stack: str, dims: str = "D", **sizes: int) -> Table:
+        norm = {"scale": self(stack + dims, Role.NORM, mean=1.0, **sizes)}
+        if self.config.norm.use_bias:
+            norm["bias"] = self(stack + dims, Role.NORM, **sizes)
         return norm
 
-    def layer(self, kind: LayerKind, stack: str) -> dict[str, Any]:
-        ffn = self.experts(stack) if kind.is_moe else self.ffn(stack)
-        return {"attention": self.attention(stack), "moe" if kind.is_moe else "ffn": ffn}
+    def layer(self, layer: LayerConfig, stack: str) -> Table:
+        attention = self.attention(layer.attention, stack)
+        if layer.has_norm_before:
+            attention = {"norm": self.norm(stack)} | attention
+        is_moe = isinstance(layer.feed_forward, ExpertsConfig)
+        make = self.experts if is_moe else self.feed_forward
+        feed_forward = make(layer.feed_forward, stack)
+        if layer.has_norm_before and not layer.is_parallel:
+            feed_forward = {"norm": self.norm(stack)} | feed_forward
+        if layer.has_norm_after:
+            attention["norm_after"] = self.norm(stack)
+            feed_forward["norm_after"] = self.norm(stack)
+        return {"attention": attention, "moe" if is_moe else "ffn": feed_forward}
 
-    def attention(self, stack: str) -> dict[str, Any]:
+    def attention(self, config: AttentionConfig, stack: str) -> Table:
+        sizes = {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
         std = self.config.init_std
-        out = {
-            "norm": self.norm(stack),
-            "q": self(stack + "DNH", std),
-            "k": self(stack + "DKH", std),
-            "v": self(stack + "DKH", std),
-            "o": self(stack + "NHD", self.output_std()),
-        }
-        if self.config.use_bias:
-            out |= {
-                "q_bias": self(stack + "NH"),
-                "k_bias": self(stack + "KH"),
-                "v_bias": self(stack + "KH"),
-            }
-            out |= {"o_bias": self(stack + "D")}
-        if self.config.use_qk_norm:
-            out |= {"q_norm": self.norm(stack, "H"), "k_norm": self.norm(stack, "H")}
+        out = {}
+        for name, dims in (("q", "DNH"), ("k", "DKH"), ("v", "DKH")):
+            out[name] = self(stack + dims, Role.MATRIX, std, **sizes)
+            if name in config.biases:
+                out[f"{name}_bias"] = self(stack + dims[1:], Role.BIAS, **sizes)
+        if config.qk_norm is not None:
+            dims = ("H", "H") if config.qk_norm == "head" else ("NH", "KH")
+            out["q_norm"] = self.norm(stack, dims[0], **sizes)
+            out["k_norm"] = self.norm(stack, dims[1], **sizes)
+        out["o"] = self(stack + "NHD", Role.MATRIX, self.output_std(), **sizes)
+        if "o" in config.biases:
+            out["o_bias"] = self(stack + "D", Role.BIAS)
         return out
 
-    def ffn(self, stack: str) -> dict[str, Any]:
-        std = self.config.init_std
-        out = {
-            "norm": self.norm(stack),
-            "up": self(stack + "DF", std),
-            "down": self(stack + "FD", self.output_std()),
-        }
-        if self.config.is_gated:
-            out["gate"] = self(stack + "DF", std)
-        if self.config.use_bias:
-            out |= {"up_bias": self(stack + "F"), "down_bias": self(stack + "D")}
-            out |= {"gate_bias": self(stack + "F")} if self.config.is_gated else {}
+    def feed_forward(self, config: FeedForwardConfig, stack: str) -> Table:
+        sizes, out = {"F": config.dim}, {}
+        for name in ("gate", "up") if config.is_gated else ("up",):
+            out[name] = self(stack + "DF", Role.MATRIX, self.config.init_std, **sizes)
+            if config.use_bias:
+                out[f"{name}_bias"] = self(stack + "F", Role.BIAS, **sizes)
+        out["down"] = self(stack + "FD", Role.MATRIX, self.output_std(), **sizes)
+        if config.use_bias:
+            out["down_bias"] = self(stack + "D", Role.BIAS)
         return out
 
-    def experts(self, stack: str) -> dict[str, Any]:
-        std, size = self.config.init_std, {"F": self.config.expert_dim}
+    def experts(self, config: ExpertsConfig, stack: str) -> Table:
+        sizes, std = {"E": config.num_experts, "F": config.dim}, self.config.init_std
         matrices = {
-            "up": self(stack + "EDF", std, **size),
-            "down": self(stack + "EFD", self.output_std(), **size),
+            name: self(stack + "EDF", Role.EXPERT, std, **sizes)
+            for name in (("gate", "up") if config.is_gated else ("up",))
         }
-        if self.config.is_gated:
-            matrices["gate"] = self(stack + "EDF", std, **size)
-        out = {"norm": self.norm(stack), "router": self(stack + "DE", std), "experts": matrices}
-        if self.config.router == "sparsemixer":
-            out["omega"] = self(stack + "D", mean=1.0)  # of the output, arXiv 2310.00811
+        matrices["down"] = self(stack + "EFD", Role.EXPERT, self.output_std(), **sizes)
+        out = {"router": self(stack + "DE", Role.ROUTER, std, **sizes), "experts": matrices}
+        if config.has_output_scale:
+            out["omega"] = self(stack + "D", Role.NORM, mean=1.0)
         return out
 
     def output_std(self) -> float:
         return self.config.init_std / math.sqrt(2 * self.config.num_layers)
 
 
-def abstract_params(config: ModelConfig, dtype: str) -> Params:
+def in_order_of_use(table: Table, path: str = "") -> Iterator[tuple[str, Parameter]]:
+    """The parameters by path in the order in which a forward uses them."""
+    for name, entry in table.items():
+        if isinstance(entry, Parameter):
+            yield path + name, entry
+        else:
+            yield from in_order_of_use(entry, f"{path}{name}{tree.SEPARATOR}")
+
+
+def abstract_params(table: Table, dtype: str) -> Params:
     """The parameter tree as shapes, nothing allocated."""
-    return jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), parameter_table(config)
-    )
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), table)
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: str) -> Params:
-    """Draws the initial parameters; each leaf's key comes from its path, so no draw depends on a mesh or an order.
+def init_params(table: Table, key: jax.Array, dtype: str) -> Params:
+    """Draws the first parameters; no draw depends on a mesh or an order.
 
     Args:
-        config: the model.
-        key: typed PRNG key.
+        table: of the model.
+        key: typed PRNG key; each leaf's own key comes of it and of the leaf's path.
         dtype: parameter type.
     Returns:
         Nested dict of arrays.
@@ -151,24 +186,32 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: str) -> Params:
     def draw(path: Any, parameter: Parameter) -> jax.Array:
         if not parameter.std:
             return jnp.full(parameter.shape, parameter.mean, dtype)
-        leaf_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        number = zlib.crc32(jax.tree_util.keystr(path).encode())
+        leaf_key = jax.random.fold_in(key, number)
         return (parameter.std * jax.random.normal(leaf_key, parameter.shape)).astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, parameter_table(config))
+    return jax.tree_util.tree_map_with_path(draw, table)
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(total, active): active leaves out the experts a token does not visit and the look-up tables.
+    """(total, active): active leaves out look-up tables and the experts a token does not visit.
 
     The embedding counts as active only where it is also the unembedding.
     """
     total = active = 0
-    leaves = jax.tree_util.tree_leaves_with_path(parameter_table(config))
-    for path, parameter in leaves:
+    shares = {
+        layer.feed_forward.num_experts: layer.feed_forward.num_active
+        for layer in config.pattern
+        if layer.is_moe
+    }
+    for _, parameter in in_order_of_use(parameter_table(config)):
         size = math.prod(parameter.shape)
         total += size
-        if "E" in parameter.dims and parameter.dims[-1] != "E":
-            active += size * config.num_active_experts // config.num_experts
-        elif path[0].key != "embedding" or (path[1].key == "tokens" and config.is_tied):
+        if parameter.role == Role.EXPERT:
+            num_experts = parameter.shape[parameter.dims.index("E")]
+            active += size * shares[num_experts] // num_experts
+        elif parameter.role == Role.EMBEDDING:
+            active += size if config.is_tied else 0
+        elif parameter.role != Role.POSITIONS:
             active += size
     return total, active

@@ -4,62 +4,64 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.sparsemixer import ESTIMATORS, Mixture, numbers_of, select_all, sparsemixer
+from jaxscale.models.config import (
+    DenseMixerRouter,
+    ExpertsConfig,
+    MaskedSamplingRouter,
+    SparseMixerRouter,
+)
+from jaxscale.models.sparsemixer import Routing, draw_experts, random_numbers, sparsemixer
 from jaxscale.ops.draws import Draws
 from jaxscale.ops.precision import accumulator
 from jaxscale.ops.split_product import split_product
 from jaxscale.types import Array, Params
 
 
-def logits_of(params: Params, h: Array) -> Array:
+def router_logits(params: Params, h: Array) -> Array:
     """The router's logits [B, T, E] of h [B, T, D], in at least float32 whatever the type of `h`."""
     router = accumulator(params["router"])
     if (h.dtype, router.dtype) == (jnp.bfloat16, jnp.float32):
-        return split_product(h.reshape(-1, h.shape[-1]), router).reshape(*h.shape[:-1], -1)
+        logits = split_product(h.reshape(-1, h.shape[-1]), router)
+        return logits.reshape(*h.shape[:-1], -1)
     return jnp.einsum("btd,de->bte", accumulator(h), router, precision=lax.Precision.HIGHEST)
 
 
-def route(logits: Array, draws: Draws | None, config: ModelConfig) -> Mixture:
-    """The experts of each token as `config.router` says; without draws every router takes the most probable ones.
+def route(logits: Array, draws: Draws | None, config: ExpertsConfig) -> Routing:
+    """The experts of each token; without draws every router takes the most probable ones.
 
     Args:
         logits: [B, T, E].
         draws: of these tokens in training; None in evaluation and serving.
+        config: of the mixture.
     """
-    if config.router in ESTIMATORS:
+    if isinstance(config.router, SparseMixerRouter):
         return sparsemixer(logits, draws, config)
-    if config.router == "masked_sampling" and draws is not None:
+    if draws is not None and isinstance(config.router, MaskedSamplingRouter):
         return masked_sampling(logits, draws, config)
-    if config.router == "densemixer" and draws is not None:
+    if draws is not None and isinstance(config.router, DenseMixerRouter):
         return densemixer(logits, config)
-    return top_k(logits, config)
+    is_renormalised = getattr(config.router, "is_renormalised", True)
+    return top_k(logits, config.num_active, is_renormalised=is_renormalised)
 
 
-def top_k(logits: Array, config: ModelConfig) -> Mixture:
-    """Top-k routing; gates are renormalised over the chosen experts, unless there is only one.
-
-    A single renormalised gate would be 1 and give the router no gradient, so it stays the expert's
-    probability.
-
-    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 2.2; top-1, Fedus et al. 2021 (arXiv
-        2101.03961), equation 2; without capacity, so nothing is dropped.
-    """
-    gates, index = lax.top_k(jax.nn.softmax(logits), config.num_active_experts)
-    return Mixture(index, _renormalised(gates))
+def top_k(logits: Array, num_active: int, *, is_renormalised: bool = True) -> Routing:
+    """Top-k routing, see `models.config.TopKRouter`."""
+    gates, index = lax.top_k(jax.nn.softmax(logits), num_active)
+    return Routing(index, _renormalised(gates) if is_renormalised else gates)
 
 
-def masked_sampling(logits: Array, draws: Draws, config: ModelConfig) -> Mixture:
-    """SparseMixer-v2's draws with the gates of `top_k`: the control that tells sampling from its gradient.
+def masked_sampling(logits: Array, draws: Draws, config: ExpertsConfig) -> Routing:
+    """SparseMixer-v2's draws with the gates of `top_k`, to tell sampling from its gradient.
 
     Source: Liu et al. 2024 (arXiv 2409.12136), appendix A.4.
     """
-    found = select_all(logits, numbers_of(draws, config), config)
+    found = draw_experts(logits, random_numbers(draws, config), config)
     index = jnp.stack([selection.index for selection in found], -1)
-    return Mixture(index, _renormalised(jnp.take_along_axis(jax.nn.softmax(logits), index, -1)))
+    gates = jnp.take_along_axis(jax.nn.softmax(logits), index, -1)
+    return Routing(index, _renormalised(gates))
 
 
-def densemixer(logits: Array, config: ModelConfig) -> Mixture:
+def densemixer(logits: Array, config: ExpertsConfig) -> Routing:
     """`top_k` whose router learns from the outputs of all experts: the straight-through gradient.
 
     Forward and the experts' own gradients are those of `top_k`. The loss's gradient to the gate of
@@ -69,22 +71,23 @@ def densemixer(logits: Array, config: ModelConfig) -> Mixture:
     Source: Yao et al. 2025, "DenseMixer: improving MoE post-training with precise router gradient",
         as released (github.com/yaof20/DenseMixer, its `partscale_fix_expert` normalisation).
     Returns:
-        The mixture with all E experts for each token, in their order; gates and slopes of those not
-        chosen are 0.
+        All E experts for each token, in their order; gates and slopes of those not chosen are 0.
     Cost: every expert runs on every token, forward and backward: E / A times the FLOPs of `top_k`.
     """
     p = jax.nn.softmax(logits)
-    is_chosen = jax.nn.one_hot(
-        lax.top_k(p, config.num_active_experts)[1], config.num_experts, dtype=bool
-    ).any(-2)
-    if config.num_active_experts > 1:
+    index = lax.top_k(p, config.num_active)[1]
+    is_chosen = jax.nn.one_hot(index, config.num_experts, dtype=bool).any(-2)
+    if config.num_active > 1:
         total = jnp.where(is_chosen, p, 0).sum(-1, keepdims=True)
         p = jnp.where(is_chosen, p / total, p / lax.stop_gradient(total))
+    # Zero in the forward for an expert that was not chosen, with the gradient of p.
     gates = p - lax.stop_gradient(jnp.where(is_chosen, 0, p))
-    index = jnp.broadcast_to(jnp.arange(config.num_experts), p.shape)
-    return Mixture(index, gates, lax.stop_gradient(gates), is_chosen)
+    every = jnp.broadcast_to(jnp.arange(config.num_experts), p.shape)
+    return Routing(every, gates, lax.stop_gradient(gates), is_chosen)
 
 
 def _renormalised(gates: Array) -> Array:
     """Gates [B, T, A] that sum to 1; a single one stays as it is."""
-    return gates / gates.sum(-1, keepdims=True) if gates.shape[-1] > 1 else gates
+    if gates.shape[-1] == 1:
+        return gates
+    return gates / gates.sum(-1, keepdims=True)

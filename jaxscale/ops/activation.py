@@ -7,6 +7,11 @@ from jaxscale.types import Array
 ACTIVATIONS = ("swiglu", "geglu", "gelu")
 
 
+def is_gated(activation: str) -> bool:
+    """Whether the activation multiplies by a gate."""
+    return activation != "gelu"
+
+
 def activate(activation: str, gate: Array | None, up: Array) -> Array:
     """SwiGLU silu(gate) * up, GEGLU gelu(gate) * up, or GELU gelu(up) with no gate.
 
@@ -20,4 +25,6 @@ def activate(activation: str, gate: Array | None, up: Array) -> Array:
     """
     if activation == "gelu":
         return jax.nn.gelu(up)
-    return (jax.nn.silu(gate) if activation == "swiglu" else jax.nn.gelu(gate)) * up
+    if activation == "geglu":
+        return jax.nn.gelu(gate) * up
+    return jax.nn.silu(gate) * up

@@ -3,8 +3,8 @@
 Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device, which
 has a share of the B T tokens in the order of rows, so that what is exchanged lies together in
 memory and nothing is transposed. Every collective here has its transpose here (all-gather and
-reduce-scatter, a permute there and one back); a bare psum would have a wrong gradient. `enter` and
-`exit` of a single device exchange nothing at all: XLA removes such an exchange only after it has
+reduce-scatter, a permute there and one back); a bare psum would have a wrong gradient. `gather_tokens` and
+`reduce_scatter_tokens` of a single device exchange nothing at all: XLA removes such an exchange only after it has
 kept a matmul from taking in the addition that follows.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv
@@ -20,14 +20,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.ops import loss
+from jaxscale.ops.backends import EXCHANGED
 from jaxscale.ops.loss import Head
-from jaxscale.ops.operations import EXCHANGED
 from jaxscale.ops.precision import accumulator
-from jaxscale.parallel.mesh import AXES, PIPELINE, TENSOR
+from jaxscale.parallel.mesh import AXES, PIPELINE, SEQUENCE, TENSOR
 from jaxscale.types import Array, InputError
 
 
-def enter(x: Array) -> Array:
+def gather_tokens(x: Array) -> Array:
     """Residual [B, T / tensor, D] to [B, T, D]."""
     num_members = lax.axis_size(TENSOR)
     if num_members == 1:
@@ -37,7 +37,7 @@ def enter(x: Array) -> Array:
     return whole.reshape(num_rows, num_own * num_members, dim)
 
 
-def exit(y: Array) -> Array:
+def reduce_scatter_tokens(y: Array) -> Array:
     """Partial sums [B, T, D] to the residual [B, T / tensor, D]."""
     num_members = lax.axis_size(TENSOR)
     if num_members == 1:
@@ -47,18 +47,18 @@ def exit(y: Array) -> Array:
     return checkpoint_name(own.reshape(num_rows, length // num_members, dim), EXCHANGED)
 
 
-def whole(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
-    """`Operations.between` of all rows at once, all exchanged before and all after."""
-    hidden, kept = f(enter(x), *rows)
-    return exit(project(hidden)), kept
+def column_then_row(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
+    """`ColumnThenRow` of all rows at once, all exchanged before and all after."""
+    hidden, kept = f(gather_tokens(x), *rows)
+    return reduce_scatter_tokens(project(hidden)), kept
 
 
-def by_member(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
-    """`Operations.between`, one member's rows after the other: exchanges run beside the matmuls of other rows.
+def column_then_row_by_member(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
+    """`ColumnThenRow`, one member's rows after the other: exchanges run beside the matmuls of other rows.
 
     A member's rows arrive while `f` has those of the one before, and their sums leave while it has
     the next one's; the own rows come first and are projected last. The same in the backward. Own
-    tokens are whole rows if the group divides B; else this is `whole`. Permutes, because each can
+    tokens are whole rows if the group divides B; else this is `column_then_row`. Permutes, because each can
     be waited for alone. Not for a branch that some pipeline stages
     do not take: on CPUs a permute there is wrong.
 
@@ -71,7 +71,7 @@ def by_member(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Arr
     """
     num_members, num_rows = lax.axis_size(TENSOR), len(x)
     if num_members == 1 or num_rows % num_members:
-        return whole(f, project, x, *rows)
+        return column_then_row(f, project, x, *rows)
     each = num_rows // num_members
     h, done = x.reshape(each, -1, x.shape[-1]), []
     for distance in range(num_members):
@@ -102,7 +102,7 @@ def _shift(x: Array, distance: int) -> Array:
     return lax.ppermute(x, TENSOR, [(i, (i + distance) % num_members) for i in range(num_members)])
 
 
-def own(x: Array) -> Array:
+def own_tokens(x: Array) -> Array:
     """[B, T, ...] known to the whole group to this device's tokens [B, T / tensor, ...]."""
     num_rows, length, *rest = x.shape
     num_own = length // lax.axis_size(TENSOR)
@@ -111,7 +111,7 @@ def own(x: Array) -> Array:
     return mine.reshape(num_rows, num_own, *rest)
 
 
-def first(num: int) -> Array:
+def first_column(num: int) -> Array:
     """Number of this device's first element of a dim that is cut, of which each device has `num`."""
     return lax.axis_index(TENSOR) * num
 
@@ -121,7 +121,7 @@ def embed(table: Array, tokens: Array) -> Array:
     rows = table.shape[0]
     local = tokens - lax.axis_index(TENSOR) * rows
     is_here = (local >= 0) & (local < rows)
-    return exit(jnp.where(is_here[..., None], table[jnp.clip(local, 0, rows - 1)], 0))
+    return reduce_scatter_tokens(jnp.where(is_here[..., None], table[jnp.clip(local, 0, rows - 1)], 0))
 
 
 def token_loss(
@@ -136,12 +136,79 @@ def token_loss(
         h, head, labels - lax.axis_index(TENSOR) * columns, softcap
     )
     top = lax.pmax(lax.stop_gradient(part), TENSOR)
-    total, label = jnp.moveaxis(exit(jnp.stack([jnp.exp(part - top), label], -1)), -1, 0)
-    normaliser = jnp.log(total) + own(top)
-    is_known = own((labels >= 0) & (labels < columns * lax.axis_size(TENSOR)))
+    total, label = jnp.moveaxis(reduce_scatter_tokens(jnp.stack([jnp.exp(part - top), label], -1)), -1, 0)
+    normaliser = jnp.log(total) + own_tokens(top)
+    is_known = own_tokens((labels >= 0) & (labels < columns * lax.axis_size(TENSOR)))
     return jnp.where(is_known, normaliser - label, 0), normaliser
 
 
-def total(x: Array) -> Array:
+def kv_heads(weights: Array, axis: int, num_kv_heads: int) -> Array:
+    """The kv heads that the local query heads read.
+
+    A group with more members than there are kv heads holds all of them on each member, because a
+    head cannot be divided. The gradient of a head is then the sum over the members that read it, as
+    for every parameter that devices hold together.
+
+    Args:
+        weights: dim `axis` counts kv heads, the local ones or all.
+        axis: of the kv heads.
+        num_kv_heads: K, of the model.
+    """
+    num_members = lax.axis_size(TENSOR)
+    if num_members == 1 or weights.shape[axis] < num_kv_heads:
+        return weights
+    first = lax.axis_index(TENSOR) * num_kv_heads // num_members
+    return lax.dynamic_slice_in_dim(weights, first, 1, axis)
+
+
+def sum_over_heads(x: Array) -> Array:
+    """Sum over the heads that the group's members have.
+
+    Each member uses the sum for its own heads, so that the gradient of a part is the sum over the
+    members of the sum's cotangents, which is how psum transposes.
+    """
+    return lax.psum(x, TENSOR)
+
+
+def sum_over_rows(x: Array) -> Array:
+    """Sum over the devices that have tokens of the same rows.
+
+    All of them know it, so that what is made of it must count on one of them: `is_counted`. Then its
+    cotangent is zero on the others, and psum, which transposes to psum, brings it to all.
+    """
+    return lax.psum(x, (SEQUENCE, TENSOR))
+
+
+def is_counted() -> Array:
+    """1 on one of the devices that have tokens of the same rows, 0 on the others."""
+    is_first = (lax.axis_index(SEQUENCE) == 0) & (lax.axis_index(TENSOR) == 0)
+    return is_first.astype(jnp.float32)
+
+
+def sum_over_tokens(x: Array) -> Array:
     """Sum over all tokens: over every device of this pipeline stage; the caller has stopped its gradient."""
     return lax.psum(x, tuple(axis for axis in AXES if axis != PIPELINE))
+
+
+def replicated_input(x: Array) -> Array:
+    """The input of column-parallel matmuls where the residual is replicated over the group."""
+    return x
+
+
+def sum_partial(y: Array) -> Array:
+    """Partial sums of row-parallel matmuls to a replicated residual; not differentiated."""
+    return lax.psum(y, TENSOR)
+
+
+def embed_replicated(table: Array, tokens: Array) -> Array:
+    """Vocabulary-parallel look-up to a replicated residual: local table [V / tensor, D]."""
+    rows = table.shape[0]
+    local = tokens - lax.axis_index(TENSOR) * rows
+    is_here = (local >= 0) & (local < rows)
+    return sum_partial(jnp.where(is_here[..., None], table[jnp.clip(local, 0, rows - 1)], 0))
+
+
+def logits(h: Array, head: Array | Head, softcap: float | None = None) -> Array:
+    """Logits [B, T, V] on every member, of a local head [V / tensor, D]; not differentiated."""
+    local = loss.unembed(h, head, softcap)
+    return lax.all_gather(local, TENSOR, axis=local.ndim - 1, tiled=True)

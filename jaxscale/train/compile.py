@@ -5,12 +5,10 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from jaxscale.data.loader import DataConfig
 from jaxscale.launch.ahead_of_time import (
     KINDS,
     Collective,
@@ -23,14 +21,9 @@ from jaxscale.launch.ahead_of_time import (
     memory_of,
 )
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.precision import Policy
-from jaxscale.parallel.batch import abstract_batch
-from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.train.losses import NextTokenLoss
-from jaxscale.train.optim import OptimizerConfig
-from jaxscale.train.plan import Plan, TrainConfig, deterministic_stack, make_plan
+from jaxscale.train.pretrain import run_batch
+from jaxscale.train.run import Run
+from jaxscale.train.setup import Setup
 from jaxscale.train.state import rests_on_host
 from jaxscale.train.step import make_step
 from jaxscale.types import Batch, InputError, RunError
@@ -62,65 +55,39 @@ class Topology:
         )
 
 
-def compile_step(
-    *,
-    topology: str,
-    model: ModelConfig,
-    mesh: MeshConfig,
-    data: DataConfig,
-    optimizer: OptimizerConfig,
-    train: TrainConfig,
-    policy: Policy = Policy(),
-    stack: StackConfig = StackConfig(),
-    runtime: RuntimeConfig = RuntimeConfig(),
-    make_loss: Callable = NextTokenLoss,
-    **_: Any,
-) -> None:
-    """Compiles the step that `pretrain` would run and prints bytes per device, collectives and compile time.
+def compile_step(*, run: Run, topology: str) -> None:
+    """Compiles the step that `pretrain` would run; prints memory, collectives and compile time.
 
-    Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know
-    without a GPU is left out: cuDNN's workspaces, NCCL's buffers, and the matmul kernels that
-    tuning would choose.
+    Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know without
+    a GPU is left out: cuDNN's workspaces, NCCL's buffers, and the matmul kernels that tuning would
+    choose.
 
     Args:
-        topology: such as "h200:16x8", 16 hosts of 8. model, mesh, data, optimizer, train, policy,
-        stack, runtime, make_loss: as `train.pretrain.pretrain`.
+        run: the run.
+        topology: such as "h200:16x8", 16 hosts of 8.
     Raises:
-        InputError: the parts do not fit one another or the topology, or the compiler is not
-            installed.
+        InputError: the parts do not fit one another or the topology, or the compiler is missing.
         RunError: the step does not fit into the devices' memory, or the compiler failed.
     """
     wanted, share = Topology.parse(topology), memory_share()
-    stack = _apply(runtime, stack, data)
+    # The flag of a deterministic run stays out: it asks for tuning on a GPU, without which a default
+    # will do.
+    apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
     devices, began = wanted.devices(), time.perf_counter()
     with as_on_gpus(devices):
-        plan = make_plan(
-            model=model,
-            mesh=mesh,
-            data=data,
-            optimizer=optimizer,
-            train=train,
-            policy=policy,
-            stack=stack,
-            devices=devices,
-            make_loss=make_loss,
-        )
-        batch = abstract_batch(
-            plan.mesh, data.batch_size, data.sequence_length, is_packed=data.is_packed
-        )
-        lowered = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(
-            plan.state, batch
-        )
+        setup = run.setup(devices)
+        batch = run_batch(run, setup)
+        lowered = make_step(setup).lower(setup.state, batch)
     traced = time.perf_counter()
-    is_on_host = rests_on_host(plan.state, plan.region.specs, train.trainable)
+    is_on_host = rests_on_host(setup.state, setup.region.specs, run.train.trainable)
     compiled = _compile(lowered, jax.tree.leaves(is_on_host))
     seconds = time.perf_counter() - traced
-    memory = memory_of(compiled)
+    memory, available = memory_of(compiled), device_memory_bytes(wanted.machine)
     print(f"{topology}: {len(devices)} x {devices[0].device_kind}")
     print(f"traced in {traced - began:.1f} s, compiled in {seconds:.1f} s\n")
-    print(_memory_text(memory, plan, batch, device_memory_bytes(wanted.machine)))
+    print(_memory_text(memory, setup, batch, available))
     print(_collectives_text(collectives(compiled.as_text())))
-    print(f"\n{check_fits(memory.peak, device_memory_bytes(wanted.machine), share)}")
+    print(f"\n{check_fits(memory.peak, available, share)}")
 
 
 def memory_share() -> float:
@@ -142,16 +109,6 @@ def check_fits(peak: int, available: int, share: float) -> str:
     raise RunError(f"does not fit: {_gib(peak)} needed; {limit}")
 
 
-def _apply(runtime: RuntimeConfig, stack: StackConfig, data: DataConfig) -> StackConfig:
-    """The run's flags, without its devices and processes; the stack as the run would have it.
-
-    The flag of a deterministic run stays out: it asks for tuning on a GPU, where without it a
-    default will do.
-    """
-    apply_runtime(RuntimeConfig(platform="cpu", xla_flags=runtime.xla_flags), ".")
-    return deterministic_stack(stack, data.sequence_length) if runtime.is_deterministic else stack
-
-
 def _compile(lowered: jax.stages.Lowered, is_on_host: list[bool]) -> jax.stages.Compiled:
     """Of the step, whose state, with `is_on_host` for each leaf, is its first argument and result."""
     try:
@@ -164,10 +121,10 @@ def _compile(lowered: jax.stages.Lowered, is_on_host: list[bool]) -> jax.stages.
         ) from error
 
 
-def _memory_text(memory: Memory, plan: Plan, batch: Batch, available: int) -> str:
+def _memory_text(memory: Memory, setup: Setup, batch: Batch, available: int) -> str:
     rows = {
-        "parameters": _bytes_per_device(plan.state.params),
-        "optimizer state": _bytes_per_device(plan.state.opt_state),
+        "parameters": _bytes_per_device(setup.state.params),
+        "optimizer state": _bytes_per_device(setup.state.opt_state),
         "batch": _bytes_per_device(batch),
         "arguments, all": memory.arguments,
         "outputs, new": memory.outputs,

@@ -1,7 +1,6 @@
 """Names the first tensor of a step that is not finite."""
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
@@ -11,39 +10,28 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import tree
+from jaxscale.models.execution import Whole
+from jaxscale.models.parameters import in_order_of_use
+from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import with_token_keys
 from jaxscale.ops.loss import unembed
-from jaxscale.ops.operations import Operations
 from jaxscale.parallel import tensor
-from jaxscale.parallel.region import LossFn, Region
+from jaxscale.parallel.region import LossFn
+from jaxscale.train.setup import Setup
 from jaxscale.types import Array, Batch, Params
 
-FORWARD = {"embedding": 0, "prefix": 0, "layers": 1}  # what has another name comes after the stack
-# Where the backward comes by: sections of the parameter tree, and the parameters of one layer.
-SECTIONS = ("head", "final_norm", "layers", "prefix", "embedding")
-LAYER = (
-    ".*/down(_bias)?",
-    ".*/(up|gate)(_bias)?",
-    ".*/(router|omega)",
-    ".*/(ffn|moe)/norm/.*",
-    ".*/o(_bias)?",
-    ".*/[qk]_norm/.*",
-    ".*/[qkv](_bias)?",
-    ".*/attention/norm/.*",
-)
+FORWARD = {"embedding": 0, "prefix": 0, "layers": 1}  # whatever has another name comes later
+STACK = "layers"
 
 
-def first_non_finite(
-    loss_fn: LossFn, region: Region, params: Params, batch: Batch, key: jax.Array
-) -> str:
-    """Runs one batch again and looks at every named tensor in the order of their making.
+def first_non_finite(setup: Setup, params: Params, batch: Batch, key: jax.Array) -> str:
+    """Runs one batch again and looks at every named tensor in the order in which they are made.
 
-    The forward is looked at layer by layer, unrolled and nothing rematerialised, where the loss has
-    a `stack` that can be replaced by such a one.
+    The forward is looked at layer by layer, unrolled and with nothing rematerialised, if the loss
+    has an `execution` that can be replaced by such a one.
 
     Args:
-        loss_fn: under the contract of `train.losses`.
-        region: as trained.
+        setup: as trained.
         params: as they were before the step.
         batch: the step's batch, on the mesh.
         key: the step's key.
@@ -54,52 +42,60 @@ def first_non_finite(
     for path, leaf in tree.flatten(params).items():
         if not bool(jnp.isfinite(leaf).all()):
             return f"parameter {path}"
-    if name := _first_of_forward(loss_fn, region, params, batch, key):
+    if name := _first_of_forward(setup, params, batch, key):
         return name
-    (loss, *_), gradients = jax.jit(region.gradient(loss_fn))(params, batch, key)
+    gradient = jax.jit(setup.region.gradient(setup.loss_fn))
+    (loss, *_), gradients = gradient(params, batch, key)
     if not bool(jnp.isfinite(loss)):
         return "loss"
-    if name := _first_gradient(gradients, region):
+    if name := _first_gradient(gradients, setup):
         return name
     if not bool(jnp.isfinite(optax.tree.norm(gradients))):
         return "the gradients' norm, though every gradient is finite"
     return "nothing: this time every tensor was finite"
 
 
-def _first_of_forward(
-    loss_fn: LossFn, region: Region, params: Params, batch: Batch, key: jax.Array
-) -> str | None:
-    """A tensor of the forward, run as the step runs it: one micro-batch after the other, each with its key."""
-    if not hasattr(loss_fn, "stack"):
+def _first_of_forward(setup: Setup, params: Params, batch: Batch, key: jax.Array) -> str | None:
+    """A tensor of the forward, which runs as in the step: a micro-batch at a time, with its key."""
+    loss_fn, region = setup.loss_fn, setup.region
+    if not hasattr(loss_fn, "execution"):
         return None
-    stack = dataclasses.replace(
-        loss_fn.stack, is_scanned=False, remat="none", saved_names=(), offloaded_names=()
+    execution = dataclasses.replace(
+        loss_fn.execution,
+        is_scanned=False,
+        remat="none",
+        saved_names=(),
+        offloaded_names=(),
+        strategy=Whole(),
     )
     names: list[str] = []
     counting = _Counting if region.schedule is None else _StagedCounting
-    evaluate = region.evaluate(counting(dataclasses.replace(loss_fn, stack=stack), names))
-    parts = region.num_microbatches
+    counted = counting(dataclasses.replace(loss_fn, execution=execution), names)
+    evaluate = region.evaluate(counted)
+    num_parts = region.num_microbatches
 
     @jax.jit
     def count(params: Params, batch: Batch, key: jax.Array, number: int) -> dict[str, Array]:
-        rows = jax.tree.map(
-            lambda x: x.reshape(-1, parts, *x.shape[1:])[:, number], with_token_keys(batch, key)
-        )
-        return evaluate(params, rows, jax.random.fold_in(key, number))[2]
+        def rows(x: Array) -> Array:
+            return x.reshape(-1, num_parts, *x.shape[1:])[:, number]
 
-    for number in range(parts):
+        microbatch = jax.tree.map(rows, with_token_keys(batch, key))
+        _, _, counts = evaluate(params, microbatch, jax.random.fold_in(key, number))
+        return counts
+
+    for number in range(num_parts):
         if name := _first_counted(count(params, batch, key, number), names):
-            return name if parts == 1 else f"{name}, micro-batch {number}"
+            return name if num_parts == 1 else f"{name}, micro-batch {number}"
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Counting:
-    """A loss whose metrics count the non-finite elements of each named tensor, by period of the stack.
+    """A loss whose metrics count the non-finite elements of each named tensor, by period.
 
     Args:
         loss: as trained, its stack unrolled.
-        names: receives the tensors' names, in the order of their making within a period.
+        names: receives the tensors' names, in the order in which a period makes them.
     """
 
     loss: LossFn
@@ -143,20 +139,19 @@ class _StagedCounting(_Counting):
         *,
         operations: Operations,
     ) -> tuple[Array, Array, dict[str, Array]]:
-        """Period by period: within the branch that skips padding, `mark` would see no more than a tracer."""
+        """Period by period: in the branch that skips padding, names would see tracers only."""
         watched, counts = _watch(operations)
         num_periods = len(jax.tree.leaves(layers)[0])
         is_real = jnp.ones(num_periods, bool) if is_real is None else is_real
         for i, real in enumerate(is_real):
             period = jax.tree.map(lambda leaf: leaf[i : i + 1], layers)  # noqa: B023
-            x = jnp.where(
-                real, self.loss.body(period, x, batch, number[i : i + 1], operations=watched)[0], x
-            )
-        counts = self._counts(counts, {})
-        return x, jnp.zeros(()), {name: each * is_real for name, each in counts.items()}
+            y, *_ = self.loss.body(period, x, batch, number[i : i + 1], operations=watched)
+            x = jnp.where(real, y, x)
+        found = self._counts(counts, {})
+        return x, jnp.zeros(()), {name: each * is_real for name, each in found.items()}
 
     def finish(self, params: Params, x: Array, batch: Batch, *, operations: Operations):
-        """As the loss's; its counts and those of `start`, whose parameters every stage holds."""
+        """As the loss's; counts for `start` too, whose parameters every stage holds."""
         watched, counts = _watch(operations)
         self.loss.start(params, batch, operations=watched)
         loss, weight, metrics = self.loss.finish(params, x, batch, operations=watched)
@@ -167,68 +162,72 @@ def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
     """Operations that count the non-finite elements of each named tensor, and the counts so far."""
     counts: dict[str, list[Array]] = {}
 
-    def mark(name: str, x: Array) -> Array:
-        counts.setdefault(name, []).append(jnp.sum(~jnp.isfinite(x)))
+    def name(path: str, x: Array) -> Array:
+        counts.setdefault(path, []).append(jnp.sum(~jnp.isfinite(x)))
         return x
 
     def count_tokens(
         h: Array, head: Array, labels: Array, softcap: float | None
     ) -> tuple[Array, Array]:
-        """In place of the loss, in whose loop over chunks `mark` would see no more than a tracer."""
+        """In place of the loss, in whose loop over chunks `name` would see tracers only."""
         is_bad = ~jnp.isfinite(unembed(h, head, softcap)).all(-1, keepdims=True)
-        bad = operations.exit(is_bad.astype(jnp.float32))[..., 0]
-        return bad, bad
+        sums = operations.collectives.reduce_scatter_tokens(is_bad.astype(jnp.float32))
+        return sums[..., 0], sums[..., 0]
 
-    # All rows at once: else a name would stand for several tensors of a layer.
-    return dataclasses.replace(
-        operations, mark=mark, token_loss=count_tokens, between=tensor.whole
-    ), counts
+    # All rows at once, for otherwise a name would stand for several tensors of a layer.
+    collectives = dataclasses.replace(
+        operations.collectives, column_then_row=tensor.column_then_row
+    )
+    backends = dataclasses.replace(operations.backends, name=name, token_loss=count_tokens)
+    return Operations(collectives, backends), counts
 
 
 def _first_counted(counts: dict[str, Array], names: list[str]) -> str | None:
-    """The tensor made first of those that are not finite: before the stack, in one of its periods, or after it."""
+    """The first of the tensors that are not finite: before the stack, in a period, or after it."""
     bad = [
-        (FORWARD.get(name.split("/")[0], 2), period, number)
+        (FORWARD.get(name.split(tree.SEPARATOR)[0], 2), period, number)
         for number, name in enumerate(names)
         for period in np.flatnonzero(counts[name])
     ]
     if not bad:
         return None
     _, period, number = min(bad)
-    return names[number] + (
-        f", layer {period} of its stack" if names[number].startswith("layers/") else ""
-    )
+    return names[number] + _layer_text(names[number], period)
 
 
-def _first_gradient(gradients: Any, region: Region) -> str | None:
+def _first_gradient(gradients: Any, setup: Setup) -> str | None:
     """The gradient that the backward makes first of those that are not finite."""
 
     def is_finite(path: str, leaf: Array) -> Array:
-        return jnp.isfinite(leaf).all(tuple(range(path.startswith("layers/"), leaf.ndim)))
+        return jnp.isfinite(leaf).all(tuple(range(_is_stacked(path), leaf.ndim)))
 
-    everywhere = NamedSharding(region.mesh, PartitionSpec())
-    flags = jax.jit(lambda g: tree.map_with_path(is_finite, g), out_shardings=everywhere)(gradients)
-    order = region.specs.layout.order  # a pipeline stores its layers permuted and padded
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    look = jax.jit(lambda g: tree.map_with_path(is_finite, g), out_shardings=everywhere)
+    order = setup.region.specs.layout.order  # a pipeline stores its layers permuted and padded
     bad = [
-        (path, int(order[row]) if path.startswith("layers/") else 0)
-        for path, flag in tree.flatten(flags).items()
+        (path, int(order[row]) if _is_stacked(path) else 0)
+        for path, flag in tree.flatten(look(gradients)).items()
         for row in np.flatnonzero(~np.atleast_1d(np.asarray(flag)))
     ]
     if not bad:
         return None
-    path, layer = min(bad, key=_backward_order)
-    return f"gradient of {path}" + (
-        f", layer {layer} of its stack" if path.startswith("layers/") else ""
-    )
+    # The backward makes gradients in the opposite order of use: sections, then the layers of a
+    # section, then the parameters of a layer.
+    used = [path for path, _ in in_order_of_use(setup.table)]
+    sections = list(setup.table)
+
+    def use(gradient: tuple[str, int]) -> tuple[int, int, int]:
+        path, layer = gradient
+        section = path.split(tree.SEPARATOR)[0]
+        return sections.index(section), layer, used.index(path)
+
+    path, layer = max(bad, key=use)
+    return f"gradient of {path}" + _layer_text(path, layer)
 
 
-def _backward_order(gradient: tuple[str, int]) -> tuple[int, ...]:
-    path, layer = gradient
-    section, number = path.split("/")[:2]
-    position = int(number) if section in ("layers", "prefix") else 0
-    return (
-        SECTIONS.index(section),
-        -layer,
-        -position,
-        *(not re.fullmatch(part, path) for part in LAYER),
-    )
+def _is_stacked(path: str) -> bool:
+    return path.startswith(STACK + tree.SEPARATOR)
+
+
+def _layer_text(path: str, layer: int) -> str:
+    return f", layer {layer} of its stack" if _is_stacked(path) else ""

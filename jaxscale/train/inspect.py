@@ -10,82 +10,66 @@ from jax.sharding import PartitionSpec
 
 from jaxscale import tree
 from jaxscale.config import operative_config
-from jaxscale.data.loader import DataConfig
-from jaxscale.models.config import ModelConfig, training_flops_per_token
-from jaxscale.models.parameters import abstract_params, count_parameters, parameter_table
-from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.precision import Policy
+from jaxscale.models.config.model import training_flops_per_token
+from jaxscale.models.parameters import Table, count_parameters, parameter_table
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.rules import Specs, all_axes_of, make_specs, mirror
 from jaxscale.train.host import is_on_host
-from jaxscale.train.optim import OptimizerConfig, make_optimizer
-from jaxscale.train.plan import TrainConfig, check_fit
+from jaxscale.train.optim import make_optimizer
+from jaxscale.train.run import Run, check_fit
+from jaxscale.train.setup import check_training
+from jaxscale.train.state import abstract_stored
 from jaxscale.types import Params
 
 
-def inspect(
-    *,
-    model: ModelConfig,
-    mesh: MeshConfig,
-    data: DataConfig,
-    optimizer: OptimizerConfig,
-    train: TrainConfig,
-    policy: Policy = Policy(),
-    stack: StackConfig = StackConfig(),
-    **_: Any,
-) -> None:
+def inspect(*, run: Run) -> None:
     """Prints the resolved configuration, parameter counts, the sharding table and bytes per device.
 
-    Nothing is allocated and no device is needed; arguments as `train.pretrain.pretrain`.
+    Nothing is allocated and no device is needed.
 
     Raises:
         InputError: the parts do not fit one another.
     """
-    check_fit(model=model, mesh=mesh, data=data, train=train, policy=policy, stack=stack)
-    specs = make_specs(parameter_table(model), mesh)
-    params = jax.eval_shape(
-        lambda p: specs.layout.store(p, specs.dims), abstract_params(model, policy.parameters)
-    )
-    total, active = count_parameters(model)
-    flops = training_flops_per_token(model, active, data.sequence_length)
+    table = parameter_table(run.model)
+    check_fit(run)
+    check_training(table, run.loss(run), run.mesh, run.train)
+    specs = make_specs(table, run.mesh)
+    params = abstract_stored(table, specs, run.policy.parameters)
+    total, active = count_parameters(run.model)
+    length = run.data.sequence_length
+    flops = training_flops_per_token(run.model, active, length)
     print(operative_config())
     print(_sharding_table(params, specs))
     print(f"\nparameters    {total:,} total, {active:,} active per token (look-up tables left out)")
-    print(
-        f"FLOPs         {flops:.4g} per token, forward and backward, at sequence length {data.sequence_length}"
-    )
-    print(f"mesh          {dataclasses.asdict(mesh)}, {math.prod(mesh.sizes)} devices")
-    for name, size in bytes_per_device(params, specs, optimizer, train, policy, mesh).items():
+    print(f"FLOPs         {flops:.4g} per token, forward and backward, at sequence length {length}")
+    print(f"mesh          {dataclasses.asdict(run.mesh)}, {math.prod(run.mesh.sizes)} devices")
+    for name, size in bytes_per_device(run, table, specs).items():
         print(f"{name:<13} {_bytes_text(size)} per device")
 
 
-def bytes_per_device(
-    params: Params,
-    specs: Specs,
-    optimizer: OptimizerConfig,
-    train: TrainConfig,
-    policy: Policy,
-    mesh: MeshConfig,
-) -> dict[str, int]:
-    """Bytes that one device holds of parameters, gradients and optimizer state; activations are not in it.
+def bytes_per_device(run: Run, table: Table, specs: Specs) -> dict[str, int]:
+    """Bytes that one device holds of parameters, gradients and optimizer state.
 
-    What rests of it in host memory comes after the sum and is not in it.
+    Activations are not in it. What rests of it in host memory comes after the sum and is not in it.
 
     Args:
-        params: the parameter tree as shapes.
-        specs, optimizer, train, policy, mesh: the run.
+        run: the run.
+        table: of its parameters.
+        specs: their shardings.
     """
-    trained = tree.select(params, train.trainable)
+    mesh, trainable = run.mesh, run.train.trainable
+    params = abstract_stored(table, specs, run.policy.parameters)
+    trained = tree.select(params, trainable)
     transformation: optax.GradientTransformation = make_optimizer(
-        optimizer, steps=train.steps, dims=specs.dims
+        run.optimizer, steps=run.train.steps, table=table
     )
     opt_state = jax.eval_shape(transformation.init, trained)
-    opt_specs = mirror(
-        opt_state, trained, tree.select(specs.optimizer, train.trainable), PartitionSpec()
-    )
-    gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, policy.reduction), trained)
+    trained_specs = tree.select(specs.optimizer, trainable)
+    opt_specs = mirror(opt_state, trained, trained_specs, PartitionSpec())
+    reduction = run.policy.reduction
+    gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, reduction), trained)
     # As they add up during the step; ZeRO-2 shards them only at its end.
-    gradient_specs = tree.select(specs.held, train.trainable)
+    gradient_specs = tree.select(specs.held, trainable)
     sizes = {
         "parameters": _tree_bytes(params, specs.parameters, mesh),
         "gradients": _tree_bytes(gradients, gradient_specs, mesh),

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, by optax."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,11 +9,18 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxscale import tree
-from jaxscale.types import InputError, check_choice, check_not_negative, check_positive, check_types
-
-DECAYED = (
-    r".*/(q|k|v|o|gate|up|down|tokens|weights)"  # matrices; not norms, biases, routers or positions
+from jaxscale.types import (
+    InputError,
+    Role,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_types,
 )
+
+# Matrices; not norms, biases, routers or learned positions.
+DECAYED = ("matrix", "expert", "embedding", "unembedding")
+MUON_MATRICES = (Role.MATRIX, Role.EXPERT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +40,8 @@ class OptimizerConfig:
         beta1: decay of the first moment (Muon: its momentum).
         beta2: decay of the second moment.
         epsilon: added to the root of the second moment.
-        weight_decay: decoupled, on parameters whose path matches `decayed`.
-        decayed: regular expression over whole paths.
+        weight_decay: decoupled, on parameters whose role is in `decayed`.
+        decayed: roles of parameters, see `types.Role`.
         clip_norm: largest global gradient norm; None for no clipping.
     """
 
@@ -47,7 +55,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    decayed: str = DECAYED
+    decayed: tuple[str, ...] = DECAYED
     clip_norm: float | None = 1.0
 
     def __post_init__(self):
@@ -68,7 +76,8 @@ class OptimizerConfig:
             )
         if self.clip_norm is not None:
             check_positive("OptimizerConfig.clip_norm", self.clip_norm)
-        tree.compile_pattern("OptimizerConfig.decayed", self.decayed)
+        for role in self.decayed:
+            check_choice("OptimizerConfig.decayed", role, tuple(map(str, Role)))
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -94,80 +103,86 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, steps: int, dims: Any
+    config: OptimizerConfig, *, steps: int, table: Any
 ) -> optax.GradientTransformation:
     """The optimizer over a parameter tree (None where a parameter is frozen).
 
     Args:
         config: which.
         steps: of the whole run, for the schedule.
-        dims: tree of dim letters, one string a parameter; Muon reads from it which dims are a
-            matrix.
+        table: of the parameters; says which are decayed, which are matrices for Muon, and by what
+            each one's learning rate is multiplied.
     Raises:
-        InputError: weights are to decay, but `decayed` matches none.
+        InputError: weights are to decay, but no parameter has a role in `decayed`.
     """
-    schedule = make_schedule(config, steps)
+    entries = tree.flatten(table)
+    decayed = {path for path, entry in entries.items() if entry.role in config.decayed}
+    if config.weight_decay and not decayed:
+        roles = ", ".join(sorted({str(entry.role) for entry in entries.values()}))
+        expected = f"some of the model's roles, {roles}, or weight_decay 0"
+        raise InputError("OptimizerConfig.decayed", config.decayed, expected)
 
     def decay_mask(params: Any) -> Any:
         return tree.map_with_path(lambda path, _: path in decayed, params)
 
-    decayed = {
-        path
-        for path, leaf in tree.flatten(tree.select(dims, config.decayed)).items()
-        if leaf is not None
-    }
-    if config.weight_decay and not decayed:
-        expected = (
-            f"a pattern that matches one of {', '.join(tree.flatten(dims))}, or weight_decay 0"
-        )
-        raise InputError("OptimizerConfig.decayed", config.decayed, expected)
-    if config.name == "adamw":
-        optimizer = optax.adamw(
-            schedule,
-            config.beta1,
-            config.beta2,
-            config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        )
-    elif config.name == "lion":
-        optimizer = optax.lion(
-            schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay_mask
-        )
-    else:
-        # muon's own AdamW takes no mask for its decay, so decay and rate come after it; -1 undoes
-        # its sign.
-        direction = muon(
-            -1.0,
-            beta=config.beta1,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            eps=config.epsilon,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=lambda params: _matrix_dims(params, dims),
-        )
-        decay = optax.add_decayed_weights(config.weight_decay, decay_mask)
-        optimizer = optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
+    optimizer = _make_direction(config, make_schedule(config, steps), decay_mask, entries)
+    factors = {path: entry.learning_rate_factor for path, entry in entries.items()}
+    if any(factor != 1 for factor in factors.values()):
+        optimizer = optax.chain(optimizer, _scale_by(factors))
     if config.clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
-def _matrix_dims(params: Any, dims: Any) -> Any:
+def _make_direction(
+    config: OptimizerConfig, schedule: optax.Schedule, decay_mask: Callable, entries: dict[str, Any]
+) -> optax.GradientTransformation:
+    """The configured optimizer without clipping and without factors on the learning rate."""
+    decay = dict(weight_decay=config.weight_decay, mask=decay_mask)
+    if config.name == "adamw":
+        return optax.adamw(schedule, config.beta1, config.beta2, config.epsilon, **decay)
+    if config.name == "lion":
+        return optax.lion(schedule, config.beta1, config.beta2, **decay)
+    # Muon's own AdamW takes no mask for its decay, so that decay and rate come after it. A rate of
+    # -1 undoes its sign.
+    direction = muon(
+        -1.0,
+        beta=config.beta1,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        eps=config.epsilon,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda params: _matrix_dims(params, entries),
+    )
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _scale_by(factors: dict[str, float]) -> optax.GradientTransformation:
+    """Multiplies the update of each parameter by its own factor."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        return tree.map_with_path(lambda path, update: update * factors[path], updates)
+
+    return optax.stateless(scale)
+
+
+def _matrix_dims(params: Any, entries: dict[str, Any]) -> Any:
     """Which dims of each leaf Muon treats as matrix rows and columns; layers and experts are batch dims."""
-    letters = tree.flatten(dims)
 
     def one(path: str, _: jax.Array) -> MuonDimensionNumbers | None:
-        matrix = letters[path].replace("L", "")
-        if (
-            path.startswith(("embedding", "head"))
-            or not set(matrix) & set("NKF")
-            or "D" not in matrix
-        ):
+        entry = entries[path]
+        if entry.role not in MUON_MATRICES:
             return None
-        inputs = "D" if matrix.index("D") < len(matrix) - 1 else "NKFH"
-        where = [(i, d) for i, d in enumerate(letters[path]) if d not in "LE"]
-        reduction = tuple(i for i, d in where if d in inputs)
-        return MuonDimensionNumbers(reduction, tuple(i for i, d in where if d not in inputs))
+        matrix = [(i, letter) for i, letter in enumerate(entry.dims) if letter not in "LE"]
+        letters = "".join(letter for _, letter in matrix)
+        # The model dim is the input, but of output projections, whose last dim it is.
+        inputs = "NKFH" if letters.endswith("D") else "D"
+        rows = tuple(i for i, letter in matrix if letter in inputs)
+        columns = tuple(i for i, letter in matrix if letter not in inputs)
+        return MuonDimensionNumbers(rows, columns)
 
     return tree.map_with_path(one, params)

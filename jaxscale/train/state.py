@@ -10,14 +10,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxscale import tree
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.parameters import abstract_params, init_params
+from jaxscale.models.parameters import Table, abstract_params
 from jaxscale.parallel.rules import Specs, mirror
 from jaxscale.train.host import HOST, is_on_host
 from jaxscale.types import Params
-
-# The generator is slow to optimise (seconds a leaf on a CPU) and runs once.
-RUNS_ONCE = {"xla_backend_optimization_level": 0}
 
 
 @functools.partial(
@@ -46,7 +42,7 @@ class TrainState:
 
 
 def abstract_state(
-    model: ModelConfig,
+    table: Table,
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh,
@@ -54,29 +50,47 @@ def abstract_state(
     dtype: str,
     trainable: str,
 ) -> TrainState:
-    """The state as shapes with shardings, nothing allocated: what init makes and a checkpoint is restored to."""
-    params = jax.eval_shape(
-        lambda params: specs.layout.store(params, specs.dims), abstract_params(model, dtype)
-    )
+    """The state as shapes with shardings: what init makes and a checkpoint is restored to."""
+    params = abstract_stored(table, specs, dtype)
     trained = tree.select(params, trainable)
     opt_state = jax.eval_shape(optimizer.init, trained)
     trained_specs = tree.select(specs.optimizer, trainable)
     opt_specs = mirror(opt_state, trained, trained_specs, PartitionSpec())
 
     def place(leaf: Any, spec: PartitionSpec, is_on_host: bool = False) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(
-            mesh, spec, memory_kind=HOST if is_on_host and specs.is_optimizer_on_host else None
-        )
+        kind = HOST if is_on_host and specs.is_optimizer_on_host else None
+        sharding = NamedSharding(mesh, spec, memory_kind=kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     scalar = PartitionSpec()
+    is_host = is_on_host(opt_state, trained)
     return TrainState(
         step=place(jax.ShapeDtypeStruct((), jnp.int32), scalar),
         params=jax.tree.map(place, params, specs.parameters),
-        opt_state=jax.tree.map(place, opt_state, opt_specs, is_on_host(opt_state, trained)),
+        opt_state=jax.tree.map(place, opt_state, opt_specs, is_host),
         key=place(jax.eval_shape(lambda: jax.random.key(0)), scalar),
         is_finite=place(jax.ShapeDtypeStruct((), jnp.bool_), scalar),
     )
+
+
+def stored_params(table: Table, mesh: Mesh, specs: Specs, dtype: str) -> Params:
+    """The parameters as a run stores them, permuted and padded for its stages.
+
+    Returns:
+        Shapes with shardings.
+    """
+
+    def place(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, abstract_stored(table, specs, dtype), specs.parameters)
+
+
+def abstract_stored(table: Table, specs: Specs, dtype: str) -> Params:
+    """The parameters as a run stores them, as shapes without shardings."""
+    params = abstract_params(table, dtype)
+    return jax.eval_shape(lambda params: specs.layout.store(params, specs.dims), params)
 
 
 def rests_on_host(abstract: TrainState, specs: Specs, trainable: str) -> TrainState:
@@ -98,27 +112,3 @@ def state_dims(abstract: TrainState, specs: Specs, trainable: str) -> TrainState
 def run_key(seed: int) -> jax.Array:
     """The key from which the draws of a run with `seed` derive; its initial parameters have another one."""
     return jax.random.fold_in(jax.random.key(seed), 1)
-
-
-def init_state(
-    model: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    *,
-    specs: Specs,
-    seed: int,
-    trainable: str,
-) -> TrainState:
-    """The first state, each leaf made where it lives; the same numbers on any mesh."""
-    dtype = jax.tree.leaves(abstract.params)[0].dtype
-
-    def init() -> TrainState:
-        key = jax.random.key(seed)
-        params = specs.layout.store(
-            init_params(model, jax.random.fold_in(key, 0), dtype), specs.dims
-        )
-        opt_state = optimizer.init(tree.select(params, trainable))
-        return TrainState(jnp.int32(0), params, opt_state, run_key(seed), jnp.bool_(True))
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(init, out_shardings=shardings, compiler_options=RUNS_ONCE)()

@@ -1,4 +1,4 @@
-"""One training step: gradient, clipping, update and the select that keeps a broken step out of the state."""
+"""One training step: gradient, clipping, update; a broken step is kept out of the state."""
 
 import functools
 from collections.abc import Callable
@@ -9,31 +9,29 @@ import jax.numpy as jnp
 import optax
 
 from jaxscale import tree
-from jaxscale.parallel.region import LossFn, Region
 from jaxscale.train.host import update_in_parts
+from jaxscale.train.setup import Setup
 from jaxscale.train.state import TrainState
 from jaxscale.types import Batch
 
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
-def make_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, region: Region, abstract: TrainState
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+
+def make_step(setup: Setup) -> Step:
     """Compiles step(state, batch) -> (state, metrics); the state is donated.
 
-    A loss or gradient norm that is not finite leaves parameters, optimizer and step as they were
-    and clears `is_finite`, so that no later step changes them either. Parameters that an update
-    broke are found by the next step.
+    A loss or gradient norm that is not finite leaves parameters, optimizer and step as they were and
+    clears `is_finite`, so that no later step changes them either. Parameters that an update broke
+    are found by the next step.
 
     Args:
-        loss_fn: under the contract of `train.losses`.
-        optimizer: of the trainable parameters.
-        region: mesh, micro-batches and trainable pattern.
-        abstract: the state as shapes with shardings.
+        setup: model, loss, mesh and optimizer.
     Returns:
         The step. Metrics are means over valid tokens (`loss`, `nll`), norms (of the parameters:
         before the step), the number of valid tokens and what else the loss reports as sums.
     """
-    gradient = region.gradient(loss_fn)
+    region = setup.region
+    gradient = region.gradient(setup.loss_fn)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
@@ -42,22 +40,20 @@ def make_step(
         gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
         gradient_norm = optax.tree.norm(gradients)
         trained = tree.select(state.params, region.trainable)
-        # Of the parameters before the update: that sum rides on their conversion to the compute
-        # type, where one of the new parameters would slow the update down (3.4 of 224 ms on an
-        # H200). A bad update shows one step later.
+        # The norm of the parameters before the update: XLA fuses that sum with their conversion to
+        # the compute type, where the norm of the new ones would slow the update down (3.4 of 224 ms
+        # on an H200). A bad update shows one step later.
         parameter_norm = optax.tree.norm(trained)
-        is_finite = (
-            state.is_finite
-            & jnp.isfinite(loss)
-            & jnp.isfinite(gradient_norm)
-            & jnp.isfinite(parameter_norm)
-        )
-        update = functools.partial(_update, optimizer, is_finite)
+        is_finite = state.is_finite
+        for figure in (loss, gradient_norm, parameter_norm):
+            is_finite = is_finite & jnp.isfinite(figure)
+        update = functools.partial(_update, setup.optimizer, is_finite)
         if region.specs.is_optimizer_on_host:
             update = functools.partial(update_in_parts, update, after=is_finite)
         trained, opt_state = update(gradients, state.opt_state, trained)
+        means = {name: x * scale if x.ndim == 0 else x for name, x in sums.items()}
         metrics = {
-            **{name: value * scale if value.ndim == 0 else value for name, value in sums.items()},
+            **means,
             "loss": loss * scale,
             "weight": weight,
             "gradient_norm": gradient_norm,
@@ -69,7 +65,7 @@ def make_step(
         return TrainState(number, params, opt_state, state.key, is_finite), metrics
 
     # The optimizer state's layout makes each device update its share of the parameters.
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -83,4 +79,5 @@ def _update(
     """The new parameters and optimizer state; the old ones if something was not finite."""
     updates, new_state = optimizer.update(gradients, opt_state, trained)
     new = optax.apply_updates(trained, updates), new_state
-    return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, (trained, opt_state))
+    old = trained, opt_state
+    return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)

@@ -7,13 +7,14 @@ from jaxscale.ops.attention.api import (
     attention,
     check_backend,
 )
-from jaxscale.ops.attention.context import AttentionContext
+from jaxscale.ops.attention.context import AttentionContext, BlockLayout
 
 __all__ = [
     "BACKENDS",
     "DETERMINISTIC",
     "KERNEL_OUTPUT",
     "AttentionContext",
+    "BlockLayout",
     "attention",
     "check_backend",
 ]

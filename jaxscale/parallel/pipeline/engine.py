@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from jaxscale import tree
-from jaxscale.ops.operations import Operations
+from jaxscale.ops.backends import Operations
 from jaxscale.parallel.mesh import PIPELINE
 from jaxscale.parallel.pipeline.programs import Split, split
 from jaxscale.parallel.pipeline.schedule import NONE, Rows, Schedule

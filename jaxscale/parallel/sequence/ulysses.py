@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.ops.attention import AttentionContext
-from jaxscale.ops.operations import EXCHANGED
+from jaxscale.ops.backends import EXCHANGED
 from jaxscale.parallel.mesh import SEQUENCE
 from jaxscale.types import Array, InputError
 

@@ -1,0 +1,192 @@
+"""The configuration of a whole model: its layers' kinds, how they repeat, and what is around them."""
+
+import dataclasses
+
+from jaxscale.models.config.attention import AttentionConfig
+from jaxscale.models.config.experts import ExpertsConfig
+from jaxscale.models.config.feed_forward import FeedForwardConfig
+from jaxscale.types import (
+    InputError,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_types,
+)
+
+NORM_POSITIONS = ("before", "after", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """The norm of a model, at every place where it has one.
+
+    Args:
+        kind: "rmsnorm" or "layernorm".
+        epsilon: added to the mean square, or to the variance.
+        use_bias: whether a LayerNorm has a bias.
+    """
+
+    kind: str = "rmsnorm"
+    epsilon: float = 1e-5
+    use_bias: bool = False
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("NormConfig.kind", self.kind, ("rmsnorm", "layernorm"))
+        check_not_negative("NormConfig.epsilon", self.epsilon)
+        if self.use_bias and self.kind == "rmsnorm":
+            raise InputError("NormConfig.use_bias", True, 'False with NormConfig.kind = "rmsnorm"')
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """One kind of layer: attention and a feed-forward, each added to the residual.
+
+    Args:
+        attention: its attention.
+        feed_forward: a dense feed-forward or a mixture of experts.
+        norm_position: "before" normalises what enters attention and feed-forward, x + f(norm(x));
+            "after" normalises what leaves them, x + norm(f(x)); "both" does both.
+        is_parallel: attention and feed-forward side by side on one norm,
+            x + attention(norm(x)) + feed_forward(norm(x)), instead of one after the other.
+    """
+
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig | ExpertsConfig
+    norm_position: str = "before"
+    is_parallel: bool = False
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("LayerConfig.norm_position", self.norm_position, NORM_POSITIONS)
+        if self.is_parallel and self.norm_position != "before":
+            expected = "False unless LayerConfig.norm_position is 'before'"
+            raise InputError("LayerConfig.is_parallel", True, expected)
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the feed-forward is a mixture of experts."""
+        return isinstance(self.feed_forward, ExpertsConfig)
+
+    @property
+    def has_norm_before(self) -> bool:
+        """Whether what enters attention and feed-forward is normalised."""
+        return self.norm_position in ("before", "both")
+
+    @property
+    def has_norm_after(self) -> bool:
+        """Whether what leaves attention and feed-forward is normalised."""
+        return self.norm_position in ("after", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A transformer, dense or mixture-of-experts, causal or bidirectional.
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        num_layers: L, prefix included.
+        model_dim: D.
+        max_length: longest sequence the model is made for (rows of a learned position table).
+        pattern: the kinds of layers that repeat, one for each position of a period.
+        prefix: layers that stand before the first period.
+        norm: the norm of all layers and of the end.
+        is_causal: whether a token sees no later token.
+        use_learned_positions: whether a learned vector a position is added to the embeddings.
+        is_tied: whether the unembedding is the embedding.
+        use_head_bias: whether the logits have a bias.
+        logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
+        init_std: standard deviation of initial weights; output projections divide it by sqrt(2 L).
+    """
+
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    max_length: int
+    pattern: tuple[LayerConfig, ...]
+    prefix: tuple[LayerConfig, ...] = ()
+    norm: NormConfig = NormConfig()
+    is_causal: bool = True
+    use_learned_positions: bool = False
+    is_tied: bool = False
+    use_head_bias: bool = False
+    logit_softcap: float | None = None
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("vocab_size", "num_layers", "model_dim", "max_length"):
+            check_positive(f"ModelConfig.{name}", getattr(self, name))
+        check_not_negative("ModelConfig.init_std", self.init_std)
+        if self.logit_softcap is not None:
+            check_positive("ModelConfig.logit_softcap", self.logit_softcap)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if not self.pattern:
+            raise InputError("ModelConfig.pattern", self.pattern, "at least one layer")
+        if len(self.prefix) >= self.num_layers:
+            expected = f"at most {self.num_layers - 1} layers, fewer than num_layers"
+            raise InputError("ModelConfig.prefix", f"{len(self.prefix)} layers", expected)
+        if (self.num_layers - len(self.prefix)) % self.period:
+            expected = (
+                f"(num_layers - len(prefix)) % len(pattern) == 0 with {len(self.prefix)} layers in "
+                f"prefix and {self.period} in pattern"
+            )
+            raise InputError("ModelConfig.num_layers", self.num_layers, expected)
+        for layer in (*self.prefix, *self.pattern):
+            attention = layer.attention
+            if not self.is_causal and (attention.window or attention.layout):
+                expected = "True where a layer has a window or a layout of blocks"
+                raise InputError("ModelConfig.is_causal", False, expected)
+        if any(layer.is_moe for layer in self.prefix):
+            expected = "dense layers: the load of a mixture is reported for the repeating layers"
+            raise InputError("ModelConfig.prefix", "a mixture of experts", expected)
+        numbers = {layer.feed_forward.num_experts for layer in self.pattern if layer.is_moe}
+        if len(numbers) > 1:
+            expected = "one ExpertsConfig.num_experts for all mixtures of a model"
+            raise InputError("ModelConfig.pattern", sorted(numbers), expected)
+
+    @property
+    def period(self) -> int:
+        """Layers in the repeating pattern."""
+        return len(self.pattern)
+
+    @property
+    def num_periods(self) -> int:
+        """How often the pattern repeats: the leading dim of each stack."""
+        return (self.num_layers - len(self.prefix)) // self.period
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """Every layer in order."""
+        return self.prefix + self.pattern * self.num_periods
+
+    @property
+    def num_experts(self) -> int:
+        """E of the model's mixtures; 0 for a dense model."""
+        numbers = [layer.feed_forward.num_experts for layer in self.pattern if layer.is_moe]
+        return numbers[0] if numbers else 0
+
+
+def training_flops_per_token(config: ModelConfig, num_active: int, length: int) -> float:
+    """FLOPs of forward and backward per token: 6 N_active plus causal attention counted at half.
+
+    A window of w tokens is counted as what a query sees on average, w - w^2 / 2T: half of T where
+    w = T. Without a causal mask a query sees all T keys.
+
+    Args:
+        config: the model.
+        num_active: parameters that one token multiplies with. The embedding look-up is no matmul
+            and is left out; the unembedding counts.
+        length: T, tokens a row.
+    Returns:
+        FLOPs per token; recompute is not counted.
+    """
+    flops = 6.0 * num_active
+    for layer in config.layers:
+        attention = layer.attention
+        window = min(attention.window or length, length)
+        seen = window - window**2 / (2 * length) if config.is_causal else length
+        flops += 12 * seen * attention.num_heads * attention.head_dim
+    return flops

@@ -1,0 +1,202 @@
+"""How layers are executed: in a loop or unrolled, whole or by chunks, and what the backward recomputes.
+
+No setting changes what is computed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax import lax
+
+from jaxscale.models.layers import Layer
+from jaxscale.models.moe import Choices
+from jaxscale.ops.attention import BACKENDS, KERNEL_OUTPUT, AttentionContext, attention
+from jaxscale.ops.backends import EXCHANGED, Backends, Operations
+from jaxscale.ops.draws import Draws
+from jaxscale.types import Array, InputError, check_choice, check_positive, check_types
+
+NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
+# Router logits are always kept. Recomputed, they may differ in the last bit, for XLA fuses them with
+# other operations then, and a token could be sent to another expert.
+ROUTER = "router"
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
+
+
+class LayerStrategy(Protocol):
+    """How the tokens of one layer are run."""
+
+    def __call__(
+        self,
+        layer: Layer,
+        x: Array,
+        context: AttentionContext,
+        cache: Any,
+        draws: Draws | None,
+    ) -> tuple[Array, Any, Choices | None]:
+        """What `layer(x, context, cache, draws)` returns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """All tokens at once."""
+
+    def __call__(
+        self,
+        layer: Layer,
+        x: Array,
+        context: AttentionContext,
+        cache: Any,
+        draws: Draws | None,
+    ) -> tuple[Array, Any, Choices | None]:
+        """As `LayerStrategy`."""
+        return layer(x, context, cache, draws)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByChunk:
+    """All but attention over a chunk of the tokens at a time, recomputed in the backward.
+
+    The layer's weights are gathered once for all chunks. Then activations of a chunk only exist at a
+    time, beside queries, keys, values and attention's output of all tokens.
+
+    Source: Yao et al. 2024, FPDT (arXiv 2408.16978), section 5.4, its chunked feed-forward.
+    Args:
+        num_chunks: chunks of T.
+    """
+
+    num_chunks: int
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("ByChunk.num_chunks", self.num_chunks)
+
+    def __call__(
+        self,
+        layer: Layer,
+        x: Array,
+        context: AttentionContext,
+        cache: Any,
+        draws: Draws | None,
+    ) -> tuple[Array, Any, Choices | None]:
+        """As `LayerStrategy`; for one device in a tensor group, so that own tokens are all."""
+
+        def project(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+            x, positions = chunk
+            _, h = layer.enter_attention(x)
+            return layer.qkv(h, positions)
+
+        def finish(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Choices | None]:
+            x, o, keys = chunk
+            x, h = layer.enter_attention(x)
+            drawn = None if keys is None else dataclasses.replace(draws, keys=keys)
+            return layer.finish(x, h, layer.output(o), drawn)
+
+        q, k, v = self._over_chunks(project, (x, context.positions))
+        o, cache = layer.attend(q, k, v, context, cache)
+        keys = None if draws is None else draws.keys
+        x, choices = self._over_chunks(finish, (x, o, keys))
+        return x, cache, choices
+
+    def _over_chunks(self, f: Callable, arrays: Any) -> Any:
+        """f of each chunk of arrays [B, T, ...], joined again."""
+        num = self.num_chunks
+
+        def split(x: Array) -> Array:
+            if x.shape[1] % num:
+                expected = f"T % num_chunks == 0, but {x.shape[1]} % {num} = {x.shape[1] % num}"
+                raise InputError("ByChunk.num_chunks", num, expected)
+            return jnp.moveaxis(x.reshape(x.shape[0], num, -1, *x.shape[2:]), 1, 0)
+
+        def join(x: Array) -> Array:
+            return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+        once = jax.checkpoint(f, prevent_cse=False)
+        return jax.tree.map(join, lax.map(once, jax.tree.map(split, arrays)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How the layers are executed.
+
+    Args:
+        is_scanned: one compiled layer in a loop, or every layer unrolled, which takes longer to
+            compile and is faster on a GPU.
+        remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots"
+            (keep the outputs of matmuls with weights, of attention on a GPU and of exchanges between
+            devices, those before a matmul aside); "names" (keep `saved_names` on the device and
+            `offloaded_names` in host memory).
+        saved_names: of NAMES.
+        offloaded_names: of NAMES.
+        num_loss_chunks: chunks of T, of which one has its logits in memory at a time.
+        attention: a backend of `ops.attention`; None picks one and logs it.
+        strategy: `Whole()` or `ByChunk(num_chunks)`.
+    """
+
+    is_scanned: bool = True
+    remat: str = "full"
+    saved_names: tuple[str, ...] = ()
+    offloaded_names: tuple[str, ...] = ()
+    num_loss_chunks: int = 8
+    attention: str | None = None
+    strategy: Callable = Whole()
+
+    def __post_init__(self):
+        check_types(self)
+        check_choice("ExecutionConfig.remat", self.remat, ("none", "full", "dots", "names"))
+        check_choice("ExecutionConfig.attention", self.attention, (None, *BACKENDS))
+        check_positive("ExecutionConfig.num_loss_chunks", self.num_loss_chunks)
+        for field in ("saved_names", "offloaded_names"):
+            for name in getattr(self, field):
+                check_choice(f"ExecutionConfig.{field}", name, NAMES)
+        if (self.saved_names or self.offloaded_names) and self.remat != "names":
+            expected = '"names" when saved_names or offloaded_names are given'
+            raise InputError("ExecutionConfig.remat", self.remat, expected)
+
+    def operations(self) -> Operations:
+        """What a model calls on one device: plain functions, with the named attention backend."""
+        named = functools.partial(attention, implementation=self.attention)
+        return Operations(backends=Backends(attention=named))
+
+    def rematerialise(self, f: Callable) -> Callable:
+        """`f` under the configured policy, which keeps a router's logits whatever else it does."""
+        if self.remat == "none":
+            return f
+        policies = jax.checkpoint_policies
+        policy = policies.save_only_these_names(ROUTER)
+        if self.remat == "dots":
+            policy = _is_product
+        elif self.remat == "names":
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[ROUTER, *_with_kernel(self.saved_names)],
+                names_which_can_be_offloaded=_with_kernel(self.offloaded_names),
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        return jax.checkpoint(f, policy=policy, prevent_cse=not self.is_scanned)
+
+
+def _with_kernel(names: tuple[str, ...]) -> list[str]:
+    """The names, with the lse of attention where its output is kept.
+
+    The backward needs both, and to make the lse again would run attention again.
+    """
+    return [*names, *(KERNEL_OUTPUT for name in names if name == "attention")]
+
+
+def _is_product(primitive: jax.extend.core.Primitive, *avals: Any, **params: Any) -> bool:
+    """Policy: keep matmuls with weights, attention on a GPU, and what devices exchanged.
+
+    The latter two are as small as the former and cost as much to make again. A partial sum is not
+    kept beside the sum over devices, for then nothing reads it.
+    """
+    if primitive.name == CUDNN_ATTENTION:
+        return True
+    if params.get("name") in (KERNEL_OUTPUT, EXCHANGED, ROUTER):
+        return True
+    is_matmul = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return is_matmul(primitive, *avals, **params)

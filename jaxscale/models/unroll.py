@@ -1,0 +1,74 @@
+"""A loop over layers with every iteration written out, and a gradient that XLA can stack cheaply."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxscale.types import Array
+
+
+def unrolled(body: Callable, carry: Any, inputs: tuple) -> tuple[Any, Any]:
+    """`lax.scan(body, carry, inputs)` with every iteration written out.
+
+    Args:
+        body: (carry, inputs of one iteration) -> (carry, (caches, others)).
+        carry: the first one.
+        inputs: (params, caches, *others) with a leading dim of iterations; params and caches may be
+            tuples of the iterations' parts.
+    Returns:
+        (the last carry, (caches as they were given, others stacked)).
+    """
+    params, caches, *others = inputs
+    parts = params if isinstance(params, tuple) else _unstack(params)
+    num = len(parts)
+    cache_parts = caches if isinstance(caches, tuple) else _unstack_plain(caches, num)
+    other_parts = _unstack_plain(others, num)
+    new_caches, outputs = [], []
+    for own, cache, other in zip(parts, cache_parts, other_parts, strict=True):
+        carry, (new, output) = body(carry, (own, cache, *other))
+        new_caches.append(new)
+        outputs.append(output)
+    if not isinstance(caches, tuple):
+        new_caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_caches)
+    else:
+        new_caches = tuple(new_caches)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    return carry, (new_caches, stacked)
+
+
+def _unstack_plain(tree: Any, num: int) -> list[Any]:
+    return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(num)]  # noqa: B023
+
+
+@jax.custom_vjp
+def _unstack(tree: Any) -> list[Any]:
+    """Splits the leading dim of every leaf.
+
+    Its gradient is one stack, where that of slicing would be a sum of L padded gradients.
+    """
+    return _unstack_plain(tree, jax.tree.leaves(tree)[0].shape[0])
+
+
+def _unstack_backward(_: None, cotangents: list[Any]) -> tuple[Any]:
+    return (jax.tree.map(_stack, *cotangents),)
+
+
+_unstack.defvjp(lambda tree: (_unstack(tree), None), _unstack_backward)
+
+
+def _stack(*leaves: Array) -> Array:
+    """`jnp.stack(leaves)`, each copied as soon as the backward has made it, the last layer first.
+
+    XLA would fuse `jnp.stack` with what reads it, the norm and the update. Such kernels run at a
+    third to two thirds of an H200's memory rate, while these copies run beside the backward's
+    matmuls. Vectors are not worth a copy each.
+    """
+    if leaves[0].ndim == 1:
+        return jnp.stack(leaves)
+    stack = lax.empty((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    for i in reversed(range(len(leaves))):
+        stack = lax.dynamic_update_index_in_dim(stack, leaves[i], i, 0)
+    return lax.optimization_barrier(stack)

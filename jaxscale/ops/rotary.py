@@ -1,0 +1,237 @@
+"""Rotary position embedding and the scalings that stretch it to longer contexts."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxscale.ops.precision import accumulator
+from jaxscale.types import Array, InputError, check_positive, check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """All frequencies divided by one factor.
+
+    Source: Chen et al. 2023, position interpolation (arXiv 2306.15595), equation 4.
+    Args:
+        factor: s, the new length over the original one.
+    """
+
+    factor: float
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("LinearScaling.factor", self.factor)
+
+    def frequencies(self, plain: np.ndarray, theta: float) -> np.ndarray:
+        """The frequencies in place of the `plain` ones of base `theta`."""
+        return plain / self.factor
+
+    @property
+    def magnitude(self) -> float:
+        """Factor on queries and keys."""
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Long wavelengths divided by a factor, short ones kept, those in between interpolated.
+
+    Source: Llama 3.1 as released (arXiv 2407.21783; its reference code's `apply_scaling`).
+    Args:
+        factor: by which the frequencies of long wavelengths are divided.
+        low_frequency_factor: wavelengths above original_length / this are long.
+        high_frequency_factor: wavelengths below original_length / this are short.
+        original_length: tokens that the model was trained with before.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_length: int
+
+    def __post_init__(self):
+        check_types(self)
+        for field in dataclasses.fields(self):
+            check_positive(f"Llama3Scaling.{field.name}", getattr(self, field.name))
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            expected = f"above low_frequency_factor = {self.low_frequency_factor}"
+            name = "Llama3Scaling.high_frequency_factor"
+            raise InputError(name, self.high_frequency_factor, expected)
+
+    def frequencies(self, plain: np.ndarray, theta: float) -> np.ndarray:
+        """The frequencies in place of the `plain` ones of base `theta`."""
+        rotations = self.original_length * plain / (2 * math.pi)
+        width = self.high_frequency_factor - self.low_frequency_factor
+        share = np.clip((rotations - self.low_frequency_factor) / width, 0, 1)
+        return (1 - share) * plain / self.factor + share * plain
+
+    @property
+    def magnitude(self) -> float:
+        """Factor on queries and keys."""
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """Frequencies interpolated by their number of rotations over the original length.
+
+    Source: Peng et al. 2023, YaRN (arXiv 2309.00071), definition 2 and equations 20 to 22.
+    Args:
+        factor: s, the new length over the original one.
+        original_length: tokens that the model was trained with before.
+        beta_fast: pairs that rotate more often over the original length are kept.
+        beta_slow: pairs that rotate less often are divided by the factor.
+        attention_factor: factor on queries and keys; None for 0.1 ln(s) + 1.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("factor", "original_length", "beta_fast", "beta_slow"):
+            check_positive(f"YarnScaling.{name}", getattr(self, name))
+        if self.attention_factor is not None:
+            check_positive("YarnScaling.attention_factor", self.attention_factor)
+        if self.beta_fast <= self.beta_slow:
+            expected = f"above beta_slow = {self.beta_slow}"
+            raise InputError("YarnScaling.beta_fast", self.beta_fast, expected)
+
+    def frequencies(self, plain: np.ndarray, theta: float) -> np.ndarray:
+        """The frequencies in place of the `plain` ones of base `theta`."""
+        half = len(plain)
+        low = math.floor(self._pair(self.beta_fast, half, theta))
+        high = math.ceil(self._pair(self.beta_slow, half, theta))
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        width = max(high - low, 0.001)
+        interpolated = np.clip((np.arange(half) - low) / width, 0, 1)
+        return interpolated * plain / self.factor + (1 - interpolated) * plain
+
+    def _pair(self, num_rotations: float, half: int, theta: float) -> float:
+        """The pair that rotates so often over the original length; a fraction between pairs."""
+        wavelength = self.original_length / (num_rotations * 2 * math.pi)
+        return half * math.log(wavelength) / math.log(theta)
+
+    @property
+    def magnitude(self) -> float:
+        """Factor on queries and keys."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    """Each frequency divided by a factor of its own, found by a search.
+
+    A released model has two lists of factors, one for documents up to the original length and one
+    for longer ones. This holds the list that a run uses for all its documents.
+
+    Source: Ding et al. 2024, LongRoPE (arXiv 2402.13753), equation 1.
+    Args:
+        factors: one for each pair of the rotated dims.
+        magnitude: factor on queries and keys.
+    """
+
+    factors: tuple[float, ...]
+    magnitude: float = 1.0
+
+    def __post_init__(self):
+        check_types(self)
+        for factor in self.factors:
+            check_positive("LongRopeScaling.factors", factor)
+        check_positive("LongRopeScaling.magnitude", self.magnitude)
+
+    def frequencies(self, plain: np.ndarray, theta: float) -> np.ndarray:
+        """The frequencies in place of the `plain` ones of base `theta`."""
+        return plain / np.array(self.factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary positions of queries and keys.
+
+    Args:
+        theta: base of the frequencies.
+        fraction: share of the head dim that is rotated, its first elements; the rest has no
+            position (partial rotary, as in GPT-NeoX and Phi-2).
+        scaling: how the frequencies are stretched for a longer context; None for not at all.
+    """
+
+    theta: float = 10000.0
+    fraction: float = 1.0
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("RotaryConfig.theta", self.theta)
+        if not 0 < self.fraction <= 1:
+            raise InputError("RotaryConfig.fraction", self.fraction, "0 < fraction <= 1")
+
+    def num_rotated(self, head_dim: int) -> int:
+        """How many elements of a head are rotated."""
+        return int(head_dim * self.fraction)
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raises InputError unless the rotated elements of a head make pairs."""
+        num = self.num_rotated(head_dim)
+        if num % 2 or num == 0:
+            expected = "an even number for rotary positions"
+            if self.fraction < 1:
+                expected += f" of its int(head_dim * fraction) = {num} first elements"
+            raise InputError("AttentionConfig.head_dim", head_dim, expected)
+        if isinstance(self.scaling, LongRopeScaling) and len(self.scaling.factors) != num // 2:
+            given = f"{len(self.scaling.factors)} factors"
+            raise InputError("LongRopeScaling.factors", given, f"{num // 2}, one for each pair")
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians a position of each pair, float64.
+
+        On the host in float64: at position 100,000 the device's power is off by hundredths of a
+        radian.
+        """
+        half = self.num_rotated(head_dim) // 2
+        plain = self.theta ** (-np.arange(half) / half)
+        return plain if self.scaling is None else self.scaling.frequencies(plain, self.theta)
+
+
+def rotate(x: Array, positions: Array, config: RotaryConfig) -> Array:
+    """Rotates pairs (i, i + R/2) of the first R elements of each head by position * frequency.
+
+    Source: Su et al. 2021 (arXiv 2104.09864), equation 34, in the half-split layout of Llama.
+    Args:
+        x: [B, T, N, H].
+        positions: [B, T] integers.
+        config: frequencies, and R as a share of H.
+    Returns:
+        [B, T, N, H] in the type of `x`; angles are taken in at least float32.
+    """
+    num_rotated = config.num_rotated(x.shape[-1])
+    if num_rotated == x.shape[-1]:
+        return _rotate_whole(x, positions, config)
+    rotated = _rotate_whole(x[..., :num_rotated], positions, config, head_dim=x.shape[-1])
+    return jnp.concatenate([rotated, x[..., num_rotated:]], -1)
+
+
+def _rotate_whole(
+    x: Array, positions: Array, config: RotaryConfig, head_dim: int | None = None
+) -> Array:
+    half = x.shape[-1] // 2
+    pairs = accumulator(x).reshape(*x.shape[:-1], 2, half)
+    frequencies = config.frequencies(head_dim or x.shape[-1]).astype(pairs.dtype)
+    angles = positions[..., None, None, None].astype(pairs.dtype) * frequencies
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    if config.scaling is not None and config.scaling.magnitude != 1:
+        cosine, sine = cosine * config.scaling.magnitude, sine * config.scaling.magnitude
+    signs = np.array([[-1], [1]], pairs.dtype)
+    # Reversing swaps the halves. Slicing them and joining them again would make XLA pad two halves
+    # and add them up in the gradient.
+    swapped = lax.rev(pairs, (pairs.ndim - 2,))
+    return (pairs * cosine + swapped * (signs * sine)).reshape(x.shape).astype(x.dtype)

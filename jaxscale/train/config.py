@@ -1,0 +1,54 @@
+"""How long and how to train."""
+
+import dataclasses
+
+from jaxscale import tree
+from jaxscale.types import InputError, check_not_negative, check_positive, check_types
+
+MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long and how to train.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        num_microbatches: M; the batch is cut in M parts whose gradients are summed. Only the
+            load-balance loss depends on M, because experts' shares are counted in each part.
+        seed: of the initial parameters and every draw.
+        z_loss: weight of log^2 Z in the loss.
+        embedding_noise: alpha of NEFTune (arXiv 2310.05914): embeddings get uniform noise of at most
+            alpha / sqrt(T D), for fine-tuning; 0 for none.
+        trainable: regular expression over whole parameter paths; what does not match stays as it is
+            and has no optimizer state.
+        evaluate_every: steps between evaluations.
+        init_from: checkpoint directory of the same model whose parameters a new run starts from;
+            None to draw them.
+        profile_steps: the profiler records from the first number of finished steps to the second.
+    """
+
+    steps: int
+    num_microbatches: int = 1
+    seed: int = 0
+    z_loss: float = 0.0
+    embedding_noise: float = 0.0
+    trainable: str = ".*"
+    evaluate_every: int = 100
+    init_from: str | None = None
+    profile_steps: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("steps", "num_microbatches", "evaluate_every"):
+            check_positive(f"TrainConfig.{name}", getattr(self, name))
+        if self.profile_steps:
+            first, second = self.profile_steps
+            if not 0 <= first < second <= self.steps:
+                expected = f"0 <= first < second <= {self.steps}"
+                raise InputError("TrainConfig.profile_steps", self.profile_steps, expected)
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InputError("TrainConfig.seed", self.seed, f"0 <= seed <= {MAX_SEED}")
+        check_not_negative("TrainConfig.z_loss", self.z_loss)
+        check_not_negative("TrainConfig.embedding_noise", self.embedding_noise)
+        tree.compile_pattern("TrainConfig.trainable", self.trainable)

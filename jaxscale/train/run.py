@@ -1,0 +1,216 @@
+"""A run as one value: everything that a gin file says of a training, for every verb."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from jaxscale.checkpoint.manager import CheckpointConfig
+from jaxscale.data.loader import DataConfig
+from jaxscale.data.tokenizer import TokenizerConfig
+from jaxscale.launch.processes import ProcessesConfig
+from jaxscale.launch.runtime import RuntimeConfig
+from jaxscale.models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    ModelConfig,
+    NormConfig,
+    RotaryConfig,
+)
+from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
+from jaxscale.models.losses import NextTokenLoss
+from jaxscale.models.parameters import Table, parameter_table
+from jaxscale.ops.attention import DETERMINISTIC, AttentionContext, check_backend
+from jaxscale.ops.attention.chunked import QUERY_CHUNK
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import MeshConfig, check_batch, nearest_divisors
+from jaxscale.parallel.region import LossFn, Region
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.setup import Setup, make_region, make_setup
+from jaxscale.types import InputError, check_types
+
+logger = logging.getLogger(__name__)
+
+# A gin file that imports this module alone can name all of these.
+__all__ = [
+    "AttentionConfig",
+    "ByChunk",
+    "CheckpointConfig",
+    "DataConfig",
+    "ExecutionConfig",
+    "ExpertsConfig",
+    "FeedForwardConfig",
+    "LayerConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "NormConfig",
+    "OptimizerConfig",
+    "Policy",
+    "ProcessesConfig",
+    "RotaryConfig",
+    "Run",
+    "RuntimeConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "Whole",
+]
+
+
+def next_token_loss(run: "Run") -> LossFn:
+    """The loss of pretraining, see `models.losses.NextTokenLoss`."""
+    # NEFTune's width is alpha / sqrt(T D).
+    width = run.data.sequence_length * run.model.model_dim
+    return NextTokenLoss(
+        model=run.model,
+        policy=run.policy,
+        execution=run.execution,
+        z_loss=run.train.z_loss,
+        embedding_noise=run.train.embedding_noise / math.sqrt(width),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that a run is.
+
+    Args:
+        directory: of the run: its configuration, metrics, checkpoints and profile.
+        model: the model.
+        mesh: axis sizes and ZeRO level.
+        data: sources, tokenizer, sequence length and global batch size.
+        optimizer: optimizer and schedule.
+        train: steps, micro-batches, seed.
+        checkpoint: its directory is relative to `directory`.
+        policy: dtypes.
+        execution: how the layers are executed.
+        runtime: platform, flags, processes and watchdog.
+        loss: run -> a loss under the contract of `models.losses`.
+        evaluators: name -> evaluator(context) -> figures, see `models.evaluation`.
+    """
+
+    directory: str
+    model: ModelConfig
+    mesh: MeshConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    policy: Policy = Policy()
+    execution: ExecutionConfig = ExecutionConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    loss: Callable[["Run"], LossFn] = next_token_loss
+    evaluators: dict[str, Callable] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check_types(self)
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return Path(self.directory).expanduser()
+
+    def table(self) -> Table:
+        """The model's parameter table."""
+        return parameter_table(self.model)
+
+    def region(self, devices: list[jax.Device] | None = None) -> Region:
+        """The manual region alone, for evaluation; arguments and errors as `setup`."""
+        return make_region(
+            table=self.table(),
+            mesh=self.mesh,
+            train=self.train,
+            policy=self.policy,
+            attention_backend=self.execution.attention,
+            devices=devices,
+        )
+
+    def setup(self, devices: list[jax.Device] | None = None) -> Setup:
+        """The model ready to be trained, on all devices or on `devices`.
+
+        Raises:
+            InputError: the parts do not fit one another, with the equation that fails.
+        """
+        run = self.deterministic() if self.runtime.is_deterministic else self
+        setup = make_setup(
+            table=run.table(),
+            loss_fn=run.loss(run),
+            mesh=run.mesh,
+            optimizer=run.optimizer,
+            train=run.train,
+            policy=run.policy,
+            attention_backend=run.execution.attention,
+            devices=devices,
+        )
+        check_fit(run)
+        return setup
+
+    def deterministic(self) -> "Run":
+        """The run with an attention backend that gives the same bits again.
+
+        cuDNN and our kernel add the queries' gradient up in whatever order blocks finish, and cuDNN
+        does not compile under XLA's deterministic flags.
+
+        Raises:
+            InputError: another backend was named.
+        """
+        given = self.execution.attention
+        if given not in (None, *DETERMINISTIC):
+            expected = (
+                f"one of {DETERMINISTIC} with RuntimeConfig.is_deterministic: the others' backward "
+                "is not deterministic"
+            )
+            raise InputError("ExecutionConfig.attention", given, expected)
+        is_even = self.data.sequence_length % QUERY_CHUNK == 0
+        backend = given or ("chunked" if is_even else "reference")
+        logger.info("attention: backend %s, as the run is deterministic", backend)
+        execution = dataclasses.replace(self.execution, attention=backend)
+        return dataclasses.replace(self, execution=execution)
+
+
+def check_fit(run: Run) -> None:
+    """Raises InputError, with the equation that fails, unless lengths, batch and chunks fit."""
+    length, mesh = run.data.sequence_length, run.mesh
+    if length > run.model.max_length:
+        expected = f"sequence_length <= max_length = {run.model.max_length}"
+        raise InputError("DataConfig.sequence_length", length, expected)
+    # A ring's backends refuse when the step is traced, which is before anything is written.
+    if mesh.ring == 1:
+        _check_attention(run)
+    check_batch(
+        mesh,
+        batch_size=run.data.batch_size,
+        length=length,
+        num_microbatches=run.train.num_microbatches,
+    )
+    if isinstance(run.execution.strategy, ByChunk) and mesh.tensor > 1:
+        expected = "Whole() with MeshConfig.tensor > 1, whose members have other tokens each"
+        raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
+    own = length // (mesh.sequence * mesh.tensor)
+    num_chunks = run.execution.num_loss_chunks
+    if rest := own % num_chunks:
+        expected = (
+            "sequence_length / (sequence * tensor) % num_loss_chunks == 0, here "
+            f"{length} / ({mesh.sequence} * {mesh.tensor}) % {num_chunks} = {rest}; nearest: "
+            f"{nearest_divisors(own, num_chunks)}"
+        )
+        raise InputError("ExecutionConfig.num_loss_chunks", num_chunks, expected)
+
+
+def _check_attention(run: Run) -> None:
+    """Refuses now what a named backend would refuse when it is traced."""
+    if run.execution.attention is None:
+        return
+    shape = (run.data.batch_size, run.data.sequence_length)
+    tokens = jax.ShapeDtypeStruct(shape, "int32")
+    for layer in run.model.layers:
+        config = layer.attention
+        heads = (*shape, config.num_heads, config.head_dim)
+        q = jax.ShapeDtypeStruct(heads, run.policy.compute)
+        context = AttentionContext(tokens, segments=tokens, softcap=config.softcap)
+        check_backend("ExecutionConfig.attention", run.execution.attention, q, context)

@@ -1,0 +1,180 @@
+"""Training of any model: from its newest checkpoint or from the start to the last step."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.restore import restore_params
+from jaxscale.parallel.batch import place
+from jaxscale.train import diagnosis
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.loop import Loader, Loop, Outcome
+from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard
+from jaxscale.train.profiler import Profiler
+from jaxscale.train.run_directory import check_new, write_start
+from jaxscale.train.setup import Setup
+from jaxscale.train.state import TrainState, run_key
+from jaxscale.train.step import make_step
+from jaxscale.train.surroundings import Surroundings
+from jaxscale.types import Batch, InputError, Params
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableLoader(Loader, Protocol):
+    """A loader that can go on from a saved position."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on after the batches handed out when `state` was asked for."""
+
+
+def train(
+    setup: Setup,
+    *,
+    loader: ResumableLoader,
+    batch: Batch,
+    config: TrainConfig,
+    checkpoint: CheckpointConfig,
+    facts: dict[str, Any],
+    surroundings: Surroundings,
+    speed: Speed,
+    evaluate: Callable[[Params, int], dict[str, Any]] = lambda params, step: {},
+) -> Outcome:
+    """Trains a model; a run that was stopped goes on from its newest checkpoint, on any mesh.
+
+    Args:
+        setup: model, loss, mesh and optimizer.
+        loader: host batches, this process's share of the rows.
+        batch: a global batch as shapes with shardings.
+        config: steps, seed and what a new run starts from.
+        checkpoint: where and how often to save, relative to the run's directory.
+        facts: which model a checkpoint is of, as `Checkpoints` takes them.
+        surroundings: of the run.
+        speed: throughput between steps.
+        evaluate: (params, step) -> figures.
+    Returns:
+        The steps finished and the signal that ended the run early, if any.
+    Raises:
+        InputError: before anything on disk is touched, when something does not fit.
+        NonFiniteError: a loss or gradient norm was not finite.
+    """
+    run, on_exit = surroundings.directory, surroundings.exit_stack.callback
+    checkpoints = Checkpoints(checkpoint.within(run), **facts)
+    on_exit(checkpoints.close)
+    preemption, watchdog = surroundings.begin()
+    watchdog.watch("the restore or first draw of the state", is_slow=True)
+    if checkpoints.latest_step() is None:
+        check_new(run, checkpoint.directory)
+    state = _restore_or_start(setup, checkpoints, loader, config, facts)
+    if int(state.step) >= config.steps:
+        logger.info("nothing to do: step %d of %d", int(state.step), config.steps)
+        return Outcome(int(state.step), None)
+    checkpoints.check_writable()
+    step_fn = make_step(setup)
+    # What refuses only when it is traced does so here, before a file changes. The first step finds
+    # the trace again.
+    step_fn.trace(setup.state, batch)
+    write_start(run, int(state.step), checkpoint.directory)
+    loop = Loop(
+        step_fn=step_fn,
+        loader=loader,
+        place=functools.partial(place, setup.mesh),
+        steps=config.steps,
+        checkpoints=_CanonicalCheckpoints(checkpoints, setup),
+        save_every=checkpoint.save_every,
+        reporters=_make_reporters(run, config.steps, int(state.step)),
+        speed=speed,
+        evaluate=evaluate,
+        evaluate_every=config.evaluate_every,
+        diagnose=functools.partial(_diagnose, setup),
+        preemption=preemption,
+        profiler=Profiler(config.profile_steps, run / "profile"),
+        watchdog=watchdog,
+    )
+    for resource in (*loop.reporters, loop.profiler):
+        on_exit(resource.close)
+    return loop.run(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CanonicalCheckpoints:
+    """Saves states in the order of the layers, whatever order a pipeline runs them in."""
+
+    checkpoints: Checkpoints
+    setup: Setup
+
+    def save(
+        self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False
+    ) -> bool:
+        canonical = self.setup.to_canonical(state)
+        return self.checkpoints.save(step, canonical, data_state, force=force)
+
+    def wait(self) -> None:
+        self.checkpoints.wait()
+
+
+def _restore_or_start(
+    setup: Setup,
+    checkpoints: Checkpoints,
+    loader: ResumableLoader,
+    config: TrainConfig,
+    facts: dict[str, Any],
+) -> TrainState:
+    """Resume, else the parameters of another run, else a fresh draw."""
+    if checkpoints.latest_step() is not None:
+        saved, data_state = checkpoints.restore(setup.canonical_state)
+        state = setup.from_canonical(saved)
+        loader.restore(data_state)
+        saved_key = jax.random.key_data(state.key)
+        if (saved_key != jax.random.key_data(run_key(config.seed))).any():
+            expected = "the seed with which the run was begun"
+            raise InputError("TrainConfig.seed", config.seed, expected)
+        logger.info("resumed after step %d", int(state.step))
+        return state
+    state = setup.init(config.seed)
+    if config.init_from is None:
+        return state
+    return dataclasses.replace(state, params=_other_params(setup, config.init_from, facts))
+
+
+def _other_params(setup: Setup, directory: str, facts: dict[str, Any]) -> Params:
+    """The parameters in another run's newest checkpoint."""
+    source = CheckpointConfig(directory=directory, save_every=1, keep_last=1)
+    with contextlib.closing(Checkpoints(source, **facts)) as checkpoints:
+        is_empty = checkpoints.latest_step() is None
+    if is_empty:
+        below = Path(directory).expanduser().glob("*/[0-9]*")
+        hints = [f"; {path.parent} has" for path in below][:1]
+        expected = f"a folder with a checkpoint; there is none{''.join(hints)}"
+        raise InputError("TrainConfig.init_from", directory, expected)
+    restored = restore_params(
+        source,
+        facts,
+        setup.state.params,
+        dims=setup.dims.params,
+        layout=setup.region.specs.layout,
+    )
+    return restored.params
+
+
+def _make_reporters(directory: Path, steps: int, step: int) -> list[Reporter]:
+    """Only the first process reports."""
+    if jax.process_index() != 0:
+        return []
+    return [
+        History(directory / "metrics.jsonl", step),
+        TensorBoard(directory / "tensorboard", step),
+        ProgressBar(steps, step),
+    ]
+
+
+def _diagnose(setup: Setup, state: TrainState, batch: Batch) -> str:
+    key = jax.random.fold_in(state.key, state.step)
+    return diagnosis.first_non_finite(setup, state.params, batch, key)
