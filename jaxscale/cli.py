@@ -46,7 +46,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "pretrain": Verb(
-        "jaxscale.train.pretrain:pretrain",
+        "jaxscale.run.pretrain:pretrain",
         "train a model; resumes if the run's directory has a checkpoint",
     ),
     "generate": Verb("jaxscale.serve.generate:generate", "sample text from a checkpoint"),
@@ -55,14 +55,14 @@ VERBS = {
     ),
     "tokenizer": Verb("jaxscale.data.tokenizer:train_tokenizer", "train a tokenizer"),
     "inspect": Verb(
-        "jaxscale.train.inspect:inspect",
+        "jaxscale.run.inspect:inspect",
         "print a training run's configuration, parameters, shardings and bytes; allocates nothing",
-        bound_as="jaxscale.train.pretrain:pretrain",
+        bound_as="jaxscale.run.pretrain:pretrain",
     ),
     "compile": Verb(
-        "jaxscale.train.compile:compile_step",
+        "jaxscale.run.compile:compile_step",
         "compile a run's step for GPUs that are not here; print memory and collectives; exit 1 if it does not fit",
-        bound_as="jaxscale.train.pretrain:pretrain",
+        bound_as="jaxscale.run.pretrain:pretrain",
         option=("topology", "MACHINE:HOSTSxGPUS_PER_HOST, such as h200:16x8"),
     ),
 }

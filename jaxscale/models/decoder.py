@@ -15,7 +15,7 @@ from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.layers import Layer, normalise
 from jaxscale.models.moe import RouterSums, no_router, router_sums
 from jaxscale.models.parameters import in_order_of_use, parameter_table
-from jaxscale.models.unroll import unrolled
+from jaxscale.models.unroll import periods_of, unrolled
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import EMBEDDING, Draws
@@ -246,6 +246,18 @@ class Decoder:
 
         return tree.map_with_path(one, params)
 
+    def prepared(self, params: Params) -> Params:
+        """The tree converted once for many forwards without gradients, and unrolled layers apart.
+
+        Every forward converts what is not yet in the compute type, so that it computes the same.
+        """
+        ready = {name: self.to_compute(name, part) for name, part in params.items()}
+        if self.config.use_learned_positions:
+            ready["embedding"] = params["embedding"]  # both vectors are added in their own type
+        if not self.execution.is_scanned:
+            ready["layers"] = tuple(periods_of(ready["layers"]))
+        return ready
+
     def _use(self, section: str, params: Params) -> Params:
         """Parameters of a section as a forward uses them: in the compute type, gathered."""
         # In this order, for then the gather moves bytes of the compute type.
@@ -262,7 +274,13 @@ class Decoder:
     # One layer, one period
 
     def _run_layer(
-        self, config: LayerConfig, section: str, params: Params, x: Array, tokens: Tokens, cache: Any
+        self,
+        config: LayerConfig,
+        section: str,
+        params: Params,
+        x: Array,
+        tokens: Tokens,
+        cache: Any,
     ) -> tuple[Array, Any, RouterSums]:
         """One layer: residual [B, own T, D], cache and its router's sums."""
         operations = self._named(section)

@@ -39,6 +39,12 @@ def unrolled(body: Callable, carry: Any, inputs: tuple) -> tuple[Any, Any]:
     return carry, (new_caches, stacked)
 
 
+def periods_of(tree: Any) -> list[Any]:
+    """The parts of a tree whose leaves have a leading dim of periods; slices, without a gradient of
+    their own."""
+    return _unstack_plain(tree, jax.tree.leaves(tree)[0].shape[0])
+
+
 def _unstack_plain(tree: Any, num: int) -> list[Any]:
     return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(num)]  # noqa: B023
 
@@ -49,7 +55,7 @@ def _unstack(tree: Any) -> list[Any]:
 
     Its gradient is one stack, where that of slicing would be a sum of L padded gradients.
     """
-    return _unstack_plain(tree, jax.tree.leaves(tree)[0].shape[0])
+    return periods_of(tree)
 
 
 def _unstack_backward(_: None, cotangents: list[Any]) -> tuple[Any]:

@@ -120,7 +120,8 @@ def _first_column(config: MeshConfig) -> Callable:
     return tensor.first_column
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity, so that what is compiled for a region can be kept under it.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Region:
     """What the manual region needs to know about a run.
 

@@ -53,7 +53,9 @@ def column_then_row(f: Callable, project: Callable, x: Array, *rows: Any) -> tup
     return reduce_scatter_tokens(project(hidden)), kept
 
 
-def column_then_row_by_member(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
+def column_then_row_by_member(
+    f: Callable, project: Callable, x: Array, *rows: Any
+) -> tuple[Array, Any]:
     """`ColumnThenRow`, one member's rows after the other: exchanges run beside the matmuls of other rows.
 
     A member's rows arrive while `f` has those of the one before, and their sums leave while it has
@@ -121,7 +123,9 @@ def embed(table: Array, tokens: Array) -> Array:
     rows = table.shape[0]
     local = tokens - lax.axis_index(TENSOR) * rows
     is_here = (local >= 0) & (local < rows)
-    return reduce_scatter_tokens(jnp.where(is_here[..., None], table[jnp.clip(local, 0, rows - 1)], 0))
+    return reduce_scatter_tokens(
+        jnp.where(is_here[..., None], table[jnp.clip(local, 0, rows - 1)], 0)
+    )
 
 
 def token_loss(
@@ -136,7 +140,9 @@ def token_loss(
         h, head, labels - lax.axis_index(TENSOR) * columns, softcap
     )
     top = lax.pmax(lax.stop_gradient(part), TENSOR)
-    total, label = jnp.moveaxis(reduce_scatter_tokens(jnp.stack([jnp.exp(part - top), label], -1)), -1, 0)
+    total, label = jnp.moveaxis(
+        reduce_scatter_tokens(jnp.stack([jnp.exp(part - top), label], -1)), -1, 0
+    )
     normaliser = jnp.log(total) + own_tokens(top)
     is_known = own_tokens((labels >= 0) & (labels < columns * lax.axis_size(TENSOR)))
     return jnp.where(is_known, normaliser - label, 0), normaliser

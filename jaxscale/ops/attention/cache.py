@@ -1,13 +1,15 @@
-"""The contiguous key-value cache and the attention callable that owns it."""
+"""The contiguous key-value cache, and attention that fills it and reads it."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxscale.ops.attention.context import AttentionContext
-from jaxscale.ops.attention.reference import attend as reference
+from jaxscale.ops.attention.api import attention
+from jaxscale.ops.attention.context import NEVER, AttentionContext
+from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
 
 
@@ -21,8 +23,9 @@ class KVCache:
     """Keys and values of one layer, filled from slot 0 upwards.
 
     Args:
-        k: [B, S, K, H].
-        v: [B, S, K, H].
+        k: [B, K, S, H]. Heads before slots, so that each head's keys lie together in memory, as the
+            matmuls of attention read them.
+        v: [B, K, S, H].
         positions: [B, S] int32, -1 where the slot holds no token.
         segments: [B, S] int32, 0 where the slot holds no token.
         length: [] int32, slots in use.
@@ -39,14 +42,33 @@ def empty_cache(
     batch_size: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: str
 ) -> KVCache:
     """A cache of `capacity` free slots per row."""
-    keys = jnp.zeros((batch_size, capacity, num_kv_heads, head_dim), dtype)
+    shape = batch_size, num_kv_heads, capacity, head_dim
     return KVCache(
-        k=keys,
-        v=keys,
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
         positions=jnp.full((batch_size, capacity), -1, jnp.int32),
         segments=jnp.zeros((batch_size, capacity), jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
+
+
+def prefill(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    cache: KVCache,
+    *,
+    implementation: str | None = None,
+) -> tuple[Array, KVCache]:
+    """Writes the first tokens to an empty cache and attends over them, by a backend of `attention`.
+
+    Args and Returns as `attend`; the caller vouches that the cache is empty.
+    """
+    cache, segments = _append(k, v, context, cache)
+    own_tokens = dataclasses.replace(context, segments=segments)
+    o, _ = attention(q, k, v, own_tokens, implementation=implementation)
+    return o, cache
 
 
 def attend(
@@ -54,8 +76,8 @@ def attend(
 ) -> tuple[Array, KVCache]:
     """Appends the new keys to the cache and attends over all of it.
 
-    A token with a negative position is written but never seen, so a ragged batch of prompts pads on
-    the left.
+    A token with a negative position is written but never seen, so that a ragged batch of prompts
+    pads on the left.
 
     Args:
         q: [B, T, N, H] queries of the new tokens.
@@ -65,20 +87,57 @@ def attend(
             scale.
         cache: what came before; its capacity must hold T more slots.
     Returns:
-        ([B, T, N, H], the longer cache). The output is NaN once the cache has overflowed: a
-        compiled loop cannot raise, and the write lands on the last slots.
+        ([B, T, N, H], the longer cache). The output is NaN once the cache has overflowed: a compiled
+        loop cannot raise, and the write lands on the last slots.
     """
-    segments = jnp.ones_like(context.positions) if context.segments is None else context.segments
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.length, axis=1)
-    cache = KVCache(
-        k=put(cache.k, k.astype(cache.k.dtype)),
-        v=put(cache.v, v.astype(cache.v.dtype)),
-        positions=put(cache.positions, context.positions.astype(jnp.int32)),
-        segments=put(cache.segments, segments.astype(jnp.int32)),
-        length=cache.length + q.shape[1],
-    )
+    cache, segments = _append(k, v, context, cache)
     seen = dataclasses.replace(
-        context, segments=segments, key_positions=cache.positions, key_segments=cache.segments
+        context,
+        segments=segments,
+        key_positions=cache.positions,
+        key_segments=cache.segments,
     )
-    o = reference(q, cache.k, cache.v, seen)
-    return jnp.where(cache.length <= cache.k.shape[1], o, jnp.nan), cache
+    o = _over_cache(q, cache, seen)
+    return jnp.where(cache.length <= cache.k.shape[2], o, jnp.nan), cache
+
+
+def _append(k: Array, v: Array, context: AttentionContext, cache: KVCache) -> tuple[KVCache, Array]:
+    """The longer cache, and the new tokens' segments [B, T]."""
+    segments = context.segments
+    if segments is None:
+        segments = (context.positions >= 0).astype(jnp.int32)
+    put = lax.dynamic_update_slice_in_dim
+    start = cache.length
+
+    def heads_first(x: Array, like: Array) -> Array:
+        return jnp.moveaxis(x, 1, 2).astype(like.dtype)
+
+    longer = KVCache(
+        k=put(cache.k, heads_first(k, cache.k), start, axis=2),
+        v=put(cache.v, heads_first(v, cache.v), start, axis=2),
+        positions=put(cache.positions, context.positions.astype(jnp.int32), start, axis=1),
+        segments=put(cache.segments, segments.astype(jnp.int32), start, axis=1),
+        length=start + k.shape[1],
+    )
+    return longer, segments
+
+
+def _over_cache(q: Array, cache: KVCache, context: AttentionContext) -> Array:
+    """Attention of a few queries over a whole cache.
+
+    Both matmuls read the cache in its own type and add up in at least float32: to convert it first
+    would write and read it once more, and reading it is what a decoding step spends its time on.
+    """
+    num_kv_heads = cache.k.shape[1]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q_BTKGH = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3]).astype(cache.k.dtype)
+    logits = jnp.einsum("btkgh,bksh->bkgts", q_BTKGH, cache.k, preferred_element_type=wide)
+    logits *= context.logits_scale(q.shape[3])
+    if context.softcap is not None:
+        logits = context.softcap * jnp.tanh(logits / context.softcap)
+    mask = context.mask(q.shape[2])
+    num_groups = q_BTKGH.shape[3] if context.layout else 1
+    mask = mask.reshape(mask.shape[0], -1, num_groups, *mask.shape[2:])
+    weights = jax.nn.softmax(jnp.where(mask, logits, NEVER)).astype(cache.v.dtype)
+    o = jnp.einsum("bkgts,bksh->btkgh", weights, cache.v, preferred_element_type=wide)
+    return accumulator(o).reshape(q.shape).astype(q.dtype)

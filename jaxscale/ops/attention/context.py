@@ -69,11 +69,11 @@ class AttentionContext:
         distance = self.positions[:, :, None] - key_positions[:, None, :]
         visible = (key_positions >= 0)[:, None, :]
         if self.is_causal:
-            visible &= distance >= 0
+            visible = visible & (distance >= 0)
         if self.window is not None:
-            visible &= distance < self.window
+            visible = visible & (distance < self.window)
         if self.segments is not None:
-            visible &= self.segments[:, :, None] == key_segments[:, None, :]
+            visible = visible & (self.segments[:, :, None] == key_segments[:, None, :])
         visible = jnp.broadcast_to(visible, distance.shape)[:, None]
         if self.layout is None:
             return visible

@@ -10,19 +10,9 @@ import jax
 
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
-from jaxscale.data.tokenizer import TokenizerConfig
-from jaxscale.launch.processes import ProcessesConfig
 from jaxscale.launch.runtime import RuntimeConfig
-from jaxscale.models.config import (
-    AttentionConfig,
-    ExpertsConfig,
-    FeedForwardConfig,
-    LayerConfig,
-    ModelConfig,
-    NormConfig,
-    RotaryConfig,
-)
-from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.execution import ByChunk, ExecutionConfig
 from jaxscale.models.losses import NextTokenLoss
 from jaxscale.models.parameters import Table, parameter_table
 from jaxscale.ops.attention import DETERMINISTIC, AttentionContext, check_backend
@@ -36,30 +26,6 @@ from jaxscale.train.setup import Setup, make_region, make_setup
 from jaxscale.types import InputError, check_types
 
 logger = logging.getLogger(__name__)
-
-# A gin file that imports this module alone can name all of these.
-__all__ = [
-    "AttentionConfig",
-    "ByChunk",
-    "CheckpointConfig",
-    "DataConfig",
-    "ExecutionConfig",
-    "ExpertsConfig",
-    "FeedForwardConfig",
-    "LayerConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "NormConfig",
-    "OptimizerConfig",
-    "Policy",
-    "ProcessesConfig",
-    "RotaryConfig",
-    "Run",
-    "RuntimeConfig",
-    "TokenizerConfig",
-    "TrainConfig",
-    "Whole",
-]
 
 
 def next_token_loss(run: "Run") -> LossFn:

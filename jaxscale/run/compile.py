@@ -21,8 +21,8 @@ from jaxscale.launch.ahead_of_time import (
     memory_of,
 )
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
-from jaxscale.train.pretrain import run_batch
-from jaxscale.train.run import Run
+from jaxscale.run.pretrain import run_batch
+from jaxscale.run.run import Run
 from jaxscale.train.setup import Setup
 from jaxscale.train.state import rests_on_host
 from jaxscale.train.step import make_step

@@ -15,9 +15,9 @@ from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.evaluation import EvaluationContext, check_evaluators
 from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.batch import abstract_batch, batch_share, place
+from jaxscale.run.run import Run
 from jaxscale.train.loop import Outcome
 from jaxscale.train.metrics import Speed, peak_flops
-from jaxscale.train.run import Run
 from jaxscale.train.setup import Setup
 from jaxscale.train.surroundings import surroundings
 from jaxscale.train.training import train

@@ -14,9 +14,9 @@ from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.parameters import Table, count_parameters, parameter_table
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.rules import Specs, all_axes_of, make_specs, mirror
+from jaxscale.run.run import Run, check_fit
 from jaxscale.train.host import is_on_host
 from jaxscale.train.optim import make_optimizer
-from jaxscale.train.run import Run, check_fit
 from jaxscale.train.setup import check_training
 from jaxscale.train.state import abstract_stored
 from jaxscale.types import Params

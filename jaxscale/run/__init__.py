@@ -1,0 +1,49 @@
+"""A run as one value, and the verbs that take it; a gin file that imports this can name all parts."""
+
+from jaxscale.checkpoint.manager import CheckpointConfig
+from jaxscale.data.loader import DataConfig
+from jaxscale.data.tokenizer import TokenizerConfig
+from jaxscale.evaluate.perplexity import BitsPerByte
+from jaxscale.launch.processes import ProcessesConfig
+from jaxscale.launch.runtime import RuntimeConfig
+from jaxscale.models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    ModelConfig,
+    NormConfig,
+    RotaryConfig,
+)
+from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.run.run import Run
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.optim import OptimizerConfig
+
+__all__ = [
+    "AttentionConfig",
+    "BitsPerByte",
+    "ByChunk",
+    "CheckpointConfig",
+    "DataConfig",
+    "ExecutionConfig",
+    "ExpertsConfig",
+    "FeedForwardConfig",
+    "LayerConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "NormConfig",
+    "OptimizerConfig",
+    "Policy",
+    "ProcessesConfig",
+    "RotaryConfig",
+    "Run",
+    "RuntimeConfig",
+    "SamplingConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "Whole",
+]

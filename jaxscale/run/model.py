@@ -1,0 +1,156 @@
+"""A trained model in a notebook: from a run or its directory to logits and samples.
+
+model = load("runs/tour")
+logits = model(model.encode("def "))
+model.generate("def ", max_new_tokens=40)
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxscale import config
+from jaxscale.checkpoint.restore import restore_params
+from jaxscale.data.loader import check_tokenizer
+from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.ops.attention import cache
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.region import Region, make_serving_operations
+from jaxscale.parallel.rules import make_specs
+from jaxscale.run.run import Run
+from jaxscale.serve.decoding import check_prompts, generate_tokens
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.train.run_directory import CONFIG
+from jaxscale.train.state import stored_params
+from jaxscale.types import Array, Params
+
+
+class LanguageModel(nnx.Module):
+    """A decoder with its parameters and its tokenizer.
+
+    Args:
+        decoder: the model, bound to one device's operations, or to those of `region`.
+        params: the parameter tree.
+        tokenizer: of the texts; None for a model that is given tokens.
+        region: of the mesh over which the model is spread; None for one device.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        region: Region | None = None,
+    ):
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.region = region
+        self.params = nnx.data(jax.tree.map(nnx.Param, params))
+
+    def __call__(
+        self, tokens: Array, positions: Array | None = None, segments: Array | None = None
+    ) -> Array:
+        """Logits [B, T, V] of tokens [B, T]; positions default to 0 .. T - 1. On one device."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        batch = {"tokens": tokens, "positions": positions}
+        if segments is not None:
+            batch["segments"] = segments
+        return self.decoder.logits(self.pure_params(), batch)[0]
+
+    def encode(self, text: str) -> Array:
+        """The tokens [1, T] of a text."""
+        return jnp.asarray([self.tokenizer.encode(text)], jnp.int32)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | str,
+        *,
+        max_new_tokens: int = 100,
+        sampling: SamplingConfig = SamplingConfig(),
+    ) -> list[str]:
+        """Continues prompts; arguments and errors as `run.generate.generate`.
+
+        Returns:
+            The continuations, without the prompts.
+        """
+        prompts = (prompts,) if isinstance(prompts, str) else prompts
+        outputs = generate_tokens(
+            self.decoder,
+            self.pure_params(),
+            [self.tokenizer.encode(prompt) for prompt in prompts],
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            eos_id=self.tokenizer.eos_id,
+            num_tokens=self.tokenizer.vocab_size,
+            region=self.region,
+        )
+        return [self.tokenizer.decode(output) for output in outputs]
+
+    def pure_params(self) -> Params:
+        """The parameter tree as plain arrays, as the train step takes it."""
+        return jax.tree.map(
+            lambda p: p[...], self.params, is_leaf=lambda p: isinstance(p, nnx.Param)
+        )
+
+
+def load(
+    run: Run | str | Path,
+    *,
+    step: int | None = None,
+    tensor: int = 1,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int = 1,
+) -> LanguageModel:
+    """The model of a run's checkpoint.
+
+    Args:
+        run: the run, or its directory, whose saved configuration is read.
+        step: which checkpoint; the newest when None.
+        tensor: devices over which the model is spread.
+        prompts: checked before anything large is read, with `max_new_tokens`.
+        max_new_tokens: longest continuation.
+    Raises:
+        InputError: there is no such checkpoint, it had another tokenizer, or the model does not fit
+            `tensor` devices.
+    """
+    if not isinstance(run, Run):
+        run = config.load(_the_run, [Path(run).expanduser() / CONFIG]).arguments["run"]
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    check_vocabulary(tokenizer, run.model.vocab_size)
+    if prompts:
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        check_prompts(ids, run.model, max_new_tokens)
+    mesh = MeshConfig(tensor=tensor)
+    devices = make_mesh(mesh, jax.devices()[:tensor])
+    specs = make_specs(run.table(), mesh)
+    restored = restore_params(
+        run.checkpoint.within(run.path),
+        checkpoint_facts(run.model),
+        stored_params(run.table(), devices, specs, run.policy.parameters),
+        dims=specs.dims,
+        layout=specs.layout,
+        step=step,
+        check=functools.partial(check_tokenizer, tokenizer=tokenizer),
+    )
+    if tensor == 1:
+        operations, region = run.execution.operations(), None
+    else:
+        operations = make_serving_operations(mesh, specs, attention=cache.attend)
+        region = Region(devices, specs, operations)
+    execution = ExecutionConfig(
+        is_scanned=run.execution.is_scanned, remat="none", attention=run.execution.attention
+    )
+    decoder = Decoder(run.model, operations, run.policy, execution)
+    return LanguageModel(decoder, restored.params, tokenizer, region)
+
+
+def _the_run(*, run: Run) -> Run:
+    return run

@@ -1,0 +1,264 @@
+"""Decodes tokens with a key-value cache: one prefill, then one compiled loop."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.decoder import Decoder
+from jaxscale.ops.attention import cache as kv_cache
+from jaxscale.ops.backends import Operations
+from jaxscale.parallel.region import Region
+from jaxscale.serve.sampling import SamplingConfig, sample, token_keys
+from jaxscale.types import Array, InputError, Params, check_positive
+
+PADDING = -1  # position of a token that nobody sees
+
+
+def generate_tokens(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: SamplingConfig,
+    max_new_tokens: int,
+    eos_id: int | None = None,
+    sequences: Sequence[int] | None = None,
+    num_tokens: int | None = None,
+    region: Region | None = None,
+) -> list[list[int]]:
+    """Continues each prompt.
+
+    Args:
+        decoder: the model; the cache is of its compute type.
+        params: the parameter tree.
+        prompts: token ids of each prompt, of any lengths.
+        sampling: how tokens are drawn.
+        max_new_tokens: longest continuation.
+        eos_id: token that ends a continuation; None for no such token.
+        sequences: number of each prompt, from which its draws derive whatever batch it is in; by
+            default its index.
+        num_tokens: only tokens below are drawn, where the tokenizer knows fewer than the model; None
+            for all.
+        region: of a mesh over which the model is spread, see `parallel.region.make_serving_operations`;
+            None for one device.
+    Returns:
+        The new tokens of each prompt, up to and including the end token.
+    Raises:
+        InputError: a prompt is empty, too long for the model, or has a token that the model does not
+            know.
+    Cost: compiles once per number of prompts, prompt length rounded up to a power of two, and
+        `max_new_tokens`.
+    """
+    check_prompts(prompts, decoder.config, max_new_tokens)
+    tokens, positions = _pad_left(prompts)
+    numbers = np.asarray(range(len(prompts)) if sequences is None else sequences, np.int32)
+    loop = _Loop(
+        decoder,
+        dataclasses.replace(sampling, seed=0),  # the seed is data: another one compiles nothing
+        max_new_tokens,
+        eos_id,
+        num_tokens,
+    )
+    compiled = _compiled(loop, region)
+    output = compiled(params, tokens, positions, numbers, jax.random.key(sampling.seed))
+    return [_until(row, eos_id) for row in np.asarray(output).tolist()]
+
+
+def empty_caches(
+    decoder: Decoder, batch_size: int, capacity: int, tensor: int = 1
+) -> dict[str, Any]:
+    """Caches for `Decoder.run_layers`.
+
+    Args:
+        decoder: the model.
+        batch_size: rows.
+        capacity: slots a row.
+        tensor: members of a tensor group, each of which has a share of the kv heads.
+    Returns:
+        One cache for each layer of the prefix; and for the stack one for each position of the
+        pattern, with a leading dim of periods, or a tuple of the periods' where layers are unrolled.
+    """
+    config, dtype = decoder.config, decoder.policy.compute
+
+    def of_layer(layer: Any) -> kv_cache.KVCache:
+        # A member of a group larger than the number of kv heads has one of them.
+        num_kv_heads = max(layer.attention.num_kv_heads // tensor, 1)
+        head_dim = layer.attention.head_dim
+        return kv_cache.empty_cache(batch_size, capacity, num_kv_heads, head_dim, dtype)
+
+    def of_period() -> dict[str, kv_cache.KVCache]:
+        return {str(i): of_layer(layer) for i, layer in enumerate(config.pattern)}
+
+    prefix = {str(i): of_layer(layer) for i, layer in enumerate(config.prefix)}
+    if not decoder.execution.is_scanned:
+        return {"prefix": prefix, "layers": tuple(of_period() for _ in range(config.num_periods))}
+
+    def stacked(leaf: Array) -> Array:
+        return jnp.broadcast_to(leaf, (config.num_periods, *leaf.shape))
+
+    return {"prefix": prefix, "layers": jax.tree.map(stacked, of_period())}
+
+
+def advance(
+    decoder: Decoder, params: Params, tokens: Array, positions: Array, caches: Any
+) -> tuple[Array, Any]:
+    """Runs new tokens through the model, whether prompts or one token a row.
+
+    Args:
+        decoder: its attention is `ops.attention.cache.prefill` or `attend`.
+        params: the parameter tree.
+        tokens: [B, T] int32.
+        positions: [B, T] int32, PADDING where there is no token; padding stands on the left.
+        caches: of the tokens before.
+    Returns:
+        (logits of the last token [B, V], caches with the new tokens).
+    """
+    batch = {"tokens": tokens, "positions": positions}
+    batch["weights"] = (positions != PADDING).astype(jnp.float32)
+    x = decoder.embed(params, batch)
+    x, caches, _ = decoder.run_layers(params, x, decoder.tokens(batch), caches)
+    h = decoder.hidden(params, x[:, -1:])
+    return decoder.unembed(params, h)[:, 0], caches
+
+
+def with_attention(decoder: Decoder, attention: Any) -> Decoder:
+    """The decoder with another attention backend."""
+    backends = dataclasses.replace(decoder.operations.backends, attention=attention)
+    operations = Operations(decoder.operations.collectives, backends)
+    return dataclasses.replace(decoder, operations=operations)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["count", "output", "is_finished", "caches"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """State of the loop.
+
+    Args:
+        count: [] new tokens a row so far.
+        output: [B, max_new_tokens] the tokens.
+        is_finished: [B] rows that have drawn the end token.
+        caches: of all tokens but the last.
+    """
+
+    count: Array
+    output: Array
+    is_finished: Array
+    caches: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What a compiled decoding depends on; arguments as `generate_tokens`."""
+
+    decoder: Decoder
+    sampling: SamplingConfig
+    max_new_tokens: int
+    eos_id: int | None
+    num_tokens: int | None
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        sequences: Array,
+        key: Array,
+        *,
+        tensor: int = 1,
+    ) -> Array:
+        """Left-padded prompts [B, T] to new tokens [B, max_new_tokens].
+
+        What comes after the end token is filled up with it.
+        """
+        end = PADDING if self.eos_id is None else self.eos_id
+        lengths = positions[:, -1] + 1
+        backend = self.decoder.execution.attention
+        prefill = functools.partial(kv_cache.prefill, implementation=backend)
+        first_pass = with_attention(self.decoder, prefill)
+        next_pass = with_attention(self.decoder, kv_cache.attend)
+        # Converted and taken apart once, before the loop: its steps read every weight anyway, and
+        # would write them too.
+        params = self.decoder.prepared(params)
+
+        def draw(logits: Array, positions: Array) -> Array:
+            keys = token_keys(key, sequences, positions)
+            return sample(logits[:, : self.num_tokens], keys, self.sampling)
+
+        def is_going(state: _State) -> Array:
+            return (state.count < self.max_new_tokens) & ~state.is_finished.all()
+
+        def decode(state: _State) -> _State:
+            last = lax.dynamic_slice_in_dim(state.output, state.count - 1, 1, axis=1)
+            position = lengths + state.count - 1
+            logits, caches = advance(next_pass, params, last, position[:, None], state.caches)
+            token = jnp.where(state.is_finished, end, draw(logits, position + 1))
+            put = lax.dynamic_update_slice_in_dim
+            output = put(state.output, token[:, None], state.count, axis=1)
+            is_finished = state.is_finished | (token == end)
+            return _State(state.count + 1, output, is_finished, caches)
+
+        capacity = tokens.shape[1] + self.max_new_tokens - 1  # the last token drawn is not run
+        caches = empty_caches(self.decoder, len(tokens), capacity, tensor)
+        logits, caches = advance(first_pass, params, tokens, positions, caches)
+        first = draw(logits, lengths)
+        output = jnp.full((len(tokens), self.max_new_tokens), end, jnp.int32)
+        start = _State(jnp.int32(1), output.at[:, 0].set(first), first == end, caches)
+        return lax.while_loop(is_going, decode, start).output
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(loop: _Loop, region: Region | None) -> Any:
+    if region is None:
+        return jax.jit(loop)
+    tensor = region.mesh.shape["tensor"]
+    everywhere = PartitionSpec()
+    local = functools.partial(loop, tensor=tensor)
+    return jax.jit(region.forward(local, in_specs=(everywhere,) * 4, out_specs=everywhere))
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int
+) -> None:
+    """Raises InputError for an empty or too long prompt, or a token that the model does not know."""
+    check_positive("max_new_tokens", max_new_tokens)
+    if not prompts:
+        raise InputError("prompts", prompts, "at least one prompt")
+    for i, prompt in enumerate(prompts):
+        name, length = f"prompts[{i}]", len(prompt)
+        if not length:
+            raise InputError(name, list(prompt), "at least one token")
+        if unknown := [token for token in prompt if not 0 <= token < config.vocab_size]:
+            expected = f"tokens with 0 <= token < vocab_size = {config.vocab_size}"
+            raise InputError(name, unknown[0], expected)
+        if length + max_new_tokens > config.max_length:
+            equation = f"{length} + {max_new_tokens} = {length + max_new_tokens}"
+            expected = f"prompt + max_new_tokens <= model.max_length = {config.max_length}, here {equation}"
+            raise InputError(name, f"{length} tokens", expected)
+
+
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions [B, T]; T is a power of two, so that many lengths share a compilation."""
+    width = 1 << (max(map(len, prompts)) - 1).bit_length()
+    tokens = np.zeros((len(prompts), width), np.int32)
+    positions = np.full((len(prompts), width), PADDING, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        positions[row, width - len(prompt) :] = np.arange(len(prompt))
+    return tokens, positions
+
+
+def _until(tokens: list[int], eos_id: int | None) -> list[int]:
+    """The tokens up to and including the first end token."""
+    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
