@@ -10,13 +10,13 @@ from jaxscale.signatures import (
     EMPTY,
     dataclasses_in,
     default_of,
+    full_name,
     has_parameter,
     hints,
     is_part_of,
     is_required,
     is_verb,
     parameters,
-    selector,
 )
 from jaxscale.types import InputError, check_type, one_of
 from jaxscale.written import (
@@ -98,8 +98,8 @@ class Bindings:
         if len(kinds) == 1:
             return Reference(kinds[0], (), is_called=True)
         names = " and ".join(kind.__name__ for kind in kinds)
-        field = f"{selector(target)}.{name}"
-        choices = [f"`{field} = @{selector(kind)}()`" for kind in kinds]
+        field = f"{full_name(target)}.{name}"
+        choices = [f"`{field} = @{full_name(kind)}()`" for kind in kinds]
         expected = f"{' or '.join(choices)}: one of them must be bound explicitly"
         raise InputError(f"{target.__name__}.{name}", f"bindings of {names}", expected)
 
@@ -147,7 +147,7 @@ class Bindings:
                 name, binding = next(iter(bound.items()))
                 label = f"{binding.location}: {target.__name__}.{name}"
                 place = _place_of(target, uses)
-                reference = f"`{place}@{selector(target)}()`"
+                reference = f"`{place}@{full_name(target)}()`"
                 expected = f"also {reference}: nothing builds it, so this does nothing"
                 raise InputError(label, text_of(binding.value), expected)
 
@@ -213,6 +213,7 @@ class Builder:
     def __init__(self, bindings: Bindings):
         self.bindings = bindings
         self.used: Fields = {}
+        self._unfinished: list[Reference] = []  # what is being built, outermost first
 
     def arguments(self, target: Callable, scopes: Scopes) -> dict[str, Any]:
         """The checked keyword arguments for `target` in `scopes`: bound or implied, no defaults."""
@@ -251,20 +252,30 @@ class Builder:
         """A value as written, without macros, with its references built."""
         if not isinstance(written, Reference):
             return mapped(lambda item: self._build(item, scopes), written)
-        target = written.target
-        inner = written.within(scopes).scopes
-        if written.is_called:
-            return target(**self.arguments(target, inner))
+        reference = written.within(scopes)
+        target, inner = reference.target, reference.scopes
+        if reference.is_called:
+            return self._called(reference)
         if not self.bindings.of(target, inner):
             return target
         arguments, self.used[inner, target] = self.bound(target, inner)
         return functools.partial(target, **arguments)
 
+    def _called(self, reference: Reference) -> Any:
+        target = reference.target
+        if reference in self._unfinished:
+            expected = "a reference that does not need itself to be built"
+            raise InputError(target.__name__, text_of(reference), expected)
+        self._unfinished.append(reference)
+        built = target(**self.arguments(target, reference.scopes))
+        self._unfinished.pop()
+        return built
+
     def _refuse(self, target: Callable, missing: list[str]) -> None:
         names = ", ".join(missing)
         expected = f"a value for each of {names} in a gin file or by --set"
         targets = {target for _, target in self.bindings.parameters}
-        verbs = sorted(selector(each) for each in targets if is_verb(each))
+        verbs = sorted(full_name(each) for each in targets if is_verb(each))
         if is_verb(target) and verbs and target not in targets:
             listed = ", ".join(verbs)
             expected += f"; the only functions that the file binds are {listed}"
@@ -303,5 +314,5 @@ def _place_of(kind: Callable, uses: list[Reference]) -> str:
         annotations = hints(use.target)
         for name, annotation in annotations.items():
             if kind in dataclasses_in(annotation):
-                return f"{selector(use.target)}.{name} = "
+                return f"{full_name(use.target)}.{name} = "
     return ""

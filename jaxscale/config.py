@@ -33,6 +33,7 @@ from gin import config_parser
 from jaxscale import renamed
 from jaxscale.bindings import Binding, Bindings, Builder
 from jaxscale.overrides import override
+from jaxscale.signatures import full_name
 from jaxscale.types import InputError, closest, one_of
 from jaxscale.written import Macro, Reference, render
 
@@ -144,15 +145,18 @@ class _Names:
             known = one_of(first, self.modules) if self.modules else "it imports none"
             raise InputError(label, first, f"a module that this file imports: {known}")
         found = self.modules[first]
-        full_name = ".".join([found.__name__, *rest])
+        given_name = ".".join([found.__name__, *rest])
+        new_name = renamed.new_object(given_name)
         for name in rest:
             if not hasattr(found, name):
                 public = [each for each in vars(found) if not each.startswith("_")]
-                expected = renamed.new_object(full_name) or one_of(name, public)
-                raise InputError(label, name, expected)
+                raise InputError(label, name, new_name or one_of(name, public))
             found = getattr(found, name)
         if not callable(found):
             raise InputError(label, found, "a function or a class")
+        if new_name and full_name(found) != given_name:
+            # The old module may import the class from the new one.
+            raise InputError(label, name, new_name)
         return found
 
 

@@ -11,10 +11,10 @@ from jaxscale.signatures import (
     EMPTY,
     dataclasses_in,
     default_of,
+    full_name,
     has_parameter,
     hints,
     parameters,
-    selector,
 )
 from jaxscale.types import InputError, one_of
 from jaxscale.written import (
@@ -111,15 +111,12 @@ def _enter(bindings: Bindings, place: _Place, step: _Step, location: str) -> _Pl
     label = f"{location}: {_joined(step, '.')}"
     check_parameter(target, step.name, location)
     value, fields = _current(bindings, place, step.name)
-    entered: list[Reference] = []
-
-    def enter(item: Any) -> Reference:
-        entered.append(_configuration(item, place, step, label))
-        return entered[0]
-
-    value = _changed(value, step.indices, enter, label)
+    item = _item(value, step.indices, label)
+    reference = _configuration(item, place, step, label)
+    value = _with_item(value, step.indices, reference)
     _rebind(bindings, place, step.name, Binding(value, location), fields)
-    return _Place(entered[0].target, entered[0].scopes or scopes)
+    entered = reference.within(scopes)
+    return _Place(entered.target, entered.scopes)
 
 
 def _configuration(item: Any, place: _Place, step: _Step, label: str) -> Reference:
@@ -133,7 +130,7 @@ def _configuration(item: Any, place: _Place, step: _Step, label: str) -> Referen
     if not isinstance(item, Reference) or not item.is_called:
         expected = "a configuration that has fields"
         if len(kinds) > 1:
-            choices = " or ".join(f"@{selector(kind)}()" for kind in kinds)
+            choices = " or ".join(f"@{full_name(kind)}()" for kind in kinds)
             expected += f"; bind {choices} in a gin file"
         raise InputError(label, text_of(item), expected)
     if not step.indices or item.scopes[-2:] == own[-2:]:
@@ -151,7 +148,8 @@ def _bind(bindings: Bindings, place: _Place, step: _Step, binding: Binding) -> N
         return
     label = f"{binding.location}: {_joined(step, '.')}"
     value, fields = _current(bindings, place, step.name)
-    value = _changed(value, step.indices, lambda _: binding.value, label)
+    _item(value, step.indices, label)  # that there is one
+    value = _with_item(value, step.indices, binding.value)
     _rebind(bindings, place, step.name, Binding(value, binding.location), fields)
 
 
@@ -190,22 +188,25 @@ def _current(bindings: Bindings, place: _Place, name: str) -> tuple[Any, Fields]
         return default, {}
 
 
-def _changed(
-    value: Any,
-    indices: tuple[int, ...],
-    change: Callable[[Any], Any],
-    label: str,
-) -> Any:
-    """A value with `change` applied to it, or to the item of it that the indices lead to."""
+def _item(value: Any, indices: tuple[int, ...], label: str) -> Any:
+    """The item that the indices lead to; without any, the value itself."""
+    for index in indices:
+        if not isinstance(value, (list, tuple)):
+            expected = "a tuple, from which a number selects an item"
+            raise InputError(label, text_of(value), expected)
+        if index >= len(value):
+            raise InputError(label, index, f"a number below {len(value)}, the number of items")
+        value = value[index]
+    return value
+
+
+def _with_item(value: Any, indices: tuple[int, ...], item: Any) -> Any:
+    """A value with another item where the indices lead."""
     if not indices:
-        return change(value)
+        return item
     index, *inner = indices
-    if not isinstance(value, (list, tuple)):
-        raise InputError(label, text_of(value), "a tuple, from which a number selects an item")
-    if index >= len(value):
-        raise InputError(label, index, f"a number below {len(value)}, the number of items")
     items = list(value)
-    items[index] = _changed(items[index], tuple(inner), change, label)
+    items[index] = _with_item(items[index], tuple(inner), item)
     return type(value)(items)
 
 

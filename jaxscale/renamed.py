@@ -10,7 +10,7 @@ OBJECTS = {
     "jaxscale.train.plan.TrainConfig": "jaxscale.train.run.TrainConfig",
 }
 
-# Parameters that every verb had, and the field of a run that each became.
+# Parameters that verbs had, and the field of a run that each became.
 _RUN = {
     "checkpoint": "jaxscale.train.run.Run.checkpoint",
     "data": "jaxscale.train.run.Run.data",
@@ -26,7 +26,7 @@ _RUN = {
     "tokenizer": "jaxscale.data.loader.DataConfig.tokenizer",
     "train": "jaxscale.train.run.Run.train",
 }
-_VERBS = ("compile_step", "evaluate", "generate", "inspect", "pretrain")
+_OWNERS = ("Run", "compile_step", "evaluate", "generate", "inspect", "pretrain")
 
 _PATTERN = "with one LayerConfig for each position of ModelConfig.pattern"
 _ROUTER = "ExpertsConfig.router, such as @TopKRouter() or @SparseMixerRouter(), {}"
@@ -63,7 +63,7 @@ FIELDS = {
     ),
     "ModelConfig.use_qk_norm": "AttentionConfig.qk_norm",
     "ModelConfig.windows": f"AttentionConfig.window, {_PATTERN}",
-    **{f"{verb}.{name}": new for verb in _VERBS for name, new in _RUN.items()},
+    **{f"{owner}.{name}": new for owner in _OWNERS for name, new in _RUN.items()},
 }
 
 # The first names of `--set NAME.FIELD=VALUE`.

@@ -78,6 +78,6 @@ def is_part_of(target: Callable, whole: type) -> bool:
     return target in found
 
 
-def selector(target: Callable) -> str:
+def full_name(target: Callable) -> str:
     """The full dotted name by which a gin file refers to a function or a class."""
     return f"{target.__module__}.{target.__qualname__}"

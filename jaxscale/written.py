@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jaxscale.signatures import selector
+from jaxscale.signatures import full_name
 
 Scopes = tuple[str, ...]
 Place = tuple[Scopes, Callable]  # a function or class, in the scopes in which it is called
@@ -148,7 +148,7 @@ def literal_or_text(text: str) -> Any:
 def text_of(value: Any) -> str:
     """The text by which a gin file gives a value as written."""
     if isinstance(value, Reference):
-        name = "/".join([*value.scopes, selector(value.target)])
+        name = "/".join([*value.scopes, full_name(value.target)])
         return f"@{name}()" if value.is_called else f"@{name}"
     if isinstance(value, Macro):
         return f"%{value.name}"
@@ -178,7 +178,7 @@ def render(used: Fields) -> str:
     lines = ["from __gin__ import dynamic_registration"]
     lines += [f"import {module}" for module in sorted(modules)]
     for scopes, target in sorted(used, key=_order):
-        prefix = "/".join([*scopes, selector(target)])
+        prefix = "/".join([*scopes, full_name(target)])
         values = used[scopes, target]
         lines.append("")
         for name in sorted(values):
@@ -189,4 +189,4 @@ def render(used: Fields) -> str:
 
 def _order(place: Place) -> tuple[str, Scopes]:
     scopes, target = place
-    return selector(target), scopes
+    return full_name(target), scopes
