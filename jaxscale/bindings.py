@@ -1,36 +1,37 @@
-"""What a configuration binds: values for the parameters of functions and classes, by scope, and how they are built."""
+"""What a configuration binds, by scope, and how functions and classes are called with it."""
 
-import ast
 import dataclasses
-import difflib
 import functools
-import inspect
-import types
-import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from jaxscale.types import InputError, check_type
-
-Scopes = tuple[str, ...]
-REQUIRED = "gin.REQUIRED"
-UNWRITABLE = object()
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """`@scope/target` or, when it is called, `@scope/target()`."""
-
-    target: Callable
-    scopes: Scopes
-    is_called: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Macro:
-    """`%name`."""
-
-    name: str
+from jaxscale import renamed
+from jaxscale.signatures import (
+    EMPTY,
+    dataclasses_in,
+    default_of,
+    full_name,
+    has_parameter,
+    hints,
+    is_part_of,
+    is_required,
+    is_verb,
+    parameters,
+)
+from jaxscale.types import InputError, check_type, one_of
+from jaxscale.written import (
+    REQUIRED,
+    Fields,
+    Macro,
+    Reference,
+    Scopes,
+    UnwritableError,
+    as_written,
+    default_scopes,
+    found,
+    mapped,
+    text_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,17 @@ class Binding:
     location: str
 
 
+Bound = dict[str, Binding]  # by parameter
+Names = frozenset[str]
+Values = dict[str, Any]  # by parameter
+
+
 class Bindings:
-    """Everything that a set of gin files binds: macros, and parameters of functions and classes by scope."""
+    """All that gin files bind: macros, and parameters of functions and classes by scope."""
 
     def __init__(self):
         self.macros: dict[str, Binding] = {}
-        self.parameters: dict[tuple[Scopes, Callable], dict[str, Binding]] = {}
+        self.parameters: dict[tuple[Scopes, Callable], Bound] = {}
         self._written: list[Any] = []  # every value, also those that a later one replaced
 
     def define(self, name: str, binding: Binding) -> None:
@@ -60,148 +66,145 @@ class Bindings:
         Raises:
             InputError: `target` has no parameter `name`.
         """
-        known = inspect.signature(target).parameters
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-        if name not in known and not takes_any:
-            raise InputError(
-                f"{binding.location}: {target.__name__}.{name}", name, one_of(name, known)
-            )
-        self.parameters.setdefault((scopes, target), {})[name] = binding
+        check_parameter(target, name, binding.location)
+        for kind in dataclasses_in(hints(target).get(name)):
+            if self.of(kind, scopes):
+                # This value may replace one built from the bindings of `kind`. That they were
+                # written before it, often in an included file, is no mistake.
+                self._written.append(Reference(kind, scopes, is_called=True))
+        bound = self.parameters.setdefault((scopes, target), {})
+        bound[name] = binding
         self._written.append(binding.value)
 
-    def of(self, target: Callable, scopes: Scopes) -> dict[str, Binding]:
-        """The bindings for `target` built in `scopes`; those of inner scopes override those of outer ones."""
+    def of(self, target: Callable, scopes: Scopes) -> Bound:
+        """The bindings for `target` built in `scopes`; inner scopes override outer ones."""
         merged = {}
         for depth in range(len(scopes) + 1):
-            merged |= self.parameters.get((scopes[:depth], target), {})
+            outer = scopes[:depth]
+            merged |= self.parameters.get((outer, target), {})
         return merged
 
-    def expand(self, value: Any, label: str, seen: frozenset[str] = frozenset()) -> Any:
-        """A value as written with its macros replaced; `label` names it in the error for an unknown macro."""
-        if isinstance(value, Macro):
-            if value.name == REQUIRED:
-                raise InputError(label, "%gin.REQUIRED", "a value in a gin file or by --set")
-            if value.name not in self.macros or value.name in seen:
-                raise InputError(
-                    f"{label}: %{value.name}",
-                    value.name,
-                    one_of(value.name, self.macros.keys() - seen),
-                )
-            return self.expand(self.macros[value.name].value, label, seen | {value.name})
-        return _mapped(lambda item: self.expand(item, label, seen), value)
+    def implied(self, target: Callable, scopes: Scopes, name: str) -> Reference | None:
+        """The configuration that a parameter to which nothing is bound is built from.
+
+        Returns:
+            `@Class()`, or None where the default stands or a value is missing.
+        Raises:
+            InputError: several classes that the annotation allows have bindings.
+        """
+        kinds = self._candidates(target, scopes, name)
+        if not kinds:
+            return None
+        if len(kinds) == 1:
+            return Reference(kinds[0], (), is_called=True)
+        names = " and ".join(kind.__name__ for kind in kinds)
+        field = f"{full_name(target)}.{name}"
+        choices = [f"`{field} = @{full_name(kind)}()`" for kind in kinds]
+        expected = f"{' or '.join(choices)}: one of them must be bound explicitly"
+        raise InputError(f"{target.__name__}.{name}", f"bindings of {names}", expected)
+
+    def _candidates(self, target: Callable, scopes: Scopes, name: str) -> list[type]:
+        """The classes that `implied` may build: one is built, several are ambiguous."""
+        kinds = dataclasses_in(hints(target).get(name))
+        bound = [kind for kind in kinds if self.of(kind, scopes)]
+        is_required_here = is_required(parameters(target)[name])
+        if len(kinds) != 1:
+            return bound if is_required_here else []
+        if is_required_here:
+            return kinds
+        # Building a default that may hold the target again would never end.
+        is_endless = is_part_of(target, kinds[0])
+        return [] if is_endless else bound
+
+    def expand(self, value: Any, label: str, seen: Names = frozenset()) -> Any:
+        """A value as written with its macros replaced; an error for an unknown one has `label`."""
+        if not isinstance(value, Macro):
+            return mapped(lambda item: self.expand(item, label, seen), value)
+        name = value.name
+        if name == REQUIRED:
+            raise InputError(label, f"%{REQUIRED}", "a value in a gin file or by --set")
+        known = self.macros.keys() - seen
+        if name not in known:
+            raise InputError(f"{label}: %{name}", name, one_of(name, known))
+        inner = self.macros[name].value
+        return self.expand(inner, label, seen | {name})
 
     def check_used(self, function: Callable) -> None:
-        """Raises InputError for what would silently do nothing, whichever verb the file is given to.
+        """Raises InputError for what would silently do nothing, whichever verb gets the file.
 
-        That is a macro that no value mentions and a parameter of what no reference names; a
-        function of keyword-only parameters is taken for a verb.
+        That is a macro that no value mentions, and a parameter of what nothing builds or refers to.
         """
-        mentioned = {macro.name for macro in _found(Macro, self._written)}
+        mentioned = {macro.name for macro in found(Macro, self._written)}
         for name, binding in self.macros.items():
             if name not in mentioned:
-                expected = f"a macro that a value mentions: {one_of(name, mentioned - {REQUIRED})}"
+                known = one_of(name, mentioned - {REQUIRED})
+                expected = f"a macro that a value mentions: {known}"
                 raise InputError(f"{binding.location}: {name}", name, expected)
-        targets = {function, *(reference.target for reference in _found(Reference, self._written))}
+        uses = self._uses(function)
+        targets = {use.target for use in uses}
         for (_, target), bound in self.parameters.items():
-            if target not in targets and not _is_verb(target):
+            if target not in targets:
                 name, binding = next(iter(bound.items()))
-                kinds = {each: _dataclass_in(hint) for each, hint in _hints(function).items()}
-                places = [
-                    f"{_selector(function)}.{each} = "
-                    for each, kind in kinds.items()
-                    if kind is target
-                ]
-                expected = f"also `{''.join(places[:1])}@{_selector(target)}()`: nothing builds it, so this does nothing"
-                raise InputError(
-                    f"{binding.location}: {target.__name__}.{name}",
-                    _written(binding.value),
-                    expected,
-                )
+                label = f"{binding.location}: {target.__name__}.{name}"
+                place = _place_of(target, uses)
+                reference = f"`{place}@{full_name(target)}()`"
+                expected = f"also {reference}: nothing builds it, so this does nothing"
+                raise InputError(label, text_of(binding.value), expected)
 
     def check_scopes(self) -> None:
-        """Raises InputError for a binding in a scope that no reference enters: it would silently do nothing."""
-        written = [binding for bound in self.parameters.values() for binding in bound.values()]
-        references = _found(
-            Reference, [binding.value for binding in [*written, *self.macros.values()]]
-        )
-        entered = {
-            reference.scopes[:depth]
-            for reference in references
-            for depth in range(len(reference.scopes) + 1)
-        }
+        """Raises InputError for a binding in a scope that no reference enters: it does nothing."""
+        values = [binding.value for binding in self.macros.values()]
+        for bound in self.parameters.values():
+            values += [binding.value for binding in bound.values()]
+        entered = {""}
+        for reference in found(Reference, values):
+            for depth in range(len(reference.scopes)):
+                outer = reference.scopes[: depth + 1]
+                entered.add("/".join(outer))
         for (scopes, target), bound in self.parameters.items():
-            if scopes and scopes not in entered:
-                location = next(iter(bound.values())).location
-                name = "/".join(scopes)
-                known = one_of(name, ["/".join(scopes) for scopes in entered if scopes])
-                raise InputError(
-                    f"{location}: {name}/{target.__name__}",
-                    name,
-                    f"a scope that a reference enters: {known}",
-                )
+            name = "/".join(scopes)
+            if name not in entered:
+                binding = next(iter(bound.values()))
+                label = f"{binding.location}: {name}/{target.__name__}"
+                known = one_of(name, entered - {""})
+                raise InputError(label, name, f"a scope that a reference enters: {known}")
 
-    def override(self, function: Callable, text: str) -> None:
-        """Binds what one `--set` argument says.
+    def _uses(self, function: Callable) -> list[Reference]:
+        """Whatever may be used: `function`, the verbs, what values mention, and parts of these."""
+        waiting = [Reference(function, (), is_called=True)]
+        for scopes, target in self.parameters:
+            if is_verb(target):
+                waiting.append(Reference(target, scopes, is_called=True))
+        waiting += found(Reference, self._written)
+        uses = []
+        while waiting:
+            use = waiting.pop(0)
+            if use not in uses:
+                uses.append(use)
+                waiting += self._parts(use)
+        return uses
 
-        Args:
-            function: the verb; its parameters are the first names.
-            text: `FIELD=VALUE` for a parameter of the function, `NAME.FIELD=VALUE` for a field of
-                the configuration bound to its parameter NAME (and so on inwards),
-                `SCOPE/NAME.FIELD=VALUE` to bind in that scope, `MACRO=VALUE` for a macro that the
-                files define. VALUE is a Python literal, or else a plain string.
-        """
-        location = f"--set {text}"
-        key, equals, value = text.partition("=")
-        *scopes, dotted = key.strip().split("/")
-        *parents, name = dotted.split(".")
-        if not (equals and all(map(str.isidentifier, [*scopes, *parents, name]))):
-            raise InputError("--set", text, "NAME.FIELD=VALUE or FIELD=VALUE")
-        if value.lstrip().startswith(("@", "%")):
-            raise InputError(
-                f"--set {key}",
-                value,
-                "a Python literal or plain text; references belong in a gin file",
-            )
-        binding = Binding(_literal_or_text(value.strip()), location)
-        if key.strip() in self.macros:
-            self.define(key.strip(), binding)
-            return
-        target, scope = function, ()
-        for parent in parents:
-            target, scope = self._enter(target, scope, parent, location)
-        self.bind(tuple(scopes) or scope, target, name, binding)
+    def _parts(self, use: Reference) -> list[Reference]:
+        """What the arguments of one use refer to or are built from."""
+        target, scopes = use.target, use.scopes
+        bound = self.of(target, scopes)
+        values = [binding.value for binding in bound.values()]
+        parts = [each.within(scopes) for each in self._mentions(values)]
+        names = parameters(target) if use.is_called else ()
+        for name in names:
+            if name not in bound:
+                for kind in self._candidates(target, scopes, name):
+                    parts.append(Reference(kind, scopes, is_called=True))
+        return parts
 
-    def _enter(
-        self, target: Callable, scopes: Scopes, name: str, location: str
-    ) -> tuple[Callable, Scopes]:
-        """What is built for parameter `name` of `target`, and its scopes; binds its default where nothing is bound."""
-        signature = inspect.signature(target).parameters
-        if name not in signature:
-            raise InputError(f"{location}: {name}", name, one_of(name, signature))
-        bound = self.of(target, scopes).get(name)
-        value = (
-            self.expand(bound.value, f"{bound.location}: {name}")
-            if bound
-            else signature[name].default
-        )
-        kind = _dataclass_in(_hints(target).get(name))
-        if (
-            kind is not None
-            and not dataclasses.is_dataclass(value)
-            and not isinstance(value, Reference)
-        ):
-            value = Reference(kind, default_scopes(scopes, target, name), is_called=True)
-        reference, fields = as_written(value, default_scopes(scopes, target, name))
-        if not (isinstance(reference, Reference) and reference.is_called):
-            raise InputError(
-                f"{location}: {name}", _written(value), "a configuration that has fields"
-            )
-        if not bound or bound.value != reference:
-            self.bind(scopes, target, name, Binding(reference, location))
-        for (inner, inner_target), values in fields.items():
-            for field, each in values.items():
-                self.bind(inner, inner_target, field, Binding(each, location))
-        return reference.target, reference.scopes or scopes
+    def _mentions(self, value: Any, seen: Names = frozenset()) -> list[Reference]:
+        """The references in a value as written and in the macros that it mentions."""
+        references = found(Reference, value)
+        for macro in found(Macro, value):
+            if macro.name in self.macros.keys() - seen:
+                inner = self.macros[macro.name].value
+                references += self._mentions(inner, seen | {macro.name})
+        return references
 
 
 class Builder:
@@ -209,195 +212,107 @@ class Builder:
 
     def __init__(self, bindings: Bindings):
         self.bindings = bindings
-        self.used: dict[tuple[Scopes, Callable], dict[str, Any]] = {}
+        self.used: Fields = {}
+        self._unfinished: list[Reference] = []  # what is being built, outermost first
 
     def arguments(self, target: Callable, scopes: Scopes) -> dict[str, Any]:
-        """The checked keyword arguments for `target` in `scopes`; defaults are left out."""
-        signature = inspect.signature(target).parameters
-        arguments, self.used[scopes, target] = self.bound(target, scopes)
-        missing = [
-            each.name
-            for each in signature.values()
-            if _is_required(each) and each.name not in arguments
-        ]
+        """The checked keyword arguments for `target` in `scopes`: bound or implied, no defaults."""
+        arguments, written = self.bound(target, scopes)
+        self.used[scopes, target] = written
+        implied, missing = {}, []
+        for name, parameter in parameters(target).items():
+            if name in arguments:
+                continue
+            if reference := self.bindings.implied(target, scopes, name):
+                implied[name] = reference
+            elif is_required(parameter):
+                missing.append(name)
+            else:
+                self._write_default(target, scopes, name)
         if missing:
-            expected = f"a value for each of {', '.join(missing)} in a gin file or by --set"
-            bound = {_selector(each) for _, each in self.bindings.parameters if _is_verb(each)}
-            if not scopes and bound and _selector(target) not in bound:
-                expected += f"; the file binds only {', '.join(sorted(bound))}"
-            raise InputError(f"{target.__name__}.{missing[0]}", None, expected)
-        defaults = {
-            each.name: each.default for each in signature.values() if each.name not in arguments
-        }
-        for name, value in defaults.items():
-            written, fields = as_written(value, default_scopes(scopes, target, name))
-            if written is not UNWRITABLE:
-                self.used[scopes, target][name] = written
-                self.used |= fields
+            self._refuse(target, missing)
+        written |= implied
+        for name, reference in implied.items():
+            arguments[name] = self._build(reference, scopes)
         return arguments
 
-    def bound(self, target: Callable, scopes: Scopes) -> tuple[dict[str, Any], dict[str, Any]]:
+    def bound(self, target: Callable, scopes: Scopes) -> tuple[Values, Values]:
         """What is bound for `target` in `scopes`: built and checked, and as written."""
-        hints = _hints(target)
+        annotations = hints(target)
+        bindings = self.bindings.of(target, scopes)
         built, written = {}, {}
-        for name, binding in self.bindings.of(target, scopes).items():
+        for name, binding in bindings.items():
             label = f"{binding.location}: {target.__name__}.{name}"
             written[name] = self.bindings.expand(binding.value, label)
             built[name] = self._build(written[name], scopes)
-            check_type(label, built[name], hints.get(name, Any))
+            check_type(label, built[name], annotations.get(name, Any))
         return built, written
 
     def _build(self, written: Any, scopes: Scopes) -> Any:
         """A value as written, without macros, with its references built."""
         if not isinstance(written, Reference):
-            return _mapped(lambda item: self._build(item, scopes), written)
-        target, inner = written.target, written.scopes or scopes
-        if written.is_called:
-            return target(**self.arguments(target, inner))
+            return mapped(lambda item: self._build(item, scopes), written)
+        reference = written.within(scopes)
+        target, inner = reference.target, reference.scopes
+        if reference.is_called:
+            return self._called(reference)
         if not self.bindings.of(target, inner):
             return target
         arguments, self.used[inner, target] = self.bound(target, inner)
         return functools.partial(target, **arguments)
 
+    def _called(self, reference: Reference) -> Any:
+        target = reference.target
+        if reference in self._unfinished:
+            expected = "a reference that does not need itself to be built"
+            raise InputError(target.__name__, text_of(reference), expected)
+        self._unfinished.append(reference)
+        built = target(**self.arguments(target, reference.scopes))
+        self._unfinished.pop()
+        return built
 
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """Applies `function` to the items of a list, tuple or dict as gin writes them; anything else is returned."""
-    if type(value) in (list, tuple):
-        return type(value)(map(function, value))
-    if type(value) is dict:
-        return {function(key): function(item) for key, item in value.items()}
-    return value
+    def _refuse(self, target: Callable, missing: list[str]) -> None:
+        names = ", ".join(missing)
+        expected = f"a value for each of {names} in a gin file or by --set"
+        targets = {target for _, target in self.bindings.parameters}
+        verbs = sorted(full_name(each) for each in targets if is_verb(each))
+        if is_verb(target) and verbs and target not in targets:
+            listed = ", ".join(verbs)
+            expected += f"; the only functions that the file binds are {listed}"
+        raise InputError(f"{target.__name__}.{missing[0]}", None, expected)
 
-
-def _hints(target: Callable) -> dict[str, Any]:
-    return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-
-
-def _is_required(parameter: inspect.Parameter) -> bool:
-    return parameter.default is parameter.empty and parameter.kind not in (
-        parameter.VAR_POSITIONAL,
-        parameter.VAR_KEYWORD,
-    )
-
-
-def _is_verb(target: Callable) -> bool:
-    kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
-    return not inspect.isclass(target) and kinds <= {
-        inspect.Parameter.KEYWORD_ONLY,
-        inspect.Parameter.VAR_KEYWORD,
-    }
-
-
-def default_scopes(scopes: Scopes, target: Callable, name: str) -> Scopes:
-    """The scopes in which the default of one parameter is written out, so that it is nobody else's."""
-    return (*scopes, target.__name__, name)
-
-
-def as_written(
-    value: Any, scopes: Scopes
-) -> tuple[Any, dict[tuple[Scopes, Callable], dict[str, Any]]]:
-    """A value as a gin file would hold it, and the bindings in `scopes` that this takes; UNWRITABLE if none would."""
-    if isinstance(value, Reference) or _is_literal(value):
-        return value, {}
-    if inspect.isfunction(value) and "<" not in value.__qualname__:
-        return Reference(value, (), is_called=False), {}
-    if not dataclasses.is_dataclass(value) or inspect.isclass(value):
-        return UNWRITABLE, {}
-    written, bindings = {}, {}
-    for field in dataclasses.fields(value):
-        written[field.name], more = as_written(getattr(value, field.name), (*scopes, field.name))
-        bindings |= more
-    if UNWRITABLE in written.values():
-        return UNWRITABLE, {}
-    return Reference(type(value), scopes, is_called=True), {
-        (scopes, type(value)): written
-    } | bindings
+    def _write_default(self, target: Callable, scopes: Scopes, name: str) -> None:
+        """Adds a default to what was used, if a file can hold it and would give it again."""
+        default = default_of(target, name)
+        if default is EMPTY:
+            return
+        try:
+            written, fields = as_written(default, default_scopes(scopes, target, name))
+        except UnwritableError:
+            return
+        for reference in found(Reference, [written, fields]):
+            bound = self.bindings.of(reference.target, scopes)
+            if bound and not reference.is_called:
+                return  # the file's reference would take the bindings of a function that has none
+        self.used[scopes, target][name] = written
+        self.used |= fields
 
 
-def _is_literal(value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return all(map(_is_literal, value))
-    if type(value) is dict:
-        return all(map(_is_literal, value.keys())) and all(map(_is_literal, value.values()))
-    return type(value) in (int, float, bool, str, bytes, type(None))
+def check_parameter(target: Callable, name: str, location: str) -> None:
+    """Raises InputError, with the new name or the closest one, unless `target` has `name`."""
+    if has_parameter(target, name):
+        return
+    expected = renamed.new_field(target, name)
+    if not expected:
+        expected = one_of(name, parameters(target))
+    raise InputError(f"{location}: {target.__name__}.{name}", name, expected)
 
 
-def render(used: dict[tuple[Scopes, Callable], dict[str, Any]]) -> str:
-    """The text of a gin file that binds `used`; macros are written out as their values."""
-    modules = {
-        each.__module__
-        for each in [*(target for _, target in used), *(r.target for r in _found(Reference, used))]
-    }
-    lines = [
-        "from __gin__ import dynamic_registration",
-        *(f"import {module}" for module in sorted(modules)),
-    ]
-    for (scopes, target), values in sorted(
-        used.items(), key=lambda item: (_selector(item[0][1]), item[0][0])
-    ):
-        prefix = "/".join([*scopes, _selector(target)])
-        lines += [
-            "",
-            *(f"{prefix}.{name} = {_written(value)}" for name, value in sorted(values.items())),
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, Reference):
-        return "@" + "/".join([*value.scopes, _selector(value.target)]) + "()" * value.is_called
-    if isinstance(value, Macro):
-        return f"%{value.name}"
-    if type(value) in (list, tuple):
-        items = ", ".join(map(_written, value)) + "," * (type(value) is tuple and len(value) == 1)
-        return f"[{items}]" if type(value) is list else f"({items})"
-    if type(value) is dict:
-        return (
-            "{"
-            + ", ".join(f"{_written(key)}: {_written(item)}" for key, item in value.items())
-            + "}"
-        )
-    return repr(value).replace("inf", "1e999") if type(value) is float else repr(value)
-
-
-def _selector(target: Callable) -> str:
-    return f"{target.__module__}.{target.__qualname__}"
-
-
-def _found(kind: type, value: Any) -> list[Any]:
-    """Every reference, or every macro, in a value as written."""
-    if isinstance(value, kind):
-        return [value]
-    if isinstance(value, dict):
-        return _found(kind, [*value.keys(), *value.values()])
-    if isinstance(value, (list, tuple)):
-        return [each for item in value for each in _found(kind, item)]
-    return []
-
-
-def _literal_or_text(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _dataclass_in(annotation: Any) -> type | None:
-    """The one configuration class that an annotation such as `MoeConfig | None` allows."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    members = typing.get_args(annotation) if is_union else (annotation,)
-    found = [each for each in members if dataclasses.is_dataclass(each)]
-    return found[0] if len(found) == 1 else None
-
-
-def one_of(given: str, known: Iterable[str]) -> str:
-    """What was expected instead of a misspelt name: the closest one, and all of them where they are few."""
-    known = sorted(known)
-    some = ", ".join(known[:20]) + ", ..." * (len(known) > 20)
-    return (f"one of {some}" if known else "nothing: there is none") + closest(given, known)
-
-
-def closest(given: str, known: Iterable[str]) -> str:
-    """`; closest is 'x'`, or nothing where none is close."""
-    found = difflib.get_close_matches(given, list(known), n=1)
-    return f"; closest is {found[0]!r}" if found else ""
+def _place_of(kind: Callable, uses: list[Reference]) -> str:
+    """`c.Class.field = ` for a parameter in use that may be a `kind`; empty if there is none."""
+    for use in uses:
+        annotations = hints(use.target)
+        for name, annotation in annotations.items():
+            if kind in dataclasses_in(annotation):
+                return f"{full_name(use.target)}.{name} = "
+    return ""

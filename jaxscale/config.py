@@ -4,13 +4,18 @@ gin's parser reads the files; jaxscale.bindings, not gin's registry, binds what 
 and functions stay undecorated, no state outlives a call, every value remembers its file and line,
 and a mistake raises InputError.
 
-What a file may hold (a subset of gin, so that gin itself reads it too):
-    from __gin__ import dynamic_registration      first, in every file that binds something import
-    a.b.c; from a.b import c; ... as d     modules only include 'other.gin'
-    relative to this file; the last binding of a name wins c.Class.field = value
-    Python literals, @c.Class(), @c.function, @scope/c.Class(), %MACRO scope/c.Class.field = value
-    used where c.Class is built in that scope MACRO = value                                 and
-    %gin.REQUIRED for a value that a later file or --set must give
+What a file may hold is a subset of gin, so that gin itself parses it too:
+
+- `from __gin__ import dynamic_registration`, first in every file that binds something;
+- `import a.b.c`, `from a.b import c`, each also with `as d`: modules only;
+- `include 'other.gin'`, relative to this file; the last binding of a name wins;
+- `c.Class.field = value`, where a value is a Python literal, `@c.Class()`, `@c.function`,
+  `@scope/c.Class()`, `%MACRO`, or a list, tuple or dict of these;
+- `scope/c.Class.field = value`, used where c.Class is built in that scope;
+- `MACRO = value`, and `%gin.REQUIRED` for a value that a later file or --set must give.
+
+A field that takes one dataclass is built from the bindings of that class without being bound:
+always if it has no default, otherwise if something is bound for the class in the scope at hand.
 """
 
 import contextlib
@@ -25,34 +30,31 @@ from typing import Any
 
 from gin import config_parser
 
-from jaxscale.bindings import Binding, Bindings, Builder, Macro, Reference, closest, one_of, render
-from jaxscale.types import InputError
+from jaxscale import renamed
+from jaxscale.bindings import Binding, Bindings, Builder
+from jaxscale.overrides import override
+from jaxscale.signatures import full_name
+from jaxscale.types import InputError, closest, one_of
+from jaxscale.written import Macro, Reference, render
 
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
 
 _operative_config = contextvars.ContextVar("operative_config", default="")
 
 
-def run(
-    function: Callable,
-    files: Sequence[str | Path],
-    overrides: Sequence[str] = (),
-    *,
-    bound_as: Callable | None = None,
-) -> Any:
-    """Calls `function` with the arguments that gin files and overrides give it; returns what it returns.
+def run(function: Callable, files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Any:
+    """Calls `function` with the arguments that gin files and overrides give it.
 
     Args:
         function: keyword-only function, the verb.
         files: gin files; later ones override earlier ones.
-        overrides: `NAME.FIELD=VALUE`, `FIELD=VALUE` or `MACRO=VALUE`, see `Bindings.override`.
-        bound_as: the function whose parameters the files bind, where `function` takes the arguments
-            of another one.
-
+        overrides: `NAME.FIELD=VALUE`, `FIELD=VALUE` or `MACRO=VALUE`, see `overrides.override`.
+    Returns:
+        What the function returns.
     Raises:
         InputError: a name, type or file is wrong, or a required value is missing.
     """
-    loaded = load(bound_as or function, files, overrides)
+    loaded = load(function, files, overrides)
     token = _operative_config.set(loaded.text)
     try:
         return function(**loaded.arguments)
@@ -61,7 +63,7 @@ def run(
 
 
 def operative_config() -> str:
-    """The configuration of the run in progress as a gin file that repeats it; empty outside `run`."""
+    """The configuration in use, as a gin file that repeats the call; empty outside `run`."""
     return _operative_config.get()
 
 
@@ -77,7 +79,7 @@ def load(function: Callable, files: Sequence[str | Path], overrides: Sequence[st
     """Builds the arguments of `function` without calling it; Args and Raises as in `run`."""
     bindings = read(files)
     for text in overrides:
-        bindings.override(function, text)
+        override(bindings, function, text)
     bindings.check_scopes()
     builder = Builder(bindings)
     arguments = builder.arguments(function, ())
@@ -86,7 +88,7 @@ def load(function: Callable, files: Sequence[str | Path], overrides: Sequence[st
 
 
 def read(files: Sequence[str | Path]) -> Bindings:
-    """Everything that the files bind, every name resolved and nothing built; Raises as in `run`."""
+    """All that the files bind, every name resolved and nothing built; Raises as in `run`."""
     bindings = Bindings()
     for file in files:
         _read(Path(file), bindings)
@@ -94,7 +96,7 @@ def read(files: Sequence[str | Path]) -> Bindings:
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Turns `@...` and `%...` into values of ours; `resolve` finds the object that a selector names."""
+    """Turns `@...` and `%...` into our values; `resolve` finds what a selector names."""
 
     def __init__(self, resolve: Callable[[str], Callable]):
         self.resolve = resolve
@@ -116,48 +118,53 @@ class _Names:
 
     def add(self, statement: config_parser.ImportStatement) -> None:
         """Imports a module for the statements that follow in the file."""
-        if statement.module == DYNAMIC_REGISTRATION:
+        name = statement.module
+        if name == DYNAMIC_REGISTRATION:
             self.is_dynamic = True
             return
         try:
-            module = importlib.import_module(statement.module)
+            module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name is None or not f"{statement.module}.".startswith(f"{error.name}."):
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise  # a dependency of the module is missing, not the module
-            raise InputError(
-                f"{_where(statement)}: import", statement.module, "an importable module"
-            ) from None
-        if not (statement.is_from or statement.alias):  # `import a.b` binds a
-            module = importlib.import_module(statement.module.split(".")[0])
+            expected = renamed.new_object(name) or "an importable module"
+            raise InputError(f"{_where(statement)}: import", name, expected) from None
+        if not (statement.is_from or statement.alias):
+            # As in Python, `import a.b` makes `a` known.
+            module = importlib.import_module(name.split(".")[0])
         self.modules[statement.bound_name()] = module
 
     def resolve(self, selector: str, location: str) -> Callable:
         """The function or class that a selector such as `config.ModelConfig` names."""
         if not self.is_dynamic:
-            raise InputError(
-                location,
-                selector,
-                "`from __gin__ import dynamic_registration` as the file's first line",
-            )
+            expected = "`from __gin__ import dynamic_registration` as the file's first line"
+            raise InputError(location, selector, expected)
+        label = f"{location}: {selector}"
         first, *rest = selector.split(".")
         if first not in self.modules:
             known = one_of(first, self.modules) if self.modules else "it imports none"
-            raise InputError(
-                f"{location}: {selector}", first, f"a module that this file imports: {known}"
-            )
+            raise InputError(label, first, f"a module that this file imports: {known}")
         found = self.modules[first]
+        given_name = ".".join([found.__name__, *rest])
+        new_name = renamed.new_object(given_name)
         for name in rest:
             if not hasattr(found, name):
                 public = [each for each in vars(found) if not each.startswith("_")]
-                raise InputError(f"{location}: {selector}", name, one_of(name, public))
+                raise InputError(label, name, new_name or one_of(name, public))
             found = getattr(found, name)
         if not callable(found):
-            raise InputError(f"{location}: {selector}", found, "a function or a class")
+            raise InputError(label, found, "a function or a class")
+        if new_name and full_name(found) != given_name:
+            # The old module may import the class from the new one.
+            raise InputError(label, name, new_name)
         return found
 
 
 def _read(
-    path: Path, bindings: Bindings, including: tuple[Path, ...] = (), label: str = "FILE.gin"
+    path: Path,
+    bindings: Bindings,
+    including: tuple[Path, ...] = (),
+    label: str = "FILE.gin",
 ) -> None:
     """Adds what a file and its includes bind; `label` names the file in an error."""
     if path.resolve() in including:
@@ -165,24 +172,28 @@ def _read(
     names = _Names()
     for statement in _statements(path, names, label):
         location = _where(statement)
-        if isinstance(statement, config_parser.ImportStatement):
-            names.add(statement)
-        elif isinstance(statement, config_parser.IncludeStatement):
-            _read(
-                path.parent / statement.filename,
-                bindings,
-                (*including, path.resolve()),
-                f"{location}: include",
-            )
-        elif isinstance(statement, config_parser.BlockDeclaration):
-            names.resolve(statement.selector, location)
-        elif statement.arg_name:
-            target = names.resolve(statement.selector, location)
-            scopes = tuple(filter(None, statement.scope.split("/")))
-            bindings.bind(scopes, target, statement.arg_name, Binding(statement.value, location))
-        else:
-            name = "/".join(filter(None, [statement.scope, statement.selector]))
-            bindings.define(name, Binding(statement.value, location))
+        match statement:
+            case config_parser.ImportStatement():
+                names.add(statement)
+            case config_parser.IncludeStatement():
+                included = path.parent / statement.filename
+                outer = (*including, path.resolve())
+                _read(included, bindings, outer, f"{location}: include")
+            case config_parser.BlockDeclaration():
+                names.resolve(statement.selector, location)
+            case _:
+                _bind(statement, names, bindings, location)
+
+
+def _bind(statement: Any, names: _Names, bindings: Bindings, location: str) -> None:
+    """Adds what one statement binds, a parameter or a macro."""
+    binding = Binding(statement.value, location)
+    scopes = [scope for scope in statement.scope.split("/") if scope]
+    if statement.arg_name:
+        target = names.resolve(statement.selector, location)
+        bindings.bind(tuple(scopes), target, statement.arg_name, binding)
+    else:
+        bindings.define("/".join([*scopes, statement.selector]), binding)
 
 
 def _statements(path: Path, names: _Names, label: str) -> Iterator[Any]:
@@ -190,15 +201,15 @@ def _statements(path: Path, names: _Names, label: str) -> Iterator[Any]:
     if path.is_dir():
         raise InputError(label, str(path), "a gin file; this is a folder")
     if not path.is_file():
-        siblings = (
-            [other.name for other in path.parent.glob("*.gin")] if path.parent.is_dir() else []
-        )
-        raise InputError(label, str(path), "an existing gin file" + closest(path.name, siblings))
+        siblings = [other.name for other in path.parent.glob("*.gin")]
+        expected = f"an existing gin file{closest(path.name, siblings)}"
+        raise InputError(label, str(path), expected)
+
+    def resolve(selector: str) -> Callable:
+        return names.resolve(selector, f"{path}:{parser.current_token.start[0]}")
+
     with path.open(encoding="utf-8") as stream, _syntax_errors(path):
-        delegate = _Delegate(
-            lambda selector: names.resolve(selector, f"{path}:{parser.current_token.start[0]}")
-        )
-        parser = config_parser.ConfigParser(stream, delegate)
+        parser = config_parser.ConfigParser(stream, _Delegate(resolve))
         yield from parser
 
 
@@ -207,13 +218,12 @@ def _syntax_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except SyntaxError as error:
-        raise InputError(
-            f"{path}:{error.lineno}", (error.text or "").strip(), f"gin syntax ({error.msg})"
-        ) from None
+        line = (error.text or "").strip()
+        raise InputError(f"{path}:{error.lineno}", line, f"gin syntax ({error.msg})") from None
     except tokenize.TokenError as error:
-        raise InputError(
-            f"{path}:{error.args[1][0]}", "the end of the file", f"gin syntax ({error.args[0]})"
-        ) from None
+        message, (line_number, _) = error.args
+        label = f"{path}:{line_number}"
+        raise InputError(label, "the end of the file", f"gin syntax ({message})") from None
     except UnicodeDecodeError as error:
         raise InputError(str(path), error.reason, "UTF-8 text") from None
 

@@ -1,4 +1,4 @@
-"""Trees whose leaves have names: the keys on the way to a leaf, joined by "/", such as `layers/0/attention/q`."""
+"""Trees whose leaves have names: the keys on the way to a leaf, such as `layers/0/attention/q`."""
 
 import re
 from collections.abc import Callable
@@ -17,21 +17,22 @@ def flatten(tree: Any) -> dict[str, Any]:
     Raises:
         ValueError: two leaves have the same path, because a key contains "/".
     """
-    leaves = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    flat = dict(leaves)
-    if len(flat) != len(leaves):
-        names = [name for name, _ in leaves]
-        raise ValueError(
-            f"two leaves are called {next(name for name in names if names.count(name) > 1)}"
-        )
+    flat = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = _name(path)
+        if name in flat:
+            raise ValueError(f"two leaves are called {name}")
+        flat[name] = leaf
     return flat
 
 
 def map_with_path(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Maps `function(path, leaf, *leaves of others)` over trees of one structure."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(_name(path), *leaves), tree, *others
-    )
+
+    def named(path, *leaves):
+        return function(_name(path), *leaves)
+
+    return jax.tree_util.tree_map_with_path(named, tree, *others)
 
 
 def compile_pattern(parameter: str, pattern: str) -> re.Pattern:
@@ -43,13 +44,17 @@ def compile_pattern(parameter: str, pattern: str) -> re.Pattern:
 
 
 def mask(tree: Any, pattern: str) -> Any:
-    """The tree with True at each leaf whose whole path matches the regular expression, False elsewhere.
+    """The tree with True where the regular expression matches a leaf's whole path, else False.
 
     Raises:
         InputError: `pattern` is no regular expression.
     """
     compiled = compile_pattern("pattern", pattern)
-    return map_with_path(lambda path, _: compiled.fullmatch(path) is not None, tree)
+
+    def is_matched(path, _):
+        return compiled.fullmatch(path) is not None
+
+    return map_with_path(is_matched, tree)
 
 
 def select(tree: Any, pattern: str) -> Any:
@@ -58,16 +63,24 @@ def select(tree: Any, pattern: str) -> Any:
     Raises:
         InputError: `pattern` is no regular expression.
     """
-    return jax.tree.map(
-        lambda leaf, is_selected: leaf if is_selected else None, tree, mask(tree, pattern)
-    )
+
+    def kept(leaf, is_selected):
+        return leaf if is_selected else None
+
+    is_selected = mask(tree, pattern)
+    return jax.tree.map(kept, tree, is_selected)
 
 
 def merge(first: Any, second: Any) -> Any:
     """The leaves of `first`, and those of `second` where `first` has None."""
-    return jax.tree.map(
-        lambda one, other: other if one is None else one, first, second, is_leaf=lambda x: x is None
-    )
+
+    def is_none(leaf):
+        return leaf is None
+
+    def merged(one, other):
+        return other if one is None else one
+
+    return jax.tree.map(merged, first, second, is_leaf=is_none)
 
 
 def _name(path: tuple) -> str:

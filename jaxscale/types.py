@@ -1,4 +1,4 @@
-"""Names shared by every package: array aliases, the dimension legend, the error for bad input and the field type check.
+"""Names shared by every package: array aliases, dimension legend, errors and the field type check.
 
 Dimension legend, used in einsums, suffixes and the sharding rules:
     B batch, T query tokens, S key tokens, D model, N query heads, K kv heads, G queries per kv
@@ -8,10 +8,12 @@ Dimension legend, used in einsums, suffixes and the sharding rules:
 
 import collections.abc
 import dataclasses
+import difflib
 import enum
 import math
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -19,6 +21,9 @@ import jax
 Array = jax.Array
 Params = dict[str, Any]
 Batch = dict[str, Any]
+
+MAX_NAMES = 20  # that an error lists
+UNIONS = (typing.Union, types.UnionType)
 
 
 class InputError(ValueError):
@@ -36,7 +41,10 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on or missed what was expected of it; the message says why and what is on disk."""
+    """A run that cannot go on or missed what was expected of it.
+
+    The message says why and what is on disk.
+    """
 
 
 def check_types(instance: Any) -> None:
@@ -46,31 +54,33 @@ def check_types(instance: Any) -> None:
         InputError: a value is not of its field's type (an int is accepted for a float, nothing else
             is converted).
     """
-    hints = typing.get_type_hints(type(instance))
+    kind = type(instance)
+    hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(instance):
-        check_type(
-            f"{type(instance).__name__}.{field.name}",
-            getattr(instance, field.name),
-            hints[field.name],
-        )
+        parameter = f"{kind.__name__}.{field.name}"
+        value = getattr(instance, field.name)
+        check_type(parameter, value, hints[field.name])
 
 
 def check_type(parameter: str, value: Any, annotation: Any) -> None:
     """Raises InputError unless `value` is of the type that `annotation` describes."""
-    if not _is_of_type(value, annotation):
-        items = value if isinstance(value, tuple) else (value,)
-        classes = [item.__name__ for item in items if isinstance(item, type)]
-        hint = f"; in gin, brackets build one: @{classes[0]}()" if classes else ""
-        raise InputError(parameter, value, f"a value of type {_type_name(annotation)}{hint}")
+    if _is_of_type(value, annotation):
+        return
+    expected = f"a value of type {_type_name(annotation)}"
+    items = value if isinstance(value, tuple) else (value,)
+    for item in items:
+        if isinstance(item, type):
+            expected += f"; in gin, brackets build one: @{item.__name__}()"
+            break
+    raise InputError(parameter, value, expected)
 
 
-def check_choice(parameter: str, value: Any, choices: collections.abc.Iterable[Any]) -> None:
+def check_choice(parameter: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises InputError unless `value` is one of `choices`."""
     choices = tuple(choices)
     if value not in choices:
-        raise InputError(
-            parameter, value, "one of " + ", ".join(repr(choice) for choice in choices)
-        )
+        listed = ", ".join(map(repr, choices))
+        raise InputError(parameter, value, f"one of {listed}")
 
 
 def check_positive(parameter: str, value: int | float) -> None:
@@ -85,47 +95,68 @@ def check_not_negative(parameter: str, value: int | float) -> None:
         raise InputError(parameter, value, "0 or a finite number above")
 
 
+def one_of(given: str, known: Iterable[str]) -> str:
+    """What to expect instead of a misspelt name: the known names, and the closest of them."""
+    known = sorted(known)
+    if not known:
+        return "nothing: there is none"
+    listed = ", ".join(known[:MAX_NAMES])
+    if len(known) > MAX_NAMES:
+        listed += ", ..."
+    return f"one of {listed}{closest(given, known)}"
+
+
+def closest(given: str, known: Iterable[str]) -> str:
+    """`; closest is 'x'`, or nothing where no name is close."""
+    found = difflib.get_close_matches(given, list(known), n=1)
+    return f"; closest is {found[0]!r}" if found else ""
+
+
 def _is_of_type(value: Any, annotation: Any) -> bool:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
+    origin = typing.get_origin(annotation)
+    args = typing.get_args(annotation)
+    if origin in UNIONS:
         return any(_is_of_type(value, arg) for arg in args)
     if origin is Literal:
+        # 1 == True, so equal values may still be of two types.
         return any(type(value) is type(arg) and value == arg for arg in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and _are_items_of_type(value, args)
-    if origin is list:
-        return isinstance(value, list) and all(_is_of_type(item, args[0]) for item in value)
+    if origin in (tuple, list, dict):
+        return isinstance(value, origin) and _are_items_of_type(value, origin, args)
+    return _is_of_plain_type(value, annotation, origin)
+
+
+def _are_items_of_type(value: Any, origin: type, args: tuple) -> bool:
     if origin is dict:
-        return isinstance(value, dict) and all(
-            _is_of_type(key, args[0]) and _is_of_type(item, args[1]) for key, item in value.items()
-        )
-    if origin is collections.abc.Callable or annotation is collections.abc.Callable:
+        pairs = tuple[args]
+        return all(_is_of_type(pair, pairs) for pair in value.items())
+    if origin is list or args[1:] == (Ellipsis,):
+        return all(_is_of_type(item, args[0]) for item in value)
+    if len(value) != len(args):
+        return False
+    return all(map(_is_of_type, value, args))
+
+
+def _is_of_plain_type(value: Any, annotation: Any, origin: Any) -> bool:
+    if annotation is Any:
+        return True
+    if collections.abc.Callable in (annotation, origin):
         return callable(value)
+    if annotation in (int, float) and isinstance(value, bool):
+        return False
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is None or annotation is type(None):
+        return isinstance(value, (int, float))
+    if annotation in (None, type(None)):
         return value is None
-    if isinstance(value, type):  # it has the methods of a protocol without being one
+    if isinstance(value, type):
+        # A class has the methods of a protocol without being an instance of it.
         return type in (annotation, origin)
     return isinstance(value, origin or annotation)
 
 
-def _are_items_of_type(value: tuple, args: tuple) -> bool:
-    if len(args) == 2 and args[1] is Ellipsis:
-        return all(_is_of_type(item, args[0]) for item in value)
-    return len(value) == len(args) and all(map(_is_of_type, value, args))
-
-
 def _type_name(annotation: Any) -> str:
-    return (
-        annotation.__name__
-        if isinstance(annotation, type) and not typing.get_args(annotation)
-        else str(annotation)
-    )
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return annotation.__name__
+    return str(annotation)
 
 
 class Role(enum.StrEnum):

@@ -1,4 +1,4 @@
-"""The command: arguments reach the verb's function, and exit codes and messages are what a shell script can use."""
+"""The command: what reaches the verb's function, and what a shell script can use comes out."""
 
 import re
 import subprocess
@@ -19,7 +19,16 @@ from jaxscale.types import RunError
 class TrainConfig:
     steps: int = 1
 
-def verb(*, train: TrainConfig, directory: str = "", fault: str = "") -> None:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    train: TrainConfig
+    directory: str = ""
+
+def describe(*, run: Run, topology: str, prompts: str = "") -> None:
+    print(run, topology, prompts)
+
+def verb(*, run: Run, fault: str = "") -> None:
+    directory, train = run.directory, run.train
     if fault == "full disk":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
     if fault == "bug":
@@ -40,14 +49,20 @@ def verb(*, train: TrainConfig, directory: str = "", fault: str = "") -> None:
 
 @pytest.fixture
 def gin_file(tmp_path, monkeypatch):
-    """A stub verb called `pretrain`, and a gin file for it."""
+    """Stub verbs called `pretrain` and `compile`, and a gin file for them."""
     (tmp_path / "stub_verb.py").write_text(VERB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "stub_verb", raising=False)
     monkeypatch.setitem(cli.VERBS, "pretrain", cli.Verb("stub_verb:verb", "train"))
+    option = ("topology", "MACHINE:HOSTSxGPUS_PER_HOST")
+    describe = cli.Verb("stub_verb:describe", "compile", option=option)
+    monkeypatch.setitem(cli.VERBS, "compile", describe)
     file = tmp_path / "a.gin"
     file.write_text(
-        "from __gin__ import dynamic_registration\nimport stub_verb\nstub_verb.verb.train = @stub_verb.TrainConfig()\n"
+        "from __gin__ import dynamic_registration\n"
+        "import stub_verb\n"
+        "stub_verb.TrainConfig.steps = 2\n"
+        "stub_verb.describe.prompts = 'of another verb'\n"
     )
     return str(file)
 
@@ -55,6 +70,15 @@ def gin_file(tmp_path, monkeypatch):
 def test_overrides_reach_the_function(gin_file, capsys):
     assert cli.main(["pretrain", gin_file, "--set", "train.steps=7", "--set", "directory=x"]) == 0
     assert capsys.readouterr().out == "steps 7\n"
+    assert cli.main(["pretrain", gin_file]) == 0
+    assert capsys.readouterr().out == "steps 2\n"
+
+
+def test_an_option_of_its_own_is_a_parameter_of_the_verb(gin_file, capsys):
+    arguments = ["compile", gin_file, "--topology", "h200:1x8", "--set", "train.steps=3"]
+    assert cli.main(arguments) == 0
+    run = "Run(train=TrainConfig(steps=3), directory='')"
+    assert capsys.readouterr().out == f"{run} h200:1x8 of another verb\n"
 
 
 def test_a_failed_run_says_why_on_one_line(gin_file, capsys):
@@ -89,19 +113,10 @@ def test_a_missing_file_exits_2(gin_file, capsys):
 
 
 def test_a_full_disk_and_an_unwritable_directory_are_one_line(gin_file, capsys, tmp_path):
-    assert (
-        cli.main(
-            ["pretrain", gin_file, "--set", "fault=full disk", "--set", f"directory={tmp_path}"]
-        )
-        == 2
-    )
+    command = ["pretrain", gin_file, "--set", f"directory={tmp_path}", "--set"]
+    assert cli.main([*command, "fault=full disk"]) == 2
     assert capsys.readouterr().err == f"jaxscale pretrain: {tmp_path}: No space left on device\n"
-    assert (
-        cli.main(
-            ["pretrain", gin_file, "--set", "fault=unwritable", "--set", f"directory={tmp_path}"]
-        )
-        == 2
-    )
+    assert cli.main([*command, "fault=unwritable"]) == 2
     assert f"{tmp_path}: Is a directory" in capsys.readouterr().err
 
 
@@ -154,22 +169,16 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"jaxscale {jaxscale.__version__}\n"
 
 
-def test_a_verb_may_take_what_the_file_binds_for_another(gin_file, capsys, monkeypatch):
-    monkeypatch.setitem(
-        cli.VERBS, "inspect", cli.Verb("builtins:print", "inspect", bound_as="stub_verb:verb")
-    )
-    monkeypatch.setattr("builtins.print", lambda **given: sys.stdout.write(repr(given)))
-    assert cli.main(["inspect", gin_file, "--set", "directory=x"]) == 0
-    assert capsys.readouterr().out == "{'train': TrainConfig(steps=1), 'directory': 'x'}"
-
-
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_its_function(verb):
     assert callable(cli._load(cli.VERBS[verb].function))
 
 
 def test_no_backend_starts_before_the_verb_runs():
-    """The verb applies its runtime settings, such as the number of devices, before JAX looks at the devices."""
+    """The verb applies its runtime settings before JAX looks for devices.
+
+    One of them is the number of devices.
+    """
     program = (
         "import jaxscale.cli\n"
         "from jax._src import xla_bridge\n"

@@ -14,6 +14,10 @@ RANKS = {
     "kernels": 0,
     "config": 1,
     "bindings": 1,
+    "signatures": 1,
+    "written": 1,
+    "overrides": 1,
+    "renamed": 1,
     "types": 1,
     "tree": 1,
     "ops": 2,
@@ -28,7 +32,8 @@ RANKS = {
     "evaluate": 6,
     "planner": 6,
     "rlhf": 7,
-    "cli": 8,
+    "run": 8,
+    "cli": 9,
 }
 FOUNDATION = 1  # modules of this rank may import each other
 KERNELS_KNOW = {"jax", "jaxlib", "jax_triton", "triton", "numpy"}
