@@ -2,18 +2,27 @@
 
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
+from jaxscale.data.sources import JsonLinesSource, StandardLibrary, TextSource
 from jaxscale.data.tokenizer import TokenizerConfig
 from jaxscale.evaluate.perplexity import BitsPerByte
 from jaxscale.launch.processes import ProcessesConfig
 from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config import (
     AttentionConfig,
+    DenseMixerRouter,
     ExpertsConfig,
     FeedForwardConfig,
     LayerConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    MaskedSamplingRouter,
     ModelConfig,
     NormConfig,
     RotaryConfig,
+    SparseMixerRouter,
+    TopKRouter,
+    YarnScaling,
 )
 from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
 from jaxscale.ops.precision import Policy
@@ -29,10 +38,16 @@ __all__ = [
     "ByChunk",
     "CheckpointConfig",
     "DataConfig",
+    "DenseMixerRouter",
     "ExecutionConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
+    "JsonLinesSource",
     "LayerConfig",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "MaskedSamplingRouter",
     "MeshConfig",
     "ModelConfig",
     "NormConfig",
@@ -43,7 +58,12 @@ __all__ = [
     "Run",
     "RuntimeConfig",
     "SamplingConfig",
+    "SparseMixerRouter",
+    "StandardLibrary",
+    "TextSource",
     "TokenizerConfig",
+    "TopKRouter",
     "TrainConfig",
     "Whole",
+    "YarnScaling",
 ]

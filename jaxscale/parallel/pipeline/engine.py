@@ -15,7 +15,7 @@ Source: Narayanan et al. 2021 (arXiv 2104.04473); Qi et al. 2023 (arXiv 2401.102
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from jaxscale.types import Array, Batch, Params
 Sums = tuple[Array, Array, dict[str, Array]]
 
 
+@runtime_checkable
 class StagedLoss(Protocol):
     """A loss in the three parts that stages run; see `train.losses.NextTokenLoss`."""
 
