@@ -205,7 +205,7 @@ class _OpenRows:
         return self._spaces >> size > 0
 
     def take_fullest(self, size: int) -> tuple[np.ndarray, int]:
-        """Removes a group with the least space that is at least `size`; returns it and its space."""
+        """Removes and returns a group with the least space that fits `size`, and that space."""
         enough = self._spaces >> size
         lowest_bit = enough & -enough
         space = size + lowest_bit.bit_length() - 1
