@@ -1,4 +1,4 @@
-"""Saves and restores the training state: asynchronous, atomic, checksummed, independent of the mesh.
+"""Saves and restores the training state: asynchronous, atomic, checksummed, on any mesh.
 
 On disk: `<directory>/<step>/{state,data,meta}` and `checksums.json`; in `state` one folder per
 leaf, named by its path.
@@ -18,18 +18,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from jaxscale.checkpoint import manifest, matching, steps
+from jaxscale.checkpoint import handlers, manifest, matching, steps
 from jaxscale.types import InputError, check_positive, check_types
 
 logger = logging.getLogger(__name__)
-
-# A chunk is the least that a restore reads, so it bounds what another sharding must read for
-# nothing.
-CHUNK_BYTES = 1 << 26
-PARAMS_FILES = ("state/_", "state/array_metadatas/", "state/params.")
-TENSORSTORE_OS_ERROR = (
-    "os_error_code="  # tensorstore reports a full disk as a ValueError with this in its message
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,29 +50,23 @@ class CheckpointConfig:
         check_types(self)
         check_positive("CheckpointConfig.save_every", self.save_every)
         check_positive("CheckpointConfig.keep_last", self.keep_last)
-        if self.keep_every is not None and (
-            self.keep_every <= 0 or self.keep_every % self.save_every
-        ):
-            expected = f"keep_every % save_every == 0, with save_every = {self.save_every}"
-            raise InputError("CheckpointConfig.keep_every", self.keep_every, expected)
+        if self.keep_every is not None:
+            is_multiple = self.keep_every > 0 and self.keep_every % self.save_every == 0
+            if not is_multiple:
+                expected = f"keep_every % save_every == 0, with save_every = {self.save_every}"
+                raise InputError("CheckpointConfig.keep_every", self.keep_every, expected)
         if not self.directory or "://" in self.directory:
-            raise InputError(
-                "CheckpointConfig.directory",
-                self.directory,
-                "the path of a local or mounted folder",
-            )
+            expected = "the path of a local or mounted folder"
+            raise InputError("CheckpointConfig.directory", self.directory, expected)
 
     def within(self, run: str | pathlib.Path) -> "CheckpointConfig":
-        """This configuration with its directory taken relative to that of a run; "~" is the user's home in both."""
-        directory = pathlib.Path(run).expanduser() / pathlib.Path(self.directory).expanduser()
-        return dataclasses.replace(self, directory=str(directory))
+        """This configuration with its directory taken relative to that of a run.
 
-
-class _LeafFolders(ocp.PyTreeCheckpointHandler):
-    """Stores each leaf in its own folder, so that a damaged file names its leaf; nothing is merged at the end."""
-
-    def finalize(self, directory: Any) -> None:
-        pass
+        "~" is the user's home in both.
+        """
+        directory = pathlib.Path(self.directory).expanduser()
+        joined = pathlib.Path(run).expanduser() / directory
+        return dataclasses.replace(self, directory=str(joined))
 
 
 class Checkpoints:
@@ -90,7 +76,7 @@ class Checkpoints:
         config: where and how often.
         fingerprint: JSON-able facts of the model; a checkpoint with others is not restored.
         defaults: the values of those facts in checkpoints from before they were recorded.
-        upgrade: makes facts of today's form out of those that a checkpoint has recorded.
+        upgrade: makes facts of the present form out of those that a checkpoint has recorded.
 
     Raises:
         InputError: `config.directory` is a file.
@@ -110,22 +96,22 @@ class Checkpoints:
         self._upgrade = upgrade
         self._directory = pathlib.Path(config.directory).expanduser().absolute()
         if self._directory.exists() and not self._directory.is_dir():
-            raise InputError(
-                "checkpoint.directory", str(self._directory), "a folder; this is a file"
-            )
+            raise self._input_error("a folder; this is a file")
         self._saving: int | None = None
         self._damaged: list[int] = []
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_is_news)
-        self._leaves = _LeafFolders(use_ocdbt=False)
-        options = ocp.options.AsyncOptions(
-            post_finalization_callback=self._seal, create_directories_asynchronously=False
+        handlers.silence_tracebacks()
+        self._leaves = handlers.LeafFolders()
+        self._checkpointer = ocp.AsyncCheckpointer(
+            handlers.make_handler(self._leaves),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._write_manifest,
+                create_directories_asynchronously=False,
+            ),
         )
-        self._checkpointer = ocp.AsyncCheckpointer(_composite(self._leaves), async_options=options)
 
     def check_writable(self) -> None:
-        """Raises InputError unless a file can be created in the directory, which is made if need be."""
-        with self._explained("a folder in which files can be created"):
+        """Raises InputError unless files can be created in the directory; makes it if need be."""
+        with self._write_errors_named("a folder in which files can be created"):
             self._directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._directory):
                 pass
@@ -134,7 +120,8 @@ class Checkpoints:
         """Returns the newest committed step, damaged or not."""
         committed = self._committed()
         newest = committed[-1] if committed else -1
-        if jax.process_count() > 1:  # listings of a shared folder may lag
+        if jax.process_count() > 1:
+            # Processes may see different listings of a shared folder for a while.
             newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
         return None if newest < 0 else newest
 
@@ -157,19 +144,19 @@ class Checkpoints:
             InputError: this or the previous checkpoint cannot be written, or newer ones are in the
                 way.
         """
-        if not force and step % self._config.save_every:
+        is_due = step % self._config.save_every == 0
+        if not (is_due or force):
             return False
         self.wait()
         if not self._make_room(step):
             return False
         self._saving = step
-        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state, save_args=chunks),
+            state=handlers.state_to_save(state),
             data=ocp.args.JsonSave(data_state),
             meta=ocp.args.JsonSave({"fingerprint": self._fingerprint}),
         )
-        with self._explained(f"a folder in which step {step} can be written"):
+        with self._write_errors_named(f"a folder in which step {step} can be written"):
             self._checkpointer.save(self._path(step), args=items)
         if not self._config.is_async:
             self.wait()
@@ -183,12 +170,10 @@ class Checkpoints:
         """
         if self._saving is None:
             return
+        step = self._saving
         try:
-            with self._explained(f"a folder in which step {self._saving} can be written"):
-                try:
-                    self._checkpointer.wait_until_finished()
-                finally:
-                    self._checkpointer.wait_until_finished()  # an error leaves orbax's writer of metadata at work
+            with self._write_errors_named(f"a folder in which step {step} can be written"):
+                self._wait_for_writer()
         finally:
             self._saving = None
         if jax.process_index() == 0:
@@ -211,15 +196,19 @@ class Checkpoints:
                 another model.
         """
         path = self._sound_path(step, lambda name: True)
-        matching.check_leaves(
-            self._saved_leaves(path), abstract_state, str(path), is_cast_allowed=False
+        saved = self._saved_leaves(path)
+        matching.check_leaves(saved, abstract_state, str(path), is_cast_allowed=False)
+        restored = self._read(
+            path,
+            state=handlers.state_to_restore(abstract_state),
+            data=ocp.args.JsonRestore(),
         )
-        items = ocp.args.Composite(state=_restore_args(abstract_state), data=ocp.args.JsonRestore())
-        restored = self._checkpointer.restore(path, args=items)
         return restored.state, restored.data
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
-        """Returns the parameters alone, placed as asked and cast where another dtype is asked; reads nothing else.
+        """Returns the parameters alone, placed as asked and cast where another dtype is asked.
+
+        Reads nothing else.
 
         Args:
             abstract_params: tree of jax.ShapeDtypeStruct with shardings, on any mesh.
@@ -228,19 +217,16 @@ class Checkpoints:
         Raises:
             InputError: as `restore`.
         """
-        path = self._sound_path(step, _is_for_params)
-        matching.check_leaves(
-            self._saved_leaves(path)["params"], abstract_params, str(path), is_cast_allowed=True
-        )
-        args = _restore_args({"params": abstract_params}, partial_restore=True)
-        return self._checkpointer.restore(path, args=ocp.args.Composite(state=args)).state["params"]
+        path = self._sound_path(step, manifest.is_for_params)
+        saved = self._saved_leaves(path)["params"]
+        matching.check_leaves(saved, abstract_params, str(path), is_cast_allowed=True)
+        wanted = handlers.state_to_restore({"params": abstract_params}, is_partial=True)
+        return self._read(path, state=wanted).state["params"]
 
     def data_state(self, step: int | None = None) -> dict[str, Any]:
         """Returns the loader's position alone; arguments and errors as `restore_params`."""
         path = self._sound_path(step, lambda name: name.startswith("data/"))
-        return self._checkpointer.restore(
-            path, args=ocp.args.Composite(data=ocp.args.JsonRestore())
-        ).data
+        return self._read(path, data=ocp.args.JsonRestore()).data
 
     def close(self) -> None:
         """Waits and releases the writer's threads."""
@@ -252,38 +238,53 @@ class Checkpoints:
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / str(step)
 
-    def _seal(self) -> None:
-        """Called by orbax on the primary process once every file is written, before the step gets its name."""
-        manifest.write_manifest(self._directory / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}")
+    def _read(self, path: pathlib.Path, **items: Any) -> Any:
+        return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
+
+    def _write_manifest(self) -> None:
+        """Called by orbax on the primary process when every file is written.
+
+        The step is renamed from its temporary name only afterwards, so every committed step has a
+        manifest.
+        """
+        temporary = f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+        manifest.write_manifest(self._directory / temporary)
+
+    def _wait_for_writer(self) -> None:
+        try:
+            self._checkpointer.wait_until_finished()
+        finally:
+            # After an error orbax's writer of metadata is still at work: wait for it too.
+            self._checkpointer.wait_until_finished()
 
     def _committed(self) -> list[int]:
-        return [
-            step for step in steps.committed_steps(self._directory) if step not in self._damaged
-        ]
+        committed = steps.committed_steps(self._directory)
+        return [step for step in committed if step not in self._damaged]
 
     def _make_room(self, step: int) -> bool:
         """Clears away what is in the way of `step`; returns False when it is committed already."""
         newest = self.latest_step()
         if newest is not None and newest > step:
-            expected = (
+            raise self._input_error(
                 f"a folder without checkpoints newer than step {step}; this one has step {newest}"
             )
-            raise InputError("checkpoint.directory", str(self._directory), expected)
         if newest == step:
             return False
         if jax.process_index() == 0:
-            with self._explained(f"a folder in which step {step} can be written"):
+            with self._write_errors_named(f"a folder in which step {step} can be written"):
                 self._directory.mkdir(parents=True, exist_ok=True)
                 steps.remove_leftovers(self._directory)
                 for damaged in self._damaged:
-                    logger.warning(
-                        "damaged checkpoint moved to %s", steps.set_aside(self._directory, damaged)
-                    )
+                    target = steps.set_aside(self._directory, damaged)
+                    logger.warning("damaged checkpoint moved to %s", target)
         self._damaged.clear()
         return True
 
     def _sound_path(self, step: int | None, is_wanted: Callable[[str], bool]) -> pathlib.Path:
-        """Returns the folder of the newest step, not above `step`, whose wanted files are as they were written."""
+        """Returns the folder of the newest sound step, not above `step`.
+
+        A step is sound when its wanted files are as they were written.
+        """
         self.wait()
         for candidate in self._candidates(step):
             path = self._path(candidate)
@@ -294,96 +295,57 @@ class Checkpoints:
             if damage is None:
                 return path
             if not self._config.use_previous:
-                raise InputError(
-                    "checkpoint.directory",
-                    str(path),
-                    f"a sound checkpoint; {damage}; {self._advice(candidate)}",
-                )
+                expected = f"a sound checkpoint; {damage}; {self._advice(candidate)}"
+                raise InputError("checkpoint.directory", str(path), expected)
             logger.warning("checkpoint %s is damaged (%s): passing it over", path, damage)
             self._damaged.append(candidate)
-        raise InputError(
-            "checkpoint.directory", str(self._directory), "a sound checkpoint; every one is damaged"
-        )
+        raise self._input_error("a sound checkpoint; every one is damaged")
 
     def _candidates(self, step: int | None) -> list[int]:
-        committed, newest = self._committed(), self.latest_step()
+        """The committed steps up to `step` or, when None, all; the newest first."""
+        committed = self._committed()
+        newest = self.latest_step()
         if newest is None:
-            raise InputError(
-                "checkpoint.directory",
-                str(self._directory),
-                "a folder with a checkpoint; there is none",
-            )
+            raise self._input_error("a folder with a checkpoint; there is none")
         if step is not None and step not in committed:
             raise InputError("step", step, f"one of the steps in {self._directory}: {committed}")
-        return [
-            number for number in reversed(committed) if number <= (newest if step is None else step)
-        ]
+        last = newest if step is None else step
+        return [number for number in reversed(committed) if number <= last]
 
     def _advice(self, step: int) -> str:
         previous = [number for number in self._committed() if number < step]
-        return (
-            f"checkpoint.use_previous = True restores step {previous[-1]}"
-            if previous
-            else "there is none before it"
-        )
+        if not previous:
+            return "there is none before it"
+        return f"checkpoint.use_previous = True restores step {previous[-1]}"
 
     def _find_damage(self, path: pathlib.Path, is_wanted: Callable[[str], bool]) -> str | None:
         share = slice(jax.process_index(), None, jax.process_count())
         damage = manifest.find_damage(path, is_wanted, share)
-        if (
-            jax.process_count() > 1
-            and multihost_utils.process_allgather(np.int32(damage is not None)).any()
-        ):
-            damage = damage or "another process names the file"
+        if jax.process_count() > 1:
+            # Each process reads a share of the files. All must agree, or they would wait for each
+            # other in different steps.
+            is_damaged = np.int32(damage is not None)
+            if multihost_utils.process_allgather(is_damaged).any():
+                return damage or "another process names the file"
         return damage
 
     def _check_model(self, path: pathlib.Path) -> None:
-        meta = self._checkpointer.restore(
-            path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
-        matching.check_fingerprint(
-            self._upgrade(meta["fingerprint"]), self._fingerprint, self._defaults, str(path)
-        )
+        meta = self._read(path, meta=ocp.args.JsonRestore()).meta
+        saved = self._upgrade(meta["fingerprint"])
+        matching.check_fingerprint(saved, self._fingerprint, self._defaults, str(path))
 
     def _saved_leaves(self, path: pathlib.Path) -> Any:
         return self._leaves.metadata(epath.Path(path) / "state").tree
 
+    def _input_error(self, expected: str) -> InputError:
+        return InputError("checkpoint.directory", str(self._directory), expected)
+
     @contextlib.contextmanager
-    def _explained(self, expected: str) -> Iterator[None]:
+    def _write_errors_named(self, expected: str) -> Iterator[None]:
+        """Turns the file system's refusal to write into InputError."""
         try:
             yield
         except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and TENSORSTORE_OS_ERROR not in str(error):
+            if not handlers.is_os_error(error):
                 raise
-            raise InputError(
-                "checkpoint.directory", str(self._directory), f"{expected} ({error})"
-            ) from error
-
-
-def _is_for_params(name: str) -> bool:
-    return name.startswith(PARAMS_FILES) or name.endswith(
-        "/.zarray"
-    )  # every leaf's shape is looked at
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that orbax logs or leaves, several times over, of an error which `wait` raises."""
-    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
-
-
-def _composite(leaves: _LeafFolders) -> ocp.CompositeCheckpointHandler:
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
-        registry.add("state", args, leaves)
-    for item in ("data", "meta"):
-        handler = ocp.JsonCheckpointHandler()
-        for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
-            registry.add(item, args, handler)
-    return ocp.CompositeCheckpointHandler(handler_registry=registry)
-
-
-def _restore_args(abstract: Any, *, partial_restore: bool = False) -> ocp.args.PyTreeRestore:
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return ocp.args.PyTreeRestore(
-        item=abstract, restore_args=restore_args, partial_restore=partial_restore
-    )
+            raise self._input_error(f"{expected} ({error})") from error

@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files: written before a step is committed, compared before it is read.
+"""Checksums of a checkpoint's files: written before a step is committed, compared on reading.
 
 The array files themselves carry no checksum: of 200 bits flipped at random in orbax's default
 format, 200 came back as wrong weights without a word.
@@ -14,16 +14,23 @@ from collections.abc import Callable
 MANIFEST = "checksums.json"
 BLOCK_BYTES = 1 << 22
 MAX_THREADS = 8
+PARAMS_FILES = ("state/_", "state/array_metadatas/", "state/params.")
 
-FileFacts = tuple[int, str]  # size in bytes, CRC-32 in hexadecimal
+FileFacts = tuple[int, str]  # size in bytes, or -1 for no file; CRC-32 in hexadecimal
 
 
 def write_manifest(folder: pathlib.Path) -> None:
-    """Writes size and CRC-32 of every file in the folders of `folder` into its manifest, which begins with its own."""
-    names = sorted(
-        str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file()
-    )
-    text = json.dumps(dict(zip(names, _facts_of(folder, names))), indent=0)
+    """Writes size and CRC-32 of every file in the folders of `folder` into its manifest.
+
+    The manifest begins with its own checksum.
+    """
+    names = []
+    for path in folder.glob("*/**/*"):
+        if path.is_file():
+            names.append(str(path.relative_to(folder)))
+    names.sort()
+    facts = _facts_of(folder, names)
+    text = json.dumps(dict(zip(names, facts)), indent=0)
     (folder / MANIFEST).write_text(f"{_crc_of(text)}\n{text}")
 
 
@@ -38,35 +45,50 @@ def find_damage(
         share: the part of the wanted files to read; every process of a run takes another.
     """
     try:
-        expected = _read_manifest(folder)
+        manifest = _read_manifest(folder)
     except (OSError, ValueError) as error:
         return f"{MANIFEST} is unreadable ({error})"
-    names = sorted(filter(is_wanted, expected))[share]
-    for name, facts in zip(names, _facts_of(folder, names)):
-        if list(facts) != expected[name]:
-            return f"{_leaf_of(name)}{name} has {_describe(facts)}, written were {_describe(expected[name])}"
+    wanted = sorted(filter(is_wanted, manifest))
+    names = wanted[share]
+    for name, found in zip(names, _facts_of(folder, names)):
+        written = tuple(manifest[name])
+        if found != written:
+            leaf = _leaf_of(name)
+            return f"{leaf}{name} has {_describe(found)}, written were {_describe(written)}"
     return None
 
 
+def is_for_params(name: str) -> bool:
+    """Whether a restore of the parameters alone reads the file `name` of a step."""
+    if name.endswith("/.zarray"):  # the shapes of all leaves are read
+        return True
+    return name.startswith(PARAMS_FILES)
+
+
 def _read_manifest(folder: pathlib.Path) -> dict[str, list]:
-    crc, _, text = (folder / MANIFEST).read_text().partition("\n")
+    content = (folder / MANIFEST).read_text()
+    crc, _, text = content.partition("\n")
     if crc != _crc_of(text):
         raise ValueError("its own checksum differs")
     return json.loads(text)
 
 
 def _facts_of(folder: pathlib.Path, names: list[str]) -> list[FileFacts]:
-    with concurrent.futures.ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda name: _facts(folder / name), names))
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    paths = [folder / name for name in names]
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(_facts, paths))
 
 
 def _facts(path: pathlib.Path) -> FileFacts:
     if not path.is_file():
         return -1, ""
-    size, crc = 0, 0
+    size = 0
+    crc = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
-            size, crc = size + len(block), zlib.crc32(block, crc)
+            size += len(block)
+            crc = zlib.crc32(block, crc)
     return size, f"{crc:08x}"
 
 
@@ -74,11 +96,16 @@ def _crc_of(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def _describe(facts: FileFacts | list) -> str:
-    return "no file" if facts[0] < 0 else f"{facts[0]} bytes with CRC-32 {facts[1]}"
+def _describe(facts: FileFacts) -> str:
+    size, crc = facts
+    return "no file" if size < 0 else f"{size} bytes with CRC-32 {crc}"
 
 
 def _leaf_of(name: str) -> str:
+    """The leaf that a file of a step belongs to, as the beginning of a message."""
     item, _, rest = name.partition("/")
-    leaf, slash, _ = rest.partition("/")
-    return f"leaf {leaf.replace('.', '/')}: " if item == "state" and slash else ""
+    folder, slash, _ = rest.partition("/")
+    if item != "state" or not slash:
+        return ""
+    leaf = folder.replace(".", "/")
+    return f"leaf {leaf}: "

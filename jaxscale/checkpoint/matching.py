@@ -1,4 +1,4 @@
-"""Does a checkpoint hold what is asked for: the same model, the same leaves, the same shapes and dtypes?"""
+"""Whether a checkpoint holds what is asked for: the same model, leaves, shapes and dtypes."""
 
 import json
 from typing import Any
@@ -10,56 +10,69 @@ import orbax.checkpoint as ocp
 from jaxscale.types import InputError
 
 MAX_NAMED = 3
+ABSENT = "(absent)"
 
 
 def check_fingerprint(saved: dict, current: dict, defaults: dict, where: str) -> None:
-    """Raises InputError naming the first fields in which a checkpoint's model differs from the present one.
+    """Checks that a checkpoint is of the present model.
 
     Args:
         saved: fields as the checkpoint has them; those that `current` lacks no longer matter.
         current: fields of the present model.
         defaults: what fields were before they existed.
         where: path of the checkpoint, for the message.
+
+    Raises:
+        InputError: fields differ; names the first of them.
     """
-    defaults, saved, current = (
-        _flatten(json.loads(json.dumps(fields))) for fields in (defaults, saved, current)
-    )
-    saved = defaults | saved
-    absent = "(absent)"
-    differing = [name for name in current if saved.get(name, absent) != current[name]]
+    found = _flat_fields(defaults) | _flat_fields(saved)
+    wanted = _flat_fields(current)
+    differing = [name for name in wanted if found.get(name, ABSENT) != wanted[name]]
     if differing:
-        facts = [f"{name}={saved.get(name, absent)!r}" for name in differing[:MAX_NAMED]]
-        wanted = [f"{name}={current[name]!r}" for name in differing[:MAX_NAMED]]
+        named = differing[:MAX_NAMED]
+        right = ", ".join(f"{name}={wanted[name]!r}" for name in named)
+        wrong = ", ".join(f"{name}={found.get(name, ABSENT)!r}" for name in named)
         raise InputError(
             "checkpoint.directory",
             where,
-            f"a checkpoint of this model with {', '.join(wanted)}; it is of another model with {', '.join(facts)}",
+            f"a checkpoint of this model with {right}; it is of another model with {wrong}",
         )
 
 
 def check_leaves(saved: Any, wanted: Any, where: str, *, is_cast_allowed: bool) -> None:
-    """Raises InputError naming the first leaf of `wanted` that the checkpoint lacks or holds in another form.
+    """Checks that a checkpoint has exactly the leaves that are wanted, in their shapes.
 
     Args:
         saved: tree of array metadata as the checkpoint has it.
         wanted: tree of jax.ShapeDtypeStruct with shardings.
         where: path of the checkpoint, for the message.
         is_cast_allowed: whether dtypes may differ.
+
+    Raises:
+        InputError: a leaf is missing, not wanted or of another form; names the first.
     """
-    saved, wanted = (ocp.tree.to_flat_dict(tree, sep="/") for tree in (saved, wanted))
-    if odd := sorted(set(saved) ^ set(wanted)):
-        side = "the checkpoint lacks" if odd[0] in wanted else "only the checkpoint has"
-        raise InputError(
-            "checkpoint.directory", where, f"the leaves of this run's state; {side} {odd[0]}"
-        )
+    saved = ocp.tree.to_flat_dict(saved, sep="/")
+    wanted = ocp.tree.to_flat_dict(wanted, sep="/")
+    unmatched = sorted(set(saved) ^ set(wanted))
+    if unmatched:
+        name = unmatched[0]
+        side = "the checkpoint lacks" if name in wanted else "only the checkpoint has"
+        expected = f"the leaves of this run's state; {side} {name}"
+        raise InputError("checkpoint.directory", where, expected)
     for name, leaf in wanted.items():
-        given, expected = _form(saved[name]), _form(leaf)
-        if given[0] != expected[0] or (given[1] != expected[1] and not is_cast_allowed):
-            raise InputError(
-                "checkpoint.directory",
-                where,
-                f"leaf {name} as {_describe(expected)}; it holds {_describe(given)}",
-            )
+        saved_shape, saved_dtype = _form(saved[name])
+        shape, dtype = _form(leaf)
+        is_right_dtype = is_cast_allowed or saved_dtype == dtype
+        if saved_shape != shape or not is_right_dtype:
+            right = _describe(shape, dtype)
+            wrong = _describe(saved_shape, saved_dtype)
+            expected = f"leaf {name} as {right}; it holds {wrong}"
+            raise InputError("checkpoint.directory", where, expected)
+
+
+def _flat_fields(fields: dict) -> dict[str, Any]:
+    """The fields by dotted name, with the values that a checkpoint's JSON would have."""
+    return _flatten(json.loads(json.dumps(fields)))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -67,15 +80,18 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     flat = {}
     for key, item in value.items():
-        flat.update(_flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+        name = f"{prefix}.{key}" if prefix else str(key)
+        flat.update(_flatten(item, name))
     return flat
 
 
 def _form(leaf: Any) -> tuple[tuple[int, ...], str]:
+    """Shape and name of the dtype."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)  # a key is stored as its words
     return tuple(leaf.shape), np.dtype(leaf.dtype).name
 
 
-def _describe(form: tuple[tuple[int, ...], str]) -> str:
-    return f"{form[1]}[{', '.join(map(str, form[0]))}]"
+def _describe(shape: tuple[int, ...], dtype: str) -> str:
+    sizes = ", ".join(str(size) for size in shape)
+    return f"{dtype}[{sizes}]"

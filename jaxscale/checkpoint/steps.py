@@ -1,8 +1,8 @@
-"""The folder of a run's checkpoints: which steps are committed, which to keep, what to clear away.
+"""The folder of a run's checkpoints: committed steps, which to keep, what to clear away.
 
-A committed step is a folder named by its number: it gets that name by one rename, after its last
+A committed step is a folder named by its number. It gets that name by one rename, after its last
 byte is written. So a killed process leaves either the step or a folder of another name. No file is
-forced to the disk: a power cut is not what this guards against.
+forced to the disk, so a power cut is not guarded against.
 """
 
 import pathlib
@@ -17,9 +17,11 @@ def committed_steps(directory: pathlib.Path) -> list[int]:
     """Returns the committed steps in ascending order; none when there is no such directory."""
     if not directory.is_dir():
         return []
-    return sorted(
-        int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()
-    )
+    found = []
+    for path in directory.iterdir():
+        if path.name.isdecimal() and path.is_dir():
+            found.append(int(path.name))
+    return sorted(found)
 
 
 def remove_leftovers(directory: pathlib.Path) -> None:
@@ -33,12 +35,15 @@ def keep_only(directory: pathlib.Path, *, keep_last: int, keep_every: int | None
     """Deletes all committed steps but the newest `keep_last` and the multiples of `keep_every`."""
     for step in committed_steps(directory)[:-keep_last]:
         if keep_every is None or step % keep_every:
-            # Renamed first: half a deleted step must not look like a damaged one.
-            shutil.rmtree((directory / str(step)).rename(directory / f"{step}.deleted"))
+            # Rename before deleting: if this process is killed halfway, what is left must not look
+            # like a damaged step.
+            path = directory / str(step)
+            condemned = path.rename(directory / f"{step}.deleted")
+            shutil.rmtree(condemned)
 
 
 def set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
-    """Renames a damaged step so that it is no longer among the committed ones; returns where it went."""
+    """Renames a damaged step, so that it is no longer a committed one; returns its new path."""
     target = directory / f"{step}.damaged"
     number = 1
     while target.exists():

@@ -1,1 +1,1 @@
-"""Text to batches: sources, tokenizers, packing, mixtures and the loader."""
+"""From text to batches: sources, tokenizers, packing, mixtures and the loader."""

@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -51,16 +51,15 @@ class TokenCache:
 
     def keys(self) -> list[str]:
         """The documents' keys, in order."""
-        return [
-            json.loads(line) for line in (self.directory / "keys.jsonl").read_text().splitlines()
-        ]
+        lines = (self.directory / "keys.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
 
 def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> TokenCache:
     """Opens the cache of `source` under `directory`, after building it if it is not there.
 
-    It is built aside and renamed, so that it is there whole or not at all, whoever else builds it
-    or dies building it.
+    The cache is built in a folder of another name, which is renamed at the end. So it is there
+    whole or not at all, even if another process builds it too or is killed while building.
 
     Raises:
         InputError: the source has no text, `directory` cannot be written, or the cache there is
@@ -74,7 +73,7 @@ def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> T
 
 
 def fingerprint(source: Source, tokenizer: Tokenizer) -> str:
-    """Names what a cache holds: 32 hexadecimal digits of the source, its version and the tokenizer."""
+    """Names what a cache holds: 32 hexadecimal digits of source, version and tokenizer."""
     facts = [
         FORMAT,
         type(source).__name__,
@@ -82,19 +81,21 @@ def fingerprint(source: Source, tokenizer: Tokenizer) -> str:
         source.version(),
         tokenizer.fingerprint,
     ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _build(source: Source, tokenizer: Tokenizer, root: Path, name: str) -> None:
     with _lock(root, name):
-        if (root / name).is_dir():
+        if (root / name).is_dir():  # another process built it while this one waited
             return
-        # The lock may not reach other hosts: their folders are left alone, and the rename decides.
+        # With the lock in hand, folders of this host are left over from killed processes. The lock
+        # may not reach other hosts, so their folders may still be in use and are left alone.
         prefix = f".{name}.{socket.gethostname()}."
         for abandoned in root.glob(f"{prefix}*"):
             shutil.rmtree(abandoned, ignore_errors=True)
-        with _refusals_named(root):
-            folder = root / f"{prefix}{os.getpid()}"
+        folder = root / f"{prefix}{os.getpid()}"
+        with _write_errors_named(root):
             folder.mkdir()
         try:
             _write(source, tokenizer, folder)
@@ -105,8 +106,11 @@ def _build(source: Source, tokenizer: Tokenizer, root: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def _lock(root: Path, name: str) -> Iterator[None]:
-    """Holds the right to build this cache among the processes of a host; the system frees it when its holder dies."""
-    with _refusals_named(root):
+    """Lets one process of a host build this cache.
+
+    The operating system releases the lock when the process that holds it dies.
+    """
+    with _write_errors_named(root):
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / f".{name}.lock").open("wb")
     with lock:
@@ -115,41 +119,51 @@ def _lock(root: Path, name: str) -> Iterator[None]:
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Renames a finished cache into place; where another host was faster, its cache stands: it holds the same."""
+    """Renames a finished cache into place."""
     try:
         folder.rename(target)
     except OSError:
         if not target.is_dir():
             raise
+        # Another host was faster. Its cache holds the same, so it stays.
 
 
 def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the cache's files.
+
+    Its content is named by a hash of the tokens, offsets, sizes and key hashes, in this order.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    lengths, sizes, hashes = [], [], []
+    lengths: list[int] = []
+    sizes: list[int] = []
+    hashes: list[int] = []
     content = hashlib.sha256()
-    with _writer(folder / "tokens.bin") as tokens, _writer(folder / "keys.jsonl") as keys:
+    with (
+        _appending(folder / "tokens.bin") as append_tokens,
+        _appending(folder / "keys.jsonl") as append_keys,
+    ):
         for documents in _groups(source.documents()):
             sizes += [num_bytes(document) for document in documents]
+            hashes += [hash_key(document.key) for document in documents]
             encoded = tokenizer.encode_batch([document.text for document in documents])
             ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
-            lengths += map(len, ended)
-            hashes += [hash_key(document.key) for document in documents]
+            lengths += [len(ids) for ids in ended]
             flat = np.concatenate(ended).tobytes()
             content.update(flat)
-            tokens(flat)
-            keys("".join(json.dumps(document.key) + "\n" for document in documents).encode())
+            append_tokens(flat)
+            lines = [json.dumps(document.key) + "\n" for document in documents]
+            append_keys("".join(lines).encode())
     if not lengths:
-        raise InputError(
-            "DataConfig.sources", source, "at least one document with text: the corpus is empty"
-        )
+        expected = "at least one document with text: the corpus is empty"
+        raise InputError("DataConfig.sources", source, expected)
     arrays = {
         "offsets": np.cumsum([0, *lengths]),
         "num_bytes": np.array(sizes),
         "key_hashes": np.uint64(hashes),
     }
     for name, array in arrays.items():
-        with _writer(folder / f"{name}.bin") as write:
-            write(array.tobytes())
+        with _appending(folder / f"{name}.bin") as append:
+            append(array.tobytes())
         content.update(array.tobytes())
     _write_manifest(folder, np.dtype(dtype).name, content.hexdigest())
 
@@ -162,8 +176,9 @@ def _write_manifest(folder: Path, tokens_dtype: str, content: str) -> None:
         "content": content,
         "sizes_bytes": sizes,
     }
-    with _writer(folder / MANIFEST) as write:
-        write(json.dumps(manifest, indent=1, sort_keys=True).encode())
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    with _appending(folder / MANIFEST) as append:
+        append(text.encode())
 
 
 def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
@@ -174,69 +189,70 @@ def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
         "num_bytes": "int64",
         "key_hashes": "uint64",
     }
-    arrays = {
-        name: np.memmap(folder / f"{name}.bin", dtype, mode="r") for name, dtype in dtypes.items()
-    }
-    facts = {
-        "fingerprint": folder.name,
-        "content": manifest["content"],
-        "tokenizer": tokenizer.fingerprint,
-    }
-    return TokenCache(**arrays, **facts, directory=folder)
+    arrays = {}
+    for name, dtype in dtypes.items():
+        arrays[name] = np.memmap(folder / f"{name}.bin", dtype, mode="r")
+    return TokenCache(
+        **arrays,
+        fingerprint=folder.name,
+        content=manifest["content"],
+        tokenizer=tokenizer.fingerprint,
+        directory=folder,
+    )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, if every file is as long as it says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        sizes = {name: (folder / name).stat().st_size for name in manifest["sizes_bytes"]}
+        written = manifest["sizes_bytes"]
+        found = {name: (folder / name).stat().st_size for name in written}
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            "DataConfig.cache_directory", str(folder), f"a whole cache; delete it ({error})"
-        ) from error
-    if sizes != manifest["sizes_bytes"]:
-        expected = (
-            f"a whole cache with file sizes {manifest['sizes_bytes']}, not {sizes}; delete it"
-        )
+        expected = f"a whole cache; delete it ({error})"
+        raise InputError("DataConfig.cache_directory", str(folder), expected) from error
+    if found != written:
+        expected = f"a whole cache with file sizes {written}, not {found}; delete it"
         raise InputError("DataConfig.cache_directory", str(folder), expected)
     return manifest
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """The documents that have text, in lists that are worth encoding at once."""
-    group, num_characters = [], 0
+    """The documents that have text, in lists long enough to be encoded in parallel."""
+    group: list[Document] = []
+    num_characters = 0
     for document in documents:
         if document.text:
             group.append(document)
             num_characters += len(document.text)
         if num_characters >= CHARACTERS_PER_ENCODE:
             yield group
-            group, num_characters = [], 0
+            group = []
+            num_characters = 0
     if group:
         yield group
 
 
 @contextlib.contextmanager
-def _writer(path: Path) -> Iterator[Any]:
-    """A function that appends bytes to a file, which is on the disk when the context ends."""
-    file: BinaryIO
-    with _refusals_named(path):
+def _appending(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """A function that appends bytes to a new file, which is on the disk when the context ends."""
+    with _write_errors_named(path):
         file = path.open("wb", buffering=0)
     with file:
 
-        def write(content: bytes) -> None:
-            with _refusals_named(path):
-                view = memoryview(content)
-                while view:
-                    view = view[file.write(view) :]
+        def append(content: bytes) -> None:
+            rest = memoryview(content)
+            with _write_errors_named(path):
+                while rest:
+                    num_written = file.write(rest)  # may be less than it was given
+                    rest = rest[num_written:]
 
-        yield write
-        with _refusals_named(path):
+        yield append
+        with _write_errors_named(path):
             os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def _refusals_named(path: Path) -> Iterator[None]:
+def _write_errors_named(path: Path) -> Iterator[None]:
     """Turns the file system's refusal to write into InputError."""
     try:
         yield

@@ -38,7 +38,10 @@ class Corpus:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are predicted in one epoch: all but the first of each document; the one that ends it counts."""
+        """Tokens that are predicted in one epoch.
+
+        The first token of a document is given, not predicted. The token that ends it is predicted.
+        """
         return int(self.lengths.sum()) - len(self.documents)
 
     def token_arrays(self) -> Iterator[np.ndarray]:
@@ -50,4 +53,5 @@ class Corpus:
 def select_split(cache: TokenCache, split: Split, held_out_fraction: float) -> Corpus:
     """The documents of `cache` that belong to `split`; there may be none."""
     held_out = is_held_out(cache.key_hashes, held_out_fraction)
-    return Corpus(cache, np.flatnonzero(held_out if split == "held_out" else ~held_out))
+    chosen = held_out if split == "held_out" else ~held_out
+    return Corpus(cache, np.flatnonzero(chosen))

@@ -1,4 +1,7 @@
-"""From a data configuration to batches: the global batch of step n is a function of the configuration and n alone."""
+"""From a data configuration to batches.
+
+The global batch of step n is a function of the configuration and n alone.
+"""
 
 import dataclasses
 import logging
@@ -12,8 +15,8 @@ import numpy as np
 from jaxscale.data.cache import open_cache
 from jaxscale.data.corpus import Corpus, select_split
 from jaxscale.data.mixture import Mixture
-from jaxscale.data.packing import plan_concatenated, plan_packed, read_rows
 from jaxscale.data.permutation import permute
+from jaxscale.data.rows import CorpusRows, read_batch
 from jaxscale.data.sources import Source
 from jaxscale.data.split import Split, check_held_out_fraction
 from jaxscale.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
@@ -57,16 +60,17 @@ class DataConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("sequence_length", "batch_size"):
-            check_positive(f"DataConfig.{name}", getattr(self, name))
+        check_positive("DataConfig.sequence_length", self.sequence_length)
+        check_positive("DataConfig.batch_size", self.batch_size)
         check_held_out_fraction("DataConfig.held_out_fraction", self.held_out_fraction)
-        if not self.sources:
+        num_sources = len(self.sources)
+        if num_sources == 0:
             raise InputError("DataConfig.sources", self.sources, "at least one source")
-        if self.weights is not None and len(self.weights) != len(self.sources):
-            expected = (
-                f"one weight per source: {len(self.weights)} == {len(self.sources)} does not hold"
+        if self.weights is not None and len(self.weights) != num_sources:
+            equation = f"{len(self.weights)} == {num_sources} does not hold"
+            raise InputError(
+                "DataConfig.weights", self.weights, f"one weight per source: {equation}"
             )
-            raise InputError("DataConfig.weights", self.weights, expected)
 
 
 def make_loader(
@@ -86,14 +90,16 @@ def make_loader(
             divide.
     """
     check_choice("split", split, ("train", "held_out"))
-    rest = config.batch_size % process_count
+    num_local, rest = divmod(config.batch_size, process_count)
     if rest:
-        expected = f"a multiple of the number of hosts: {config.batch_size} % {process_count} = {rest}, not 0"
+        equation = f"{config.batch_size} % {process_count} = {rest}, not 0"
+        expected = f"a multiple of the number of hosts: {equation}"
         raise InputError("DataConfig.batch_size", config.batch_size, expected)
-    num_local = config.batch_size // process_count
     local_rows = np.arange(process_index * num_local, (process_index + 1) * num_local)
-    loader = TrainLoader if split == "train" else HeldOutLoader
-    return loader(config, open_corpora(config, split), local_rows)
+    corpora = open_corpora(config, split)
+    if split == "train":
+        return TrainLoader(config, corpora, local_rows)
+    return HeldOutLoader(config, corpora, local_rows)
 
 
 def open_corpora(config: DataConfig, split: Split) -> list[Corpus]:
@@ -106,15 +112,27 @@ def open_corpora(config: DataConfig, split: Split) -> list[Corpus]:
     caches = [open_cache(source, tokenizer, config.cache_directory) for source in config.sources]
     corpora = [select_split(cache, split, config.held_out_fraction) for cache in caches]
     sizes = [len(corpus.documents) for corpus in corpora]
-    # Every source must train; held-out documents of some sources are enough.
-    if not (all if split == "train" else any)(sizes):
-        expected = f"a fraction that leaves documents in the split {split!r}: of each source it has {sizes}"
+    # Every source must have documents to train on; held-out documents of some sources are enough.
+    is_enough = all(sizes) if split == "train" else any(sizes)
+    if not is_enough:
+        expected = (
+            f"a fraction that leaves documents in the split {split!r}: "
+            f"of each source it has {sizes}"
+        )
         raise InputError("DataConfig.held_out_fraction", config.held_out_fraction, expected)
     return corpora
 
 
 def check_tokenizer(state: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raises InputError if the training whose loader had `state` read its text with another tokenizer."""
+    """Checks that a training read its text with `tokenizer`.
+
+    Args:
+        state: the state of the training's loader; one that names no tokenizer passes.
+        tokenizer: the tokenizer to compare with.
+
+    Raises:
+        InputError: the training read its text with another tokenizer.
+    """
     trained = state.get("depends_on", {}).get("tokenizer", tokenizer.fingerprint)
     if trained != tokenizer.fingerprint:
         expected = f"the tokenizer that the model was trained with, of fingerprint {trained}"
@@ -122,18 +140,24 @@ def check_tokenizer(state: dict[str, Any], tokenizer: Tokenizer) -> None:
 
 
 def warn_of_trained_documents(state: dict[str, Any], held_out_fraction: float) -> None:
-    """Logs a warning if the training whose loader had `state` held out fewer documents than `held_out_fraction`."""
+    """Logs a warning if a training held out fewer documents than `held_out_fraction`.
+
+    Args:
+        state: the state of the training's loader; one that names no fraction gives no warning.
+        held_out_fraction: 0 <= fraction < 1.
+    """
     trained = state.get("depends_on", {}).get("held_out_fraction", 1.0)
     if held_out_fraction > trained:
         logger.warning(
-            "DataConfig.held_out_fraction: %s is above the %s of the training, which may have seen some of these",
+            "DataConfig.held_out_fraction: %s is above the %s of the training, which may have "
+            "seen some of these",
             held_out_fraction,
             trained,
         )
 
 
 class TrainLoader:
-    """The training split without end: sources interleaved by weight, each shuffled anew in every epoch.
+    """The training split without end: sources interleaved by weight, shuffled in every epoch.
 
     Args:
         config: what to read.
@@ -147,9 +171,9 @@ class TrainLoader:
     def __init__(self, config: DataConfig, corpora: list[Corpus], local_rows: np.ndarray):
         self._config = config
         self._local_rows = local_rows
-        self._rows = [_Rows(corpus, config) for corpus in corpora]
-        self.rows_per_epoch = [rows.num_rows for rows in self._rows]
-        self._mixture = Mixture(config.weights or (1.0,) * len(corpora), config.seed)
+        self._corpora = _corpora_rows(config, corpora)
+        self.rows_per_epoch = [corpus.num_rows for corpus in self._corpora]
+        self._mixture = Mixture(_weights(config), config.seed)
         self._facts = _facts(config, corpora)
         self._batches = iter(_prefetched(self, sys.maxsize))
         self._next = 0
@@ -164,31 +188,43 @@ class TrainLoader:
 
     def batch_at(self, n: int) -> Batch:
         """This host's rows of global batch `n`, numpy [b, T]."""
-        rows = n * self._config.batch_size + self._local_rows
-        sources, positions = self._mixture.sources(rows), self._mixture.positions(rows)
-        parts = [
-            each.read(self._shuffled(source, positions[sources == source]))
-            for source, each in enumerate(self._rows)
-        ]
-        order = np.argsort(np.argsort(sources, kind="stable"))
-        return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+        stream = n * self._config.batch_size + self._local_rows
+        sources = self._mixture.sources(stream)
+        positions = self._mixture.positions(stream)
+        rows = np.zeros_like(positions)
+        for source in range(len(self._corpora)):
+            chosen = sources == source
+            rows[chosen] = self._shuffled(source, positions[chosen])
+        return read_batch(self._corpora, sources, rows)
 
     def _shuffled(self, source: int, positions: np.ndarray) -> np.ndarray:
-        """The rows of the source's plan that stand at `positions` of its stream of epochs."""
+        """The rows of one source at `positions` of its endless sequence of shuffled epochs."""
         size = self.rows_per_epoch[source]
-        epochs, within = positions // size, positions % size
+        epochs, within = np.divmod(positions, size)
         rows = np.zeros_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             rows[chosen] = permute(
-                within[chosen], size, seed=self._config.seed, stream=source, epoch=int(epoch)
+                within[chosen],
+                size,
+                seed=self._config.seed,
+                stream=source,
+                epoch=int(epoch),
             )
         return rows
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: the next batch, how many rows each source has served before it, and what they depend on."""
-        served = self._mixture.served(self._next * self._config.batch_size)
-        return {"batch": self._next, "positions": served, "depends_on": self._facts}
+        """The loader's position and what it depends on, JSON-able.
+
+        Returns:
+            `batch`: the next batch; `positions`: how many rows each source has served before it;
+            `depends_on`: the facts that decide what the batches hold.
+        """
+        return {
+            "batch": self._next,
+            "positions": self._served_before(self._next),
+            "depends_on": self._facts,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at `state`, whatever the number of hosts that wrote it.
@@ -196,28 +232,30 @@ class TrainLoader:
         Raises:
             InputError: the state is of other data or of another configuration; names the field.
         """
-        # The first states had neither.
-        saved = {"format": 1, "tokenizer": self._facts["tokenizer"]} | state.get("depends_on", {})
+        # The first states had neither format nor tokenizer.
+        defaults = {"format": 1, "tokenizer": self._facts["tokenizer"]}
+        saved = defaults | state.get("depends_on", {})
         for name, value in self._facts.items():
             if saved.get(name) != value:
-                raise InputError(
-                    f"DataConfig.{name}",
-                    value,
-                    f"{saved.get(name)!r}, with which the run was begun",
-                )
-        served = self._mixture.served(state["batch"] * self._config.batch_size)
-        if state["positions"] != served:
-            raise InputError(
-                "data state positions",
-                state["positions"],
-                f"{served} before batch {state['batch']}",
-            )
-        self._next = state["batch"]
-        self._batches.set_state({"next_index": self._next})
+                expected = f"{saved.get(name)!r}, with which the run was begun"
+                raise InputError(f"DataConfig.{name}", value, expected)
+        batch = state["batch"]
+        positions = state["positions"]
+        served = self._served_before(batch)
+        if positions != served:
+            expected = f"{served} before batch {batch}"
+            raise InputError("data state positions", positions, expected)
+        self._next = batch
+        self._batches.set_state({"next_index": batch})
+
+    def _served_before(self, batch: int) -> list[int]:
+        return self._mixture.served(batch * self._config.batch_size)
 
 
 class HeldOutLoader:
-    """The held-out documents of all sources, each once in every pass; the last batch is filled up with padding.
+    """The held-out documents of all sources, each once in every pass.
+
+    The last batch is filled up with padding.
 
     Args: as in TrainLoader.
 
@@ -230,51 +268,29 @@ class HeldOutLoader:
         corpora = [corpus for corpus in corpora if len(corpus.documents)]
         self._config = config
         self._local_rows = local_rows
-        self._rows = [_Rows(corpus, config) for corpus in corpora]
-        self._firsts = np.cumsum([0] + [rows.num_rows for rows in self._rows])
+        self._corpora = _corpora_rows(config, corpora)
+        num_rows = [corpus.num_rows for corpus in self._corpora]
+        self._first_rows = np.cumsum([0] + num_rows)  # the last is their total
         self.num_bytes = sum(corpus.num_bytes for corpus in corpora)
         self.num_tokens = sum(corpus.num_tokens for corpus in corpora)
 
     def __len__(self) -> int:
         """Batches in a pass."""
-        return -(-int(self._firsts[-1]) // self._config.batch_size)
+        total = int(self._first_rows[-1])
+        return -(-total // self._config.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(_prefetched(self, len(self)))
 
     def batch_at(self, n: int) -> Batch:
         """This host's rows of global batch `n`, numpy [b, T]."""
-        rows = n * self._config.batch_size + self._local_rows
-        sources = np.clip(
-            np.searchsorted(self._firsts, rows, side="right") - 1, 0, len(self._rows) - 1
-        )
-        within = np.where(rows < self._firsts[-1], rows - self._firsts[sources], -1)
-        parts = [each.read(within[sources == source]) for source, each in enumerate(self._rows)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-class _Rows:
-    """The rows into which the documents of one corpus are laid."""
-
-    def __init__(self, corpus: Corpus, config: DataConfig):
-        plan = plan_packed if config.is_packed else plan_concatenated
-        self._tokens = corpus.cache.tokens
-        self._plan = plan(corpus.offsets, corpus.lengths, config.sequence_length)
-        self._is_packed = config.is_packed
-        self.num_rows = self._plan.num_rows
-
-    def read(self, rows: np.ndarray) -> Batch:
-        batch = read_rows(self._tokens, self._plan, rows, is_packed=self._is_packed)
-        if not self._is_packed:
-            del batch[
-                "segments"
-            ]  # a row is one document to attention, whose plain causal backends are the fast ones
-            # Padding too has its place in the row: at position 0 it would be visible to all that
-            # stands before it.
-            batch["positions"] = np.broadcast_to(
-                np.arange(batch["tokens"].shape[1], dtype=np.int32), batch["tokens"].shape
-            )
-        return batch
+        stream = n * self._config.batch_size + self._local_rows
+        sources = np.searchsorted(self._first_rows, stream, side="right") - 1
+        # Rows beyond the last document are padding, which any source can give.
+        sources = np.clip(sources, 0, len(self._corpora) - 1)
+        is_padding = stream >= self._first_rows[-1]
+        rows = np.where(is_padding, -1, stream - self._first_rows[sources])
+        return read_batch(self._corpora, sources, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,20 +310,33 @@ class _Batches:
 def _prefetched(loader: TrainLoader | HeldOutLoader, num_batches: int) -> grain.IterDataset:
     """The loader's batches in order, a few of them read ahead by one thread."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=NUM_PREFETCHED)
-    return grain.MapDataset.source(_Batches(loader, num_batches)).to_iter_dataset(options)
+    batches = grain.MapDataset.source(_Batches(loader, num_batches))
+    return batches.to_iter_dataset(options)
+
+
+def _corpora_rows(config: DataConfig, corpora: list[Corpus]) -> list[CorpusRows]:
+    rows = []
+    for corpus in corpora:
+        rows.append(CorpusRows(corpus, config.sequence_length, is_packed=config.is_packed))
+    return rows
+
+
+def _weights(config: DataConfig) -> tuple[float, ...]:
+    return config.weights or (1.0,) * len(config.sources)
 
 
 def _facts(config: DataConfig, corpora: list[Corpus]) -> dict[str, Any]:
     """Everything that decides what the global batches hold, by field of DataConfig."""
-    fields = ("sequence_length", "batch_size", "held_out_fraction", "seed", "is_packed")
-    weights = config.weights or (1.0,) * len(corpora)
-    # Not the cache's fingerprint: the same text may lie elsewhere, with other times, on the machine
-    # that resumes.
-    sources = [corpus.cache.content for corpus in corpora]
-    facts = {
+    return {
+        "sequence_length": config.sequence_length,
+        "batch_size": config.batch_size,
+        "held_out_fraction": config.held_out_fraction,
+        "seed": config.seed,
+        "is_packed": config.is_packed,
         "format": FORMAT,
-        "weights": list(weights),
+        "weights": list(_weights(config)),
         "tokenizer": corpora[0].cache.tokenizer,
-        "sources": sources,
+        # Not the cache's fingerprint: the machine that resumes may have the same text in another
+        # folder, with other modification times.
+        "sources": [corpus.cache.content for corpus in corpora],
     }
-    return {name: getattr(config, name) for name in fields} | facts

@@ -1,4 +1,7 @@
-"""How documents fill rows of T tokens: one plan for the whole corpus, made before the first row is read."""
+"""How documents fill rows of T tokens.
+
+One plan for the whole corpus is made before the first row is read.
+"""
 
 import dataclasses
 
@@ -32,10 +35,10 @@ class Plan:
 def plan_packed(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Plan:
     """Packs documents into as few rows as best-fit decreasing finds, longest pieces first.
 
-    A document longer than T is cut into pieces of T and a rest. The pieces are strangers to
-    attention: each is its own segment, with positions from 0. No label is lost at the seam: the
-    last token of a piece is still asked for the token that follows in the document, so that a
-    document's tokens but the first are each predicted once per epoch.
+    A document longer than T is cut into pieces of T and a rest. Attention does not cross from one
+    piece to the next: each is its own segment, with positions from 0. No label is lost at the cut:
+    the last token of a piece still predicts the token that follows in the document. So all tokens
+    of a document but its first are predicted once per epoch.
 
     Args:
         offsets: int64 [documents], first token of each document.
@@ -46,28 +49,39 @@ def plan_packed(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) 
         3, best-fit).
     Cost: O(pieces log pieces + T^2), in whole groups of equal pieces and rows.
     """
-    counts = -(-lengths // sequence_length)
-    skipped = _ranks(counts) * sequence_length
-    starts = np.repeat(offsets, counts) + skipped
-    rests = np.repeat(lengths, counts) - skipped
-    sizes = np.minimum(rests, sequence_length)
+    num_pieces = -(-lengths // sequence_length)
+    skipped = _ranks(num_pieces) * sequence_length
+    starts = np.repeat(offsets, num_pieces) + skipped
+    remaining = np.repeat(lengths, num_pieces) - skipped
+    sizes = np.minimum(remaining, sequence_length)
+    is_last = remaining == sizes
+
     longest_first = np.argsort(-sizes, kind="stable")
-    rows = _best_fit(np.bincount(sizes, minlength=sequence_length + 1), sequence_length)
+    num_of_size = np.bincount(sizes, minlength=sequence_length + 1)
+    rows = _best_fit(num_of_size, sequence_length)
     order = longest_first[np.argsort(rows, kind="stable")]
-    row_offsets = np.concatenate([[0], np.cumsum(np.bincount(rows))])
-    return Plan(starts[order], sizes[order], (rests == sizes)[order], row_offsets, sequence_length)
+    num_in_row = np.bincount(rows)
+    row_offsets = np.concatenate([[0], np.cumsum(num_in_row)])
+    return Plan(starts[order], sizes[order], is_last[order], row_offsets, sequence_length)
 
 
 def plan_concatenated(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Plan:
-    """Joins documents end to end and cuts every T tokens, whatever lies there. Args as in plan_packed."""
-    ends = np.cumsum(lengths)
-    cuts = np.arange(0, ends[-1], sequence_length)
-    edges = np.union1d(np.concatenate([[0], ends]), cuts)
-    begins, sizes = edges[:-1], np.diff(edges)
-    document = np.searchsorted(ends, begins, side="right")
-    starts = begins - (ends - lengths)[document] + offsets[document]
-    row_offsets = np.append(np.searchsorted(begins, cuts), len(begins))
-    return Plan(starts, sizes, edges[1:] == ends[document], row_offsets, sequence_length)
+    """Joins documents end to end and cuts every T tokens, whatever stands there.
+
+    Args as in plan_packed.
+    """
+    document_ends = np.cumsum(lengths)
+    row_starts = np.arange(0, document_ends[-1], sequence_length)
+    # A piece ends where its document or its row does. Edges are places in the joined text.
+    edges = np.union1d(np.concatenate([[0], document_ends]), row_starts)
+    begins = edges[:-1]
+    ends = edges[1:]
+    document = np.searchsorted(document_ends, begins, side="right")
+    document_begins = (document_ends - lengths)[document]
+    starts = begins - document_begins + offsets[document]
+    is_last = ends == document_ends[document]
+    row_offsets = np.append(np.searchsorted(begins, row_starts), len(begins))
+    return Plan(starts, ends - begins, is_last, row_offsets, sequence_length)
 
 
 def read_rows(
@@ -86,75 +100,116 @@ def read_rows(
         tokens, labels, segments, positions int32 [b, T] and weights float32 [b, T]; all 0 where
         there is padding.
     """
-    counts = np.where(rows < 0, 0, plan.row_offsets[rows + 1] - plan.row_offsets[rows])
-    row, rank = np.repeat(np.arange(len(rows)), counts), _ranks(counts)
+    # Of each piece, in the order of the batch: its row of the batch, its rank in that row, its
+    # place in the plan and its length.
+    num_planned = plan.row_offsets[rows + 1] - plan.row_offsets[rows]
+    num_pieces = np.where(rows < 0, 0, num_planned)
+    row = np.repeat(np.arange(len(rows)), num_pieces)
+    rank = _ranks(num_pieces)
     piece = plan.row_offsets[rows][row] + rank
     lengths = plan.lengths[piece]
-    within = _ranks(lengths)
-    used = np.bincount(row, lengths, minlength=len(rows)).astype(np.int64)
-    # Pieces fill a row from the left, so the tokens of all rows in order fill the mask of used
-    # places in order.
-    places = np.arange(plan.sequence_length) < used[:, None]
-    source = np.repeat(plan.starts[piece], lengths) + within
-    has_label = ~(
-        np.repeat(plan.is_last[piece], lengths) & (within == np.repeat(lengths - 1, lengths))
-    )
-    following = tokens[np.where(has_label, source + 1, source)] * has_label
-    segments = np.repeat(rank + 1, lengths) if is_packed else np.ones_like(source)
-    positions = within if is_packed else _ranks(used)
+
+    # Of each token, in the same order: its place in the piece, in `tokens` and its label.
+    place_in_piece = _ranks(lengths)
+    source = np.repeat(plan.starts[piece], lengths) + place_in_piece
+    ends_piece = place_in_piece == np.repeat(lengths - 1, lengths)
+    ends_document = ends_piece & np.repeat(plan.is_last[piece], lengths)
+    has_label = ~ends_document
+    labels = tokens[np.where(has_label, source + 1, source)] * has_label
+
+    num_used = np.bincount(row, lengths, minlength=len(rows)).astype(np.int64)
+    if is_packed:
+        segments = np.repeat(rank + 1, lengths)
+        positions = place_in_piece
+    else:
+        segments = np.ones_like(source)
+        positions = _ranks(num_used)
+
+    # Pieces fill a row from the left. So the tokens of all rows, in order, are those for which
+    # this mask is true, in order.
+    is_used = np.arange(plan.sequence_length) < num_used[:, None]
     return {
-        "tokens": _placed(tokens[source], places, np.int32),
-        "labels": _placed(following, places, np.int32),
-        "weights": _placed(has_label, places, np.float32),
-        "segments": _placed(segments, places, np.int32),
-        "positions": _placed(positions, places, np.int32),
+        "tokens": _scattered(tokens[source], is_used, np.int32),
+        "labels": _scattered(labels, is_used, np.int32),
+        "weights": _scattered(has_label, is_used, np.float32),
+        "segments": _scattered(segments, is_used, np.int32),
+        "positions": _scattered(positions, is_used, np.int32),
     }
 
 
-def _placed(values: np.ndarray, places: np.ndarray, dtype: type) -> np.ndarray:
-    """`values` where `places` is true, in order, and 0 elsewhere."""
-    filled = np.zeros(places.shape, dtype)
-    filled[places] = values
+def _scattered(values: np.ndarray, mask: np.ndarray, dtype: type) -> np.ndarray:
+    """`values` where `mask` is true, in order, and 0 elsewhere."""
+    filled = np.zeros(mask.shape, dtype)
+    filled[mask] = values
     return filled
 
 
 def _ranks(counts: np.ndarray) -> np.ndarray:
     """0, 1, ..., counts[0] - 1, 0, 1, ..., counts[1] - 1, ...: int64 [sum of counts]."""
     ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    total = ends[-1] if len(ends) else 0
+    firsts = np.repeat(ends - counts, counts)
+    return np.arange(total) - firsts
 
 
 def _best_fit(counts: np.ndarray, capacity: int) -> np.ndarray:
-    """Rows for pieces, longest first; `counts[s]` pieces have size s.
+    """The row of each piece, longest first, each in the fullest row that has space for it.
+
+    Pieces of one size are placed in groups, because a corpus has far more pieces than sizes.
+
+    Args:
+        counts: int64 [capacity + 1]; counts[s] pieces have size s.
+        capacity: size of a row.
 
     Returns:
         int64 [pieces], the row of each, pieces sorted by size from `capacity` down to 1.
     """
-    rows_with: list[list[np.ndarray]] = [
-        [] for _ in range(capacity + 1)
-    ]  # by the space that is left
-    open_spaces = 0  # bit s: rows_with[s] is not empty
-    num_rows, assigned = 0, []
+    open_rows = _OpenRows(capacity)
+    num_rows = 0
+    assigned = []
     for size in range(capacity, 0, -1):
-        wanted = int(counts[size])
-        while wanted:
-            fitting = open_spaces >> size
-            if not fitting:
-                # As many as the pieces of this size fill: in the rounds that follow they fit best.
-                fresh = -(-wanted // (capacity // size))
-                rows_with[capacity].append(np.arange(num_rows, num_rows + fresh))
-                num_rows += fresh
-                fitting = 1 << (capacity - size)
-            space = size + (fitting & -fitting).bit_length() - 1
-            group = rows_with[space].pop()
-            taken, left = group[:wanted], group[wanted:]
-            if len(left):
-                rows_with[space].append(left)
-            assigned.append(taken)
-            rows_with[space - size].append(taken)
-            wanted -= len(taken)
-            open_spaces |= 1 << (space - size)
-            open_spaces = (
-                open_spaces | 1 << space if rows_with[space] else open_spaces & ~(1 << space)
-            )
+        num_left = int(counts[size])
+        while num_left:
+            if not open_rows.can_hold(size):
+                # Open all the rows that the pieces left of this size fill: once the first piece
+                # is in such a row, it is the fullest that has space for the next one.
+                num_new = -(-num_left // (capacity // size))
+                open_rows.add(np.arange(num_rows, num_rows + num_new), capacity)
+                num_rows += num_new
+            rows, space = open_rows.take_fullest(size)
+            if len(rows) > num_left:
+                open_rows.add(rows[num_left:], space)
+                rows = rows[:num_left]
+            open_rows.add(rows, space - size)
+            assigned.append(rows)
+            num_left -= len(rows)
     return np.concatenate(assigned)
+
+
+class _OpenRows:
+    """Groups of rows by the space that is left in them.
+
+    The bits of one integer say which spaces some row has left, so that the fullest rows with
+    enough space are found without a search.
+    """
+
+    def __init__(self, capacity: int):
+        self._groups: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
+        self._spaces = 0  # bit s: some row has space s left
+
+    def add(self, rows: np.ndarray, space: int) -> None:
+        self._groups[space].append(rows)
+        self._spaces |= 1 << space
+
+    def can_hold(self, size: int) -> bool:
+        return self._spaces >> size > 0
+
+    def take_fullest(self, size: int) -> tuple[np.ndarray, int]:
+        """Removes and returns a group with the least space that fits `size`, and that space."""
+        enough = self._spaces >> size
+        lowest_bit = enough & -enough
+        space = size + lowest_bit.bit_length() - 1
+        rows = self._groups[space].pop()
+        if not self._groups[space]:
+            self._spaces &= ~(1 << space)
+        return rows, space

@@ -1,30 +1,20 @@
 """Where text comes from: each source yields its documents in the same order every time."""
 
 import dataclasses
-import functools
-import gzip
 import importlib
 import json
-import os
 import sysconfig
-import zlib
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import zstandard
-
+from jaxscale.data.files import find_files, read_bytes, read_lines, stamps
 from jaxscale.types import InputError, check_types
-
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-CHUNK_BYTES = 1 << 20
 
 
 class Document(NamedTuple):
-    """A text and the key that names it within its source, whatever the machine."""
+    """A text and the key that names it within its source, the same on every machine."""
 
     key: str
     text: str
@@ -34,14 +24,13 @@ def num_bytes(document: Document) -> int:
     """Bytes of the text in UTF-8.
 
     Raises:
-        InputError: the text has half a character, as JSON can spell one.
+        InputError: the text has half a surrogate pair, as JSON can spell one.
     """
     try:
         return len(document.text.encode())
     except UnicodeEncodeError as error:
-        raise InputError(
-            "sources", document.key, f"text of whole characters ({error.reason})"
-        ) from error
+        expected = f"text of whole characters ({error.reason})"
+        raise InputError("sources", document.key, expected) from error
 
 
 @runtime_checkable
@@ -59,7 +48,10 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """Text files, one document each, in the order of their keys: the path relative to the folder that was given.
+    """Text files, one document each.
+
+    A document's key is its file's path relative to the folder that was given, and the documents
+    come in the order of their keys.
 
     Args:
         paths: files and folders; folders are searched with all they contain.
@@ -77,22 +69,24 @@ class TextSource:
     def documents(self) -> Iterator[Document]:
         for key, path in self._files():
             try:
-                yield Document(key, _read(path).decode())
+                text = read_bytes(path).decode()
             except UnicodeDecodeError as error:
-                raise InputError(
-                    "TextSource.paths", str(path), f"text in UTF-8 ({error.reason})"
-                ) from error
+                expected = f"text in UTF-8 ({error.reason})"
+                raise InputError("TextSource.paths", str(path), expected) from error
+            yield Document(key, text)
 
     def version(self) -> list[Any]:
-        return _stamps(self._files())
+        return stamps(self._files())
 
     def _files(self) -> list[tuple[str, Path]]:
-        return _files("TextSource.paths", self.paths, self.patterns, self.excluded)
+        return find_files("TextSource.paths", self.paths, self.patterns, self.excluded)
 
 
 @dataclasses.dataclass(frozen=True)
 class StandardLibrary:
-    """The Python files of the running interpreter's standard library: code and prose on every machine.
+    """The Python files of the running interpreter's standard library.
+
+    They are code and prose that every machine has.
 
     Args:
         excluded: names of folders that are not entered. Some systems ship Python without its tests,
@@ -112,18 +106,19 @@ class StandardLibrary:
         check_types(self)
 
     def documents(self) -> Iterator[Document]:
-        """The files that are UTF-8; a few are of another encoding on purpose."""
         for key, path in self._files():
             try:
-                yield Document(key, _read(path).decode())
+                text = read_bytes(path).decode()
             except UnicodeDecodeError:
-                continue
+                continue  # a few files are of another encoding on purpose
+            yield Document(key, text)
 
     def version(self) -> list[Any]:
-        return _stamps(self._files())
+        return stamps(self._files())
 
     def _files(self) -> list[tuple[str, Path]]:
-        return _files("StandardLibrary", (sysconfig.get_path("stdlib"),), ("*.py",), self.excluded)
+        folder = sysconfig.get_path("stdlib")
+        return find_files("StandardLibrary", (folder,), ("*.py",), self.excluded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,27 +142,32 @@ class JsonLinesSource:
 
     def documents(self) -> Iterator[Document]:
         for name, path in self._files():
-            for number, line in enumerate(_lines(path), 1):
-                if line.strip():
-                    label = f"{path}:{number}"
-                    yield _document(
-                        label,
-                        _json_object(label, line),
-                        self.text_field,
-                        self.key_field,
-                        f"{name}:{number}",
-                    )
+            lines = read_lines("JsonLinesSource.paths", path)
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                label = f"{path}:{number}"
+                yield _document(
+                    _json_object(label, line),
+                    label=label,
+                    text_field=self.text_field,
+                    key_field=self.key_field,
+                    default_key=f"{name}:{number}",
+                )
 
     def version(self) -> list[Any]:
-        return _stamps(self._files())
+        return stamps(self._files())
 
     def _files(self) -> list[tuple[str, Path]]:
-        return _files("JsonLinesSource.paths", self.paths, self.patterns)
+        return find_files("JsonLinesSource.paths", self.paths, self.patterns)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParquetSource:
-    """One document per row of Parquet files; needs the extra `data`. Args as in JsonLinesSource, columns for fields."""
+    """One document per row of Parquet files; needs the extra `data`.
+
+    Args as in JsonLinesSource, with columns in place of fields.
+    """
 
     paths: tuple[str, ...]
     patterns: tuple[str, ...] = ("*.parquet",)
@@ -178,32 +178,35 @@ class ParquetSource:
         check_types(self)
 
     def documents(self) -> Iterator[Document]:
-        pyarrow = _import("pyarrow", "ParquetSource")
-        parquet = _import("pyarrow.parquet", "ParquetSource")
-        columns = [self.text_column] + [self.key_column] * (self.key_column is not None)
         for name, path in self._files():
-            try:
-                file = parquet.ParquetFile(path)
-            except pyarrow.ArrowInvalid as error:
-                raise InputError(
-                    "ParquetSource.paths", str(path), f"a Parquet file ({error})"
-                ) from error
-            with file:
-                _check_columns(f"ParquetSource: {path}", columns, file.schema_arrow.names)
-                rows = (
-                    row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist()
+            for number, row in enumerate(self._rows(path)):
+                yield _document(
+                    row,
+                    label=f"{path}:{number}",
+                    text_field=self.text_column,
+                    key_field=self.key_column,
+                    default_key=f"{name}:{number}",
                 )
-                for number, row in enumerate(rows):
-                    label = f"{name}:{number}"
-                    yield _document(
-                        f"{path}:{number}", row, self.text_column, self.key_column, label
-                    )
 
     def version(self) -> list[Any]:
-        return _stamps(self._files())
+        return stamps(self._files())
 
     def _files(self) -> list[tuple[str, Path]]:
-        return _files("ParquetSource.paths", self.paths, self.patterns)
+        return find_files("ParquetSource.paths", self.paths, self.patterns)
+
+    def _rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        pyarrow = _import("pyarrow", "ParquetSource")
+        parquet = _import("pyarrow.parquet", "ParquetSource")
+        columns = _columns(self.text_column, self.key_column)
+        try:
+            file = parquet.ParquetFile(path)
+        except pyarrow.ArrowInvalid as error:
+            expected = f"a Parquet file ({error})"
+            raise InputError("ParquetSource.paths", str(path), expected) from error
+        with file:
+            _check_columns(f"ParquetSource: {path}", columns, file.schema_arrow.names)
+            for batch in file.iter_batches(columns=columns):
+                yield from batch.to_pylist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,19 +236,21 @@ class HuggingFaceSource:
     def __post_init__(self):
         check_types(self)
         if (self.directory is None) == (self.name is None):
-            raise InputError(
-                "HuggingFaceSource",
-                (self.directory, self.name),
-                "exactly one of directory and name",
-            )
+            given = (self.directory, self.name)
+            raise InputError("HuggingFaceSource", given, "exactly one of directory and name")
 
     def documents(self) -> Iterator[Document]:
-        columns = [self.text_column] + [self.key_column] * (self.key_column is not None)
+        columns = _columns(self.text_column, self.key_column)
         dataset = self._load()
         _check_columns("HuggingFaceSource", columns, dataset.column_names)
         for number, row in enumerate(dataset.select_columns(columns)):
-            label = f"HuggingFaceSource row {number}"
-            yield _document(label, row, self.text_column, self.key_column, str(number))
+            yield _document(
+                row,
+                label=f"HuggingFaceSource row {number}",
+                text_field=self.text_column,
+                key_field=self.key_column,
+                default_key=str(number),
+            )
 
     def version(self) -> list[Any]:
         return [self._load()._fingerprint]
@@ -255,151 +260,25 @@ class HuggingFaceSource:
         try:
             if self.directory is None:
                 return datasets.load_dataset(
-                    self.name, self.configuration, revision=self.revision, split=self.split
+                    self.name,
+                    self.configuration,
+                    revision=self.revision,
+                    split=self.split,
                 )
             found = datasets.load_from_disk(str(Path(self.directory).expanduser()))
         except (FileNotFoundError, ConnectionError, ValueError) as error:
-            raise InputError(
-                "HuggingFaceSource", self.directory or self.name, f"a dataset ({error})"
-            ) from error
+            given = self.directory or self.name
+            raise InputError("HuggingFaceSource", given, f"a dataset ({error})") from error
         if not isinstance(found, datasets.DatasetDict):
             return found
         if self.split not in found:
-            raise InputError("HuggingFaceSource.split", self.split, f"one of {', '.join(found)}")
+            expected = f"one of {', '.join(found)}"
+            raise InputError("HuggingFaceSource.split", self.split, expected)
         return found[self.split]
 
 
-def _files(
-    parameter: str,
-    paths: tuple[str, ...],
-    patterns: tuple[str, ...],
-    excluded: tuple[str, ...] = (),
-) -> list[tuple[str, Path]]:
-    """Keys and paths of the files that `paths` name, folders searched, in the order of the keys."""
-    found = []
-    for path in (Path(each).expanduser() for each in paths):
-        if path.is_dir():
-            found += _search(path, patterns, excluded)
-        elif path.exists():
-            found.append((path.name, path))
-        else:
-            raise InputError(parameter, str(path), "a file or folder that exists")
-    if not found:
-        raise InputError(parameter, paths, f"at least one file that matches {', '.join(patterns)}")
-    return sorted(found)
-
-
-def _search(
-    folder: Path,
-    patterns: tuple[str, ...],
-    excluded: tuple[str, ...],
-    entered: frozenset[Path] = frozenset(),
-) -> Iterator[tuple[str, Path]]:
-    """Keys and paths of the files in a folder; links are followed, but not back into a folder of `entered`."""
-    if folder.resolve() in entered:
-        return
-    for path in _entries(folder):
-        if path.is_dir():
-            if not any(fnmatch(path.name, pattern) for pattern in excluded):
-                found = _search(path, patterns, excluded, entered | {folder.resolve()})
-                yield from ((f"{path.name}/{key}", file) for key, file in found)
-        elif any(fnmatch(path.name, pattern) for pattern in patterns):
-            yield path.name, path
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise InputError(
-            "paths", str(folder), f"a folder that can be read ({error.strerror})"
-        ) from error
-
-
-def _stamps(files: list[tuple[str, Path]]) -> list[Any]:
-    """Key, size and time of change of each file: what tells an edited corpus from the one that was tokenised."""
-    stats = [(key, _stat(path)) for key, path in files]
-    return [[key, stat.st_size, stat.st_mtime_ns] for key, stat in stats]
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:  # such as a link to nothing
-        raise InputError(
-            "paths", str(path), f"a file that can be read ({error.strerror})"
-        ) from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            "paths", str(path), f"a file that can be read ({error.strerror})"
-        ) from error
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    rest = b""
-    try:
-        with path.open("rb") as file:
-            for chunk in _decompressed(file):
-                *whole, rest = (rest + chunk).split(b"\n")
-                yield from whole
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise InputError(
-            "JsonLinesSource.paths", str(path), f"a whole compressed file ({error})"
-        ) from error
-    yield rest
-
-
-def _decompressed(file: BinaryIO) -> Iterator[bytes]:
-    magic = file.read(4)
-    file.seek(0)
-    if magic == ZSTD_MAGIC:
-        return _zstd_chunks(file)
-    return _chunks(gzip.open(file) if magic.startswith(GZIP_MAGIC) else file)
-
-
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    return iter(functools.partial(file.read, CHUNK_BYTES), b"")
-
-
-def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The content of one frame after the other; zstandard's own reader takes a file cut short for a whole one."""
-    frame = None
-    for chunk in _chunks(file):
-        while chunk:
-            if frame is None or frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data
-    if not frame.eof:
-        raise EOFError("the last frame has no end")
-
-
-def _json_object(label: str, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(label, _shortened(line), f"one JSON object per line ({error})") from error
-    if not isinstance(row, dict):
-        raise InputError(label, _shortened(line), "a JSON object")
-    return row
-
-
-def _document(
-    label: str, row: dict[str, Any], text_field: str, key_field: str | None, key: str
-) -> Document:
-    """The document that a row holds; `label` names the row in errors, `key` serves without a `key_field`."""
-    for field in (text_field, key_field):
-        if field is not None and field not in row:
-            raise InputError(label, sorted(row), f"a field {field!r}")
-    text = row[text_field]
-    if not isinstance(text, str):
-        raise InputError(f"{label}: {text_field}", text, "a string")
-    return Document(key if key_field is None else str(row[key_field]), text)
+def _columns(text_column: str, key_column: str | None) -> list[str]:
+    return [text_column] if key_column is None else [text_column, key_column]
 
 
 def _check_columns(label: str, columns: list[str], found: list[str]) -> None:
@@ -408,14 +287,48 @@ def _check_columns(label: str, columns: list[str], found: list[str]) -> None:
             raise InputError(label, found, f"a column {column!r}")
 
 
-def _shortened(line: bytes) -> str:
-    return line[:80].decode(errors="replace")
+def _json_object(label: str, line: bytes) -> dict[str, Any]:
+    beginning = line[:80].decode(errors="replace")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        expected = f"one JSON object per line ({error})"
+        raise InputError(label, beginning, expected) from error
+    if not isinstance(row, dict):
+        raise InputError(label, beginning, "a JSON object")
+    return row
+
+
+def _document(
+    row: dict[str, Any],
+    *,
+    label: str,
+    text_field: str,
+    key_field: str | None,
+    default_key: str,
+) -> Document:
+    """The document that a row holds.
+
+    Args:
+        row: values by field.
+        label: names the row in errors.
+        text_field: the field that holds the text.
+        key_field: the field that holds the key; None: the key is `default_key`.
+        default_key: the key of a row that has no field for it.
+    """
+    for field in (text_field, key_field):
+        if field is not None and field not in row:
+            raise InputError(label, sorted(row), f"a field {field!r}")
+    text = row[text_field]
+    if not isinstance(text, str):
+        raise InputError(f"{label}: {text_field}", text, "a string")
+    key = default_key if key_field is None else str(row[key_field])
+    return Document(key, text)
 
 
 def _import(module: str, needed_by: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(
-            needed_by, f"no {module}", "the extra: pip install 'jaxscale[data]'"
-        ) from error
+        expected = "the extra: pip install 'jaxscale[data]'"
+        raise InputError(needed_by, f"no {module}", expected) from error

@@ -1,4 +1,4 @@
-"""Which documents are held out: decided by a hash of the key, so that it never depends on order, machine or seed."""
+"""Which documents are held out: a hash of the key decides, not order, machine or seed."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,16 +14,24 @@ HASH_BITS = 64
 
 def hash_key(key: str) -> int:
     """The first 64 bits of the key's BLAKE2b hash."""
-    # File names that are not UTF-8 reach us with surrogates.
-    digest = hashlib.blake2b(
-        key.encode(errors="surrogatepass"), digest_size=HASH_BITS // 8
-    ).digest()
+    # The keys of files whose names are not UTF-8 contain surrogates, which encode() refuses.
+    encoded = key.encode(errors="surrogatepass")
+    digest = hashlib.blake2b(encoded, digest_size=HASH_BITS // 8).digest()
     return int.from_bytes(digest, "little")
 
 
 def is_held_out(hashes: Iterable[int], held_out_fraction: float) -> np.ndarray:
-    """Whether documents with these key hashes are held out; about `held_out_fraction` of them are. Returns bool [n]."""
-    return np.asarray(hashes, np.uint64).astype(np.float64) < held_out_fraction * 2.0**HASH_BITS
+    """Whether documents are held out; about the fraction `held_out_fraction` of them is.
+
+    Args:
+        hashes: uint64 [n], the hash_key of each document.
+        held_out_fraction: 0 <= fraction < 1.
+
+    Returns:
+        bool [n].
+    """
+    limit = held_out_fraction * 2.0**HASH_BITS
+    return np.asarray(hashes, np.uint64).astype(np.float64) < limit
 
 
 def check_held_out_fraction(parameter: str, fraction: float) -> None:

@@ -1,4 +1,7 @@
-"""Tokenizers: raw bytes, Hugging Face `tokenizers` files and SentencePiece models, and the training of new ones."""
+"""Tokenizers, and the training of new ones.
+
+They are raw bytes, files of Hugging Face's `tokenizers` and SentencePiece models.
+"""
 
 import dataclasses
 import hashlib
@@ -38,7 +41,10 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
+        """The text of token ids.
+
+        Bytes that are no UTF-8 become U+FFFD. Ids beyond the vocabulary are left out.
+        """
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -63,10 +69,9 @@ class TokenizerConfig:
     def __post_init__(self):
         check_types(self)
         if (self.path is None) != (self.kind == "byte"):
-            expected = "no path" if self.kind == "byte" else "the tokenizer's file or folder"
-            raise InputError(
-                "TokenizerConfig.path", self.path, f"{expected} for kind={self.kind!r}"
-            )
+            wanted = "no path" if self.kind == "byte" else "the tokenizer's file or folder"
+            expected = f"{wanted} for kind={self.kind!r}"
+            raise InputError("TokenizerConfig.path", self.path, expected)
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -78,17 +83,16 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "byte":
         return ByteTokenizer()
     if config.kind == "huggingface":
-        return HuggingFaceTokenizer(
-            _text(config.path, _read(config.path, HUGGING_FACE_FILE)), config.eos_token
-        )
+        content = _read(config.path, HUGGING_FACE_FILE)
+        return HuggingFaceTokenizer(_text(config.path, content), config.eos_token)
     return SentencePieceTokenizer(_read(config.path, SENTENCE_PIECE_FILE))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises InputError if the tokenizer knows more tokens than a model with `vocab_size` has rows."""
+    """Raises InputError if a model with `vocab_size` has fewer rows than `tokenizer` has tokens."""
     if tokenizer.vocab_size > vocab_size:
-        expected = f"at least the tokenizer's: {vocab_size} >= {tokenizer.vocab_size} does not hold"
-        raise InputError("model.vocab_size", vocab_size, expected)
+        equation = f"{vocab_size} >= {tokenizer.vocab_size} does not hold"
+        raise InputError("model.vocab_size", vocab_size, f"at least the tokenizer's: {equation}")
 
 
 def train_tokenizer(
@@ -120,20 +124,14 @@ def train_tokenizer(
     check_choice("kind", kind, ("bpe", "sentencepiece"))
     check_held_out_fraction("held_out_fraction", held_out_fraction)
     if vocab_size < SMALLEST_TRAINED:
-        raise InputError(
-            "vocab_size",
-            vocab_size,
-            f"at least {SMALLEST_TRAINED}: the bytes and the special tokens",
-        )
+        expected = f"at least {SMALLEST_TRAINED}: the bytes and the special tokens"
+        raise InputError("vocab_size", vocab_size, expected)
     texts = _training_texts(sources, held_out_fraction)
-    train = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}[kind]
+    train = _train_bpe if kind == "bpe" else _train_sentencepiece
     tokenizer = train(texts, vocab_size)
     if tokenizer.vocab_size < vocab_size:
-        raise InputError(
-            "vocab_size",
-            vocab_size,
-            f"a size that the text supports, at most {tokenizer.vocab_size}",
-        )
+        expected = f"a size that the text supports, at most {tokenizer.vocab_size}"
+        raise InputError("vocab_size", vocab_size, expected)
     tokenizer.save(output)
     print(f"tokenizer of {tokenizer.vocab_size} tokens: {output}")
     return tokenizer
@@ -153,7 +151,8 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(id for id in ids if id < self.eos_id).decode(errors="replace")
+        known = bytes(id for id in ids if id < self.eos_id)
+        return known.decode(errors="replace")
 
     def save(self, directory: str | Path) -> None:
         """Writes nothing: there is nothing to know."""
@@ -171,9 +170,8 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         except Exception as error:  # the library raises bare Exception
-            raise InputError(
-                "TokenizerConfig.path", serialized[:40], f"a tokenizer.json ({error})"
-            ) from error
+            expected = f"a tokenizer.json ({error})"
+            raise InputError("TokenizerConfig.path", serialized[:40], expected) from error
         # Text that spells a special token must not become one, least of all the end of a document.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -181,9 +179,10 @@ class HuggingFaceTokenizer:
         self.eos_id = self._tokenizer.token_to_id(eos_token)
         if self.eos_id is None:
             raise InputError("TokenizerConfig.eos_token", eos_token, "a token of the vocabulary")
-        # Ids may have gaps: what a model needs is a row for the largest.
+        # Ids may have gaps, and a model needs a row for the largest.
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        self.fingerprint = hashlib.sha256(f"{eos_token}\n{serialized}".encode()).hexdigest()
+        identity = f"{eos_token}\n{serialized}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._serialized = serialized
 
     def encode(self, text: str) -> list[int]:
@@ -211,15 +210,13 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
         except RuntimeError as error:
-            raise InputError(
-                "TokenizerConfig.path", serialized[:20], f"a SentencePiece model ({error})"
-            ) from error
+            expected = f"a SentencePiece model ({error})"
+            raise InputError("TokenizerConfig.path", serialized[:20], expected) from error
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
-            raise InputError(
-                "TokenizerConfig.path", "a SentencePiece model without </s>", "one that has it"
-            )
+            given = "a SentencePiece model without </s>"
+            raise InputError("TokenizerConfig.path", given, "one that has it")
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
         self._serialized = serialized
 
@@ -227,10 +224,12 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(ids, np.uint32) for ids in self._processor.encode(list(texts))]
+        encoded = self._processor.encode(list(texts))
+        return [np.array(ids, np.uint32) for ids in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(id) for id in ids if id < self.vocab_size])
+        known = [int(id) for id in ids if id < self.vocab_size]
+        return self._processor.decode(known)
 
     def save(self, directory: str | Path) -> None:
         _write(Path(directory).expanduser(), SENTENCE_PIECE_FILE, self._serialized)
@@ -240,22 +239,26 @@ def _training_texts(sources: Iterable[Source], held_out_fraction: float) -> Iter
     """The texts that are not held out.
 
     Raises:
-        InputError: there are none; on the way, a text is not UTF-8.
+        InputError: there are none. The iterator raises it when a text is not UTF-8.
     """
-    documents = (document for source in sources for document in source.documents())
-    kept = (
-        document.text
-        for document in documents
-        if num_bytes(document) and not is_held_out([hash_key(document.key)], held_out_fraction)[0]
-    )
-    first = next(kept, None)
+    texts = _kept_texts(sources, held_out_fraction)
+    first = next(texts, None)
     if first is None:
         raise InputError("sources", sources, "at least one document with text that is not held out")
-    return itertools.chain([first], kept)
+    return itertools.chain([first], texts)
+
+
+def _kept_texts(sources: Iterable[Source], held_out_fraction: float) -> Iterator[str]:
+    for source in sources:
+        for document in source.documents():
+            has_text = num_bytes(document) > 0
+            hashes = [hash_key(document.key)]
+            if has_text and not is_held_out(hashes, held_out_fraction)[0]:
+                yield document.text
 
 
 def _train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level: whatever the text, it is spelt with the 256 bytes."""
+    """Byte-level BPE: any text can be spelt, because the 256 bytes are tokens."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -270,11 +273,12 @@ def _train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Nothing is normalised and unknown characters become bytes; one thread fixes the order of sums."""
+    """A unigram model that normalises nothing and spells unknown characters as bytes."""
+    lines = (line for text in texts for line in text.splitlines() if line)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
+            sentence_iterator=lines,
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
@@ -284,23 +288,26 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> Tokenizer:
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],
             byte_fallback=True,
-            num_threads=1,
+            num_threads=1,  # several threads would add up in an order that differs between runs
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise InputError(
-            "vocab_size", vocab_size, f"a size that the text supports ({error})"
-        ) from error
+        expected = f"a size that the text supports ({error})"
+        raise InputError("vocab_size", vocab_size, expected) from error
     return SentencePieceTokenizer(model.getvalue())
 
 
 def _read(path: str, name: str) -> bytes:
     file = Path(path).expanduser()
-    file = file / name if file.is_dir() else file
+    if file.is_dir():
+        file = file / name
     try:
         return file.read_bytes()
     except OSError as error:
-        expected = f"a file that can be read ({error.strerror}); `jaxscale tokenizer FILE.gin` trains a new one"
+        expected = (
+            f"a file that can be read ({error.strerror}); "
+            "`jaxscale tokenizer FILE.gin` trains a new one"
+        )
         raise InputError("TokenizerConfig.path", str(file), expected) from error
 
 
@@ -308,9 +315,8 @@ def _text(path: str, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise InputError(
-            "TokenizerConfig.path", path, f"a tokenizer.json, which is text ({error.reason})"
-        ) from error
+        expected = f"a tokenizer.json, which is text ({error.reason})"
+        raise InputError("TokenizerConfig.path", path, expected) from error
 
 
 def _write(directory: Path, name: str, content: bytes) -> None:
@@ -321,6 +327,5 @@ def _write(directory: Path, name: str, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(directory / name)
     except OSError as error:
-        raise InputError(
-            "output", str(directory), f"a folder that can be written ({error.strerror})"
-        ) from error
+        expected = f"a folder that can be written ({error.strerror})"
+        raise InputError("output", str(directory), expected) from error

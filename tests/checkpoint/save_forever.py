@@ -1,5 +1,10 @@
-"""Saves one checkpoint after the other until it is killed: `python save_forever.py DIRECTORY`."""
+"""Saves one checkpoint after the other until it is killed: `python save_forever.py DIRECTORY`.
 
+The first line of input starts a saver and the next kills it; its exit code is printed. So it goes
+on to the end of the input. Savers are forked, so that the imports are done once for all of them.
+"""
+
+import multiprocessing
 import sys
 
 import jax
@@ -15,6 +20,7 @@ def open_checkpoints(directory):
     return Checkpoints(config, fingerprint={"num_leaves": NUM_LEAVES})
 
 
+@jax.jit
 def state_of(step):
     """The state that step must hold: 4 MiB that do not compress to nothing."""
     leaves = jax.random.split(jax.random.fold_in(jax.random.key(0), step), NUM_LEAVES)
@@ -33,15 +39,26 @@ def abstract_state():
     )
 
 
-def main(directory):
+def save_forever(directory):
     checkpoints = open_checkpoints(directory)
     step = 1
     if checkpoints.latest_step() is not None:
-        step = int(checkpoints.restore(abstract_state())[0]["step"]) + 1
-    make_state = jax.jit(state_of)
+        restored, _ = checkpoints.restore(abstract_state())
+        step = int(restored["step"]) + 1
     while True:
-        checkpoints.save(step, make_state(step), {"position": step})
+        checkpoints.save(step, state_of(step), {"position": step})
         step += 1
+
+
+def main(directory):
+    context = multiprocessing.get_context("fork")
+    while sys.stdin.readline():
+        saver = context.Process(target=save_forever, args=(directory,), daemon=True)
+        saver.start()
+        sys.stdin.readline()
+        saver.kill()
+        saver.join()
+        print(saver.exitcode, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,30 +19,38 @@ def mesh_of(*shape):
 
 
 def make_state(mesh, seed=0, dim=16):
+    state = build_state(seed, dim)
+    return jax.device_put(state, shardings(state, mesh))
+
+
+def small_state():
+    """For tests that look at folders only: saving takes time by the leaf."""
+    return {"params": {"w": jnp.zeros(8)}}
+
+
+def build_state(seed=0, dim=16):
     q, embed = jax.random.split(jax.random.key(seed))
     params = {
         "layers": {"0": {"attention": {"q": jax.random.normal(q, (2, dim, 8))}}},
         "embed": jax.random.normal(embed, (dim, 8), jnp.bfloat16),
     }
-    opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(params)
-    state = {
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    return {
         "step": jnp.int32(7),
         "params": params,
-        "opt_state": opt_state,
+        "opt_state": optimizer.init(params),
         "key": jax.random.key(seed + 1),
     }
-    return jax.device_put(state, shardings(state, mesh))
 
 
 def shardings(state, mesh):
-    def spec(leaf):
-        return (
-            PartitionSpec(*(None,) * (leaf.ndim - 2), "data", "tensor")
-            if leaf.ndim >= 2
-            else PartitionSpec()
-        )
+    def sharding(leaf):
+        if leaf.ndim < 2:
+            return NamedSharding(mesh, PartitionSpec())
+        first_dims = (None,) * (leaf.ndim - 2)
+        return NamedSharding(mesh, PartitionSpec(*first_dims, "data", "tensor"))
 
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), state)
+    return jax.tree.map(sharding, state)
 
 
 def abstract(state, mesh):
@@ -63,24 +71,23 @@ def assert_same(got, want):
 
 
 def open_at(directory, *, fingerprint=FINGERPRINT, defaults=None, **settings):
-    config = CheckpointConfig(
-        **{"directory": str(directory), "save_every": 1, "keep_last": 10, **settings}
-    )
+    settings = {"save_every": 1, "keep_last": 10, **settings}
+    config = CheckpointConfig(str(directory), **settings)
     return Checkpoints(config, fingerprint=fingerprint, defaults=defaults)
 
 
 def committed(directory):
-    return sorted(
-        int(path.name) for path in pathlib.Path(directory).iterdir() if path.name.isdecimal()
-    )
+    """The committed steps in a folder, in order."""
+    names = [path.name for path in pathlib.Path(directory).iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
-def saved_steps(directory, *step_numbers):
-    """Saves a state of its own seed at each step on one device; returns the states by step."""
-    mesh, states = mesh_of(1, 1), {}
+def save_steps(directory, *steps):
+    """Saves a state of another seed at each step, on one device; returns the states by step."""
+    states = {}
     checkpoints = open_at(directory)
-    for step in step_numbers:
-        states[step] = make_state(mesh, seed=step)
+    for step in steps:
+        states[step] = make_state(mesh_of(1, 1), seed=step)
         checkpoints.save(step, states[step], {"position": step})
     checkpoints.close()
     return states

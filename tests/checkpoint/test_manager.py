@@ -1,3 +1,7 @@
+"""Saving and restoring: what comes back, what is kept, damage, and checkpoints of another model."""
+
+import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -14,11 +18,12 @@ from tests.checkpoint.states import (
     FINGERPRINT,
     abstract,
     assert_same,
+    build_state,
     committed,
     make_state,
     mesh_of,
     open_at,
-    saved_steps,
+    small_state,
 )
 
 
@@ -55,9 +60,8 @@ def test_every_mesh_gives_the_same_values_in_the_placement_asked_for(tmp_path):
         wanted = abstract(state, mesh_of(*shape))
         restored, _ = checkpoints.restore(wanted)
         assert_same(restored, state)
-        assert jax.tree.leaves(
-            jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, wanted)
-        )
+        for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted)):
+            assert got.sharding == want.sharding
     checkpoints.close()
 
 
@@ -72,42 +76,36 @@ def test_tree_on_disk_does_not_depend_on_the_mesh(tmp_path):
 
 
 def test_state_may_be_donated_right_after_save(tmp_path):
-    mesh = mesh_of(4, 2)
-    sharding = NamedSharding(mesh, PartitionSpec("data", "tensor"))
+    sharding = NamedSharding(mesh_of(4, 2), PartitionSpec("data", "tensor"))
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0, out_shardings=sharding)
-    value = jax.device_put(
-        jnp.arange(1 << 20, dtype=jnp.float32).reshape(1 << 10, 1 << 10), sharding
-    )
-    want = np.array(value)
-    state = {"params": {"w": value}}
+    want = np.arange(1 << 20, dtype=np.float32).reshape(1 << 10, 1 << 10)
+    value = jax.device_put(want, sharding)
     checkpoints = open_at(tmp_path)
-    checkpoints.save(1, state, {})
+    checkpoints.save(1, {"params": {"w": value}}, {})
     overwrite(value).block_until_ready()
-    restored, _ = checkpoints.restore(
-        {"params": {"w": jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=sharding)}}
-    )
+    wanted = jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=sharding)
+    restored, _ = checkpoints.restore({"params": {"w": wanted}})
     checkpoints.close()
     np.testing.assert_array_equal(np.asarray(restored["params"]["w"]), want)
 
 
-def test_restore_params_reads_no_optimizer_byte_and_casts(tmp_path):
+def test_restore_params_reads_no_optimizer_byte_and_casts(tmp_path, saved_steps):
     state = saved_steps(tmp_path, 1)[1]
     for path in (tmp_path / "1" / "state").glob("opt_state.*/[0-9]*"):
         path.unlink()
     checkpoints = open_at(tmp_path)
     wanted = abstract(state["params"], mesh_of(2, 1))
     assert_same(checkpoints.restore_params(wanted), state["params"])
-    half = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), wanted
-    )
-    assert_same(
-        checkpoints.restore_params(half),
-        jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["params"]),
-    )
+
+    def as_half(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding)
+
+    half = checkpoints.restore_params(jax.tree.map(as_half, wanted))
+    assert_same(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state["params"]))
     checkpoints.close()
 
 
-def test_an_earlier_step_can_be_named(tmp_path):
+def test_an_earlier_step_can_be_named(tmp_path, saved_steps):
     states = saved_steps(tmp_path, 1, 2)
     checkpoints = open_at(tmp_path)
     restored, data_state = checkpoints.restore(abstract(states[1], mesh_of(1, 1)), step=1)
@@ -121,41 +119,38 @@ def test_an_earlier_step_can_be_named(tmp_path):
 
 
 def test_only_due_steps_are_saved_unless_forced(tmp_path):
-    checkpoints, state = open_at(tmp_path, save_every=5), make_state(mesh_of(1, 1))
-    assert [checkpoints.save(step, state, {}) for step in (4, 5, 6)] == [False, True, False]
-    assert checkpoints.save(7, state, {}, force=True)
+    checkpoints = open_at(tmp_path, save_every=5)
+    is_saved = [checkpoints.save(step, small_state(), {}) for step in (4, 5, 6)]
+    assert is_saved == [False, True, False]
+    assert checkpoints.save(7, small_state(), {}, force=True)
     checkpoints.close()
     assert committed(tmp_path) == [5, 7]
 
 
 def test_keep_last_and_keep_every(tmp_path):
-    checkpoints, state = (
-        open_at(tmp_path, save_every=2, keep_last=2, keep_every=4),
-        make_state(mesh_of(1, 1)),
-    )
+    checkpoints = open_at(tmp_path, save_every=2, keep_last=2, keep_every=4)
     for step in range(2, 15, 2):
-        checkpoints.save(step, state, {})
+        checkpoints.save(step, small_state(), {})
     checkpoints.close()
     assert committed(tmp_path) == [4, 8, 12, 14]
 
 
-def test_a_committed_step_is_not_written_again(tmp_path):
+def test_a_committed_step_is_not_written_again(tmp_path, saved_steps):
     states = saved_steps(tmp_path, 3)
     checkpoints = open_at(tmp_path)
     assert not checkpoints.save(3, make_state(mesh_of(1, 1), seed=99), {}, force=True)
     assert_same(checkpoints.restore(abstract(states[3], mesh_of(1, 1)))[0], states[3])
 
 
-def test_newer_checkpoints_in_the_folder_stop_a_run_that_did_not_resume(tmp_path):
+def test_newer_checkpoints_in_the_folder_stop_a_run_that_did_not_resume(tmp_path, saved_steps):
     states = saved_steps(tmp_path, 3)
-    with pytest.raises(
-        InputError, match="without checkpoints newer than step 1; this one has step 3"
-    ):
+    message = "without checkpoints newer than step 1; this one has step 3"
+    with pytest.raises(InputError, match=message):
         open_at(tmp_path).save(1, states[3], {})
     assert committed(tmp_path) == [3]
 
 
-def test_half_written_and_half_deleted_steps_are_ignored_then_removed(tmp_path):
+def test_half_written_and_half_deleted_steps_are_ignored_then_removed(tmp_path, saved_steps):
     states = saved_steps(tmp_path, 1)
     for name in ("2.orbax-checkpoint-tmp", "0.deleted"):
         shutil.copytree(tmp_path / "1", tmp_path / name)
@@ -171,47 +166,57 @@ def test_half_written_and_half_deleted_steps_are_ignored_then_removed(tmp_path):
 # Damage
 
 
-def test_every_damaged_file_is_named_with_its_step(tmp_path):
-    state = saved_steps(tmp_path / "sound", 1, 2)[2]
+# Files of orbax in the step's folder that nothing reads.
+UNREAD = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+DAMAGES = (flip_byte, truncate, pathlib.Path.unlink)
+
+
+def test_every_damaged_file_is_named_with_its_step(tmp_path, saved_steps):
+    state = saved_steps(tmp_path, 1, 2)[2]
     wanted = abstract(state, mesh_of(1, 1))
-    files = [
-        path
-        for path in (tmp_path / "sound" / "2").rglob("*")
-        if path.is_file() and path.stat().st_size
-    ]
-    leaf_files = [path for path in files if "params.layers.0.attention.q" in str(path)]
-    assert leaf_files
-    for number, sound in enumerate(files):
-        damage = (flip_byte, truncate, pathlib.Path.unlink)[number % 3]
-        check_damage(tmp_path, sound, damage, wanted, state)
-    for damage in (flip_byte, truncate, pathlib.Path.unlink):
-        message = check_damage(tmp_path, leaf_files[0], damage, wanted, state)
-        assert "leaf params/layers/0/attention/q" in message
+    checkpoints = open_at(tmp_path)
+    step = tmp_path / "2"
+    files = sorted(path for path in step.rglob("*") if path.is_file() and path.stat().st_size)
+    for number, path in enumerate(files):
+        with damaged(path, DAMAGES[number % 3]):
+            if path.parent == step and path.name in UNREAD:
+                assert_same(checkpoints.restore(wanted)[0], state)
+            else:
+                message = message_of_damage(checkpoints, wanted)
+                assert str(path.relative_to(step)) in message
+    checkpoints.close()
 
 
-def check_damage(tmp_path, sound, damage, wanted, state):
-    """Restoring with `sound` damaged names step and file; orbax's own notes in the step's root may go unread."""
-    copy = tmp_path / "copy"
-    shutil.copytree(tmp_path / "sound", copy)
-    name = sound.relative_to(tmp_path / "sound")
-    damage(copy / name)
-    checkpoints = open_at(copy)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_leaf_is_named(tmp_path, saved_steps, damage):
+    state = saved_steps(tmp_path, 1, 2)[2]
+    (folder,) = (tmp_path / "2" / "state").glob("params.layers.0.attention.q")
+    with damaged(folder / "0.0.0", damage):
+        message = message_of_damage(open_at(tmp_path), abstract(state, mesh_of(1, 1)))
+    assert "leaf params/layers/0/attention/q" in message
+
+
+def message_of_damage(checkpoints, wanted):
+    """What a restore says when step 2 is damaged."""
+    expected = r"/2'.*use_previous = True restores step 1"
+    with pytest.raises(InputError, match=expected) as caught:
+        checkpoints.restore(wanted)
+    return str(caught.value)
+
+
+@contextlib.contextmanager
+def damaged(path, damage):
+    sound = path.read_bytes()
+    damage(path)
     try:
-        if name.name in ("_CHECKPOINT_METADATA", "commit_success.txt") and len(name.parts) == 2:
-            assert_same(checkpoints.restore(wanted)[0], state)
-            return ""
-        with pytest.raises(
-            InputError, match=r"copy/2'.*use_previous = True restores step 1"
-        ) as caught:
-            checkpoints.restore(wanted)
-        assert str(name.relative_to("2")) in str(caught.value)
-        return str(caught.value)
+        yield
     finally:
-        checkpoints.close()
-        shutil.rmtree(copy)
+        path.write_bytes(sound)
 
 
-def test_the_step_before_is_used_only_on_request_and_the_run_goes_on_from_there(tmp_path):
+def test_the_step_before_is_used_only_on_request_and_the_run_goes_on_from_there(
+    tmp_path, saved_steps
+):
     states = saved_steps(tmp_path, 1, 2, 3)
     wanted = abstract(states[1], mesh_of(1, 1))
     for step in (2, 3):
@@ -223,18 +228,21 @@ def test_the_step_before_is_used_only_on_request_and_the_run_goes_on_from_there(
     checkpoints.save(2, states[1], {"position": 2})
     checkpoints.close()
     assert committed(tmp_path) == [2]
-    assert {path.name for path in tmp_path.glob("*.damaged")} == {"2.damaged", "3.damaged"}
+    set_aside = {path.name for path in tmp_path.glob("*.damaged")}
+    assert set_aside == {"2.damaged", "3.damaged"}
     assert_same(open_at(tmp_path).restore(wanted)[0], states[1])
 
 
-def test_nothing_but_damage_is_an_error_even_with_use_previous(tmp_path):
+def test_nothing_but_damage_is_an_error_even_with_use_previous(tmp_path, saved_steps):
     state = saved_steps(tmp_path, 1)[1]
     (tmp_path / "1" / "checksums.json").unlink()
     with pytest.raises(InputError, match="a sound checkpoint; every one is damaged"):
         open_at(tmp_path, use_previous=True).restore(abstract(state, mesh_of(1, 1)))
 
 
-def test_a_deletion_that_is_cut_short_leaves_no_step_that_looks_damaged(tmp_path, monkeypatch):
+def test_a_deletion_that_is_cut_short_leaves_no_step_that_looks_damaged(
+    tmp_path, monkeypatch, saved_steps
+):
     states = saved_steps(tmp_path, 1, 2)
     checkpoints = open_at(tmp_path, keep_last=1)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -256,7 +264,7 @@ def interrupted(path, *arguments, **options):
 # Not this run's checkpoint
 
 
-def test_another_model_is_named_by_its_fields(tmp_path):
+def test_another_model_is_named_by_its_fields(tmp_path, saved_steps):
     state = saved_steps(tmp_path, 1)[1]
     other = {
         "num_layers": 2,
@@ -264,55 +272,50 @@ def test_another_model_is_named_by_its_fields(tmp_path):
         "pattern": (1, 2),
         "bias": True,
     }
-    expected = r"with attention.num_heads=8, bias=True; it is of another model with attention.num_heads=4, bias='\(absent\)'"
-    for call in (
-        lambda c: c.restore(abstract(state, mesh_of(1, 1))),
-        lambda c: c.restore_params({}),
-    ):
-        with pytest.raises(InputError, match=expected):
-            call(open_at(tmp_path, fingerprint=other))
+    checkpoints = open_at(tmp_path, fingerprint=other)
+    message = (
+        r"with attention.num_heads=8, bias=True; "
+        r"it is of another model with attention.num_heads=4, bias='\(absent\)'"
+    )
+    with pytest.raises(InputError, match=message):
+        checkpoints.restore(abstract(state, mesh_of(1, 1)))
+    with pytest.raises(InputError, match=message):
+        checkpoints.restore_params({})
 
 
-def test_a_field_that_is_new_has_its_default_and_one_that_is_gone_does_not_matter(tmp_path):
+def test_a_new_field_has_its_default_and_one_that_is_gone_does_not_matter(tmp_path, saved_steps):
     state = saved_steps(tmp_path, 1)[1]
-    facts = {name: value for name, value in FINGERPRINT.items() if name != "pattern"}
     wanted = abstract(state, mesh_of(1, 1))
-    open_at(tmp_path, fingerprint=facts | {"bias": False}, defaults={"bias": False}).restore(wanted)
+    facts = {name: value for name, value in FINGERPRINT.items() if name != "pattern"}
+    defaults = {"bias": False}
+    open_at(tmp_path, fingerprint=facts | {"bias": False}, defaults=defaults).restore(wanted)
+    other = open_at(tmp_path, fingerprint=facts | {"bias": True}, defaults=defaults)
     with pytest.raises(InputError, match="with bias=True; it is of another model with bias=False"):
-        open_at(tmp_path, fingerprint=facts | {"bias": True}, defaults={"bias": False}).restore(
-            wanted
-        )
+        other.restore(wanted)
 
 
-def test_wrong_leaves_are_named(tmp_path):
+def test_wrong_leaves_are_named(tmp_path, saved_steps):
     saved_steps(tmp_path, 1)
-    mesh = mesh_of(1, 1)
     checkpoints = open_at(tmp_path)
+    state = jax.eval_shape(build_state)
+    params = state["params"]
 
-    def message_for(state):
+    def check(other, message):
         with pytest.raises(InputError) as caught:
-            checkpoints.restore(abstract(state, mesh))
-        return str(caught.value)
+            checkpoints.restore(abstract(other, mesh_of(1, 1)))
+        assert message in str(caught.value)
 
     for dim in (8, 32):  # neither padded nor cut
-        wider = {**make_state(mesh), "params": make_state(mesh, dim=dim)["params"]}
-        assert (
-            f"leaf params/layers/0/attention/q as float32[2, {dim}, 8]; it holds float32[2, 16, 8]"
-            in message_for(
-                {
-                    **wider,
-                    "params": {**wider["params"], "embed": make_state(mesh)["params"]["embed"]},
-                }
-            )
+        wider = jax.eval_shape(functools.partial(build_state, dim=dim))["params"]
+        check(
+            {**state, "params": {**wider, "embed": params["embed"]}},
+            f"leaf params/layers/0/attention/q as float32[2, {dim}, 8]; it holds float32[2, 16, 8]",
         )
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(mesh)["params"])
-    assert "as bfloat16[2, 16, 8]; it holds float32[2, 16, 8]" in message_for(
-        {**make_state(mesh), "params": half}
-    )
-    assert "the checkpoint lacks extra" in message_for({**make_state(mesh), "extra": jnp.zeros(3)})
-    less = make_state(mesh)
-    del less["key"]
-    assert "only the checkpoint has key" in message_for(less)
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    check({**state, "params": half}, "as bfloat16[2, 16, 8]; it holds float32[2, 16, 8]")
+    check({**state, "extra": jnp.zeros(3)}, "the checkpoint lacks extra")
+    del state["key"]
+    check(state, "only the checkpoint has key")
 
 
 def test_no_checkpoint_is_an_error(tmp_path):
@@ -332,5 +335,6 @@ def test_no_checkpoint_is_an_error(tmp_path):
     ],
 )
 def test_settings_are_checked(settings, parameter):
+    sound = {"directory": "runs/x", "save_every": 1, "keep_last": 1}
     with pytest.raises(InputError, match=parameter):
-        CheckpointConfig(**{"directory": "runs/x", "save_every": 1, "keep_last": 1, **settings})
+        CheckpointConfig(**{**sound, **settings})

@@ -13,7 +13,7 @@ import pytest
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 
 SCRIPT = """
-import pathlib, sys
+import dataclasses, pathlib, sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
@@ -25,9 +25,11 @@ jax.distributed.initialize(address, 2, process)
 mesh = jax.make_mesh((4,), ("data",))
 sharding = NamedSharding(mesh, PartitionSpec("data"))
 whole = np.arange(32, dtype=np.float32).reshape(8, 4)
-state = {"params": {"w": jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])}}
+w = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+state = {"params": {"w": w}}
 wanted = {"params": {"w": jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=sharding)}}
-checkpoints = Checkpoints(CheckpointConfig(directory, 1, 2), fingerprint={})
+config = CheckpointConfig(directory, save_every=1, keep_last=2)
+checkpoints = Checkpoints(config, fingerprint={})
 for step in (1, 2, 3):
     assert checkpoints.save(step, state, {"position": step})
 assert not checkpoints.save(3, state, {"position": 3})
@@ -42,12 +44,13 @@ if process == 0:
     path.write_bytes(path.read_bytes()[:-1])
 jax.experimental.multihost_utils.sync_global_devices("damaged")
 try:
-    Checkpoints(CheckpointConfig(directory, 1, 2), fingerprint={}).restore(wanted)
+    Checkpoints(config, fingerprint={}).restore(wanted)
 except InputError as error:
     print(error)
 else:
     sys.exit("the damage went unseen")
-restored, data_state = Checkpoints(CheckpointConfig(directory, 1, 2, use_previous=True), fingerprint={}).restore(wanted)
+tolerant = dataclasses.replace(config, use_previous=True)
+restored, data_state = Checkpoints(tolerant, fingerprint={}).restore(wanted)
 assert data_state == {"position": 2}
 """
 

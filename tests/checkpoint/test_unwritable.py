@@ -12,19 +12,16 @@ from tests.checkpoint.states import (
     abstract,
     assert_same,
     committed,
-    make_state,
     mesh_of,
     open_at,
-    saved_steps,
+    small_state,
 )
 
 
 def test_directory_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        InputError,
-        match=r"checkpoint.directory: given '.*/file', expected a folder; this is a file",
-    ):
+    message = r"checkpoint.directory: given '.*/file', expected a folder; this is a file"
+    with pytest.raises(InputError, match=message):
         open_at(tmp_path / "file")
     with pytest.raises(InputError, match="Not a directory"):
         open_at(tmp_path / "file" / "below").check_writable()
@@ -34,18 +31,17 @@ def test_unwritable_directory(tmp_path, monkeypatch):
     def refuse(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    checkpoints = open_at(tmp_path / "a" / "b")
+    folder = tmp_path / "a" / "b"
+    checkpoints = open_at(folder)
     checkpoints.check_writable()
-    assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+    assert folder.is_dir()
+    assert not list(folder.iterdir())
     monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
-    for call in (
-        checkpoints.check_writable,
-        lambda: checkpoints.save(1, make_state(mesh_of(1, 1)), {}),
-    ):
-        with pytest.raises(
-            InputError, match=r"a/b', expected a folder in which .*Permission denied"
-        ):
-            call()
+    message = r"a/b', expected a folder in which .*Permission denied"
+    with pytest.raises(InputError, match=message):
+        checkpoints.check_writable()
+    with pytest.raises(InputError, match=message):
+        checkpoints.save(1, small_state(), {})
 
 
 @pytest.fixture
@@ -58,19 +54,17 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-# Writes that end after the first has failed find the event loop closed on which orbax waited for
-# them.
+# When one write fails, orbax closes the event loop on which the others still wait.
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
 )
-def test_full_disk_stops_the_save_and_harms_nothing(small_disk):
+def test_full_disk_stops_the_save_and_harms_nothing(small_disk, saved_steps):
     state = saved_steps(small_disk / "run", 1)[1]
     big = {"params": {"w": jax.random.normal(jax.random.key(0), (1 << 17,))}}
     checkpoints = open_at(small_disk / "run")
     checkpoints.save(2, big, {})
-    with pytest.raises(
-        InputError, match=r"run', expected a folder in which step 2 can be written .*No space left"
-    ) as caught:
+    message = r"run', expected a folder in which step 2 can be written .*No space left"
+    with pytest.raises(InputError, match=message) as caught:
         checkpoints.wait()
     assert caught.value.__cause__ is not None
     assert checkpoints.latest_step() == 1
@@ -80,7 +74,7 @@ def test_full_disk_stops_the_save_and_harms_nothing(small_disk):
     assert committed(small_disk / "run") == [1, 2]
 
 
-def test_an_error_while_writing_surfaces_in_wait_with_its_cause(tmp_path, monkeypatch):
+def test_an_error_while_writing_surfaces_in_wait_with_its_cause(tmp_path, saved_steps, monkeypatch):
     def fail(folder):
         raise OSError(28, "No space left on device", str(folder))
 
@@ -88,9 +82,8 @@ def test_an_error_while_writing_surfaces_in_wait_with_its_cause(tmp_path, monkey
     checkpoints = open_at(tmp_path)
     monkeypatch.setattr("jaxscale.checkpoint.manifest.write_manifest", fail)
     checkpoints.save(2, state, {})
-    with pytest.raises(
-        InputError, match=r"step 2 can be written .*No space left on device"
-    ) as caught:
+    message = r"step 2 can be written .*No space left on device"
+    with pytest.raises(InputError, match=message) as caught:
         checkpoints.wait()
     assert isinstance(caught.value.__cause__, OSError)
     checkpoints.wait()
@@ -106,6 +99,6 @@ def test_an_error_of_ours_while_writing_keeps_its_type(tmp_path, monkeypatch):
 
     checkpoints = open_at(tmp_path)
     monkeypatch.setattr("jaxscale.checkpoint.manifest.write_manifest", fail)
-    checkpoints.save(1, make_state(mesh_of(1, 1)), {})
+    checkpoints.save(1, small_state(), {})
     with pytest.raises(RuntimeError, match="a bug"):
         checkpoints.wait()

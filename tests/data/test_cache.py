@@ -1,13 +1,14 @@
 """The token cache: what it holds, and that it is there whole or not at all."""
 
+import concurrent.futures
 import dataclasses
-import multiprocessing
 import os
 import pathlib
-import runpy
+import shutil
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -71,9 +72,10 @@ def test_is_built_once_and_anew_when_the_text_changes(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     source, directory = TextSource(paths=(str(tmp_path),)), tmp_path / "cache"
     first = open_cache(source, ByteTokenizer(), directory)
-    stamp = (first.directory / "tokens.bin").stat().st_mtime_ns
+    tokens = first.directory / "tokens.bin"
+    built = tokens.stat().st_mtime_ns
     assert open_cache(source, ByteTokenizer(), directory).directory == first.directory
-    assert (first.directory / "tokens.bin").stat().st_mtime_ns == stamp
+    assert tokens.stat().st_mtime_ns == built
     (tmp_path / "a.txt").write_text("other")
     assert len(open_cache(source, ByteTokenizer(), directory).tokens) == 6
     assert len(first.tokens) == 4
@@ -90,74 +92,64 @@ def refuse(path, *arguments, **options):
     raise PermissionError(13, "Permission denied", str(path))
 
 
-def test_killed_writer_leaves_nothing_that_is_taken_for_a_cache(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout.readline() == b"writing\n"
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    (abandoned,) = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert (abandoned / "tokens.bin").stat().st_size > 0
-
-    endless = runpy.run_path(str(SCRIPT))["Endless"]
-    finite = dataclasses.make_dataclass("Endless", [], bases=(endless,), frozen=True)
-    finite.documents = lambda self: iter([Document("key", "text")])
-    cache = open_cache(finite(), ByteTokenizer(), tmp_path)
-    assert abandoned.name.startswith(f".{cache.fingerprint}.")
-    assert len(cache.tokens) == 5
-    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [cache.directory]
-
-
 @dataclasses.dataclass(frozen=True)
-class Slow:
-    """Takes its time, and notes in a file that it was read."""
+class Corpus:
+    """Has the name, fields and version of the source in write_cache.py, and so the same cache."""
 
-    log: str
+    reads: ClassVar[list[str]] = []
 
     def documents(self):
-        with pathlib.Path(self.log).open("a") as file:
-            file.write("read\n")
-        time.sleep(1)
-        yield Document("key", "x" * 100_000)
+        self.reads.append("read")
+        time.sleep(0.1)  # long enough for a second reader to be seen
+        yield Document("key", "text")
 
     def version(self):
         return []
 
 
-def test_of_processes_that_race_one_builds_and_all_get_the_same_cache(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        sizes = pool.starmap(racing_size, [(str(tmp_path),)] * 4, chunksize=1)
-    assert sizes == [100_001] * 4
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
-    assert (tmp_path / "log").read_text() == "read\n"
+def test_one_process_builds_while_others_wait_and_take_over_when_it_is_killed(tmp_path):
+    command = [sys.executable, str(SCRIPT), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    Corpus.reads.clear()
+    with (
+        subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as writer,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        try:
+            assert writer.stdout.readline() == b"writing\n"
+            (abandoned,) = folders_in(tmp_path)
+            assert (abandoned / "tokens.bin").stat().st_size > 0
+            arguments = (open_cache, Corpus(), ByteTokenizer(), tmp_path)
+            waiting = [pool.submit(*arguments) for _ in range(2)]
+            time.sleep(0.3)
+            assert not Corpus.reads, "two build at a time"
+        finally:
+            writer.kill()
+        first, second = [future.result() for future in waiting]
+    assert Corpus.reads == ["read"]
+    assert first.tokens.tolist() == second.tokens.tolist() == [*b"text", 256]
+    assert abandoned.name.startswith(f".{first.fingerprint}.")
+    assert folders_in(tmp_path) == [first.directory] == [second.directory]
 
 
-def racing_size(directory):
-    return len(open_cache(Slow(f"{directory}/log"), ByteTokenizer(), directory).tokens)
+def folders_in(directory):
+    return [path for path in directory.iterdir() if path.is_dir()]
 
 
 def test_another_host_that_was_faster_wins(tmp_path, monkeypatch):
     rename = pathlib.Path.rename
 
     def rename_second(folder, target):
+        """Renames after another host has put the same cache in place."""
         monkeypatch.setattr(pathlib.Path, "rename", rename)
-        open_listed_elsewhere(folder, target)
+        shutil.copytree(folder, target)
         return rename(folder, target)
-
-    def open_listed_elsewhere(folder, target):
-        target.mkdir()
-        for path in folder.iterdir():
-            (target / path.name).write_bytes(path.read_bytes())
 
     monkeypatch.setattr(pathlib.Path, "rename", rename_second)
     cache = open_listed(tmp_path, "a")
     assert cache.tokens.tolist() == [97, 256]
-    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [cache.directory]
+    assert folders_in(tmp_path) == [cache.directory]
 
 
 @pytest.fixture
@@ -173,7 +165,7 @@ def small_disk(tmp_path):
 def test_full_disk_is_named_and_leaves_nothing(small_disk):
     with pytest.raises(InputError, match=r"cache_directory.*has space \(No space left"):
         open_listed(small_disk, "x" * 100_000)
-    assert not [path for path in small_disk.iterdir() if path.is_dir()]
+    assert not folders_in(small_disk)
     assert len(open_listed(small_disk, "small").tokens) == 6
 
 
@@ -184,7 +176,7 @@ def test_error_of_the_system_while_writing_leaves_nothing(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(InputError, match="has space"):
         open_listed(tmp_path, "text")
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert not folders_in(tmp_path)
 
 
 def test_directory_that_cannot_be_made_is_named(tmp_path):
@@ -196,7 +188,7 @@ def test_directory_that_cannot_be_made_is_named(tmp_path):
 def test_empty_corpus_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="the corpus is empty"):
         open_listed(tmp_path, "", "")
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert not folders_in(tmp_path)
 
 
 def test_text_with_half_a_character_is_named(tmp_path):

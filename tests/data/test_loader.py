@@ -1,4 +1,4 @@
-"""The loader: batch n for any number of hosts and after any seek, epochs, mixtures, held-out text, bad input."""
+"""The loader: batch n for any number of hosts and after any seek, epochs, mixtures, bad input."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ import pytest
 from jaxscale.data.loader import DataConfig, make_loader, open_corpora
 from jaxscale.data.sources import TextSource
 from jaxscale.data.split import hash_key, is_held_out
-from jaxscale.data.tokenizer import ByteTokenizer, TokenizerConfig
+from jaxscale.data.tokenizer import TokenizerConfig
 from jaxscale.types import InputError
 
 
@@ -28,29 +28,56 @@ def take(loader, num_batches):
     return list(itertools.islice(loader, num_batches))
 
 
-def documents_of(batches):
-    """The pieces of text in packed rows, in any order."""
+def documents_of(batch):
+    """The pieces of text in packed rows, sorted."""
     pieces = []
-    for batch in batches:
-        for tokens, segments in zip(batch["tokens"], batch["segments"]):
-            pieces += [
-                tuple(tokens[segments == segment].tolist())
-                for segment in range(1, segments.max() + 1)
-            ]
+    for tokens, segments in zip(batch["tokens"], batch["segments"]):
+        for segment in range(1, segments.max() + 1):
+            pieces.append(tuple(tokens[segments == segment].tolist()))
     return sorted(pieces)
+
+
+def rows_of(batch):
+    return [tuple(row) for row in batch["tokens"].tolist()]
+
+
+def texts_of(config, *, is_hidden):
+    """The texts of all sources that are held out, or those that are not."""
+    texts = []
+    for source in config.sources:
+        for key, text in source.documents():
+            if is_held_out([hash_key(key)], config.held_out_fraction)[0] == is_hidden:
+                texts.append(text)
+    return texts
+
+
+@pytest.fixture
+def make_epoch_loader(make_config):
+    """Training loaders of sources in equal shares, with so many epochs of the first in a batch."""
+
+    def make(epochs_per_batch=1, **fields):
+        fields = {"weights": None, **fields}
+        num_sources = len(fields["sources"])
+        rows_per_epoch = make_loader(make_config(**fields)).rows_per_epoch[0]
+        rows_per_batch = int(epochs_per_batch * rows_per_epoch)
+        return make_loader(make_config(**fields, batch_size=num_sources * rows_per_batch))
+
+    return make
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_batches_are_the_same_for_1_2_and_4_hosts(make_config, split, is_packed):
     config = make_config(is_packed=is_packed)
-    single = take(make_loader(config, split=split), 3)
+
+    def batches_of(index, count):
+        host = make_loader(config, split=split, process_index=index, process_count=count)
+        return take(host, 3)
+
+    single = batches_of(0, 1)
     for count in (2, 4):
-        hosts = [
-            make_loader(config, split=split, process_index=i, process_count=count)
-            for i in range(count)
-        ]
-        for expected, *parts in zip(single, *(take(host, 3) for host in hosts)):
+        hosts = [batches_of(index, count) for index in range(count)]
+        for expected, *parts in zip(single, *hosts):
             assert_equal(expected, joined(parts))
 
 
@@ -88,44 +115,35 @@ def test_state_of_two_hosts_continues_on_one(make_config):
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_every_row_once_per_epoch_in_another_order(make_config, folders, is_packed):
-    config = make_config(
-        sources=(TextSource(paths=folders),),
-        weights=None,
-        is_packed=is_packed,
-        batch_size=1,
-        sequence_length=64,
-    )
-    loader = make_loader(config)
-    (corpus,) = open_corpora(config, "train")
-    rows = [
-        tuple(batch["tokens"][0].tolist()) for batch in take(loader, 2 * loader.rows_per_epoch[0])
-    ]
-    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+def test_every_row_once_per_epoch_in_another_order(make_epoch_loader, folders, is_packed):
+    source = TextSource(paths=folders)
+    # The second epoch begins in the first batch and ends in the second.
+    loader = make_epoch_loader(1.5, sources=(source,), is_packed=is_packed, sequence_length=64)
+    rows = rows_of(joined(take(loader, 2)))
+    size = loader.rows_per_epoch[0]
+    first, second = rows[:size], rows[size : 2 * size]
     assert sorted(first) == sorted(second)
     assert first != second
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_an_epoch_predicts_all_tokens_but_the_first_of_each_document(
+    make_config, make_epoch_loader, folders, is_packed
+):
+    fields = {"sources": (TextSource(paths=folders),), "is_packed": is_packed}
+    (corpus,) = open_corpora(make_config(**fields, weights=None), "train")
     predicted = sum(len(document) - 1 for document in corpus.token_arrays())
-    weight = sum(
-        int(batch["weights"].sum()) for batch in take(make_loader(config), loader.rows_per_epoch[0])
-    )
-    assert weight == predicted
+    (batch,) = take(make_epoch_loader(**fields), 1)
+    assert batch["weights"].sum() == predicted == corpus.num_tokens
 
 
-def test_an_epoch_holds_the_training_documents(make_config, folders):
-    config = make_config(
-        sources=(TextSource(paths=folders[:1]),), weights=None, sequence_length=1000, batch_size=1
-    )
-    loader = make_loader(config)
-    found = documents_of(take(loader, loader.rows_per_epoch[0]))
-    documents = list(config.sources[0].documents())
-    held_out = is_held_out([hash_key(key) for key, _ in documents], config.held_out_fraction)
-    expected = [
-        (*ByteTokenizer().encode(text), 256)
-        for (_, text), is_hidden in zip(documents, held_out)
-        if not is_hidden
-    ]
-    assert found == sorted(expected)
-    assert 0 < held_out.sum() < len(documents)
+def test_an_epoch_holds_the_training_documents(make_config, make_epoch_loader, folders):
+    fields = {"sources": (TextSource(paths=folders[:1]),), "sequence_length": 1000}
+    (batch,) = take(make_epoch_loader(**fields), 1)
+    config = make_config(**fields, weights=None)
+    texts = texts_of(config, is_hidden=False)
+    assert documents_of(batch) == sorted((*text.encode(), 256) for text in texts)
+    assert texts and texts_of(config, is_hidden=True)
 
 
 def test_mixture_follows_the_weights(make_config):
@@ -137,34 +155,29 @@ def test_mixture_follows_the_weights(make_config):
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_held_out_pass_asks_for_each_token_once(make_config, is_packed):
+def test_held_out_pass_predicts_each_token_once(make_config, is_packed):
     config = make_config(is_packed=is_packed)
     loader = make_loader(config, split="held_out")
     batches = list(loader)
     assert len(batches) == len(loader)
     assert [batch["tokens"].shape for batch in batches] == [(8, 32)] * len(batches)
     assert sum(int(batch["weights"].sum()) for batch in batches) == loader.num_tokens
-    texts = [
-        text
-        for source in config.sources
-        for key, text in source.documents()
-        if is_held_out([hash_key(key)], 0.2)
-    ]
+    texts = texts_of(config, is_hidden=True)
     assert loader.num_bytes == sum(len(text.encode()) for text in texts)
-    assert loader.num_tokens == loader.num_bytes  # bytes: the first is given, the end is asked for
+    # A token is a byte here; the first of a document is not predicted, the one that ends it is.
+    assert loader.num_tokens == loader.num_bytes
     for again, batch in zip(loader, batches):
         assert_equal(again, batch)
 
 
 def test_splits_do_not_share_documents_and_do_not_depend_on_the_seed(make_config):
-    train, held_out = (
-        {
-            hash
-            for corpus in open_corpora(make_config(seed=seed), split)
-            for hash in corpus.cache.key_hashes[corpus.documents].tolist()
-        }
-        for seed, split in ((0, "train"), (1, "held_out"))
-    )
+    def hashes(seed, split):
+        found = set()
+        for corpus in open_corpora(make_config(seed=seed), split):
+            found |= set(corpus.cache.key_hashes[corpus.documents].tolist())
+        return found
+
+    train, held_out = hashes(0, "train"), hashes(1, "held_out")
     assert not train & held_out
     assert len(train | held_out) == 85
 
@@ -178,14 +191,13 @@ def test_without_packing_a_row_is_one_document(make_config):
     assert (batch["weights"] == ~ends).all()
 
 
-def test_padding_of_a_row_that_is_one_document_stands_after_its_tokens(make_config):
-    """At position 0 the tokens before it would attend to it on every backend that goes by positions."""
-    loader = make_loader(make_config(is_packed=False))
-    batches = [loader.batch_at(number) for number in range(40)]
-    assert any(
-        (batch["weights"][:, -2:] == 0).all(1).any() for batch in batches
-    )  # a row ends in padding
-    assert all((batch["positions"] == np.arange(32)).all() for batch in batches)
+def test_padding_of_a_row_that_is_one_document_stands_after_its_tokens(make_epoch_loader, folders):
+    """At position 0 it would be visible to the tokens before it, where positions decide."""
+    loader = make_epoch_loader(sources=(TextSource(paths=folders),), is_packed=False)
+    batch = loader.batch_at(0)
+    ends_in_padding = (batch["weights"][:, -2:] == 0).all(1)
+    assert ends_in_padding.any()
+    assert (batch["positions"] == np.arange(32)).all()
 
 
 def test_seed_shuffles(make_config):
@@ -214,58 +226,51 @@ def test_state_of_as_many_other_documents_is_refused(make_config, folders, tmp_p
     other = shutil.copytree(folders[0], tmp_path / "other")
     edited = next(other.rglob("*.txt"))
     edited.write_text(edited.read_text().swapcase())
+    sources = (TextSource((str(other),)), TextSource(folders[1:]))
     with pytest.raises(InputError, match=r"DataConfig\.sources: .*with which the run was begun"):
-        make_loader(
-            make_config(sources=tuple(TextSource((str(f),)) for f in (other, folders[1])))
-        ).restore(state)
+        make_loader(make_config(sources=sources)).restore(state)
 
 
-def test_each_source_is_shuffled_by_itself(make_config, folders):
-    """Two sources of the same text take turns; each goes through all of it, in an order of its own."""
-    loader = make_loader(
-        make_config(sources=(TextSource(folders[:1]),) * 2, weights=None, batch_size=2)
-    )
-    rows = [
-        list(map(tuple, batch["tokens"].tolist()))
-        for batch in take(loader, loader.rows_per_epoch[0])
-    ]
-    first, second = zip(*rows)
-    assert sorted(first) == sorted(second) and first != second
+def test_each_source_is_shuffled_by_itself(make_epoch_loader, folders):
+    """Two sources of the same text take turns; each goes through all of it in another order."""
+    loader = make_epoch_loader(sources=(TextSource(folders[:1]),) * 2)
+    rows = rows_of(loader.batch_at(0))
+    first, second = rows[::2], rows[1::2]
+    assert sorted(first) == sorted(second)
+    assert first != second
 
 
 def test_state_continues_where_the_same_text_lies_elsewhere(make_config, folders, tmp_path):
     state = make_loader(make_config()).state()
-    copies = [
-        shutil.copytree(folder, tmp_path / str(n), copy_function=shutil.copy)
-        for n, folder in enumerate(folders)
-    ]
-    elsewhere = make_config(sources=tuple(TextSource(paths=(str(copy),)) for copy in copies))
-    make_loader(elsewhere).restore(state)
+    sources = []
+    for number, folder in enumerate(folders):
+        copy = shutil.copytree(folder, tmp_path / str(number), copy_function=shutil.copy)
+        sources.append(TextSource(paths=(str(copy),)))
+    make_loader(make_config(sources=tuple(sources))).restore(state)
 
 
-def test_state_of_another_format_or_tokenizer_is_refused_and_one_that_does_not_say_is_not(
-    make_config,
-):
+def test_state_of_another_format_or_tokenizer_is_refused(make_config):
     loader = make_loader(make_config())
     state = loader.state()
     for name, value in (("format", 2), ("tokenizer", "other")):
+        forged = state | {"depends_on": state["depends_on"] | {name: value}}
         with pytest.raises(InputError, match=f"DataConfig.{name}: .*with which the run was begun"):
-            loader.restore(state | {"depends_on": state["depends_on"] | {name: value}})
-    old = {
-        name: value
-        for name, value in state["depends_on"].items()
-        if name not in ("format", "tokenizer")
-    }
-    loader.restore(state | {"depends_on": old})
+            loader.restore(forged)
+
+
+def test_state_from_before_format_and_tokenizer_were_recorded_is_restored(make_config):
+    state = make_loader(make_config()).state()
+    for name in ("format", "tokenizer"):
+        del state["depends_on"][name]
+    make_loader(make_config()).restore(state)
 
 
 def test_state_of_other_text_and_a_forged_state_are_refused(make_config, folders):
     loader = make_loader(make_config())
     state = loader.state()
+    swapped = make_config(sources=(TextSource(folders[1:]), TextSource(folders[:1])))
     with pytest.raises(InputError, match=r"DataConfig\.sources"):
-        make_loader(
-            make_config(sources=tuple(TextSource(paths=(f,)) for f in reversed(folders)))
-        ).restore(state)
+        make_loader(swapped).restore(state)
     with pytest.raises(InputError, match="positions"):
         loader.restore(state | {"batch": 3})
     with pytest.raises(InputError):

@@ -11,7 +11,7 @@ PLANS = {True: plan_packed, False: plan_concatenated}
 
 @pytest.fixture(scope="module")
 def corpus():
-    """A token array with gaps between 200 documents of 1 to 60 tokens; every token is its own number."""
+    """200 documents of 1 to 60 tokens, with gaps between them; each token is its own index."""
     generator = np.random.default_rng(0)
     lengths = np.concatenate([generator.integers(1, 60, 197), [T, 2 * T, 1]])
     offsets = np.cumsum(lengths + 3) - lengths
@@ -43,24 +43,21 @@ def test_rows_are_those_of_a_naive_loop(corpus, is_packed):
     plan, rows = all_rows(corpus, is_packed)
     for number in range(plan.num_rows):
         pieces = slice(plan.row_offsets[number], plan.row_offsets[number + 1])
-        expected = naive_row(
-            list(zip(plan.starts[pieces], plan.lengths[pieces], plan.is_last[pieces])),
-            corpus[0],
-            is_packed,
-        )
+        in_row = zip(plan.starts[pieces], plan.lengths[pieces], plan.is_last[pieces])
+        expected = naive_row(in_row, corpus[0], is_packed)
         assert {name: values[number].tolist() for name, values in rows.items()} == expected
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_every_token_once_and_every_successor_asked_for_once(corpus, is_packed):
+def test_every_token_once_and_every_successor_predicted_once(corpus, is_packed):
     _, offsets, lengths = corpus
     _, rows = all_rows(corpus, is_packed)
-    everything = np.concatenate([np.arange(o, o + n) for o, n in zip(offsets, lengths)])
-    successors = np.concatenate([np.arange(o + 1, o + n) for o, n in zip(offsets, lengths)])
-    assert sorted(rows["tokens"][rows["segments"] > 0]) == sorted(everything)
-    assert sorted(rows["labels"][rows["weights"] > 0]) == sorted(successors)
-    asked = rows["weights"] > 0
-    assert (rows["labels"][asked] == rows["tokens"][asked] + 1).all()
+    documents = [np.arange(o, o + n) for o, n in zip(offsets, lengths)]
+    successors = [document[1:] for document in documents]
+    has_label = rows["weights"] > 0
+    assert sorted(rows["tokens"][rows["segments"] > 0]) == np.concatenate(documents).tolist()
+    assert sorted(rows["labels"][has_label]) == np.concatenate(successors).tolist()
+    assert (rows["labels"][has_label] == rows["tokens"][has_label] + 1).all()
 
 
 def test_packed_rows_are_nearly_full(corpus):
@@ -103,7 +100,6 @@ def test_padding_rows_are_zero(corpus):
     assert rows["segments"][1].all()
     empty = read_rows(tokens, plan, np.zeros(0, np.int64), is_packed=True)
     assert {values.shape for values in empty.values()} == {(0, T)}
+    integers = dict.fromkeys(("tokens", "labels", "segments", "positions"), "int32")
     dtypes = {name: values.dtype.name for name, values in rows.items()}
-    assert dtypes == dict.fromkeys(("tokens", "labels", "segments", "positions"), "int32") | {
-        "weights": "float32"
-    }
+    assert dtypes == {**integers, "weights": "float32"}

@@ -34,10 +34,10 @@ def test_text_files_come_in_the_order_of_their_keys(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/c.md", "skipped/d.txt", "B.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(f"{name}\r\n".encode())
-    documents = list(
-        TextSource(paths=(str(tmp_path),), patterns=("*.txt",), excluded=("skip*",)).documents()
-    )
-    assert documents == [(name, f"{name}\r\n") for name in ("B.txt", "a/z.txt", "b.txt")]
+    folder = TextSource(paths=(str(tmp_path),), patterns=("*.txt",), excluded=("skip*",))
+    assert list(folder.documents()) == [
+        (name, f"{name}\r\n") for name in ("B.txt", "a/z.txt", "b.txt")
+    ]
     single = TextSource(paths=(str(tmp_path / "a" / "c.md"),))
     assert list(single.documents()) == [("c.md", "a/c.md\r\n")]
 
@@ -45,11 +45,8 @@ def test_text_files_come_in_the_order_of_their_keys(tmp_path):
 def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("a")
-    assert (
-        list(TextSource(paths=("~",)).documents())
-        == list(TextSource(paths=("~/a.txt",)).documents())
-        == [("a.txt", "a")]
-    )
+    for path in ("~", "~/a.txt"):
+        assert list(TextSource(paths=(path,)).documents()) == [("a.txt", "a")]
 
 
 def test_linked_folders_are_searched_once_whatever_they_link_to(tmp_path):

@@ -35,10 +35,8 @@ def test_round_trip(config):
     tokenizer = load_tokenizer(config)
     ids = tokenizer.encode(HARD_TEXT)
     assert tokenizer.decode(ids) == HARD_TEXT
-    assert [batch.tolist() for batch in tokenizer.encode_batch([HARD_TEXT, "b"])] == [
-        ids,
-        tokenizer.encode("b"),
-    ]
+    batch = tokenizer.encode_batch([HARD_TEXT, "b"])
+    assert [each.tolist() for each in batch] == [ids, tokenizer.encode("b")]
     assert max(ids) < tokenizer.vocab_size
 
 
@@ -51,10 +49,8 @@ def test_no_text_ends_a_document(config):
 
 def test_ids_beyond_the_vocabulary_decode_to_nothing(config):
     tokenizer = load_tokenizer(config)
-    assert (
-        tokenizer.decode([*tokenizer.encode("end"), tokenizer.vocab_size, tokenizer.vocab_size + 9])
-        == "end"
-    )
+    beyond = [tokenizer.vocab_size, tokenizer.vocab_size + 9]
+    assert tokenizer.decode([*tokenizer.encode("end"), *beyond]) == "end"
 
 
 def test_saved_tokenizer_is_the_same(config, tmp_path):
@@ -120,51 +116,73 @@ def test_a_full_disk_is_named_and_costs_no_earlier_tokenizer(tmp_path, monkeypat
     )
     before = train_tokenizer(**arguments).fingerprint
     monkeypatch.setattr(pathlib.Path, "write_bytes", write_bytes)
-    with pytest.raises(
-        InputError, match=r"output: given .*output', .* \(No space left on device\)"
-    ):
+    message = r"output: given .*output', .* \(No space left on device\)"
+    with pytest.raises(InputError, match=message):
         train_tokenizer(**arguments | {"vocab_size": 261})
-    assert load_tokenizer(TokenizerConfig("huggingface", arguments["output"])).fingerprint == before
+    kept = load_tokenizer(TokenizerConfig("huggingface", arguments["output"]))
+    assert kept.fingerprint == before
 
 
-def test_bad_input_is_named(tmp_path):
-    bad, empty = tmp_path / "bad", tmp_path / "empty"
-    bad.mkdir()
-    empty.mkdir()
-    (bad / "tokenizer.json").write_text("{}")
-    (bad / "tokenizer.model").write_bytes(b"no model")
-    (empty / "a.txt").write_text("")
-    (bad / "a.txt").write_text("word " * 9)
-    for kind in ("huggingface", "sentencepiece"):
-        with pytest.raises(InputError, match="can be read"):
-            load_tokenizer(TokenizerConfig(kind, str(empty)))
-        with pytest.raises(InputError, match=r"a (tokenizer\.json|SentencePiece model)"):
-            load_tokenizer(TokenizerConfig(kind, str(bad)))
-    with pytest.raises(InputError, match=r"a tokenizer\.json, which is text"):
-        (bad / "other.model").write_bytes(b"\xff\xfe")
-        load_tokenizer(TokenizerConfig("huggingface", str(bad / "other.model")))
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece"])
+def test_missing_and_bad_files_are_named(tmp_path, kind):
+    with pytest.raises(InputError, match="can be read"):
+        load_tokenizer(TokenizerConfig(kind, str(tmp_path)))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(InputError, match=r"a (tokenizer\.json|SentencePiece model)"):
+        load_tokenizer(TokenizerConfig(kind, str(tmp_path)))
     with pytest.raises(InputError, match="file or folder"):
-        TokenizerConfig("huggingface")
-    source, output = (TextSource(paths=(str(bad),)),), str(tmp_path / "output")
-    with pytest.raises(InputError, match="at least one document"):
-        train_tokenizer(sources=(TextSource(paths=(str(empty),)),), output=output, vocab_size=300)
-    with pytest.raises(InputError, match="the bytes and the special tokens"):
-        train_tokenizer(sources=source, output=output, vocab_size=100)
-    with pytest.raises(InputError, match="one of 'bpe', 'sentencepiece'"):
-        train_tokenizer(sources=source, output=output, vocab_size=300, kind="words")
-    with pytest.raises(InputError, match="a size that the text supports"):
-        train_tokenizer(sources=source, output=output, vocab_size=5000, kind="sentencepiece")
-    with pytest.raises(
-        InputError,
-        match=r"vocab_size: given 5000, expected a size that the text supports, at most \d+",
-    ):
-        train_tokenizer(sources=source, output=output, vocab_size=5000)
-    (bad / "half.jsonl").write_text('{"text": "\\ud800"}\n')
-    with pytest.raises(InputError, match=r"half\.jsonl:1.*text of whole characters"):
-        train_tokenizer(sources=(JsonLinesSource((str(bad),)),), output=output, vocab_size=300)
-    assert not pathlib.Path(output).exists()
+        TokenizerConfig(kind)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "other.model").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"a tokenizer\.json, which is text"):
+        load_tokenizer(TokenizerConfig("huggingface", str(tmp_path / "other.model")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab_size": 100}, "the bytes and the special tokens"),
+        ({"kind": "words"}, "one of 'bpe', 'sentencepiece'"),
+        ({"vocab_size": 5000, "kind": "sentencepiece"}, "a size that the text supports"),
+        (
+            {"vocab_size": 5000},
+            r"vocab_size: given 5000, expected a size that the text supports, at most \d+",
+        ),
+    ],
+)
+def test_bad_training_arguments_are_named(tmp_path, arguments, message):
+    (tmp_path / "a.txt").write_text("word " * 9)
+    defaults = {"sources": (TextSource((str(tmp_path),)),), "vocab_size": 300}
+    with pytest.raises(InputError, match=message):
+        train_tokenizer(**defaults | arguments, output=str(tmp_path / "output"))
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "at least one document"),
+        ("half.jsonl", '{"text": "\\ud800"}\n', r"half\.jsonl:1.*text of whole characters"),
+    ],
+)
+def test_bad_training_text_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    source_type = TextSource if path.suffix == ".txt" else JsonLinesSource
+    sources = (source_type((str(path),)),)
+    with pytest.raises(InputError, match=message):
+        train_tokenizer(sources=sources, output=str(tmp_path / "output"), vocab_size=300)
+    assert not (tmp_path / "output").exists()
+
+
+def test_output_that_is_a_file_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("word " * 9)
     with pytest.raises(InputError, match="can be written"):
-        train_tokenizer(sources=source, output=str(bad / "a.txt"), vocab_size=260)
+        train_tokenizer(sources=(TextSource((str(path),)),), output=str(path), vocab_size=260)
 
 
 def test_unknown_end_token_is_named(config):

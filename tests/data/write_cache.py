@@ -1,4 +1,7 @@
-"""Builds a token cache from endless documents, says when it has begun: `python write_cache.py DIRECTORY`."""
+"""Begins to build a token cache and never ends: `python write_cache.py DIRECTORY`.
+
+It prints "writing" when some tokens are on the disk, and then waits to be killed.
+"""
 
 import dataclasses
 import sys
@@ -9,18 +12,17 @@ from jaxscale.data.tokenizer import ByteTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Endless:
-    """Never runs out; name and version are those of its finite twin in the test: both have one cache."""
+class Corpus:
+    """Has the name, fields and version of a source in test_cache.py, and so the same cache."""
 
     def documents(self):
-        for number in range(sys.maxsize):
-            if number == 3:
-                print("writing", flush=True)
-            yield Document(str(number), "x" * CHARACTERS_PER_ENCODE * (number < 3) + "y")
+        yield Document("first", "x" * CHARACTERS_PER_ENCODE)
+        print("writing", flush=True)
+        sys.stdin.read()  # ends only if the test dies
 
     def version(self):
         return []
 
 
 if __name__ == "__main__":
-    open_cache(Endless(), ByteTokenizer(), sys.argv[1])
+    open_cache(Corpus(), ByteTokenizer(), sys.argv[1])

@@ -1,0 +1,174 @@
+"""The files of a source: which they are, their content, and whether they have changed."""
+
+import contextlib
+import functools
+import gzip
+import zlib
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from jaxscale.types import InputError
+
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+CHUNK_BYTES = 1 << 20
+
+
+def find_files(
+    parameter: str,
+    paths: tuple[str, ...],
+    patterns: tuple[str, ...],
+    excluded: tuple[str, ...] = (),
+) -> list[tuple[str, Path]]:
+    """Finds the files that a source reads.
+
+    Args:
+        parameter: name of the field that gives `paths`, for errors.
+        paths: files and folders; folders are searched with all they contain.
+        patterns: which files of a folder count, as globs of the file name.
+        excluded: names of folders that are not entered, as globs.
+
+    Returns:
+        Key and path of each file, in the order of the keys. The key is the path relative to the
+        folder that was given, or the name of a file that was given.
+
+    Raises:
+        InputError: a path does not exist, a folder cannot be read, or no file matches.
+    """
+    found = []
+    for given in paths:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            found += _search(path, patterns, excluded)
+        elif path.exists():
+            found.append((path.name, path))
+        else:
+            raise InputError(parameter, str(path), "a file or folder that exists")
+    if not found:
+        expected = f"at least one file that matches {', '.join(patterns)}"
+        raise InputError(parameter, paths, expected)
+    return sorted(found)
+
+
+def stamps(files: list[tuple[str, Path]]) -> list[Any]:
+    """Key, size and modification time of each file: an edited corpus has other stamps.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    return [_stamp(key, path) for key, path in files]
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    with _readable(path, "a file"):
+        return path.read_bytes()
+
+
+def read_lines(parameter: str, path: Path) -> Iterator[bytes]:
+    """The lines of a file; gzip and zstd are recognised by their first bytes.
+
+    Args:
+        parameter: name of the field that gives the path, for errors.
+        path: the file.
+
+    Raises:
+        InputError: the file is compressed and damaged or cut short.
+    """
+    rest = b""
+    try:
+        with path.open("rb") as file:
+            for chunk in _decompressed(file):
+                *whole, rest = (rest + chunk).split(b"\n")
+                yield from whole
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        expected = f"a whole compressed file ({error})"
+        raise InputError(parameter, str(path), expected) from error
+    yield rest
+
+
+def _search(
+    folder: Path,
+    patterns: tuple[str, ...],
+    excluded: tuple[str, ...],
+    parents: frozenset[Path] = frozenset(),
+) -> Iterator[tuple[str, Path]]:
+    """Keys and paths of the files in a folder.
+
+    Links are followed. A link back to one of `parents` is not: the search would never end.
+    """
+    resolved = folder.resolve()
+    if resolved in parents:
+        return
+    for path in _entries(folder):
+        if not path.is_dir():
+            if _matches(path.name, patterns):
+                yield path.name, path
+        elif not _matches(path.name, excluded):
+            for key, file in _search(path, patterns, excluded, parents | {resolved}):
+                yield f"{path.name}/{key}", file
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _entries(folder: Path) -> list[Path]:
+    with _readable(folder, "a folder"):
+        return list(folder.iterdir())
+
+
+def _stamp(key: str, path: Path) -> list[Any]:
+    with _readable(path, "a file"):  # a link to nothing, for example, is not
+        stat = path.stat()
+    return [key, stat.st_size, stat.st_mtime_ns]
+
+
+@contextlib.contextmanager
+def _readable(path: Path, kind: str) -> Iterator[None]:
+    """Turns the file system's refusal to read `path` into InputError."""
+    try:
+        yield
+    except OSError as error:
+        expected = f"{kind} that can be read ({error.strerror})"
+        raise InputError("paths", str(path), expected) from error
+
+
+def _decompressed(file: BinaryIO) -> Iterator[bytes]:
+    magic = file.read(4)
+    file.seek(0)
+    if magic == ZSTD_MAGIC:
+        return _zstd_chunks(file)
+    if magic.startswith(GZIP_MAGIC):
+        return _chunks(gzip.open(file))
+    return _chunks(file)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    read_chunk = functools.partial(file.read, CHUNK_BYTES)
+    return iter(read_chunk, b"")
+
+
+def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The content of one zstd frame after the other.
+
+    The frames are read one by one because zstandard's own reader takes a file that was cut short
+    for a whole one.
+    """
+    frame = None
+    for chunk in _chunks(file):
+        while chunk:
+            if frame is None or frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data
+    if not frame.eof:
+        raise EOFError("the last frame has no end")
