@@ -1,7 +1,8 @@
-"""Writes the composition matrix into the README, between its markers, from what the long tests recorded.
+"""Write the composition matrix, as the long tests recorded it, into the README between its markers.
 
-JAXSCALE_MATRIX=matrix.jsonl python -m pytest tests/parallel/test_composition.py -m "long or not
-long" python experiments/composition_table.py matrix.jsonl
+JAXSCALE_MATRIX=matrix.jsonl python -m pytest tests/parallel/test_composition.py \\
+    -m "long or not long"
+python experiments/composition_table.py matrix.jsonl
 """
 
 import json
@@ -10,6 +11,9 @@ from pathlib import Path
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- composition matrix -->", "<!-- end of the composition matrix -->"
+HEADER = """\
+| mesh | dense, float64 | MoE, float64 | dense, float32 | MoE, float32 |
+|---|---|---|---|---|"""
 
 
 def describe(sizes):
@@ -18,30 +22,28 @@ def describe(sizes):
 
 
 def table(lines):
-    """Markdown rows, one a mesh, the worst error of both models' losses and gradients."""
+    """Markdown, one row per mesh: the worst error of both models' losses and gradients."""
     cases = {}
-    for line in (line for line in lines if line["model"] in ("dense", "moe")):
-        cases.setdefault(describe(line["sizes"]), {})[line["model"]] = line
-    rows = [
-        "| mesh | dense, float64 | MoE, float64 | dense, float32 | MoE, float32 |",
-        "|---|---|---|---|---|",
-    ]
-    for case, models in cases.items():
-        figures = [
-            f"{models[m][dtype]:.0e}" for dtype in ("float64", "float32") for m in ("dense", "moe")
-        ]
-        rows.append(f"| {case} | {' | '.join(figures)} |")
+    for line in lines:
+        if line["model"] in ("dense", "moe"):
+            case = cases.setdefault(describe(line["sizes"]), {})
+            case[line["model"]] = line
+    rows = [HEADER]
+    for name, models in cases.items():
+        cells = [name]
+        for dtype in ("float64", "float32"):
+            cells += [f"{models[model][dtype]:.0e}" for model in ("dense", "moe")]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def main(file):
-    """Replaces what stands between the markers."""
-    lines = sorted(
-        (json.loads(line) for line in Path(file).read_text().splitlines()),
-        key=lambda x: len(x["sizes"]),
-    )
+    """Replace what stands between the markers; meshes with few axes come first."""
+    lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    lines.sort(key=lambda line: len(line["sizes"]))
     before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table(lines)}\n{END}{rest.split(END)[1]}")
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n{table(lines)}\n{END}{after}")
 
 
 if __name__ == "__main__":

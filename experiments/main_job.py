@@ -1,4 +1,4 @@
-"""The main job: pretrain on one mesh, stop as a preempted job would, resume on another mesh, compare, plot, sample.
+"""The main job: pretrain, stop as if preempted, resume on another mesh, plot, sample, compare.
 
 make train        (or: python experiments/main_job.py)
 """
@@ -16,46 +16,37 @@ from jaxscale.evaluate.report import compare_with_ngrams, plot_run
 from jaxscale.train.metrics import read_history
 from jaxscale.train.pretrain import pretrain
 
-FILE = "experiments/configs/runs/main_job.gin"
-RUN = Path("runs/main_job")
+FILE, RUN = "experiments/configs/runs/main_job.gin", Path("runs/main_job")
 
 
 def jaxscale(verb, *overrides):
-    """Starts `jaxscale VERB FILE --set ...` as a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "jaxscale.cli",
-        verb,
-        FILE,
-        *(f"--set={override}" for override in overrides),
-    ]
-    print("\n$ jaxscale", *command[3:], flush=True)
+    """Start `jaxscale VERB FILE --set ...` as a process of its own."""
+    arguments = [verb, FILE, *(f"--set={override}" for override in overrides)]
+    print("\n$ jaxscale", *arguments, flush=True)
+    command = [sys.executable, "-m", "jaxscale.cli", *arguments]
     return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
 def expect(process, status):
-    """Waits; another exit status than the expected one ends the main job."""
+    """Wait for a process; end the main job if its exit status is not the expected one."""
     if process.wait() != status:
         sys.exit(f"{' '.join(process.args)}: exit status {process.returncode}, expected {status}")
 
 
 def set_aside(run):
-    """Renames what an earlier run left there, whoever made it."""
+    """Rename what an earlier run left there, whoever made it."""
     if run.exists():
         names = (run.with_name(f"{run.name}.{number}") for number in itertools.count(1))
         print(f"{run} is now {run.rename(next(name for name in names if not name.exists()))}")
 
 
 def main():
-    """Runs everything from scratch."""
+    """Run everything from scratch."""
     set_aside(RUN)
     expect(jaxscale("tokenizer"), 0)
     run = config.load(pretrain, [FILE]).arguments
-    first = jaxscale("pretrain")
-    while (
-        first.poll() is None and len(read_history(RUN / "metrics.jsonl")) < run["train"].steps // 2
-    ):
+    first, half = jaxscale("pretrain"), run["train"].steps // 2
+    while first.poll() is None and len(read_history(RUN / "metrics.jsonl")) < half:
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)
     expect(first, 128 + signal.SIGTERM)

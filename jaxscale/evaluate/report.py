@@ -1,4 +1,4 @@
-"""What a run came to: its loss curve, and how it stands beside counting baselines."""
+"""What a run came to: its loss curve, and how it compares with counting baselines."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,33 +6,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxscale.data.loader import DataConfig
-from jaxscale.evaluate.ngram import ngram_figures
+from jaxscale.evaluate.ngram import NgramFigures, ngram_figures
 from jaxscale.train.metrics import expert_use, read_history
 from jaxscale.types import RunError
 
 SMOOTHING_STEPS = 10
+GREY = "#777777"
+
+Lines = Sequence[Mapping[str, Any]]  # of `metrics.jsonl`
 
 
 def plot_run(directory: Path, *, held_out: str) -> None:
-    """Draws `loss.png`, and `experts.png` of a mixture of experts, from a run's `metrics.jsonl`; resumes are those of
-    `starts.jsonl`."""
-    starts = [
-        json.loads(line)["step"] for line in (directory / "starts.jsonl").read_text().splitlines()
-    ]
-    history = read_history(directory / "metrics.jsonl")
-    plot_losses(history, directory / "loss.png", held_out=held_out, starts=starts[1:])
+    """Draw `loss.png` and, for a mixture of experts, `experts.png` into a run's directory.
+
+    Args:
+        directory: of the run, with `metrics.jsonl` and `starts.jsonl`; every start but the first
+            is a resume.
+        held_out: key of the held-out loss in `metrics.jsonl`, in nats per token.
+    """
+    metrics, picture = directory / "metrics.jsonl", directory / "loss.png"
+    starts = (directory / "starts.jsonl").read_text().splitlines()
+    resumes = [json.loads(line)["step"] for line in starts[1:]]
+    history = read_history(metrics)
+    plot_losses(history, picture, held_out=held_out, starts=resumes)
     if any("load" in line for line in history):
         plot_experts(history, directory / "experts.png")
-    print(
-        f"\nloss curve: {directory / 'loss.png'}   every step's figures: {directory / 'metrics.jsonl'}"
-    )
+    print(f"\nloss curve: {picture}   every step's figures: {metrics}")
 
 
 def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> str:
-    """A run's held-out bits per byte beside a byte unigram's and a token bigram's, and how its experts are used.
+    """A run's held-out bits per byte beside those of counting models, and the use of its experts.
 
     Args:
         directory: of the run; its evaluator of BitsPerByte is called "held_out".
@@ -41,65 +48,91 @@ def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> 
     Returns:
         Two lines of text.
     Raises:
-        RunError: the model is not below the margin, or an expert got no token in the last step.
+        RunError: the model is not below the bigram by the margin, or an expert got no token in the
+            last step.
     """
-    history, ngrams = read_history(directory / "metrics.jsonl"), ngram_figures(data)
-    bits = [line["held_out/bits_per_byte"] for line in history if "held_out/bits_per_byte" in line][
-        -1
-    ]
-    loads = [line["load"] for line in history if "load" in line][-1]
-    shares = [count / sum(layer) for layer in loads for count in layer]
+    history = read_history(directory / "metrics.jsonl")
+    ngrams = ngram_figures(data)
+    bits = _last(history, "held_out/bits_per_byte")
+    shares = []
+    for load in _last(history, "load"):
+        shares += [count / sum(load) for count in load]
     gain = 1 - bits / ngrams.token_bigram
-    text = (
-        f"held-out bits per byte: byte unigram {ngrams.byte_unigram:.3f}, Kneser-Ney bigram {ngrams.token_bigram:.3f}, "
-        f"this model {bits:.3f} ({gain:.1%} below the bigram)\n"
-        f"experts' shares of a step's tokens: {min(shares):.1%} to {max(shares):.1%}"
-    )
+    text = _comparison(bits, gain, ngrams, shares)
     if gain < margin or min(shares) == 0:
-        raise RunError(
-            f"expected at least {margin:.0%} below the bigram and every expert used:\n{text}"
-        )
+        expected = f"at least {margin:.0%} below the bigram and every expert used"
+        raise RunError(f"expected {expected}:\n{text}")
     return text
 
 
+def _last(history: Lines, key: str) -> Any:
+    """The figure of the last line that has it."""
+    return [line[key] for line in history if key in line][-1]
+
+
+def _comparison(
+    bits: float,
+    gain: float,
+    ngrams: NgramFigures,
+    shares: Sequence[float],
+) -> str:
+    unigram = f"byte unigram {ngrams.byte_unigram:.3f}"
+    bigram = f"Kneser-Ney bigram {ngrams.token_bigram:.3f}"
+    model = f"this model {bits:.3f} ({gain:.1%} below the bigram)"
+    use = f"{min(shares):.1%} to {max(shares):.1%}"
+    first_line = f"held-out bits per byte: {unigram}, {bigram}, {model}"
+    second_line = f"experts' shares of a step's tokens: {use}"
+    return f"{first_line}\n{second_line}"
+
+
 def plot_losses(
-    history: Sequence[Mapping[str, Any]],
+    history: Lines,
     path: Path,
     *,
     held_out: str,
     starts: Sequence[int] = (),
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Draws training and held-out loss by step, with every resume marked, as a PNG.
+    """Draw training and held-out loss by step, with every resume marked, as a PNG.
 
     Args:
-        history: lines of `metrics.jsonl`; training lines have `nll` (nats a token), evaluations the
-            key `held_out`.
+        history: lines of `metrics.jsonl`; training lines have `nll` (nats per token), evaluations
+            the key `held_out`.
         path: of the picture.
-        held_out: key of the held-out loss, in nats a token.
+        held_out: key of the held-out loss, in nats per token.
         starts: finished steps at which the run was resumed.
-        levels: name -> nats a token, drawn as level lines, such as a bigram's loss.
+        levels: name -> nats per token, drawn as a horizontal line, such as a bigram's loss.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    train = np.array([(line["step"], line["nll"]) for line in history if "nll" in line])
-    axes.plot(*train.T, color="#9dbad5", linewidth=0.8, label="training, each step")
-    axes.plot(
-        train[:, 0],
-        _running_mean(train[:, 1]),
-        color="#1f5a92",
-        label=f"training, mean of {SMOOTHING_STEPS}",
-    )
-    evaluations = np.array([(line["step"], line[held_out]) for line in history if held_out in line])
+    _plot_training(axes, _curve(history, "nll"))
+    evaluations = _curve(history, held_out)
     if evaluations.size:
-        axes.plot(*evaluations.T, "o-", color="#c4501b", markersize=4, label="held out")
+        axes.plot(
+            *evaluations.T,
+            "o-",
+            color="#c4501b",
+            markersize=4,
+            label="held out",
+        )
     for number, step in enumerate(starts):
+        # Only the first line gets a label, so that the legend has one entry for all.
+        label = None if number else "resumed"
         axes.axvline(
-            step, color="#444444", linestyle="--", linewidth=1, label=None if number else "resumed"
+            step,
+            color="#444444",
+            linestyle="--",
+            linewidth=1,
+            label=label,
         )
     for number, (name, level) in enumerate((levels or {}).items()):
+        style = (":", "-.")[number % 2]
         axes.axhline(
-            level, color="#777777", linestyle=(":", "-.")[number % 2], linewidth=1.2, label=name
+            level,
+            color=GREY,
+            linestyle=style,
+            linewidth=1.2,
+            label=name,
         )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.25)
@@ -107,38 +140,58 @@ def plot_losses(
     figure.savefig(path, dpi=120)
 
 
-def plot_experts(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws how evenly a mixture's experts are used, as a PNG: by step, and each expert's share in the last step.
+def _curve(history: Lines, key: str) -> np.ndarray:
+    """[n, 2]: step and figure of each line that has the figure."""
+    return np.array([(line["step"], line[key]) for line in history if key in line])
+
+
+def _plot_training(axes: Axes, curve: np.ndarray) -> None:
+    """The loss of each step, and behind the noise its running mean."""
+    steps, losses = curve.T
+    axes.plot(steps, losses, color="#9dbad5", linewidth=0.8, label="training, each step")
+    label = f"training, mean of {SMOOTHING_STEPS}"
+    axes.plot(steps, _running_mean(losses), color="#1f5a92", label=label)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and those before it, at most SMOOTHING_STEPS together."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    begins = np.maximum(ends - SMOOTHING_STEPS, 0)
+    return (sums[ends] - sums[begins]) / (ends - begins)
+
+
+def plot_experts(history: Lines, path: Path) -> None:
+    """Draw how evenly the experts are used, by step and by expert in the last step, as a PNG.
 
     Args:
         history: lines of `metrics.jsonl`; training lines have `load` [layers, E].
         path: of the picture.
     """
     lines = [line for line in history if "load" in line]
-    shares = np.array(lines[-1]["load"], float)
-    shares /= np.maximum(shares.sum(1, keepdims=True), 1)
     figure = Figure(figsize=(9, 4), layout="constrained")
-    by_step, by_expert = (figure.add_subplot(1, 2, place) for place in (1, 2))
-    steps = [line["step"] for line in lines]
-    use = [expert_use(np.asarray(line["load"])) for line in lines]
-    for name, label in (
-        ("expert_max_share", "largest share"),
-        ("expert_entropy", "entropy / log E"),
-    ):
-        by_step.plot(
-            steps, [each[name] for each in use], linewidth=0.9, label=f"{label}, least even layer"
-        )
-    by_step.axhline(1 / shares.shape[1], color="#777777", linestyle=":", label="1 / E")
-    by_step.set(xlabel="step", ylim=(0, 1.05))
-    by_step.legend(frameon=False)
-    image = by_expert.imshow(shares, aspect="auto", vmin=0)
-    by_expert.set(xlabel="expert", ylabel="layer", title=f"share of the choices, step {steps[-1]}")
+    by_step, by_expert = figure.subplots(1, 2)
+    _plot_use(by_step, lines)
+    load = np.array(lines[-1]["load"], float)
+    # A layer may have no choices at all: its shares are then 0.
+    totals = np.maximum(load.sum(1, keepdims=True), 1)
+    image = by_expert.imshow(load / totals, aspect="auto", vmin=0)
+    last_step = lines[-1]["step"]
+    by_expert.set(xlabel="expert", ylabel="layer")
+    by_expert.set_title(f"share of the choices, step {last_step}")
     figure.colorbar(image, ax=by_expert)
     figure.savefig(path, dpi=120)
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    begins = np.maximum(ends - SMOOTHING_STEPS, 0)
-    return (sums[ends] - sums[begins]) / (ends - begins)
+def _plot_use(axes: Axes, lines: Lines) -> None:
+    """Two curves over the steps: the largest share and the entropy of the least even layer."""
+    labels = {"expert_max_share": "largest share", "expert_entropy": "entropy / log E"}
+    steps = [line["step"] for line in lines]
+    use = [expert_use(np.asarray(line["load"])) for line in lines]
+    for name, label in labels.items():
+        values = [of_step[name] for of_step in use]
+        axes.plot(steps, values, linewidth=0.9, label=f"{label}, least even layer")
+    num_experts = len(lines[-1]["load"][0])
+    axes.axhline(1 / num_experts, color=GREY, linestyle=":", label="1 / E")
+    axes.set(xlabel="step", ylim=(0, 1.05))
+    axes.legend(frameon=False)

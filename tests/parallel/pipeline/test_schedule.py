@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_refused(arguments, message):
 
 def test_a_picture_has_a_box_for_each_f_b_and_w():
     """Of whichever schedule; the box says its micro-batch, in the row of its stage."""
-    script = Path(__file__).resolve().parents[3] / "experiments" / "draw_schedules.py"
+    script = Path(__file__).resolve().parents[3] / "experiments/schedules/schedule_panel.py"
     draw, figure = runpy.run_path(str(script))["draw"], plt.figure()
     for name, num_chunks, kinds in (
         ("gpipe", 1, 2),
