@@ -18,7 +18,7 @@ from jaxscale.parallel.mesh import AXES, BATCH_SPEC, TENSOR, MeshConfig
 from jaxscale.parallel.pipeline.engine import Pipeline, StagedLoss
 from jaxscale.parallel.pipeline.schedule import Schedule
 from jaxscale.parallel.rules import Specs
-from jaxscale.parallel.sequence.ring import to_zigzag
+from jaxscale.parallel.sequence.layout import Zigzag
 from jaxscale.parallel.sequence.ulysses import ulysses
 from jaxscale.parallel.zero import hold, make_gather, reduce_gradient
 from jaxscale.types import Batch
@@ -36,15 +36,19 @@ def make_operations(
         if num_members == 1
         else ulysses(attention, num_members=num_members, ring=config.ring),
         experts=make_experts(config),
-        first_hidden=Operations.first_hidden if config.expert_axis == TENSOR else tensor.first,
+        first_hidden=Operations.first_hidden
+        if config.expert_axis == TENSOR
+        else tensor.first_column,
         gather=make_gather(specs, reduction),
-        enter=tensor.enter,
-        exit=tensor.exit,
-        between=tensor.by_member if config.pipeline == 1 else tensor.whole,
-        own=tensor.own,
+        enter=tensor.gather_tokens,
+        exit=tensor.reduce_scatter_tokens,
+        between=tensor.column_then_row_by_member
+        if config.pipeline == 1
+        else tensor.column_then_row,
+        own=tensor.own_tokens,
         embed=tensor.embed,
         token_loss=tensor.token_loss,
-        total=tensor.total,
+        total=tensor.sum_over_tokens,
     )
 
 
@@ -111,7 +115,7 @@ class Region:
 
     def _enter(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
         """Once a step: what stages share is gathered, and the tokens are laid out for the ring."""
-        return hold(params, self.specs), to_zigzag(batch, self.ring) if self.ring > 1 else batch
+        return hold(params, self.specs), Zigzag(self.ring).place(batch) if self.ring > 1 else batch
 
     def _pipeline(self, loss_fn: StagedLoss, params: Any, microbatches: Batch) -> Pipeline:
         params = {**params, "layers": loss_fn.prepare(params["layers"])}

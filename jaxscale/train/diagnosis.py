@@ -181,7 +181,7 @@ def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
 
     # All rows at once: else a name would stand for several tensors of a layer.
     return dataclasses.replace(
-        operations, mark=mark, token_loss=count_tokens, between=tensor.whole
+        operations, mark=mark, token_loss=count_tokens, between=tensor.column_then_row
     ), counts
 
 
