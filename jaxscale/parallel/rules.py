@@ -178,7 +178,7 @@ def _zero_spec(
     config: MeshConfig,
     shards_layers: bool,
 ) -> PartitionSpec:
-    """Shards over ZeRO's axes, or over `data` alone; a leaf with no dim that divides stays whole."""
+    """Shards over ZeRO's axes, or `data` alone; a leaf with no dim that divides stays whole."""
     axes = tuple(axis for axis in config.zero_axes if getattr(config, axis) > 1)
     for each in (axes or (DATA,), (DATA,)):
         sharded = _shard(

@@ -33,7 +33,7 @@ from jaxscale.types import Array, InputError
 
 
 def gather_tokens(x: Array) -> Array:
-    """All-gather of the residual [B, T / tensor, D] to [B, T, D], before column-parallel matmuls."""
+    """All-gather of the residual [B, T / tensor, D] to [B, T, D] for column-parallel matmuls."""
     num_members = lax.axis_size(TENSOR)
     if num_members == 1:
         return x
@@ -99,8 +99,8 @@ def column_then_row_by_member(
         (residual [B, T / tensor, D], None).
     Raises:
         InputError: `f` keeps something, as serving does a cache, whose rows would be cut.
-    Cost: P times as many matmuls, of B / P rows, and P parts of each weight's gradient, added in
-        its type.
+    Cost: `tensor` times as many matmuls, of B / tensor rows, and as many parts of each weight's
+        gradient, added in its type.
     """
     num_members = lax.axis_size(TENSOR)
     num_rows, _, dim = x.shape
@@ -243,7 +243,7 @@ def sum_over_tokens(x: Array) -> Array:
 
 
 def replicated_input(x: Array) -> Array:
-    """The residual [B, T, D] as the input of column-parallel matmuls: every member has all of it."""
+    """The residual [B, T, D] as the input of column-parallel matmuls; every member has it."""
     return x
 
 

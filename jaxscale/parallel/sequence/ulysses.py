@@ -31,20 +31,20 @@ def ulysses(
     know nothing of them for windows, documents and soft-caps. Without documents it sees all rows as
     the heads of one row.
 
-    With grouped queries every kv head must lie beside its query heads. With P members and K kv
-    heads each kv head is repeated lcm(K, P) / K times. Where that does not divide the heads, keys
+    With grouped queries every kv head must lie beside its query heads. With U members and K kv
+    heads each kv head is repeated lcm(K, U) / K times. Where that does not divide the heads, keys
     become as many as queries and both are padded with heads that nobody reads. The gradient of a
     repeated head is the sum of its copies', which the transposition of the repetition makes.
 
     Args:
         attention: (q, k, v, context, cache) -> (o, cache).
-        num_members: P, devices that exchange heads, neighbours on the `sequence` axis.
-        ring: groups of P on the axis, which `attention` connects.
+        num_members: U, devices that exchange heads, neighbours on the `sequence` axis.
+        ring: groups of U on the axis, which `attention` connects.
     Returns:
-        The same on local q [B, T / P, N, H], k and v [B, T / P, K, H] and their context. It raises
+        The same on local q [B, T / U, N, H], k and v [B, T / U, K, H] and their context. It raises
         InputError for heads that would not keep the layout of blocks that their number gives them.
-    Cost: of q and o together 2 N and of k and v 2 lcm(K, P) heads of B T / P tokens leave a device,
-        forward, less the P-th part that stays: 4 N for multi-head.
+    Cost: of q and o together 2 N and of k and v 2 lcm(K, U) heads of B T / U tokens leave a device,
+        forward, less the U-th part that stays: 4 N for multi-head.
     """
     group = _Group(num_members, ring)
 
@@ -98,7 +98,7 @@ def _rows_as_heads(
     context: AttentionContext,
     cache: Any,
 ) -> tuple[Array, Any]:
-    """Attention [T, B, N / P, H] of rows that all have one mask.
+    """Attention [T, B, N / U, H] of rows that all have one mask.
 
     They may stand as more heads of one row, which transposes nothing.
     """
@@ -109,7 +109,7 @@ def _rows_as_heads(
 
 
 def _as_one_row(x: Array) -> Array:
-    """[T, B, N / P, H] to [1, T, B N / P, H]."""
+    """[T, B, N / U, H] to [1, T, B N / U, H]."""
     length, head_dim = x.shape[0], x.shape[-1]
     return x.reshape(1, length, -1, head_dim)
 
@@ -122,7 +122,7 @@ def _rows_first(
     context: AttentionContext,
     cache: Any,
 ) -> tuple[Array, Any]:
-    """Attention [T, B, N / P, H] of rows with documents of their own."""
+    """Attention [T, B, N / U, H] of rows with documents of their own."""
     by_row = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
     o, cache = attention(*by_row, context, cache)
     return jnp.swapaxes(o, 0, 1), cache
@@ -133,7 +133,7 @@ class _Group:
     """The exchanges among the members that share out the heads.
 
     Args:
-        num_members: P.
+        num_members: U.
         ring: such groups on the `sequence` axis.
     """
 
@@ -141,7 +141,7 @@ class _Group:
     ring: int
 
     def to_heads(self, x: Array) -> Array:
-        """[B, T / P, N, H] to [T, B, N / P, H]; all that is sent to a member lies together."""
+        """[B, T / U, N, H] to [T, B, N / U, H]; all that is sent to a member lies together."""
         num_rows, num_own, _, head_dim = x.shape
         by_member = x.reshape(num_rows, num_own, self.num_members, -1, head_dim)
         by_member = by_member.transpose(2, 1, 0, 3, 4)
@@ -149,7 +149,7 @@ class _Group:
         return received.reshape(self.num_members * num_own, num_rows, -1, head_dim)
 
     def to_sequence(self, o: Array) -> Array:
-        """[T, B, N / P, H] to [B, T / P, N, H]."""
+        """[T, B, N / U, H] to [B, T / U, N, H]."""
         length, num_rows, num_local, head_dim = o.shape
         by_member = o.reshape(self.num_members, -1, num_rows, num_local, head_dim)
         received = self._exchange(by_member)
@@ -157,13 +157,13 @@ class _Group:
         return by_token.reshape(num_rows, length // self.num_members, -1, head_dim)
 
     def gather(self, x: Array | None) -> Array | None:
-        """[B, T / P] of each member to [B, T]."""
+        """[B, T / U] of each member to [B, T]."""
         if x is None:
             return None
         return lax.all_gather(x, SEQUENCE, axis=1, axis_index_groups=self._members(), tiled=True)
 
     def _exchange(self, x: Array) -> Array:
-        """[P, ...]: sends part i to member i, which has it as the part of this member's number."""
+        """[U, ...]: sends part i to member i, which has it as the part of this member's number."""
         # Flat, because XLA sends an array of more dims in another order and transposes what
         # arrives.
         flat = x.reshape(self.num_members, -1)
@@ -191,14 +191,14 @@ def spread_heads(
     v: Array,
     num_members: int,
 ) -> tuple[Array, Array, Array]:
-    """Repeats and pads heads so that P members get equal shares, kv heads beside their queries.
+    """Repeats and pads heads so that U members get equal shares, kv heads beside their queries.
 
     Args:
         q: [B, T, N, H].
         k, v: [B, T, K, H].
-        num_members: P.
+        num_members: U.
     Returns:
-        q [B, T, N', H], k and v [B, T, K', H]; P divides both, and N' / K' queries read a kv head.
+        q [B, T, N', H], k and v [B, T, K', H]; U divides both, and N' / K' queries read a kv head.
     """
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
     num_spread = math.lcm(num_kv_heads, num_members)
