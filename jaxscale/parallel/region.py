@@ -15,7 +15,8 @@ from jaxscale.ops.operations import Operations
 from jaxscale.parallel import tensor
 from jaxscale.parallel.expert import make_experts
 from jaxscale.parallel.mesh import AXES, BATCH_SPEC, TENSOR, MeshConfig
-from jaxscale.parallel.pipeline.engine import Pipeline, StagedLoss
+from jaxscale.parallel.pipeline.engine import Pipeline
+from jaxscale.parallel.pipeline.loss import StagedLoss
 from jaxscale.parallel.pipeline.schedule import Schedule
 from jaxscale.parallel.rules import Specs
 from jaxscale.parallel.sequence.layout import Zigzag

@@ -195,9 +195,9 @@ def _look_up(table: Array, tokens: Array) -> Array:
     """Rows [B, T, D] of the local table; 0 for a token that another member's share has."""
     num_rows = table.shape[0]
     local = tokens - lax.axis_index(TENSOR) * num_rows
-    is_here = (local >= 0) & (local < num_rows)
+    is_here = ((local >= 0) & (local < num_rows))[..., None]
     found = table[jnp.clip(local, 0, num_rows - 1)]
-    return jnp.where(is_here[..., None], found, 0)
+    return jnp.where(is_here, found, 0)
 
 
 def token_loss(
