@@ -30,8 +30,8 @@ def peak(kind: str, num_experts: int) -> float:
 
     def gradients(x, gates, weights, index):
         def layer(x, gates, weights):
-            x, whole, chosen = map(tensor.enter, (x, gates, index))
-            return tensor.exit(run(x, chosen, whole, weights, "swiglu"))
+            x, whole, chosen = map(tensor.gather_tokens, (x, gates, index))
+            return tensor.reduce_scatter_tokens(run(x, chosen, whole, weights, "swiglu"))
 
         y, pullback = jax.vjp(layer, x, gates, weights)
         return pullback(y)

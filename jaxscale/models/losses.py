@@ -1,7 +1,7 @@
 """Losses: loss_fn(params, batch, key, *, operations) -> (sum_loss, sum_weight, metrics), all sums.
 
 A plain function of this form trains on any mesh without a pipeline. A pipeline runs a loss in parts
-and wants an object like `NextTokenLoss`, see `parallel.pipeline.engine.StagedLoss`.
+and wants an object like `NextTokenLoss`, see `parallel.pipeline.loss.StagedLoss`.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""The device mesh: axes, sharding rules and the operations a mesh injects into a single-device model."""
+"""The device mesh: sharding rules, the manual region and the collectives that it injects."""

@@ -9,17 +9,11 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
-PIPELINE, DATA, EXPERT, SEQUENCE, TENSOR = AXES = (
-    "pipeline",
-    "data",
-    "expert",
-    "sequence",
-    "tensor",
-)
+AXES = ("pipeline", "data", "expert", "sequence", "tensor")
+PIPELINE, DATA, EXPERT, SEQUENCE, TENSOR = AXES
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
-BATCH_SPEC = PartitionSpec(
-    (DATA, EXPERT), SEQUENCE
-)  # [B, T]: dense layers share the batch over data and expert
+# [B, T]: dense layers shard the batch over `data` and `expert`.
+BATCH_SPEC = PartitionSpec((DATA, EXPERT), SEQUENCE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +26,12 @@ class MeshConfig:
         expert: shares of the experts; dense layers use it as more data.
         sequence: shares of the sequence.
         tensor: shares of heads, feed-forward, experts' width and vocabulary.
-        zero: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters sharded over
-            `zero_axes` (arXiv 1910.02054, section 5). Gradients add up whole over the micro-batches
-            and are cut at the step's end, once; under 3 each micro-batch's is cut. A layer without
-            rematerialisation keeps its gathered parameters for the backward: under 3 it then takes
-            the memory of all of them in the compute type, and gathers once.
+        zero: what is sharded over `zero_axes` (arXiv 1910.02054, section 5): 0 nothing, 1 the
+            optimizer state, 2 also the gradients, 3 also the parameters. Gradients add up unsharded
+            over the micro-batches and are sharded once, at the end of the step; under 3 those of
+            each micro-batch are sharded. A layer without rematerialisation keeps its gathered
+            parameters for the backward: under 3 it then takes the memory of all of them in the
+            compute type, and gathers once.
         zero_axes: ("data",) or ("data", "sequence"): both hold replicas of the parameters.
         ring: of the `sequence` shares, rings of so many pass keys round (arXiv 2310.01889); the
             sequence / ring members of a group exchange heads (arXiv 2309.14509).
@@ -47,7 +42,7 @@ class MeshConfig:
         expert_axis: "expert" exchanges tokens; "tensor" holds whole experts on each tensor rank,
             which sees all its group's tokens already (arXiv 2409.12136, section 3.2).
         expert_exchange: "dense", worst-case buffers; "ragged", only the rows there are (GPU).
-        is_optimizer_on_host: the optimizer's moments rest in host memory between updates; a step
+        is_optimizer_on_host: the optimizer's moments rest in host memory between updates. A step
             moves them to the device and back, an eighth or one parameter's at a time.
     """
 
@@ -76,14 +71,13 @@ class MeshConfig:
         check_choice("MeshConfig.schedule", self.schedule, SCHEDULES)
         check_choice("MeshConfig.expert_axis", self.expert_axis, (EXPERT, TENSOR))
         check_choice("MeshConfig.expert_exchange", self.expert_exchange, ("dense", "ragged"))
-        if self.sequence % self.ring:
-            equation = f"sequence % ring == 0, but {self.sequence} % {self.ring} = {self.sequence % self.ring}"
+        if rest := self.sequence % self.ring:
+            equation = f"sequence % ring == 0, but {self.sequence} % {self.ring} = {rest}"
             nearest = nearest_divisors(self.sequence, self.ring)
             raise InputError("MeshConfig.ring", self.ring, f"{equation}; nearest: {nearest}")
         if self.num_chunks > 1 and self.schedule != "interleaved":
-            raise InputError(
-                "MeshConfig.num_chunks", self.num_chunks, '1 unless schedule is "interleaved"'
-            )
+            expected = '1 unless schedule is "interleaved"'
+            raise InputError("MeshConfig.num_chunks", self.num_chunks, expected)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -105,44 +99,71 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     Raises:
         InputError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
-    if math.prod(config.sizes) != len(devices):
-        equation = (
-            " * ".join(AXES)
-            + " = "
-            + " * ".join(map(str, config.sizes))
-            + f" = {math.prod(config.sizes)}"
-        )
-        expected = f"{equation} to equal the number of devices, {len(devices)}; nearest: {_fitting(config, len(devices))}"
-        raise InputError("MeshConfig", config.sizes, expected)
-    return Mesh(
-        np.asarray(devices).reshape(config.sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    if devices is None:
+        devices = jax.devices()
+    product = math.prod(config.sizes)
+    if product != len(devices):
+        names = " * ".join(AXES)
+        numbers = " * ".join(map(str, config.sizes))
+        equation = f"{names} = {numbers} = {product} to equal the number of devices, {len(devices)}"
+        nearest = _fitting(config, len(devices))
+        raise InputError("MeshConfig", config.sizes, f"{equation}; nearest: {nearest}")
+    grid = np.asarray(devices).reshape(config.sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch(config: MeshConfig, *, batch_size: int, length: int, num_microbatches: int) -> None:
+def check_batch(
+    config: MeshConfig,
+    *,
+    batch_size: int,
+    length: int,
+    num_microbatches: int,
+) -> None:
     """Raises InputError unless [batch_size, length] divides over the mesh and the micro-batches."""
-    shards = config.num_batch_shards * num_microbatches
-    if rest := batch_size % shards:
-        raise InputError(
-            "DataConfig.batch_size",
-            batch_size,
-            f"batch_size % (data * expert * num_microbatches) == 0, here {batch_size} % ({config.data} * "
-            f"{config.expert} * {num_microbatches}) = {rest}; nearest: {nearest_multiples(batch_size, shards)}",
+    check_multiple(
+        "DataConfig.batch_size",
+        batch_size,
+        config.num_batch_shards * num_microbatches,
+        "batch_size % (data * expert * num_microbatches)",
+        f"({config.data} * {config.expert} * {num_microbatches})",
+    )
+    check_multiple(
+        "DataConfig.sequence_length",
+        length,
+        config.sequence * config.tensor,
+        "sequence_length % (sequence * tensor)",
+        f"({config.sequence} * {config.tensor})",
+    )
+    if config.ring > 1:
+        check_multiple(
+            "DataConfig.sequence_length",
+            length,
+            2 * config.ring,
+            "sequence_length % (2 * ring)",
+            f"(2 * {config.ring})",
         )
-    for equation, parts in (
-        (
-            f"(sequence * tensor) == 0, here {length} % ({config.sequence} * {config.tensor})",
-            config.sequence * config.tensor,
-        ),
-        (
-            f"(2 * ring) == 0, here {length} % (2 * {config.ring})",
-            2 * config.ring if config.ring > 1 else 1,
-        ),
-    ):
-        if rest := length % parts:
-            expected = f"sequence_length % {equation} = {rest}; nearest: {nearest_multiples(length, parts)}"
-            raise InputError("DataConfig.sequence_length", length, expected)
+
+
+def check_multiple(
+    parameter: str,
+    given: int,
+    factor: int,
+    remainder: str,
+    factor_text: str,
+) -> None:
+    """Raises InputError unless `given` is a multiple of `factor`.
+
+    Args:
+        parameter: dotted name of what was given.
+        given: the number.
+        factor: what must divide it.
+        remainder: the left side of the equation in names, such as "length % (2 * ring)".
+        factor_text: the factor as the user's numbers make it, such as "(2 * 4)".
+    """
+    if rest := given % factor:
+        here = f"here {given} % {factor_text} = {rest}"
+        nearest = nearest_multiples(given, factor)
+        raise InputError(parameter, given, f"{remainder} == 0, {here}; nearest: {nearest}")
 
 
 def nearest_divisors(size: int, given: int) -> str:
@@ -156,16 +177,16 @@ def nearest_divisors(size: int, given: int) -> str:
 def nearest_multiples(given: int, factor: int) -> str:
     """The positive multiples of `factor` next below and above `given`, as text."""
     below = given - given % factor
-    return " or ".join(str(number) for number in (below, below + factor) if number)
+    above = below + factor
+    return " or ".join(str(number) for number in (below, above) if number)
 
 
 def _fitting(config: MeshConfig, num_devices: int) -> str:
     """The sizes that fit if one axis changes, as text; if none does, plain data parallelism."""
     product = math.prod(config.sizes)
-    others = {axis: product // getattr(config, axis) for axis in AXES}
-    fitting = [
-        f"{axis} = {num_devices // other}"
-        for axis, other in others.items()
-        if num_devices % other == 0
-    ]
+    fitting = []
+    for axis in AXES:
+        others = product // getattr(config, axis)
+        if num_devices % others == 0:
+            fitting.append(f"{axis} = {num_devices // others}")
     return " or ".join(fitting) or f"data = {num_devices} alone"

@@ -23,7 +23,8 @@ from jaxscale.parallel.mesh import (
     TENSOR,
     MeshConfig,
 )
-from jaxscale.parallel.pipeline.engine import Pipeline, StagedLoss
+from jaxscale.parallel.pipeline.engine import Pipeline
+from jaxscale.parallel.pipeline.loss import StagedLoss
 from jaxscale.parallel.pipeline.schedule import Schedule
 from jaxscale.parallel.rules import Specs
 from jaxscale.parallel.sequence.layout import Contiguous, TokenLayout

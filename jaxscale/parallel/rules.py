@@ -10,9 +10,16 @@ from jax.sharding import PartitionSpec
 from jaxscale import tree
 from jaxscale.parallel.mesh import DATA, EXPERT, PIPELINE, TENSOR, MeshConfig, nearest_divisors
 from jaxscale.parallel.pipeline.stages import StageLayout
-from jaxscale.types import InputError
+from jaxscale.types import InputError, Role
 
-AXIS_OF_DIM = {"L": PIPELINE, "E": EXPERT, "N": TENSOR, "K": TENSOR, "F": TENSOR, "V": TENSOR}
+AXIS_OF_DIM = {
+    "L": PIPELINE,
+    "E": EXPERT,
+    "N": TENSOR,
+    "K": TENSOR,
+    "F": TENSOR,
+    "V": TENSOR,
+}
 NAME_OF_DIM = {
     "E": "num_experts",
     "N": "num_heads",
@@ -20,22 +27,21 @@ NAME_OF_DIM = {
     "F": "ffn_dim",
     "V": "vocab_size",
 }
-ROUTER_DIMS = "DE"  # a router scores all experts on every device
 
 
 @dataclasses.dataclass(frozen=True)
 class Specs:
     """PartitionSpecs of the parameter tree in its roles.
 
-    A dim's entry names its axes in the order in which they cut it: the tensor axes of the model,
-    then ZeRO's, then the pipeline's; what was cut last is gathered first.
+    A dim's entry names its axes in the order in which they shard it: the tensor axes of the model,
+    then ZeRO's, then the pipeline's. The axis that shards a dim last is gathered first.
 
     Args:
         dims: dim letters of each leaf.
         layout: which periods of the layer stack each pipeline stage stores.
         parameters: as stored between steps.
-        held: as a pipeline stage holds them during a step: the parameters that are in no layer come
-            together from all stages, which store a share each.
+        held: as a pipeline stage holds them during a step. Parameters that are in no layer are
+            gathered from all stages, which store a share each.
         gradients: as they leave the manual region.
         optimizer: of optimizer leaves that mirror a parameter.
         is_optimizer_on_host: whether those rest in host memory between updates.
@@ -50,6 +56,11 @@ class Specs:
     is_optimizer_on_host: bool = False
 
 
+def is_router(entry: Any) -> bool:
+    """Whether an entry of the parameter table is a router's matrix [.., D, E]."""
+    return entry.role == Role.ROUTER
+
+
 def make_specs(table: Any, config: MeshConfig) -> Specs:
     """Applies the rules to a parameter table.
 
@@ -62,36 +73,46 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
     flat = tree.flatten(table)
     for path, entry in flat.items():
         _check_divides(path, entry, config)
-    num_periods = next(entry.shape[0] for entry in flat.values() if entry.dims.startswith("L"))
-    dense = jax.tree.map(lambda entry: _dense_spec(entry, config), table)
+    stacked = (entry for entry in flat.values() if _is_in_a_layer(entry))
+    # A model without a stack of layers has nothing for the stages of a pipeline to share.
+    num_periods = next((entry.shape[0] for entry in stacked), 1)
     layout = StageLayout(num_periods, config.pipeline, config.num_chunks, config.stage_periods)
-    # Where layers are gathered one by one each device must have a share of each; a padded stack is
-    # longer than its dim.
-    cuts_layers = config.zero < 3 and layout.is_identity
-    zero = jax.tree.map(
-        lambda entry, spec: _zero_spec(entry, spec, config, cuts_layers), table, dense
-    )
+    # ZeRO-3 gathers layers one by one, so each device must have a share of each layer. A padded
+    # stack is longer than its dim in the table, by which shares are counted.
+    shards_layers = config.zero < 3 and layout.is_identity
+
+    def zero_spec(entry: Any, spec: PartitionSpec) -> PartitionSpec:
+        return _zero_spec(entry, spec, config, shards_layers)
+
+    model = jax.tree.map(lambda entry: _model_spec(entry, config), table)
+    zero = jax.tree.map(zero_spec, table, model)
 
     def stored(level: int) -> Any:
-        specs = zero if config.zero >= level else dense
+        """Specs between steps of what ZeRO shards from this level on."""
+        specs = zero if config.zero >= level else model
         return jax.tree.map(lambda entry, spec: _stage_spec(entry, spec, config), table, specs)
 
     return Specs(
         dims=jax.tree.map(lambda entry: entry.dims, table),
         layout=layout,
         parameters=stored(3),
-        held=zero if config.zero >= 3 else dense,
+        held=zero if config.zero >= 3 else model,
         gradients=stored(2),
         optimizer=stored(1),
         is_optimizer_on_host=config.is_optimizer_on_host,
     )
 
 
-def mirror(abstract: Any, params: Any, values: Any, default: Any) -> Any:
-    """A value for each leaf of a tree that repeats the parameters under longer paths, such as an optimizer state.
+def mirror(
+    abstract: Any,
+    params: Any,
+    values: Any,
+    default: Any,
+) -> Any:
+    """A value for each leaf of a tree that repeats the parameters, such as an optimizer state.
 
-    A leaf takes the value of the parameter whose path ends its own and whose shape it has; any
-    other the default.
+    Such a tree has the parameters under longer paths. A leaf takes the value of the parameter whose
+    path ends its own and whose shape it has; any other leaf takes the default.
 
     Args:
         abstract: the optimizer state as shapes.
@@ -99,17 +120,18 @@ def mirror(abstract: Any, params: Any, values: Any, default: Any) -> Any:
         values: one a parameter: PartitionSpecs, dim letters.
         default: for leaves that mirror no parameter.
     """
-    flat = {
+    flat_params = tree.flatten(params)
+    flat_values = jax.tree.leaves(values)
+    by_path = {
         path: (leaf.shape, value)
-        for (path, leaf), value in zip(
-            tree.flatten(params).items(), jax.tree.leaves(values), strict=True
-        )
+        for (path, leaf), value in zip(flat_params.items(), flat_values, strict=True)
     }
 
     def one(path: str, leaf: Any) -> Any:
         parts = path.split("/")
         for start in range(len(parts)):
-            shape, value = flat.get("/".join(parts[start:]), (None, None))
+            end_of_path = "/".join(parts[start:])
+            shape, value = by_path.get(end_of_path, (None, None))
             if shape == leaf.shape:
                 return value
         return default
@@ -119,7 +141,9 @@ def mirror(abstract: Any, params: Any, values: Any, default: Any) -> Any:
 
 def axes_of(entry: Any) -> tuple[str, ...]:
     """The mesh axes that one entry of a spec names, in order."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def all_axes_of(spec: PartitionSpec) -> set[str]:
@@ -127,78 +151,131 @@ def all_axes_of(spec: PartitionSpec) -> set[str]:
     return {axis for entry in spec for axis in axes_of(entry)}
 
 
-def _letters_to_axes(dims: str, config: MeshConfig) -> list[str | None]:
+def _is_in_a_layer(entry: Any) -> bool:
+    return entry.dims.startswith("L")
+
+
+def _model_axes(entry: Any, config: MeshConfig) -> list[str | None]:
     """The axis of each dim before ZeRO."""
-    axes = [AXIS_OF_DIM.get(letter) for letter in dims]
-    if dims.endswith(ROUTER_DIMS):
+    axes = [AXIS_OF_DIM.get(letter) for letter in entry.dims]
+    for dim, (letter, size) in enumerate(zip(entry.dims, entry.shape, strict=True)):
+        if letter == "K" and size < config.tensor and config.tensor % size == 0:
+            # More members than kv heads: each holds all of them, see `tensor.kv_heads`.
+            axes[dim] = None
+    if is_router(entry):
+        # A router scores all experts on every device.
         axes[-1] = None
-    elif (
-        "E" in dims and config.expert_axis == TENSOR
-    ):  # whole experts: their width is not cut as well
-        axes = [{EXPERT: TENSOR, TENSOR: None}.get(axis, axis) for axis in axes]
+    elif "E" in entry.dims and config.expert_axis == TENSOR:
+        # Each tensor rank has whole experts, so their width is not sharded as well.
+        changed = {EXPERT: TENSOR, TENSOR: None}
+        axes = [changed.get(axis, axis) for axis in axes]
     return axes
 
 
-def _dense_spec(entry: Any, config: MeshConfig) -> PartitionSpec:
-    return PartitionSpec(*_letters_to_axes(entry.dims, config))
+def _model_spec(entry: Any, config: MeshConfig) -> PartitionSpec:
+    return PartitionSpec(*_model_axes(entry, config))
 
 
 def _zero_spec(
-    entry: Any, spec: PartitionSpec, config: MeshConfig, cuts_layers: bool
+    entry: Any,
+    spec: PartitionSpec,
+    config: MeshConfig,
+    shards_layers: bool,
 ) -> PartitionSpec:
-    """Cuts over ZeRO's axes, or over `data` alone; a leaf with no dim that divides stays whole."""
-    axes = tuple(axis for axis in config.zero_axes if getattr(config, axis) > 1) or (DATA,)
-    settings = dict(may_share=False, cuts_layers=cuts_layers)
-    cut = _cut(entry, spec, axes, config, **settings)
-    return _cut(entry, spec, (DATA,), config, **settings) if cut == spec else cut
+    """Shards over ZeRO's axes, or `data` alone; a leaf with no dim that divides stays whole."""
+    axes = tuple(axis for axis in config.zero_axes if getattr(config, axis) > 1)
+    for each in (axes or (DATA,), (DATA,)):
+        sharded = _shard(
+            entry,
+            spec,
+            each,
+            config,
+            may_share=False,
+            shards_layers=shards_layers,
+        )
+        if sharded != spec:
+            return sharded
+    return spec
 
 
-def _stage_spec(entry: Any, spec: PartitionSpec, config: MeshConfig) -> PartitionSpec:
-    """Cuts a parameter that is in no layer over the stages, each of which stores a share."""
-    if config.pipeline == 1 or entry.dims.startswith("L"):
+def _stage_spec(
+    entry: Any,
+    spec: PartitionSpec,
+    config: MeshConfig,
+) -> PartitionSpec:
+    """Shards a parameter that is in no layer over the stages, each of which stores a share."""
+    if config.pipeline == 1 or _is_in_a_layer(entry):
         return spec
-    return _cut(entry, spec, (PIPELINE,), config, may_share=True, cuts_layers=False)
+    return _shard(
+        entry,
+        spec,
+        (PIPELINE,),
+        config,
+        may_share=True,
+        shards_layers=False,
+    )
 
 
-def _cut(
+def _shard(
     entry: Any,
     spec: PartitionSpec,
     axes: tuple[str, ...],
     config: MeshConfig,
     *,
     may_share: bool,
-    cuts_layers: bool,
+    shards_layers: bool,
 ) -> PartitionSpec:
-    """Adds `axes` to the outermost dim that divides, a dim that is whole before one that is cut already.
+    """Adds `axes` to the outermost dim that divides; unchanged if there is none.
 
-    The outermost, for its shares lie together in memory: those of an inner dim are transposed
-    before and after each exchange.
+    A dim that no axis shards comes before one that is sharded already. The outermost dim is best
+    because its shares lie together in memory; those of an inner dim are transposed before and after
+    each exchange.
+
+    Args:
+        entry: of the parameter table.
+        spec: to add to.
+        axes: to add, all to one dim.
+        config: the mesh.
+        may_share: whether a dim that is sharded already will do.
+        shards_layers: whether the dim of layers will do.
     """
-    ways = math.prod(getattr(config, axis) for axis in axes)
-    cuts = [math.prod(getattr(config, axis) for axis in axes_of(each)) for each in spec]
-    fitting = [
-        (cut == 1, -i)
-        for i, (size, cut, letter) in enumerate(zip(entry.shape, cuts, entry.dims, strict=True))
-        if size // cut % ways == 0 and (cut == 1 or may_share) and (letter != "L" or cuts_layers)
-    ]
+    num_shards = _num_shards(axes, config)
+    fitting = []
+    for dim, (letter, size) in enumerate(zip(entry.dims, entry.shape, strict=True)):
+        num_before = _num_shards(axes_of(spec[dim]), config)
+        is_whole = num_before == 1
+        divides = size // num_before % num_shards == 0
+        is_allowed = (is_whole or may_share) and (letter != "L" or shards_layers)
+        if divides and is_allowed:
+            fitting.append((not is_whole, dim))
     if not fitting:
         return spec
-    dim = -max(fitting)[1]
+    _, dim = min(fitting)
+    entries = list(spec)
     together = axes_of(spec[dim]) + axes
-    return PartitionSpec(
-        *(spec[:dim]), together if len(together) > 1 else together[0], *(spec[dim + 1 :])
-    )
+    entries[dim] = together if len(together) > 1 else together[0]
+    return PartitionSpec(*entries)
 
 
-def _check_divides(path: str, entry: Any, config: MeshConfig) -> None:
-    for letter, size, axis in zip(
-        entry.dims, entry.shape, _letters_to_axes(entry.dims, config), strict=True
-    ):
-        if letter in NAME_OF_DIM and axis is not None and size % getattr(config, axis):
-            name, shards = NAME_OF_DIM[letter], getattr(config, axis)
-            raise InputError(
-                f"MeshConfig.{axis}",
-                shards,
-                f"{name} % {axis} == 0 for {path}, but {size} % {shards} = {size % shards}; nearest: "
-                + nearest_divisors(size, shards),
-            )
+def _num_shards(axes: tuple[str, ...], config: MeshConfig) -> int:
+    """Parts that `axes` cut a dim into."""
+    return math.prod(getattr(config, axis) for axis in axes)
+
+
+def _check_divides(
+    path: str,
+    entry: Any,
+    config: MeshConfig,
+) -> None:
+    """Raises InputError unless each of the model's sharded dims divides over its axis."""
+    axes = _model_axes(entry, config)
+    for letter, size, axis in zip(entry.dims, entry.shape, axes, strict=True):
+        if axis is None or letter not in NAME_OF_DIM:
+            continue
+        num_shards = getattr(config, axis)
+        if rest := size % num_shards:
+            equation = f"{NAME_OF_DIM[letter]} % {axis} == 0 for {path}"
+            here = f"but {size} % {num_shards} = {rest}"
+            nearest = nearest_divisors(size, num_shards)
+            expected = f"{equation}, {here}; nearest: {nearest}"
+            raise InputError(f"MeshConfig.{axis}", num_shards, expected)

@@ -1,11 +1,17 @@
-"""Tensor parallelism with sequence-sharded norms, as operations injected into a single-device model.
+"""Tensor parallelism: the collectives around a single-device model's sharded matmuls.
 
-Inside the manual region the residual is [B, T / tensor, D]: each token lives on one device, which
-has a share of the B T tokens in the order of rows, so that what is exchanged lies together in
-memory and nothing is transposed. Every collective here has its transpose here (all-gather and
-reduce-scatter, a permute there and one back); a bare psum would have a wrong gradient. `gather_tokens` and
-`reduce_scatter_tokens` of a single device exchange nothing at all: XLA removes such an exchange only after it has
-kept a matmul from taking in the addition that follows.
+In training the residual is sequence-sharded. Inside the manual region it is [B, T / tensor, D]:
+each token lives on one device. A device's share is taken of all B T tokens in the order of rows,
+so that what is exchanged lies together in memory and nothing is transposed. Each of these
+collectives has its transpose here (all-gather and reduce-scatter, a permute and the permute back).
+A bare psum of what
+every member goes on with would have a wrong gradient. In a group of one device `gather_tokens` and
+`reduce_scatter_tokens` are the identity: XLA would remove an exchange with itself, but only after
+the exchange has kept it from fusing a matmul with the addition that follows.
+
+In serving a step has so few tokens that every member of the tensor group holds the whole residual,
+and nothing is differentiated. `replicated_input`, `sum_partial`, `embed_replicated` and `logits`
+are the collectives of that layout.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv
     2205.05198), section 4.2.2.
@@ -28,131 +34,211 @@ from jaxscale.types import Array, InputError
 
 
 def gather_tokens(x: Array) -> Array:
-    """Residual [B, T / tensor, D] to [B, T, D]."""
+    """All-gather of the residual [B, T / tensor, D] to [B, T, D] for column-parallel matmuls."""
     num_members = lax.axis_size(TENSOR)
     if num_members == 1:
         return x
     num_rows, num_own, dim = x.shape
-    whole = lax.all_gather(x.reshape(-1, dim), TENSOR, tiled=True)
-    return whole.reshape(num_rows, num_own * num_members, dim)
+    tokens = x.reshape(-1, dim)
+    gathered = lax.all_gather(tokens, TENSOR, tiled=True)
+    return gathered.reshape(num_rows, num_own * num_members, dim)
 
 
 def reduce_scatter_tokens(y: Array) -> Array:
-    """Partial sums [B, T, D] to the residual [B, T / tensor, D]."""
+    """Reduce-scatter of row-parallel matmuls' partial sums [B, T, D] to [B, T / tensor, D]."""
     num_members = lax.axis_size(TENSOR)
     if num_members == 1:
         return y
     num_rows, length, dim = y.shape
-    own = lax.psum_scatter(y.reshape(-1, dim), TENSOR, tiled=True)
-    return checkpoint_name(own.reshape(num_rows, length // num_members, dim), EXCHANGED)
+    tokens = y.reshape(-1, dim)
+    summed = lax.psum_scatter(tokens, TENSOR, tiled=True)
+    residual = summed.reshape(num_rows, length // num_members, dim)
+    return checkpoint_name(residual, EXCHANGED)
 
 
-def column_then_row(f: Callable, project: Callable, x: Array, *rows: Any) -> tuple[Array, Any]:
-    """`ColumnThenRow` of all rows at once, all exchanged before and all after."""
-    hidden, kept = f(gather_tokens(x), *rows)
-    return reduce_scatter_tokens(project(hidden)), kept
+def column_then_row(
+    column: Callable,
+    row: Callable,
+    x: Array,
+    *by_token: Any,
+) -> tuple[Array, Any]:
+    """Column-parallel matmuls and a row-parallel one, of all rows at once.
+
+    Args:
+        column, row, x, by_token: as `ops.collectives.ColumnThenRow`.
+    Returns:
+        (residual [B, T / tensor, D], what `column` keeps).
+    Cost: one all-gather before and one reduce-scatter after, beside which nothing is computed.
+    """
+    hidden, kept = column(gather_tokens(x), *by_token)
+    return reduce_scatter_tokens(row(hidden)), kept
 
 
 def column_then_row_by_member(
-    f: Callable, project: Callable, x: Array, *rows: Any
+    column: Callable,
+    row: Callable,
+    x: Array,
+    *by_token: Any,
 ) -> tuple[Array, Any]:
-    """`ColumnThenRow`, one member's rows after the other: exchanges run beside the matmuls of other rows.
+    """`column_then_row` with exchanges that run beside the matmuls of other rows.
 
-    A member's rows arrive while `f` has those of the one before, and their sums leave while it has
-    the next one's; the own rows come first and are projected last. The same in the backward. Own
-    tokens are whole rows if the group divides B; else this is `column_then_row`. Permutes, because each can
-    be waited for alone. Not for a branch that some pipeline stages
-    do not take: on CPUs a permute there is wrong.
+    The rows are computed in one group a member: those that lie on this device, then those of the
+    next member, and so on. A group's rows arrive while `column` has the group before, and their
+    sums leave while `column` has the group after. The rows of this device need no exchange, so they come
+    first and are projected last, when there is nothing else to compute. The same holds in the
+    backward.
 
-    Source: Wang et al. 2023 (ASPLOS, doi 10.1145/3567955.3567959), section 4; here no ring, each
-        exchange is direct.
-    Cost: P times as many matmuls, of B / P rows, and P parts of each weight's gradient, added in
-        its type.
+    A device's tokens are whole rows only if the group divides B; else this is `column_then_row`.
+    The exchanges are permutes, because each permute can be waited for alone. Do not use it in a
+    branch that some pipeline stages do not take: on CPUs a permute there is wrong.
+
+    Source: Wang et al. 2023 (ASPLOS, doi 10.1145/3567955.3567959), section 4; here there is no
+        ring, each exchange is direct.
+    Args:
+        column, row, x, by_token: as `ops.collectives.ColumnThenRow`.
+    Returns:
+        (residual [B, T / tensor, D], None).
     Raises:
-        InputError: `f` keeps something, as serving does a cache, whose rows would be cut.
+        InputError: `column` keeps something, as serving does a cache, whose rows would be cut.
+    Cost: `tensor` times as many matmuls, of B / tensor rows, and as many parts of each weight's
+        gradient, added in its type.
     """
-    num_members, num_rows = lax.axis_size(TENSOR), len(x)
+    num_members = lax.axis_size(TENSOR)
+    num_rows, _, dim = x.shape
     if num_members == 1 or num_rows % num_members:
-        return column_then_row(f, project, x, *rows)
-    each = num_rows // num_members
-    h, done = x.reshape(each, -1, x.shape[-1]), []
+        return column_then_row(column, row, x, *by_token)
+    group = num_rows // num_members
+    x_here = x.reshape(group, -1, dim)
+    done: list[Array] = []  # the hidden rows of this device, then each other member's partial sums
     for distance in range(num_members):
-        theirs = _shift(h, -distance)
-        if done:  # one after the other, or XLA begins with rows that have yet to arrive
-            theirs, done[-1] = lax.optimization_barrier((theirs, done[-1]))
-        first = (lax.axis_index(TENSOR) + distance) % num_members * each
-        of_member = jax.tree.map(lambda r: lax.dynamic_slice_in_dim(r, first, each), rows)  # noqa: B023
-        hidden, kept = f(theirs, *of_member)
-        if jax.tree.leaves(kept):
-            raise InputError(
-                "tensor.by_member",
-                "a cache",
-                "none, for its rows would be cut: `tensor.whole` keeps one",
-            )
-        done.append(project(hidden) if distance else hidden)
+        x_group = _shift(x_here, -distance)
+        if done:
+            # Tie this group to the one before: XLA would otherwise begin with rows that have yet
+            # to arrive.
+            x_group, done[-1] = lax.optimization_barrier((x_group, done[-1]))
+        member = (lax.axis_index(TENSOR) + distance) % num_members
+        group_rows = _rows_from(by_token, member * group, group)
+        hidden, kept = column(x_group, *group_rows)
+        _check_keeps_nothing(kept)
+        done.append(row(hidden) if distance else hidden)
+    # This device's rows are projected while the last sums are under way.
     done[0], done[-1] = lax.optimization_barrier((done[0], done[-1]))
-    received = [_shift(y, distance) for distance, y in enumerate(done[1:], 1)]
-    total = sum((accumulator(y) for y in received), accumulator(project(done[0]))).astype(x.dtype)
-    return checkpoint_name(total.reshape(x.shape), EXCHANGED), None
+    received = []
+    for distance in range(1, num_members):
+        received.append(_shift(done[distance], distance))
+    total = accumulator(row(done[0]))
+    for y in received:
+        total = total + accumulator(y)
+    residual = total.astype(x.dtype)
+    residual = residual.reshape(x.shape)
+    return checkpoint_name(residual, EXCHANGED), None
+
+
+def _rows_from(
+    rows: Any,
+    first: Array,
+    num: int,
+) -> Any:
+    """Rows [first, first + num) of every array."""
+
+    def one(leaf: Array) -> Array:
+        return lax.dynamic_slice_in_dim(leaf, first, num)
+
+    return jax.tree.map(one, rows)
+
+
+def _check_keeps_nothing(kept: Any) -> None:
+    if jax.tree.leaves(kept):
+        raise InputError(
+            "tensor.column_then_row_by_member",
+            "a cache",
+            "none, for its rows would be cut: `tensor.column_then_row` keeps one",
+        )
 
 
 def _shift(x: Array, distance: int) -> Array:
-    """Every member's `x` to the member `distance` further."""
-    num_members = lax.axis_size(TENSOR)
+    """Sends every member's `x` to the member `distance` further on."""
     if distance == 0:
         return x
-    return lax.ppermute(x, TENSOR, [(i, (i + distance) % num_members) for i in range(num_members)])
+    num_members = lax.axis_size(TENSOR)
+    pairs = [(i, (i + distance) % num_members) for i in range(num_members)]
+    return lax.ppermute(x, TENSOR, pairs)
 
 
 def own_tokens(x: Array) -> Array:
-    """[B, T, ...] known to the whole group to this device's tokens [B, T / tensor, ...]."""
+    """[B, T, ...] known to the whole group, cut to this device's tokens [B, T / tensor, ...]."""
     num_rows, length, *rest = x.shape
     num_own = length // lax.axis_size(TENSOR)
     start = lax.axis_index(TENSOR) * num_rows * num_own
-    mine = lax.dynamic_slice_in_dim(x.reshape(-1, *rest), start, num_rows * num_own)
-    return mine.reshape(num_rows, num_own, *rest)
+    tokens = x.reshape(-1, *rest)
+    own = lax.dynamic_slice_in_dim(tokens, start, num_rows * num_own)
+    return own.reshape(num_rows, num_own, *rest)
 
 
 def first_column(num: int) -> Array:
-    """Number of this device's first element of a dim that is cut, of which each device has `num`."""
+    """Index of this device's first element in a sharded dim of which each device has `num`."""
     return lax.axis_index(TENSOR) * num
 
 
 def embed(table: Array, tokens: Array) -> Array:
-    """Vocabulary-parallel look-up: local table [V / tensor, D], tokens [B, T] to the residual."""
-    rows = table.shape[0]
-    local = tokens - lax.axis_index(TENSOR) * rows
-    is_here = (local >= 0) & (local < rows)
-    return reduce_scatter_tokens(
-        jnp.where(is_here[..., None], table[jnp.clip(local, 0, rows - 1)], 0)
-    )
+    """Vocabulary-parallel look-up.
+
+    Args:
+        table: this device's share [V / tensor, D].
+        tokens: [B, T], the same on every member; one outside the vocabulary has a residual of 0.
+    Returns:
+        The residual [B, T / tensor, D].
+    """
+    return reduce_scatter_tokens(_look_up(table, tokens))
+
+
+def _look_up(table: Array, tokens: Array) -> Array:
+    """Rows [B, T, D] of the local table; 0 for a token that another member's share has."""
+    num_rows = table.shape[0]
+    local = tokens - lax.axis_index(TENSOR) * num_rows
+    is_here = ((local >= 0) & (local < num_rows))[..., None]
+    found = table[jnp.clip(local, 0, num_rows - 1)]
+    return jnp.where(is_here, found, 0)
 
 
 def token_loss(
-    h: Array, head: Array | Head, labels: Array, softcap: float | None = None
+    h: Array,
+    head: Array | Head,
+    labels: Array,
+    softcap: float | None = None,
 ) -> tuple[Array, Array]:
-    """Vocabulary-parallel `ops.loss.token_loss` of the own tokens; local head [V / tensor, D].
+    """Vocabulary-parallel `ops.loss.token_loss` of this device's tokens.
 
-    The maximum only steadies the exponentials and carries no gradient.
+    Args:
+        h: hidden states [B, T, D] of the whole group's tokens.
+        head: this device's share [V / tensor, D], or with a bias.
+        labels: [B, T], the same on every member.
+        softcap: as `ops.loss.unembed`.
+    Returns:
+        (nll, log-normaliser), both [B, T / tensor].
     """
-    columns = loss.num_rows(head)
-    label, part = loss.label_and_normaliser(
-        h, head, labels - lax.axis_index(TENSOR) * columns, softcap
-    )
+    num_columns = loss.num_rows(head)
+    local = labels - lax.axis_index(TENSOR) * num_columns
+    label, part = loss.label_and_normaliser(h, head, local, softcap)
+    # lse = top + log(sum of exp(part - top)). The maximum keeps the exponentials from overflowing;
+    # lse does not depend on it, so it carries no gradient.
     top = lax.pmax(lax.stop_gradient(part), TENSOR)
-    total, label = jnp.moveaxis(
-        reduce_scatter_tokens(jnp.stack([jnp.exp(part - top), label], -1)), -1, 0
-    )
-    normaliser = jnp.log(total) + own_tokens(top)
-    is_known = own_tokens((labels >= 0) & (labels < columns * lax.axis_size(TENSOR)))
-    return jnp.where(is_known, normaliser - label, 0), normaliser
+    # The label's logit is 0 on all members but one, so it is summed in the same exchange.
+    both = jnp.stack([jnp.exp(part - top), label], -1)
+    both = reduce_scatter_tokens(both)
+    total, label = jnp.moveaxis(both, -1, 0)
+    lse = jnp.log(total) + own_tokens(top)
+    num_labels = num_columns * lax.axis_size(TENSOR)
+    is_known = (labels >= 0) & (labels < num_labels)
+    nll = jnp.where(own_tokens(is_known), lse - label, 0)
+    return nll, lse
 
 
 def kv_heads(weights: Array, axis: int, num_kv_heads: int) -> Array:
     """The kv heads that the local query heads read.
 
     A group with more members than there are kv heads holds all of them on each member, because a
-    head cannot be divided. The gradient of a head is then the sum over the members that read it, as
+    head cannot be sharded. The gradient of a head is then the sum over the members that read it, as
     for every parameter that devices hold together.
 
     Args:
@@ -170,8 +256,8 @@ def kv_heads(weights: Array, axis: int, num_kv_heads: int) -> Array:
 def sum_over_heads(x: Array) -> Array:
     """Sum over the heads that the group's members have.
 
-    Each member uses the sum for its own heads, so that the gradient of a part is the sum over the
-    members of the sum's cotangents, which is how psum transposes.
+    Each member uses the sum for its own heads. So the gradient of a member's part is the sum over
+    all members of the sum's cotangents, which is how psum transposes.
     """
     return lax.psum(x, TENSOR)
 
@@ -179,8 +265,8 @@ def sum_over_heads(x: Array) -> Array:
 def sum_over_rows(x: Array) -> Array:
     """Sum over the devices that have tokens of the same rows.
 
-    All of them know it, so that what is made of it must count on one of them: `is_counted`. Then its
-    cotangent is zero on the others, and psum, which transposes to psum, brings it to all.
+    All of them know it, so that what is made of it must count on one of them: `is_counted`. Then
+    its cotangent is zero on the others, and psum, which transposes to psum, brings it to all.
     """
     return lax.psum(x, (SEQUENCE, TENSOR))
 
@@ -192,29 +278,44 @@ def is_counted() -> Array:
 
 
 def sum_over_tokens(x: Array) -> Array:
-    """Sum over all tokens: over every device of this pipeline stage; the caller has stopped its gradient."""
-    return lax.psum(x, tuple(axis for axis in AXES if axis != PIPELINE))
+    """Sum over every device of this pipeline stage, of a figure whose gradient is stopped."""
+    axes = tuple(axis for axis in AXES if axis != PIPELINE)
+    return lax.psum(x, axes)
+
+
+# Serving: the residual is replicated over the tensor group, and nothing is differentiated.
 
 
 def replicated_input(x: Array) -> Array:
-    """The input of column-parallel matmuls where the residual is replicated over the group."""
+    """The residual [B, T, D] as the input of column-parallel matmuls; every member has it."""
     return x
 
 
 def sum_partial(y: Array) -> Array:
-    """Partial sums of row-parallel matmuls to a replicated residual; not differentiated."""
+    """All-reduce of row-parallel matmuls' partial sums [B, T, D] to the replicated residual."""
     return lax.psum(y, TENSOR)
 
 
 def embed_replicated(table: Array, tokens: Array) -> Array:
-    """Vocabulary-parallel look-up to a replicated residual: local table [V / tensor, D]."""
-    rows = table.shape[0]
-    local = tokens - lax.axis_index(TENSOR) * rows
-    is_here = (local >= 0) & (local < rows)
-    return sum_partial(jnp.where(is_here[..., None], table[jnp.clip(local, 0, rows - 1)], 0))
+    """`embed` to the replicated residual [B, T, D]."""
+    return lax.psum(_look_up(table, tokens), TENSOR)
 
 
-def logits(h: Array, head: Array | Head, softcap: float | None = None) -> Array:
-    """Logits [B, T, V] on every member, of a local head [V / tensor, D]; not differentiated."""
-    local = loss.unembed(h, head, softcap)
-    return lax.all_gather(local, TENSOR, axis=local.ndim - 1, tiled=True)
+def logits(
+    h: Array,
+    head: Array | Head,
+    softcap: float | None = None,
+) -> Array:
+    """Vocabulary-parallel `ops.loss.unembed`, all-gathered; not to be differentiated.
+
+    Args:
+        h: hidden states [B, T, D], the same on every member.
+        head: this device's share [V / tensor, D], or with a bias.
+        softcap: as `ops.loss.unembed`.
+    Returns:
+        [B, T, V] on every member.
+    Cost: an all-gather of B T V elements in at least float32.
+    """
+    local = loss.unembed(h, head, softcap)  # local: [B, T, V / tensor]
+    vocabulary = local.ndim - 1
+    return lax.all_gather(local, TENSOR, axis=vocabulary, tiled=True)

@@ -4,6 +4,7 @@ Source: Rajbhandari et al. 2019 (arXiv 1910.02054), section 5.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,26 +14,34 @@ from jax.sharding import PartitionSpec
 from jaxscale import tree
 from jaxscale.parallel.mesh import AXES, DATA, PIPELINE, SEQUENCE
 from jaxscale.parallel.rules import Specs, all_axes_of, axes_of
-from jaxscale.types import Array
+from jaxscale.types import Array, Params
 
 
-def make_gather(specs: Specs, reduction: str) -> Any:
+def make_gather(specs: Specs, reduction: str) -> Callable[[str, Params], Params]:
     """The `gather` operation: all-gathers the ZeRO-3 leaves of one section.
 
     Args:
         specs: of the whole parameter tree.
         reduction: type in which the transposed reduce-scatter sums.
+    Returns:
+        (section, its params as the stage holds them) -> the params whole, but for what other axes
+        shard.
     """
-    dims, held = (jax.tree.leaves(each) for each in (specs.dims, specs.held))
-    flat = dict(zip(tree.flatten(specs.dims), zip(dims, held, strict=True), strict=True))
+    paths = tree.flatten(specs.dims)
+    dims = jax.tree.leaves(specs.dims)
+    held = jax.tree.leaves(specs.held)
+    dims_of = dict(zip(paths, dims, strict=True))
+    spec_of = dict(zip(paths, held, strict=True))
 
-    def gather(section: str, params: Any) -> Any:
+    def gather(section: str, params: Params) -> Params:
         def one(path: str, leaf: Array) -> Array:
-            dims, spec = flat[f"{section}/{path}"]
-            for dim, entry in enumerate(spec):
-                axes = tuple(axis for axis in axes_of(entry) if axis in (DATA, SEQUENCE))
+            whole_path = f"{section}/{path}"
+            # The layers are gathered one by one, from leaves without the dim of layers.
+            num_missing = dims_of[whole_path].startswith("L")
+            for dim, entry in enumerate(spec_of[whole_path]):
+                axes = _zero_axes_of(entry)
                 if axes:
-                    leaf = _gather(leaf, dim - dims.startswith("L"), axes, reduction)
+                    leaf = _gather(leaf, dim - num_missing, axes, reduction)
             return leaf
 
         return tree.map_with_path(one, params)
@@ -40,47 +49,88 @@ def make_gather(specs: Specs, reduction: str) -> Any:
     return gather
 
 
+def _zero_axes_of(entry: Any) -> tuple[str, ...]:
+    """The axes in one entry of a spec over which ZeRO shards."""
+    return tuple(axis for axis in axes_of(entry) if axis in (DATA, SEQUENCE))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(x: Array, dim: int, axes: tuple[str, ...], reduction: str) -> Array:
+def _gather(
+    x: Array,
+    dim: int,
+    axes: tuple[str, ...],
+    reduction: str,
+) -> Array:
+    """All-gather whose transpose sums in the type `reduction`, not in that of the parameter."""
     return lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
-def _scatter(
-    dim: int, axes: tuple[str, ...], reduction: str, _: None, cotangent: Array
+def _gather_forward(
+    x: Array,
+    dim: int,
+    axes: tuple[str, ...],
+    reduction: str,
+) -> tuple[Array, None]:
+    return _gather(x, dim, axes, reduction), None
+
+
+def _gather_backward(
+    dim: int,
+    axes: tuple[str, ...],
+    reduction: str,
+    _: None,
+    cotangent: Array,
 ) -> tuple[Array]:
-    summed = lax.psum_scatter(cotangent.astype(reduction), axes, scatter_dimension=dim, tiled=True)
+    wide = cotangent.astype(reduction)
+    summed = lax.psum_scatter(wide, axes, scatter_dimension=dim, tiled=True)
     return (summed.astype(cotangent.dtype),)
 
 
-_gather.defvjp(lambda x, dim, axes, reduction: (_gather(x, dim, axes, reduction), None), _scatter)
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
-def hold(params: Any, specs: Specs) -> Any:
-    """What a stage holds during a step: parameters that are in no layer, gathered from the shares of all stages."""
+def hold(params: Params, specs: Specs) -> Params:
+    """The parameters as a pipeline stage holds them during a step.
 
-    def one(leaf: Array, stored: PartitionSpec, held: PartitionSpec) -> Array:
-        for dim, (entry, kept) in enumerate(zip(stored, held, strict=True)):
-            if PIPELINE in axes_of(entry) and PIPELINE not in axes_of(kept):
+    Those that are in no layer are stored in shares by all stages, and all-gathered here once.
+    """
+
+    def one(
+        leaf: Array,
+        stored: PartitionSpec,
+        held: PartitionSpec,
+    ) -> Array:
+        for dim, (stored_entry, held_entry) in enumerate(zip(stored, held, strict=True)):
+            is_stored_in_shares = PIPELINE in axes_of(stored_entry)
+            is_held_in_shares = PIPELINE in axes_of(held_entry)
+            if is_stored_in_shares and not is_held_in_shares:
                 leaf = lax.all_gather(leaf, PIPELINE, axis=dim, tiled=True)
         return leaf
 
     return jax.tree.map(one, params, specs.parameters, specs.held)
 
 
-def reduce_gradient(gradient: Array, held: PartitionSpec, wanted: PartitionSpec) -> Array:
+def reduce_gradient(
+    gradient: Array,
+    held: PartitionSpec,
+    wanted: PartitionSpec,
+) -> Array:
     """Sums a local gradient over the devices that hold the parameter.
 
     Every token's loss is counted on one device, so the gradient is the sum over all axes absent
-    from the spec; over axes that cut the gradient further than the parameter, as a reduce-scatter.
+    from the spec. Over axes that shard the gradient further than the parameter the sum is a
+    reduce-scatter.
 
     Args:
         gradient: local, shaped as the parameter is held during the step.
         held: spec of the parameter.
         wanted: spec of the gradient.
     """
-    for dim, (entry, whole) in enumerate(zip(wanted, held, strict=True)):
-        axes = axes_of(entry)[len(axes_of(whole)) :]
-        if axes:
-            gradient = lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
-    absent = tuple(axis for axis in AXES if axis not in all_axes_of(wanted))
+    for dim, (wanted_entry, held_entry) in enumerate(zip(wanted, held, strict=True)):
+        num_held = len(axes_of(held_entry))
+        further = axes_of(wanted_entry)[num_held:]
+        if further:
+            gradient = lax.psum_scatter(gradient, further, scatter_dimension=dim, tiled=True)
+    sharded = all_axes_of(wanted)
+    absent = tuple(axis for axis in AXES if axis not in sharded)
     return lax.psum(gradient, absent)

@@ -117,7 +117,7 @@ class _Counting:
 
 
 class _StagedCounting(_Counting):
-    """The same in the parts that pipeline stages run, see `parallel.pipeline.engine.StagedLoss`."""
+    """The same in the parts that pipeline stages run, see `parallel.pipeline.loss.StagedLoss`."""
 
     is_by_period = False
 

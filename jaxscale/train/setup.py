@@ -16,7 +16,7 @@ from jaxscale.ops.attention import attention
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.expert import check_exchange
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
-from jaxscale.parallel.pipeline.engine import StagedLoss
+from jaxscale.parallel.pipeline.loss import StagedLoss
 from jaxscale.parallel.pipeline.schedule import Schedule, make_schedule
 from jaxscale.parallel.pipeline.stages import canonical_shapes, from_canonical, to_canonical
 from jaxscale.parallel.region import LossFn, Region, make_operations
@@ -223,7 +223,7 @@ def check_training(table: Table, loss_fn: LossFn, mesh: MeshConfig, train: Train
     if not isinstance(loss_fn, StagedLoss):
         expected = (
             "a loss in parts that stages can run (start, prepare, body, finish: see "
-            "parallel.pipeline.engine.StagedLoss), or MeshConfig.pipeline = 1"
+            "parallel.pipeline.loss.StagedLoss), or MeshConfig.pipeline = 1"
         )
         raise InputError("loss", loss_fn, expected)
     if mesh.schedule == "zero_bubble" and not loss_fn.is_by_period:

@@ -114,10 +114,10 @@ def test_enter_and_exit_are_each_other_s_transpose():
     x, y = jnp.asarray(RNG.normal(size=(B, T, D))), jnp.asarray(RNG.normal(size=(SHARDS, B, T, D)))
 
     def products(x, y):
-        entered, pullback = jax.vjp(tensor.enter, x)
+        entered, pullback = jax.vjp(tensor.gather_tokens, x)
         left = (entered * y[0]).sum()
-        right = (x * tensor.exit(y[0])).sum()
-        error = jnp.abs(pullback(y[0])[0] - tensor.exit(y[0])).max()
+        right = (x * tensor.reduce_scatter_tokens(y[0])).sum()
+        error = jnp.abs(pullback(y[0])[0] - tensor.reduce_scatter_tokens(y[0])).max()
         return lax.psum(left, AXES), lax.psum(right, AXES), lax.psum(error, AXES)
 
     left, right, error = on_mesh(products, (OWN, P(TENSOR)), P())(x, y)
@@ -127,7 +127,7 @@ def test_enter_and_exit_are_each_other_s_transpose():
 
 def test_own_tokens_are_equal_shares_of_the_rows_one_after_the_other():
     x = jnp.arange(B * T).reshape(B, T)
-    own = on_mesh(tensor.own, (P(),), OWN)(x)
+    own = on_mesh(tensor.own_tokens, (P(),), OWN)(x)
     np.testing.assert_array_equal(own[:, : T // SHARDS].ravel(), np.arange(B * T // SHARDS))
     np.testing.assert_array_equal(in_order(own), x)
 
@@ -135,8 +135,8 @@ def test_own_tokens_are_equal_shares_of_the_rows_one_after_the_other():
 def test_own_tokens_are_those_that_enter_and_exit_exchange():
     x = jnp.asarray(RNG.normal(size=(B, T, D)))
     for function in (
-        lambda x: tensor.enter(tensor.own(x)),
-        lambda x: tensor.enter(tensor.exit(x) / SHARDS),
+        lambda x: tensor.gather_tokens(tensor.own_tokens(x)),
+        lambda x: tensor.gather_tokens(tensor.reduce_scatter_tokens(x) / SHARDS),
     ):
         np.testing.assert_allclose(on_mesh(function, (P(),), P())(x), x, rtol=1e-6)
 
@@ -166,7 +166,9 @@ def test_rows_by_member_equal_all_at_once(num_rows):
             x, into, out, scale = pullback(arguments[-1])
             return y, x, into, out, operations.total(scale)
 
-        operations = Operations(between=tensor.by_member, total=tensor.total)
+        operations = Operations(
+            between=tensor.column_then_row_by_member, total=tensor.sum_over_tokens
+        )
         cut = (OWN, P(None, TENSOR), P(TENSOR))
         mapped = on_mesh(functools.partial(both, operations), (*cut, P(), OWN), (OWN, *cut, P()))
         found = mapped(of_devices(x), into, out, scale, of_devices(cotangent))
@@ -186,7 +188,9 @@ def test_sums_of_many_members_are_taken_in_float32():
 
     def run(x):
         part = parts[lax.axis_index(TENSOR)]
-        return tensor.by_member(lambda h: (h, None), lambda hidden: part * hidden, x)[0]
+        return tensor.column_then_row_by_member(
+            lambda h: (h, None), lambda hidden: part * hidden, x
+        )[0]
 
     np.testing.assert_array_equal(on_mesh(run, (P(),), P())(x), 258)
 
@@ -194,7 +198,7 @@ def test_sums_of_many_members_are_taken_in_float32():
 def test_a_pipeline_exchanges_all_at_once():
     """In a branch that one stage takes alone a permute is wrong on CPUs."""
     table = parameter_table(MODEL)
-    for pipeline, between in ((1, tensor.by_member), (2, tensor.whole)):
+    for pipeline, between in ((1, tensor.column_then_row_by_member), (2, tensor.column_then_row)):
         mesh = MeshConfig(pipeline=pipeline, tensor=2)
         operations = make_operations(
             mesh, make_specs(table, mesh), attention=None, reduction="float32"
@@ -204,7 +208,9 @@ def test_a_pipeline_exchanges_all_at_once():
 
 def test_what_rows_would_keep_is_refused():
     """A cache would come back in pieces."""
-    run = on_mesh(lambda x: tensor.by_member(lambda h: (h, h), lambda y: y, x)[0], (P(),), P())
+    run = on_mesh(
+        lambda x: tensor.column_then_row_by_member(lambda h: (h, h), lambda y: y, x)[0], (P(),), P()
+    )
     with pytest.raises(InputError, match="cache"):
         run(jnp.ones((SHARDS, T // SHARDS, D)))
 
@@ -213,7 +219,10 @@ def test_one_device_exchanges_nothing():
     """Else XLA hides a matmul's output from the addition that follows, and copies the residual."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     there_and_back = jax.shard_map(
-        lambda x: tensor.exit(tensor.enter(x)), mesh=mesh, in_specs=P(), out_specs=P()
+        lambda x: tensor.reduce_scatter_tokens(tensor.gather_tokens(x)),
+        mesh=mesh,
+        in_specs=P(),
+        out_specs=P(),
     )
     program = str(jax.make_jaxpr(there_and_back)(jnp.ones((B, T, D))))
     assert "gather" not in program and "scatter" not in program

@@ -1,29 +1,37 @@
-"""A pipeline stage as three programs: F, its forward; B, its input's gradient; W, its weights' gradient.
+"""A pipeline stage as three programs: its forward, its input's gradient and its weights' gradient.
 
-The pullback of any stage is one straight program. What the input's gradient needs of it is B, the
-rest is W. Of the forward's residuals, those that depend on the input are kept from F on; the others
-(parameters in another type, rotary tables, masks) are made again, and so is what is elementwise in
-what is kept (an activation, a wider copy): XLA fuses it with what reads it, as it would where
-forward and backward are one program.
+The pullback of any stage is one straight program. The backward of the pipeline is the slice of it
+that the input's gradient needs; the weight gradient is the rest. The programs pass each other
+arrays in two hops:
+
+- The forward keeps residuals for the other two, but only those that depend on the input. The
+  others (parameters in another type, rotary tables, masks) are recomputed where they are needed. So
+  is what is elementwise in what is kept, such as an activation or a copy in a wider type: XLA fuses
+  it with the operation that reads it, as it would if forward and backward were one program.
+- The backward leaves for the weight gradient the intermediate values that both need.
 
 Source: Qi et al. 2023 (arXiv 2401.10241), section 2, by slicing the pullback instead of rewriting
     layers.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
-WRAPPERS = (
-    "pjit",
-    "jit",
-    "closed_call",
-    "checkpoint",
-    "remat2",
-)  # equations that are a program of their own
+from jaxscale.parallel.pipeline.slices import (
+    WRAPPERS,
+    dependents,
+    evaluate,
+    inputs_of,
+    makers_of,
+    needed,
+    program_inside,
+    run_flat,
+)
 
 ELEMENTWISE = {
     "add",
@@ -54,16 +62,16 @@ ELEMENTWISE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """A stage in three parts; each runs on arrays of the shapes that `split` was given.
+class StagePrograms:
+    """A stage's three programs, for arrays of the shapes that `make_stage_programs` was given.
 
     Args:
         forward: (params, x, batch) -> (y, aux, kept).
-        backward: (params, batch, kept, dy) -> (dx, extra), where `extra` is what W needs beside
-            `kept`.
+        backward: (params, batch, kept, dy) -> (dx, extra), where `extra` is what the weight
+            gradient needs beside `kept`.
         weight: (params, batch, kept, extra) -> the gradient of params.
-        kept: shapes of what F keeps.
-        extra: shapes of what B leaves for W.
+        kept: shapes of what the forward keeps.
+        extra: shapes of what the backward leaves for the weight gradient.
     """
 
     forward: Callable[..., tuple[Any, Any, tuple]]
@@ -73,212 +81,308 @@ class Split:
     extra: tuple
 
 
-def split(stage: Callable, params: Any, x: Any, batch: Any, *, is_deep: bool) -> Split:
-    """Splits stage(params, x, batch) -> (y, aux), where y is differentiated and aux is not.
+def make_stage_programs(
+    stage: Callable,
+    params: Any,
+    x: Any,
+    batch: Any,
+    *,
+    is_deep: bool,
+) -> StagePrograms:
+    """The programs of stage(params, x, batch) -> (y, aux), where only y is differentiated.
 
     Args:
         stage: traced once; loops (`lax.scan`) in it are not taken apart: their whole gradient
-            belongs to B.
+            belongs to the backward.
         params, x, batch: arguments or their shapes.
-        is_deep: look into checkpointed and jitted parts too, so that W is as large as can be;
-            without it they stay whole (a checkpointed part keeps the barrier that holds its
-            recomputation back) and belong to B.
+        is_deep: whether to look into checkpointed and jitted parts too, so that the weight gradient
+            is as large as can be. Otherwise they stay in one piece and belong to the backward; a
+            checkpointed part then keeps the barrier that delays its recomputation.
     """
-    structure = {}
+    forward = _trace_forward(stage, params, x, batch)
+    pullback = _trace_pullback(forward, is_deep=is_deep)
 
-    def run(params: Any, x: Any, batch: Any) -> tuple[Any, Any, list]:
-        y, pullback, aux = jax.vjp(
-            lambda params, x: stage(params, x, batch), params, x, has_aux=True
-        )
-        residuals, structure["pullback"] = jax.tree.flatten(pullback)
-        return y, aux, residuals
+    def run_backward(
+        params: Any,
+        batch: Any,
+        kept: Sequence,
+        dy: Any,
+    ) -> tuple[Any, tuple]:
+        residuals = forward.residuals(params, batch, kept)
+        return pullback.input_gradient(residuals, dy)
 
-    forward, (y, aux, residuals) = jax.make_jaxpr(run, return_shape=True)(params, x, batch)
-    made = forward.jaxpr.outvars[len(forward.jaxpr.outvars) - len(residuals) :]
-    num_params, num_x = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
-    of_x = _reach(forward, forward.jaxpr.invars[num_params : num_params + num_x])
-    kept_vars = _sources(
-        forward, [var for var in made if isinstance(var, Var) and var in of_x], of_x
+    def run_weight(
+        params: Any,
+        batch: Any,
+        kept: Sequence,
+        extra: Sequence,
+    ) -> Any:
+        residuals = forward.residuals(params, batch, kept)
+        return pullback.weight_gradient(residuals, extra)
+
+    return StagePrograms(
+        forward=forward.run,
+        backward=run_backward,
+        weight=run_weight,
+        kept=_shapes_of(forward.kept),
+        extra=_shapes_of(pullback.extra),
     )
 
-    def all_residuals(params: Any, batch: Any, kept: Sequence) -> list:
-        inputs = [*jax.tree.leaves(params), *(None,) * num_x, *jax.tree.leaves(batch)]
-        return _evaluate(forward, inputs, made, dict(zip(kept_vars, kept, strict=True)))
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """The traced forward.
+
+    Args:
+        program: (params, x, batch) -> (y, aux, residuals), all flat.
+        outputs: shapes of (y, aux).
+        pullback: the function that the residuals belong to, with their shapes in their places.
+        num_params, num_x: leaves of the first two arguments.
+    """
+
+    program: ClosedJaxpr
+    outputs: tuple[Any, Any]
+    pullback: Any
+    num_params: int
+    num_x: int
+
+    @property
+    def _num_outputs(self) -> int:
+        return len(jax.tree.leaves(self.outputs))
+
+    @functools.cached_property
+    def kept(self) -> list[Var]:
+        """Variables of which, beside params and batch, all residuals can be recomputed."""
+        after_params = self.program.jaxpr.invars[self.num_params :]
+        of_x = dependents(self.program, after_params[: self.num_x])
+        residuals = self.program.jaxpr.outvars[self._num_outputs :]
+        wanted = [var for var in residuals if isinstance(var, Var) and var in of_x]
+        return _sources(self.program, wanted, of_x)
+
+    def run(
+        self,
+        params: Any,
+        x: Any,
+        batch: Any,
+    ) -> tuple[Any, Any, tuple]:
+        """(y, aux, values of `kept`)."""
+        inputs = jax.tree.leaves((params, x, batch))
+        outputs = self.program.jaxpr.outvars[: self._num_outputs]
+        values = evaluate(self.program, inputs, [*outputs, *self.kept])
+        structure = jax.tree.structure(self.outputs)
+        y, aux = jax.tree.unflatten(structure, values[: self._num_outputs])
+        return y, aux, tuple(values[self._num_outputs :])
+
+    def residuals(
+        self,
+        params: Any,
+        batch: Any,
+        kept: Sequence,
+    ) -> list:
+        """All residuals, recomputed from what is kept."""
+        no_x = [None] * self.num_x
+        inputs = [*jax.tree.leaves(params), *no_x, *jax.tree.leaves(batch)]
+        known = dict(zip(self.kept, kept, strict=True))
+        wanted = self.program.jaxpr.outvars[self._num_outputs :]
+        return evaluate(self.program, inputs, wanted, known)
+
+
+def _trace_forward(
+    stage: Callable,
+    params: Any,
+    x: Any,
+    batch: Any,
+) -> _Forward:
+    def run(
+        params: Any,
+        x: Any,
+        batch: Any,
+    ) -> tuple[Any, Any, Any]:
+        def of_batch(params: Any, x: Any) -> tuple[Any, Any]:
+            return stage(params, x, batch)
+
+        y, pullback, aux = jax.vjp(of_batch, params, x, has_aux=True)
+        return y, aux, pullback  # a pytree, whose leaves are the residuals
+
+    trace = jax.make_jaxpr(run, return_shape=True)
+    program, shapes = trace(params, x, batch)
+    y, aux, pullback = shapes
+    return _Forward(
+        program=program,
+        outputs=(y, aux),
+        pullback=pullback,
+        num_params=len(jax.tree.leaves(params)),
+        num_x=len(jax.tree.leaves(x)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pullback:
+    """The traced pullback.
+
+    Args:
+        program: (residuals, dy) -> (dparams, dx), all flat.
+        gradients: shapes of (dparams, dx).
+        num_residuals: leaves of the first argument.
+    """
+
+    program: ClosedJaxpr
+    gradients: tuple[Any, Any]
+    num_residuals: int
+
+    @property
+    def _dparams(self) -> list:
+        num = len(jax.tree.leaves(self.gradients[0]))
+        return self.program.jaxpr.outvars[:num]
+
+    @property
+    def _dx(self) -> list:
+        num = len(jax.tree.leaves(self.gradients[0]))
+        return self.program.jaxpr.outvars[num:]
+
+    @functools.cached_property
+    def extra(self) -> list[Var]:
+        """Variables that both gradients need, beside the residuals."""
+        return _shared(self.program, self._dx, self._dparams, self.num_residuals)
+
+    def input_gradient(self, residuals: Sequence, dy: Any) -> tuple[Any, tuple]:
+        """(dx, values of `extra`)."""
+        inputs = [*residuals, *jax.tree.leaves(dy)]
+        wanted = [*self._dx, *self.extra]
+        values = evaluate(self.program, inputs, wanted)
+        num = len(self._dx)
+        structure = jax.tree.structure(self.gradients[1])
+        dx = jax.tree.unflatten(structure, values[:num])
+        return dx, tuple(values[num:])
+
+    def weight_gradient(self, residuals: Sequence, extra: Sequence) -> Any:
+        """The gradient of params, without dy: what needs it is in `extra`."""
+        num_dy = len(self.program.jaxpr.invars) - self.num_residuals
+        inputs = [*residuals, *[None] * num_dy]
+        known = dict(zip(self.extra, extra, strict=True))
+        values = evaluate(self.program, inputs, self._dparams, known)
+        structure = jax.tree.structure(self.gradients[0])
+        return jax.tree.unflatten(structure, values)
+
+
+def _trace_pullback(forward: _Forward, *, is_deep: bool) -> _Pullback:
+    residuals, structure = jax.tree.flatten(forward.pullback)
+    y, _ = forward.outputs
 
     def pull(residuals: list, dy: Any) -> tuple[Any, Any]:
-        return jax.tree.unflatten(structure["pullback"], residuals)(dy)
+        pullback = jax.tree.unflatten(structure, residuals)
+        return pullback(dy)
 
-    pullback, gradients = jax.make_jaxpr(pull, return_shape=True)(residuals, y)
+    program, gradients = jax.make_jaxpr(pull, return_shape=True)(residuals, y)
     if is_deep:
-        pullback = jax.make_jaxpr(lambda *inputs: _flattened(pullback, inputs))(*pullback.in_avals)
-    dparams, dx = (
-        pullback.jaxpr.outvars[: len(jax.tree.leaves(gradients[0]))],
-        pullback.jaxpr.outvars[-num_x:],
-    )
-    extra = _between(pullback, dx, dparams, len(residuals))
-
-    def run_forward(params: Any, x: Any, batch: Any) -> tuple[Any, Any, tuple]:
-        wanted = forward.jaxpr.outvars[: len(forward.jaxpr.outvars) - len(residuals)]
-        outputs = _evaluate(forward, jax.tree.leaves((params, x, batch)), [*wanted, *kept_vars])
-        y_aux = jax.tree.unflatten(jax.tree.structure((y, aux)), outputs[: len(wanted)])
-        return *y_aux, tuple(outputs[len(wanted) :])
-
-    def run_backward(params: Any, batch: Any, kept: Sequence, dy: Any) -> tuple[Any, tuple]:
-        inputs = [*all_residuals(params, batch, kept), *jax.tree.leaves(dy)]
-        outputs = _evaluate(pullback, inputs, [*dx, *extra])
-        return jax.tree.unflatten(jax.tree.structure(gradients[1]), outputs[:num_x]), tuple(
-            outputs[num_x:]
-        )
-
-    def run_weight(params: Any, batch: Any, kept: Sequence, extra_values: Sequence) -> Any:
-        inputs = [*all_residuals(params, batch, kept), *(None,) * len(jax.tree.leaves(y))]
-        known = dict(zip(extra, extra_values, strict=True))
-        return jax.tree.unflatten(
-            jax.tree.structure(gradients[0]), _evaluate(pullback, inputs, dparams, known)
-        )
-
-    kept, extra_shapes = (
-        tuple(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in variables)
-        for variables in (kept_vars, extra)
-    )
-    return Split(run_forward, run_backward, run_weight, kept, extra_shapes)
+        flat = functools.partial(_run_flat, program)
+        program = jax.make_jaxpr(flat)(*program.in_avals)
+    return _Pullback(program, gradients, len(residuals))
 
 
-def _sources(program: ClosedJaxpr, residuals: Sequence[Var], of_x: set[Var]) -> list[Var]:
-    """What to keep, of what depends on the input, so that elementwise operations make `residuals` of it."""
-    makers = {
-        var: (i, equation)
-        for i, equation in enumerate(program.jaxpr.eqns)
-        for var in equation.outvars
-    }
-    kept: dict[Var, None] = {}
+def _run_flat(program: ClosedJaxpr, *inputs: Any) -> list:
+    return run_flat(program, inputs)
+
+
+def _sources(
+    program: ClosedJaxpr,
+    residuals: Sequence[Var],
+    of_x: set[Var],
+) -> list[Var]:
+    """What to keep so that elementwise operations make `residuals` of it.
+
+    Args:
+        program: the forward.
+        residuals: those that depend on x.
+        of_x: all variables that depend on x; the others can be recomputed in any case.
+    """
+    maker_of = makers_of(program)
+    position = _positions(program)
+    kept: dict[Var, None] = {}  # in the order of their making
     made: set[Var] = set()
 
-    def need(var: Var) -> list[Var]:
-        return [var for var in _inputs(makers[var][1]) if var in of_x]
-
-    def is_made(var: Var) -> bool:
-        if var not in kept and var not in made:
-            if (
-                var not in makers
-                or not _is_elementwise(makers[var][1])
-                or not all(map(is_made, need(var)))
-            ):
-                return False
-            made.add(var)
+    def can_be_made(var: Var) -> bool:
+        """Whether elementwise operations make it of what is kept so far."""
+        if var in kept or var in made:
+            return True
+        if var not in maker_of or not _is_elementwise(maker_of[var]):
+            return False
+        sources = [source for source in inputs_of(maker_of[var]) if source in of_x]
+        if not all(map(can_be_made, sources)):
+            return False
+        made.add(var)
         return True
 
-    for var in sorted(
-        dict.fromkeys(residuals), key=lambda var: makers[var][0] if var in makers else -1
-    ):
-        while var in makers and makers[var][1].primitive.name == "convert_element_type":
-            (source,) = need(var)
-            if source.aval.dtype.itemsize > var.aval.dtype.itemsize:
-                break
-            var = source  # the same value in fewer bytes
-        if not is_made(var):
+    distinct = dict.fromkeys(residuals)
+    for residual in sorted(distinct, key=lambda var: position.get(var, -1)):
+        var = _narrowest(residual, maker_of, ("convert_element_type",))
+        if not can_be_made(var):
             kept[var] = None
     return list(kept)
 
 
+def _positions(program: ClosedJaxpr) -> dict[Var, int]:
+    """The place among the equations of the one that makes each variable."""
+    found = {}
+    for number, equation in enumerate(program.jaxpr.eqns):
+        found.update(dict.fromkeys(equation.outvars, number))
+    return found
+
+
 def _is_elementwise(equation: JaxprEqn) -> bool:
     if equation.primitive.name in WRAPPERS:
-        inner = equation.params["jaxpr"]
-        return all(
-            map(_is_elementwise, (inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner).eqns)
-        )
+        inner = program_inside(equation).jaxpr
+        return all(map(_is_elementwise, inner.eqns))
     return equation.primitive.name in ELEMENTWISE
 
 
-def _reach(program: ClosedJaxpr, sources: Iterable[Var]) -> set[Var]:
-    """The variables that depend on `sources`, themselves included."""
-    reached = set(sources)
-    for equation in program.jaxpr.eqns:
-        if any(var in reached for var in _inputs(equation)):
-            reached.update(equation.outvars)
-    return reached
-
-
-def _needed(
-    program: ClosedJaxpr, wanted: Iterable[Any], known: Iterable[Var] = ()
-) -> list[JaxprEqn]:
-    """The equations that `wanted` needs, in order, where `known` is given."""
-    known = set(known)
-    needed = {var for var in wanted if isinstance(var, Var)} - known
-    found = []
-    for equation in reversed(program.jaxpr.eqns):
-        if any(var in needed for var in equation.outvars):
-            found.append(equation)
-            needed.update(set(_inputs(equation)) - known)
-    return found[::-1]
-
-
-def _between(
-    program: ClosedJaxpr, first: Sequence[Any], second: Sequence[Any], num_kept: int
+def _shared(
+    program: ClosedJaxpr,
+    dx: Sequence[Any],
+    dparams: Sequence[Any],
+    num_residuals: int,
 ) -> list[Var]:
-    """What `second` needs of what is made or received for `first`; the first `num_kept` inputs are there anyway."""
-    made = {var for equation in _needed(program, first) for var in equation.outvars}
-    made |= set(program.jaxpr.invars[num_kept:])
-    uses = [var for equation in _needed(program, second, made) for var in _inputs(equation)]
-    uses += [var for var in second if isinstance(var, Var)]
-    makers = {var: equation for equation in program.jaxpr.eqns for var in equation.outvars}
-
-    def narrow(var: Var) -> Var:
-        """The same value before it was converted to a wider type or held back by a barrier."""
-        while var in makers and makers[var].primitive.name in (
-            "convert_element_type",
-            "optimization_barrier",
-        ):
-            source = makers[var].invars[makers[var].outvars.index(var)]
-            if not isinstance(source, Var) or source.aval.dtype.itemsize > var.aval.dtype.itemsize:
-                break
-            var = source
-        return var
-
-    narrowed = dict.fromkeys(narrow(var) for var in uses if var in made)
-    return [var for var in narrowed if var in made]
+    """What `dparams` needs of all that is made or received for `dx`, without the residuals."""
+    made = set(program.jaxpr.invars[num_residuals:])
+    for equation in needed(program, dx):
+        made.update(equation.outvars)
+    uses = []
+    for equation in needed(program, dparams, made):
+        uses += inputs_of(equation)
+    uses += [var for var in dparams if isinstance(var, Var)]
+    maker_of = makers_of(program)
+    repeats = ("convert_element_type", "optimization_barrier")
+    # A dict, for the order and for what is used twice.
+    narrow = {_narrowest(var, maker_of, repeats): None for var in uses if var in made}
+    return [var for var in narrow if var in made]
 
 
-def _inputs(equation: JaxprEqn) -> list[Var]:
-    return [var for var in equation.invars if isinstance(var, Var)]
+def _narrowest(
+    var: Var,
+    maker_of: Mapping[Var, JaxprEqn],
+    repeats: Sequence[str],
+) -> Var:
+    """The same value in as few bytes as possible, before operations that only repeat it.
+
+    Args:
+        var: whose value it is.
+        maker_of: the equation that makes each variable.
+        repeats: names of such operations: conversions to a wider type, barriers.
+    """
+    while var in maker_of and maker_of[var].primitive.name in repeats:
+        equation = maker_of[var]
+        output = equation.outvars.index(var)
+        source = equation.invars[output]
+        if not isinstance(source, Var) or _itemsize(source) > _itemsize(var):
+            break
+        var = source
+    return var
 
 
-def _evaluate(
-    program: ClosedJaxpr, inputs: Sequence, wanted: Sequence, known: dict[Var, Any] | None = None
-) -> list:
-    """The values of `wanted`, running only what they need; inputs that are not needed may be None."""
-    values = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    values |= dict(zip(program.jaxpr.invars, inputs, strict=True)) | (known or {})
-    for equation in _needed(program, wanted, known or ()):
-        values |= zip(
-            equation.outvars, _apply(equation, _read(values, equation.invars)), strict=True
-        )
-    return _read(values, wanted)
+def _itemsize(var: Var) -> int:
+    return var.aval.dtype.itemsize
 
 
-def _flattened(program: ClosedJaxpr, inputs: Sequence) -> list:
-    """Runs a program with the wrapped ones inside it written out; traced, it is one flat program."""
-    values = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    values |= zip(program.jaxpr.invars, inputs, strict=True)
-    for equation in program.jaxpr.eqns:
-        arguments = _read(values, equation.invars)
-        if equation.primitive.name in WRAPPERS:
-            inner = equation.params["jaxpr"]
-            outputs = _flattened(
-                inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), arguments
-            )
-        else:
-            outputs = _apply(equation, arguments)
-        values |= zip(equation.outvars, outputs, strict=True)
-    return _read(values, program.jaxpr.outvars)
-
-
-def _apply(equation: JaxprEqn, arguments: Sequence) -> Sequence:
-    parameters = equation.primitive.get_bind_params(equation.params)
-    with equation.ctx.manager:
-        outputs = equation.primitive.bind(*arguments, **parameters)
-    return outputs if equation.primitive.multiple_results else [outputs]
-
-
-def _read(values: dict[Var, Any], variables: Sequence) -> list:
-    return [var.val if isinstance(var, Literal) else values[var] for var in variables]
+def _shapes_of(variables: Sequence[Var]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    avals = [var.aval for var in variables]
+    return tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)

@@ -1,45 +1,48 @@
-"""Pipeline schedules as data: what each stage does in each tick, and in which slot each tensor waits.
+"""Pipeline schedules as data: what each stage does in each tick, and which slot holds each tensor.
 
-A stage's tick is, in this order: store what its neighbours sent, at most one F (forward of a
-micro-batch through a chunk), at most one B (backward), at most one W (weight gradient, where a
-schedule splits it from B); then activations go to the next stage and cotangents to the previous
-one. F of the last chunk also makes the cotangent of its own loss, so B of that micro-batch may
-follow in the same tick.
+There are three operations, each of one micro-batch through one chunk of the layers: the forward,
+the backward and the weight gradient. Most schedules do the last in the backward. One splits it off:
+its backward makes the input's gradient only, for which the previous stage waits.
 
-Chunk v of stage s is virtual stage k = v S + s, so that the layers pass S - 1 -> 0 between two
-chunks. A schedule is made of the ticks of F, B and W, arrays [V S, M] indexed by virtual stage and
-micro-batch; the rest follows from them.
+In a tick a stage first stores what its neighbours sent, then does at most one forward, at most one
+backward and at most one weight gradient, in this order. Then activations go to the next stage and
+cotangents to the previous one. The forward of the last chunk also computes the loss and its
+cotangent, so that the backward of that micro-batch may follow in the same tick.
+
+Letters are those of Narayanan et al. 2021 (arXiv 2104.04473): p stages with v chunks each and m
+micro-batches. Chunk c of stage s is virtual stage c p + s: after chunk c of the last stage, a
+micro-batch goes on in chunk c + 1 of stage 0. A schedule follows from the ticks of its operations,
+arrays [v p, m] indexed by virtual stage and micro-batch.
 """
 
 import dataclasses
-import heapq
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from jaxscale.parallel.mesh import SCHEDULES, nearest_multiples
+from jaxscale.parallel.pipeline.liveness import NONE, assign_slots
 from jaxscale.types import InputError, check_choice, check_positive
-
-NONE = -1  # no micro-batch, no chunk, no slot
 
 
 class Rows(NamedTuple):
-    """One int32 array [ticks, S] for each thing a stage must know in a tick; NONE where there is nothing to do.
+    """What a stage must know in a tick: int32 arrays [ticks, p], NONE where there is nothing to do.
 
     Args:
-        forward, forward_chunk: micro-batch and chunk of F.
-        backward, backward_chunk: of B.
-        weight, weight_chunk: of W; NONE everywhere where B does both.
+        forward, forward_chunk: micro-batch and chunk of the forward.
+        backward, backward_chunk: of the backward.
+        weight, weight_chunk: of the weight gradient; NONE everywhere unless it is split off.
         activation_store: activation slot for what the previous stage sent.
-        activation_read: activation slot that F reads; NONE in the first virtual stage, which embeds
-            tokens.
-        residual_store, residual_read: residual slot that F fills and B reads; where W is apart, B
-            adds what W needs.
-        residual_weight: residual slot that W reads.
+        activation_read: activation slot that the forward reads; NONE in the first virtual stage,
+            which embeds tokens.
+        residual_store, residual_read: residual slot that the forward fills and the backward reads.
+            If the weight gradient is split off, the backward adds what that needs.
+        residual_weight: residual slot that the weight gradient reads.
         cotangent_store: cotangent slot for what the next stage sent.
-        cotangent_own: cotangent slot that F of the last virtual stage fills.
-        cotangent_read: cotangent slot that B reads.
+        cotangent_own: cotangent slot that the forward of the last virtual stage fills, from the
+            loss.
+        cotangent_read: cotangent slot that the backward reads.
     """
 
     forward: np.ndarray
@@ -60,20 +63,20 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """A schedule of S stages with V chunks each and M micro-batches.
+    """A schedule of p stages with v chunks each and m micro-batches.
 
     A slot holds its tensor from the tick that fills it to the tick that reads it last, both
     included.
 
     Args:
         name: one of SCHEDULES.
-        num_stages: S.
-        num_chunks: V.
-        num_microbatches: M.
-        rows: what happens, by tick and stage. num_activation_slots, num_residual_slots,
-        num_cotangent_slots: what the fullest stage needs of each kind; all
-            chunks of a stage share them.
-        is_split: whether W is apart from B.
+        num_stages: p.
+        num_chunks: v.
+        num_microbatches: m.
+        rows: what happens, by tick and stage.
+        num_activation_slots, num_residual_slots, num_cotangent_slots: what the fullest stage needs
+            of each kind; all chunks of a stage share them.
+        is_split: whether the weight gradient is split off the backward.
     """
 
     name: str
@@ -92,176 +95,233 @@ class Schedule:
         return self.rows.forward.shape[0]
 
 
-def make_schedule(name: str, num_stages: int, num_chunks: int, num_microbatches: int) -> Schedule:
+def make_schedule(
+    name: str,
+    num_stages: int,
+    num_chunks: int,
+    num_microbatches: int,
+) -> Schedule:
     """The schedule of a name in SCHEDULES.
 
     Args:
         name: one of SCHEDULES.
-        num_stages: S.
-        num_chunks: V, above 1 for "interleaved" only.
-        num_microbatches: M.
+        num_stages: p.
+        num_chunks: v, above 1 for "interleaved" only.
+        num_microbatches: m.
     Raises:
-        InputError: a count is not positive, V does not suit the schedule, or M does not suit V.
+        InputError: a count is not positive, v does not suit the schedule, or m does not suit v.
     """
     check_choice("MeshConfig.schedule", name, SCHEDULES)
     if name == "interleaved":
         return interleaved(num_stages, num_chunks, num_microbatches)
     if num_chunks != 1:
         raise InputError("MeshConfig.num_chunks", num_chunks, '1 unless schedule is "interleaved"')
-    return {"gpipe": gpipe, "1f1b": one_f_one_b, "zero_bubble": zero_bubble}[name](
-        num_stages, num_microbatches
-    )
+    makers = {"gpipe": gpipe, "1f1b": one_f_one_b, "zero_bubble": zero_bubble}
+    return makers[name](num_stages, num_microbatches)
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
-    """All forwards, then all backwards, the first micro-batch's first, so that gradients add up as in the others.
+    """All forwards, then all backwards.
 
-    Source: Huang et al. 2019 (arXiv 1811.06965), section 2.3: bubble (S - 1) / (M + S - 1).
-    Cost: M residual slots.
+    The first micro-batch's backward comes first, so that gradients add up in the same order as in
+    the other schedules.
+
+    Source: Huang et al. 2019 (arXiv 1811.06965), section 2.3: bubble (p - 1) / (m + p - 1).
+    Cost: m residual slots.
     """
     stage, microbatch = _grid(num_stages, num_microbatches)
-    all_forward = (
-        num_microbatches - 1
-    )  # ticks from the last stage's first F to its last, with which B may begin
     forward = stage + microbatch
-    backward = 2 * (num_stages - 1) - stage + all_forward + microbatch
+    # 1F1B's backward, delayed by the ticks from the last stage's first forward to its last: the
+    # first backward follows that one in the same tick.
+    delay = num_microbatches - 1
+    backward = 2 * (num_stages - 1) - stage + microbatch + delay
     return _schedule("gpipe", num_stages, forward, backward)
 
 
 def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
-    """A backward as soon as it can be.
+    """Each backward as soon as it is possible.
 
-    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.1, its PipeDream-Flush: bubble (S
-        - 1) / (M + S - 1).
-    Cost: min(M, 2 S - 1) residual slots. A stage that waits for its neighbours once per F and B
-        gets a micro-batch back after 2 (S - 1) ticks; the paper's S micro-batches in flight would
-        need an exchange after each F and after each B, where all wait for the slower of the two.
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.1, its PipeDream-Flush: bubble
+        (p - 1) / (m + p - 1).
+    Cost: min(m, 2 p - 1) residual slots. A stage waits for its neighbours once a tick, so it gets a
+        micro-batch back after 2 (p - 1) ticks. The paper's p micro-batches in flight would need an
+        exchange after each forward and one after each backward, where all wait for the slower of
+        the two.
     """
-    return _schedule("1f1b", num_stages, *_one_f_one_b_ticks(num_stages, num_microbatches))
+    forward, backward = _one_f_one_b_ticks(num_stages, num_microbatches)
+    return _schedule("1f1b", num_stages, forward, backward)
 
 
-def interleaved(num_stages: int, num_chunks: int, num_microbatches: int) -> Schedule:
-    """1F1B over V chunks a stage: each group of S micro-batches passes all chunks before the next group begins.
+def interleaved(
+    num_stages: int,
+    num_chunks: int,
+    num_microbatches: int,
+) -> Schedule:
+    """1F1B over v chunks a stage.
 
-    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.2: bubble (S - 1) / (V M + S - 1).
+    Each group of p micro-batches passes all chunks before the next group begins.
+
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.2: bubble (p - 1) / (v m + p - 1).
     Raises:
-        InputError: M % S != 0 with V > 1.
-    Cost: at most V S + S - 1 residual slots of 1 / V of a stage; V times the exchanges of 1F1B.
+        InputError: m % p != 0 with v > 1.
+    Cost: at most v p + p - 1 residual slots of 1 / v of a stage; v times the exchanges of 1F1B.
     """
     check_positive("MeshConfig.num_chunks", num_chunks)
     virtual, microbatch = _grid(num_stages, num_microbatches, num_chunks)
-    if num_chunks > 1 and num_microbatches % num_stages:
-        expected = (
-            f"num_microbatches % pipeline == 0 for the interleaved schedule, but {num_microbatches} % {num_stages} = "
-            f"{num_microbatches % num_stages}; nearest: {nearest_multiples(num_microbatches, num_stages)}"
-        )
-        raise InputError("TrainConfig.num_microbatches", num_microbatches, expected)
-    start = microbatch // num_stages * num_stages * num_chunks + microbatch % num_stages
-    backward = start + 2 * (num_stages * num_chunks - 1) - virtual
+    if num_chunks > 1:
+        _check_groups(num_microbatches, num_stages)
+    group, place_in_group = microbatch // num_stages, microbatch % num_stages
+    start = group * num_stages * num_chunks + place_in_group
+    num_virtual = num_stages * num_chunks
+    backward = start + 2 * (num_virtual - 1) - virtual
     return _schedule("interleaved", num_stages, start + virtual, backward)
 
 
+def _check_groups(num_microbatches: int, num_stages: int) -> None:
+    if rest := num_microbatches % num_stages:
+        equation = "num_microbatches % pipeline == 0 for the interleaved schedule"
+        here = f"but {num_microbatches} % {num_stages} = {rest}"
+        nearest = nearest_multiples(num_microbatches, num_stages)
+        expected = f"{equation}, {here}; nearest: {nearest}"
+        raise InputError("TrainConfig.num_microbatches", num_microbatches, expected)
+
+
 def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
-    """ZB-H1: B gives the input's gradient only, and W, which nobody waits for, fills what would be idle.
+    """ZB-H1: splits off the weight gradient, for which nobody waits, to fill idle ticks.
 
-    F and B are 1F1B's. W is done in each tick between the first B and the last F of stage 0, then
-    where a stage has run out of Fs while others have not. Once all Fs are done, a tick of B, or W
-    where no B is left, alternates with a tick of W.
+    Up to the last forward of any stage, forwards and backwards come when 1F1B has them. A stage
+    does a weight gradient in every tick between the first backward and the last forward of stage 0,
+    and after that where it has no forward left while others have. Once all forwards are done, a
+    tick of a backward (or of a weight gradient where no backward is left) alternates with one of a
+    weight gradient.
 
-    Source: Qi et al. 2023 (arXiv 2401.10241), section 2.1: idle time (S - 1)(F + B - W), here for W
-        <= F, W <= B and M >= 2 (S - 1); more for fewer micro-batches, never more than 1F1B's.
-    Cost: min(M, 2 S - 1) residual slots, held from F to W, as many as 1F1B's stage 0 holds from F
-        to B, each with room for what B leaves for W.
+    Source: Qi et al. 2023 (arXiv 2401.10241), section 2.1: idle time (p - 1)(T_F + T_B - T_W), here
+        for T_W <= T_F, T_W <= T_B and m >= 2 (p - 1); more for fewer micro-batches, never more than
+        1F1B's.
+    Cost: min(m, 2 p - 1) residual slots, held from the forward to the weight gradient, as many as
+        1F1B's stage 0 holds from forward to backward, each with room for what the backward leaves
+        for the weight gradient.
     """
     forward, backward = _one_f_one_b_ticks(num_stages, num_microbatches)
-    last = num_microbatches + num_stages - 1  # the first tick without any F
+    last = num_microbatches + num_stages - 1  # the first tick without any forward
+    # From there on every second tick is left to weight gradients.
     backward = backward + np.maximum(backward - last, 0)
-    weight = [
-        _weight_ticks(f, b, 2 * (num_stages - 1), last)
-        for f, b in zip(forward, backward, strict=True)
-    ]
+    first = 2 * (num_stages - 1)
+    weight = []
+    for stage in range(num_stages):
+        ticks = _weight_ticks(forward[stage], backward[stage], first, last)
+        weight.append(ticks)
     return _schedule("zero_bubble", num_stages, forward, backward, np.stack(weight))
 
 
 def duration(
-    schedule: Schedule, forward: ArrayLike, backward: ArrayLike, weight: ArrayLike
+    schedule: Schedule,
+    forward: ArrayLike,
+    backward: ArrayLike,
+    weight: ArrayLike,
 ) -> float:
     """Time of a step: a stage begins a tick when it and its neighbours have ended the one before.
 
     Args:
-        schedule: S stages with V chunks.
-        forward, backward, weight: seconds of F, of the input's gradient and of the weights'
-            gradient, for one micro-batch through one chunk: a number, [S], or [V, S]. Unless the
-            schedule splits them, its B takes both.
+        schedule: p stages with v chunks.
+        forward, backward, weight: seconds of the forward, of the input's gradient and of the
+            weights' gradient, for one micro-batch through one chunk: a number, [p], or [v, p].
+            Unless the schedule splits the two gradients, its backward takes the time of both.
     Returns:
-        seconds until the last stage has ended, of the exchanges only the waiting.
+        seconds until the last stage has ended. Of the exchanges only the waiting counts.
     """
+    is_ring = schedule.num_chunks > 1  # the last stage sends to stage 0
     ended = np.zeros(schedule.num_stages)
     for seconds in _tick_seconds(schedule, forward, backward, weight):
-        if schedule.num_chunks > 1:
-            before, after = np.roll(ended, 1), np.roll(ended, -1)
-        else:
-            before, after = np.append(0.0, ended[:-1]), np.append(ended[1:], 0.0)
-        ended = np.maximum(ended, np.maximum(before, after)) + seconds
+        previous, following = np.roll(ended, 1), np.roll(ended, -1)
+        if not is_ring:
+            previous[0] = following[-1] = 0.0
+        neighbours = np.maximum(previous, following)
+        ended = np.maximum(ended, neighbours) + seconds
     return float(ended.max())
 
 
 def bubble(
-    schedule: Schedule, forward: ArrayLike = 1.0, backward: ArrayLike = 1.0, weight: ArrayLike = 1.0
+    schedule: Schedule,
+    forward: ArrayLike = 1.0,
+    backward: ArrayLike = 1.0,
+    weight: ArrayLike = 1.0,
 ) -> float:
     """Share of the stages' time that is idle; arguments as of `duration`."""
     busy = _tick_seconds(schedule, forward, backward, weight).sum()
-    return float(1 - busy / (schedule.num_stages * duration(schedule, forward, backward, weight)))
+    total = schedule.num_stages * duration(schedule, forward, backward, weight)
+    return float(1 - busy / total)
 
 
 def _tick_seconds(
-    schedule: Schedule, forward: ArrayLike, backward: ArrayLike, weight: ArrayLike
+    schedule: Schedule,
+    forward: ArrayLike,
+    backward: ArrayLike,
+    weight: ArrayLike,
 ) -> np.ndarray:
-    """Seconds [ticks, S] that each stage works in each tick."""
-    rows, stages = schedule.rows, np.arange(schedule.num_stages)
-    backward = backward if schedule.is_split else np.add(backward, weight)
+    """Seconds [ticks, p] that each stage works in each tick."""
+    rows = schedule.rows
+    if not schedule.is_split:
+        backward = np.add(backward, weight)
     seconds = np.zeros(rows.forward.shape)
-    chunks = (rows.forward_chunk, rows.backward_chunk, rows.weight_chunk)
-    for chunk, cost in zip(chunks, (forward, backward, weight), strict=True):
-        by_chunk = np.broadcast_to(
-            np.asarray(cost, float), (schedule.num_chunks, schedule.num_stages)
-        )
+    for chunk, cost in (
+        (rows.forward_chunk, forward),
+        (rows.backward_chunk, backward),
+        (rows.weight_chunk, weight),
+    ):
+        shape = (schedule.num_chunks, schedule.num_stages)
+        by_chunk = np.broadcast_to(np.asarray(cost, float), shape)
+        stages = np.arange(schedule.num_stages)
         seconds += np.where(chunk == NONE, 0.0, by_chunk[chunk, stages])
     return seconds
 
 
 def _grid(
-    num_stages: int, num_microbatches: int, num_chunks: int = 1
+    num_stages: int,
+    num_microbatches: int,
+    num_chunks: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the virtual stages [V S, 1] and of the micro-batches [1, M]."""
+    """Indices of the virtual stages [v p, 1] and of the micro-batches [1, m]."""
     check_positive("MeshConfig.pipeline", num_stages)
     check_positive("TrainConfig.num_microbatches", num_microbatches)
-    return np.arange(num_stages * num_chunks)[:, None], np.arange(num_microbatches)[None, :]
+    virtual = np.arange(num_stages * num_chunks)
+    microbatch = np.arange(num_microbatches)
+    return virtual[:, None], microbatch[None, :]
 
 
 def _one_f_one_b_ticks(num_stages: int, num_microbatches: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ticks [p, m] of forward and backward: each takes a micro-batch one stage on, or back."""
     stage, microbatch = _grid(num_stages, num_microbatches)
-    return stage + microbatch, 2 * (num_stages - 1) - stage + microbatch
+    forward = stage + microbatch
+    backward = 2 * (num_stages - 1) - stage + microbatch
+    return forward, backward
 
 
-def _weight_ticks(forward: np.ndarray, backward: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Ticks [M] of a stage's Ws: the earliest that cost the pipeline least.
+def _weight_ticks(
+    forward: np.ndarray,
+    backward: np.ndarray,
+    first: int,
+    last: int,
+) -> np.ndarray:
+    """Ticks [m] of a stage's weight gradients: the earliest that cost the pipeline least.
 
     Args:
-        forward, backward: ticks [M] of the stage's F and B.
-        first: tick of the first B of stage 0: a W earlier on would delay it.
-        last: first tick without any F.
+        forward, backward: ticks [m] of the stage's forwards and backwards.
+        first: tick of stage 0's first backward, which a weight gradient before it would delay.
+        last: first tick without any forward.
     """
     num = len(forward)
     ticks = np.arange(last + 2 * first + num + 2)
     is_steady = (ticks >= first) & (ticks < num)
-    is_free = np.where(
-        ticks < last, is_steady | ~np.isin(ticks, forward), ~np.isin(ticks, backward)
-    )
-    free, found = ticks[is_free], []
+    has_no_forward = ~np.isin(ticks, forward)
+    has_no_backward = ~np.isin(ticks, backward)
+    is_free = np.where(ticks < last, is_steady | has_no_forward, has_no_backward)
+    free = ticks[is_free]
+    found: list[int] = []
     for ready in backward:
         earliest = max(ready, found[-1] + 1) if found else ready
-        found.append(free[np.searchsorted(free, earliest)])
+        index = np.searchsorted(free, earliest)
+        found.append(free[index])
     return np.array(found)
 
 
@@ -272,25 +332,38 @@ def _schedule(
     backward: np.ndarray,
     weight: np.ndarray | None = None,
 ) -> Schedule:
-    """Assigns slots to a schedule given as ticks [V S, M] of F, B and, where it splits them, W."""
-    activation_at = np.vstack(
-        [np.full_like(forward[:1], NONE), forward[:-1] + 1]
-    )  # k - 1 sent it one tick before
-    cotangent_at = np.vstack([backward[1:] + 1, forward[-1:]])
-    activation, num_activation = _assign(activation_at, forward, num_stages)
-    cotangent, num_cotangent = _assign(cotangent_at, backward, num_stages)
-    is_split = weight is not None
-    weight = weight if is_split else np.full_like(backward, NONE)
-    residual, num_residual = _assign(forward, np.maximum(backward, weight), num_stages)
+    """Assigns slots to a schedule.
 
+    Args:
+        name: one of SCHEDULES.
+        num_stages: p.
+        forward, backward: ticks [v p, m] of both.
+        weight: ticks [v p, m] of the weight gradients; None unless the schedule splits them off.
+    """
+    # What arrives was sent one tick before, by the virtual stage before or after. The first virtual
+    # stage reads no activation, and the last makes its cotangent itself, in its forward.
+    no_activation = np.full_like(forward[:1], NONE)
+    activation_at = np.vstack([no_activation, forward[:-1] + 1])
+    cotangent_at = np.vstack([backward[1:] + 1, forward[-1:]])
+    is_split = weight is not None
+    if weight is None:
+        weight = np.full_like(backward, NONE)
+    last_use = np.maximum(backward, weight)
+    activation, num_activation = assign_slots(activation_at, forward, num_stages)
+    cotangent, num_cotangent = assign_slots(cotangent_at, backward, num_stages)
+    residual, num_residual = assign_slots(forward, last_use, num_stages)
+
+    num_virtual, num_microbatches = forward.shape
     virtual, microbatch = np.indices(forward.shape)
-    chunk, num_ticks = virtual // num_stages, 1 + max(backward.max(), weight.max())
-    is_last = virtual == len(forward) - 1
+    chunk, stage = virtual // num_stages, virtual % num_stages
+    num_ticks = 1 + last_use.max()
+    is_last = virtual == num_virtual - 1
 
     def column(ticks: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Each value [v p, m] at its tick and stage, [ticks, p]."""
         found = np.full((num_ticks, num_stages), NONE, np.int32)
         is_any = ticks != NONE
-        found[ticks[is_any], virtual[is_any] % num_stages] = values[is_any]
+        found[ticks[is_any], stage[is_any]] = values[is_any]
         return found
 
     rows = Rows(
@@ -309,37 +382,14 @@ def _schedule(
         cotangent_own=column(np.where(is_last, cotangent_at, NONE), cotangent),
         cotangent_read=column(backward, cotangent),
     )
-    counts = (num_activation, num_residual, num_cotangent)
     return Schedule(
-        name, num_stages, len(forward) // num_stages, forward.shape[1], rows, *counts, is_split
+        name=name,
+        num_stages=num_stages,
+        num_chunks=num_virtual // num_stages,
+        num_microbatches=num_microbatches,
+        rows=rows,
+        num_activation_slots=num_activation,
+        num_residual_slots=num_residual,
+        num_cotangent_slots=num_cotangent,
+        is_split=is_split,
     )
-
-
-def _assign(filled: np.ndarray, read: np.ndarray, num_stages: int) -> tuple[np.ndarray, int]:
-    """Slots [V S, M] by liveness, and how many the fullest stage needs; NONE for what is never filled.
-
-    Args:
-        filled, read: ticks [V S, M] of a tensor's first and last use; a slot is free again in the
-            tick after `read`.
-        num_stages: S; virtual stages k with the same k % S share slots.
-    """
-    slots, most = np.full(filled.shape, NONE), 0
-    for stage in range(num_stages):
-        own = [
-            (filled[k, m], k, m)
-            for k in range(stage, len(filled), num_stages)
-            for m in range(filled.shape[1])
-        ]
-        free: list[int] = []
-        in_use: list[tuple[int, int]] = []  # (tick of the last read, slot)
-        num = 0
-        for tick, k, m in sorted(entry for entry in own if entry[0] != NONE):
-            while in_use and in_use[0][0] < tick:
-                heapq.heappush(free, heapq.heappop(in_use)[1])
-            if not free:
-                heapq.heappush(free, num)
-                num += 1
-            slots[k, m] = heapq.heappop(free)
-            heapq.heappush(in_use, (read[k, m], slots[k, m]))
-        most = max(most, num)
-    return slots, most

@@ -1,4 +1,4 @@
-"""Ulysses: each device keeps its share of the sequence everywhere but in attention, where it has a share of the heads.
+"""Ulysses: each device has a share of the sequence, and inside attention a share of the heads.
 
 Source: Jacobs et al. 2023, DeepSpeed-Ulysses (arXiv 2309.14509), section 3.
 """
@@ -18,99 +18,197 @@ from jaxscale.parallel.mesh import SEQUENCE
 from jaxscale.types import Array, InputError
 
 
-def ulysses(attention: Callable, *, num_members: int, ring: int = 1) -> Callable:
+def ulysses(
+    attention: Callable,
+    *,
+    num_members: int,
+    ring: int = 1,
+) -> Callable:
     """Wraps a single-device attention for members that hold consecutive shares of a sequence.
 
-    Queries, keys and values change from shares of the sequence to shares of the heads and the
-    output back, by all-to-all; the wrapped attention sees all the members' tokens in order, so
-    windows, documents and soft-caps are its own affair. Without documents it sees all rows as the
-    heads of one. Grouped queries need every kv head beside
-    its query heads: with P members and K kv heads each is repeated lcm(K, P) / K times; where that
-    does not divide the heads, keys become as many as queries and both are filled up with heads that
-    nobody reads. The gradient of a repeated head is the sum of its copies' by transposition.
+    All-to-alls change queries, keys and values from shares of the sequence to shares of the heads,
+    and the output back. The wrapped attention sees all the members' tokens in order, so it needs to
+    know nothing of them for windows, documents and soft-caps. Without documents it sees all rows as
+    the heads of one row.
+
+    With grouped queries every kv head must lie beside its query heads. With U members and K kv
+    heads each kv head is repeated lcm(K, U) / K times. Where that does not divide the heads, keys
+    become as many as queries and both are padded with heads that nobody reads. The gradient of a
+    repeated head is the sum of its copies', which the transposition of the repetition makes.
 
     Args:
         attention: (q, k, v, context, cache) -> (o, cache).
-        num_members: P, devices that exchange heads, neighbours on the `sequence` axis.
-        ring: groups of P on the axis, which `attention` connects.
+        num_members: U, devices that exchange heads, neighbours on the `sequence` axis.
+        ring: groups of U on the axis, which `attention` connects.
     Returns:
-        The same on local q [B, T / P, N, H], k and v [B, T / P, K, H] and their context. It raises
+        The same on local q [B, T / U, N, H], k and v [B, T / U, K, H] and their context. It raises
         InputError for heads that would not keep the layout of blocks that their number gives them.
-    Cost: of q and o together 2 N and of k and v 2 lcm(K, P) heads of B T / P tokens leave a device,
-        forward, less the P-th part that stays: 4 N for multi-head.
+    Cost: of q and o together 2 N and of k and v 2 lcm(K, U) heads of B T / U tokens leave a device,
+        forward, less the U-th part that stays: 4 N for multi-head.
     """
-    members = [[r * num_members + i for i in range(num_members)] for r in range(ring)]
-    groups = dict(axis_index_groups=members if ring > 1 else None, tiled=True)
-
-    def exchange(x: Array) -> Array:
-        """[P, ...]: the i-th part to member i, which finds it as its part of this member's number."""
-        flat = x.reshape(
-            num_members, -1
-        )  # else XLA sends another order of dims and transposes what arrives
-        return checkpoint_name(
-            lax.all_to_all(flat, SEQUENCE, 0, 0, **groups).reshape(x.shape), EXCHANGED
-        )
-
-    def to_heads(x: Array) -> Array:
-        """[B, T / P, N, H] to [T, B, N / P, H]; all that is sent to a member lies together."""
-        num_rows, num_own, _, head_dim = x.shape
-        by_member = x.reshape(num_rows, num_own, num_members, -1, head_dim).transpose(2, 1, 0, 3, 4)
-        return exchange(by_member).reshape(num_members * num_own, num_rows, -1, head_dim)
-
-    def to_sequence(o: Array) -> Array:
-        """[T, B, N / P, H] to [B, T / P, N, H]."""
-        length, num_rows, num_local, head_dim = o.shape
-        by_member = exchange(o.reshape(num_members, -1, num_rows, num_local, head_dim))
-        return by_member.transpose(2, 1, 0, 3, 4).reshape(
-            num_rows, length // num_members, -1, head_dim
-        )
-
-    def whole(x: Array | None) -> Array | None:
-        return None if x is None else lax.all_gather(x, SEQUENCE, axis=1, **groups)
+    group = _Group(num_members, ring)
 
     def exchanged(
-        q: Array, k: Array, v: Array, context: AttentionContext, cache: Any
+        q: Array,
+        k: Array,
+        v: Array,
+        context: AttentionContext,
+        cache: Any,
     ) -> tuple[Array, Any]:
         num_heads = q.shape[2]
-        if context.layout is not None and num_heads % (num_members * context.layout.stride):
-            expected = f"N % (sequence / ring * {context.layout.stride}) == 0 for heads to keep their layout of blocks"
-            raise InputError("num_heads", num_heads, expected)
-        q, k, v = map(to_heads, spread_heads(q, k, v, num_members))
+        _check_block_layout(context, num_heads, num_members)
+        spread = spread_heads(q, k, v, num_members)
+        q, k, v = map(group.to_heads, spread)
         context = dataclasses.replace(
-            context, positions=whole(context.positions), segments=whole(context.segments)
+            context,
+            positions=group.gather(context.positions),
+            segments=group.gather(context.segments),
         )
-        if context.segments is None:
-            # All rows have one mask, so that they may stand as more heads of one row: nothing is
-            # transposed.
-            context = dataclasses.replace(context, positions=context.positions[:1])
-            o, cache = attention(
-                *(x.reshape(1, len(x), -1, x.shape[-1]) for x in (q, k, v)), context, cache
-            )
-            o = o.reshape(q.shape)
-        else:
-            o, cache = attention(*(jnp.swapaxes(x, 0, 1) for x in (q, k, v)), context, cache)
-            o = jnp.swapaxes(o, 0, 1)
-        return to_sequence(o)[:, :, :num_heads], cache
+        attend = _rows_as_heads if context.segments is None else _rows_first
+        o, cache = attend(attention, q, k, v, context, cache)
+        o = group.to_sequence(o)
+        return o[:, :, :num_heads], cache  # without the padding of `spread_heads`
 
     return exchanged
 
 
-def spread_heads(q: Array, k: Array, v: Array, num_members: int) -> tuple[Array, Array, Array]:
-    """Repeats and fills up heads so that each of P members gets equal shares, with the kv heads its queries read.
+def _check_block_layout(
+    context: AttentionContext,
+    num_heads: int,
+    num_members: int,
+) -> None:
+    """Raises InputError unless each member's heads have the layout of blocks of the whole model's.
+
+    A head's blocks depend on its number modulo the stride.
+    """
+    if context.layout is None:
+        return
+    stride = context.layout.stride
+    if num_heads % (num_members * stride):
+        equation = f"N % (sequence / ring * {stride}) == 0"
+        expected = f"{equation} for heads to keep their layout of blocks"
+        raise InputError("num_heads", num_heads, expected)
+
+
+def _rows_as_heads(
+    attention: Callable,
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    cache: Any,
+) -> tuple[Array, Any]:
+    """Attention [T, B, N / U, H] of rows that all have one mask.
+
+    They may stand as more heads of one row, which transposes nothing.
+    """
+    context = dataclasses.replace(context, positions=context.positions[:1])
+    as_heads = (_as_one_row(x) for x in (q, k, v))
+    o, cache = attention(*as_heads, context, cache)
+    return o.reshape(q.shape), cache
+
+
+def _as_one_row(x: Array) -> Array:
+    """[T, B, N / U, H] to [1, T, B N / U, H]."""
+    length, head_dim = x.shape[0], x.shape[-1]
+    return x.reshape(1, length, -1, head_dim)
+
+
+def _rows_first(
+    attention: Callable,
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    cache: Any,
+) -> tuple[Array, Any]:
+    """Attention [T, B, N / U, H] of rows with documents of their own."""
+    by_row = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
+    o, cache = attention(*by_row, context, cache)
+    return jnp.swapaxes(o, 0, 1), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The exchanges among the members that share out the heads.
+
+    Args:
+        num_members: U.
+        ring: such groups on the `sequence` axis.
+    """
+
+    num_members: int
+    ring: int
+
+    def to_heads(self, x: Array) -> Array:
+        """[B, T / U, N, H] to [T, B, N / U, H]; all that is sent to a member lies together."""
+        num_rows, num_own, _, head_dim = x.shape
+        by_member = x.reshape(num_rows, num_own, self.num_members, -1, head_dim)
+        by_member = by_member.transpose(2, 1, 0, 3, 4)
+        received = self._exchange(by_member)
+        return received.reshape(self.num_members * num_own, num_rows, -1, head_dim)
+
+    def to_sequence(self, o: Array) -> Array:
+        """[T, B, N / U, H] to [B, T / U, N, H]."""
+        length, num_rows, num_local, head_dim = o.shape
+        by_member = o.reshape(self.num_members, -1, num_rows, num_local, head_dim)
+        received = self._exchange(by_member)
+        by_token = received.transpose(2, 1, 0, 3, 4)
+        return by_token.reshape(num_rows, length // self.num_members, -1, head_dim)
+
+    def gather(self, x: Array | None) -> Array | None:
+        """[B, T / U] of each member to [B, T]."""
+        if x is None:
+            return None
+        return lax.all_gather(x, SEQUENCE, axis=1, axis_index_groups=self._members(), tiled=True)
+
+    def _exchange(self, x: Array) -> Array:
+        """[U, ...]: sends part i to member i, which has it as the part of this member's number."""
+        # Flat, because XLA sends an array of more dims in another order and transposes what
+        # arrives.
+        flat = x.reshape(self.num_members, -1)
+        received = lax.all_to_all(
+            flat,
+            SEQUENCE,
+            0,
+            0,
+            axis_index_groups=self._members(),
+            tiled=True,
+        )
+        return checkpoint_name(received.reshape(x.shape), EXCHANGED)
+
+    def _members(self) -> list[list[int]] | None:
+        """The places on the axis of each group's members; None where one group takes all of it."""
+        if self.ring == 1:
+            return None
+        num = self.num_members
+        return [list(range(first, first + num)) for first in range(0, self.ring * num, num)]
+
+
+def spread_heads(
+    q: Array,
+    k: Array,
+    v: Array,
+    num_members: int,
+) -> tuple[Array, Array, Array]:
+    """Repeats and pads heads so that U members get equal shares, kv heads beside their queries.
 
     Args:
         q: [B, T, N, H].
         k, v: [B, T, K, H].
-        num_members: P.
+        num_members: U.
     Returns:
-        q [B, T, N', H], k and v [B, T, K', H]; P divides both, and N' / K' queries read a kv head.
+        q [B, T, N', H], k and v [B, T, K', H]; U divides both, and N' / K' queries read a kv head.
     """
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
-    spread = math.lcm(num_kv_heads, num_members)
-    if num_heads % num_members or num_heads % spread:
-        spread = num_heads
-    k, v = (jnp.repeat(x, spread // num_kv_heads, axis=2) for x in (k, v))
-    missing = -num_heads % num_members
-    if not missing:
+    num_spread = math.lcm(num_kv_heads, num_members)
+    if num_heads % num_members or num_heads % num_spread:
+        num_spread = num_heads
+    copies = num_spread // num_kv_heads
+    k = jnp.repeat(k, copies, axis=2)
+    v = jnp.repeat(v, copies, axis=2)
+    num_missing = -num_heads % num_members
+    if num_missing == 0:
         return q, k, v
-    return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in (q, k, v))
+    padding = ((0, 0), (0, 0), (0, num_missing), (0, 0))
+    return jnp.pad(q, padding), jnp.pad(k, padding), jnp.pad(v, padding)

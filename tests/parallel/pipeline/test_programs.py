@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxscale.ops.norm import rms_norm
-from jaxscale.parallel.pipeline.programs import split
+from jaxscale.parallel.pipeline.programs import make_stage_programs
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -50,7 +50,7 @@ def count(program, name, *arguments):
 @pytest.mark.parametrize("is_deep", [False, True])
 @pytest.mark.parametrize("function", [stage, rematerialised, looped])
 def test_the_parts_are_the_whole(function, is_deep):
-    parts = split(function, PARAMS, X, BATCH, is_deep=is_deep)
+    parts = make_stage_programs(function, PARAMS, X, BATCH, is_deep=is_deep)
     wanted, pullback, total = jax.vjp(lambda p, x: function(p, x, BATCH), PARAMS, X, has_aux=True)
     y, aux, kept = jax.jit(parts.forward)(PARAMS, X, BATCH)
     dx, extra = jax.jit(parts.backward)(PARAMS, BATCH, kept, DY)
@@ -67,7 +67,7 @@ def test_the_parts_are_the_whole(function, is_deep):
 
 def test_matmuls_of_the_weights_are_w_s_and_nothing_is_done_twice():
     """Of four matmuls forward, each has two in the backward: four for B, four for W."""
-    parts = split(stage, PARAMS, X, BATCH, is_deep=True)
+    parts = make_stage_programs(stage, PARAMS, X, BATCH, is_deep=True)
     _, _, kept = parts.forward(PARAMS, X, BATCH)
     _, extra = parts.backward(PARAMS, BATCH, kept, DY)
     assert count(parts.forward, "dot_general", PARAMS, X, BATCH) == 4
@@ -76,7 +76,7 @@ def test_matmuls_of_the_weights_are_w_s_and_nothing_is_done_twice():
 
 
 def test_what_depends_on_no_activation_is_made_again():
-    parts = split(stage, PARAMS, X, BATCH, is_deep=True)
+    parts = make_stage_programs(stage, PARAMS, X, BATCH, is_deep=True)
     assert all(
         leaf.shape[0] == 3 and leaf.shape != (3, 1) for leaf in parts.kept
     )  # neither weights nor cosines
@@ -87,7 +87,7 @@ def test_what_depends_on_no_activation_is_made_again():
 
 def test_recomputation_is_done_by_b_alone():
     """Forward again (tanh twice, at least the first matmul of each layer), whose results W gets from B."""
-    parts = split(rematerialised, PARAMS, X, BATCH, is_deep=True)
+    parts = make_stage_programs(rematerialised, PARAMS, X, BATCH, is_deep=True)
     _, _, kept = parts.forward(PARAMS, X, BATCH)
     _, extra = parts.backward(PARAMS, BATCH, kept, DY)
     assert count(parts.backward, "tanh", PARAMS, BATCH, kept, DY) == 2
@@ -102,7 +102,7 @@ def test_w_is_left_nothing_in_a_wider_type_than_it_was_made_in():
         return rms_norm(x, params["scale"], epsilon=1e-6) @ params["up"] @ params["down"], None
 
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS | {"scale": jnp.ones(4)})
-    parts = split(normalised, params, X.astype(jnp.bfloat16), BATCH, is_deep=True)
+    parts = make_stage_programs(normalised, params, X.astype(jnp.bfloat16), BATCH, is_deep=True)
     assert {leaf.dtype.name for leaf in parts.extra if leaf.shape == X.shape} <= {"bfloat16"}
 
 
@@ -112,7 +112,7 @@ def test_what_is_elementwise_is_made_again():
         return (jax.nn.silu(hidden) * jnp.exp(hidden)) @ params["down"], None
 
     x = X.astype(jnp.bfloat16)
-    parts = split(gated, PARAMS, x, BATCH, is_deep=False)
+    parts = make_stage_programs(gated, PARAMS, x, BATCH, is_deep=False)
     assert {(leaf.shape, leaf.dtype.name) for leaf in parts.kept} == {
         (x.shape, "bfloat16"),
         ((3, 8), "float32"),
