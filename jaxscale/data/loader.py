@@ -68,9 +68,8 @@ class DataConfig:
             raise InputError("DataConfig.sources", self.sources, "at least one source")
         if self.weights is not None and len(self.weights) != num_sources:
             equation = f"{len(self.weights)} == {num_sources} does not hold"
-            raise InputError(
-                "DataConfig.weights", self.weights, f"one weight per source: {equation}"
-            )
+            expected = f"one weight per source: {equation}"
+            raise InputError("DataConfig.weights", self.weights, expected)
 
 
 def make_loader(

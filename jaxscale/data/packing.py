@@ -109,27 +109,28 @@ def read_rows(
     piece = plan.row_offsets[rows][row] + rank
     lengths = plan.lengths[piece]
 
-    # Of each token, in the same order: its place in the piece, in `tokens` and its label.
+    # Of each token, in the same order: its place in the piece, its index in `tokens` and its
+    # label.
     place_in_piece = _ranks(lengths)
-    source = np.repeat(plan.starts[piece], lengths) + place_in_piece
+    index = np.repeat(plan.starts[piece], lengths) + place_in_piece
     ends_piece = place_in_piece == np.repeat(lengths - 1, lengths)
     ends_document = ends_piece & np.repeat(plan.is_last[piece], lengths)
     has_label = ~ends_document
-    labels = tokens[np.where(has_label, source + 1, source)] * has_label
+    labels = tokens[np.where(has_label, index + 1, index)] * has_label
 
     num_used = np.bincount(row, lengths, minlength=len(rows)).astype(np.int64)
     if is_packed:
         segments = np.repeat(rank + 1, lengths)
         positions = place_in_piece
     else:
-        segments = np.ones_like(source)
+        segments = np.ones_like(index)
         positions = _ranks(num_used)
 
     # Pieces fill a row from the left. So the tokens of all rows, in order, are those for which
     # this mask is true, in order.
     is_used = np.arange(plan.sequence_length) < num_used[:, None]
     return {
-        "tokens": _scattered(tokens[source], is_used, np.int32),
+        "tokens": _scattered(tokens[index], is_used, np.int32),
         "labels": _scattered(labels, is_used, np.int32),
         "weights": _scattered(has_label, is_used, np.float32),
         "segments": _scattered(segments, is_used, np.int32),
