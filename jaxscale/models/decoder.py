@@ -70,7 +70,12 @@ class Decoder:
     policy: Policy = Policy()
     execution: ExecutionConfig = ExecutionConfig()
 
-    def logits(self, params: Params, batch: Batch, caches: Any = None) -> tuple[Array, Any]:
+    def logits(
+        self,
+        params: Params,
+        batch: Batch,
+        caches: Any = None,
+    ) -> tuple[Array, Any]:
         """Logits of every token.
 
         Args:
@@ -116,7 +121,12 @@ class Decoder:
             x = x + embedding["positions"][own_positions]
         return self.operations.backends.name("embedding", x.astype(self.policy.compute))
 
-    def add_noise(self, x: Array, draws: Draws, width: float) -> Array:
+    def add_noise(
+        self,
+        x: Array,
+        draws: Draws,
+        width: float,
+    ) -> Array:
         """The residual [B, own T, D] plus uniform noise from -`width` to `width`.
 
         Source: Jain et al. 2023, NEFTune (arXiv 2310.05914), algorithm 1; its width is
@@ -127,7 +137,11 @@ class Decoder:
         return x + (width * (2 * uniform - 1)).astype(x.dtype)
 
     def run_layers(
-        self, params: Params, x: Array, tokens: Tokens, caches: Any = None
+        self,
+        params: Params,
+        x: Array,
+        tokens: Tokens,
+        caches: Any = None,
     ) -> tuple[Array, Any, list[RouterSums]]:
         """Runs the prefix and the whole stack.
 
@@ -145,7 +159,11 @@ class Decoder:
         return x, {"prefix": prefix, "layers": stack}, sums
 
     def run_prefix(
-        self, params: Params, x: Array, tokens: Tokens, caches: Any = None
+        self,
+        params: Params,
+        x: Array,
+        tokens: Tokens,
+        caches: Any = None,
     ) -> tuple[Array, Any]:
         """Runs the layers before the stack.
 
@@ -297,7 +315,12 @@ class Decoder:
         return self.execution.rematerialise(run)
 
     def _run_period(
-        self, params: Params, caches: Any, tokens: Tokens, number: Array, x: Array
+        self,
+        params: Params,
+        caches: Any,
+        tokens: Tokens,
+        number: Array,
+        x: Array,
     ) -> tuple[Array, tuple[Any, list[RouterSums]]]:
         first = len(self.config.prefix) + number * self.config.period
         new, sums = {}, []
@@ -311,7 +334,12 @@ class Decoder:
         return x, (new, sums)
 
     def _scan_with_caches(
-        self, period: Callable, x: Array, params: Params, caches: Any, periods: Periods
+        self,
+        period: Callable,
+        x: Array,
+        params: Params,
+        caches: Any,
+        periods: Periods,
     ) -> tuple[Array, Any, list[RouterSums]]:
         """The loop with its caches in the carry, which XLA updates in place.
 

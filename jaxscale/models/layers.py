@@ -23,7 +23,11 @@ from jaxscale.ops.rotary import rotate
 from jaxscale.types import Array, Params
 
 
-def normalise(params: Params, x: Array, config: NormConfig) -> Array:
+def normalise(
+    params: Params,
+    x: Array,
+    config: NormConfig,
+) -> Array:
     """The configured norm over the last dim of `x`."""
     if config.kind == "rmsnorm":
         return rms_norm(x, params["scale"], epsilon=config.epsilon)
@@ -117,7 +121,12 @@ class Layer:
         return self._name("q", q), self._name("k", k), self._name("v", v)
 
     def attend(
-        self, q: Array, k: Array, v: Array, context: AttentionContext, cache: Any
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: AttentionContext,
+        cache: Any,
     ) -> tuple[Array, Any]:
         """The only step in which tokens meet: ([B, T, N, H], cache)."""
         config = self.config.attention
@@ -136,7 +145,11 @@ class Layer:
         return linear("btnh,nhd->btd", o, self.params["attention"]["o"])
 
     def finish(
-        self, x: Array, h: Array, y: Array, draws: Draws | None = None
+        self,
+        x: Array,
+        h: Array,
+        y: Array,
+        draws: Draws | None = None,
     ) -> tuple[Array, moe.Choices | None]:
         """Adds attention's output to the residual, then the feed-forward's.
 

@@ -47,7 +47,12 @@ class NextTokenLoss:
         return Decoder(self.model, operations, self.policy, self.execution)
 
     def __call__(
-        self, params: Params, batch: Batch, key: Any, *, operations: Operations | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        key: Any,
+        *,
+        operations: Operations | None = None,
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Sums over this device's own tokens.
 
@@ -70,7 +75,13 @@ class NextTokenLoss:
 
     # The parts that the stages of a pipeline run
 
-    def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array:
+    def start(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        operations: Operations,
+    ) -> Array:
         """Embedding and prefix: the residual [B, own T, D]; `layers` is not read."""
         decoder = self.decoder(operations)
         tokens = decoder.tokens(batch)
@@ -129,7 +140,12 @@ class NextTokenLoss:
         return x, loss, {"load": load}
 
     def finish(
-        self, params: Params, x: Array, batch: Batch, *, operations: Operations
+        self,
+        params: Params,
+        x: Array,
+        batch: Batch,
+        *,
+        operations: Operations,
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Final norm, unembedding and cross-entropy, as sums; `layers` is not read."""
         decoder = self.decoder(operations)
@@ -138,7 +154,10 @@ class NextTokenLoss:
         token_loss = operations.backends.token_loss
 
         def chunk(
-            h: Array, head: Array, labels: Array, weights: Array
+            h: Array,
+            head: Array,
+            labels: Array,
+            weights: Array,
         ) -> tuple[Array, Array, Array]:
             nll, normaliser = token_loss(h, head, labels, self.model.logit_softcap)
             weights = operations.collectives.own_tokens(weights)
@@ -152,7 +171,12 @@ class NextTokenLoss:
         return loss, weight, {"nll": nll}
 
 
-def token_log_probabilities(decoder: Decoder, params: Params, x: Array, labels: Array) -> Array:
+def token_log_probabilities(
+    decoder: Decoder,
+    params: Params,
+    x: Array,
+    labels: Array,
+) -> Array:
     """log p of each own token's label, with a gradient; the logits of one chunk exist at a time.
 
     Args:
@@ -193,7 +217,12 @@ def token_log_probabilities(decoder: Decoder, params: Params, x: Array, labels: 
     return jnp.moveaxis(found, 0, 1).reshape(x.shape[:2])
 
 
-def sum_by_group(values: Array, groups: Array, num_groups: int, collectives: Collectives) -> Array:
+def sum_by_group(
+    values: Array,
+    groups: Array,
+    num_groups: int,
+    collectives: Collectives,
+) -> Array:
     """Sums of the own tokens' values over groups of tokens, such as rows or documents.
 
     On a mesh all devices that have tokens of the same rows return the same sums. A loss of such sums

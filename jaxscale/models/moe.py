@@ -53,7 +53,10 @@ def no_router(num_experts: int) -> RouterSums:
 
 
 def router_sums(
-    choices: Choices, weights: Array, config: ExpertsConfig, operations: Operations
+    choices: Choices,
+    weights: Array,
+    config: ExpertsConfig,
+    operations: Operations,
 ) -> RouterSums:
     """Balance loss E sum_e f_e P_e and z-loss log^2 Z, as sums over own valid tokens.
 

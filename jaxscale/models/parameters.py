@@ -172,7 +172,11 @@ def abstract_params(table: Table, dtype: str) -> Params:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), table)
 
 
-def init_params(table: Table, key: jax.Array, dtype: str) -> Params:
+def init_params(
+    table: Table,
+    key: jax.Array,
+    dtype: str,
+) -> Params:
     """Draws the first parameters; no draw depends on a mesh or an order.
 
     Args:

@@ -26,7 +26,11 @@ def router_logits(params: Params, h: Array) -> Array:
     return jnp.einsum("btd,de->bte", accumulator(h), router, precision=lax.Precision.HIGHEST)
 
 
-def route(logits: Array, draws: Draws | None, config: ExpertsConfig) -> Routing:
+def route(
+    logits: Array,
+    draws: Draws | None,
+    config: ExpertsConfig,
+) -> Routing:
     """The experts of each token; without draws every router takes the most probable ones.
 
     Args:
@@ -44,13 +48,22 @@ def route(logits: Array, draws: Draws | None, config: ExpertsConfig) -> Routing:
     return top_k(logits, config.num_active, is_renormalised=is_renormalised)
 
 
-def top_k(logits: Array, num_active: int, *, is_renormalised: bool = True) -> Routing:
+def top_k(
+    logits: Array,
+    num_active: int,
+    *,
+    is_renormalised: bool = True,
+) -> Routing:
     """Top-k routing, see `models.config.TopKRouter`."""
     gates, index = lax.top_k(jax.nn.softmax(logits), num_active)
     return Routing(index, _renormalised(gates) if is_renormalised else gates)
 
 
-def masked_sampling(logits: Array, draws: Draws, config: ExpertsConfig) -> Routing:
+def masked_sampling(
+    logits: Array,
+    draws: Draws,
+    config: ExpertsConfig,
+) -> Routing:
     """SparseMixer-v2's draws with the gates of `top_k`, to tell sampling from its gradient.
 
     Source: Liu et al. 2024 (arXiv 2409.12136), appendix A.4.

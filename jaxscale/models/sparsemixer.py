@@ -77,7 +77,13 @@ class Selection(NamedTuple):
     p: Array
 
 
-def may_be_drawn(z: Array, available: Array, *, threshold: float, form: str) -> Array:
+def may_be_drawn(
+    z: Array,
+    available: Array,
+    *,
+    threshold: float,
+    form: str,
+) -> Array:
     """Which of the available experts have a logit near the largest, z*; the largest always is.
 
     "paper": z* - z_i <= r (|z_i| + |z*|). "released", the authors' code: z* - z_i <= 2 r max(|z_i|,
@@ -99,7 +105,11 @@ def may_be_drawn(z: Array, available: Array, *, threshold: float, form: str) -> 
 
 
 def draw_expert(
-    z: Array, available: Array, uniform: Array | None, config: ExpertsConfig, temperature: float
+    z: Array,
+    available: Array,
+    uniform: Array | None,
+    config: ExpertsConfig,
+    temperature: float,
 ) -> Selection:
     """Draws an expert by the masked softmax; without `uniform`, takes the most probable one.
 
@@ -122,7 +132,10 @@ def draw_expert(
 
 
 def draw_experts(
-    z: Array, numbers: Array | None, config: ExpertsConfig, temperature: float = 1
+    z: Array,
+    numbers: Array | None,
+    config: ExpertsConfig,
+    temperature: float = 1,
 ) -> list[Selection]:
     """Draws A experts one after the other; each mask is made anew, without the experts before.
 
@@ -154,7 +167,11 @@ def random_numbers(draws: Draws, config: ExpertsConfig) -> Array:
     return numbers.reshape(*draws.keys.shape[:-1], *shape)
 
 
-def sparsemixer(z: Array, draws: Draws | None, config: ExpertsConfig) -> Routing:
+def sparsemixer(
+    z: Array,
+    draws: Draws | None,
+    config: ExpertsConfig,
+) -> Routing:
     """SparseMixer v1, v2 or v2*; without draws the most probable experts and ordinary gates p_D.
 
     The authors differ from themselves in what an expert's gradient is multiplied by. "paper",
@@ -185,7 +202,11 @@ def sparsemixer(z: Array, draws: Draws | None, config: ExpertsConfig) -> Routing
     return Routing(index, jnp.stack(gates, -1), slopes)
 
 
-def _draw_c(selection: Selection, uniform: Array, estimator: Estimator) -> Array:
+def _draw_c(
+    selection: Selection,
+    uniform: Array,
+    estimator: Estimator,
+) -> Array:
     """c [B, T], given numbers [B, T] above 0 and below 1."""
     is_most_probable = selection.index == jnp.argmax(selection.p, -1)
     is_one = is_most_probable | (uniform < estimator.probability)
@@ -193,7 +214,12 @@ def _draw_c(selection: Selection, uniform: Array, estimator: Estimator) -> Array
 
 
 @jax.custom_vjp
-def multiplier(z: Array, selection: Selection, c: Array, slope: Array) -> Array:
+def multiplier(
+    z: Array,
+    selection: Selection,
+    c: Array,
+    slope: Array,
+) -> Array:
     """c p_D, whose gradient to z is slope p_D (1[D] - p) without c; nothing else has one.
 
     Source: arXiv 2409.12136, equation 8.
@@ -206,7 +232,12 @@ def multiplier(z: Array, selection: Selection, c: Array, slope: Array) -> Array:
     return c * _probability(selection)
 
 
-def _multiplier_forward(z: Array, selection: Selection, c: Array, slope: Array) -> tuple:
+def _multiplier_forward(
+    z: Array,
+    selection: Selection,
+    c: Array,
+    slope: Array,
+) -> tuple:
     return multiplier(z, selection, c, slope), (selection, slope)
 
 

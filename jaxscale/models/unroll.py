@@ -10,7 +10,11 @@ from jax import lax
 from jaxscale.types import Array
 
 
-def unrolled(body: Callable, carry: Any, inputs: tuple) -> tuple[Any, Any]:
+def unrolled(
+    body: Callable,
+    carry: Any,
+    inputs: tuple,
+) -> tuple[Any, Any]:
     """`lax.scan(body, carry, inputs)` with every iteration written out.
 
     Args:

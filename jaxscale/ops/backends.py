@@ -23,7 +23,12 @@ class Attention(Protocol):
     """Attention over the tokens in `context`, or over those in a cache, whose layout it owns."""
 
     def __call__(
-        self, q: Array, k: Array, v: Array, context: AttentionContext, cache: Any
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: AttentionContext,
+        cache: Any,
     ) -> tuple[Array, Any]:
         """Attends q [B, T, N, H] over k and v [B, T, K, H]: (output [B, T, N, H], cache)."""
 
@@ -54,7 +59,12 @@ class Embed(Protocol):
 class Logits(Protocol):
     """The unembedding."""
 
-    def __call__(self, h: Array, head: Array | Head, softcap: float | None) -> Array:
+    def __call__(
+        self,
+        h: Array,
+        head: Array | Head,
+        softcap: float | None,
+    ) -> Array:
         """Logits [B, T, V] of h [B, T, D], all of them on every device; not differentiated."""
 
 
@@ -62,7 +72,11 @@ class TokenLoss(Protocol):
     """The loss of each token without its logits."""
 
     def __call__(
-        self, h: Array, head: Array | Head, labels: Array, softcap: float | None
+        self,
+        h: Array,
+        head: Array | Head,
+        labels: Array,
+        softcap: float | None,
     ) -> tuple[Array, Array]:
         """(nll, log-normaliser) of the own tokens of h [B, T, D] with labels [B, T].
 

@@ -114,7 +114,12 @@ class YarnScaling:
         interpolated = np.clip((np.arange(half) - low) / width, 0, 1)
         return interpolated * plain / self.factor + (1 - interpolated) * plain
 
-    def _pair(self, num_rotations: float, half: int, theta: float) -> float:
+    def _pair(
+        self,
+        num_rotations: float,
+        half: int,
+        theta: float,
+    ) -> float:
         """The pair that rotates so often over the original length; a fraction between pairs."""
         wavelength = self.original_length / (num_rotations * 2 * math.pi)
         return half * math.log(wavelength) / math.log(theta)
@@ -202,7 +207,11 @@ class RotaryConfig:
         return plain if self.scaling is None else self.scaling.frequencies(plain, self.theta)
 
 
-def rotate(x: Array, positions: Array, config: RotaryConfig) -> Array:
+def rotate(
+    x: Array,
+    positions: Array,
+    config: RotaryConfig,
+) -> Array:
     """Rotates pairs (i, i + R/2) of the first R elements of each head by position * frequency.
 
     Source: Su et al. 2021 (arXiv 2104.09864), equation 34, in the half-split layout of Llama.
@@ -221,7 +230,10 @@ def rotate(x: Array, positions: Array, config: RotaryConfig) -> Array:
 
 
 def _rotate_whole(
-    x: Array, positions: Array, config: RotaryConfig, head_dim: int | None = None
+    x: Array,
+    positions: Array,
+    config: RotaryConfig,
+    head_dim: int | None = None,
 ) -> Array:
     half = x.shape[-1] // 2
     pairs = accumulator(x).reshape(*x.shape[:-1], 2, half)

@@ -36,7 +36,11 @@ LossFn = Callable[..., tuple[Any, Any, dict[str, Any]]]
 
 
 def make_operations(
-    config: MeshConfig, specs: Specs, *, attention: Callable, reduction: str
+    config: MeshConfig,
+    specs: Specs,
+    *,
+    attention: Callable,
+    reduction: str,
 ) -> Operations:
     """The operations that a mesh injects for training and evaluation.
 
@@ -75,7 +79,12 @@ def make_operations(
     return Operations(collectives, backends)
 
 
-def make_serving_operations(config: MeshConfig, specs: Specs, *, attention: Callable) -> Operations:
+def make_serving_operations(
+    config: MeshConfig,
+    specs: Specs,
+    *,
+    attention: Callable,
+) -> Operations:
     """The operations that a mesh injects for decoding, where nothing is differentiated.
 
     A step has few tokens, so that the residual is replicated over the tensor group.
@@ -157,7 +166,11 @@ class Region:
         held = tree.select(self.specs.held, self.trainable)
         wanted = tree.select(self.specs.gradients, self.trainable)
 
-        def local(params: Any, batch: Batch, key: jax.Array):
+        def local(
+            params: Any,
+            batch: Batch,
+            key: jax.Array,
+        ):
             params, batch = self._begin(params, batch)
             if self.schedule is None:
                 sums, gradients = self._accumulate(loss_fn, params, batch, key)
@@ -176,7 +189,11 @@ class Region:
         Without gradients, and without token keys, so that nothing is drawn.
         """
 
-        def local(params: Any, batch: Batch, key: jax.Array):
+        def local(
+            params: Any,
+            batch: Batch,
+            key: jax.Array,
+        ):
             params, batch = self._begin(params, batch)
             if self.schedule is None:
                 sums = loss_fn(params, batch, key, operations=self.operations)
@@ -187,7 +204,13 @@ class Region:
 
         return self._manual(local, PartitionSpec())
 
-    def forward(self, f: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
+    def forward(
+        self,
+        f: Callable,
+        *,
+        in_specs: Any,
+        out_specs: Any,
+    ) -> Callable:
         """`f(params, *arguments)` in the manual region, for decoding; nothing is reduced here.
 
         Args:
@@ -204,7 +227,12 @@ class Region:
         """Once a step: gathers what stages share, and lays the tokens out."""
         return hold(params, self.specs), self.token_layout.place(batch)
 
-    def _pipeline(self, loss_fn: StagedLoss, params: Any, microbatches: Batch) -> Pipeline:
+    def _pipeline(
+        self,
+        loss_fn: StagedLoss,
+        params: Any,
+        microbatches: Batch,
+    ) -> Pipeline:
         params = {**params, "layers": loss_fn.prepare(params["layers"])}
         trained = tree.select(params, self.trainable)
 
@@ -228,7 +256,13 @@ class Region:
             local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
-    def _accumulate(self, loss_fn: LossFn, params: Any, batch: Batch, key: jax.Array):
+    def _accumulate(
+        self,
+        loss_fn: LossFn,
+        params: Any,
+        batch: Batch,
+        key: jax.Array,
+    ):
         """The sums and their gradients over micro-batches, one after the other."""
         trained = tree.select(params, self.trainable)
 

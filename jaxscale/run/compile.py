@@ -99,7 +99,11 @@ def memory_share() -> float:
         raise InputError(SHARE_VARIABLE, text, "a number above 0 and at most 1") from None
 
 
-def check_fits(peak: int, available: int, share: float) -> str:
+def check_fits(
+    peak: int,
+    available: int,
+    share: float,
+) -> str:
     """Says that `peak` bytes fit into JAX's share of `available` bytes; raises RunError if they do not."""
     limit = f"JAX takes {share:g} of {_gib(available)} = {_gib(available * share)}"
     if peak <= available * share:
@@ -121,7 +125,12 @@ def _compile(lowered: jax.stages.Lowered, is_on_host: list[bool]) -> jax.stages.
         ) from error
 
 
-def _memory_text(memory: Memory, setup: Setup, batch: Batch, available: int) -> str:
+def _memory_text(
+    memory: Memory,
+    setup: Setup,
+    batch: Batch,
+    available: int,
+) -> str:
     rows = {
         "parameters": _bytes_per_device(setup.state.params),
         "optimizer state": _bytes_per_device(setup.state.opt_state),

@@ -47,7 +47,11 @@ def inspect(*, run: Run) -> None:
         print(f"{name:<13} {_bytes_text(size)} per device")
 
 
-def bytes_per_device(run: Run, table: Table, specs: Specs) -> dict[str, int]:
+def bytes_per_device(
+    run: Run,
+    table: Table,
+    specs: Specs,
+) -> dict[str, int]:
     """Bytes that one device holds of parameters, gradients and optimizer state.
 
     Activations are not in it. What rests of it in host memory comes after the sum and is not in it.
@@ -93,7 +97,11 @@ def _bytes_text(size: int) -> str:
     return f"{size / 2 ** (10 * exponent):.2f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
 
 
-def _tree_bytes(abstract: Any, specs: Any, mesh: MeshConfig) -> int:
+def _tree_bytes(
+    abstract: Any,
+    specs: Any,
+    mesh: MeshConfig,
+) -> int:
     return sum(
         jax.tree.leaves(
             jax.tree.map(lambda leaf, spec: _leaf_bytes(leaf, spec, mesh), abstract, specs)
@@ -101,7 +109,11 @@ def _tree_bytes(abstract: Any, specs: Any, mesh: MeshConfig) -> int:
     )
 
 
-def _leaf_bytes(leaf: Any, spec: PartitionSpec, mesh: MeshConfig) -> int:
+def _leaf_bytes(
+    leaf: Any,
+    spec: PartitionSpec,
+    mesh: MeshConfig,
+) -> int:
     shards = math.prod(getattr(mesh, axis) for axis in all_axes_of(spec))
     return math.prod(leaf.shape) * leaf.dtype.itemsize // shards
 

@@ -55,7 +55,10 @@ class LanguageModel(nnx.Module):
         self.params = nnx.data(jax.tree.map(nnx.Param, params))
 
     def __call__(
-        self, tokens: Array, positions: Array | None = None, segments: Array | None = None
+        self,
+        tokens: Array,
+        positions: Array | None = None,
+        segments: Array | None = None,
     ) -> Array:
         """Logits [B, T, V] of tokens [B, T]; positions default to 0 .. T - 1. On one device."""
         if positions is None:

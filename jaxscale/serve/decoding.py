@@ -73,7 +73,10 @@ def generate_tokens(
 
 
 def empty_caches(
-    decoder: Decoder, batch_size: int, capacity: int, tensor: int = 1
+    decoder: Decoder,
+    batch_size: int,
+    capacity: int,
+    tensor: int = 1,
 ) -> dict[str, Any]:
     """Caches for `Decoder.run_layers`.
 
@@ -108,7 +111,11 @@ def empty_caches(
 
 
 def advance(
-    decoder: Decoder, params: Params, tokens: Array, positions: Array, caches: Any
+    decoder: Decoder,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    caches: Any,
 ) -> tuple[Array, Any]:
     """Runs new tokens through the model, whether prompts or one token a row.
 
@@ -229,7 +236,9 @@ def _compiled(loop: _Loop, region: Region | None) -> Any:
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int
+    prompts: Sequence[Sequence[int]],
+    config: ModelConfig,
+    max_new_tokens: int,
 ) -> None:
     """Raises InputError for an empty or too long prompt, or a token that the model does not know."""
     check_positive("max_new_tokens", max_new_tokens)

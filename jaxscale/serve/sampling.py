@@ -48,7 +48,11 @@ class SamplingConfig:
             raise InputError("SamplingConfig.seed", self.seed, f"0 <= seed <= {MAX_SEED}")
 
 
-def token_keys(key: Array, sequences: Array, positions: Array) -> Array:
+def token_keys(
+    key: Array,
+    sequences: Array,
+    positions: Array,
+) -> Array:
     """The key of each draw, a function of the run's, the sequence and the position, so no draw knows its batch.
 
     Args:
@@ -63,7 +67,11 @@ def token_keys(key: Array, sequences: Array, positions: Array) -> Array:
     )
 
 
-def sample(logits: Array, keys: Array, config: SamplingConfig) -> Array:
+def sample(
+    logits: Array,
+    keys: Array,
+    config: SamplingConfig,
+) -> Array:
     """Draws one token a row by the Gumbel maximum.
 
     Source: the Gumbel-max trick, Maddison et al. 2014 (arXiv 1411.0030), section 2.

@@ -24,7 +24,12 @@ FORWARD = {"embedding": 0, "prefix": 0, "layers": 1}  # whatever has another nam
 STACK = "layers"
 
 
-def first_non_finite(setup: Setup, params: Params, batch: Batch, key: jax.Array) -> str:
+def first_non_finite(
+    setup: Setup,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+) -> str:
     """Runs one batch again and looks at every named tensor in the order in which they are made.
 
     The forward is looked at layer by layer, unrolled and with nothing rematerialised, if the loss
@@ -55,7 +60,12 @@ def first_non_finite(setup: Setup, params: Params, batch: Batch, key: jax.Array)
     return "nothing: this time every tensor was finite"
 
 
-def _first_of_forward(setup: Setup, params: Params, batch: Batch, key: jax.Array) -> str | None:
+def _first_of_forward(
+    setup: Setup,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+) -> str | None:
     """A tensor of the forward, which runs as in the step: a micro-batch at a time, with its key."""
     loss_fn, region = setup.loss_fn, setup.region
     if not hasattr(loss_fn, "execution"):
@@ -75,7 +85,12 @@ def _first_of_forward(setup: Setup, params: Params, batch: Batch, key: jax.Array
     num_parts = region.num_microbatches
 
     @jax.jit
-    def count(params: Params, batch: Batch, key: jax.Array, number: int) -> dict[str, Array]:
+    def count(
+        params: Params,
+        batch: Batch,
+        key: jax.Array,
+        number: int,
+    ) -> dict[str, Array]:
         def rows(x: Array) -> Array:
             return x.reshape(-1, num_parts, *x.shape[1:])[:, number]
 
@@ -101,7 +116,14 @@ class _Counting:
     loss: LossFn
     names: list[str]
 
-    def __call__(self, params: Params, batch: Batch, key: jax.Array, *, operations: Operations):
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        key: jax.Array,
+        *,
+        operations: Operations,
+    ):
         """The loss's own sums and the counts."""
         watched, counts = _watch(operations)
         loss, weight, metrics = self.loss(params, batch, key, operations=watched)
@@ -121,7 +143,13 @@ class _StagedCounting(_Counting):
 
     is_by_period = False
 
-    def start(self, params: Params, batch: Batch, *, operations: Operations) -> Array:
+    def start(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        operations: Operations,
+    ) -> Array:
         """As the loss's; it has no metrics, so that `finish` counts."""
         return self.loss.start(params, batch, operations=operations)
 
@@ -150,7 +178,14 @@ class _StagedCounting(_Counting):
         found = self._counts(counts, {})
         return x, jnp.zeros(()), {name: each * is_real for name, each in found.items()}
 
-    def finish(self, params: Params, x: Array, batch: Batch, *, operations: Operations):
+    def finish(
+        self,
+        params: Params,
+        x: Array,
+        batch: Batch,
+        *,
+        operations: Operations,
+    ):
         """As the loss's; counts for `start` too, whose parameters every stage holds."""
         watched, counts = _watch(operations)
         self.loss.start(params, batch, operations=watched)
@@ -167,7 +202,10 @@ def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
         return x
 
     def count_tokens(
-        h: Array, head: Array, labels: Array, softcap: float | None
+        h: Array,
+        head: Array,
+        labels: Array,
+        softcap: float | None,
     ) -> tuple[Array, Array]:
         """In place of the loss, in whose loop over chunks `name` would see tracers only."""
         is_bad = ~jnp.isfinite(unembed(h, head, softcap)).all(-1, keepdims=True)

@@ -31,7 +31,12 @@ def check_host_memory(device: jax.Device) -> None:
 
 
 def update_in_parts(
-    update: Update, gradients: Any, opt_state: Any, trained: Any, *, after: Array
+    update: Update,
+    gradients: Any,
+    opt_state: Any,
+    trained: Any,
+    *,
+    after: Array,
 ) -> tuple[Any, Any]:
     """What `update` returns, with the moments of few parameters on the device at a time.
 
@@ -89,7 +94,9 @@ def parts(sizes: Sequence[int]) -> list[range]:
 
 
 def through_device(
-    convert: Callable[[Array], Array], leaf: Array, wanted: jax.sharding.Sharding
+    convert: Callable[[Array], Array],
+    leaf: Array,
+    wanted: jax.sharding.Sharding,
 ) -> Array:
     """A converted copy on the host of a leaf on the host, made on the device; waits, so that one is there at a time."""
     here = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))

@@ -35,7 +35,12 @@ class Saver(Protocol):
     """What the loop asks of checkpoints."""
 
     def save(
-        self, step: int, state: Any, data_state: dict[str, Any], *, force: bool = False
+        self,
+        step: int,
+        state: Any,
+        data_state: dict[str, Any],
+        *,
+        force: bool = False,
     ) -> Any:
         """Starts a save when one is due."""
 
@@ -169,7 +174,12 @@ class Loop:
         )
 
     def _save(
-        self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False
+        self,
+        step: int,
+        state: TrainState,
+        data_state: dict[str, Any],
+        *,
+        force: bool = False,
     ) -> None:
         """Saves unless an update has broken the parameters, which no step has used yet."""
         if not _are_finite(state.params):

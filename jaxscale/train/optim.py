@@ -103,7 +103,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, *, steps: int, table: Any
+    config: OptimizerConfig,
+    *,
+    steps: int,
+    table: Any,
 ) -> optax.GradientTransformation:
     """The optimizer over a parameter tree (None where a parameter is frozen).
 
@@ -135,7 +138,10 @@ def make_optimizer(
 
 
 def _make_direction(
-    config: OptimizerConfig, schedule: optax.Schedule, decay_mask: Callable, entries: dict[str, Any]
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    decay_mask: Callable,
+    entries: dict[str, Any],
 ) -> optax.GradientTransformation:
     """The configured optimizer without clipping and without factors on the learning rate."""
     decay = dict(weight_decay=config.weight_decay, mask=decay_mask)

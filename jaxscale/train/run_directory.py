@@ -92,7 +92,11 @@ def check_new(directory: Path, checkpoints: str) -> None:
             raise InputError("CheckpointConfig.directory", checkpoints, expected)
 
 
-def write_start(directory: Path, step: int, checkpoints: str) -> None:
+def write_start(
+    directory: Path,
+    step: int,
+    checkpoints: str,
+) -> None:
     """Writes the configuration, of this start alone too, and a line with versions and command; first process only.
 
     Args:

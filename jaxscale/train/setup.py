@@ -88,7 +88,12 @@ class Setup:
         """A state from disk as this run's pipeline stores it."""
         return self._convert(from_canonical, state, self.state)
 
-    def _convert(self, convert: Callable, state: TrainState, wanted: TrainState) -> TrainState:
+    def _convert(
+        self,
+        convert: Callable,
+        state: TrainState,
+        wanted: TrainState,
+    ) -> TrainState:
         """Converts leaf by leaf what rests on the host, and the rest at once.
 
         What rests on the host is always copied: a checkpoint may be written from it while later
@@ -98,7 +103,12 @@ class Setup:
         if not self.region.specs.is_optimizer_on_host:
             return convert(state, self.state, self.dims, layout)
 
-        def one(leaf: Any, stored: Any, dims: Any, wanted: Any) -> Any:
+        def one(
+            leaf: Any,
+            stored: Any,
+            dims: Any,
+            wanted: Any,
+        ) -> Any:
             def change(leaf: Any) -> Any:
                 return convert(leaf, stored, dims, layout)
 
@@ -211,7 +221,12 @@ def _make_schedule(mesh: MeshConfig, train: TrainConfig) -> Schedule | None:
     return make_schedule(mesh.schedule, mesh.pipeline, mesh.num_chunks, train.num_microbatches)
 
 
-def check_training(table: Table, loss_fn: LossFn, mesh: MeshConfig, train: TrainConfig) -> None:
+def check_training(
+    table: Table,
+    loss_fn: LossFn,
+    mesh: MeshConfig,
+    train: TrainConfig,
+) -> None:
     """Raises InputError unless something is trained and the mesh's pipeline can run the loss."""
     if not tree.flatten(tree.select(table, train.trainable)):
         paths = ", ".join(tree.flatten(table))

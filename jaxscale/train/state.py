@@ -57,7 +57,11 @@ def abstract_state(
     trained_specs = tree.select(specs.optimizer, trainable)
     opt_specs = mirror(opt_state, trained, trained_specs, PartitionSpec())
 
-    def place(leaf: Any, spec: PartitionSpec, is_on_host: bool = False) -> jax.ShapeDtypeStruct:
+    def place(
+        leaf: Any,
+        spec: PartitionSpec,
+        is_on_host: bool = False,
+    ) -> jax.ShapeDtypeStruct:
         kind = HOST if is_on_host and specs.is_optimizer_on_host else None
         sharding = NamedSharding(mesh, spec, memory_kind=kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -73,7 +77,12 @@ def abstract_state(
     )
 
 
-def stored_params(table: Table, mesh: Mesh, specs: Specs, dtype: str) -> Params:
+def stored_params(
+    table: Table,
+    mesh: Mesh,
+    specs: Specs,
+    dtype: str,
+) -> Params:
     """The parameters as a run stores them, permuted and padded for its stages.
 
     Returns:
@@ -87,13 +96,21 @@ def stored_params(table: Table, mesh: Mesh, specs: Specs, dtype: str) -> Params:
     return jax.tree.map(place, abstract_stored(table, specs, dtype), specs.parameters)
 
 
-def abstract_stored(table: Table, specs: Specs, dtype: str) -> Params:
+def abstract_stored(
+    table: Table,
+    specs: Specs,
+    dtype: str,
+) -> Params:
     """The parameters as a run stores them, as shapes without shardings."""
     params = abstract_params(table, dtype)
     return jax.eval_shape(lambda params: specs.layout.store(params, specs.dims), params)
 
 
-def rests_on_host(abstract: TrainState, specs: Specs, trainable: str) -> TrainState:
+def rests_on_host(
+    abstract: TrainState,
+    specs: Specs,
+    trainable: str,
+) -> TrainState:
     """Whether each leaf of the state is in host memory between steps."""
     nowhere = jax.tree.map(lambda _: False, abstract)
     if not specs.is_optimizer_on_host:
@@ -102,7 +119,11 @@ def rests_on_host(abstract: TrainState, specs: Specs, trainable: str) -> TrainSt
     return dataclasses.replace(nowhere, opt_state=moments)
 
 
-def state_dims(abstract: TrainState, specs: Specs, trainable: str) -> TrainState:
+def state_dims(
+    abstract: TrainState,
+    specs: Specs,
+    trainable: str,
+) -> TrainState:
     """Dim letters of every leaf of the state; "" where it mirrors no parameter."""
     trained = tree.select(abstract.params, trainable)
     opt_state = mirror(abstract.opt_state, trained, tree.select(specs.dims, trainable), "")

@@ -111,7 +111,12 @@ class _CanonicalCheckpoints:
     setup: Setup
 
     def save(
-        self, step: int, state: TrainState, data_state: dict[str, Any], *, force: bool = False
+        self,
+        step: int,
+        state: TrainState,
+        data_state: dict[str, Any],
+        *,
+        force: bool = False,
     ) -> bool:
         canonical = self.setup.to_canonical(state)
         return self.checkpoints.save(step, canonical, data_state, force=force)
@@ -144,7 +149,11 @@ def _restore_or_start(
     return dataclasses.replace(state, params=_other_params(setup, config.init_from, facts))
 
 
-def _other_params(setup: Setup, directory: str, facts: dict[str, Any]) -> Params:
+def _other_params(
+    setup: Setup,
+    directory: str,
+    facts: dict[str, Any],
+) -> Params:
     """The parameters in another run's newest checkpoint."""
     source = CheckpointConfig(directory=directory, save_every=1, keep_last=1)
     with contextlib.closing(Checkpoints(source, **facts)) as checkpoints:
@@ -164,7 +173,11 @@ def _other_params(setup: Setup, directory: str, facts: dict[str, Any]) -> Params
     return restored.params
 
 
-def _make_reporters(directory: Path, steps: int, step: int) -> list[Reporter]:
+def _make_reporters(
+    directory: Path,
+    steps: int,
+    step: int,
+) -> list[Reporter]:
     """Only the first process reports."""
     if jax.process_index() != 0:
         return []
@@ -175,6 +188,10 @@ def _make_reporters(directory: Path, steps: int, step: int) -> list[Reporter]:
     ]
 
 
-def _diagnose(setup: Setup, state: TrainState, batch: Batch) -> str:
+def _diagnose(
+    setup: Setup,
+    state: TrainState,
+    batch: Batch,
+) -> str:
     key = jax.random.fold_in(state.key, state.step)
     return diagnosis.first_non_finite(setup, state.params, batch, key)

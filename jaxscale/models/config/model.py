@@ -169,7 +169,11 @@ class ModelConfig:
         return numbers[0] if numbers else 0
 
 
-def training_flops_per_token(config: ModelConfig, num_active: int, length: int) -> float:
+def training_flops_per_token(
+    config: ModelConfig,
+    num_active: int,
+    length: int,
+) -> float:
     """FLOPs of forward and backward per token: 6 N_active plus causal attention counted at half.
 
     A window of w tokens is counted as what a query sees on average, w - w^2 / 2T: half of T where

@@ -57,7 +57,12 @@ def attention(
     return MODULES[implementation].attend(q, k, v, context), cache
 
 
-def check_backend(parameter: str, implementation: str, q: Array, context: AttentionContext) -> None:
+def check_backend(
+    parameter: str,
+    implementation: str,
+    q: Array,
+    context: AttentionContext,
+) -> None:
     """Raises InputError unless the backend is known and can do what is asked; shapes suffice."""
     check_choice(parameter, implementation, BACKENDS)
     if implementation == "reference":
@@ -66,7 +71,12 @@ def check_backend(parameter: str, implementation: str, q: Array, context: Attent
         raise InputError(parameter, implementation, reason)
 
 
-def _check(q: Array, k: Array, v: Array, context: AttentionContext) -> None:
+def _check(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+) -> None:
     """Raises InputError for shapes that do not fit and masks that make no sense."""
     shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
     is_same_batch = (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3])

@@ -39,7 +39,11 @@ class KVCache:
 
 
 def empty_cache(
-    batch_size: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: str
+    batch_size: int,
+    capacity: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
 ) -> KVCache:
     """A cache of `capacity` free slots per row."""
     shape = batch_size, num_kv_heads, capacity, head_dim
@@ -72,7 +76,11 @@ def prefill(
 
 
 def attend(
-    q: Array, k: Array, v: Array, context: AttentionContext, cache: KVCache
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    cache: KVCache,
 ) -> tuple[Array, KVCache]:
     """Appends the new keys to the cache and attends over all of it.
 
@@ -101,7 +109,12 @@ def attend(
     return jnp.where(cache.length <= cache.k.shape[2], o, jnp.nan), cache
 
 
-def _append(k: Array, v: Array, context: AttentionContext, cache: KVCache) -> tuple[KVCache, Array]:
+def _append(
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    cache: KVCache,
+) -> tuple[KVCache, Array]:
     """The longer cache, and the new tokens' segments [B, T]."""
     segments = context.segments
     if segments is None:
@@ -122,7 +135,11 @@ def _append(k: Array, v: Array, context: AttentionContext, cache: KVCache) -> tu
     return longer, segments
 
 
-def _over_cache(q: Array, cache: KVCache, context: AttentionContext) -> Array:
+def _over_cache(
+    q: Array,
+    cache: KVCache,
+    context: AttentionContext,
+) -> Array:
     """Attention of a few queries over a whole cache.
 
     Both matmuls read the cache in its own type and add up in at least float32: to convert it first

@@ -14,7 +14,12 @@ from jaxscale.types import Array
 QUERY_CHUNK = 512
 
 
-def attend(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+) -> Array:
     """The reference over QUERY_CHUNK queries at a time; arguments as `ops.attention.attention`.
 
     Each chunk is recomputed in the backward, so that only [chunk, S] logits ever exist.

@@ -6,7 +6,12 @@ from jaxscale.ops.attention.context import AttentionContext
 from jaxscale.types import Array
 
 
-def attend(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+) -> Array:
     """Attention by cuDNN; documents go through a dense mask; else as `ops.attention.attention`."""
     same_document = None
     if context.segments is not None:

@@ -8,7 +8,12 @@ from jaxscale.types import Array
 OUTPUT = kernel.OUTPUT_NAME
 
 
-def attend(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+) -> Array:
     """Attention that skips tiles of other documents or outside the window; else as `attention`."""
     o, _ = kernel.attention(
         q,

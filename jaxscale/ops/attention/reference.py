@@ -8,7 +8,12 @@ from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
 
 
-def attend(q: Array, k: Array, v: Array, context: AttentionContext) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+) -> Array:
     """Softmax attention; Source, Args and Returns as `ops.attention.attention`."""
     num_kv_heads = k.shape[2]
     groups = q.shape[2] // num_kv_heads
