@@ -78,7 +78,10 @@ class BitsPerByte:
         }
 
     def _batches(self, loader: HeldOutLoader) -> Iterator[Batch]:
-        """All in order, or some of them: rows are packed longest piece first, so the first batches are no sample."""
+        """All in order, or some, evenly spread.
+
+        Rows are packed with the longest piece first, so that the first batches are no sample.
+        """
         total = len(loader)
         if self.max_batches is None or self.max_batches >= total:
             return iter(loader)

@@ -1,1 +1,1 @@
-"""Starting processes, setting them up, watching them, and compiling for machines that are absent."""
+"""Starting and watching processes, and compiling for machines that are absent."""

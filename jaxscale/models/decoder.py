@@ -198,9 +198,9 @@ class Decoder:
                 the periods' trees.
             x: residual [B, own T, D].
             tokens: what is known of the tokens.
-            caches: {position in the pattern: cache}, leaves [periods, ...], or for an unrolled stack
-                a tuple of the periods'; None without caches. They are carried from layer to layer
-                and written in place.
+            caches: {position in the pattern: cache}, leaves [periods, ...], or for an unrolled
+                stack a tuple of the periods'; None without caches. They are carried from layer to
+                layer and written in place.
             periods: which of the model's periods these are; None for all of them in order.
         Returns:
             (residual, caches, RouterSums of [periods] for each position of the pattern).

@@ -19,7 +19,9 @@ from jaxscale.types import Array, Batch, InputError, Params
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationContext:
-    """A model in training, as an evaluator sees it; a loop makes one and replaces `params` and `step` in it.
+    """A model in training, as an evaluator sees it.
+
+    A loop makes one and replaces `params` and `step` in it.
 
     Args:
         params: the parameters, placed on the mesh.
@@ -41,7 +43,7 @@ class EvaluationContext:
 
 
 def check_evaluators(evaluators: Mapping[str, Callable], context: EvaluationContext) -> None:
-    """Raises InputError for an evaluator that was not built, or that says itself that it cannot evaluate this run."""
+    """Raises InputError for an evaluator that was not built or says that it cannot run here."""
     for name, evaluator in evaluators.items():
         target = evaluator.func if isinstance(evaluator, functools.partial) else evaluator
         if inspect.isclass(target):

@@ -1,4 +1,4 @@
-"""How layers are executed: in a loop or unrolled, whole or by chunks, and what the backward recomputes.
+"""How layers are executed: looped or unrolled, whole or by chunks, and what is recomputed.
 
 No setting changes what is computed.
 """
@@ -21,8 +21,8 @@ from jaxscale.ops.draws import Draws
 from jaxscale.types import Array, InputError, check_choice, check_positive, check_types
 
 NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
-# Router logits are always kept. Recomputed, they may differ in the last bit, for XLA fuses them with
-# other operations then, and a token could be sent to another expert.
+# Router logits are always kept. Recomputed, they may differ in the last bit, for XLA fuses them
+# with other operations then, and a token could be sent to another expert.
 ROUTER = "router"
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
 
@@ -61,8 +61,8 @@ class Whole:
 class ByChunk:
     """All but attention over a chunk of the tokens at a time, recomputed in the backward.
 
-    The layer's weights are gathered once for all chunks. Then activations of a chunk only exist at a
-    time, beside queries, keys, values and attention's output of all tokens.
+    The layer's weights are gathered once for all chunks. Then activations of a chunk only exist at
+    a time, beside queries, keys, values and attention's output of all tokens.
 
     Source: Yao et al. 2024, FPDT (arXiv 2408.16978), section 5.4, its chunked feed-forward.
     Args:
@@ -127,9 +127,9 @@ class ExecutionConfig:
         is_scanned: one compiled layer in a loop, or every layer unrolled, which takes longer to
             compile and is faster on a GPU.
         remat: what the backward recomputes: "none"; "full" (keep only each layer's input); "dots"
-            (keep the outputs of matmuls with weights, of attention on a GPU and of exchanges between
-            devices, those before a matmul aside); "names" (keep `saved_names` on the device and
-            `offloaded_names` in host memory).
+            (keep the outputs of matmuls with weights, of attention on a GPU and of exchanges
+            between devices, those before a matmul aside); "names" (keep `saved_names` on the device
+            and `offloaded_names` in host memory).
         saved_names: of NAMES.
         offloaded_names: of NAMES.
         num_loss_chunks: chunks of T, of which one has its logits in memory at a time.

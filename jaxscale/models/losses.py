@@ -193,8 +193,8 @@ def token_log_probabilities(
     num_chunks = decoder.execution.num_loss_chunks
     head = decoder.head(params)
 
-    # Own tokens are cut and each chunk of them is gathered, so that what comes back are the same own
-    # tokens. Cut after gathering, a chunk's own tokens would be other ones.
+    # Own tokens are cut and each chunk of them is gathered, so that what comes back are the same
+    # own tokens. Cut after gathering, a chunk's own tokens would be other ones.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(chunk: tuple[Array, Array]) -> Array:
         x, own_labels = chunk
@@ -225,7 +225,8 @@ def sum_by_group(
 ) -> Array:
     """Sums of the own tokens' values over groups of tokens, such as rows or documents.
 
-    On a mesh all devices that have tokens of the same rows return the same sums. A loss of such sums
+    On a mesh all devices that have tokens of the same rows return the same sums. A loss of such
+    sums
     must count on one of them: multiply it by `collectives.is_counted()`.
 
     Args:

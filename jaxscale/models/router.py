@@ -1,4 +1,4 @@
-"""Routers: which experts a token visits, with which weights, and how the choice is differentiated."""
+"""Routers: which experts a token visits, with which weights, and the gradient of the choice."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxscale.types import Array, Params
 
 
 def router_logits(params: Params, h: Array) -> Array:
-    """The router's logits [B, T, E] of h [B, T, D], in at least float32 whatever the type of `h`."""
+    """The router's logits [B, T, E] of h [B, T, D], in at least float32."""
     router = accumulator(params["router"])
     if (h.dtype, router.dtype) == (jnp.bfloat16, jnp.float32):
         logits = split_product(h.reshape(-1, h.shape[-1]), router)

@@ -1,4 +1,4 @@
-"""A loop over layers with every iteration written out, and a gradient that XLA can stack cheaply."""
+"""A loop over layers with every iteration written out, whose gradient XLA stacks cheaply."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,8 +44,7 @@ def unrolled(
 
 
 def periods_of(tree: Any) -> list[Any]:
-    """The parts of a tree whose leaves have a leading dim of periods; slices, without a gradient of
-    their own."""
+    """The parts of a tree whose leaves have a leading dim of periods."""
     return _unstack_plain(tree, jax.tree.leaves(tree)[0].shape[0])
 
 

@@ -1,1 +1,1 @@
-"""Tensor operations, one function each with its backend choice; the only package that imports the kernels."""
+"""Tensor operations, each with its choice of a backend; the sole importer of the kernels."""

@@ -17,7 +17,7 @@ class GatherParameters(Protocol):
     """ZeRO-3: shards of a section's parameters to whole ones."""
 
     def __call__(self, section: str, params: Any) -> Any:
-        """`params` of a section such as "embedding", "layers/0" or "head", as a forward uses them."""
+        """`params` of a section such as "layers/0" or "head", as a forward uses them."""
 
 
 class ColumnThenRow(Protocol):
@@ -79,16 +79,17 @@ class Collectives:
         reduce_scatter_tokens: partial sums [B, T, D] of row-parallel matmuls -> [B, own T, D].
         column_then_row: see `ColumnThenRow`.
         own_tokens: [B, T, ...] known to the whole tensor group -> [B, own T, ...]. The own tokens
-            are a share of all B T tokens in the order of rows, so its rows are not the batch's: only
-            what treats tokens alike may read it.
+            are a share of all B T tokens in the order of rows, so its rows are not the batch's:
+            only what treats tokens alike may read it.
         first_column: (number of local columns of a matrix) -> number of the first of them.
-        kv_heads: (weights whose dim `axis` counts kv heads, axis, number of the model's kv heads) ->
-            those of the kv heads that the local query heads read.
+        kv_heads: (weights whose dim `axis` counts kv heads, axis, number of the model's kv heads)
+            -> those of the kv heads that the local query heads read.
         sum_over_heads: sums over the heads of a token that other devices have; differentiable.
         sum_over_tokens: sums over the tokens of all devices a figure that is not differentiated.
         sum_over_rows: sums over the devices that have tokens of the same rows; differentiable. What
             is made of such a sum is known to all of them, so it counts on one: see `is_counted`.
-        is_counted: () -> 1 on one of the devices that have tokens of the same rows, 0 on the others.
+        is_counted: () -> 1 on one of the devices that have tokens of the same rows, 0 on the
+            others.
     """
 
     gather_parameters: GatherParameters = _stored

@@ -6,7 +6,7 @@ HOPPER = "9.0"
 
 
 def compute_capability() -> str | None:
-    """Of the GPUs that this process computes on, such as "9.0" for an H100 or H200; None without one."""
+    """Of this process's GPUs, such as "9.0" for an H100 or H200; None without one."""
     return jax.local_devices()[0].compute_capability if jax.default_backend() == "gpu" else None
 
 

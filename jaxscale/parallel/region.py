@@ -160,8 +160,8 @@ class Region:
 
         The batch that the loss is given has `token_keys`, made of `key` and each token's place in
         the global batch. Gradients are those of sum_loss. They have None where a parameter is not
-        trainable, are of the reduction type and sharded as `specs.gradients` says. Sums are over all
-        micro-batches and devices; nothing is divided here.
+        trainable, are of the reduction type and sharded as `specs.gradients` says. Sums are over
+        all micro-batches and devices; nothing is divided here.
         """
         held = tree.select(self.specs.held, self.trainable)
         wanted = tree.select(self.specs.gradients, self.trainable)

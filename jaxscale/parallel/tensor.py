@@ -84,8 +84,8 @@ def column_then_row_by_member(
 
     The rows are computed in one group a member: those that lie on this device, then those of the
     next member, and so on. A group's rows arrive while `column` has the group before, and their
-    sums leave while `column` has the group after. The rows of this device need no exchange, so they come
-    first and are projected last, when there is nothing else to compute. The same holds in the
+    sums leave while `column` has the group after. The rows of this device need no exchange, so they
+    come first and are projected last, when there is nothing else to compute. The same holds in the
     backward.
 
     A device's tokens are whole rows only if the group divides B; else this is `column_then_row`.

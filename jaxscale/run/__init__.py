@@ -1,4 +1,4 @@
-"""A run as one value, and the verbs that take it; a gin file that imports this can name all parts."""
+"""A run as one value, and the verbs that take it; a gin file can name all parts of a run here."""
 
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig

@@ -1,4 +1,4 @@
-"""`compile`: the train step built for machines that are not here; what it needs of them, and whether it fits."""
+"""`compile`: the train step built for machines that are not here, and whether it fits them."""
 
 import dataclasses
 import math
@@ -58,7 +58,8 @@ class Topology:
 def compile_step(*, run: Run, topology: str) -> None:
     """Compiles the step that `pretrain` would run; prints memory, collectives and compile time.
 
-    Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know without
+    Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know
+    without
     a GPU is left out: cuDNN's workspaces, NCCL's buffers, and the matmul kernels that tuning would
     choose.
 
@@ -70,8 +71,8 @@ def compile_step(*, run: Run, topology: str) -> None:
         RunError: the step does not fit into the devices' memory, or the compiler failed.
     """
     wanted, share = Topology.parse(topology), memory_share()
-    # The flag of a deterministic run stays out: it asks for tuning on a GPU, without which a default
-    # will do.
+    # The flag of a deterministic run stays out: it asks for tuning on a GPU, without which a
+    # default will do.
     apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
     devices, began = wanted.devices(), time.perf_counter()
     with as_on_gpus(devices):
@@ -91,7 +92,7 @@ def compile_step(*, run: Run, topology: str) -> None:
 
 
 def memory_share() -> float:
-    """The share of a GPU's memory that JAX takes at its start, as this process's environment says."""
+    """The share of a GPU's memory that JAX takes at its start, by this process's environment."""
     text = os.environ.get(SHARE_VARIABLE, DEFAULT_SHARE)
     try:
         return float(text)
@@ -104,7 +105,7 @@ def check_fits(
     available: int,
     share: float,
 ) -> str:
-    """Says that `peak` bytes fit into JAX's share of `available` bytes; raises RunError if they do not."""
+    """Says that `peak` bytes fit into JAX's share of `available`; raises RunError if not."""
     limit = f"JAX takes {share:g} of {_gib(available)} = {_gib(available * share)}"
     if peak <= available * share:
         return f"fits: {_gib(peak)} needed; {limit}"
@@ -114,7 +115,7 @@ def check_fits(
 
 
 def _compile(lowered: jax.stages.Lowered, is_on_host: list[bool]) -> jax.stages.Compiled:
-    """Of the step, whose state, with `is_on_host` for each leaf, is its first argument and result."""
+    """Compiles the step; `is_on_host` is for each leaf of its first argument and result."""
     try:
         if any(is_on_host):
             return compile_with_host(lowered, arguments=is_on_host, results=is_on_host)
@@ -158,8 +159,10 @@ def _collectives_text(found: list[Collective]) -> str:
     if not found:
         return "no collectives"
     lines = [
-        "collectives of one step, on each device (loops multiplied out, of branches the one that sends most)",
-        f"  {'kind':<18} {'in the program':>14} {'run':>8} {'GiB delivered':>13} {'largest, bytes':>17}",
+        "collectives of one step, on each device (loops multiplied out, of branches the one that "
+        "sends most)",
+        f"  {'kind':<18} {'in the program':>14} {'run':>8} {'GiB delivered':>13} "
+        f"{'largest, bytes':>17}",
     ]
     for kind in (kind for kind in KINDS if any(each.kind == kind for each in found)):
         ours = [each for each in found if each.kind == kind]

@@ -22,7 +22,7 @@ from jaxscale.train.state import stored_params
 
 
 def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
-    """Measures a checkpoint, on any mesh; prints the figures and writes them to the run's directory.
+    """Measures a checkpoint, on any mesh; prints the figures and writes them to the run's folder.
 
     They go to evaluation_STEP.json. A run without evaluators has `BitsPerByte` as "held_out".
 

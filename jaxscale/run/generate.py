@@ -28,8 +28,8 @@ def generate(
     Returns:
         The continuations, without the prompts.
     Raises:
-        InputError: no such checkpoint, it had another tokenizer, or a prompt is empty or too long for
-            the model.
+        InputError: no such checkpoint, it had another tokenizer, or a prompt is empty or too long
+            for the model.
     """
     apply_runtime(run.runtime, str(run.path))
     prompts = (prompts,) if isinstance(prompts, str) else prompts

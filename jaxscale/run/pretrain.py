@@ -1,4 +1,4 @@
-"""`pretrain`: a run to a trained language model, from scratch or from where the last run stopped."""
+"""`pretrain`: trains a language model, from scratch or from where the last run stopped."""
 
 import dataclasses
 import functools

@@ -45,15 +45,15 @@ def generate_tokens(
         eos_id: token that ends a continuation; None for no such token.
         sequences: number of each prompt, from which its draws derive whatever batch it is in; by
             default its index.
-        num_tokens: only tokens below are drawn, where the tokenizer knows fewer than the model; None
-            for all.
-        region: of a mesh over which the model is spread, see `parallel.region.make_serving_operations`;
-            None for one device.
+        num_tokens: only tokens below are drawn, where the tokenizer knows fewer than the model;
+            None for all.
+        region: of a mesh over which the model is spread, see
+            `parallel.region.make_serving_operations`; None for one device.
     Returns:
         The new tokens of each prompt, up to and including the end token.
     Raises:
-        InputError: a prompt is empty, too long for the model, or has a token that the model does not
-            know.
+        InputError: a prompt is empty, too long for the model, or has a token that the model does
+            not know.
     Cost: compiles once per number of prompts, prompt length rounded up to a power of two, and
         `max_new_tokens`.
     """
@@ -87,7 +87,8 @@ def empty_caches(
         tensor: members of a tensor group, each of which has a share of the kv heads.
     Returns:
         One cache for each layer of the prefix; and for the stack one for each position of the
-        pattern, with a leading dim of periods, or a tuple of the periods' where layers are unrolled.
+        pattern, with a leading dim of periods, or a tuple of the periods' where layers are
+        unrolled.
     """
     config, dtype = decoder.config, decoder.policy.compute
 
@@ -240,7 +241,7 @@ def check_prompts(
     config: ModelConfig,
     max_new_tokens: int,
 ) -> None:
-    """Raises InputError for an empty or too long prompt, or a token that the model does not know."""
+    """Raises InputError for an empty or too long prompt, or a token unknown to the model."""
     check_positive("max_new_tokens", max_new_tokens)
     if not prompts:
         raise InputError("prompts", prompts, "at least one prompt")
@@ -253,12 +254,15 @@ def check_prompts(
             raise InputError(name, unknown[0], expected)
         if length + max_new_tokens > config.max_length:
             equation = f"{length} + {max_new_tokens} = {length + max_new_tokens}"
-            expected = f"prompt + max_new_tokens <= model.max_length = {config.max_length}, here {equation}"
+            expected = (
+                f"prompt + max_new_tokens <= model.max_length = {config.max_length}, "
+                f"here {equation}"
+            )
             raise InputError(name, f"{length} tokens", expected)
 
 
 def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and positions [B, T]; T is a power of two, so that many lengths share a compilation."""
+    """Tokens and positions [B, T]; T is a power of two, so that lengths share a compilation."""
     width = 1 << (max(map(len, prompts)) - 1).bit_length()
     tokens = np.zeros((len(prompts), width), np.int32)
     positions = np.full((len(prompts), width), PADDING, np.int32)

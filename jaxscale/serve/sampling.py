@@ -53,7 +53,7 @@ def token_keys(
     sequences: Array,
     positions: Array,
 ) -> Array:
-    """The key of each draw, a function of the run's, the sequence and the position, so no draw knows its batch.
+    """The key of each draw, made of the run's key, the sequence and the position, not the batch.
 
     Args:
         key: [] typed PRNG key of the run.
@@ -115,7 +115,9 @@ def top_k(logits: Array, k: int) -> Array:
 
 
 def top_p(logits: Array, p: float) -> Array:
-    """Keeps the smallest set of most probable tokens with total probability >= p, of equal ones the lowest first.
+    """Keeps the smallest set of most probable tokens with total probability >= p.
+
+    Of equal ones the lowest comes first.
 
     Source: Holtzman et al. 2019 (arXiv 1904.09751), equation 2.
     """

@@ -18,8 +18,8 @@ class TrainConfig:
             load-balance loss depends on M, because experts' shares are counted in each part.
         seed: of the initial parameters and every draw.
         z_loss: weight of log^2 Z in the loss.
-        embedding_noise: alpha of NEFTune (arXiv 2310.05914): embeddings get uniform noise of at most
-            alpha / sqrt(T D), for fine-tuning; 0 for none.
+        embedding_noise: alpha of NEFTune (arXiv 2310.05914): embeddings get uniform noise of at
+            most alpha / sqrt(T D), for fine-tuning; 0 for none.
         trainable: regular expression over whole parameter paths; what does not match stays as it is
             and has no optimizer state.
         evaluate_every: steps between evaluations.

@@ -1,4 +1,4 @@
-"""Optimizer state that rests in host memory between updates and comes to the device part by part."""
+"""Optimizer state that rests in host memory between updates and is updated part by part."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,10 @@ Update = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
 def is_on_host(opt_state: Any, trained: Any) -> Any:
-    """Whether each leaf of the optimizer state rests on the host: those that mirror a parameter, not counters."""
+    """Whether each leaf of the optimizer state rests on the host.
+
+    Those that mirror a parameter do, counters do not.
+    """
     return mirror(opt_state, trained, jax.tree.map(lambda _: True, trained), False)
 
 
@@ -98,6 +101,9 @@ def through_device(
     leaf: Array,
     wanted: jax.sharding.Sharding,
 ) -> Array:
-    """A converted copy on the host of a leaf on the host, made on the device; waits, so that one is there at a time."""
+    """Converts a leaf that rests on the host, on the device, to a new copy on the host.
+
+    Waits for it, so that one leaf is on the device at a time.
+    """
     here = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
     return jax.block_until_ready(jax.device_put(convert(here), wanted))

@@ -18,7 +18,7 @@ from jaxscale.types import Batch, RunError
 
 
 class NonFiniteError(RunError):
-    """A loss, gradient norm or update was not finite; the message says at which step and in which tensor."""
+    """A loss, gradient norm or update was not finite; says at which step and in which tensor."""
 
 
 class Loader(Protocol):
@@ -109,7 +109,7 @@ class Loop:
     watchdog: Watchdog
 
     def run(self, state: TrainState) -> Outcome:
-        """Trains from `state` (donated) to the last step or a signal; the end is always a committed checkpoint.
+        """Trains from `state` (donated) to the last step or a signal, and commits a checkpoint.
 
         Raises:
             NonFiniteError: the state before the bad step has been saved, unless it was an update
@@ -168,7 +168,8 @@ class Loop:
         self.checkpoints.wait()
         self.watchdog.watch(f"the diagnosis of step {pending.step}", is_slow=True)
         raise NonFiniteError(
-            f"step {pending.step}: loss {pending.metrics['loss']}, gradient norm {pending.metrics['gradient_norm']}; "
+            f"step {pending.step}: loss {pending.metrics['loss']}, "
+            f"gradient norm {pending.metrics['gradient_norm']}; "
             f"first non-finite: {self._name_tensor(state, pending.batch)}; "
             f"the state after step {pending.step - 1} is saved"
         )
@@ -184,7 +185,8 @@ class Loop:
         """Saves unless an update has broken the parameters, which no step has used yet."""
         if not _are_finite(state.params):
             raise NonFiniteError(
-                f"step {step}: the update was not finite; the last good state is that of the newest checkpoint"
+                f"step {step}: the update was not finite; the last good state is that of the "
+                "newest checkpoint"
             )
         self.checkpoints.save(step, state, data_state, force=force)
 
@@ -195,7 +197,10 @@ class Loop:
             return f"unknown, for the diagnosis failed ({str(error).splitlines()[0]})"
 
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
-        """In this order: a committed step has all its figures in the history, unless its evaluation failed."""
+        """Evaluates, then saves: a committed step has all its figures in the history.
+
+        Unless its evaluation failed.
+        """
         try:
             if step % self.evaluate_every == 0 or step == self.steps:
                 self._evaluate(state, step)

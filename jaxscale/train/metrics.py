@@ -1,4 +1,4 @@
-"""Where a run's figures go: a JSONL history, TensorBoard and the progress bar; and what they say about speed."""
+"""Where a run's figures go: a JSONL history, TensorBoard, the progress bar; and its speed."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class History:
-    """One JSON object a line: `{"step": 7, "loss": 3.1, ...}`; floats are written so that they read back bit-identical.
+    """One JSON object a line, such as `{"step": 7, "loss": 3.1}`; floats read back bit-identical.
 
     Args:
         path: the file; lines of steps after `step` are dropped, for those steps will run again.
@@ -87,7 +87,10 @@ class History:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a history in order, none if there is no file; a last line cut short by a kill is left out."""
+    """The lines of a history in order, none if there is no file.
+
+    A last line that a kill cut short is left out.
+    """
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if _step(line) < np.inf]
@@ -101,7 +104,7 @@ def _step(line: str) -> float:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, in a file of its own for each start; written as they come, by no thread.
+    """Scalars for TensorBoard, in a new file for each start, written as they come by no thread.
 
     Args:
         directory: where the files are.
@@ -200,7 +203,7 @@ class Speed:
     _last: float = dataclasses.field(default_factory=time.perf_counter)
 
     def figures(self) -> dict[str, float]:
-        """Seconds since the last call, tokens/s, TFLOP/s and MFU per device, and peak device memory in bytes."""
+        """Seconds since the last call, tokens/s, TFLOP/s and MFU a device, peak memory in bytes."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         flops = self.flops_per_token * self.tokens_per_step / seconds / jax.device_count()

@@ -32,7 +32,9 @@ WITHOUT_LOCKS = {
 
 @contextlib.contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of `directory`, which is made if need be, and removed again if nothing came to be in it.
+    """Keeps other runs out of `directory`.
+
+    It is made if need be, and removed again if nothing was written to it.
 
     The system lets go of it when this process ends, however it ends. Only the run's first process
     takes it.
@@ -74,7 +76,9 @@ def _lock(file: BinaryIO, directory: Path) -> None:
 
 
 def check_new(directory: Path, checkpoints: str) -> None:
-    """Refuses to begin a run anew, and its history with it, where an earlier start of it left checkpoints elsewhere.
+    """Refuses to begin a run anew where an earlier start of it left checkpoints elsewhere.
+
+    Its history would begin anew too.
 
     Args:
         directory: of the run.
@@ -88,7 +92,10 @@ def check_new(directory: Path, checkpoints: str) -> None:
         start["checkpoints"] for start in reversed(starts) if "checkpoints" in start
     ):
         if steps := committed_steps(directory / before):
-            expected = f"{before!r}, where the run of {directory} has step {steps[-1]}; another directory begins another run"
+            expected = (
+                f"{before!r}, where the run of {directory} has step {steps[-1]}; another directory "
+                "begins another run"
+            )
             raise InputError("CheckpointConfig.directory", checkpoints, expected)
 
 
@@ -97,7 +104,9 @@ def write_start(
     step: int,
     checkpoints: str,
 ) -> None:
-    """Writes the configuration, of this start alone too, and a line with versions and command; first process only.
+    """Writes the configuration, and a line with versions and command; first process only.
+
+    The configuration is written twice, once under a name of this start.
 
     Args:
         directory: of the run.

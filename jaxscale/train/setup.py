@@ -1,4 +1,4 @@
-"""What follows from a model and a mesh before anything is allocated; every misfit is refused here."""
+"""What follows from a model and a mesh before anything is allocated; misfits are refused."""
 
 import dataclasses
 import functools

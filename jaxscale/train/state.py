@@ -131,5 +131,5 @@ def state_dims(
 
 
 def run_key(seed: int) -> jax.Array:
-    """The key from which the draws of a run with `seed` derive; its initial parameters have another one."""
+    """The key from which the draws of a run with `seed` derive; initial parameters have another."""
     return jax.random.fold_in(jax.random.key(seed), 1)

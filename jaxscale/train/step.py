@@ -20,9 +20,9 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 def make_step(setup: Setup) -> Step:
     """Compiles step(state, batch) -> (state, metrics); the state is donated.
 
-    A loss or gradient norm that is not finite leaves parameters, optimizer and step as they were and
-    clears `is_finite`, so that no later step changes them either. Parameters that an update broke
-    are found by the next step.
+    A loss or gradient norm that is not finite leaves parameters, optimizer and step as they were
+    and clears `is_finite`, so that no later step changes them either. Parameters that an update
+    broke are found by the next step.
 
     Args:
         setup: model, loss, mesh and optimizer.

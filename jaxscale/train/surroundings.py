@@ -28,7 +28,7 @@ class Surroundings:
     exit_stack: contextlib.ExitStack
 
     def begin(self) -> tuple[Preemption, Watchdog]:
-        """Locks the directory, listens to signals and starts the watchdog; from now on files change.
+        """Locks the directory, listens to signals, starts the watchdog; from now on files change.
 
         Raises:
             InputError: another run holds the directory, or it cannot be written.
@@ -44,8 +44,8 @@ class Surroundings:
 def surroundings(directory: Path, runtime: RuntimeConfig) -> Iterator[Surroundings]:
     """Applies the runtime's settings and joins the run's processes; nothing on disk changes yet.
 
-    Between this and `Surroundings.begin` a run is checked, so that bad input ends before anything is
-    written.
+    Between this and `Surroundings.begin` a run is checked, so that bad input ends before anything
+    is written.
 
     Raises:
         InputError: this machine or process cannot do what `runtime` asks for.

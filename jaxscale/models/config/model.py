@@ -1,4 +1,4 @@
-"""The configuration of a whole model: its layers' kinds, how they repeat, and what is around them."""
+"""The configuration of a model: kinds of layers, how they repeat, and what is around them."""
 
 import dataclasses
 

@@ -95,8 +95,8 @@ def attend(
             scale.
         cache: what came before; its capacity must hold T more slots.
     Returns:
-        ([B, T, N, H], the longer cache). The output is NaN once the cache has overflowed: a compiled
-        loop cannot raise, and the write lands on the last slots.
+        ([B, T, N, H], the longer cache). The output is NaN once the cache has overflowed: a
+        compiled loop cannot raise, and the write lands on the last slots.
     """
     cache, segments = _append(k, v, context, cache)
     seen = dataclasses.replace(
