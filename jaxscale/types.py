@@ -2,8 +2,8 @@
 
 Dimension legend, used in einsums, suffixes and the sharding rules:
     B batch, T query tokens, S key tokens, D model, N query heads, K kv heads, G queries per kv
-    head, H head dim, F feed-forward, V vocabulary, E experts, C capacity, L layers, P pages or
-    learned positions.
+    head, H head dim, F feed-forward, V vocabulary, E experts, A active experts per token,
+    C capacity, L layers, P pages, U learned positions.
 """
 
 import collections.abc

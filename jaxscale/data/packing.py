@@ -1,6 +1,6 @@
 """How documents fill rows of T tokens.
 
-One plan for the whole corpus is made before the first row is read.
+One packing for the whole corpus is made before the first row is read.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Packing:
     """Which pieces of documents each row holds, in order. A piece never crosses a document's end.
 
     Args:
@@ -32,7 +32,7 @@ class Plan:
         return len(self.row_offsets) - 1
 
 
-def plan_packed(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Plan:
+def pack_rows(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Packing:
     """Packs documents into as few rows as best-fit decreasing finds, longest pieces first.
 
     A document longer than T is cut into pieces of T and a rest. Attention does not cross from one
@@ -62,13 +62,13 @@ def plan_packed(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) 
     order = longest_first[np.argsort(rows, kind="stable")]
     num_in_row = np.bincount(rows)
     row_offsets = np.concatenate([[0], np.cumsum(num_in_row)])
-    return Plan(starts[order], sizes[order], is_last[order], row_offsets, sequence_length)
+    return Packing(starts[order], sizes[order], is_last[order], row_offsets, sequence_length)
 
 
-def plan_concatenated(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Plan:
+def concatenate_rows(offsets: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Packing:
     """Joins documents end to end and cuts every T tokens, whatever stands there.
 
-    Args as in plan_packed.
+    Args as in pack_rows.
     """
     document_ends = np.cumsum(lengths)
     row_starts = np.arange(0, document_ends[-1], sequence_length)
@@ -81,18 +81,18 @@ def plan_concatenated(offsets: np.ndarray, lengths: np.ndarray, sequence_length:
     starts = begins - document_begins + offsets[document]
     is_last = ends == document_ends[document]
     row_offsets = np.append(np.searchsorted(begins, row_starts), len(begins))
-    return Plan(starts, ends - begins, is_last, row_offsets, sequence_length)
+    return Packing(starts, ends - begins, is_last, row_offsets, sequence_length)
 
 
 def read_rows(
-    tokens: np.ndarray, plan: Plan, rows: np.ndarray, *, is_packed: bool
+    tokens: np.ndarray, packing: Packing, rows: np.ndarray, *, is_packed: bool
 ) -> dict[str, np.ndarray]:
     """The rows of a batch.
 
     Args:
-        tokens: the token array that the plan was made for.
-        plan: which pieces a row holds.
-        rows: int64 [b], rows of the plan; a row of -1 is padding.
+        tokens: the token array that the packing was made for.
+        packing: which pieces a row holds.
+        rows: int64 [b], rows of the packing; a row of -1 is padding.
         is_packed: each piece is a segment of its own; otherwise a row is one segment and attention
             crosses documents. The labels are the same: none crosses a document.
 
@@ -101,20 +101,20 @@ def read_rows(
         there is padding.
     """
     # Of each piece, in the order of the batch: its row of the batch, its rank in that row, its
-    # place in the plan and its length.
-    num_planned = plan.row_offsets[rows + 1] - plan.row_offsets[rows]
+    # place in the packing and its length.
+    num_planned = packing.row_offsets[rows + 1] - packing.row_offsets[rows]
     num_pieces = np.where(rows < 0, 0, num_planned)
     row = np.repeat(np.arange(len(rows)), num_pieces)
     rank = _ranks(num_pieces)
-    piece = plan.row_offsets[rows][row] + rank
-    lengths = plan.lengths[piece]
+    piece = packing.row_offsets[rows][row] + rank
+    lengths = packing.lengths[piece]
 
     # Of each token, in the same order: its place in the piece, its index in `tokens` and its
     # label.
     place_in_piece = _ranks(lengths)
-    index = np.repeat(plan.starts[piece], lengths) + place_in_piece
+    index = np.repeat(packing.starts[piece], lengths) + place_in_piece
     ends_piece = place_in_piece == np.repeat(lengths - 1, lengths)
-    ends_document = ends_piece & np.repeat(plan.is_last[piece], lengths)
+    ends_document = ends_piece & np.repeat(packing.is_last[piece], lengths)
     has_label = ~ends_document
     labels = tokens[np.where(has_label, index + 1, index)] * has_label
 
@@ -128,7 +128,7 @@ def read_rows(
 
     # Pieces fill a row from the left. So the tokens of all rows, in order, are those for which
     # this mask is true, in order.
-    is_used = np.arange(plan.sequence_length) < num_used[:, None]
+    is_used = np.arange(packing.sequence_length) < num_used[:, None]
     return {
         "tokens": _scattered(tokens[index], is_used, np.int32),
         "labels": _scattered(labels, is_used, np.int32),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxscale.data.corpus import Corpus
-from jaxscale.data.packing import plan_concatenated, plan_packed, read_rows
+from jaxscale.data.packing import concatenate_rows, pack_rows, read_rows
 from jaxscale.types import Batch
 
 
@@ -20,15 +20,15 @@ class CorpusRows:
     """
 
     def __init__(self, corpus: Corpus, sequence_length: int, *, is_packed: bool):
-        make_plan = plan_packed if is_packed else plan_concatenated
+        pack = pack_rows if is_packed else concatenate_rows
         self._tokens = corpus.cache.tokens
-        self._plan = make_plan(corpus.offsets, corpus.lengths, sequence_length)
+        self._packing = pack(corpus.offsets, corpus.lengths, sequence_length)
         self._is_packed = is_packed
-        self.num_rows = self._plan.num_rows
+        self.num_rows = self._packing.num_rows
 
     def read(self, rows: np.ndarray) -> Batch:
         """The rows with these numbers, numpy [len(rows), T]; a number of -1 gives padding."""
-        batch = read_rows(self._tokens, self._plan, rows, is_packed=self._is_packed)
+        batch = read_rows(self._tokens, self._packing, rows, is_packed=self._is_packed)
         if not self._is_packed:
             # A row is one document to attention. Without segments it takes a plain causal backend,
             # which is faster.

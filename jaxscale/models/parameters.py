@@ -57,7 +57,7 @@ def parameter_table(config: ModelConfig) -> Table:
     build = _Builder(config)
     table: Table = {"embedding": {"tokens": build("VD", Role.EMBEDDING, config.init_std)}}
     if config.use_learned_positions:
-        table["embedding"]["positions"] = build("PD", Role.POSITIONS, config.init_std)
+        table["embedding"]["positions"] = build("UD", Role.POSITIONS, config.init_std)
     if config.prefix:
         table["prefix"] = {
             str(i): build.layer(layer, stack="") for i, layer in enumerate(config.prefix)
@@ -85,7 +85,7 @@ class _Builder:
             "L": config.num_periods,
             "D": config.model_dim,
             "V": config.vocab_size,
-            "P": config.max_length,
+            "U": config.max_length,
         }
 
     def __call__(

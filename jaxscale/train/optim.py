@@ -81,7 +81,7 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by the number of finished steps; the last step, at `steps` - 1, has the final one.
+    """Learning rate by the number of finished steps; that of the last step is the final one.
 
     Raises:
         InputError: the warm-up (and for "wsd" the decay) does not fit in `steps`.
@@ -177,7 +177,7 @@ def _scale_by(factors: dict[str, float]) -> optax.GradientTransformation:
 
 
 def _matrix_dims(params: Any, entries: dict[str, Any]) -> Any:
-    """Which dims of each leaf are matrix rows and columns for Muon; layers and experts are batch."""
+    """Which dims of each leaf are rows and columns for Muon; layers and experts are batch dims."""
 
     def one(path: str, _: jax.Array) -> MuonDimensionNumbers | None:
         entry = entries[path]

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from jaxscale.data.packing import plan_concatenated, plan_packed, read_rows
+from jaxscale.data.packing import concatenate_rows, pack_rows, read_rows
 
 T = 16
-PLANS = {True: plan_packed, False: plan_concatenated}
+PLANS = {True: pack_rows, False: concatenate_rows}
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def corpus():
 
 def all_rows(corpus, is_packed):
     tokens, offsets, lengths = corpus
-    plan = PLANS[is_packed](offsets, lengths, T)
-    return plan, read_rows(tokens, plan, np.arange(plan.num_rows), is_packed=is_packed)
+    packing = PLANS[is_packed](offsets, lengths, T)
+    return packing, read_rows(tokens, packing, np.arange(packing.num_rows), is_packed=is_packed)
 
 
 def naive_row(pieces, tokens, is_packed):
@@ -40,10 +40,10 @@ def naive_row(pieces, tokens, is_packed):
 
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_rows_are_those_of_a_naive_loop(corpus, is_packed):
-    plan, rows = all_rows(corpus, is_packed)
-    for number in range(plan.num_rows):
-        pieces = slice(plan.row_offsets[number], plan.row_offsets[number + 1])
-        in_row = zip(plan.starts[pieces], plan.lengths[pieces], plan.is_last[pieces])
+    packing, rows = all_rows(corpus, is_packed)
+    for number in range(packing.num_rows):
+        pieces = slice(packing.row_offsets[number], packing.row_offsets[number + 1])
+        in_row = zip(packing.starts[pieces], packing.lengths[pieces], packing.is_last[pieces])
         expected = naive_row(in_row, corpus[0], is_packed)
         assert {name: values[number].tolist() for name, values in rows.items()} == expected
 
@@ -61,8 +61,8 @@ def test_every_token_once_and_every_successor_predicted_once(corpus, is_packed):
 
 
 def test_packed_rows_are_nearly_full(corpus):
-    plan, rows = all_rows(corpus, True)
-    assert plan.num_rows <= np.ceil(corpus[2].sum() / T) + 1
+    packing, rows = all_rows(corpus, True)
+    assert packing.num_rows <= np.ceil(corpus[2].sum() / T) + 1
     assert rows["positions"].max() < T
 
 
@@ -81,24 +81,24 @@ def naive_best_fit(sizes):
 @pytest.mark.parametrize("seed", range(5))
 def test_packs_as_best_fit_decreasing_does(seed):
     lengths = np.random.default_rng(seed).integers(1, T + 1, 150)
-    plan = plan_packed(np.cumsum(lengths) - lengths, lengths, T)
-    used = np.add.reduceat(plan.lengths, plan.row_offsets[:-1])
+    packing = pack_rows(np.cumsum(lengths) - lengths, lengths, T)
+    used = np.add.reduceat(packing.lengths, packing.row_offsets[:-1])
     assert sorted(T - used) == naive_best_fit(lengths)
 
 
 def test_many_pieces_are_packed_in_seconds():
     lengths = np.random.default_rng(0).integers(1, 5000, 300_000)
-    plan = plan_packed(np.cumsum(lengths) - lengths, lengths, 4096)
-    assert plan.num_rows < lengths.sum() / 4096 * 1.01
+    packing = pack_rows(np.cumsum(lengths) - lengths, lengths, 4096)
+    assert packing.num_rows < lengths.sum() / 4096 * 1.01
 
 
 def test_padding_rows_are_zero(corpus):
     tokens, offsets, lengths = corpus
-    plan = plan_packed(offsets, lengths, T)
-    rows = read_rows(tokens, plan, np.array([-1, 0, -1]), is_packed=True)
+    packing = pack_rows(offsets, lengths, T)
+    rows = read_rows(tokens, packing, np.array([-1, 0, -1]), is_packed=True)
     assert all(not values[[0, 2]].any() for values in rows.values())
     assert rows["segments"][1].all()
-    empty = read_rows(tokens, plan, np.zeros(0, np.int64), is_packed=True)
+    empty = read_rows(tokens, packing, np.zeros(0, np.int64), is_packed=True)
     assert {values.shape for values in empty.values()} == {(0, T)}
     integers = dict.fromkeys(("tokens", "labels", "segments", "positions"), "int32")
     dtypes = {name: values.dtype.name for name, values in rows.items()}
