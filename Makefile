@@ -1,23 +1,34 @@
-# `make train` and `make test` each set up .venv on first use. PYTHON=python3.12 takes another interpreter, in a
-# virtual environment of its own.
+# `make train` and `make test` each set up .venv on first use. PYTHON=python3.12 takes another
+# interpreter, in a virtual environment of its own.
 PYTHON ?= python3
-# What `make long` runs.
-TESTS ?= tests
+# What `make test` and `make long` run; empty for all.
+TESTS ?=
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 # -qq shows errors and leaves out warnings.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+PYTEST := $(BIN)/python -m pytest -q -n 2
+# A file's tests share what they compile, so they stay on one worker.
+BY_FILE := --dist loadfile --no-loadscope-reorder
+# What computes through JAX's newer or internal interfaces, or reads what it compiles to.
+VERSIONED := tests/kernels tests/ops tests/models tests/parallel tests/test_golden.py \
+	tests/launch/test_ahead_of_time.py tests/train/test_compile.py tests/train/test_step.py \
+	tests/checkpoint/test_manager.py
 
-.PHONY: train test long lint clean
+.PHONY: train test long versions lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python experiments/main_job.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) $(BY_FILE) $(TESTS)
+
+# Of the tests without `long`, those that another version of Python or jax could fail.
+versions: $(VENV)/.installed-test
+	$(PYTEST) $(BY_FILE) $(VERSIONED)
 
 long: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 -m long $(TESTS)
+	$(PYTEST) --maxschedchunk 1 -m 'long and not gpu' $(TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -38,4 +49,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv* build dist *.egg-info .pytest_cache .ruff_cache .jax_cache

@@ -1,4 +1,4 @@
-"""Installing: the kernels are `jaxscale.kernels` however jaxscale was installed, and nothing of ours shadows others."""
+"""Installing: the kernels are `jaxscale.kernels` in every way, and we shadow no other package."""
 
 import shutil
 import subprocess
@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[1]
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
+# Without dependencies and without the network.
+ALONE = ["--no-deps", "--no-index", "--no-build-isolation"]
 PRINT_KERNELS = "import jaxscale.kernels; print(jaxscale.kernels.__file__)"
+PACKAGED = ("setup.cfg", "pyproject.toml", "LICENSE", "README.md")
 
 
 @pytest.fixture(scope="module")
@@ -18,41 +23,36 @@ def checkout(tmp_path_factory) -> Path:
     """A copy of what packaging reads, so that builds leave nothing behind in the repository."""
     copy = tmp_path_factory.mktemp("checkout") / "jaxscale"
     copy.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
+    for name in PACKAGED:
+        shutil.copy(ROOT / name, copy)
+    skipped = shutil.ignore_patterns("__pycache__")
     for name in ("jaxscale", "kernels"):
-        shutil.copytree(
-            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=skipped)
     return copy
+
+
+@pytest.fixture(scope="module")
+def wheel_site(checkout, tmp_path_factory) -> Path:
+    """A folder into which a wheel of the checkout is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run([*PIP, "wheel", *ALONE, "--wheel-dir", folder, checkout], cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    install(folder / "site", wheel, cwd=folder)
+    return folder / "site"
 
 
 def run(command: list, *, cwd: Path, **environment) -> str:
     """The command's standard output; fails with all of its output."""
     environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", **environment}
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    command = [str(part) for part in command]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
 def install(target: Path, *what: str | Path, cwd: Path) -> None:
-    """Installs into an empty folder, without dependencies and without the network."""
-    run(
-        [
-            *PIP,
-            "install",
-            "--no-deps",
-            "--no-index",
-            "--no-build-isolation",
-            "--target",
-            target,
-            *what,
-        ],
-        cwd=cwd,
-    )
+    """Installs into an empty folder."""
+    run([*PIP, "install", *ALONE, "--target", target, *what], cwd=cwd)
 
 
 def modules_under(folder: Path) -> set[str]:
@@ -60,35 +60,24 @@ def modules_under(folder: Path) -> set[str]:
 
 
 def test_bare_checkout(checkout):
-    assert Path(run([sys.executable, "-c", PRINT_KERNELS], cwd=checkout)).is_relative_to(checkout)
+    printed = run([sys.executable, "-c", PRINT_KERNELS], cwd=checkout)
+    assert Path(printed).is_relative_to(checkout)
 
 
-def test_wheel(checkout, tmp_path):
-    run(
-        [
-            *PIP,
-            "wheel",
-            "--no-deps",
-            "--no-index",
-            "--no-build-isolation",
-            "-w",
-            tmp_path,
-            checkout,
-        ],
-        cwd=tmp_path,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    target = tmp_path / "site"
-    install(target, wheel, cwd=tmp_path)
-    printed = run([sys.executable, "-c", PRINT_KERNELS], cwd=tmp_path, PYTHONPATH=str(target))
-    assert Path(printed) == target / "jaxscale" / "kernels" / "__init__.py"
-    assert modules_under(target / "jaxscale") == modules_under(checkout / "jaxscale") | {
-        f"kernels/{module}" for module in modules_under(checkout / "kernels")
-    }
-    assert {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")} == {
-        "jaxscale",
-        "bin",
-    }
+def test_wheel(checkout, wheel_site, tmp_path):
+    command = [sys.executable, "-c", PRINT_KERNELS]
+    printed = run(command, cwd=tmp_path, PYTHONPATH=str(wheel_site))
+    package = wheel_site / "jaxscale"
+    assert Path(printed) == package / "kernels" / "__init__.py"
+    kernels = {f"kernels/{module}" for module in modules_under(checkout / "kernels")}
+    assert modules_under(package) == modules_under(checkout / "jaxscale") | kernels
+    installed = {path.name for path in wheel_site.iterdir() if path.suffix != ".dist-info"}
+    assert installed == {"jaxscale", "bin"}
+
+
+def test_the_console_script_is_declared(wheel_site):
+    (entry_points,) = wheel_site.glob("*.dist-info/entry_points.txt")
+    assert "jaxscale = jaxscale.cli:main" in entry_points.read_text()
 
 
 def test_editable_install(checkout, tmp_path):
@@ -106,12 +95,8 @@ def test_editable_install(checkout, tmp_path):
 
 
 def test_transformers_imports_from_the_repository_root():
-    """transformers looks for a public package named kernels; ours, in the working folder, must not be taken for it."""
-    program = "import transformers; from transformers import PreTrainedConfig, AutoTokenizer, LlamaConfig; LlamaConfig()"
-    run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, HF_HUB_OFFLINE="1")
-
-
-def test_the_console_script_is_declared(checkout, tmp_path):
-    install(tmp_path / "site", checkout, cwd=tmp_path)
-    (entry_points,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
-    assert "jaxscale = jaxscale.cli:main" in entry_points.read_text()
+    """transformers looks for a public package `kernels`, for which it must not take ours."""
+    names = "PreTrainedConfig, AutoTokenizer, LlamaConfig"
+    program = f"import transformers; from transformers import {names}; LlamaConfig()"
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    run(command, cwd=ROOT, HF_HUB_OFFLINE="1")
