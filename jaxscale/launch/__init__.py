@@ -1,1 +1,1 @@
-"""Starting processes, setting them up, watching them, and compiling for machines that are absent."""
+"""Starting, setting up and watching processes, and compiling for machines that are absent."""

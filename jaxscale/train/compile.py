@@ -12,16 +12,14 @@ import jax
 
 from jaxscale.data.loader import DataConfig
 from jaxscale.launch.ahead_of_time import (
-    KINDS,
-    Collective,
     Memory,
     as_on_gpus,
-    collectives,
     compile_with_host,
     described_devices,
     device_memory_bytes,
     memory_of,
 )
+from jaxscale.launch.collectives import KINDS, Collective, collectives
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.transformer import StackConfig
