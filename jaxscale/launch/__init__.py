@@ -1,1 +1,1 @@
-"""Starting and watching processes, and compiling for machines that are absent."""
+"""Starting, setting up and watching processes, and compiling for machines that are absent."""

@@ -1,4 +1,4 @@
-"""Asks a run to stop at its next step boundary when the machine is to be taken away or the user presses Ctrl-C."""
+"""Asks a run to stop after its step when the machine is taken away or the user presses Ctrl-C."""
 
 import functools
 import os
@@ -15,7 +15,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption:
-    """Within its `with` block the first SIGTERM or SIGINT only sets a flag; the second ends the process at once.
+    """Within its `with` block the first SIGTERM or SIGINT only sets a flag.
+
+    The second one ends the process at once.
 
     The previous handlers are back in force after the block. Enter it from the main thread: Python
     sets handlers there.
@@ -23,17 +25,21 @@ class Preemption:
 
     def __init__(self):
         self._received: signal.Signals | None = None  # by this process
-        self._agreed: signal.Signals | None = None
-        self._asked: jax.Array | None = None
+        self._agreed: signal.Signals | None = None  # by all processes of the run
+        self._asked: jax.Array | None = None  # the all-reduce that the last call dispatched
         self._previous = {}
 
     def __enter__(self) -> "Preemption":
         self._received = self._agreed = self._asked = None
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
             # None stands for a handler that was not set from Python, which Python cannot set again.
@@ -45,11 +51,13 @@ class Preemption:
         return self._agreed
 
     def is_requested(self) -> bool:
-        """Returns whether the run is to end; every process calls it at every step and gets the same answer.
+        """Returns whether the run is to end.
+
+        Every process calls it at every step, and all get the same answer.
 
         Cost: nothing for one process. For several an all-reduce of one number, which goes to the
-        devices behind the step and is read at the next call, when it has long been done: they stop
-        one step later than one would.
+        devices behind the step. It is read at the next call, when it has long been done, so that
+        several processes stop one step later than one would.
         """
         if jax.process_count() == 1:
             self._agreed = self._received
@@ -67,18 +75,19 @@ class Preemption:
             os.kill(os.getpid(), number)
             return
         self._received = signal.Signals(number)
+        message = f"\n{self._received.name}: stopping after this step; again to end at once\n"
         # os.write, for a handler may run while the logger's lock or stderr's buffer is held.
-        os.write(
-            2, f"\n{self._received.name}: stopping after this step; again to end at once\n".encode()
-        )
+        os.write(2, message.encode())
 
 
 def _start_maximum(number: int) -> jax.Array:
     """Dispatches the maximum over all processes' numbers."""
-    each, maximum = _maximum()
-    numbers = jax.make_array_from_callback(
-        (jax.device_count(),), each, lambda _: np.full(1, number, np.int32)
-    )
+    by_device, maximum = _maximum()
+
+    def shard(_: tuple) -> np.ndarray:
+        return np.full(1, number, np.int32)
+
+    numbers = jax.make_array_from_callback((jax.device_count(),), by_device, shard)
     return maximum(numbers)
 
 
@@ -86,5 +95,6 @@ def _start_maximum(number: int) -> jax.Array:
 def _maximum() -> tuple[NamedSharding, Callable]:
     """The layout of one number a device, and the compiled maximum over them."""
     mesh = Mesh(np.asarray(jax.devices()), ("device",))
+    by_device = NamedSharding(mesh, PartitionSpec("device"))
     replicated = NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, PartitionSpec("device")), jax.jit(jnp.max, out_shardings=replicated)
+    return by_device, jax.jit(jnp.max, out_shardings=replicated)

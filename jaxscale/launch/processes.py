@@ -1,4 +1,4 @@
-"""Starts JAX in every process of a run, and says which share of the batch each process reads."""
+"""Starts JAX in every process of a run, which a launcher such as srun or mpirun has started."""
 
 import dataclasses
 import faulthandler
@@ -9,20 +9,27 @@ import threading
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import (
-    distributed,  # JAX exports no index of a process that has not started its devices
-)
+
+# Private to JAX: its public functions that say a process's index start the devices.
+from jax._src import distributed
 
 from jaxscale.types import InputError, RunError, check_choice, check_positive, check_types
 
-EXIT_FAILED = 1  # as the command has it
-GRACE_S = 60
-SAYING_TIMEOUT_MS = 60_000  # all have joined by then
+EXIT_FAILED = 1  # the exit status of a failed command
+GRACE_S = 60  # after our own timer JAX's must not come first: it aborts without our message
+SAYING_TIMEOUT_MS = 60_000  # for the others to ask process 0; all have joined by then
 ADDRESS_VARIABLE = "JAX_COORDINATOR_ADDRESS"  # JAX's own name for it
 
 
 class Launcher(NamedTuple):
-    """The variables in which a launcher tells a process who it is, and JAX's name for how it finds the coordinator."""
+    """How a launcher tells a process who it is.
+
+    Args:
+        number, index, local_index: environment variables with the number of processes, this
+            process's index, and its index on its host; None where the launcher does not tell.
+        others: further variables that must be set.
+        detection: JAX's name for the method that finds the coordinator.
+    """
 
     number: str | None = None
     index: str | None = None
@@ -51,7 +58,9 @@ OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # from Open MPI 5 on the launcher no longe
 
 @dataclasses.dataclass(frozen=True)
 class ProcessesConfig:
-    """How the processes of a run find one another; what is None here, the launcher's variables say.
+    """How the processes of a run find one another.
+
+    For what is None here the launcher's variables are read.
 
     Args:
         launcher: "slurm" (srun), "openmpi" (mpirun), "mpi" (any other MPI, through the package
@@ -82,7 +91,8 @@ class ProcessesConfig:
         if self.coordinator is not None:
             _check_address("ProcessesConfig.coordinator", self.coordinator)
         if self.gpus_per_process is not None and LAUNCHERS[self.launcher].local_index is None:
-            expected = "None: this launcher does not number a host's processes; set CUDA_VISIBLE_DEVICES for each"
+            reason = "this launcher does not number a host's processes"
+            expected = f"None: {reason}; set CUDA_VISIBLE_DEVICES for each"
             raise InputError("ProcessesConfig.gpus_per_process", self.gpus_per_process, expected)
 
 
@@ -104,16 +114,18 @@ def start_processes(config: ProcessesConfig, heartbeat_timeout_s: int) -> None:
     if jax.distributed.is_initialized():
         return
     arguments = start_arguments(config)
-    if arguments["process_id"] == 0 and arguments["coordinator_address"] is not None:
-        _check_port(arguments["coordinator_address"])
-    # Its handler would swallow a SIGTERM that comes before training has set its own.
+    index, number = arguments["process_id"], arguments["num_processes"]
+    coordinator = arguments["coordinator_address"]
+    if index == 0 and coordinator is not None:
+        _check_port(coordinator)
+    # JAX's handler would swallow a SIGTERM that comes before training has set its own.
     jax.config.update("jax_enable_preemption_service", False)
-    failure = (
-        f"process {arguments['process_id']} of {arguments['num_processes']} could not join the run "
-        f"(RuntimeConfig.processes: launcher {config.launcher!r}, coordinator {arguments['coordinator_address']!r})"
-    )
-    expected = f"the coordinator cannot be reached or a process is missing after {config.start_timeout_s} s"
-    timer = threading.Timer(config.start_timeout_s, _give_up, (f"{failure}: {expected}",))
+    settings = f"launcher {config.launcher!r}, coordinator {coordinator!r}"
+    failure = f"process {index} of {number} could not join the run"
+    failure = f"{failure} (RuntimeConfig.processes: {settings})"
+    reason = "the coordinator cannot be reached or a process is missing"
+    message = f"{failure}: {reason} after {config.start_timeout_s} s"
+    timer = threading.Timer(config.start_timeout_s, _give_up, (message,))
     timer.start()
     faulthandler.enable()  # JAX aborts when a process is dead: show where this one was
     try:
@@ -124,18 +136,27 @@ def start_processes(config: ProcessesConfig, heartbeat_timeout_s: int) -> None:
             shutdown_timeout_seconds=heartbeat_timeout_s,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise RunError(f"{failure}: {' '.join(str(error).split())}") from error
+        one_line = " ".join(str(error).split())
+        raise RunError(f"{failure}: {one_line}") from error
     finally:
         timer.cancel()
 
 
 def process_index() -> int:
-    """This process's number in the run; asking JAX itself would start its devices, after which no flag counts."""
+    """This process's index in the run.
+
+    `jax.process_index()` would start the devices, after which no flag counts.
+    """
     return distributed.global_state.process_id
 
 
 def first_process_says(name: str, value: str) -> str:
-    """What process 0 gave for `value` under this name, in every process of the run; starts no devices."""
+    """In every process of the run, what process 0 gave for `value`; starts no devices.
+
+    Args:
+        name: the same in all processes.
+        value: counts in process 0 only.
+    """
     client = distributed.global_state.client
     if client is None:
         return value
@@ -146,16 +167,19 @@ def first_process_says(name: str, value: str) -> str:
 
 def _check_address(parameter: str, address: str) -> None:
     host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+    is_port = port.isdecimal() and 0 < int(port) < 65536
+    if not (host and is_port):
         raise InputError(parameter, address, '"host:port", such as "node1:55527"')
 
 
 def _check_port(coordinator: str) -> None:
     """Raises InputError where this process cannot listen on the port: JAX would crash."""
-    port, is_dual = int(coordinator.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    _, _, port = coordinator.rpartition(":")
+    address = ("", int(port))
+    is_dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual else socket.AF_INET
     try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=is_dual).close()
+        socket.create_server(address, family=family, dualstack_ipv6=is_dual).close()
     except OSError as error:
         expected = f"a port on which process 0 can listen ({os.strerror(error.errno)})"
         raise InputError("RuntimeConfig.processes.coordinator", coordinator, expected) from None
@@ -167,7 +191,9 @@ def _give_up(message: str) -> None:
 
 
 def start_arguments(config: ProcessesConfig) -> dict[str, Any]:
-    """What `jax.distributed.initialize` is called with: only what JAX's detection finds by itself is None.
+    """What `jax.distributed.initialize` is called with.
+
+    None stands only for what JAX's own detection finds.
 
     Raises:
         InputError: as `start_processes`.
@@ -176,14 +202,14 @@ def start_arguments(config: ProcessesConfig) -> dict[str, Any]:
     coordinator = config.coordinator or os.environ.get(ADDRESS_VARIABLE)
     if coordinator is not None:
         _check_address(f"environment variable {ADDRESS_VARIABLE}", coordinator)
-    for name in launcher.others if coordinator is None else ():
-        _variable(config, name)
+    if coordinator is None:
+        for name in launcher.others:
+            _variable(config, name)
     number = _given_or_variable(config, "number", launcher.number)
     index = _given_or_variable(config, "index", launcher.index)
     if config.launcher != "mpi" and not 0 <= index < number:
-        raise InputError(
-            "RuntimeConfig.processes.index", index, f"0 <= index < number of processes = {number}"
-        )
+        expected = f"0 <= index < number of processes = {number}"
+        raise InputError("RuntimeConfig.processes.index", index, expected)
     return {
         "coordinator_address": coordinator,
         "num_processes": number,
@@ -193,7 +219,11 @@ def start_arguments(config: ProcessesConfig) -> dict[str, Any]:
     }
 
 
-def _detection(config: ProcessesConfig, launcher: Launcher, coordinator: str | None) -> str:
+def _detection(
+    config: ProcessesConfig,
+    launcher: Launcher,
+    coordinator: str | None,
+) -> str:
     """JAX's name for the method that finds what is not known yet."""
     if coordinator is not None and config.launcher != "mpi":
         return "deactivate"
@@ -217,23 +247,30 @@ def _local_devices(config: ProcessesConfig, launcher: Launcher) -> list[int] | N
     return list(range(first, first + count))
 
 
-def _given_or_variable(config: ProcessesConfig, field: str, variable: str | None) -> int | None:
+def _given_or_variable(
+    config: ProcessesConfig,
+    field: str,
+    variable: str | None,
+) -> int | None:
     given = getattr(config, field)
     if given is not None or config.launcher == "mpi":
         return given
     if variable is None:
-        raise InputError(
-            f"RuntimeConfig.processes.{field}", None, 'a number, as launcher is "explicit"'
-        )
+        expected = 'a number, as launcher is "explicit"'
+        raise InputError(f"RuntimeConfig.processes.{field}", None, expected)
     return _variable(config, variable, is_number=True)
 
 
-def _variable(config: ProcessesConfig, name: str, *, is_number: bool = False) -> Any:
+def _variable(
+    config: ProcessesConfig,
+    name: str,
+    *,
+    is_number: bool = False,
+) -> Any:
     value = os.environ.get(name)
     if value is None or (is_number and not value.isdecimal()):
         kind = "a number" if is_number else "a value"
-        expected = (
-            f"{kind}, which launcher {config.launcher!r} sets in every process that it starts"
-        )
+        reason = f"which launcher {config.launcher!r} sets in every process that it starts"
+        expected = f"{kind}, {reason}"
         raise InputError(f"environment variable {name}", value, expected)
     return int(value) if is_number else value

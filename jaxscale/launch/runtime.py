@@ -1,4 +1,4 @@
-"""What must be set before JAX first touches a device: platform, virtual devices, flags and the other processes."""
+"""What must be set before JAX first touches a device: platform, devices, flags, processes."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from jaxscale.launch.processes import (
 )
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
-DEFAULT_WATCHDOG_S = 300
+DEFAULT_WATCHDOG_S = 300  # where several processes wait for one another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,9 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
     if config.num_cpu_devices is not None:
         _set_cpu_devices(config.num_cpu_devices)
     if config.processes is not None:
-        # Later than the watchdog's, which says more.
-        start_processes(config.processes, 2 * (config.watchdog_timeout_s or DEFAULT_WATCHDOG_S))
+        # JAX's own timeout comes later than the watchdog's, whose message says more.
+        watchdog_s = config.watchdog_timeout_s or DEFAULT_WATCHDOG_S
+        start_processes(config.processes, heartbeat_timeout_s=2 * watchdog_s)
     if config.is_deterministic:
         flags = ("--xla_gpu_deterministic_ops=true", *_autotune_flags(directory))
         _set_flags("RuntimeConfig.is_deterministic", flags)
@@ -86,15 +87,16 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
 
 
 def _autotune_flags(directory: str) -> tuple[str, ...]:
-    """Where the autotuner's choices are saved every process loads them; where not, process 0 alone writes them.
+    """Flags that load the autotuner's choices in every process, or have process 0 save them.
 
-    The others need not write: XLA has each process tune a share and gives all of them every choice.
-    For that they wait for one another, so that all must load or none; process 0 says which,
-    whatever another's file system shows by now.
+    The others need not save: XLA has each process tune a share and gives all of them every choice.
+    For that they wait for one another, so all must load or none. Process 0 says which, whatever
+    another process's file system shows by now.
     """
     saved = Path(directory, "autotune.txtpb").absolute()
     # A run that failed to compile leaves an empty file.
-    action = "load" if saved.exists() and saved.stat().st_size > 0 else "dump"
+    is_saved = saved.exists() and saved.stat().st_size > 0
+    action = "load" if is_saved else "dump"
     if first_process_says("autotune", action) == "load":
         return (f"--xla_gpu_load_autotune_results_from={saved}",)
     return (f"--xla_gpu_dump_autotune_results_to={saved}",) if process_index() == 0 else ()
@@ -111,7 +113,10 @@ def _set_flags(parameter: str, flags: tuple[str, ...]) -> None:
 
 
 def _has_started() -> bool:
-    """Whether JAX has; there is no such question, but once it has it refuses another number of devices."""
+    """Whether JAX has started its devices.
+
+    JAX cannot be asked, but once they have started it refuses another number of devices.
+    """
     number = jax.config.jax_num_cpu_devices
     try:
         jax.config.update("jax_num_cpu_devices", max(number, 0) + 1)
@@ -124,26 +129,22 @@ def _has_started() -> bool:
 def _check_platform(platform: str) -> None:
     try:
         started = jax.devices()[0].platform.replace("gpu", "cuda")
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # it asserts, without a word, where a plugin finds no device
+    except (RuntimeError, AssertionError) as error:
+        # JAX fails an assertion, without a message, where a plugin finds no device.
         reason = str(error).partition("\n")[0] or "no device"
         expected = f"a platform that this machine and this installation of JAX have ({reason})"
         raise InputError("RuntimeConfig.platform", platform, expected) from None
     if started != platform:
-        raise InputError(
-            "RuntimeConfig.platform", platform, f"{started!r}, as this process has started with"
-        )
+        expected = f"{started!r}, as this process has started with"
+        raise InputError("RuntimeConfig.platform", platform, expected)
 
 
 def _set_cpu_devices(number: int) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", number)
-    except RuntimeError:  # the backends are up: fine if they are what is wanted
-        if len(jax.devices("cpu")) != number:
-            raise InputError(
-                "RuntimeConfig.num_cpu_devices",
-                number,
-                f"{len(jax.devices('cpu'))}, as this process has started with",
-            ) from None
+    except RuntimeError:
+        # The devices have started, which is fine if they are as many as wanted.
+        started = len(jax.devices("cpu"))
+        if started != number:
+            expected = f"{started}, as this process has started with"
+            raise InputError("RuntimeConfig.num_cpu_devices", number, expected) from None

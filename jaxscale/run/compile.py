@@ -10,16 +10,14 @@ from typing import Any
 import jax
 
 from jaxscale.launch.ahead_of_time import (
-    KINDS,
-    Collective,
     Memory,
     as_on_gpus,
-    collectives,
     compile_with_host,
     described_devices,
     device_memory_bytes,
     memory_of,
 )
+from jaxscale.launch.collectives import KINDS, Collective, collectives
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 from jaxscale.run.pretrain import run_batch
 from jaxscale.run.run import Run

@@ -181,19 +181,38 @@ def test_every_launcher_is_described():
     assert all(f'"{name}"' in ProcessesConfig.__doc__ for name in LAUNCHERS)
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_too_few_processes_or_no_coordinator_is_one_line_within_the_time(index):
-    """As process 0 that nobody joins, and as process 1 without a process 0."""
+def free_address():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    result = run_start(address, index)
-    assert result.returncode == 1, result.stderr
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(
-        f"jaxscale: process {index} of 2 could not join the run (RuntimeConfig.processes: launcher"
-    )
-    assert address in line and "after 2 s" in line
+        return f"localhost:{free.getsockname()[1]}"
+
+
+START = """
+import sys
+from jaxscale.launch.processes import *
+start_processes(ProcessesConfig('explicit', sys.argv[1], 2, int(sys.argv[2]), start_timeout_s=2), 10)
+"""
+
+
+def test_too_few_processes_or_no_coordinator_is_one_line_within_the_time():
+    """As process 0 that nobody joins, and as process 1 without a process 0; both wait at once."""
+    addresses = [free_address(), free_address()]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", START, address, str(index)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, address in enumerate(addresses)
+    ]
+    for index, (process, address) in enumerate(zip(started, addresses, strict=True)):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1, errors
+        (line,) = errors.splitlines()
+        who = f"jaxscale: process {index} of 2"
+        assert line.startswith(f"{who} could not join the run (RuntimeConfig.processes: launcher")
+        assert address in line and "after 2 s" in line
 
 
 def test_a_port_that_is_taken_is_named():
@@ -208,25 +227,10 @@ def test_a_port_that_is_taken_is_named():
 
 
 def test_a_process_that_has_used_jax_already_is_refused():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     jax.devices()
-    with pytest.raises(
-        RunError, match=r"could not join the run .* must be called before any JAX calls"
-    ):
-        start_processes(ProcessesConfig("explicit", address, 2, 1), 10)
-
-
-def run_start(address, index):
-    program = (
-        "from jaxscale.launch.processes import *\nfrom jaxscale.types import RunError\ntry:\n"
-        f"    start_processes(ProcessesConfig('explicit', '{address}', 2, {index}, start_timeout_s=2), 10)\n"
-        "except RunError as error:\n    print(error)\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    message = r"could not join the run .* must be called before any JAX calls"
+    with pytest.raises(RunError, match=message):
+        start_processes(ProcessesConfig("explicit", free_address(), 2, 1), 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,11 +255,8 @@ def mesh_of(sizes, num_processes):
     [
         ((1, 8, 1, 1, 1), 2, [(0, 2), (1, 2)]),
         ((1, 2, 2, 1, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        (
-            (2, 4, 1, 1, 1),
-            2,
-            [(0, 1), (0, 1)],
-        ),  # each process is a pipeline stage: all read the whole batch
+        # Each process is a pipeline stage: all read the whole batch.
+        ((2, 4, 1, 1, 1), 2, [(0, 1), (0, 1)]),
         ((2, 4, 1, 1, 1), 4, [(0, 2), (1, 2), (0, 2), (1, 2)]),
         ((1, 1, 1, 8, 1), 2, [(0, 1), (0, 1)]),
         ((1, 2, 1, 2, 2), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),

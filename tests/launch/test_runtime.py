@@ -8,6 +8,7 @@ import sys
 import jax
 import pytest
 
+from jaxscale.launch import runtime
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 from jaxscale.types import InputError
 
@@ -30,8 +31,9 @@ def started_with(config, directory):
 
 
 def test_platform_devices_and_flags(tmp_path):
-    config = "RuntimeConfig(platform='cpu', num_cpu_devices=3, xla_flags=('--xla_cpu_enable_fast_math=false',))"
-    assert started_with(config, tmp_path) == "3 cpu --xla_cpu_enable_fast_math=false\n"
+    flag = "--xla_cpu_enable_fast_math=false"
+    config = f"RuntimeConfig(platform='cpu', num_cpu_devices=3, xla_flags=('{flag}',))"
+    assert started_with(config, tmp_path) == f"3 cpu {flag}\n"
 
 
 SAVED = """
@@ -43,31 +45,58 @@ print(os.environ["XLA_FLAGS"])
 """
 
 
-@pytest.mark.parametrize("holder", [0, 1])
-def test_process_0_writes_the_autotuning_or_all_load_it(tmp_path, holder):
-    """A folder for each stands for a shared one of which a process does not see the newest state."""
+def saved_autotuning(directory, text):
+    """The file of a run's directory, where a shared one is not seen alike by all processes."""
+    directory.mkdir()
+    file = directory / "autotune.txtpb"
+    file.write_text(text)
+    return file
+
+
+def test_all_load_the_autotuning_that_process_0_has(tmp_path):
+    """Two processes; the other does not see what is saved."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    files = [tmp_path / str(index) / "autotune.txtpb" for index in range(2)]
-    for file in files:
-        file.parent.mkdir()
-        file.write_text("saved" if file == files[holder] else "")
-    command = [sys.executable, "-c", SAVED, address]
+    files = [saved_autotuning(tmp_path / "0", "saved"), saved_autotuning(tmp_path / "1", "")]
     environment = {"JAX_PLATFORMS": "cpu", "PATH": "", "HOME": str(tmp_path)}
     processes = [
         subprocess.Popen(
-            [*command, str(index), file.parent], env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SAVED, address, str(index), file.parent],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for index, file in enumerate(files)
     ]
     flags = [process.communicate(timeout=120)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert all(each.pop(0) == "--xla_gpu_deterministic_ops=true" for each in flags)
-    if holder == 0:
-        assert flags == [[f"--xla_gpu_load_autotune_results_from={file}"] for file in files]
-    else:
-        assert flags == [[f"--xla_gpu_dump_autotune_results_to={files[0]}"], []]
+    assert flags == [
+        ["--xla_gpu_deterministic_ops=true", f"--xla_gpu_load_autotune_results_from={file}"]
+        for file in files
+    ]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_process_0_alone_saves_the_autotuning_that_it_does_not_have(tmp_path, monkeypatch, index):
+    """Even where another process sees a file."""
+    file = saved_autotuning(tmp_path / "run", "" if index == 0 else "saved")
+    said = {"autotune": "dump"}
+    monkeypatch.setattr(runtime, "process_index", lambda: index)
+    monkeypatch.setattr(runtime, "first_process_says", lambda name, value: said[name])
+    wanted = (f"--xla_gpu_dump_autotune_results_to={file}",) if index == 0 else ()
+    assert runtime._autotune_flags(str(file.parent)) == wanted
+
+
+def test_process_0_says_what_it_sees(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        runtime, "first_process_says", lambda name, value: said.append(value) or value
+    )
+    for name, text in (("empty", ""), ("full", "saved")):
+        runtime._autotune_flags(str(saved_autotuning(tmp_path / name, text).parent))
+    runtime._autotune_flags(str(tmp_path / "none"))
+    assert said == ["dump", "load", "dump"]
 
 
 def test_the_devices_that_are_there_already_may_be_asked_for(tmp_path):

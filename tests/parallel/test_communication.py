@@ -21,8 +21,8 @@ import pytest
 from jaxscale import tree
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
-from jaxscale.launch import ahead_of_time
 from jaxscale.launch.ahead_of_time import described_devices, has_plugin
+from jaxscale.launch.collectives import collectives
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.transformer import StackConfig
@@ -123,7 +123,7 @@ def program(
 
 def in_total(hlo):
     found, reduced = collections.defaultdict(collections.Counter), 0
-    for each in ahead_of_time.collectives(hlo):
+    for each in collectives(hlo):
         assert each.is_exact
         if each.kind == "all-reduce":  # the compiler packs them together as it likes
             reduced += each.times * each.num_bytes

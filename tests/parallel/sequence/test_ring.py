@@ -12,7 +12,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxscale.launch.ahead_of_time import collective_bytes, described_devices
+from jaxscale.launch.ahead_of_time import described_devices
+from jaxscale.launch.collectives import collective_bytes
 from jaxscale.ops.attention import AttentionContext, reference
 from jaxscale.parallel.mesh import PIPELINE, SEQUENCE, MeshConfig, make_mesh
 from jaxscale.parallel.sequence.ring import ring_attention, to_zigzag, zigzag_order
