@@ -20,4 +20,6 @@ def activate(activation: str, gate: Array | None, up: Array) -> Array:
     """
     if activation == "gelu":
         return jax.nn.gelu(up)
-    return (jax.nn.silu(gate) if activation == "swiglu" else jax.nn.gelu(gate)) * up
+    if activation == "swiglu":
+        return jax.nn.silu(gate) * up
+    return jax.nn.gelu(gate) * up

@@ -1,4 +1,4 @@
-"""What the device is that a program is traced for."""
+"""The device that a program is traced for."""
 
 import jax
 
@@ -6,8 +6,13 @@ HOPPER = "9.0"
 
 
 def compute_capability() -> str | None:
-    """Of the GPUs that this process computes on, such as "9.0" for an H100 or H200; None without one."""
-    return jax.local_devices()[0].compute_capability if jax.default_backend() == "gpu" else None
+    """That of the GPUs that this process computes on, such as "9.0" for an H100 or H200.
+
+    None without a GPU.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    return jax.local_devices()[0].compute_capability
 
 
 def is_hopper() -> bool:
