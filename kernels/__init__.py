@@ -1,1 +1,4 @@
-"""GPU kernels of jaxscale, imported as `jaxscale.kernels`; they know jax and numpy, never the rest of jaxscale."""
+"""GPU kernels of jaxscale, imported as `jaxscale.kernels`.
+
+They know jax and numpy, never the rest of jaxscale.
+"""

@@ -1,20 +1,32 @@
-"""Arguments that do not fit, refused before anything is compiled."""
+"""Refuses arguments that do not fit, before anything is compiled."""
 
 
-def require(holds: bool, operation: str, given: object, expected: object) -> None:
+def require(
+    holds: bool,
+    operation: str,
+    given: object,
+    expected: object,
+) -> None:
     """Raises ValueError, in one line, unless `holds`."""
     if not holds:
         raise ValueError(f"{operation}: given {given}, expected {expected}")
 
 
 def check_backend(
-    operation: str, implementation: str, backends: tuple[str, ...], refusal: str | None
+    operation: str,
+    implementation: str,
+    backends: tuple[str, ...],
+    refusal: str | None,
 ) -> None:
-    """Raises ValueError for an unknown backend, and for "mosaic" where `refusal` says what it cannot do."""
-    require(
-        implementation in backends,
-        operation,
-        f"implementation {implementation!r}",
-        f"one of {backends}",
-    )
-    require(implementation != "mosaic" or refusal is None, operation, "'mosaic'", refusal)
+    """Raises ValueError unless the backend is known and can do what is asked.
+
+    Args:
+        operation: its name, for the message.
+        implementation: the backend that was asked for.
+        backends: those that exist.
+        refusal: what "mosaic" would need to compute the request; None when it can.
+    """
+    given = f"implementation {implementation!r}"
+    require(implementation in backends, operation, given, f"one of {backends}")
+    is_refused = implementation == "mosaic" and refusal is not None
+    require(not is_refused, operation, "'mosaic'", refusal)

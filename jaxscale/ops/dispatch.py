@@ -1,4 +1,7 @@
-"""The way of tokens to their experts and back: rows sorted by expert, and the gated sum of what comes of them."""
+"""The way of tokens to their experts and back.
+
+Tokens become rows sorted by expert, and each token gets the gated sum of what comes of its rows.
+"""
 
 import dataclasses
 import functools
@@ -19,13 +22,15 @@ from jaxscale.types import Array
 class Dispatch:
     """Where the choices of n tokens stand once they are sorted by expert.
 
+    A choice is one expert of one token.
+
     Source: Gale et al. 2022, MegaBlocks (arXiv 2211.15841), section 5.2: its permutation, without
         padding.
     Args:
         order: [n A] the choice in each row.
         inverse: [n A] the row of each choice.
         group_sizes: [E] rows of each expert; choices of no expert, numbered E or more, come last.
-        num_active: A.
+        num_active: A, the number of experts of a token.
     """
 
     order: Array
@@ -38,27 +43,36 @@ class Dispatch:
         return _spread(x, self)
 
     def keys(self, keys: Array) -> Array:
-        """What each choice has of its own, such as keys [..., A, 2], sorted: [n A, 2]."""
+        """What each choice has, such as random keys [..., A, 2], sorted: [n A, 2]."""
         return keys.reshape(-1, keys.shape[-1])[self.order]
 
-    def combine(self, outputs: Array, gates: Array, slopes: Array | None = None) -> Array:
-        """The sum over each token's choices of the sorted outputs [n A, D] times gates [n, A]: [n, D].
+    def combine(
+        self,
+        outputs: Array,
+        gates: Array,
+        slopes: Array | None = None,
+    ) -> Array:
+        """Each token's sum over its choices of output times gate.
 
-        The gradient of `outputs` is multiplied by `slopes` [n, A], which have none themselves; None
-        for the gates.
+        Args:
+            outputs: [n A, D], sorted.
+            gates: [n, A].
+            slopes: [n, A] factors of the gradient of `outputs`, which have no gradient themselves;
+                None for the gates.
+        Returns:
+            [n, D].
         """
-        return _combine(outputs, gates, gates if slopes is None else slopes, self)
+        slopes = gates if slopes is None else slopes
+        return _combine(outputs, gates, slopes, self)
 
 
 def make_dispatch(index: Array, num_experts: int) -> Dispatch:
-    """Sorts the choices index [n, A], those of one expert in the order of their tokens."""
+    """Sorts the choices index [n, A]; those of one expert stay in the order of their tokens."""
     choices = index.reshape(-1)
     order = jnp.argsort(choices, stable=True)
-    inverse = (
-        jnp.zeros_like(order)
-        .at[order]
-        .set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-    )
+    zeros = jnp.zeros_like(order)
+    row = jnp.arange(order.size, dtype=order.dtype)
+    inverse = zeros.at[order].set(row, unique_indices=True)
     group_sizes = jnp.bincount(choices, length=num_experts).astype(jnp.int32)
     return Dispatch(order, inverse, group_sizes, index.shape[-1])
 
@@ -69,31 +83,52 @@ def _spread(x: Array, dispatch: Dispatch) -> Array:
     return x[dispatch.order // dispatch.num_active]
 
 
+def _spread_forward(x: Array, dispatch: Dispatch) -> tuple[Array, Dispatch]:
+    return _spread(x, dispatch), dispatch
+
+
 def _spread_backward(dispatch: Dispatch, cotangent: Array) -> tuple[Array, None]:
     return _by_token(cotangent, dispatch).sum(1), None
 
 
-_spread.defvjp(lambda x, dispatch: (_spread(x, dispatch), dispatch), _spread_backward)
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 @jax.custom_vjp
-def _combine(outputs: Array, gates: Array, slopes: Array, dispatch: Dispatch) -> Array:
-    weighted = accumulator(_by_token(outputs, dispatch)) * accumulator(gates)[..., None]
+def _combine(
+    outputs: Array,
+    gates: Array,
+    slopes: Array,
+    dispatch: Dispatch,
+) -> Array:
+    by_token = accumulator(_by_token(outputs, dispatch))
+    weighted = by_token * accumulator(gates)[..., None]
     return weighted.sum(1).astype(outputs.dtype)
 
 
-def _combine_backward(arguments: tuple[Array, Array, Array, Dispatch], cotangent: Array) -> tuple:
-    """Both gradients in the order of the rows, where `outputs` lie: only the cotangent is gathered, once for both."""
-    outputs, gates, slopes, dispatch = arguments
+def _combine_forward(*arguments: Array | Dispatch) -> tuple[Array, tuple]:
+    return _combine(*arguments), arguments
+
+
+def _combine_backward(
+    residuals: tuple[Array, Array, Array, Dispatch],
+    cotangent: Array,
+) -> tuple:
+    outputs, gates, slopes, dispatch = residuals
+    # Compute both gradients in the order of the rows, in which `outputs` lie: then only the
+    # cotangent is gathered, once for both.
     cotangent = accumulator(_spread(cotangent, dispatch))
-    doutputs = cotangent * accumulator(slopes).reshape(-1)[dispatch.order][:, None]
-    dgates = (accumulator(outputs) * cotangent).sum(-1)[dispatch.inverse].reshape(gates.shape)
+    slope_of_row = accumulator(slopes).reshape(-1)[dispatch.order]
+    doutputs = cotangent * slope_of_row[:, None]
+    dgate_of_row = (accumulator(outputs) * cotangent).sum(-1)
+    dgates = dgate_of_row[dispatch.inverse].reshape(gates.shape)
     return doutputs.astype(outputs.dtype), dgates.astype(gates.dtype), None, None
 
 
-_combine.defvjp(lambda *arguments: (_combine(*arguments), arguments), _combine_backward)
+_combine.defvjp(_combine_forward, _combine_backward)
 
 
 def _by_token(rows: Array, dispatch: Dispatch) -> Array:
     """Sorted rows [n A, D] to [n, A, D]."""
-    return rows[dispatch.inverse].reshape(-1, dispatch.num_active, rows.shape[-1])
+    by_choice = rows[dispatch.inverse]
+    return by_choice.reshape(-1, dispatch.num_active, rows.shape[-1])

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without its logits."""
+"""Cross-entropy over a large vocabulary, without keeping its logits."""
 
 import functools
 import logging
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 @jax.custom_vjp
 def project(x: Array, head: Array) -> Array:
-    """Logits in at least float32, as the matmul accumulates them: rounded to bfloat16, one in ten tops would be a tie.
+    """Logits in at least float32, as the matmul accumulates them.
 
-    Its gradient rounds the cotangent to the type of `x`; plainly differentiated, the two matmuls
-    would run in float32.
+    Rounded to bfloat16, the largest logit of one token in ten would be a tie. The gradient rounds
+    the cotangent to the type of `x`: plainly differentiated, its two matmuls would run in float32.
 
     Args:
         x: [B, T, D].
@@ -31,18 +31,29 @@ def project(x: Array, head: Array) -> Array:
     Returns:
         [B, T, V].
     """
-    return jnp.einsum(
-        "btd,vd->btv", x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
-    )
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=wide)
 
 
-def _project_backward(arguments: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, head = arguments
+def _project_forward(
+    x: Array,
+    head: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    return project(x, head), (x, head)
+
+
+def _project_backward(
+    residuals: tuple[Array, Array],
+    cotangent: Array,
+) -> tuple[Array, Array]:
+    x, head = residuals
     cotangent = cotangent.astype(x.dtype)
-    return jnp.einsum("btv,vd->btd", cotangent, head), jnp.einsum("btv,btd->vd", cotangent, x)
+    dx = jnp.einsum("btv,vd->btd", cotangent, head)
+    dhead = jnp.einsum("btv,btd->vd", cotangent, x)
+    return dx, dhead
 
 
-project.defvjp(lambda x, head: (project(x, head), (x, head)), _project_backward)
+project.defvjp(_project_forward, _project_backward)
 
 
 class Head(NamedTuple):
@@ -58,24 +69,40 @@ class Head(NamedTuple):
 
 
 def num_rows(head: Array | Head) -> int:
-    """V, or what of it is here."""
-    return (head.weights if isinstance(head, Head) else head).shape[0]
+    """V, or the part of it that this device has."""
+    return _matrix(head).shape[0]
 
 
-def unembed(h: Array, head: Array | Head, softcap: float | None = None) -> Array:
-    """Logits [B, T, V] of `project`, plus the bias if there is one, as c * tanh(logits / c) with a soft-cap c."""
-    logits = (
-        project(h, head.weights) + accumulator(head.bias)
-        if isinstance(head, Head)
-        else project(h, head)
-    )
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+def _matrix(head: Array | Head) -> Array:
+    return head.weights if isinstance(head, Head) else head
+
+
+def unembed(
+    h: Array,
+    head: Array | Head,
+    softcap: float | None = None,
+) -> Array:
+    """Logits [B, T, V] of `project`, plus the bias if there is one.
+
+    With a soft-cap c they become c * tanh(logits / c).
+    """
+    logits = project(h, _matrix(head))
+    if isinstance(head, Head):
+        logits = logits + accumulator(head.bias)
+    if softcap is None:
+        return logits
+    return softcap * jnp.tanh(logits / softcap)
 
 
 def token_loss(
-    h: Array, head: Array | Head, labels: Array, softcap: float | None = None
+    h: Array,
+    head: Array | Head,
+    labels: Array,
+    softcap: float | None = None,
 ) -> tuple[Array, Array]:
-    """Negative log-likelihood and log-normaliser of each token; the softmax is taken in at least float32.
+    """Negative log-likelihood and log-normaliser of each token.
+
+    The softmax is taken in at least float32.
 
     Args:
         h: [B, T, D].
@@ -86,75 +113,102 @@ def token_loss(
         (nll [B, T], log sum exp [B, T]).
     """
     label, normaliser = label_and_normaliser(h, head, labels, softcap)
-    return jnp.where((labels >= 0) & (labels < num_rows(head)), normaliser - label, 0), normaliser
+    is_known = (labels >= 0) & (labels < num_rows(head))
+    nll = jnp.where(is_known, normaliser - label, 0)
+    return nll, normaliser
 
 
 def label_and_normaliser(
-    h: Array, head: Array | Head, labels: Array, softcap: float | None = None
+    h: Array,
+    head: Array | Head,
+    labels: Array,
+    softcap: float | None = None,
 ) -> tuple[Array, Array]:
-    """Logit of each token's label [B, T], 0 for one outside [0, V), and log sum exp of its logits [B, T].
+    """Logit of each token's label, and log sum exp of its logits.
 
-    Of part of a vocabulary as of a whole one. On Hopper GPUs by a kernel, elsewhere by logits;
-    arguments as `token_loss`.
+    The head may be a part of the vocabulary as well as a whole one. A kernel computes both on
+    Hopper GPUs, logits elsewhere.
+
+    Args:
+        h, head, labels, softcap: as for `token_loss`.
+    Returns:
+        (logit [B, T], 0 for a label outside [0, V); log sum exp [B, T]).
     """
-    implementation = (
-        "mosaic" if is_hopper() and _mosaic_refusal(h, head, softcap) is None else "logits"
-    )
+    is_mosaic = is_hopper() and _mosaic_refusal(h, head, softcap) is None
+    implementation = "mosaic" if is_mosaic else "logits"
     shape = num_rows(head), h.shape[-1]
-    logger.info(
-        "cross-entropy: backend %s for h%s head%s %s", implementation, h.shape, shape, h.dtype
+    message = "cross-entropy: backend %s for h%s head%s %s"
+    logger.info(message, implementation, h.shape, shape, h.dtype)
+    if not is_mosaic:
+        return from_logits(unembed(h, head, softcap), labels)
+    rows = h.reshape(-1, h.shape[-1])
+    rows, matrix = _with_bias_in_columns(rows, head)
+    label, normaliser = linear_cross_entropy.label_and_normaliser(
+        rows,
+        matrix,
+        labels.reshape(-1),
+        implementation="mosaic",
     )
-    if implementation == "mosaic":
-        h, head = _with_bias_in_columns(h.reshape(-1, h.shape[-1]), head)
-        label, normaliser = linear_cross_entropy.label_and_normaliser(
-            h, head, labels.reshape(-1), implementation="mosaic"
-        )
-        return label.reshape(labels.shape), normaliser.reshape(labels.shape)
-    return from_logits(unembed(h, head, softcap), labels)
+    return label.reshape(labels.shape), normaliser.reshape(labels.shape)
 
 
 def from_logits(logits: Array, labels: Array) -> tuple[Array, Array]:
     """What `label_and_normaliser` returns, of logits [B, T, V] and labels [B, T]."""
-    # The maximum only steadies the exponentials. In this form XLA makes the gradient of the logits
-    # in one pass.
+    # The maximum only keeps the exponentials finite, so it needs no gradient. In this form XLA
+    # computes the gradient of the logits in one pass.
     top = lax.stop_gradient(logits.max(-1))
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
     label = jnp.where(is_label, logits, 0).sum(-1)
-    return label, jnp.log(jnp.exp(logits - top[..., None]).sum(-1)) + top
+    total = jnp.exp(logits - top[..., None]).sum(-1)
+    return label, jnp.log(total) + top
 
 
-def _with_bias_in_columns(h: Array, head: Array | Head) -> tuple[Array, Array]:
-    """h [T, D] and head [V, D]; for a bias with three columns more: ones, and what adds up to it in float32."""
+def _with_bias_in_columns(
+    h: Array,
+    head: Array | Head,
+) -> tuple[Array, Array]:
+    """h [T, D] and head [V, D], with three columns more if there is a bias.
+
+    In `h` these are ones; in the head they are three parts that add up to the bias in float32.
+    """
     if not isinstance(head, Head):
         return h, head
     first, *rest = parts_of(accumulator(head.bias), 3)
-    columns = [
-        first,
-        *map(lax.stop_gradient, rest),
-    ]  # the bias is one parameter, so one column has its gradient
+    # The bias is one parameter, so only one of the columns has its gradient.
+    columns = [first, *map(lax.stop_gradient, rest)]
     columns = jnp.stack(columns, -1).astype(h.dtype)
-    return jnp.concatenate([h, jnp.ones((len(h), 3), h.dtype)], -1), jnp.concatenate(
-        [head.weights, columns], -1
-    )
+    ones = jnp.ones((len(h), 3), h.dtype)
+    h = jnp.concatenate([h, ones], -1)
+    return h, jnp.concatenate([head.weights, columns], -1)
 
 
-def _mosaic_refusal(h: Array, head: Array | Head, softcap: float | None) -> str | None:
-    """What of the loss our kernel cannot do; None when it can."""
+def _mosaic_refusal(
+    h: Array,
+    head: Array | Head,
+    softcap: float | None,
+) -> str | None:
+    """What our kernel would need to compute the loss; None when it can."""
     if softcap is not None:
-        return "a soft-cap"
-    weights = head.weights if isinstance(head, Head) else head
-    return linear_cross_entropy.mosaic_refusal(h.reshape(-1, h.shape[-1]), weights)
+        return "no soft-cap"
+    rows = h.reshape(-1, h.shape[-1])
+    return linear_cross_entropy.mosaic_refusal(rows, _matrix(head))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sum_over_chunks(
-    loss: Callable, num_chunks: int, x: Array, head: Array | Head, labels: Array, weights: Array
+    loss: Callable,
+    num_chunks: int,
+    x: Array,
+    head: Array | Head,
+    labels: Array,
+    weights: Array,
 ):
-    """Sums a per-token loss over chunks of T; the backward's matmuls run in the forward, so no logits are kept.
+    """Sums a per-token loss over chunks of T; the matmuls of its backward run in the forward.
 
-    The loss is a sum, so its cotangent is one number: each chunk's gradients are made while its
-    logits exist (three matmuls and nothing recomputed) and multiplied by that number in the
-    backward. The gradient of `head` is accumulated over chunks in at least float32.
+    The loss is a sum, so its cotangent is one number. Each chunk's gradients are computed while its
+    logits exist, which takes three matmuls and recomputes nothing, and the backward multiplies them
+    by that number; so no logits are kept. The gradient of `head` is accumulated over chunks in at
+    least float32.
 
     Args:
         loss: (x [B, T/n, D], head, labels, weights [B, T/n]) -> pytree of sums; its first leaf is
@@ -169,34 +223,62 @@ def sum_over_chunks(
     Raises:
         InputError: n does not divide T.
     """
+
+    def loss_of(chunk: tuple[Array, Array, Array]):
+        x, labels, weights = chunk
+        return loss(x, head, labels, weights)
+
     chunks = _split(num_chunks, x, labels, weights)
-    return jax.tree.map(lambda s: s.sum(0), lax.map(lambda c: loss(c[0], head, c[1], c[2]), chunks))
+    return _total(lax.map(loss_of, chunks))
+
+
+def _total(sums):
+    """Adds up the chunks of a pytree of sums."""
+    return jax.tree.map(lambda s: s.sum(0), sums)
 
 
 def _forward(
-    loss: Callable, num_chunks: int, x: Array, head: Array | Head, labels: Array, weights: Array
+    loss: Callable,
+    num_chunks: int,
+    x: Array,
+    head: Array | Head,
+    labels: Array,
+    weights: Array,
 ):
-    def one(head_gradient: Array | Head, chunk: tuple[Array, Array, Array]):
-        x_chunk, labels_chunk, weights_chunk = chunk
+    def add_chunk(
+        total_dhead: Array | Head,
+        chunk: tuple[Array, Array, Array],
+    ):
+        x, labels, weights = chunk
 
-        def first_and_all(x_chunk: Array, head: Array | Head):
-            sums = loss(x_chunk, head, labels_chunk, weights_chunk)
+        def first_and_all(x: Array, head: Array | Head):
+            sums = loss(x, head, labels, weights)
             return jax.tree.leaves(sums)[0], sums
 
-        value, pullback, sums = jax.vjp(first_and_all, x_chunk, head, has_aux=True)
+        value, pullback, sums = jax.vjp(first_and_all, x, head, has_aux=True)
         dx, dhead = pullback(jnp.ones_like(value))
-        return jax.tree.map(lambda s, g: s + g.astype(s.dtype), head_gradient, dhead), (dx, sums)
+        total_dhead = jax.tree.map(lambda s, g: s + g.astype(s.dtype), total_dhead, dhead)
+        return total_dhead, (dx, sums)
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(accumulator(leaf)), head)
-    dhead, (dx, sums) = lax.scan(one, zeros, _split(num_chunks, x, labels, weights))
+    chunks = _split(num_chunks, x, labels, weights)
+    dhead, (dx, sums) = lax.scan(add_chunk, zeros, chunks)
     dhead = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), dhead, head)
-    return jax.tree.map(lambda s: s.sum(0), sums), (jnp.moveaxis(dx, 0, 1).reshape(x.shape), dhead)
+    total = _total(sums)
+    dx = jnp.moveaxis(dx, 0, 1).reshape(x.shape)
+    return total, (dx, dhead)
 
 
-def _backward(loss: Callable, num_chunks: int, gradients: tuple[Array, Array | Head], cotangents):
+def _backward(
+    loss: Callable,
+    num_chunks: int,
+    gradients: tuple[Array, Array | Head],
+    cotangents,
+):
     cotangent = jax.tree.leaves(cotangents)[0]
     dx, dhead = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients)
-    return dx, dhead, None, None  # labels are integers, and weights have no gradient
+    # Labels are integers, and weights have no gradient.
+    return dx, dhead, None, None
 
 
 sum_over_chunks.defvjp(_forward, _backward)
@@ -206,12 +288,12 @@ def _split(num_chunks: int, *arrays: Array) -> tuple[Array, ...]:
     """[B, T, ...] -> [n, B, T/n, ...] of each array."""
     length = arrays[0].shape[1]
     if length % num_chunks:
-        raise InputError(
-            "num_loss_chunks", num_chunks, f"T % num_loss_chunks == 0, but T = {length}"
-        )
-    return tuple(
-        jnp.moveaxis(
-            a.reshape(a.shape[0], num_chunks, a.shape[1] // num_chunks, *a.shape[2:]), 1, 0
-        )
-        for a in arrays
-    )
+        expected = f"T % num_loss_chunks == 0, but T = {length}"
+        raise InputError("num_loss_chunks", num_chunks, expected)
+
+    def split(array: Array) -> Array:
+        batch, length, *rest = array.shape
+        chunks = array.reshape(batch, num_chunks, length // num_chunks, *rest)
+        return jnp.moveaxis(chunks, 1, 0)
+
+    return tuple(map(split, arrays))

@@ -27,7 +27,9 @@ def experts(
     slopes: Array | None = None,
     dropout: Dropout | None = None,
 ) -> Array:
-    """Sends each token to its experts and returns the gated sum of their outputs; no token is ever dropped.
+    """Sends each token to its experts and returns the gated sum of their outputs.
+
+    No token is ever dropped.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538), equation 1; dropless by sorting as in arXiv
         2211.15841.
@@ -45,14 +47,17 @@ def experts(
         [B, T, D] in the type of `x`.
     Cost: 6 D F FLOPs a row (gated), B T A rows.
     """
-    tokens, choices = x.reshape(-1, x.shape[-1]), index.reshape(-1, index.shape[-1])
+    tokens = x.reshape(-1, x.shape[-1])
+    choices = index.reshape(-1, index.shape[-1])
     dispatch = make_dispatch(choices, weights["up"].shape[0])
-    dropout = (
-        None if dropout is None else dataclasses.replace(dropout, keys=dispatch.keys(dropout.keys))
-    )
-    outputs = grouped_ffn(dispatch.rows(tokens), dispatch.group_sizes, weights, activation, dropout)
-    slopes = None if slopes is None else slopes.reshape(choices.shape)
-    return dispatch.combine(outputs, gates.reshape(choices.shape), slopes).reshape(x.shape)
+    if dropout is not None:
+        dropout = dataclasses.replace(dropout, keys=dispatch.keys(dropout.keys))
+    rows = dispatch.rows(tokens)
+    outputs = grouped_ffn(rows, dispatch.group_sizes, weights, activation, dropout)
+    if slopes is not None:
+        slopes = slopes.reshape(choices.shape)
+    y = dispatch.combine(outputs, gates.reshape(choices.shape), slopes)
+    return y.reshape(x.shape)
 
 
 def grouped_ffn(
@@ -62,7 +67,9 @@ def grouped_ffn(
     activation: str,
     dropout: Dropout | None = None,
 ) -> Array:
-    """The feed-forward of expert e on its consecutive `group_sizes[e]` rows; rows past the last group give zero.
+    """The feed-forward of expert e on its consecutive `group_sizes[e]` rows.
+
+    Rows past the last group give zero.
 
     Args:
         rows: [rows, D] sorted by expert.
@@ -72,25 +79,27 @@ def grouped_ffn(
     Returns:
         [rows, D].
     """
-    implementation = "mosaic" if is_hopper() and _mosaic_refusal(rows, weights) is None else "xla"
+    is_mosaic = is_hopper() and _mosaic_refusal(rows, weights) is None
+    implementation = "mosaic" if is_mosaic else "xla"
     logger.info("experts: backend %s for rows%s %s", implementation, rows.shape, rows.dtype)
-    if implementation == "mosaic" and activation == "swiglu" and dropout is None:
-        return feed_forward(
-            rows,
-            *(weights[n] for n in ("gate", "up", "down")),
-            group_sizes,
-            implementation="mosaic",
-        )
+    if is_mosaic and activation == "swiglu" and dropout is None:
+        matrices = (weights[name] for name in ("gate", "up", "down"))
+        return feed_forward(rows, *matrices, group_sizes, implementation="mosaic")
     multiply = functools.partial(
-        grouped_matmul, group_sizes=group_sizes, implementation=implementation
+        grouped_matmul,
+        group_sizes=group_sizes,
+        implementation=implementation,
     )
     gate = multiply(rows, weights["gate"]) if "gate" in weights else None
-    hidden = activate(activation, gate, multiply(rows, weights["up"]))
-    return multiply(hidden if dropout is None else dropout(hidden), weights["down"])
+    up = multiply(rows, weights["up"])
+    hidden = activate(activation, gate, up)
+    if dropout is not None:
+        hidden = dropout(hidden)
+    return multiply(hidden, weights["down"])
 
 
 def _mosaic_refusal(rows: Array, weights: Params) -> str | None:
-    """What of the feed-forward our kernel cannot do; None when it can."""
+    """What our kernel would need to compute the feed-forward; None when it can."""
     return mosaic_refusal(rows, weights["up"]) or mosaic_refusal(rows, weights["down"])
 
 
@@ -104,27 +113,30 @@ def reference(
     dropout: Dropout | None = None,
 ) -> Array:
     """The slow twin: every expert on every token, in at least float32; arguments as `experts`."""
-    x32 = accumulator(x)
-    chosen = jax.nn.one_hot(index, weights["up"].shape[0], dtype=x32.dtype)
+    x_wide = accumulator(x)
+    num_experts = weights["up"].shape[0]
+    chosen = jax.nn.one_hot(index, num_experts, dtype=x_wide.dtype)
 
-    def one(expert: Params, chosen: Array) -> Array:
-        project = {
-            name: jnp.einsum("btd,df->btf", x32, accumulator(expert[name]))
-            for name in expert
-            if name != "down"
-        }
-        hidden = activate(activation, project.get("gate"), project["up"])
+    def output_of(expert: Params, chosen: Array) -> Array:
+        def project(name: str) -> Array:
+            return jnp.einsum("btd,df->btf", x_wide, accumulator(expert[name]))
+
+        projected = {name: project(name) for name in expert if name != "down"}
+        hidden = activate(activation, projected.get("gate"), projected["up"])
         if dropout is not None:
-            of_choice = dropout(jnp.ones((*index.shape, hidden.shape[-1]), x32.dtype))
-            hidden = hidden * jnp.einsum("bta,btaf->btf", chosen, of_choice)
+            ones = jnp.ones((*index.shape, hidden.shape[-1]), x_wide.dtype)
+            hidden = hidden * jnp.einsum("bta,btaf->btf", chosen, dropout(ones))
         return jnp.einsum("btf,fd->btd", hidden, accumulator(expert["down"]))
 
     def mixed(outputs: Array, gates: Array) -> Array:
         return jnp.einsum("btae,bta,ebtd->btd", chosen, accumulator(gates), outputs)
 
-    outputs = jax.vmap(one, (0, -1))(weights, chosen)
+    outputs = jax.vmap(output_of, (0, -1))(weights, chosen)
     if slopes is None:
         return mixed(outputs, gates).astype(x.dtype)
+    # The value is that of the gates; outputs get their gradient through the slopes, gates theirs
+    # through the fixed outputs.
     fixed, slopes = jax.lax.stop_gradient((outputs, slopes))
-    y = mixed(outputs, slopes)
-    return (y + mixed(fixed, gates) - jax.lax.stop_gradient(y)).astype(x.dtype)
+    by_slopes = mixed(outputs, slopes)
+    y = by_slopes + mixed(fixed, gates) - jax.lax.stop_gradient(by_slopes)
+    return y.astype(x.dtype)

@@ -14,7 +14,12 @@ from jaxscale.types import Array
 logger = logging.getLogger(__name__)
 
 
-def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
+def rms_norm(
+    x: Array,
+    scale: Array,
+    *,
+    epsilon: float,
+) -> Array:
     """x / rms(x) * scale over the last dim.
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
@@ -28,25 +33,49 @@ def rms_norm(x: Array, scale: Array, *, epsilon: float) -> Array:
     return _rms_norm(x, scale, epsilon)
 
 
-def _backward(epsilon: float, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    """Makes the mean square again, in the pass of its own sum: if it were kept, the forward would read `x` twice."""
-    x, scale = kept
+def _forward(
+    x: Array,
+    scale: Array,
+    epsilon: float,
+) -> tuple[Array, tuple[Array, Array]]:
+    return reference.rms_norm(x, scale, epsilon), (x, scale)
+
+
+def _backward(
+    epsilon: float,
+    residuals: tuple[Array, Array],
+    dy: Array,
+) -> tuple[Array, Array]:
+    x, scale = residuals
+
+    def norm(x: Array, scale: Array) -> Array:
+        return reference.rms_norm(x, scale, epsilon)
+
+    # Recompute mean(x^2): saving it would make XLA read x twice in the forward. The barrier keeps
+    # XLA from finding that the forward has computed it.
     x = lax.optimization_barrier(x)
-    return jax.vjp(lambda x, scale: reference.rms_norm(x, scale, epsilon), x, scale)[1](dy)
+    _, pullback = jax.vjp(norm, x, scale)
+    return pullback(dy)
 
 
 _rms_norm = jax.custom_vjp(reference.rms_norm, nondiff_argnums=(2,))
-_rms_norm.defvjp(
-    lambda x, scale, epsilon: (reference.rms_norm(x, scale, epsilon), (x, scale)), _backward
-)
+_rms_norm.defvjp(_forward, _backward)
 
 
-def residual_norm(x: Array, scale: Array, *, epsilon: float) -> tuple[Array, Array]:
-    """(x, rms_norm(x)): where the residual goes on from its first part, both gradients of `x` are added in one pass.
+def residual_norm(
+    x: Array,
+    scale: Array,
+    *,
+    epsilon: float,
+) -> tuple[Array, Array]:
+    """(x, rms_norm(x)): a residual and its norm, whose gradients of `x` are added in one pass.
 
-    On Hopper GPUs the backward is a kernel where that takes such rows, and says so in the log:
-    differentiable once, and on several devices for a manual region. Elsewhere it is `rms_norm`'s;
-    arguments as there.
+    For that the residual must go on from the first part of the result. On Hopper GPUs the backward
+    is a kernel where that takes such rows, and says so in the log: it is differentiable once, and
+    on several devices runs in a manual region only. Elsewhere the backward is that of `rms_norm`.
+
+    Args:
+        x, scale, epsilon: as for `rms_norm`.
     """
     rows = x.reshape(-1, x.shape[-1])
     if not is_hopper() or kernel.mosaic_refusal(rows) is not None:
@@ -56,7 +85,13 @@ def residual_norm(x: Array, scale: Array, *, epsilon: float) -> tuple[Array, Arr
     return same.reshape(x.shape), y.reshape(x.shape)
 
 
-def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> Array:
+def layer_norm(
+    x: Array,
+    scale: Array,
+    bias: Array | None,
+    *,
+    epsilon: float,
+) -> Array:
     """(x - mean) / std * scale + bias over the last dim.
 
     Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450), section 3.
@@ -68,11 +103,11 @@ def layer_norm(x: Array, scale: Array, bias: Array | None, *, epsilon: float) ->
     Returns:
         [..., D] in the type of `x`.
     """
-    x32 = accumulator(x)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    y = (
-        centred
-        * lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
-        * accumulator(scale)
-    )
-    return (y if bias is None else y + accumulator(bias)).astype(x.dtype)
+    x_wide = accumulator(x)
+    centred = x_wide - x_wide.mean(-1, keepdims=True)
+    variance = (centred * centred).mean(-1, keepdims=True)
+    y = centred * lax.rsqrt(variance + epsilon)
+    y = y * accumulator(scale)
+    if bias is not None:
+        y = y + accumulator(bias)
+    return y.astype(x.dtype)

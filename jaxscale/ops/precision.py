@@ -1,4 +1,4 @@
-"""The dtype policy: which type holds parameters, computes, reduces and leaves the model."""
+"""The dtype policy: the types in which a run keeps parameters, computes, reduces and returns."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ class Policy:
 
     Args:
         parameters: type of the stored (master) parameters and of the optimizer state.
-        compute: type of activations and of the parameters as matmuls see them.
+        compute: type of activations, and of the parameters as matmuls see them.
         reduction: type in which gradients are accumulated over micro-batches and summed over
             devices.
         output: type of logits returned to a caller (the loss always works in at least float32).
@@ -33,21 +33,23 @@ class Policy:
     def __post_init__(self):
         check_types(self)
         for field in dataclasses.fields(self):
+            name = f"Policy.{field.name}"
             value = getattr(self, field.name)
-            check_choice(f"Policy.{field.name}", value, FLOAT_TYPES)
+            check_choice(name, value, FLOAT_TYPES)
             if jax.dtypes.canonicalize_dtype(value) != value:
-                raise InputError(
-                    f"Policy.{field.name}", value, "JAX_ENABLE_X64=1 in the environment with it"
-                )
+                raise InputError(name, value, "JAX_ENABLE_X64=1 in the environment with it")
 
 
 def cast(tree: Any, dtype: str) -> Any:
     """Casts the floating-point leaves of a tree to `dtype`; other leaves pass unchanged."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
+
+    def cast_leaf(x: Array) -> Array:
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(dtype) if is_float else x
+
+    return jax.tree.map(cast_leaf, tree)
 
 
 def accumulator(x: Array) -> Array:
-    """Casts to at least float32, the type in which norms, softmax and sums are taken (float64 stays)."""
+    """Casts to at least float32, in which norms, softmax and sums are taken; float64 stays."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

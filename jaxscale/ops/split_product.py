@@ -1,4 +1,7 @@
-"""Products with a float32 matrix at the speed of bfloat16: each operand as a sum of bfloat16 parts."""
+"""Products with a float32 matrix at the speed of bfloat16.
+
+Each operand is a sum of bfloat16 parts, whose products are added up.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +14,8 @@ def parts_of(x: Array, num_parts: int) -> list[Array]:
     """bfloat16 arrays whose sum is `x` in float32 to 8 bits a part; three are all of it."""
     parts = []
     for _ in range(num_parts):
-        part = lax.reduce_precision(
-            x, exponent_bits=8, mantissa_bits=7
-        )  # a conversion and back XLA may leave out
+        # XLA may leave out a conversion to bfloat16 and back, but not this.
+        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(jnp.bfloat16))
         x = x - part
     return parts
@@ -23,8 +25,8 @@ def parts_of(x: Array, num_parts: int) -> list[Array]:
 def split_product(x: Array, w: Array) -> Array:
     """x w as in float32: the products of parts are exact and are added up in float32.
 
-    The gradient of `w` is as exact; that of `x`, which is rounded to bfloat16, is good to 16 bits
-    before.
+    The gradient of `w` is as exact. That of `x` is good to 16 bits before it is rounded to
+    bfloat16.
 
     Source: Henry et al. 2019 (arXiv 1904.06376), section 2.
     Args:
@@ -34,25 +36,38 @@ def split_product(x: Array, w: Array) -> Array:
         [n, E] float32.
     Cost: three times the FLOPs of the product in bfloat16; its bytes, for a small E.
     """
-    product = jnp.einsum(
-        "nd,de->ne", x, jnp.concatenate(parts_of(w, 3), 1), preferred_element_type=jnp.float32
-    )
-    return product.reshape(x.shape[0], 3, w.shape[1])[:, ::-1].sum(1)  # the small ones first
+    parts = jnp.concatenate(parts_of(w, 3), 1)
+    products = jnp.einsum("nd,de->ne", x, parts, preferred_element_type=jnp.float32)
+    return _sum_of_parts(products, w.shape[1])
 
 
-def _backward(arguments: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, w = arguments
-    dw = jnp.einsum(
-        "nd,ne->de", x, jnp.concatenate(parts_of(dy, 3), 1), preferred_element_type=jnp.float32
-    )
-    (dy_high, dy_low), (w_high, w_low) = parts_of(dy, 2), parts_of(w, 2)
-    left, right = (
-        jnp.concatenate([dy_high, dy_high, dy_low], 1),
-        jnp.concatenate([w_high, w_low, w_high], 1),
-    )
-    return jnp.einsum("ne,de->nd", left, right), dw.reshape(w.shape[0], 3, w.shape[1])[:, ::-1].sum(
-        1
-    )
+def _sum_of_parts(products: Array, width: int) -> Array:
+    """[rows, 3 width] -> [rows, width]; the small parts, which come last, are added first."""
+    by_part = products.reshape(products.shape[0], 3, width)
+    return by_part[:, ::-1].sum(1)
 
 
-split_product.defvjp(lambda x, w: (split_product(x, w), (x, w)), _backward)
+def _forward(
+    x: Array,
+    w: Array,
+) -> tuple[Array, tuple[Array, Array]]:
+    return split_product(x, w), (x, w)
+
+
+def _backward(
+    residuals: tuple[Array, Array],
+    dy: Array,
+) -> tuple[Array, Array]:
+    x, w = residuals
+    parts = jnp.concatenate(parts_of(dy, 3), 1)
+    products = jnp.einsum("nd,ne->de", x, parts, preferred_element_type=jnp.float32)
+    dy_high, dy_low = parts_of(dy, 2)
+    w_high, w_low = parts_of(w, 2)
+    # The product of the two low parts is left out: it is below the 16 bits.
+    left = jnp.concatenate([dy_high, dy_high, dy_low], 1)
+    right = jnp.concatenate([w_high, w_low, w_high], 1)
+    dx = jnp.einsum("ne,de->nd", left, right)
+    return dx, _sum_of_parts(products, w.shape[1])
+
+
+split_product.defvjp(_forward, _backward)

@@ -1,1 +1,4 @@
-"""Attention whose mask gives each query an interval of keys, with tiles that nobody sees left out."""
+"""Attention whose mask gives each query an interval of keys.
+
+Tiles of keys that no query sees are skipped.
+"""

@@ -1,20 +1,20 @@
 """The forward of attention for Hopper GPUs, as a Pallas kernel for Mosaic GPU.
 
 Two warpgroups multiply, each for 64 queries, and one fetches. A warpgroup gives the tensor cores
-the logits of the next tile of keys together with the product of this one's probabilities and
-values, and makes the softmax of the former while the latter runs; the warpgroups take turns, so
-that one's softmax also runs beside the other's products.
+two products at once: the logits of the next tile of keys, and the probabilities of this tile times
+its values. It computes the softmax of the former while the latter runs. The two warpgroups take
+turns, so that the softmax of one also runs beside the products of the other.
 
 Source: Dao 2023 (arXiv 2307.08691), algorithm 1; Shah et al. 2024 (arXiv 2407.08608), section 3.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -37,10 +37,21 @@ from jaxscale.kernels.attention.scheduler import (
     over_items,
 )
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_visits
-from jaxscale.kernels.persistent import COMPUTE, LOG2E, NUM_SMS, ROWS, SWIZZLED, make_kernel
+from jaxscale.kernels.persistent import (
+    COMPUTE,
+    LOG2E,
+    NUM_SMS,
+    ROWS,
+    TILE_ROWS,
+    drain,
+    make_kernel,
+    part,
+    swizzled,
+    wait_if,
+)
 
-QUERIES = COMPUTE * ROWS
-STAGES = 2  # tiles of keys and of values in shared memory
+QUERIES = TILE_ROWS  # in a tile
+STAGES = 2  # tiles of keys, and of values, in shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +60,23 @@ class Problem:
 
     Args:
         num_tiles: tiles of queries in a row.
-        batch, num_heads, groups: query heads of a kv head.
-        head_bytes: of a kv head's keys and values, for each of its query heads.
-        keys: in a tile.
+        batch: number of rows.
+        num_heads: number of query heads.
+        groups: query heads that read one kv head.
+        head_dim: H.
+        head_bytes: bytes of a kv head's keys and values, divided among its query heads.
+        keys: keys in a tile.
         query_slots: tiles of queries in shared memory.
-        scale, softcap: of the logits.
-        num_patterns: of a block-sparse layout; 0 without one.
+        scale: factor on the logits.
+        softcap: c in c * tanh(logits / c); None for none.
+        num_patterns: patterns of a block-sparse layout; 0 without one.
     """
 
     num_tiles: int
     batch: int
     num_heads: int
     groups: int
+    head_dim: int
     head_bytes: int
     keys: int
     query_slots: int
@@ -73,307 +89,399 @@ class Problem:
         """Tiles of queries of all heads and rows."""
         return self.num_tiles * self.batch * self.num_heads
 
-    def item_at(self, order: Any, table: Any, number: Any) -> tuple[Any, ...]:
-        """(row, head, row of the intervals, place in `table`, its tiles)."""
+    def item_at(
+        self,
+        order: Any,
+        table: Any,
+        number: Any,
+    ) -> tuple[Any, ...]:
+        """(row, head, row of the intervals, place in `table`, tiles of keys to visit)."""
         b, head, row, tile = item_at(order, number, self.batch, self.num_heads, self.head_bytes)
-        place = lax.rem(head, self.num_patterns) if self.num_patterns else row, tile
-        return b, head, row, place, tuple(table[(*place, field)] for field in range(4))
+        table_row = lax.rem(head, self.num_patterns) if self.num_patterns else row
+        place = table_row, tile
+        tiles = tuple(table[(*place, field)] for field in range(4))
+        return b, head, row, place, tiles
 
 
-@functools.partial(
-    jax.jit, static_argnames=("scale", "softcap", "layout", "interpret")
-)  # lowered once for all layers
+# jit: the kernel is lowered once for all layers.
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))
 def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    low: jax.Array,
-    high: jax.Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    low: Array,
+    high: Array,
     *,
     scale: float,
     softcap: float | None,
     layout: BlockLayout | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention of every query t over the keys low[t] <= s < high[t], which are those of a causal mask with a layout.
+) -> tuple[Array, Array]:
+    """Attention of every query t over the keys low[t] <= s < high[t].
 
     Args:
         q: [B, T, N, H], H one of 64, 128 and 256.
         k, v: [B, S, K, H].
-        low, high: [B or 1, T] int32.
+        low, high: [B or 1, T] int32; with a layout they must be those of a causal mask.
+        scale, softcap, layout, interpret: as for `api.attention`.
     Returns:
         (o [B, T, N, H], lse [B, N, T] float32); 0 and -inf where a query sees nothing.
     """
     batch, length, num_heads, head_dim = q.shape
+    num_keys, kv_heads = k.shape[1:3]
     padded = pl.cdiv(length, QUERIES) * QUERIES
-    low, high = (jnp.pad(x, ((0, 0), (0, padded - length))) for x in (low, high))
-    is_wide = head_dim > 128  # then shared memory holds half of the keys, and one tile of queries
-    groups = num_heads // k.shape[2]
+    margin = ((0, 0), (0, padded - length))
+    low, high = (jnp.pad(x, margin) for x in (low, high))
+    # Of wide heads shared memory holds half as many keys, and one tile of queries.
+    is_wide = head_dim > 128
+    groups = num_heads // kv_heads
     problem = Problem(
-        padded // QUERIES,
-        batch,
-        num_heads,
-        groups,
-        2 * 2 * k.shape[1] * head_dim // groups,
-        BLOCK if is_wide or layout else 128,
-        1 if is_wide else 2,
-        scale,
-        softcap,
-        layout.stride if layout else 0,
+        num_tiles=padded // QUERIES,
+        batch=batch,
+        num_heads=num_heads,
+        groups=groups,
+        head_dim=head_dim,
+        head_bytes=2 * 2 * num_keys * head_dim // groups,
+        keys=BLOCK if is_wide or layout else 128,
+        query_slots=1 if is_wide else 2,
+        scale=scale,
+        softcap=softcap,
+        num_patterns=layout.stride if layout else 0,
     )
     if layout:
-        table, entries = map(
-            jnp.asarray, key_visits(layout, padded // BLOCK, pl.cdiv(k.shape[1], BLOCK))
-        )
+        visited = key_visits(layout, padded // BLOCK, pl.cdiv(num_keys, BLOCK))
+        table, entries = map(jnp.asarray, visited)
     else:
-        table, entries = (
-            key_tiles(low, high, queries=QUERIES, keys=problem.keys),
-            jnp.zeros((1, 1, 1), jnp.int32),
-        )
+        table = key_tiles(low, high, queries=QUERIES, keys=problem.keys)
+        entries = jnp.zeros((1, 1, 1), jnp.int32)
 
     def body(*refs):
-        refs = _Refs(*refs, *[None] * (len(_FIELDS) - len(refs)))
+        refs = _Refs(*refs)
         queue = make_queue(interpret)
-        pl.when(lax.axis_index("warpgroup") == COMPUTE)(lambda: _fetch(refs, problem, queue))
-        pl.when(lax.axis_index("warpgroup") < COMPUTE)(
-            lambda: _compute(refs, problem, queue, interpret)
-        )
 
-    slots = problem.query_slots
-    o, lse = make_kernel(
-        body,
-        (
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, num_heads, padded), jnp.float32),
-        ),
-        (
-            plgpu.SMEM((slots, QUERIES, head_dim), q.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((STAGES, problem.keys, head_dim), q.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((STAGES, problem.keys, head_dim), q.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((slots, QUERIES), jnp.int32),
-            plgpu.SMEM((slots, QUERIES), jnp.int32),
-            plgpu.SMEM((QUERIES,), jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots),
-            plgpu.Barrier(num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
-            plgpu.Barrier(num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
-            plgpu.Barrier(num_barriers=COMPUTE),
-            plgpu.Barrier(num_barriers=SLOTS),
-            *interpreted_buffers(interpret, (ROWS, problem.keys), dtype=q.dtype),
-        ),
-        2 if interpret else NUM_SMS,
-        interpret,
-    )(longest_first(table, problem.num_patterns), table, entries, low, high, q, k, v)
+        @pl.when(lax.axis_index("warpgroup") == COMPUTE)
+        def _():
+            _fetch(refs, problem, queue)
+
+        @pl.when(lax.axis_index("warpgroup") < COMPUTE)
+        def _():
+            _compute(refs, problem, queue, interpret)
+
+    o_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    lse_type = jax.ShapeDtypeStruct((batch, num_heads, padded), jnp.float32)
+    scratch_types = _scratch_types(problem, q.dtype, interpret)
+    num_blocks = 2 if interpret else NUM_SMS
+    kernel = make_kernel(body, (o_type, lse_type), scratch_types, num_blocks, interpret)
+    order = longest_first(table, problem.num_patterns)
+    o, lse = kernel(order, table, entries, low, high, q, k, v)
     return o, lse[:, :, :length]
 
 
-_FIELDS = (
-    "order",
-    "table",
-    "entries",
-    "low",
-    "high",
-    "q",
-    "k",
-    "v",
-    "o",
-    "lse",
-    "q_smem",
-    "k_smem",
-    "v_smem",
-    "low_smem",
-    "high_smem",
-    "lse_smem",
-    "q_full",
-    "q_empty",
-    "k_full",
-    "k_empty",
-    "v_full",
-    "v_empty",
-    "turn",
-    "ready",
-    "p_smem",
-)
-_Refs = dataclasses.make_dataclass("_Refs", _FIELDS)
+class _Refs(NamedTuple):
+    """A kernel's references: to its operands and results in global memory, then to its scratch."""
+
+    # How work is divided: `scheduler.longest_first`, and what `tiles` makes of the mask.
+    order: Any
+    table: Any
+    entries: Any
+    low: Any
+    high: Any
+    q: Any
+    k: Any
+    v: Any
+    o: Any
+    lse: Any
+    # Shared memory.
+    q_smem: Any
+    k_smem: Any
+    v_smem: Any
+    low_smem: Any
+    high_smem: Any
+    lse_smem: Any
+    # Barriers: a slot's copies have come; both warpgroups are done with it.
+    q_full: Any
+    q_empty: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+    # Barriers: a warpgroup may use the tensor cores; the number of the next item has come.
+    turn: Any
+    ready: Any
+    # What interpretation needs.
+    p_smem: Any = None
 
 
-def _fetch(refs: Any, problem: Problem, queue: Any) -> None:
+def _scratch_types(
+    problem: Problem,
+    dtype: Any,
+    interpret: Any,
+) -> tuple[Any, ...]:
+    """Shared memory and barriers in the order of `_Refs`."""
+    slots, keys, head_dim = problem.query_slots, problem.keys, problem.head_dim
+    return (
+        swizzled((slots, QUERIES, head_dim), dtype),
+        swizzled((STAGES, keys, head_dim), dtype),
+        swizzled((STAGES, keys, head_dim), dtype),
+        plgpu.SMEM((slots, QUERIES), jnp.int32),
+        plgpu.SMEM((slots, QUERIES), jnp.int32),
+        plgpu.SMEM((QUERIES,), jnp.float32),
+        plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots),
+        plgpu.Barrier(num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
+        plgpu.Barrier(num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
+        plgpu.Barrier(num_barriers=COMPUTE),
+        plgpu.Barrier(num_barriers=SLOTS),
+        *interpreted_buffers(interpret, (ROWS, keys), dtype=dtype),
+    )
+
+
+def _fetch(refs: _Refs, problem: Problem, queue: Any) -> None:
+    """What the fetching warpgroup does: copies queries, keys and values of the block's items."""
+    # The other warpgroups take the registers that this one gives back.
     plgpu.set_max_registers(24, action="decrease")
     keys, slots = problem.keys, problem.query_slots
 
-    def one(i, number, count):
-        b, head, row, place, (first, end, *_) = problem.item_at(refs.order, refs.table, number)
+    def fetch_item(i, number, count):
+        b, head, row, place, tiles = problem.item_at(refs.order, refs.table, number)
+        first, end, _, _ = tiles
         slot = lax.rem(i, slots)
-        pl.when(i >= slots)(lambda: plgpu.barrier_wait(refs.q_empty.at[slot]))
+        wait_if(i >= slots, refs.q_empty, slot)
         queries = pl.ds(place[1] * QUERIES, QUERIES)
-        for source, target in (
+        copies = (
             (refs.q.at[b, queries, head], refs.q_smem),
             (refs.low.at[row, queries], refs.low_smem),
             (refs.high.at[row, queries], refs.high_smem),
-        ):
+        )
+        for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target.at[slot], refs.q_full.at[slot])
 
-        def step(j, count):
+        def fetch_tile(j, count):
             slot = lax.rem(count, STAGES)
+            # The last tile comes first, as `_attend` wants it.
             tile, _ = visit_at(refs.entries, problem.num_patterns, place, end - 1 - j)
             where = b, pl.ds(tile * keys, keys), lax.div(head, problem.groups)
-            for source, target, full, empty in (
+            copies = (
                 (refs.k, refs.k_smem, refs.k_full, refs.k_empty),
                 (refs.v, refs.v_smem, refs.v_full, refs.v_empty),
-            ):
-                pl.when(count >= STAGES)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
+            )
+            for source, target, full, empty in copies:
+                wait_if(count >= STAGES, empty, slot)
                 plgpu.copy_gmem_to_smem(source.at[where], target.at[slot], full.at[slot])
             return count + 1
 
-        return lax.fori_loop(0, end - first, step, count)
+        return lax.fori_loop(0, end - first, fetch_tile, count)
 
-    num_mine, _, count = over_items(problem.num_items, one, queue, refs.ready, is_fetching=True)
-    for slot in range(STAGES):  # a barrier may go only when all that happened to it has been seen
-        for barrier in (refs.k_empty, refs.v_empty):
-            pl.when(count > slot)(
-                lambda slot=slot, barrier=barrier: plgpu.barrier_wait(barrier.at[slot])
-            )
-    for slot in range(slots):
-        pl.when(num_mine > slot)(lambda slot=slot: plgpu.barrier_wait(refs.q_empty.at[slot]))
+    items = over_items(problem.num_items, fetch_item, queue, refs.ready, is_fetching=True)
+    num_mine, _, count = items
+    drain((refs.k_empty, refs.v_empty), count, STAGES)
+    drain((refs.q_empty,), num_mine, slots)
 
 
-def _compute(refs: Any, problem: Problem, queue: Any, interpret: Any) -> None:
+def _compute(
+    refs: _Refs,
+    problem: Problem,
+    queue: Any,
+    interpret: Any,
+) -> None:
+    """What each of the other warpgroups does: attention of its half of each item's queries."""
     plgpu.set_max_registers(240, action="increase")
     warpgroup = lax.axis_index("warpgroup")
+    # The first turn is warpgroup 0's.
     pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.turn.at[0]))
 
-    def one(i, number, count):
+    def compute_item(i, number, count):
         b, head, _, place, tiles = problem.item_at(refs.order, refs.table, number)
+        first, end, _, _ = tiles
         slot = lax.rem(i, problem.query_slots)
-        mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+        mine = part(warpgroup, ROWS)
         q_mine = refs.q_smem.at[slot, mine]
         plgpu.barrier_wait(refs.q_full.at[slot])
 
         def store(o, lse):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            # The output takes the place of the queries, which nobody reads any more.
             q_mine[...] = o.astype(q_mine.dtype)
             refs.lse_smem[mine] = lse
             plgpu.commit_smem()
-            own = pl.ds(place[1] * QUERIES + warpgroup * ROWS, ROWS)
-            plgpu.copy_smem_to_gmem(q_mine, refs.o.at[b, own, head])
-            plgpu.copy_smem_to_gmem(refs.lse_smem.at[mine], refs.lse.at[b, head, own])
+            queries = pl.ds(place[1] * QUERIES + warpgroup * ROWS, ROWS)
+            plgpu.copy_smem_to_gmem(q_mine, refs.o.at[b, queries, head])
+            plgpu.copy_smem_to_gmem(refs.lse_smem.at[mine], refs.lse.at[b, head, queries])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(refs.q_empty.at[slot])
 
-        first, end = tiles[:2]
-        zeros = plgpu.layout_cast(jnp.zeros(q_mine.shape, jnp.float32), MATRIX)
+        zeros = jnp.zeros(q_mine.shape, jnp.float32)
+        zeros = plgpu.layout_cast(zeros, MATRIX)
 
         @pl.when(end > first)
         def _():
             softmax = functools.partial(_softmax, refs, problem, place, slot)
-            store(*_attend(refs, problem, q_mine, tiles, count, zeros, softmax, interpret))
+            result = _attend(refs, problem, q_mine, tiles, count, zeros, softmax, interpret)
+            store(*result)
 
-        pl.when(end == first)(lambda: store(zeros, minus_infinity(ROWS)))
+        @pl.when(end == first)
+        def _():
+            store(zeros, minus_infinity(ROWS))
+
         return count + end - first
 
-    over_items(problem.num_items, one, queue, refs.ready, is_fetching=False)
-    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.turn.at[0]))
+    over_items(problem.num_items, compute_item, queue, refs.ready, is_fetching=False)
+    # The last turn that warpgroup 1 gave away must have been waited for when the kernel ends.
+    wait_if(warpgroup == 0, refs.turn, 0)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _softmax(refs: Any, problem: Problem, place, slot, logits, top, number, is_masked):
-    """(exponentials, their sums, what the old sums shrink by, the new maxima), of logits before scale and soft-cap."""
+def _softmax(
+    refs: _Refs,
+    problem: Problem,
+    place,
+    slot,
+    logits,
+    top,
+    number,
+    is_masked,
+):
+    """One step of the online softmax, in powers of two.
+
+    Args:
+        place, slot: of the tile of queries: (row of the table, tile), and where it lies in shared
+            memory.
+        logits: of one tile of keys, before scale and soft-cap.
+        top: the largest logit of each query so far.
+        number: of the visit that these logits are of.
+        is_masked: whether some query may not see some key.
+    Returns:
+        (exponentials, their sums, factors by which the old sums shrink, the new maxima).
+    """
     factor, cap = problem.scale * LOG2E, problem.softcap
     if cap is not None:
-        logits, factor = tanh(logits * (problem.scale / cap)), cap * LOG2E
+        logits = tanh(logits * (problem.scale / cap))
+        factor = cap * LOG2E
     if is_masked:
-        warpgroup = lax.axis_index("warpgroup")
-        tile, is_seen = visit_at(refs.entries, problem.num_patterns, place, number)
-        key = (
-            plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX) + tile * problem.keys
-        )
-        mine = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
-        below, above = (
-            plgpu.load(ref.at[slot, mine], layout=ROW) for ref in (refs.low_smem, refs.high_smem)
-        )
-        below, above = (
-            spread(values, logits.shape, 0) for values in (below, above * is_seen(warpgroup))
-        )
-        logits = jnp.where((key >= below) & (key < above), logits, -jnp.inf)
+        sees = _mask(refs, problem, place, slot, logits.shape, number)
+        logits = jnp.where(sees, logits, -jnp.inf)
     new = jnp.maximum(top, logits.max(axis=1) * factor)
+    # A query that has seen nothing yet has the maximum -inf, and -inf - -inf would be NaN.
     safe = jnp.where(new == -jnp.inf, 0.0, new) if is_masked else new
     p = jnp.exp2(logits * factor - spread(safe, logits.shape, 0))
     return p, p.sum(axis=1), jnp.exp2(top - safe), new
 
 
-def _attend(refs: Any, problem: Problem, q_mine, tiles, count, zeros, softmax, interpret):
-    """(output, log of the sum of exponentials) of this warpgroup's queries; the last tile of keys comes first."""
+def _mask(
+    refs: _Refs,
+    problem: Problem,
+    place,
+    slot,
+    shape,
+    number,
+):
+    """Which keys of the `number`-th visited tile each query of this warpgroup sees."""
+    warpgroup = lax.axis_index("warpgroup")
+    tile, is_seen = visit_at(refs.entries, problem.num_patterns, place, number)
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    key = key + tile * problem.keys
+    mine = part(warpgroup, ROWS)
+    low = plgpu.load(refs.low_smem.at[slot, mine], layout=ROW)
+    high = plgpu.load(refs.high_smem.at[slot, mine], layout=ROW)
+    # Where the layout hides the tile from this warpgroup's block, no key is below 0.
+    high = high * is_seen(warpgroup)
+    low, high = spread(low, shape, 0), spread(high, shape, 0)
+    return (key >= low) & (key < high)
+
+
+def _attend(
+    refs: _Refs,
+    problem: Problem,
+    q_mine,
+    tiles,
+    count,
+    zeros,
+    softmax,
+    interpret,
+):
+    """(output, log of the sum of exponentials) of this warpgroup's queries.
+
+    The last tile of keys comes first: under a causal mask it needs a mask, which every first step
+    applies.
+    """
     first, end, whole_first, whole_end = tiles
     warpgroup = lax.axis_index("warpgroup")
     logits_type = plgpu.ACC((ROWS, problem.keys), jnp.float32)
     p_mine = None if refs.p_smem is None else refs.p_smem.at[warpgroup]
 
-    def logits_of(s_ref, slot):
+    def start_logits(logits_ref, slot):
         plgpu.barrier_wait(refs.k_full.at[slot])
         plgpu.barrier_wait(refs.turn.at[warpgroup])
-        plgpu.wgmma(s_ref, q_mine, refs.k_smem.at[slot].transpose((1, 0)))
+        plgpu.wgmma(logits_ref, q_mine, refs.k_smem.at[slot].transpose((1, 0)))
 
-    def your_turn():
+    def pass_turn():
         plgpu.barrier_arrive(refs.turn.at[1 - warpgroup])
 
-    def begin(s_ref):
+    def begin(logits_ref):
         slot = lax.rem(count, STAGES)
-        logits_of(s_ref, slot)
-        your_turn()
-        logits = s_ref[...]
+        start_logits(logits_ref, slot)
+        pass_turn()
+        logits = logits_ref[...]
         plgpu.barrier_arrive(refs.k_empty.at[slot])
         return softmax(logits, minus_infinity(ROWS), end - 1, True)
 
     def step(is_masked, j, carry):
-        acc, p, total, top = carry
+        """Adds the tile before this one, and computes this one's probabilities meanwhile."""
+        o, p, total, top = carry
         now, before = lax.rem(count + j, STAGES), lax.rem(count + j - 1, STAGES)
 
-        def products(acc_ref):
-            def scores(s_ref):
-                logits_of(s_ref, now)
+        def products(o_ref):
+            def scores(logits_ref):
+                start_logits(logits_ref, now)
                 plgpu.barrier_wait(refs.v_full.at[before])
-                multiply(acc_ref, p, refs.v_smem.at[before], p_mine)
-                your_turn()
-                logits = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                multiply(o_ref, p, refs.v_smem.at[before], p_mine)
+                pass_turn()
+                # The logits are there when one product, that of the values, is left.
+                logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
                 plgpu.barrier_arrive(refs.k_empty.at[now])
                 return softmax(logits, top, end - 1 - j, is_masked)
 
             return pl.run_scoped(scores, logits_type)
 
         like = p.astype(jnp.float32), total, top, top
-        (acc,), (wide, total_new, shrink, top) = accumulate(
-            (acc,), products, like, interpret=interpret
-        )
-        # Not before the product is done, which reads the old ones from the same registers.
-        p = lax.optimization_barrier(wide).astype(p.dtype)
+        (o,), results = accumulate((o,), products, like, interpret=interpret)
+        p_wide, total_new, shrink, top = results
+        # The product reads the old probabilities from registers until it is done. The barrier
+        # keeps the compiler from converting the new ones into these registers before.
+        p = lax.optimization_barrier(p_wide).astype(p.dtype)
         plgpu.barrier_arrive(refs.v_empty.at[before])
-        return acc * spread(shrink, acc.shape, 0), p, total * shrink + total_new, top
+        return o * spread(shrink, o.shape, 0), p, total * shrink + total_new, top
 
-    def finish(acc, p):
+    def finish(o, p):
+        """Adds the last tile."""
         before = lax.rem(count + end - first - 1, STAGES)
 
-        def product(acc_ref):
+        def product(o_ref):
             plgpu.barrier_wait(refs.v_full.at[before])
             plgpu.barrier_wait(refs.turn.at[warpgroup])
-            multiply(acc_ref, p, refs.v_smem.at[before], p_mine)
-            your_turn()
+            multiply(o_ref, p, refs.v_smem.at[before], p_mine)
+            pass_turn()
             return ()
 
-        (acc,), _ = accumulate((acc,), product, (), interpret=interpret)
+        (o,), _ = accumulate((o,), product, (), interpret=interpret)
         plgpu.barrier_arrive(refs.v_empty.at[before])
-        return acc
+        return o
 
     p, total, _, top = pl.run_scoped(begin, logits_type)
     carry = zeros, p.astype(q_mine.dtype), total, top
-    for lower, upper, is_masked in (
+    # Backwards: masked tiles behind those that are seen whole, these, and masked ones before them.
+    runs = (
         (1, end - whole_end, True),
         (jnp.maximum(end - whole_end, 1), end - whole_first, False),
         (jnp.maximum(end - whole_first, 1), end - first, True),
-    ):
+    )
+    for lower, upper, is_masked in runs:
         carry = lax.fori_loop(lower, upper, functools.partial(step, is_masked), carry)
-    acc, p, total, top = carry
-    acc = finish(acc, p)
-    total = jnp.where(total == 0.0, 1.0, total)  # a query that sees nothing: zero, and -inf
-    return acc * spread(1 / total, acc.shape, 0), top * (1 / LOG2E) + jnp.log(total)
+    o, p, total, top = carry
+    o = finish(o, p)
+    # A query that sees nothing gets an output of 0, not 0 / 0; its lse is -inf.
+    total = jnp.where(total == 0.0, 1.0, total)
+    lse = top * (1 / LOG2E) + jnp.log(total)
+    return o * spread(1 / total, o.shape, 0), lse

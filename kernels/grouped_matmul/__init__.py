@@ -1,1 +1,1 @@
-"""Consecutive groups of rows, each times a matrix of its own."""
+"""Consecutive groups of rows, each multiplied by a matrix of its own."""

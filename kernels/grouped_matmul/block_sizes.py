@@ -2,4 +2,4 @@
 
 from jaxscale.kernels.persistent import BlockSizes
 
-H200 = BlockSizes()  # of all kernels: none gains from others
+H200 = BlockSizes()  # for all kernels: none gains from others

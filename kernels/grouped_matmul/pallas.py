@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -14,152 +14,185 @@ from jaxscale.kernels.persistent import (
     DEPTH,
     PIECE,
     ROWS,
-    SWIZZLED,
+    TILE_ROWS,
     BlockSizes,
     make_matmul,
     multiply_tiles,
+    part,
     store,
     store_piece,
+    swizzled,
 )
 
-ALIGNMENT = 8  # of the first row of a copy that swizzles: the rows of a swizzled tile
+# A copy that swizzles begins at a multiple of so many rows: those of a swizzled tile.
+ALIGNMENT = 8
 
 
-def row_tiles(group_sizes: jax.Array, num_rows: int) -> jax.Array:
+def row_tiles(group_sizes: Array, num_rows: int) -> Array:
     """The tiles of rows that cover every group and the rows past the last.
 
-    A tile begins at a multiple of ALIGNMENT, so the first of a group may begin with rows of the
-    group before it.
+    A tile begins at a multiple of ALIGNMENT, so the first tile of a group may begin with rows of
+    the group before it.
 
     Returns:
         [4, tiles] int32: group (the number of groups for the rows past the last), first row, and
-        the range of the tile's rows that are the group's; it is empty in what is left over at the
-        end.
+        begin and end, within the tile, of the group's rows. The range is empty in the tiles that
+        are left over at the end.
     """
-    tile = COMPUTE * ROWS
-    sizes = jnp.concatenate([group_sizes, num_rows - group_sizes.sum(keepdims=True)]).astype(
-        jnp.int32
-    )
+    tile = TILE_ROWS
+    past_last = num_rows - group_sizes.sum(keepdims=True)
+    sizes = jnp.concatenate([group_sizes, past_last]).astype(jnp.int32)
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     aligned = starts - starts % ALIGNMENT
     num_tiles = jnp.where(sizes > 0, -(-(ends - aligned) // tile), 0)
-    last = jnp.cumsum(num_tiles)
+    tile_ends = jnp.cumsum(num_tiles)
+    # As many tiles as any division of the rows into groups needs.
     number = jnp.arange(num_rows // tile + 2 * sizes.size)
-    group = jnp.minimum((number[:, None] >= last).sum(1), sizes.size - 1)
-    first = aligned[group] + (number - (last - num_tiles)[group]) * tile
-    own = jnp.clip(starts[group] - first, 0, tile), jnp.clip(ends[group] - first, 0, tile)
-    return jnp.stack([group, first, *own]).astype(jnp.int32)
+    group = jnp.minimum((number[:, None] >= tile_ends).sum(1), sizes.size - 1)
+    first_of_group = aligned[group]
+    number_in_group = number - (tile_ends - num_tiles)[group]
+    first = first_of_group + number_in_group * tile
+    begin = jnp.clip(starts[group] - first, 0, tile)
+    end = jnp.clip(ends[group] - first, 0, tile)
+    return jnp.stack([group, first, begin, end]).astype(jnp.int32)
 
 
 class RowTiles:
-    """The tiles of `row_tiles` by columns of the output, as a kernel's blocks go through them.
+    """The tiles of `row_tiles` times tiles of columns, as a kernel's blocks go through them.
 
     Args:
-        table: reference to `row_tiles`' result.
+        table: reference to the result of `row_tiles`.
         num_groups: E.
-        num_columns: tiles side by side.
-        columns: of the output in a tile.
-        steps: of a tile's contraction, if it has any.
+        num_columns: number of tiles side by side.
+        columns: columns of the output in a tile.
+        steps: number of steps of a tile's contraction, if it has any.
+        blocks: how the output is cut.
     """
 
     def __init__(self, table, num_groups, num_columns, columns, steps, blocks):
-        self.table, self.num_groups, self.steps = table, num_groups, steps
-        self.grid, self.columns, self.blocks = (table.shape[1], num_columns), columns, blocks
+        self.table = table
+        self.num_groups = num_groups
+        self.grid = (table.shape[1], num_columns)
+        self.columns = columns
+        self.steps = steps
+        self.blocks = blocks
 
     def tile_at(self, number):
-        """`multiply_tiles`' tile: group, first row, range of the group's rows, first column, steps."""
-        i, j = plgpu.planar_snake(number, self.grid, self.blocks.minor, self.blocks.snake)
+        """A tile of `multiply_tiles`.
+
+        (group, first row, begin and end of the group's rows, first column, steps).
+        """
+        i, j = self.blocks.place(number, self.grid)
         group, first, begin, end = (self.table[field, i] for field in range(4))
         has_product = (end > begin) & (group < self.num_groups)
-        return group, first, begin, end, j * self.columns, jnp.where(has_product, self.steps, 0)
+        column = j * self.columns
+        steps = jnp.where(has_product, self.steps, 0)
+        return group, first, begin, end, column, steps
 
-    def own_rows(self, tile):
-        """The range of the warpgroup's rows that are the group's."""
-        return tuple(
-            jnp.clip(row - lax.axis_index("warpgroup") * ROWS, 0, ROWS) for row in tile[2:4]
-        )
+    def group_rows(self, tile):
+        """Begin and end of the group's rows among those of this warpgroup."""
+        _, _, begin, end, _, _ = tile
+
+        def within(row):
+            return jnp.clip(row - lax.axis_index("warpgroup") * ROWS, 0, ROWS)
+
+        return within(begin), within(end)
 
     def is_needed(self, tile):
-        """Whether the warpgroup has rows of the group."""
-        begin, end = self.own_rows(tile)
+        """Whether this warpgroup has rows of the group."""
+        begin, end = self.group_rows(tile)
         return end > begin
 
-    def store_piece(self, tile, values, number, buffers, edge, target, column):
-        """Stores the tile's `number`-th [ROWS, PIECE], of which only the group's own rows may be written."""
-        first = tile[1] + lax.axis_index("warpgroup") * ROWS
-        begin, end = self.own_rows(tile)
+    def store_piece(
+        self,
+        tile,
+        values,
+        number,
+        buffers,
+        edge,
+        target,
+        column,
+    ):
+        """Stores the tile's `number`-th piece [ROWS, PIECE], but only the group's rows of it."""
+        _, first, _, _, first_column, _ = tile
+        first = first + lax.axis_index("warpgroup") * ROWS
+        begin, end = self.group_rows(tile)
 
         @pl.when(end - begin == ROWS)
         def _():
-            store_piece(values, number, buffers, target, first, tile[4] + column)
+            store_piece(values, number, buffers, target, first, first_column + column)
 
         @pl.when(end - begin < ROWS)
         def _():
-            _store_some(begin, end - begin, values, edge, target, first, tile[4] + column)
+            size = end - begin
+            _store_some(begin, size, values, edge, target, first, first_column + column)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("is_transposed", "blocks", "interpret")
-)  # lowered once for all layers
+# jit: the kernel is lowered once for all layers.
+@functools.partial(jax.jit, static_argnames=("is_transposed", "blocks", "interpret"))
 def forward(
-    lefts: tuple[jax.Array, ...],
-    rights: tuple[jax.Array, ...],
-    group_sizes: jax.Array,
+    lefts: tuple[Array, ...],
+    rights: tuple[Array, ...],
+    group_sizes: Array,
     *,
     is_transposed: bool,
     blocks: BlockSizes,
     interpret: Any = False,
-) -> jax.Array:
-    """The sum of products [rows, K] times [E, K, N], or [E, N, K] where `is_transposed`: [rows, N]."""
+) -> Array:
+    """The sum of the grouped products of each of `lefts` with its one of `rights`.
+
+    Args:
+        lefts: [rows, depth] each.
+        rights: [E, depth, width] each, or [E, width, depth] where `is_transposed`.
+        group_sizes: [E] int32.
+    Returns:
+        [rows, width].
+    """
     num_rows, depth = lefts[0].shape
     num_groups, dtype = rights[0].shape[0], lefts[0].dtype
     width = rights[0].shape[1 if is_transposed else 2]
     table = row_tiles(group_sizes, num_rows)
     num_columns, steps = pl.cdiv(width, blocks.columns), depth // DEPTH
+    all_steps = steps * len(lefts)
 
     def body(table_gmem, *refs):
         *operands, out_gmem, left_smem, right_smem, out_smem, edge_smem, full, empty = refs
+        pairs = list(zip(operands[: len(lefts)], operands[len(lefts) :], strict=True))
         warpgroup = lax.axis_index("warpgroup")
-        tiles = RowTiles(
-            table_gmem, num_groups, num_columns, blocks.columns, steps * len(lefts), blocks
-        )
+        tiles = RowTiles(table_gmem, num_groups, num_columns, blocks.columns, all_steps, blocks)
 
         def fetch(tile, step, slot):
             group, first, _, _, column, _ = tile
-            for number, (left, right) in enumerate(
-                zip(operands[: len(lefts)], operands[len(lefts) :], strict=True)
-            ):
+
+            def fetch_of(left, right, step):
+                depth_slice = pl.ds(step * DEPTH, DEPTH)
+                columns = pl.ds(column, blocks.columns)
+                where = (columns, depth_slice) if is_transposed else (depth_slice, columns)
+                rows = left.at[pl.ds(first, TILE_ROWS), depth_slice]
+                plgpu.copy_gmem_to_smem(rows, left_smem.at[slot], full.at[slot])
+                weights = right.at[(group, *where)]
+                plgpu.copy_gmem_to_smem(weights, right_smem.at[slot], full.at[slot])
+
+            # One product after the other: the step says of which pair.
+            for number, (left, right) in enumerate(pairs):
 
                 @pl.when(lax.div(step, steps) == number)
                 def _(left=left, right=right, number=number):
-                    depth_slice = pl.ds((step - number * steps) * DEPTH, DEPTH)
-                    columns = pl.ds(column, blocks.columns)
-                    where = (columns, depth_slice) if is_transposed else (depth_slice, columns)
-                    rows = left.at[pl.ds(first, COMPUTE * ROWS), depth_slice]
-                    plgpu.copy_gmem_to_smem(rows, left_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(
-                        right.at[(group, *where)], right_smem.at[slot], full.at[slot]
-                    )
+                    fetch_of(left, right, step - number * steps)
 
         def multiply(accumulator, slot, tile, step):
-            left = left_smem.at[slot, pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)]
-            right = right_smem.at[slot]
-            plgpu.wgmma(accumulator, left, right.transpose((1, 0)) if is_transposed else right)
+            mine = part(warpgroup, ROWS)
+            left, right = left_smem.at[slot, mine], right_smem.at[slot]
+            right = right.transpose((1, 0)) if is_transposed else right
+            plgpu.wgmma(accumulator, left, right)
 
         def finish(tile, product):
+            buffers, edge = out_smem.at[warpgroup], edge_smem.at[warpgroup]
             for number in range(blocks.columns // PIECE):
                 column = number * PIECE
                 piece = product[:, column : column + PIECE]
-                tiles.store_piece(
-                    tile,
-                    piece,
-                    number,
-                    out_smem.at[warpgroup],
-                    edge_smem.at[warpgroup],
-                    out_gmem,
-                    column,
-                )
+                tiles.store_piece(tile, piece, number, buffers, edge, out_gmem, column)
 
         multiply_tiles(
             table.shape[1] * num_columns,
@@ -179,99 +212,100 @@ def forward(
         jax.ShapeDtypeStruct((num_rows, width), dtype),
         blocks,
         interpret,
-        plgpu.SMEM((blocks.stages, COMPUTE * ROWS, DEPTH), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((blocks.stages, *right), dtype, transforms=SWIZZLED),
+        swizzled((blocks.stages, TILE_ROWS, DEPTH), dtype),
+        swizzled((blocks.stages, *right), dtype),
         *out_buffers(dtype),
     )
     return kernel(table, *lefts, *rights)
 
 
 def out_buffers(dtype: Any) -> tuple[Any, Any]:
-    """Of each warpgroup two pieces, and one of which rows are stored: those of a swizzled tile cannot be one by one."""
-    return plgpu.SMEM((COMPUTE, 2, ROWS, PIECE), dtype, transforms=SWIZZLED), plgpu.SMEM(
-        (COMPUTE, ROWS, PIECE), dtype
-    )
+    """Shared memory from which `RowTiles.store_piece` stores.
+
+    Each warpgroup has two pieces in turn, and one more from which single rows are stored: it is not
+    swizzled, because the rows of a swizzled tile cannot be copied one by one.
+    """
+    pieces = swizzled((COMPUTE, 2, ROWS, PIECE), dtype)
+    edge = plgpu.SMEM((COMPUTE, ROWS, PIECE), dtype)
+    return pieces, edge
 
 
 @functools.partial(jax.jit, static_argnames=("blocks", "interpret"))
 def weight_gradient(
-    rows: jax.Array,
-    cotangent: jax.Array,
-    group_sizes: jax.Array,
+    rows: Array,
+    cotangent: Array,
+    group_sizes: Array,
     *,
     blocks: BlockSizes,
     interpret: Any = False,
-) -> jax.Array:
-    """Each group's [K, rows] times [rows, N]: [E, K, N] of rows [rows, K] and cotangent [rows, N]."""
+) -> Array:
+    """Each group's rows, transposed, times its rows of the cotangent.
+
+    Args:
+        rows: [rows, D].
+        cotangent: [rows, F].
+        group_sizes: [E] int32.
+    Returns:
+        [E, D, F].
+    """
     depth, width = rows.shape[1], cotangent.shape[1]
     num_groups = group_sizes.size
     ends = jnp.cumsum(group_sizes)
     table = jnp.stack([ends - group_sizes, ends]).astype(jnp.int32)
-    num_tiles, num_columns = pl.cdiv(depth, COMPUTE * ROWS), pl.cdiv(width, blocks.columns)
+    grid = pl.cdiv(depth, TILE_ROWS), pl.cdiv(width, blocks.columns)
+    tiles_of_group = grid[0] * grid[1]
 
-    def body(
-        table_gmem,
-        rows_gmem,
-        cotangent_gmem,
-        out_gmem,
-        rows_smem,
-        cotangent_smem,
-        out_smem,
-        full,
-        empty,
-    ):
+    def body(*refs):
+        table_gmem, rows_gmem, cotangent_gmem, out_gmem, *scratch = refs
+        rows_smem, cotangent_smem, out_smem, full, empty = scratch
         warpgroup = lax.axis_index("warpgroup")
-        own = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
+        mine = part(warpgroup, ROWS)
 
         def tile_at(number):
-            group = lax.div(number, num_tiles * num_columns)
-            within = lax.rem(number, num_tiles * num_columns)
-            i, j = plgpu.planar_snake(within, (num_tiles, num_columns), blocks.minor, blocks.snake)
+            """(group, first row, begin and end of the group's from there, place, steps)."""
+            group = lax.div(number, tiles_of_group)
+            within = lax.rem(number, tiles_of_group)
+            i, j = blocks.place(within, grid)
             start, end = table_gmem[0, group], table_gmem[1, group]
             first = start - lax.rem(start, ALIGNMENT)
-            steps = jnp.where(end > start, lax.div(end - first + DEPTH - 1, DEPTH), 0)
-            return (
-                group,
-                first,
-                start - first,
-                end - first,
-                i * COMPUTE * ROWS,
-                j * blocks.columns,
-                steps,
-            )
+            has_rows = end > start
+            steps = lax.div(end - first + DEPTH - 1, DEPTH)
+            steps = jnp.where(has_rows, steps, 0)
+            begin, end = start - first, end - first
+            place = i * TILE_ROWS, j * blocks.columns
+            return group, first, begin, end, *place, steps
 
         def fetch(tile, step, slot):
             _, first, _, _, row, column, _ = tile
             depth_slice = pl.ds(first + step * DEPTH, DEPTH)
-            left = rows_gmem.at[depth_slice, pl.ds(row, COMPUTE * ROWS)]
+            left = rows_gmem.at[depth_slice, pl.ds(row, TILE_ROWS)]
             plgpu.copy_gmem_to_smem(left, rows_smem.at[slot], full.at[slot])
             right = cotangent_gmem.at[depth_slice, pl.ds(column, blocks.columns)]
             plgpu.copy_gmem_to_smem(right, cotangent_smem.at[slot], full.at[slot])
 
         def multiply(accumulator, slot, tile, step):
-            left = rows_smem.at[slot, :, own]
-            begin, end = tile[2] - step * DEPTH, tile[3] - step * DEPTH
+            left = rows_smem.at[slot, :, mine]
+            begin, end = (edge - step * DEPTH for edge in tile[2:4])
 
+            # The first and the last step may hold rows of other groups.
             @pl.when((begin > 0) | (end < DEPTH))
-            def _():  # the other rows are other groups'
-                layout = plgpu.Layout.WGMMA
+            def _():
                 values = left[...]
-                number = plgpu.broadcasted_iota(jnp.int32, (DEPTH, ROWS), 0, layout=layout)
-                left[...] = jnp.where(
-                    (number >= begin) & (number < end), values, jnp.zeros_like(values)
-                )
+                layout = plgpu.Layout.WGMMA
+                row = plgpu.broadcasted_iota(jnp.int32, (DEPTH, ROWS), 0, layout=layout)
+                is_of_group = (row >= begin) & (row < end)
+                left[...] = jnp.where(is_of_group, values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
             plgpu.wgmma(accumulator, left.transpose((1, 0)), cotangent_smem.at[slot])
 
         def finish(tile, product):
             group, _, _, _, row, column, _ = tile
-            store(
-                product, out_smem.at[warpgroup], out_gmem.at[group], row + warpgroup * ROWS, column
-            )
+            buffers, target = out_smem.at[warpgroup], out_gmem.at[group]
+            store(product, buffers, target, row + warpgroup * ROWS, column)
 
         multiply_tiles(
-            num_groups * num_tiles * num_columns,
+            num_groups * tiles_of_group,
             blocks,
             full,
             empty,
@@ -287,22 +321,26 @@ def weight_gradient(
         jax.ShapeDtypeStruct((num_groups, depth, width), rows.dtype),
         blocks,
         interpret,
-        plgpu.SMEM((blocks.stages, DEPTH, COMPUTE * ROWS), rows.dtype, transforms=SWIZZLED),
-        plgpu.SMEM((blocks.stages, DEPTH, blocks.columns), rows.dtype, transforms=SWIZZLED),
-        plgpu.SMEM((COMPUTE, 2, ROWS, PIECE), rows.dtype, transforms=SWIZZLED),
+        swizzled((blocks.stages, DEPTH, TILE_ROWS), rows.dtype),
+        swizzled((blocks.stages, DEPTH, blocks.columns), rows.dtype),
+        swizzled((COMPUTE, 2, ROWS, PIECE), rows.dtype),
     )
     return kernel(table, rows, cotangent)
 
 
 def _store_some(begin, size, values, buffer, target, row, column):
-    """Stores `size` < ROWS rows from `begin` on: copies have static sizes, so one for each bit of the number."""
+    """Stores `size` < ROWS rows from `begin` on.
+
+    Copies have static sizes, so there is one for each bit of the number of rows.
+    """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     buffer[...] = values.astype(target.dtype)
     plgpu.commit_smem()
     for rows in (32, 16, 8, 4, 2, 1):
-        first = begin + (size & -2 * rows)  # behind what the larger copies have taken
+        # Behind what the larger copies have taken.
+        first = begin + (size & -2 * rows)
 
         @pl.when((size & rows != 0) & (column < target.shape[1]))
         def _(first=first, rows=rows):
-            where = pl.ds(row + first, rows), pl.ds(column, PIECE)
-            plgpu.copy_smem_to_gmem(buffer.at[pl.ds(first, rows)], target.at[where])
+            place = target.at[pl.ds(row + first, rows), pl.ds(column, PIECE)]
+            plgpu.copy_smem_to_gmem(buffer.at[pl.ds(first, rows)], place)

@@ -1,14 +1,20 @@
 """The slow twin of the grouped matmul."""
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 
-def grouped_matmul(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Every group's matrix on every row, of which the row's own is taken; arguments as `api.grouped_matmul`."""
+def grouped_matmul(
+    rows: Array,
+    weights: Array,
+    group_sizes: Array,
+) -> Array:
+    """As `api.grouped_matmul`: every matrix on every row, of which that of its group is taken."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     ends = jnp.cumsum(group_sizes)
-    number = jnp.arange(rows.shape[0])[:, None]
-    is_own = (number >= ends - group_sizes) & (number < ends)
-    products = jnp.einsum("rk,ekn->ren", rows.astype(wide), weights.astype(wide))
-    return jnp.einsum("ren,re->rn", products, is_own.astype(wide)).astype(rows.dtype)
+    row = jnp.arange(rows.shape[0])[:, None]
+    is_of_group = (row >= ends - group_sizes) & (row < ends)
+    rows_wide = rows.astype(wide)
+    products = jnp.einsum("rd,edf->ref", rows_wide, weights.astype(wide))
+    product = jnp.einsum("ref,re->rf", products, is_of_group.astype(wide))
+    return product.astype(rows.dtype)

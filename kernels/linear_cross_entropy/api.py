@@ -1,10 +1,11 @@
-"""Linear cross-entropy: of the logits only each token's label's and the log of the sum of exponentials."""
+"""Linear cross-entropy: each token's logit of its label, and log sum exp of all its logits."""
 
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxscale.kernels.checks import check_backend, require
 from jaxscale.kernels.linear_cross_entropy import pallas, reference
@@ -14,15 +15,20 @@ BACKENDS = ("reference", "mosaic")
 
 
 def label_and_normaliser(
-    h: jax.Array, head: jax.Array, labels: jax.Array, *, implementation: str, interpret: Any = False
-) -> tuple[jax.Array, jax.Array]:
-    """Each token's logit of its label and log sum exp of all its logits h head^T; their difference is the loss.
+    h: Array,
+    head: Array,
+    labels: Array,
+    *,
+    implementation: str,
+    interpret: Any = False,
+) -> tuple[Array, Array]:
+    """Each token's logit of its label, and log sum exp of all its logits h head^T.
 
-    "mosaic" keeps one number of 16 bits for each logit between forward and backward, its
-    exponential beside the largest of its tile, from which the backward makes the gradient of the
-    logits in one pass.
+    Their difference is the loss. "mosaic" keeps one number of 16 bits for each logit between
+    forward and backward: its exponential, relative to that of the largest of its tile. From these
+    the backward computes the gradient of the logits in one pass.
 
-    Source: Wijmans et al. 2024, Cut Your Losses (arXiv 2411.09009), equations 2 to 4, but what they
+    Source: Wijmans et al. 2024, Cut Your Losses (arXiv 2411.09009), equations 2 to 4; but what they
         recompute is kept.
     Args:
         h: [T, D].
@@ -46,41 +52,65 @@ def label_and_normaliser(
     return reference.label_and_normaliser(h, head, labels)
 
 
-def mosaic_refusal(h: jax.Array, head: jax.Array) -> str | None:
-    """What of the request "mosaic" cannot do, as the text of an error; None when it can. Shapes are enough."""
-    if h.dtype not in (jnp.bfloat16, jnp.float16) or head.dtype != h.dtype:
-        return f"h and head both bfloat16 or both float16, but they are {h.dtype} and {head.dtype}"
-    return None
+def mosaic_refusal(h: Array, head: Array) -> str | None:
+    """What "mosaic" would need to compute the request, as the text of an error.
+
+    None when it can. Shapes and types are enough.
+    """
+    is_half = h.dtype in (jnp.bfloat16, jnp.float16)
+    if is_half and head.dtype == h.dtype:
+        return None
+    return f"h and head both bfloat16 or both float16, but they are {h.dtype} and {head.dtype}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _mosaic(
-    h: jax.Array, head: jax.Array, labels: jax.Array, interpret: Any
-) -> tuple[jax.Array, jax.Array]:
+    h: Array,
+    head: Array,
+    labels: Array,
+    interpret: Any,
+) -> tuple[Array, Array]:
     return _forward(h, head, labels, interpret)[0]
 
 
-def _forward(h: jax.Array, head: jax.Array, labels: jax.Array, interpret: Any):
+def _forward(
+    h: Array,
+    head: Array,
+    labels: Array,
+    interpret: Any,
+):
     values, tops, sums = pallas.exponentials(h, head, blocks=H200, interpret=interpret)
+    # Join the sums of the tiles, each of which is relative to its own largest logit.
     top = tops.max(0)
-    normaliser = top + jnp.log((sums * jnp.exp(tops - top)).sum(0))
-    is_known = (labels >= 0) & (labels < head.shape[0])
-    rows = jnp.where(is_known[:, None], head[jnp.clip(labels, 0, head.shape[0] - 1)], 0)
+    total = (sums * jnp.exp(tops - top)).sum(0)
+    normaliser = top + jnp.log(total)
+    vocabulary = head.shape[0]
+    is_known = (labels >= 0) & (labels < vocabulary)
+    rows = head[jnp.clip(labels, 0, vocabulary - 1)]
+    rows = jnp.where(is_known[:, None], rows, 0)
     label = jnp.einsum("td,td->t", h, rows, preferred_element_type=jnp.float32)
-    return (label, normaliser), (h, head, labels, values, jnp.exp(tops - normaliser))
+    # Times this, a tile's exponentials are probabilities.
+    scales = jnp.exp(tops - normaliser)
+    return (label, normaliser), (h, head, labels, values, scales)
 
 
-def _backward(interpret: Any, kept: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]):
-    h, head, labels, values, scales = kept
+def _backward(
+    interpret: Any,
+    residuals: tuple[Array, ...],
+    cotangents: tuple[Array, Array],
+):
+    h, head, labels, values, scales = residuals
     dlabel, dnormaliser = cotangents
     vocabulary = head.shape[0]
-    scale = jnp.repeat((scales * dnormaliser).T, H200.columns, axis=1)[:, :vocabulary]
+    scale = (scales * dnormaliser).T
+    scale = jnp.repeat(scale, H200.columns, axis=1)[:, :vocabulary]
     is_label = jnp.arange(vocabulary) == labels[:, None]
-    dlogits = values[:, :vocabulary].astype(jnp.float32) * scale + jnp.where(
-        is_label, dlabel[:, None], 0
-    )
-    dlogits = dlogits.astype(h.dtype)
-    return jnp.einsum("tv,vd->td", dlogits, head), jnp.einsum("tv,td->vd", dlogits, h), None
+    of_normaliser = values[:, :vocabulary].astype(jnp.float32) * scale
+    of_label = jnp.where(is_label, dlabel[:, None], 0)
+    dlogits = (of_normaliser + of_label).astype(h.dtype)
+    dh = jnp.einsum("tv,vd->td", dlogits, head)
+    dhead = jnp.einsum("tv,td->vd", dlogits, h)
+    return dh, dhead, None
 
 
 _mosaic.defvjp(_forward, _backward)

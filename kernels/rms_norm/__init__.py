@@ -1,1 +1,1 @@
-"""RMSNorm beside the residual that it is taken of."""
+"""RMSNorm together with the residual that it is taken of."""

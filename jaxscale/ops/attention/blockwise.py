@@ -1,8 +1,10 @@
-"""Attention over one block of a sequence's keys: what is needed to add blocks up, forward and backward."""
+"""Attention over one block of a sequence's keys, with what adding blocks up needs.
+
+Ring attention and sequences that do not fit in memory see their keys block by block.
+"""
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,11 @@ BACKENDS = ("reference", "cudnn")
 
 
 def forward(
-    q: Array, k: Array, v: Array, context: AttentionContext, implementation: str
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    implementation: str,
 ) -> tuple[Array, Array]:
     """Attention over a block of keys, with the logarithm of the softmax's denominator.
 
@@ -30,16 +36,15 @@ def forward(
         q: [B, T, N, H].
         k, v: [B, S, K, H], N a multiple of K.
         context: the mask structure. "cudnn" does not look at positions: where the context is
-            aligned it takes the order of the tokens, elsewhere the caller vouches that every key
+            aligned it takes the order of the tokens; elsewhere the caller vouches that every key
             comes before every query.
         implementation: one of BACKENDS.
     Returns:
-        (o [B, T, N, H], lse [B, T, N]), both in at least float32. A query that sees no key has o =
-        0 and lse = NEVER.
+        (o [B, T, N, H], lse [B, T, N]), both in at least float32. A query that sees no key has
+        o = 0 and lse = NEVER.
     """
-    return {"reference": _reference_forward, "cudnn": _cudnn_forward}[implementation](
-        q, k, v, context
-    )
+    backends = {"reference": _reference_forward, "cudnn": _cudnn_forward}
+    return backends[implementation](q, k, v, context)
 
 
 def backward(
@@ -76,135 +81,207 @@ def choose(q: Array, context: AttentionContext) -> str:
     return implementation
 
 
-def check_backend(parameter: str, implementation: str, q: Array, context: AttentionContext) -> None:
-    """Raises InputError unless the backend is known and can do what is asked; shapes are enough."""
+def check_backend(
+    parameter: str,
+    implementation: str,
+    q: Array,
+    context: AttentionContext,
+) -> None:
+    """Raises InputError unless the backend is known and can do what is asked; shapes suffice."""
     check_choice(parameter, implementation, BACKENDS)
     if not context.is_causal or context.layout is not None:
-        raise InputError(
-            "AttentionContext",
-            "is_causal = False or a layout",
-            "a causal mask without layout of blocks",
-        )
+        given = "is_causal = False or a layout"
+        raise InputError("AttentionContext", given, "a causal mask without layout of blocks")
     if implementation == "cudnn" and (reason := _cudnn_refusal(q, context)):
         raise InputError(parameter, implementation, reason)
 
 
 def _reference_forward(
-    q: Array, k: Array, v: Array, context: AttentionContext
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
 ) -> tuple[Array, Array]:
-    def one(_: None, q: Array, part: AttentionContext) -> tuple[None, tuple[Array, Array]]:
+    def of_chunk(
+        _: None,
+        q: Array,
+        part: AttentionContext,
+    ) -> tuple[None, tuple[Array, Array]]:
         logits, visible, _ = _logits(q, k, part)
-        highest = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.where(visible, jnp.exp(logits - highest), 0)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.where(visible, jnp.exp(logits - top), 0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         total = jnp.where(total > 0, total, 1)
         o = jnp.einsum("bkgts,bskh->btkgh", weights / total, accumulator(v))
-        return None, (o.reshape(q.shape), _heads_last(highest + jnp.log(total)))
+        lse = top + jnp.log(total)
+        return None, (o.reshape(q.shape), _heads_last(lse))
 
-    return _over_queries(one, None, (q,), context)[1]
+    _, results = _over_queries(of_chunk, None, (q,), context)
+    return results
 
 
 def _reference_backward(
-    q: Array, k: Array, v: Array, context: AttentionContext, o: Array, lse: Array, do: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    o: Array,
+    lse: Array,
+    do: Array,
 ) -> tuple[Array, Array, Array]:
-    k32, v32 = accumulator(k), accumulator(v)
+    k_wide, v_wide = accumulator(k), accumulator(v)
 
-    def one(sums: Any, q: Array, delta: Array, lse: Array, do: Array, part: AttentionContext):
+    def of_chunk(
+        sums: Any,
+        q: Array,
+        delta: Array,
+        lse: Array,
+        do: Array,
+        part: AttentionContext,
+    ):
+        dk_sum, dv_sum = sums
         logits, visible, slope = _logits(q, k, part)
         do = _grouped(accumulator(do), k)
-        weights = jnp.exp(jnp.where(visible, logits - _heads_first(lse, k), NEVER))
-        dweights = jnp.einsum("btkgh,bskh->bkgts", do, v32)
-        dlogits = weights * (dweights - _heads_first(delta, k)) * slope * _scale(q, part)
+        logits = logits - _heads_first(lse, k)
+        weights = jnp.exp(jnp.where(visible, logits, NEVER))
+        dweights = jnp.einsum("btkgh,bskh->bkgts", do, v_wide)
+        dlogits = weights * (dweights - _heads_first(delta, k))
+        dlogits = dlogits * slope * part.logits_scale(q.shape[-1])
         dk = jnp.einsum("bkgts,btkgh->bskh", dlogits, _grouped(accumulator(q), k))
         dv = jnp.einsum("bkgts,btkgh->bskh", weights, do)
-        return (sums[0] + dk, sums[1] + dv), jnp.einsum("bkgts,bskh->btkgh", dlogits, k32).reshape(
-            q.shape
-        )
+        sums = dk_sum + dk, dv_sum + dv
+        dq = jnp.einsum("bkgts,bskh->btkgh", dlogits, k_wide)
+        return sums, dq.reshape(q.shape)
 
     delta = jnp.sum(accumulator(o) * accumulator(do), axis=-1)
-    zeros = (jnp.zeros_like(k32), jnp.zeros_like(v32))
-    (dk, dv), dq = _over_queries(one, zeros, (q, delta, lse, do), context)
+    zeros = jnp.zeros_like(k_wide), jnp.zeros_like(v_wide)
+    (dk, dv), dq = _over_queries(of_chunk, zeros, (q, delta, lse, do), context)
     return dq, dk, dv
 
 
-def _logits(q: Array, k: Array, context: AttentionContext) -> tuple[Array, Array, Array | float]:
-    """Masked logits [B, K, G, T, S], which of them are visible, and their slope by the logits before the soft-cap."""
-    logits = jnp.einsum("btkgh,bskh->bkgts", _grouped(accumulator(q), k), accumulator(k)) * _scale(
-        q, context
-    )
+def _logits(
+    q: Array,
+    k: Array,
+    context: AttentionContext,
+) -> tuple[Array, Array, Array | float]:
+    """(masked logits [B, K, G, T, S], which of them are visible, slope of the soft-cap)."""
+    q_BTKGH = _grouped(accumulator(q), k)
+    logits = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, accumulator(k))
+    logits = logits * context.logits_scale(q.shape[-1])
     slope = 1.0
     if context.softcap is not None:
         capped = jnp.tanh(logits / context.softcap)
-        logits, slope = context.softcap * capped, 1 - capped**2
+        logits = context.softcap * capped
+        slope = 1 - capped**2
     visible = context.mask()[:, :, None]
     return jnp.where(visible, logits, NEVER), visible, slope
 
 
 def _over_queries(
-    f: Callable, carry: Any, arrays: tuple[Array, ...], context: AttentionContext
+    f: Callable,
+    carry: Any,
+    arrays: tuple[Array, ...],
+    context: AttentionContext,
 ) -> tuple[Any, Any]:
-    """Scans f(carry, *arrays, context) over chunks of queries, so that only [chunk, S] logits exist at a time."""
+    """Scans f(carry, *arrays, context) over chunks of queries.
+
+    Only [chunk, S] logits exist at a time.
+
+    Args:
+        f: -> (carry, results [B, chunk, ...]).
+        carry: what the first chunk gets.
+        arrays: [B, T, ...].
+    Returns:
+        (last carry, results [B, T, ...]).
+    """
     length = context.positions.shape[1]
     chunk = min(length, QUERY_CHUNK)
     num_chunks = -(-length // chunk)
+    padded = num_chunks * chunk
 
     def split(x: Array, fill: int = 0) -> Array:
-        rest = ((0, 0), (0, num_chunks * chunk - length), *((0, 0),) * (x.ndim - 2))
-        padded = jnp.pad(x, rest, constant_values=fill)
-        return jnp.moveaxis(padded.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]), 1, 0)
+        batch, _, *rest = x.shape
+        margins = ((0, 0), (0, padded - length), *((0, 0) for _ in rest))
+        x = jnp.pad(x, margins, constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *rest), 1, 0)
 
     def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], num_chunks * chunk, *x.shape[3:])[
-            :, :length
-        ]
-
-    def one(carry: Any, chunk: tuple):
-        *arrays, positions, segments = chunk
-        return f(carry, *arrays, dataclasses.replace(keyed, positions=positions, segments=segments))
+        _, batch, _, *rest = x.shape
+        x = jnp.moveaxis(x, 0, 1).reshape(batch, padded, *rest)
+        return x[:, :length]
 
     keyed = context
     if context.is_aligned:
         keyed = dataclasses.replace(
-            context, key_positions=context.positions, key_segments=context.segments
+            context,
+            key_positions=context.positions,
+            key_segments=context.segments,
         )
+
+    def of_chunk(carry: Any, chunk: tuple):
+        *arrays, positions, segments = chunk
+        part = dataclasses.replace(keyed, positions=positions, segments=segments)
+        return f(carry, *arrays, part)
+
     segments = None if context.segments is None else split(context.segments)
-    unseeing = -1  # no key comes before this position, so that what fills the last chunk sees none
-    carry, out = lax.scan(
-        one, carry, (*map(split, arrays), split(context.positions, unseeing), segments)
-    )
-    return carry, jax.tree.map(join, out)
+    arrays = tuple(map(split, arrays))
+    # No key comes before position -1, so what fills the last chunk sees none.
+    positions = split(context.positions, -1)
+    carry, results = lax.scan(of_chunk, carry, (*arrays, positions, segments))
+    return carry, jax.tree.map(join, results)
 
 
 def _grouped(q: Array, k: Array) -> Array:
     """[B, T, N, H] -> [B, T, K, G, H]."""
-    return q.reshape(*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[3])
+    batch, length, num_heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    return q.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
 
 
 def _heads_first(x: Array, k: Array) -> Array:
     """[B, T, N] -> [B, K, G, T, 1]."""
-    return jnp.moveaxis(x, 1, 2).reshape(
-        x.shape[0], k.shape[2], x.shape[2] // k.shape[2], x.shape[1], 1
-    )
+    batch, length, num_heads = x.shape
+    kv_heads = k.shape[2]
+    x = jnp.moveaxis(x, 1, 2)
+    return x.reshape(batch, kv_heads, num_heads // kv_heads, length, 1)
 
 
 def _heads_last(x: Array) -> Array:
     """[B, K, G, T, 1] -> [B, T, N]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, x.shape[3]), 1, 2)
+    x = x.reshape(x.shape[0], -1, x.shape[3])
+    return jnp.moveaxis(x, 1, 2)
 
 
-def _cudnn_forward(q: Array, k: Array, v: Array, context: AttentionContext) -> tuple[Array, Array]:
+def _cudnn_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+) -> tuple[Array, Array]:
     cudnn, mask_type = _cudnn(context)
     o, lse = cudnn.dot_product_attention(
-        q, k, v, scale=_scale(q, context), mask_type=mask_type, return_residual=True
+        q,
+        k,
+        v,
+        scale=context.logits_scale(q.shape[-1]),
+        mask_type=mask_type,
+        return_residual=True,
     )
     return accumulator(o), jnp.moveaxis(lse, 1, 2)
 
 
 def _cudnn_backward(
-    q: Array, k: Array, v: Array, context: AttentionContext, o: Array, lse: Array, do: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    o: Array,
+    lse: Array,
+    do: Array,
 ) -> tuple[Array, Array, Array]:
     cudnn, mask_type = _cudnn(context)
-    unused = jnp.zeros(0, q.dtype)  # bias, lengths and offsets of documents, page tables
+    # Bias, lengths and offsets of documents, page tables.
+    unused = jnp.zeros(0, q.dtype)
     gradients = cudnn._dot_product_attention_bwd_p_wrapper.bind(
         q,
         k,
@@ -213,7 +290,7 @@ def _cudnn_backward(
         jnp.moveaxis(lse, 1, 2),
         o.astype(q.dtype),
         do.astype(q.dtype),
-        scale=_scale(q, context),
+        scale=context.logits_scale(q.shape[-1]),
         seed=42,
         dropout_rate=0.0,
         variadic_args=(False, False),
@@ -225,26 +302,25 @@ def _cudnn_backward(
 
 
 def _cudnn(context: AttentionContext) -> tuple[Any, Any]:
-    """JAX's binding of cuDNN and the mask it is asked for.
+    """JAX's binding of cuDNN, and the mask it is asked for.
 
-    It is private because `jax.nn.dot_product_attention` rounds the lse that it returns to q's type,
-    which is too coarse to add blocks up, and has no way to give its backward the lse of all blocks.
+    The binding is private. The public `jax.nn.dot_product_attention` rounds the lse that it returns
+    to q's type, which is too coarse to add blocks up, and has no way to give its backward the lse
+    of all blocks.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    return cudnn, cudnn.MaskType.CAUSAL if context.is_aligned else cudnn.MaskType.NO_MASK
+    mask_type = cudnn.MaskType.CAUSAL if context.is_aligned else cudnn.MaskType.NO_MASK
+    return cudnn, mask_type
 
 
 def _cudnn_refusal(q: Array, context: AttentionContext) -> str | None:
-    """What of the request cuDNN cannot do, as the text of an error; None when it can."""
+    """What cuDNN would need to compute the request, as the text of an error; None when it can."""
     if context.softcap is not None:
         return "a backend with soft-cap (cuDNN has none)"
     if context.segments is not None or context.window is not None:
         return 'a backend that reads documents and windows off positions, such as "reference"'
-    if q.shape[3] % 8 or q.shape[3] > 256:
-        return f"head_dim % 8 == 0 and head_dim <= 256, but head_dim = {q.shape[3]}"
+    head_dim = q.shape[3]
+    if head_dim % 8 or head_dim > 256:
+        return f"head_dim % 8 == 0 and head_dim <= 256, but head_dim = {head_dim}"
     return None
-
-
-def _scale(q: Array, context: AttentionContext) -> float:
-    return 1 / math.sqrt(q.shape[-1]) if context.scale is None else context.scale
