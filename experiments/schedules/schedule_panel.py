@@ -1,4 +1,4 @@
-"""One pipeline schedule as a picture: a row per stage, and a box per F, B and W of a micro-batch."""
+"""One pipeline schedule as a picture: a row per stage, a box per F, B and W of a micro-batch."""
 
 import dataclasses
 
