@@ -483,5 +483,5 @@ def _attend(
     o = finish(o, p)
     # A query that sees nothing gets an output of 0, not 0 / 0; its lse is -inf.
     total = jnp.where(total == 0.0, 1.0, total)
-    lse = top * (1 / LOG2E) + jnp.log(total)
-    return o * spread(1 / total, o.shape, 0), lse
+    o = o * spread(1 / total, o.shape, 0)
+    return o, top * (1 / LOG2E) + jnp.log(total)

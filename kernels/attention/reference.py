@@ -29,8 +29,9 @@ def attention(
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     key = jnp.arange(k.shape[1])
-    low, high = (bound[:, None, :, None] for bound in (low, high))
-    sees = (key >= low) & (key < high)
+    is_from_low = key >= low[:, None, :, None]
+    is_below_high = key < high[:, None, :, None]
+    sees = is_from_low & is_below_high
     if layout is not None:
         sees &= _seen_by_layout(layout, q, key)
     logits = jnp.where(sees, logits, -jnp.inf)
