@@ -51,7 +51,7 @@ LOOPS = """HloModule jit_step, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
 }
 
 %outer (x: f32[2]) -> f32[2] {
-  %w = f32[2]{0} while(%x), condition=%test, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %w = f32[2]{0} while(%x), body=%inner, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %c = f32[2]{0} conditional(%i, %w, %w), branch_computations={%branch, %inner}
 }
 
@@ -60,7 +60,7 @@ LOOPS = """HloModule jit_step, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
 }
 
 ENTRY %main (x: f32[2]) -> f32[2] {
-  %v = f32[2]{0} while(%x), condition=%test, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
+  %v = f32[2]{0} while(%x), body=%outer, backend_config={"known_trip_count":{"n":"5"}}
   %u = f32[2]{0} while(%v), condition=%test, body=%open
   ROOT %e = f32[2]{0} all-reduce(%u), to_apply=%add
 }

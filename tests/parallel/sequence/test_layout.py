@@ -1,4 +1,4 @@
-"""Layouts of tokens: what moves with a token, the balance of a zigzag, lengths that do not divide."""
+"""Layouts of tokens: what moves with a token, a zigzag's balance, lengths that do not divide."""
 
 import jax
 import jax.numpy as jnp
