@@ -1,4 +1,4 @@
-"""Collectives of a compiled module: what each delivers is read off the text, loops multiplied out."""
+"""Collectives of a compiled module, read off its text: what each delivers, and how often."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ LOOPS = """HloModule jit_step, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
 }
 
 %outer (x: f32[2]) -> f32[2] {
-  %w = f32[2]{0} while(%x), condition=%less, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %w = f32[2]{0} while(%x), body=%inner, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %c = f32[2]{0} conditional(%i, %w, %w), branch_computations={%branch, %inner}
 }
 
@@ -60,15 +60,15 @@ LOOPS = """HloModule jit_step, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
 }
 
 ENTRY %main (x: f32[2]) -> f32[2] {
-  %v = f32[2]{0} while(%x), condition=%less, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
-  %u = f32[2]{0} while(%v), condition=%less, body=%open
+  %v = f32[2]{0} while(%x), body=%outer, backend_config={"known_trip_count":{"n":"5"}}
+  %u = f32[2]{0} while(%v), condition=%test, body=%open
   ROOT %e = f32[2]{0} all-reduce(%u), to_apply=%add
 }
 """
 
 
 def test_loops_are_multiplied_out():
-    """Loops in loops, the branch that sends most, and a loop that does not say how often it runs."""
+    """Loops in loops, the branch that sends most, a loop that does not say how often it runs."""
     assert collectives(LOOPS) == [
         Collective("all-reduce", 8, 5 * 3, is_exact=True),
         Collective("all-gather", 16, 5, is_exact=True),

@@ -190,7 +190,8 @@ def free_address():
 START = """
 import sys
 from jaxscale.launch.processes import *
-start_processes(ProcessesConfig('explicit', sys.argv[1], 2, int(sys.argv[2]), start_timeout_s=2), 10)
+address, index = sys.argv[1], int(sys.argv[2])
+start_processes(ProcessesConfig('explicit', address, 2, index, start_timeout_s=2), 10)
 """
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary-parallel look-up and loss and rows by member, value and gradient, against one device."""
+"""Tensor-parallel operations, value and gradient, against one device; those of serving, values."""
 
 import functools
 
@@ -31,20 +31,25 @@ MODEL = ModelConfig(
 )
 B, T, V, D, SHARDS = 2, 8, 12, 6, 4
 RNG = np.random.default_rng(0)
-OWN = P(
-    None, TENSOR
-)  # residual and figures of the own tokens, in an order of its own: see `in_order`
+# Of the residual and of figures for each token. Side by side the shares are not in the order of the
+# batch: see `in_order`.
+OWN = P(None, TENSOR)
 
 
-def on_mesh(function, in_specs, out_specs):
-    mesh = make_mesh(MeshConfig(tensor=SHARDS), jax.devices()[:SHARDS])
-    return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+def on_mesh(function, in_specs, out_specs, num_members=SHARDS):
+    mesh = make_mesh(MeshConfig(tensor=num_members), jax.devices()[:num_members])
+    shared = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,
     )
+    return jax.jit(shared)
 
 
 def in_order(x):
-    """Own tokens [B, T / tensor, ...] of all devices, side by side along T, as the rows [B, T, ...] they come from."""
+    """Shares [B, T / tensor, ...] side by side along T to the rows [B, T, ...] they come from."""
     by_device = jnp.moveaxis(x.reshape(len(x), SHARDS, T // SHARDS, *x.shape[2:]), 1, 0)
     return by_device.reshape(x.shape)
 
@@ -57,10 +62,8 @@ def of_devices(x):
 
 def test_look_up():
     with jax.enable_x64(True):
-        table, tokens = (
-            jnp.asarray(RNG.normal(size=(V, D))),
-            jnp.asarray(RNG.integers(0, V, (B, T))),
-        )
+        table = jnp.asarray(RNG.normal(size=(V, D)))
+        tokens = jnp.asarray(RNG.integers(0, V, (B, T)))
         tokens = tokens.at[0, :2].set(jnp.array([-1, V]))
         cotangent = jnp.asarray(RNG.normal(size=(B, T, D)))
 
@@ -68,56 +71,63 @@ def test_look_up():
             x, pullback = jax.vjp(lambda t: embed(t, tokens), table)
             return x, pullback(cotangent)[0]
 
-        run = on_mesh(
-            functools.partial(both, tensor.embed), (P(TENSOR), P(), OWN), (OWN, P(TENSOR))
-        )
+        share = P(TENSOR)
+        run = on_mesh(functools.partial(both, tensor.embed), (share, P(), OWN), (OWN, share))
         x, gradient = run(table, tokens, of_devices(cotangent))
-        wanted = both(Operations().embed, table, tokens, cotangent)
+        plain = jax.jit(functools.partial(both, Operations().embed))
+        wanted = plain(table, tokens, cotangent)
         jax.tree.map(np.testing.assert_allclose, (in_order(x), gradient), wanted)
 
 
 def test_token_loss():
-    """With logits whose exponential overflows, a label on every shard and two outside the vocabulary."""
+    """Logits whose exponential overflows, a label on every shard, two outside the vocabulary."""
     with jax.enable_x64(True):
-        logits = (
-            jnp.asarray(RNG.normal(size=(B, T, V)))
-            * jnp.array([1, 1, 10, 100, 1e3, 1e4, 1e5, 0])[:, None]
-        )
-        labels = (
-            jnp.asarray(RNG.permutation(np.arange(B * T) % V).reshape(B, T))
-            .at[0, :2]
-            .set(jnp.array([-100, V]))
-        )
+        size = jnp.array([1, 1, 10, 100, 1e3, 1e4, 1e5, 0])[:, None]
+        logits = size * jnp.asarray(RNG.normal(size=(B, T, V)))
+        labels = RNG.permutation(np.arange(B * T) % V).reshape(B, T)
+        labels[0, :2] = -100, V
+        labels = jnp.asarray(labels)
         cotangents = tuple(jnp.asarray(RNG.normal(size=(B, T))) for _ in range(2))
 
         def both(token_loss, logits, labels, cotangents):
-            values, pullback = jax.vjp(
-                lambda x: token_loss(x, jnp.eye(x.shape[-1]), labels), logits
-            )
+            def of_logits(x):
+                return token_loss(x, jnp.eye(x.shape[-1]), labels)
+
+            values, pullback = jax.vjp(of_logits, logits)
             return values, pullback(cotangents)[0]
 
         columns = P(None, None, TENSOR)
-        run = on_mesh(
-            functools.partial(both, tensor.token_loss), (columns, P(), OWN), (OWN, columns)
-        )
+        shared = functools.partial(both, tensor.token_loss)
+        run = on_mesh(shared, (columns, P(), OWN), (OWN, columns))
         figures, gradient = run(logits, labels, tuple(map(of_devices, cotangents)))
-        wanted = both(loss.token_loss, logits, labels, cotangents)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12),
+        plain = jax.jit(functools.partial(both, loss.token_loss))
+        assert_close(
             (tuple(map(in_order, figures)), gradient),
-            wanted,
+            plain(logits, labels, cotangents),
         )
 
 
-def test_enter_and_exit_are_each_other_s_transpose():
-    """<enter(x), y> = <x, exit(y)>, summed over the group; a bare psum would give this times the axis size."""
-    x, y = jnp.asarray(RNG.normal(size=(B, T, D))), jnp.asarray(RNG.normal(size=(SHARDS, B, T, D)))
+def assert_close(got, wanted):
+    def one(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+    jax.tree.map(one, got, wanted)
+
+
+def test_gather_and_reduce_scatter_are_each_other_s_transpose():
+    """<gather(x), y> = <x, reduce_scatter(y)>, summed over the group.
+
+    A bare psum would give this times the axis size.
+    """
+    x = jnp.asarray(RNG.normal(size=(B, T, D)))
+    y = jnp.asarray(RNG.normal(size=(SHARDS, B, T, D)))
 
     def products(x, y):
-        entered, pullback = jax.vjp(tensor.gather_tokens, x)
-        left = (entered * y[0]).sum()
-        right = (x * tensor.reduce_scatter_tokens(y[0])).sum()
-        error = jnp.abs(pullback(y[0])[0] - tensor.reduce_scatter_tokens(y[0])).max()
+        gathered, pullback = jax.vjp(tensor.gather_tokens, x)
+        scattered = tensor.reduce_scatter_tokens(y[0])
+        left = (gathered * y[0]).sum()
+        right = (x * scattered).sum()
+        error = jnp.abs(pullback(y[0])[0] - scattered).max()
         return lax.psum(left, AXES), lax.psum(right, AXES), lax.psum(error, AXES)
 
     left, right, error = on_mesh(products, (OWN, P(TENSOR)), P())(x, y)
@@ -132,20 +142,20 @@ def test_own_tokens_are_equal_shares_of_the_rows_one_after_the_other():
     np.testing.assert_array_equal(in_order(own), x)
 
 
-def test_own_tokens_are_those_that_enter_and_exit_exchange():
+def test_own_tokens_are_those_that_gather_and_reduce_scatter_exchange():
     x = jnp.asarray(RNG.normal(size=(B, T, D)))
-    for function in (
-        lambda x: tensor.gather_tokens(tensor.own_tokens(x)),
-        lambda x: tensor.gather_tokens(tensor.reduce_scatter_tokens(x) / SHARDS),
-    ):
-        np.testing.assert_allclose(on_mesh(function, (P(),), P())(x), x, rtol=1e-6)
+    for share in (tensor.own_tokens, lambda x: tensor.reduce_scatter_tokens(x) / SHARDS):
+        there_and_back = on_mesh(lambda x: tensor.gather_tokens(share(x)), (P(),), P())  # noqa: B023
+        np.testing.assert_allclose(there_and_back(x), x, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "num_rows", [SHARDS, 2 * SHARDS, 2]
-)  # of two rows no member has a whole one
+# Of two rows no member has a whole one.
+@pytest.mark.parametrize("num_rows", [SHARDS, 2 * SHARDS, 2])
 def test_rows_by_member_equal_all_at_once(num_rows):
-    """Of a function that knows its rows, value and gradients: of the residual, of weights cut either way, and whole."""
+    """Of a function that depends on the row, value and gradients.
+
+    These are of the residual, of weights sharded either way, and of replicated ones.
+    """
     sizes = dict(
         x=(num_rows, T, D), into=(D, V), out=(V, D), scale=(D,), cotangent=(num_rows, T, D)
     )
@@ -172,19 +182,17 @@ def test_rows_by_member_equal_all_at_once(num_rows):
         cut = (OWN, P(None, TENSOR), P(TENSOR))
         mapped = on_mesh(functools.partial(both, operations), (*cut, P(), OWN), (OWN, *cut, P()))
         found = mapped(of_devices(x), into, out, scale, of_devices(cotangent))
-        wanted = both(Operations(), x, into, out, scale, cotangent)
-        for got, want, is_own in zip(found, wanted, (True, True, False, False, False), strict=True):
-            np.testing.assert_allclose(
-                in_order(got) if is_own else got, want, rtol=1e-10, atol=1e-10
-            )
+        y, dx, *dweights = found
+        plain = jax.jit(functools.partial(both, Operations()))
+        wanted = plain(x, into, out, scale, cotangent)
+        for got, want in zip((in_order(y), in_order(dx), *dweights), wanted, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_sums_of_many_members_are_taken_in_float32():
     """256 and four halves are 258; in bfloat16, one after the other, each would be rounded away."""
-    x, parts = (
-        jnp.ones((SHARDS, T // SHARDS, 1), "bfloat16"),
-        jnp.array([256, 0.5, 0.5, 1], "bfloat16"),
-    )
+    x = jnp.ones((SHARDS, T // SHARDS, 1), "bfloat16")
+    parts = jnp.array([256, 0.5, 0.5, 1], "bfloat16")
 
     def run(x):
         part = parts[lax.axis_index(TENSOR)]
@@ -208,11 +216,12 @@ def test_a_pipeline_exchanges_all_at_once():
 
 def test_what_rows_would_keep_is_refused():
     """A cache would come back in pieces."""
-    run = on_mesh(
-        lambda x: tensor.column_then_row_by_member(lambda h: (h, h), lambda y: y, x)[0], (P(),), P()
-    )
+
+    def keep(x):
+        return tensor.column_then_row_by_member(lambda h: (h, h), lambda y: y, x)[0]
+
     with pytest.raises(InputError, match="cache"):
-        run(jnp.ones((SHARDS, T // SHARDS, D)))
+        on_mesh(keep, (P(),), P())(jnp.ones((SHARDS, T // SHARDS, D)))
 
 
 def test_one_device_exchanges_nothing():
@@ -226,3 +235,53 @@ def test_one_device_exchanges_nothing():
     )
     program = str(jax.make_jaxpr(there_and_back)(jnp.ones((B, T, D))))
     assert "gather" not in program and "scatter" not in program
+
+
+# Serving: the residual is replicated.
+
+
+@pytest.mark.parametrize("num_members", [2, 4])
+def test_a_replicated_residual_goes_through_column_and_row_parallel_matmuls(num_members):
+    with jax.enable_x64(True):
+        x = jnp.asarray(RNG.normal(size=(B, T, D)))
+        into = jnp.asarray(RNG.normal(size=(D, V)))
+        out = jnp.asarray(RNG.normal(size=(V, D)))
+
+        def feed_forward(x, into, out):
+            hidden = jnp.sin(tensor.replicated_input(x) @ into)
+            return tensor.sum_partial(hidden @ out)
+
+        specs = (P(), P(None, TENSOR), P(TENSOR))
+        found = on_mesh(feed_forward, specs, P(), num_members)(x, into, out)
+        assert_close(found, jnp.sin(x @ into) @ out)
+
+
+@pytest.mark.parametrize("num_members", [2, 4])
+def test_a_look_up_to_the_replicated_residual(num_members):
+    """With tokens of every share, and outside the vocabulary."""
+    table = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
+    tokens = jnp.arange(-2, B * T - 2).reshape(B, T)
+    run = on_mesh(tensor.embed_replicated, (P(TENSOR), P()), P(), num_members)
+    np.testing.assert_array_equal(run(table, tokens), Operations().embed(table, tokens))
+
+
+@pytest.mark.parametrize("num_members", [2, 4])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_logits_of_the_whole_vocabulary(num_members, has_bias, softcap):
+    with jax.enable_x64(True):
+        h = jnp.asarray(RNG.normal(size=(B, T, D)))
+        head = jnp.asarray(RNG.normal(size=(V, D)))
+        if has_bias:
+            head = loss.Head(head, jnp.asarray(RNG.normal(size=V)))
+        shared = functools.partial(tensor.logits, softcap=softcap)
+        found = on_mesh(shared, (P(), P(TENSOR)), P(), num_members)(h, head)
+        assert_close(found, loss.unembed(h, head, softcap))
+
+
+def test_logits_are_in_float32_at_least():
+    """Gathered in the type of the matmul's sums: rounded to bfloat16, many would be ties."""
+    h = jnp.ones((B, 1, D), jnp.bfloat16)
+    head = jnp.ones((V, D), jnp.bfloat16)
+    run = on_mesh(tensor.logits, (P(), P(TENSOR)), P(), 2)
+    assert jax.eval_shape(run, h, head).dtype == jnp.float32
