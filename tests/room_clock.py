@@ -10,6 +10,7 @@ some tests or one with failures.
 import collections
 import dataclasses
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ SAMPLE_EVERY_S = 2.0
 # A busier machine also slows down what the workload does not do, such as writing to the disk.
 MAX_SLOWDOWN = 2.5
 # Python's sorting is compiled, branches much and reads all over the memory, as XLA's passes do.
-SHUFFLED = [number * 7919 % 20_011 for number in range(20_011)]
+SHUFFLED = random.Random(0).sample(range(20_000), 20_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ def room_of(test_id: str) -> str:
 
 def judge(seconds: dict[str, float], samples: list[float], budgets: Budgets) -> Comparison:
     """Compares a full run's seconds by room with the budgets, at the machine's own speed."""
-    slowdown = statistics.fmean(samples) / budgets.sample_s
+    sample_s = statistics.fmean(samples)
+    slowdown = sample_s / budgets.sample_s
     lines = [f"{'room':<12} {'seconds':>8} {'at budget speed':>16} {'budget':>7}"]
     over = []
     for room, spent in sorted(seconds.items(), key=lambda item: -item[1]):
@@ -68,7 +70,10 @@ def judge(seconds: dict[str, float], samples: list[float], budgets: Budgets) -> 
         mark = "  over" if is_over else ""
         lines.append(f"{room:<12} {spent:>8.0f} {spent_then:>16.0f} {budget:>7.0f}{mark}")
         over += [room] * is_over
-    lines.append(f"slowdown {slowdown:.2f}, the mean of {len(samples)} samples")
+    lines.append(
+        f"slowdown {slowdown:.2f}: {len(samples)} samples took {sample_s:.4f} s each, "
+        f"{budgets.sample_s} s when the budgets were set"
+    )
     if slowdown > MAX_SLOWDOWN:
         lines.append(f"not judged: the slowdown is above {MAX_SLOWDOWN}")
         over = []
