@@ -13,6 +13,7 @@ from jaxscale.signatures import (
     full_name,
     has_parameter,
     hints,
+    is_made_of_parts,
     is_part_of,
     is_required,
     is_verb,
@@ -173,7 +174,8 @@ class Bindings:
         """Whatever may be used: `function`, the verbs, what values mention, and parts of these."""
         waiting = [Reference(function, (), is_called=True)]
         for scopes, target in self.parameters:
-            if is_verb(target):
+            # What a verb does not build, another verb that gets the same file may: a run's parts.
+            if is_verb(target) or is_made_of_parts(target):
                 waiting.append(Reference(target, scopes, is_called=True))
         waiting += found(Reference, self._written)
         uses = []

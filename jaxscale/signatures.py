@@ -81,3 +81,12 @@ def is_part_of(target: Callable, whole: type) -> bool:
 def full_name(target: Callable) -> str:
     """The full dotted name by which a gin file refers to a function or a class."""
     return f"{target.__module__}.{target.__qualname__}"
+
+
+def is_made_of_parts(target: Callable) -> bool:
+    """Whether a class must be given other configurations, as a run must."""
+    if not dataclasses.is_dataclass(target):
+        return False
+    parameters = inspect.signature(target).parameters.values()
+    required = [each.name for each in parameters if each.default is each.empty]
+    return any(len(dataclasses_in(hints(target).get(name))) == 1 for name in required)

@@ -18,8 +18,8 @@ from jaxscale.models.parameters import parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.config import TrainConfig
+from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.setup import make_setup
 from jaxscale.train.step import make_step
 

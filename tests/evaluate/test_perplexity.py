@@ -14,18 +14,23 @@ from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
 from jaxscale.data.split import hash_key, is_held_out
-from jaxscale.evaluate.perplexity import BitsPerByte, evaluate
-from jaxscale.models.config import ModelConfig, checkpoint_facts
-from jaxscale.models.parameters import init_params
-from jaxscale.models.transformer import StackConfig, forward
+from jaxscale.evaluate.perplexity import BitsPerByte
+from jaxscale.models.config.facts import checkpoint_facts, from_flat
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.evaluation import EvaluationContext, check_evaluators
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.parameters import init_params, parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
-from jaxscale.train.evaluation import EvaluationContext, check_evaluators
+from jaxscale.run.evaluate import evaluate
+from jaxscale.run.run import Run
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.optim import OptimizerConfig
 from jaxscale.types import InputError
 
 FLOAT32 = Policy(compute="float32")
 LENGTH = 32
-MODEL = ModelConfig(
+FIELDS = dict(
     vocab_size=258,
     num_layers=2,
     model_dim=16,
@@ -39,6 +44,7 @@ MODEL = ModelConfig(
     expert_dim=16,
     init_std=0.2,
 )
+MODEL = from_flat(**FIELDS)
 
 
 DATA_STATE = {"depends_on": {"tokenizer": "byte", "held_out_fraction": 0.6}}
@@ -99,12 +105,12 @@ def naive_figures(params, documents):
     }
 
 
-FORWARD = jax.jit(lambda params, batch: forward(params, batch, config=MODEL, policy=FLOAT32)[0])
+FORWARD = jax.jit(lambda params, batch: Decoder(MODEL, policy=FLOAT32).logits(params, batch)[0])
 
 
 @pytest.fixture
 def run(tmp_path, data):
-    """Arguments of `evaluate` for a run's directory with two checkpoints."""
+    """A run whose directory has two checkpoints."""
     config = CheckpointConfig(directory="checkpoints", save_every=1, keep_last=2)
     checkpoints = Checkpoints(
         dataclasses.replace(config, directory=str(tmp_path / "checkpoints")),
@@ -112,17 +118,26 @@ def run(tmp_path, data):
     )
     for step in (1, 2):
         checkpoints.save(
-            step, {"params": init_params(MODEL, jax.random.key(step), "float32")}, DATA_STATE
+            step,
+            {"params": init_params(parameter_table(MODEL), jax.random.key(step), "float32")},
+            DATA_STATE,
         )
     checkpoints.close()
-    return dict(
+    return Run(
         directory=str(tmp_path),
         model=MODEL,
+        mesh=MeshConfig(data=8),
         data=data,
+        optimizer=OptimizerConfig(),
+        train=TrainConfig(steps=1),
         checkpoint=config,
         policy=FLOAT32,
-        stack=StackConfig(num_loss_chunks=2),
+        execution=ExecutionConfig(num_loss_chunks=2),
     )
+
+
+def measure(run, step=None, **changes):
+    return evaluate(run=dataclasses.replace(run, **changes), step=step)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +146,9 @@ def run(tmp_path, data):
     ids=["data", "data expert tensor"],
 )
 def test_figures_are_the_naive_ones_on_any_mesh(run, mesh, texts, capsys, tmp_path):
-    figures = evaluate(**run, mesh=mesh)
+    figures = measure(run, mesh=mesh)
     wanted = naive_figures(
-        init_params(MODEL, jax.random.key(2), "float32"), held_out(texts, run["data"])
+        init_params(parameter_table(MODEL), jax.random.key(2), "float32"), held_out(texts, run.data)
     )
     assert figures.keys() == wanted.keys()
     printed = capsys.readouterr().out
@@ -146,20 +161,21 @@ def test_figures_are_the_naive_ones_on_any_mesh(run, mesh, texts, capsys, tmp_pa
 
 
 def test_documents_that_may_have_been_trained_on_are_warned_of(run, data, caplog):
-    run |= {"mesh": MeshConfig(data=8), "evaluators": {}}
-    evaluate(**run)
+    evaluators = {"nothing": lambda context: {}}
+    measure(run, evaluators=evaluators)
     assert not caplog.text
-    evaluate(**run | {"data": dataclasses.replace(data, held_out_fraction=0.7)})
+    more = dataclasses.replace(data, held_out_fraction=0.7)
+    measure(run, evaluators=evaluators, data=more)
     assert "0.7 is above the 0.6 of the training" in caplog.text
 
 
 def test_evaluators_are_named_by_the_caller_and_see_the_wanted_step(run):
     def seen(context):
-        wanted = init_params(MODEL, jax.random.key(1), "float32")
+        wanted = init_params(parameter_table(MODEL), jax.random.key(1), "float32")
         same = jax.tree.map(lambda a, b: bool((a == b).all()), context.params, wanted)
         return {"step": context.step, "same": all(jax.tree.leaves(same))}
 
-    figures = evaluate(**run, mesh=MeshConfig(data=8), step=1, evaluators={"seen": seen})
+    figures = measure(run, step=1, evaluators={"seen": seen})
     assert figures == {"seen/step": 1, "seen/same": True}
 
 
@@ -206,14 +222,13 @@ def test_a_bounded_pass_takes_some_batches(data):
 
 
 def test_what_does_not_fit_is_refused(run, data, tmp_path):
-    mesh = MeshConfig(data=8)
     with pytest.raises(InputError, match=r"held_out_fraction: given 0, expected above 0"):
         BitsPerByte(dataclasses.replace(data, held_out_fraction=0.0))
     with pytest.raises(InputError, match=r"BitsPerByte.max_batches: given 0"):
         BitsPerByte(data, max_batches=0)
     with pytest.raises(InputError, match=r"model.vocab_size: given 256"):
         context = EvaluationContext(
-            None, 0, dataclasses.replace(MODEL, vocab_size=256), None, None, None
+            None, 0, from_flat(**FIELDS | {"vocab_size": 256}), None, None, None
         )
         check_evaluators({"held_out": BitsPerByte(data)}, context)
     with pytest.raises(InputError, match=r"leaves documents in the split 'held_out'"):
@@ -225,14 +240,14 @@ def test_what_does_not_fit_is_refused(run, data, tmp_path):
         ):
             check_evaluators({"a": unbuilt}, context)
     with pytest.raises(InputError, match=r"sequence_length <= max_length = 16"):
-        evaluate(**run | {"model": dataclasses.replace(MODEL, max_length=16)}, mesh=mesh)
+        measure(run, model=from_flat(**FIELDS | {"max_length": 16}))
     with pytest.raises(InputError, match=r"number of devices, 8"):
-        evaluate(**run, mesh=MeshConfig(data=4))
+        measure(run, mesh=MeshConfig(data=4))
     with pytest.raises(InputError, match=r"one of the steps .*\[1, 2\]"):
-        evaluate(**run, mesh=mesh, step=3)
+        measure(run, step=3)
     assert not list(tmp_path.glob("evaluation_*"))
     (tmp_path / "evaluation_2.json").mkdir()
     with pytest.raises(
         InputError, match=r"directory: given .*evaluation_2\.json', .* \(Is a directory\)"
     ):
-        evaluate(**run, mesh=mesh, evaluators={})
+        measure(run, evaluators={"nothing": lambda context: {}})
