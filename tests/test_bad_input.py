@@ -78,7 +78,13 @@ def refused(capsys, root, *overrides):
     return lines[0]
 
 
-EXPERTS = ("model.moe_pattern=(True,)", "model.num_experts=3", "model.expert_dim=16")
+EXPERTS = """
+from __gin__ import dynamic_registration
+from jaxscale import run
+run.LayerConfig.feed_forward = @run.ExpertsConfig()
+run.ExpertsConfig.num_experts = 3
+run.ExpertsConfig.dim = 16
+"""
 CASES = {
     "misspelt name": (["train.stepz=3"], "stepz", "closest is 'steps'"),
     "misspelt parameter": (["trian.steps=3"], "trian", "'train'"),
@@ -118,24 +124,18 @@ CASES = {
     ),
     "zero bubble": (
         ["mesh.pipeline=2", "mesh.data=2", "model.num_layers=2", "mesh.schedule='zero_bubble'"],
-        "StackConfig.is_scanned",
+        "ExecutionConfig.is_scanned",
         "given True, expected False",
     ),
     "heads of a group": (
-        ["model.num_kv_heads=3"],
+        ["model.pattern.0.attention.num_kv_heads=3"],
         "num_kv_heads",
         "num_heads % num_kv_heads == 0 (4 heads)",
     ),
     "heads on the mesh": (
-        ["model.num_kv_heads=1"],
+        ["model.pattern.0.attention.num_heads=6", "model.pattern.0.attention.num_kv_heads=3"],
         "MeshConfig.tensor",
         "num_kv_heads % tensor == 0",
-        "1 % 2 = 1",
-    ),
-    "experts on the mesh": (
-        [*EXPERTS, "mesh.data=2", "mesh.expert=2"],
-        "MeshConfig.expert",
-        "num_experts % expert == 0",
         "3 % 2 = 1",
     ),
     "batch": (
@@ -179,29 +179,29 @@ CASES = {
         "a checkpoint",
     ),
     "determinism": (
-        ["runtime.is_deterministic=True", "stack.attention='cudnn'"],
-        "StackConfig.attention",
+        ["runtime.is_deterministic=True", "execution.attention='cudnn'"],
+        "ExecutionConfig.attention",
         "given 'cudnn'",
         "one of ('reference', 'chunked')",
     ),
     "attention": (
-        ["stack.attention='flash'"],
-        "StackConfig.attention: given 'flash', expected one of",
+        ["execution.attention='flash'"],
+        "ExecutionConfig.attention: given 'flash', expected one of",
         "'chunked'",
     ),
     "chunks of the loss": (
-        ["stack.num_loss_chunks=3"],
-        "StackConfig.num_loss_chunks: given 3",
+        ["execution.num_loss_chunks=3"],
+        "ExecutionConfig.num_loss_chunks: given 3",
         "; nearest: 2 or 4",
     ),
     "length of a chunk": (
-        ["stack.attention='chunked'"],
-        "StackConfig.attention: given 'chunked'",
+        ["execution.attention='chunked'"],
+        "ExecutionConfig.attention: given 'chunked'",
         "T % 512 == 0",
     ),
     "soft-cap": (
-        ["stack.attention='cudnn'", "model.attention_softcap=30.0"],
-        "StackConfig.attention: given 'cudnn'",
+        ["execution.attention='cudnn'", "model.pattern.0.attention.softcap=30.0"],
+        "ExecutionConfig.attention: given 'cudnn'",
         "soft-cap",
     ),
     "weight of the z-loss": (
@@ -238,9 +238,16 @@ def test_a_misfit_is_refused_before_anything_happens(root, capsys, name):
 def test_a_misspelt_name_in_the_file(root, capsys):
     write_file(
         root,
-        "from __gin__ import dynamic_registration\nfrom jaxscale.train import plan\nplan.TrainConfig.stepz = 3",
+        "from __gin__ import dynamic_registration\nfrom jaxscale import run\nrun.TrainConfig.stepz = 3",
     )
     assert "run.gin:8" in (message := refused(capsys, root)) and "closest is 'steps'" in message
+
+
+def test_experts_that_do_not_divide_over_the_mesh(root, capsys):
+    write_file(root, EXPERTS)
+    message = refused(capsys, root, "mesh.data=2", "mesh.expert=2")
+    assert "MeshConfig.expert" in message
+    assert "num_experts % expert == 0" in message and "3 % 2 = 1" in message
 
 
 def test_a_missing_file(root, capsys):
@@ -272,12 +279,9 @@ def test_an_empty_corpus(root, capsys, content):
 
 EVALUATOR = """
 from __gin__ import dynamic_registration
-from jaxscale.data import loader
-from jaxscale.evaluate import perplexity
-from jaxscale.train import pretrain
-pretrain.pretrain.evaluators = {'held_out': @perplexity.BitsPerByte%s}
-perplexity.BitsPerByte.data = @loader.DataConfig()
-loader.DataConfig.held_out_fraction = 1e-9
+from jaxscale import run
+run.Run.evaluators = {'held_out': @run.BitsPerByte%s}
+run.DataConfig.held_out_fraction = 1e-9
 """
 
 
@@ -291,8 +295,8 @@ def test_an_evaluator_that_cannot_evaluate(root, capsys, brackets, part):
 
 def test_a_checkpoint_of_another_model(shared, root, capsys):
     shutil.copytree(shared / "run", root / "run")
-    message = refused(capsys, root, "model.ffn_dim=64")
-    assert "ffn_dim" in message and "64" in message and "32" in message
+    message = refused(capsys, root, "model.pattern.0.feed_forward.dim=64")
+    assert "feed_forward.dim" in message and "64" in message and "32" in message
 
 
 def test_a_checkpoint_of_another_optimizer(shared, root, capsys):

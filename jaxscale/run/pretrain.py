@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +16,11 @@ from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.batch import abstract_batch, batch_share, place
 from jaxscale.run.run import Run
 from jaxscale.train.loop import Outcome
-from jaxscale.train.metrics import Speed, peak_flops
+from jaxscale.train.metrics import Speed
 from jaxscale.train.setup import Setup
 from jaxscale.train.surroundings import surroundings
 from jaxscale.train.training import train
 from jaxscale.types import Params
-
-logger = logging.getLogger(__name__)
 
 
 def pretrain(*, run: Run) -> Outcome:
@@ -36,6 +33,7 @@ def pretrain(*, run: Run) -> Outcome:
         NonFiniteError: a loss or gradient norm was not finite.
         RunError: this process could not join the run's others.
     """
+    run = run.deterministic()
     with surroundings(run.path, run.runtime) as around:
         setup = run.setup()
         check_vocabulary(load_tokenizer(run.data.tokenizer), run.model.vocab_size)
@@ -63,11 +61,6 @@ def run_batch(run: Run, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _make_speed(run: Run) -> Speed:
-    kind, peak = jax.local_devices()[0].device_kind, peak_flops()
-    against = "left out: its peak is not known"
-    if peak:
-        against = f"measured against {peak / 1e12:.0f} TFLOP/s (dense bf16)"
-    logger.info("MFU of a %s is %s", kind, against)
     _, num_active = count_parameters(run.model)
     length = run.data.sequence_length
     flops = training_flops_per_token(run.model, num_active, length)

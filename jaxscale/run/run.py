@@ -102,7 +102,7 @@ class Run:
         Raises:
             InputError: the parts do not fit one another, with the equation that fails.
         """
-        run = self.deterministic() if self.runtime.is_deterministic else self
+        run = self.deterministic()
         setup = make_setup(
             table=run.table(),
             loss_fn=run.loss(run),
@@ -117,7 +117,7 @@ class Run:
         return setup
 
     def deterministic(self) -> "Run":
-        """The run with an attention backend that gives the same bits again.
+        """The run; if it is to be deterministic, with an attention that gives the same bits again.
 
         cuDNN and our kernel add the queries' gradient up in whatever order blocks finish, and cuDNN
         does not compile under XLA's deterministic flags.
@@ -125,6 +125,8 @@ class Run:
         Raises:
             InputError: another backend was named.
         """
+        if not self.runtime.is_deterministic:
+            return self
         given = self.execution.attention
         if given not in (None, *DETERMINISTIC):
             expected = (

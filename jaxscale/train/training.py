@@ -16,7 +16,14 @@ from jaxscale.parallel.batch import place
 from jaxscale.train import diagnosis
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.loop import Loader, Loop, Outcome
-from jaxscale.train.metrics import History, ProgressBar, Reporter, Speed, TensorBoard
+from jaxscale.train.metrics import (
+    History,
+    ProgressBar,
+    Reporter,
+    Speed,
+    TensorBoard,
+    peak_flops,
+)
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.run_directory import check_new, write_start
 from jaxscale.train.setup import Setup
@@ -82,6 +89,7 @@ def train(
     # the trace again.
     step_fn.trace(setup.state, batch)
     write_start(run, int(state.step), checkpoint.directory)
+    _say_what_mfu_is_of()
     loop = Loop(
         step_fn=step_fn,
         loader=loader,
@@ -186,6 +194,14 @@ def _make_reporters(
         TensorBoard(directory / "tensorboard", step),
         ProgressBar(steps, step),
     ]
+
+
+def _say_what_mfu_is_of() -> None:
+    kind, peak = jax.local_devices()[0].device_kind, peak_flops()
+    against = "left out: its peak is not known"
+    if peak:
+        against = f"measured against {peak / 1e12:.0f} TFLOP/s (dense bf16)"
+    logger.info("MFU of a %s is %s", kind, against)
 
 
 def _diagnose(
