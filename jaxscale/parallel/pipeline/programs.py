@@ -159,12 +159,7 @@ class _Forward:
         wanted = [var for var in residuals if isinstance(var, Var) and var in of_x]
         return _sources(self.program, wanted, of_x)
 
-    def run(
-        self,
-        params: Any,
-        x: Any,
-        batch: Any,
-    ) -> tuple[Any, Any, tuple]:
+    def run(self, params: Any, x: Any, batch: Any) -> tuple[Any, Any, tuple]:
         """(y, aux, values of `kept`)."""
         inputs = jax.tree.leaves((params, x, batch))
         outputs = self.program.jaxpr.outvars[: self._num_outputs]
@@ -173,12 +168,7 @@ class _Forward:
         y, aux = jax.tree.unflatten(structure, values[: self._num_outputs])
         return y, aux, tuple(values[self._num_outputs :])
 
-    def residuals(
-        self,
-        params: Any,
-        batch: Any,
-        kept: Sequence,
-    ) -> list:
+    def residuals(self, params: Any, batch: Any, kept: Sequence) -> list:
         """All residuals, recomputed from what is kept."""
         no_x = [None] * self.num_x
         inputs = [*jax.tree.leaves(params), *no_x, *jax.tree.leaves(batch)]
@@ -193,11 +183,7 @@ def _trace_forward(
     x: Any,
     batch: Any,
 ) -> _Forward:
-    def run(
-        params: Any,
-        x: Any,
-        batch: Any,
-    ) -> tuple[Any, Any, Any]:
+    def run(params: Any, x: Any, batch: Any) -> tuple[Any, Any, Any]:
         def of_batch(params: Any, x: Any) -> tuple[Any, Any]:
             return stage(params, x, batch)
 
