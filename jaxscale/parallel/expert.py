@@ -194,11 +194,7 @@ def _num_experts(weights: Params) -> int:
     return weights["up"].shape[0]
 
 
-def _sort(
-    x: Array,
-    index: Array,
-    num_experts: int,
-) -> tuple[Dispatch, Array]:
+def _sort(x: Array, index: Array, num_experts: int) -> tuple[Dispatch, Array]:
     """The choices sorted by expert, and the rows of `x` [B, T, D] in that order."""
     num_active, dim = index.shape[-1], x.shape[-1]
     dispatch = make_dispatch(index.reshape(-1, num_active), num_experts)
@@ -219,11 +215,7 @@ def _combine(
     return y.reshape(*tokens, -1)
 
 
-def _capacity(
-    x: Array,
-    index: Array,
-    num_local: int,
-) -> int:
+def _capacity(x: Array, index: Array, num_local: int) -> int:
     """Most rows that one device can have for the experts of another.
 
     A token's choices are different experts, so it has at most min(A, E / expert) there.

@@ -103,12 +103,7 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
     )
 
 
-def mirror(
-    abstract: Any,
-    params: Any,
-    values: Any,
-    default: Any,
-) -> Any:
+def mirror(abstract: Any, params: Any, values: Any, default: Any) -> Any:
     """A value for each leaf of a tree that repeats the parameters, such as an optimizer state.
 
     Such a tree has the parameters under longer paths. A leaf takes the value of the parameter whose
@@ -262,11 +257,7 @@ def _num_shards(axes: tuple[str, ...], config: MeshConfig) -> int:
     return math.prod(getattr(config, axis) for axis in axes)
 
 
-def _check_divides(
-    path: str,
-    entry: Any,
-    config: MeshConfig,
-) -> None:
+def _check_divides(path: str, entry: Any, config: MeshConfig) -> None:
     """Raises InputError unless each of the model's sharded dims divides over its axis."""
     axes = _model_axes(entry, config)
     for letter, size, axis in zip(entry.dims, entry.shape, axes, strict=True):

@@ -134,11 +134,7 @@ def column_then_row_by_member(
     return checkpoint_name(residual, EXCHANGED), None
 
 
-def _rows_from(
-    rows: Any,
-    first: Array,
-    num: int,
-) -> Any:
+def _rows_from(rows: Any, first: Array, num: int) -> Any:
     """Rows [first, first + num) of every array."""
 
     def one(leaf: Array) -> Array:
@@ -301,11 +297,7 @@ def embed_replicated(table: Array, tokens: Array) -> Array:
     return lax.psum(_look_up(table, tokens), TENSOR)
 
 
-def logits(
-    h: Array,
-    head: Array | Head,
-    softcap: float | None = None,
-) -> Array:
+def logits(h: Array, head: Array | Head, softcap: float | None = None) -> Array:
     """Vocabulary-parallel `ops.loss.unembed`, all-gathered; not to be differentiated.
 
     Args:

@@ -55,12 +55,7 @@ def _zero_axes_of(entry: Any) -> tuple[str, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(
-    x: Array,
-    dim: int,
-    axes: tuple[str, ...],
-    reduction: str,
-) -> Array:
+def _gather(x: Array, dim: int, axes: tuple[str, ...], reduction: str) -> Array:
     """All-gather whose transpose sums in the type `reduction`, not in that of the parameter."""
     return lax.all_gather(x, axes, axis=dim, tiled=True)
 
@@ -95,11 +90,7 @@ def hold(params: Params, specs: Specs) -> Params:
     Those that are in no layer are stored in shares by all stages, and all-gathered here once.
     """
 
-    def one(
-        leaf: Array,
-        stored: PartitionSpec,
-        held: PartitionSpec,
-    ) -> Array:
+    def one(leaf: Array, stored: PartitionSpec, held: PartitionSpec) -> Array:
         for dim, (stored_entry, held_entry) in enumerate(zip(stored, held, strict=True)):
             is_stored_in_shares = PIPELINE in axes_of(stored_entry)
             is_held_in_shares = PIPELINE in axes_of(held_entry)

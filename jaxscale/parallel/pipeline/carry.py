@@ -49,22 +49,12 @@ class Carry:
     sums: Sums
     by_layer: dict[str, Array]
 
-    def keep(
-        self,
-        bank: int,
-        index: Array,
-        kept: tuple,
-    ) -> "Carry":
+    def keep(self, bank: int, index: Array, kept: tuple) -> "Carry":
         """Fills a residual slot with what a forward keeps."""
         slots = write_slot(self.banks[bank].kept, index, kept)
         return self._with_bank(bank, self.banks[bank]._replace(kept=slots))
 
-    def keep_extra(
-        self,
-        bank: int,
-        index: Array,
-        extra: tuple,
-    ) -> "Carry":
+    def keep_extra(self, bank: int, index: Array, extra: tuple) -> "Carry":
         """Adds to a residual slot what a backward leaves for the weight gradient."""
         slots = write_slot(self.banks[bank].extra, index, extra)
         return self._with_bank(bank, self.banks[bank]._replace(extra=slots))

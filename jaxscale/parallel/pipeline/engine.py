@@ -149,11 +149,7 @@ class Pipeline:
             lambda: read_slot(carry.activations, row.activation_read),
         )
 
-        def run(
-            bank: int,
-            carry: Carry,
-            index: Array,
-        ) -> Carry:
+        def run(bank: int, carry: Carry, index: Array) -> Carry:
             layers, inputs = self._parts.chunk(row.forward_chunk, batch)
             (y, loss), metrics, kept = self._programs.forward(layers, x, inputs)
             carry = carry.keep(bank, index, kept)
@@ -163,12 +159,7 @@ class Pipeline:
         carry = self._switch_bank(row.residual_store, run, carry)
         return _unless_none(row.cotangent_own, self._finish, carry, row, batch)
 
-    def _finish(
-        self,
-        carry: Carry,
-        row: Rows,
-        batch: Batch,
-    ) -> Carry:
+    def _finish(self, carry: Carry, row: Rows, batch: Batch) -> Carry:
         """After the forward of the last chunk: the loss, and its cotangent as if it had arrived."""
 
         def sum_loss(rest: Params, y: Array) -> tuple[Array, Sums]:
@@ -189,11 +180,7 @@ class Pipeline:
         one = jnp.ones((), self._shapes.loss.dtype)
         cotangents = (dy, one)
 
-        def run(
-            bank: int,
-            carry: Carry,
-            index: Array,
-        ) -> Carry:
+        def run(bank: int, carry: Carry, index: Array) -> Carry:
             layers, inputs = self._parts.chunk(row.backward_chunk, batch)
             kept = read_slot(carry.banks[bank].kept, index)
             dx, extra = self._programs.backward(layers, inputs, kept, cotangents)
@@ -221,11 +208,7 @@ class Pipeline:
     def _weight(self, carry: Carry, row: Rows) -> Carry:
         batch = self._microbatch(row.weight)
 
-        def run(
-            bank: int,
-            carry: Carry,
-            index: Array,
-        ) -> Carry:
+        def run(bank: int, carry: Carry, index: Array) -> Carry:
             layers, inputs = self._parts.chunk(row.weight_chunk, batch)
             kept, extra = read_slot(carry.banks[bank], index)
             gradient = self._programs.weight(layers, inputs, kept, extra)

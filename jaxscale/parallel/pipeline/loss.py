@@ -136,12 +136,7 @@ class LossParts:
         params = self._with_frozen(rest)
         return self.loss.start(params, batch, operations=self.operations)
 
-    def finish(
-        self,
-        rest: Params,
-        x: Array,
-        batch: Batch,
-    ) -> Sums:
+    def finish(self, rest: Params, x: Array, batch: Batch) -> Sums:
         """What comes after the layers: the loss as sums."""
         params = self._with_frozen(rest)
         return self.loss.finish(params, x, batch, operations=self.operations)
@@ -216,11 +211,7 @@ class LossParts:
         return jax.tree.map(functools.partial(_spread, rows, num_periods), by_layer)
 
 
-def _spread(
-    rows: Array,
-    num_periods: int,
-    leaf: Array,
-) -> Array:
+def _spread(rows: Array, num_periods: int, leaf: Array) -> Array:
     """One leaf of `LossParts.in_canonical_order`; a period may have several layers."""
     _, _, *others = leaf.shape
     by_period = leaf.reshape(len(rows), -1, *others)

@@ -159,12 +159,7 @@ class _Forward:
         wanted = [var for var in residuals if isinstance(var, Var) and var in of_x]
         return _sources(self.program, wanted, of_x)
 
-    def run(
-        self,
-        params: Any,
-        x: Any,
-        batch: Any,
-    ) -> tuple[Any, Any, tuple]:
+    def run(self, params: Any, x: Any, batch: Any) -> tuple[Any, Any, tuple]:
         """(y, aux, values of `kept`)."""
         inputs = jax.tree.leaves((params, x, batch))
         outputs = self.program.jaxpr.outvars[: self._num_outputs]
@@ -173,12 +168,7 @@ class _Forward:
         y, aux = jax.tree.unflatten(structure, values[: self._num_outputs])
         return y, aux, tuple(values[self._num_outputs :])
 
-    def residuals(
-        self,
-        params: Any,
-        batch: Any,
-        kept: Sequence,
-    ) -> list:
+    def residuals(self, params: Any, batch: Any, kept: Sequence) -> list:
         """All residuals, recomputed from what is kept."""
         no_x = [None] * self.num_x
         inputs = [*jax.tree.leaves(params), *no_x, *jax.tree.leaves(batch)]
@@ -193,11 +183,7 @@ def _trace_forward(
     x: Any,
     batch: Any,
 ) -> _Forward:
-    def run(
-        params: Any,
-        x: Any,
-        batch: Any,
-    ) -> tuple[Any, Any, Any]:
+    def run(params: Any, x: Any, batch: Any) -> tuple[Any, Any, Any]:
         def of_batch(params: Any, x: Any) -> tuple[Any, Any]:
             return stage(params, x, batch)
 
@@ -275,6 +261,7 @@ def _trace_pullback(forward: _Forward, *, is_deep: bool) -> _Pullback:
 
     program, gradients = jax.make_jaxpr(pull, return_shape=True)(residuals, y)
     if is_deep:
+        # A wrapped program is one equation, all of which would belong to the backward.
         flat = functools.partial(_run_flat, program)
         program = jax.make_jaxpr(flat)(*program.in_avals)
     return _Pullback(program, gradients, len(residuals))
@@ -313,8 +300,10 @@ def _sources(
         made.add(var)
         return True
 
+    # In the order of the program: what is kept early may make a later residual, never the reverse.
     distinct = dict.fromkeys(residuals)
     for residual in sorted(distinct, key=lambda var: position.get(var, -1)):
+        # A bfloat16 activation widened to float32 is kept in bfloat16, and widened again.
         var = _narrowest(residual, maker_of, ("convert_element_type",))
         if not can_be_made(var):
             kept[var] = None
@@ -343,6 +332,7 @@ def _shared(
     num_residuals: int,
 ) -> list[Var]:
     """What `dparams` needs of all that is made or received for `dx`, without the residuals."""
+    # The inputs after the residuals are dy, which only the backward receives.
     made = set(program.jaxpr.invars[num_residuals:])
     for equation in needed(program, dx):
         made.update(equation.outvars)
@@ -352,7 +342,7 @@ def _shared(
     uses += [var for var in dparams if isinstance(var, Var)]
     maker_of = makers_of(program)
     repeats = ("convert_element_type", "optimization_barrier")
-    # A dict, for the order and for what is used twice.
+    # A dict keeps the order and drops what is used twice.
     narrow = {_narrowest(var, maker_of, repeats): None for var in uses if var in made}
     return [var for var in narrow if var in made]
 

@@ -157,11 +157,7 @@ class StageLayout:
         raise InputError("MeshConfig.stage_periods", sizes, f"{expected}; nearest: {nearest}")
 
 
-def _map_stacks(
-    change: Callable[[Array], Array],
-    tree: Any,
-    dims: Any,
-) -> Any:
+def _map_stacks(change: Callable[[Array], Array], tree: Any, dims: Any) -> Any:
     """Changes every leaf whose dim letters begin with "L"."""
 
     def one(leaf: Any, letters: str) -> Any:
@@ -170,11 +166,7 @@ def _map_stacks(
     return jax.tree.map(one, tree, dims)
 
 
-def canonical_shapes(
-    stored: Any,
-    dims: Any,
-    layout: StageLayout,
-) -> Any:
+def canonical_shapes(stored: Any, dims: Any, layout: StageLayout) -> Any:
     """Shapes and shardings of a tree as it is on disk.
 
     A stack whose periods do not divide over the stages lies whole on each.
@@ -199,12 +191,7 @@ def canonical_shapes(
     return _map_stacks(canonical, stored, dims)
 
 
-def to_canonical(
-    tree: Any,
-    stored: Any,
-    dims: Any,
-    layout: StageLayout,
-) -> Any:
+def to_canonical(tree: Any, stored: Any, dims: Any, layout: StageLayout) -> Any:
     """A run's tree as it is on disk; arguments as `canonical_shapes`."""
     if layout.is_identity:
         return tree

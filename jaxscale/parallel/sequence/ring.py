@@ -191,12 +191,7 @@ def _forward(
     v: Array,
     context: AttentionContext,
 ) -> tuple[Array, _Saved]:
-    def add(
-        queries: slice,
-        keys: slice,
-        sums: Sums,
-        block: Any,
-    ) -> Sums:
+    def add(queries: slice, keys: slice, sums: Sums, block: Any) -> Sums:
         """`sums` with what some of the queries see of some of the block's keys."""
         k, v, key_tokens = _take(block, keys)
         visible = _context_over(context, queries, k, key_tokens)
@@ -347,11 +342,7 @@ def _take(tree: Any, part: slice) -> Any:
     return jax.tree.map(lambda x: x[:, part], tree)
 
 
-def _put(
-    x: Array,
-    values: Array,
-    part: slice,
-) -> Array:
+def _put(x: Array, values: Array, part: slice) -> Array:
     """`x` with `values` as that part of its tokens."""
     # Not x.at[:, part].set(values): that scatters, and XLA's CPU compiler crashes on a scatter in
     # these branches.
