@@ -253,14 +253,16 @@ class Decoder:
     def to_compute(self, section: str, params: Params) -> Params:
         """Parameters of a section in the compute type, but for routers and norms.
 
-        A tuple of the periods' trees stands for the section "layers".
+        The arrays of a parameter that has several, such as quantised values with their scales, keep
+        their types too. A tuple of the periods' trees stands for the section "layers".
         """
         if isinstance(params, tuple):
             return tuple(self.to_compute(section, each) for each in params)
 
         def one(path: str, leaf: Array) -> Array:
             role = self._role(f"{section}{tree.SEPARATOR}{path}")
-            return leaf if role in KEPT_IN_PARAMETER_TYPE else cast(leaf, self.policy.compute)
+            is_kept = role is None or role in KEPT_IN_PARAMETER_TYPE
+            return leaf if is_kept else cast(leaf, self.policy.compute)
 
         return tree.map_with_path(one, params)
 
@@ -282,12 +284,9 @@ class Decoder:
         gather = self.operations.collectives.gather_parameters
         return gather(section, self.to_compute(section, params))
 
-    def _role(self, path: str) -> Role:
-        """The role of the parameter at a path, or of the parameter that the path leads into."""
-        roles = _roles(self.config)
-        while path not in roles:
-            path = path.rpartition(tree.SEPARATOR)[0]
-        return roles[path]
+    def _role(self, path: str) -> Role | None:
+        """The role of the parameter at a path; None for an array inside a parameter of several."""
+        return _roles(self.config).get(path)
 
     # One layer, one period
 
