@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxscale.models.config import ModelConfig
+from jaxscale.models.config.facts import from_flat
 from jaxscale.models.parameters import parameter_table
 from jaxscale.parallel.mesh import AXES, MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.rules import make_specs
@@ -33,7 +33,8 @@ def message_of(function, *arguments, **settings):
     [
         (
             dict(sequence=4, ring=3),
-            "MeshConfig.ring: given 3, expected sequence % ring == 0, but 4 % 3 = 1; nearest: 2 or 4",
+            "MeshConfig.ring: given 3, expected sequence % ring == 0, but 4 % 3 = 1; "
+            "nearest: 2 or 4",
         ),
         (
             dict(schedule="2f2b"),
@@ -69,10 +70,8 @@ def test_sizes_multiply_to_the_number_of_devices(sizes, product, nearest):
     data, expert, tensor = sizes
     message = message_of(make_mesh, MeshConfig(data=data, expert=expert, tensor=tensor))
     assert "pipeline * data * expert * sequence * tensor" in message
-    assert (
-        f"1 * {data} * {expert} * 1 * {tensor} = {product} to equal the number of devices, 8; nearest: {nearest}"
-        in message
-    )
+    equation = f"1 * {data} * {expert} * 1 * {tensor} = {product}"
+    assert f"{equation} to equal the number of devices, 8; nearest: {nearest}" in message
 
 
 def test_tensor_neighbours_are_neighbouring_devices():
@@ -88,9 +87,15 @@ def test_tensor_neighbours_are_neighbouring_devices():
     [
         ({"num_heads": 6, "num_kv_heads": 6}, dict(tensor=4), "but 6 % 4 = 2; nearest: 3 or 6"),
         (
-            {"num_kv_heads": 1},
+            {"num_heads": 6, "num_kv_heads": 3},
             dict(tensor=2),
-            "tensor == 0 for layers/0/attention/k, but 1 % 2 = 1; nearest: 1",
+            "tensor == 0 for layers/0/attention/k, but 3 % 2 = 1; nearest: 1 or 3",
+        ),
+        (
+            # More members than kv heads are equally many for each head, or do not fit.
+            {"num_heads": 6, "num_kv_heads": 2, "ffn_dim": 30, "vocab_size": 63},
+            dict(tensor=3),
+            "tensor == 0 for layers/0/attention/k, but 2 % 3 = 2; nearest: 2",
         ),
         (
             {"ffn_dim": 31},
@@ -105,12 +110,13 @@ def test_tensor_neighbours_are_neighbouring_devices():
         (
             {"moe_pattern": (True,), "num_experts": 6, "expert_dim": 8},
             dict(expert=4),
-            "num_experts % expert == 0 for layers/0/moe/experts/down, but 6 % 4 = 2; nearest: 3 or 6",
+            "num_experts % expert == 0 for layers/0/moe/experts/down, but 6 % 4 = 2; "
+            "nearest: 3 or 6",
         ),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(change, sizes, message):
-    table = parameter_table(ModelConfig(**MODEL | change))
+    table = parameter_table(from_flat(**MODEL | change))
     text = message_of(make_specs, table, MeshConfig(**sizes))
     assert message in text
     assert text.startswith("MeshConfig.")
@@ -119,10 +125,9 @@ def test_a_model_that_does_not_divide_is_refused(change, sizes, message):
 def test_a_batch_that_does_not_divide_is_refused():
     config = MeshConfig(data=2, expert=2, tensor=2)
     check_batch(config, batch_size=24, length=6, num_microbatches=3)
-    assert (
-        "batch_size % (data * expert * num_microbatches) == 0, here 20 % (2 * 2 * 3) = 8; nearest: 12 or 24"
-        in message_of(check_batch, config, batch_size=20, length=6, num_microbatches=3)
-    )
+    message = message_of(check_batch, config, batch_size=20, length=6, num_microbatches=3)
+    equation = "batch_size % (data * expert * num_microbatches) == 0"
+    assert f"{equation}, here 20 % (2 * 2 * 3) = 8; nearest: 12 or 24" in message
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     ],
 )
 def test_a_length_that_does_not_divide_is_refused(sizes, length, message):
-    text = message_of(
-        check_batch, MeshConfig(**sizes), batch_size=8, length=length, num_microbatches=1
-    )
-    assert text.startswith("DataConfig.sequence_length") and f"sequence_length {message}" in text
+    config = MeshConfig(**sizes)
+    text = message_of(check_batch, config, batch_size=8, length=length, num_microbatches=1)
+    assert text.startswith("DataConfig.sequence_length")
+    assert f"sequence_length {message}" in text
