@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxscale.models.config import ModelConfig
+from jaxscale.models.config.facts import from_flat
 from jaxscale.models.parameters import parameter_table
 from jaxscale.parallel.mesh import AXES, MeshConfig, check_batch, make_mesh
 from jaxscale.parallel.rules import make_specs
@@ -87,9 +87,15 @@ def test_tensor_neighbours_are_neighbouring_devices():
     [
         ({"num_heads": 6, "num_kv_heads": 6}, dict(tensor=4), "but 6 % 4 = 2; nearest: 3 or 6"),
         (
-            {"num_kv_heads": 1},
+            {"num_heads": 6, "num_kv_heads": 3},
             dict(tensor=2),
-            "tensor == 0 for layers/0/attention/k, but 1 % 2 = 1; nearest: 1",
+            "tensor == 0 for layers/0/attention/k, but 3 % 2 = 1; nearest: 1 or 3",
+        ),
+        (
+            # More members than kv heads are equally many for each head, or do not fit.
+            {"num_heads": 6, "num_kv_heads": 2, "ffn_dim": 30, "vocab_size": 63},
+            dict(tensor=3),
+            "tensor == 0 for layers/0/attention/k, but 2 % 3 = 2; nearest: 2",
         ),
         (
             {"ffn_dim": 31},
@@ -110,7 +116,7 @@ def test_tensor_neighbours_are_neighbouring_devices():
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(change, sizes, message):
-    table = parameter_table(ModelConfig(**MODEL | change))
+    table = parameter_table(from_flat(**MODEL | change))
     text = message_of(make_specs, table, MeshConfig(**sizes))
     assert message in text
     assert text.startswith("MeshConfig.")
@@ -141,7 +147,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     ],
 )
 def test_a_length_that_does_not_divide_is_refused(sizes, length, message):
-    text = message_of(
-        check_batch, MeshConfig(**sizes), batch_size=8, length=length, num_microbatches=1
-    )
-    assert text.startswith("DataConfig.sequence_length") and f"sequence_length {message}" in text
+    config = MeshConfig(**sizes)
+    text = message_of(check_batch, config, batch_size=8, length=length, num_microbatches=1)
+    assert text.startswith("DataConfig.sequence_length")
+    assert f"sequence_length {message}" in text

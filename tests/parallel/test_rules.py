@@ -1,21 +1,20 @@
 """Where each parameter, gradient and optimizer leaf lives, and what ZeRO saves."""
 
-import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import tree
-from jaxscale.models.config import ModelConfig
+from jaxscale.models.config.facts import from_flat
 from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.rules import make_specs, mirror
 
-MODEL = ModelConfig(
+FIELDS = dict(
     vocab_size=64,
     num_layers=4,
     model_dim=16,
@@ -29,7 +28,8 @@ MODEL = ModelConfig(
     expert_dim=32,
     num_dense_prefix=2,
 )
-BIASES = dataclasses.replace(MODEL, use_bias=True)
+MODEL = from_flat(**FIELDS)
+BIASES = from_flat(**FIELDS, use_bias=True)
 SIZES = dict(data=2, expert=2, tensor=2)
 
 
@@ -90,7 +90,7 @@ def test_zero_takes_the_outermost_free_dim(path, spec):
 )
 def test_zero_cuts_whole_layers_unless_it_gathers_them_one_by_one(path, by_layers, gathered):
     """An axis of one device leaves a dim free."""
-    model = dataclasses.replace(MODEL, num_layers=6)
+    model = from_flat(**FIELDS | dict(num_layers=6))
     for zero, spec in ((1, by_layers), (2, by_layers), (3, gathered)):
         assert specs_by_path("optimizer", model, data=2, zero=zero)[path] == PartitionSpec(*spec)
 
@@ -98,15 +98,15 @@ def test_zero_cuts_whole_layers_unless_it_gathers_them_one_by_one(path, by_layer
 def test_zero_leaves_the_layers_of_padded_chunks_whole():
     """The stored stack is longer than the dim that would be cut."""
     sizes = dict(data=2, zero=2, num_chunks=3, schedule="interleaved")
-    specs = specs_by_path("optimizer", dataclasses.replace(MODEL, num_layers=10), **sizes)
+    specs = specs_by_path("optimizer", from_flat(**FIELDS | dict(num_layers=10)), **sizes)
     assert specs["layers/0/ffn/down"] == PartitionSpec("pipeline", ("tensor", "data"), None)
 
 
 def test_a_leaf_without_a_free_dim_that_divides_stays_whole():
-    assert specs_by_path("parameters", BIASES, **SIZES, zero=3)[
-        "layers/0/ffn/up_bias"
-    ] == PartitionSpec("pipeline", "tensor")
-    assert specs_by_path("parameters", data=3, zero=3)["final_norm/scale"] == PartitionSpec(None)
+    specs = specs_by_path("parameters", BIASES, **SIZES, zero=3)
+    assert specs["layers/0/ffn/up_bias"] == PartitionSpec("pipeline", "tensor")
+    specs = specs_by_path("parameters", data=3, zero=3)
+    assert specs["final_norm/scale"] == PartitionSpec(None)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
@@ -120,28 +120,27 @@ def test_each_level_shards_one_role_more(zero):
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bytes_on_a_device(zero):
-    """Read off the arrays' shards: 4 bytes a parameter, split over tensor and expert, and over data by ZeRO."""
+    """Read off the arrays' shards: 4 bytes a parameter, on as many devices as share it."""
     config = MeshConfig(**SIZES, zero=zero)
-    mesh, specs = make_mesh(config), make_specs(parameter_table(MODEL), config)
-    dense = specs_by_path("parameters", **SIZES, zero=0)
-    table = tree.flatten(parameter_table(MODEL))
-    shards = {
-        path: 2 ** sum(axis in spec for axis in ("tensor", "expert"))
-        for path, spec in dense.items()
-    }
-    split = sum(4 * math.prod(table[path].shape) // shards[path] for path in table)
+    table = parameter_table(MODEL)
+    mesh, specs = make_mesh(config), make_specs(table, config)
+    unsharded = specs_by_path("parameters", **SIZES, zero=0)
+    num_bytes = 0
+    for path, entry in tree.flatten(table).items():
+        num_shards = 2 ** sum(axis in unsharded[path] for axis in ("tensor", "expert"))
+        num_bytes += 4 * math.prod(entry.shape) // num_shards
+
+    def put(leaf, spec):
+        return jax.device_put(np.zeros(leaf.shape, "float32"), NamedSharding(mesh, spec))
+
     for level, role in ((1, specs.optimizer), (2, specs.gradients), (3, specs.parameters)):
-        arrays = jax.tree.map(
-            lambda leaf, spec: jax.device_put(jnp.zeros(leaf.shape), NamedSharding(mesh, spec)),
-            abstract_params(MODEL, "float32"),
-            role,
-        )
-        on_first = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(arrays))
-        assert on_first == (split // 2 if zero >= level else split)
+        arrays = jax.tree.leaves(jax.tree.map(put, table, role))
+        on_first = sum(array.addressable_shards[0].data.nbytes for array in arrays)
+        assert on_first == (num_bytes // 2 if zero >= level else num_bytes)
 
 
 def test_optimizer_leaves_live_where_their_parameter_does():
-    params = abstract_params(MODEL, "float32")
+    params = abstract_params(parameter_table(MODEL), "float32")
     specs = make_specs(parameter_table(MODEL), MeshConfig(**SIZES, zero=1)).optimizer
     state = jax.eval_shape(optax.adamw(1e-3).init, params)
     mirrored = mirror(state, params, specs, PartitionSpec())
