@@ -1,8 +1,9 @@
-"""TFLOP/s of attention, ours beside cuDNN's in one process on one GPU; useful FLOPs are those of pairs that are seen.
+"""TFLOP/s of attention on one GPU, ours beside cuDNN's in one process; unseen pairs do not count.
 
 python experiments/bench/attention.py
 """
 
+import dataclasses
 import functools
 import time
 
@@ -20,10 +21,107 @@ SHAPES = (
     (8, 4096, 32, 32, 64),
 )  # B, T, N, K, H
 REPEATS, ROUNDS, TILE = 10, 3, 128
+HEADER = """\
+| shape, mask | backend | TFLOP/s forward, with backward | ms | rate by visited tiles |
+|---|---|---|---|---|"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which keys each token sees.
+
+    Args:
+        first_key: [T] first key that each token sees; the last is its own.
+        num_pairs: pairs of query and key that are seen, of one head and sequence.
+        num_tiles: tiles of TILE x TILE pairs that a kernel must visit.
+        layout: block-sparse layout, if there is one.
+    """
+
+    name: str
+    first_key: np.ndarray
+    num_pairs: float
+    num_tiles: float
+    layout: BlockLayout | None = None
+
+
+def interval(name, first_key):
+    """The mask of tokens that see all keys from `first_key` to their own."""
+    length = len(first_key)
+    ends = np.arange(1, length + 1)
+    last_tile = np.arange(length // TILE) + 1
+    return Mask(
+        name,
+        first_key,
+        num_pairs=(ends - first_key).sum(),
+        num_tiles=(last_tile - first_key[::TILE] // TILE).sum(),
+    )
+
+
+def documents(length, mean):
+    """First key of each token where documents of random length stand one after the other."""
+    rng = np.random.default_rng(0)
+    lengths = rng.exponential(mean, length // 512).astype(int) + 1
+    ends = np.cumsum(lengths)
+    document = np.searchsorted(ends, np.arange(length), side="right")
+    return (ends - lengths)[document]
+
+
+def block_sparse(length):
+    """Phi-3-small's mask."""
+    layout, num_blocks = BlockLayout(), length // BLOCK
+    seen_blocks = layout.sees(num_blocks).sum() / layout.stride
+    unseen_in_diagonal = BLOCK * (BLOCK - 1) // 2
+    return Mask(
+        "blocks of Phi-3-small",
+        np.zeros(length, int),
+        num_pairs=BLOCK**2 * seen_blocks - num_blocks * unseen_in_diagonal,
+        num_tiles=seen_blocks / 4,
+        layout=layout,
+    )
+
+
+def masks(length):
+    """Causal, and others where the sequence is long."""
+    yield interval("causal", np.zeros(length, int))
+    if length > 8192:
+        yield interval("documents of mean 4096", documents(length, 4096))
+        yield interval("window of 2048", np.maximum(np.arange(length) - 2047, 0))
+        yield block_sparse(length)
+
+
+def ours(q, k, v, low, high, layout):
+    """Our kernel."""
+    scale = q.shape[-1] ** -0.5
+    o, *_ = attention(
+        q,
+        k,
+        v,
+        low,
+        high,
+        scale=scale,
+        layout=layout,
+        implementation="mosaic",
+    )
+    return o
+
+
+def cudnn(q, k, v, low, high, layout):
+    """cuDNN, causal."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def with_gradients(f):
+    """Output and the three gradients of its product with `do`."""
+
+    def run(do, q, k, v, *bounds):
+        o, pullback = jax.vjp(lambda q, k, v: f(q, k, v, *bounds), q, k, v)
+        return o, *pullback(do)
+
+    return run
 
 
 def seconds(f, *arrays):
-    """Of the fastest round."""
+    """Of the fastest round; the first call compiles."""
     run, best = jax.jit(f), np.inf
     jax.block_until_ready(run(*arrays))
     for _ in range(ROUNDS):
@@ -35,68 +133,49 @@ def seconds(f, *arrays):
     return best
 
 
-def ours(q, k, v, low, high, layout):
-    """Our kernel."""
-    settings = dict(scale=q.shape[-1] ** -0.5, layout=layout, implementation="mosaic")
-    return attention(q, k, v, low, high, **settings)[0]
+def draw(shape):
+    """Random do, q, k and v in bfloat16."""
+    B, T, N, K, H = shape
+    heads = (N, N, K, K)
+    return [
+        jax.random.normal(jax.random.key(i), (B, T, n, H), jnp.bfloat16)
+        for i, n in enumerate(heads)
+    ]
 
 
-def cudnn(q, k, v, low, high, layout):
-    """cuDNN, causal."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+def measure(f, mask, arrays):
+    """Seconds of the forward, and of the forward with the backward."""
+    _, q, k, v = arrays
+    ends = np.arange(len(mask.first_key)) + 1
+    bounds = [jnp.asarray(each[None], jnp.int32) for each in (mask.first_key, ends)]
+    run = functools.partial(f, layout=mask.layout)
+    forward = seconds(run, q, k, v, *bounds)
+    return forward, seconds(with_gradients(run), *arrays, *bounds)
 
 
-def with_gradients(f):
-    """Output and the three gradients of their product with `do`."""
-    return lambda do, q, k, v, *bounds: (lambda o, pull: (o, *pull(do)))(
-        *jax.vjp(lambda *a: f(*a, *bounds), q, k, v)
-    )
+def main():
+    """One row per shape, mask and backend; tiles per second relative to our causal kernel."""
+    print(HEADER)
+    for shape in SHAPES:
+        B, T, N, K, H = shape
+        arrays, causal_rates = draw(shape), None
+        for mask in masks(T):
+            tflop = 4 * H * B * N * mask.num_pairs / 1e12
+            for f in (ours, cudnn) if mask.name == "causal" else (ours,):
+                forward, both = measure(f, mask, arrays)
+                rates = mask.num_tiles / forward, mask.num_tiles / both
+                causal_rates = causal_rates or rates
+                relative = [a / b for a, b in zip(rates, causal_rates, strict=True)]
+                # The backward counts 2.5 times the forward.
+                cells = [
+                    f"{B}x{T}x{N}/{K}x{H} {mask.name}",
+                    f.__name__,
+                    f"{tflop / forward:.0f}, {3.5 * tflop / both:.0f}",
+                    f"{forward * 1e3:.2f}, {both * 1e3:.2f}",
+                    f"{relative[0]:.2f}, {relative[1]:.2f}",
+                ]
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def masks(length):
-    """(name, first key that each token sees, block-sparse layout, pairs that are seen, tiles that are visited)."""
-    token, last = np.arange(length), np.arange(length // TILE) + 1
-
-    def interval(name, first):
-        return name, first, None, (token + 1 - first).sum(), (last - first[::TILE] // TILE).sum()
-
-    yield interval("causal", np.zeros(length, int))
-    if length > 8192:
-        lengths = np.random.default_rng(0).exponential(4096, length // 512).astype(int) + 1
-        ends = np.cumsum(lengths)
-        yield interval(
-            "documents of mean 4096", (ends - lengths)[np.searchsorted(ends, token, side="right")]
-        )
-        yield interval("window of 2048", np.maximum(token - 2047, 0))
-        blocks = BlockLayout().sees(length // BLOCK).sum() / BlockLayout().stride
-        pairs = BLOCK**2 * blocks - length // BLOCK * (BLOCK * (BLOCK - 1) // 2)
-        yield "blocks of Phi-3-small", np.zeros(length, int), BlockLayout(), pairs, blocks / 4
-
-
-print(
-    "| shape, mask | backend | TFLOP/s forward, with backward | ms | rate by visited tiles |\n|---|---|---|---|---|"
-)
-for batch, length, heads, kv_heads, dim in SHAPES:
-    shapes = [(batch, length, n, dim) for n in (heads, heads, kv_heads, kv_heads)]
-    do, q, k, v = (
-        jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes)
-    )
-    dense = None
-    for name, first, layout, pairs, visited in masks(length):
-        bounds = [jnp.asarray(x[None], jnp.int32) for x in (first, np.arange(length) + 1)]
-        flops = 4 * dim * batch * heads * pairs / 1e12
-        for f in (ours, cudnn) if name == "causal" else (ours,):
-            run = functools.partial(f, layout=layout)
-            times = (
-                seconds(run, q, k, v, *bounds),
-                seconds(with_gradients(run), do, q, k, v, *bounds),
-            )
-            rates = [visited / t for t in times]
-            dense = dense or rates
-            figures = [flops / times[0], 3.5 * flops / times[1], *(t * 1e3 for t in times)]
-            figures += [a / b for a, b in zip(rates, dense, strict=True)]
-            row = "{:.0f}, {:.0f} | {:.2f}, {:.2f} | {:.2f}, {:.2f}".format(*figures)
-            print(
-                f"| {batch}x{length}x{heads}/{kv_heads}x{dim} {name} | {f.__name__} | {row} |",
-                flush=True,
-            )
+if __name__ == "__main__":
+    main()

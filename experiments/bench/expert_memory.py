@@ -1,4 +1,6 @@
-"""Memory of an MoE layer's experts, forward and backward, on 8 described H200s: each exchange, 16, 64 and 128 experts.
+"""Memory of an MoE layer's experts, forward and backward, on 8 described H200s.
+
+One row per exchange and number of experts (16, 64, 128); no GPU is needed.
 
 JAX_PLATFORMS=cpu python experiments/bench/expert_memory.py
 """
@@ -10,51 +12,72 @@ from jaxscale.launch.ahead_of_time import as_on_gpus, described_devices, memory_
 from jaxscale.parallel import expert, tensor
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
 
-GPUS, KINDS = 8, {"dense": EXPERT, "ragged": EXPERT, "tensor": TENSOR}
-TOKENS, ACTIVE, WIDE, NARROW = (
-    4096,
-    8,
-    2048,
-    768,
-)  # on each GPU; choices a token; the experts' D and F
-devices = described_devices("h200", num_hosts=1, gpus_per_host=GPUS)
+GPUS = 8
+KINDS = {"dense": EXPERT, "ragged": EXPERT, "tensor": TENSOR}  # kind -> axis of the experts
+TOKENS, ACTIVE = 4096, 8  # on each GPU; choices a token
+WIDE, NARROW = 2048, 768  # the experts' D and F
 
 
-def peak(kind: str, num_experts: int) -> float:
-    """GiB on one GPU: tokens, bfloat16 experts, the gradients of both and everything in between."""
-    axis = KINDS[kind]
-    config = MeshConfig(
-        **{axis: GPUS}, expert_axis=axis, expert_exchange=kind if kind != TENSOR else "dense"
-    )
-    run, mesh = expert.make_experts(config), make_mesh(config, devices)
+def gradients_of(run):
+    """The gradients of tokens, gates and weights, inside the manual region."""
 
     def gradients(x, gates, weights, index):
         def layer(x, gates, weights):
-            x, whole, chosen = map(tensor.gather_tokens, (x, gates, index))
-            return tensor.reduce_scatter_tokens(run(x, chosen, whole, weights, "swiglu"))
+            x, gates, chosen = (tensor.enter(each) for each in (x, gates, index))
+            return tensor.exit(run(x, chosen, gates, weights, "swiglu"))
 
         y, pullback = jax.vjp(layer, x, gates, weights)
         return pullback(y)
 
-    rows = PartitionSpec(None, (EXPERT, TENSOR))
-    specs = (rows, rows, PartitionSpec((EXPERT, TENSOR)), rows)
-    run_all = jax.jit(
-        jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs[:3], check_vma=False)
-    )
-    shapes = {"up": (WIDE, NARROW), "gate": (WIDE, NARROW), "down": (NARROW, WIDE)}
+    return gradients
+
+
+def abstract_arguments(num_experts):
+    """Shapes of tokens, gates, weights and chosen experts, over all GPUs."""
+    shapes = {
+        "up": (WIDE, NARROW),
+        "gate": (WIDE, NARROW),
+        "down": (NARROW, WIDE),
+    }
     weights = {
         name: jax.ShapeDtypeStruct((num_experts, *shape), "bfloat16")
         for name, shape in shapes.items()
     }
-    sizes = {"bfloat16": WIDE, "float32": ACTIVE, "int32": ACTIVE}
-    x, gates, index = (
-        jax.ShapeDtypeStruct((1, GPUS * TOKENS, size), dtype) for dtype, size in sizes.items()
+    num_tokens = GPUS * TOKENS
+    x = jax.ShapeDtypeStruct((1, num_tokens, WIDE), "bfloat16")
+    gates = jax.ShapeDtypeStruct((1, num_tokens, ACTIVE), "float32")
+    index = jax.ShapeDtypeStruct((1, num_tokens, ACTIVE), "int32")
+    return x, gates, weights, index
+
+
+def peak_gib(devices, kind, num_experts):
+    """On one GPU: tokens, bfloat16 experts, the gradients of both and everything in between."""
+    axis = KINDS[kind]
+    exchange = "dense" if kind == TENSOR else kind
+    config = MeshConfig(**{axis: GPUS}, expert_axis=axis, expert_exchange=exchange)
+    rows = PartitionSpec(None, (EXPERT, TENSOR))
+    by_expert = PartitionSpec((EXPERT, TENSOR))
+    run_all = jax.shard_map(
+        gradients_of(expert.make_experts(config)),
+        mesh=make_mesh(config, devices),
+        in_specs=(rows, rows, by_expert, rows),
+        out_specs=(rows, rows, by_expert),
+        check_vma=False,
     )
     with as_on_gpus(devices):
-        return memory_of(run_all.lower(x, gates, weights, index).compile()).peak / 2**30
+        lowered = jax.jit(run_all).lower(*abstract_arguments(num_experts))
+        return memory_of(lowered.compile()).peak / 2**30
 
 
-print("| experts | exchange | GiB |\n|---|---|---|")
-for num_experts in (16, 64, 128):
-    for kind in KINDS:
-        print(f"| {num_experts} | {kind} | {peak(kind, num_experts):.2f} |", flush=True)
+def main():
+    """Print the table."""
+    devices = described_devices("h200", num_hosts=1, gpus_per_host=GPUS)
+    print("| experts | exchange | GiB |\n|---|---|---|")
+    for num_experts in (16, 64, 128):
+        for kind in KINDS:
+            gib = peak_gib(devices, kind, num_experts)
+            print(f"| {num_experts} | {kind} | {gib:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,17 @@
-"""TFLOP/s of the grouped matmul and its two gradients beside `torch._grouped_mm`, in one process on one GPU.
+"""TFLOP/s of the grouped matmul and its two gradients beside `torch._grouped_mm`, on one GPU.
 
 python experiments/bench/grouped_matmul.py 16384 4096 6400 16  # rows, K, N, groups
 """
 
+import functools
 import os
 import sys
 import time
 
 import numpy as np
 
-os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the peer needs memory too
+# JAX would otherwise take most of the GPU's memory, and the peer in this process needs some too.
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 import jax
 import jax.numpy as jnp
 import torch
@@ -18,48 +20,78 @@ from jaxscale.kernels.grouped_matmul.block_sizes import H200
 from jaxscale.kernels.grouped_matmul.pallas import forward, weight_gradient
 
 REPEATS, ROUNDS = 20, 5
-R, K, N, E = map(int, sys.argv[1:])
-sizes = np.floor(np.random.default_rng(0).dirichlet(np.full(E, 6.0)) * R).astype(int)
-sizes[-1] += R - sizes.sum()
-shapes = (R, K), (E, K, N), (R, N)
-rows, weights, cotangent = (
-    jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes)
-)
-groups = jnp.asarray(sizes, jnp.int32)
-x, w, y = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
-w_by_columns = w.transpose(1, 2).contiguous().transpose(1, 2)
-ends = torch.tensor(np.cumsum(sizes), device="cuda", dtype=torch.int32)
+HEADER = """\
+| part | ours | torch._grouped_mm: weights by rows, by columns |
+|---|---|---|"""
 
 
-def tflops(run, wait) -> str:
-    """Of the fastest round, the first not counted."""
+def group_sizes(num_rows, num_groups):
+    """Random sizes that add up to all rows."""
+    fractions = np.random.default_rng(0).dirichlet(np.full(num_groups, 6.0))
+    sizes = np.floor(fractions * num_rows).astype(int)
+    sizes[-1] += num_rows - sizes.sum()
+    return sizes
+
+
+def ours(shapes, sizes):
+    """Part -> a function that starts it."""
+    rows, weights, cotangent = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes)
+    )
+    groups = jnp.asarray(sizes, jnp.int32)
+    product = functools.partial(forward, blocks=H200)
+    return {
+        "forward": lambda: product((rows,), (weights,), groups, is_transposed=False),
+        "input gradient": lambda: product((cotangent,), (weights,), groups, is_transposed=True),
+        "weight gradient": lambda: weight_gradient(rows, cotangent, groups, blocks=H200),
+    }
+
+
+def peers(shapes, sizes):
+    """Part -> functions that start it, for each way in which the weights may lie in memory."""
+    x, w, y = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    w_by_columns = w.transpose(1, 2).contiguous().transpose(1, 2)
+    ends = torch.tensor(np.cumsum(sizes), device="cuda", dtype=torch.int32)
+
+    def product(a, b):
+        return lambda: torch._grouped_mm(a, b, ends)
+
+    return {
+        "forward": [product(x, each) for each in (w, w_by_columns)],
+        "input gradient": [product(y, each.transpose(1, 2)) for each in (w, w_by_columns)],
+        "weight gradient": [product(x.t(), y)],
+    }
+
+
+def tflops(run, wait, flops):
+    """Of the fastest round, as text; the first round is not counted."""
     seconds = []
     for _ in range(1 + ROUNDS):
         began = time.perf_counter()
         for _ in range(REPEATS):
             result = run()
         wait(result)
-        seconds.append(time.perf_counter() - began)
-    return f"{2 * R * K * N * REPEATS / min(seconds[1:]) / 1e12:.0f}"
+        seconds.append((time.perf_counter() - began) / REPEATS)
+    return f"{flops / min(seconds[1:]) / 1e12:.0f}"
 
 
-ours = {
-    "forward": lambda: forward((rows,), (weights,), groups, is_transposed=False, blocks=H200),
-    "input gradient": lambda: forward(
-        (cotangent,), (weights,), groups, is_transposed=True, blocks=H200
-    ),
-    "weight gradient": lambda: weight_gradient(rows, cotangent, groups, blocks=H200),
-}
-theirs = {
-    "forward": [lambda w=w: torch._grouped_mm(x, w, ends) for w in (w, w_by_columns)],
-    "input gradient": [
-        lambda w=w: torch._grouped_mm(y, w.transpose(1, 2), ends) for w in (w, w_by_columns)
-    ],
-    "weight gradient": [lambda: torch._grouped_mm(x.t(), y, ends)],
-}
-print(
-    f"groups of {sizes.tolist()} rows\n| part | ours | torch._grouped_mm: weights by rows, by columns |\n|---|---|---|"
-)
-for part, run in ours.items():
-    peers = ", ".join(tflops(each, lambda _: torch.cuda.synchronize()) for each in theirs[part])
-    print(f"| {part} | {tflops(run, jax.block_until_ready)} | {peers} |")
+def wait_for_torch(result):
+    """Wait for all that runs on the GPU."""
+    torch.cuda.synchronize()
+
+
+def main(num_rows, K, N, num_groups):
+    """One row per part."""
+    sizes = group_sizes(num_rows, num_groups)
+    shapes = (num_rows, K), (num_groups, K, N), (num_rows, N)
+    flops = 2 * num_rows * K * N
+    theirs = peers(shapes, sizes)
+    print(f"groups of {sizes.tolist()} rows\n{HEADER}")
+    for part, run in ours(shapes, sizes).items():
+        of_peers = ", ".join(tflops(each, wait_for_torch, flops) for each in theirs[part])
+        of_ours = tflops(run, jax.block_until_ready, flops)
+        print(f"| {part} | {of_ours} | {of_peers} |")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

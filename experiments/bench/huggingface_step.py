@@ -1,4 +1,6 @@
-"""The peer of train_step.py: Hugging Face Llama or Mixtral with torch.compile and fused AdamW; prints one JSON line.
+"""The peer of train_step.py: Hugging Face Llama or Mixtral, torch.compile, fused AdamW.
+
+Prints one JSON line.
 
 python experiments/bench/huggingface_step.py llama --precision autocast
 
@@ -37,60 +39,78 @@ MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM, LLAMA),
     "mixtral": (MixtralConfig, MixtralForCausalLM, MIXTRAL),
 }
-
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
-parser.add_argument("model", choices=MODELS)
-parser.add_argument("--precision", choices=("autocast", "bf16", "masters"), default="autocast")
-for name, default in (("--rows", 4), ("--length", 4096), ("--steps", 20)):
-    parser.add_argument(name, type=int, default=default)
-options = parser.parse_args()
-
-config_class, model_class, shape = MODELS[options.model]
-torch.set_default_dtype(torch.float32 if options.precision == "autocast" else torch.bfloat16)
-with torch.device("cuda"):
-    model = model_class(config_class(**shape))
-    tokens = torch.randint(0, shape["vocab_size"], (options.rows, options.length))
-weights = list(model.parameters())
-updated = (
-    [w.detach().float().requires_grad_() for w in weights]
-    if options.precision == "masters"
-    else weights
-)
-optimizer = torch.optim.AdamW(updated, lr=1e-4, fused=True)
-compiled = torch.compile(model)
+WARMUP_STEPS = 5
 
 
-def step():
-    """Forward, backward, clipping and update; returns the loss on the device."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=options.precision == "autocast"):
-        loss = compiled(input_ids=tokens, labels=tokens).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    if updated is not weights:
-        for master, weight in zip(updated, weights):
-            master.grad, weight.grad = weight.grad.float(), None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if updated is not weights:
-        with torch.no_grad():
-            torch._foreach_copy_(weights, updated)
-    return loss
+def parse_arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--precision", choices=("autocast", "bf16", "masters"), default="autocast")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=20)
+    return parser.parse_args()
 
 
-for _ in range(5):
-    step()
-torch.cuda.synchronize()
-began = time.perf_counter()
-for _ in range(options.steps):
-    last = step()
-torch.cuda.synchronize()
-seconds = (time.perf_counter() - began) / options.steps
-figures = {
-    "ms": seconds * 1e3,
-    "tokens_per_second": options.rows * options.length / seconds,
-    "loss": last.item(),
-}
-figures |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
-print(json.dumps({"peer": f"huggingface {options.model} {options.precision}"} | figures))
+class Trainer:
+    """A model on the GPU with its compiled step, on one batch of random tokens."""
+
+    def __init__(self, options):
+        config_class, model_class, shape = MODELS[options.model]
+        self.is_autocast = options.precision == "autocast"
+        torch.set_default_dtype(torch.float32 if self.is_autocast else torch.bfloat16)
+        with torch.device("cuda"):
+            model = model_class(config_class(**shape))
+            size = (options.rows, options.length)
+            self.tokens = torch.randint(0, shape["vocab_size"], size)
+        self.weights = list(model.parameters())
+        self.masters = None
+        if options.precision == "masters":
+            self.masters = [w.detach().float().requires_grad_() for w in self.weights]
+        self.optimizer = torch.optim.AdamW(self.masters or self.weights, lr=1e-4, fused=True)
+        self.compiled = torch.compile(model)
+
+    def step(self):
+        """Forward, backward, clipping and update; returns the loss on the device."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.is_autocast):
+            loss = self.compiled(input_ids=self.tokens, labels=self.tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        if self.masters:
+            for master, weight in zip(self.masters, self.weights):
+                master.grad, weight.grad = weight.grad.float(), None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.masters:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, self.masters)
+        return loss
+
+
+def main():
+    """Warm up, time, and print the figures."""
+    options = parse_arguments()
+    trainer = Trainer(options)
+    for _ in range(WARMUP_STEPS):
+        trainer.step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(options.steps):
+        loss = trainer.step()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / options.steps
+    figures = {
+        "peer": f"huggingface {options.model} {options.precision}",
+        "ms": seconds * 1e3,
+        "tokens_per_second": options.rows * options.length / seconds,
+        "loss": loss.item(),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,100 +1,117 @@
-"""What the training loop adds to the bare jitted step: data, placing, reporting; nothing is saved.
+"""What the training loop adds to the jitted step: data, placing, reporting. Nothing is saved.
 
 python experiments/bench/loop_overhead.py experiments/configs/runs/main_job.gin
 """
 
-import argparse
 import dataclasses
 import functools
-import inspect
 import json
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
+from gin_run import draw_state, load_run, make_parser, plan_of
 
-from jaxscale import config
 from jaxscale.data.loader import make_loader
 from jaxscale.launch.preemption import Preemption
-from jaxscale.launch.runtime import apply_runtime
 from jaxscale.launch.watchdog import Watchdog
 from jaxscale.parallel.batch import place
 from jaxscale.train.loop import Loop
 from jaxscale.train.metrics import History, ProgressBar, Speed, TensorBoard
-from jaxscale.train.plan import make_plan
-from jaxscale.train.pretrain import pretrain
 from jaxscale.train.profiler import Profiler
-from jaxscale.train.state import init_state
 from jaxscale.train.step import make_step
 
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
-parser.add_argument("file")
-parser.add_argument("--set", action="append", default=[])
-parser.add_argument("--steps", type=int, default=20, help="in a round")
-parser.add_argument(
-    "--rounds", type=int, default=10, help="of the bare step and of the loop, in turn"
-)
-options = parser.parse_args()
-defaults = {name: each.default for name, each in inspect.signature(pretrain).parameters.items()}
-run = defaults | config.load(pretrain, [options.file], options.set).arguments
-apply_runtime(run["runtime"], ".")
-plan = make_plan(
-    **{
-        name: run[name]
-        for name in ("model", "mesh", "data", "optimizer", "train", "policy", "stack")
-    }
-)
-settings = dict(specs=plan.region.specs, seed=0, trainable=run["train"].trainable)
-held = {"state": init_state(run["model"], plan.optimizer, plan.state, **settings)}
-step_fn, loader = (
-    make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state),
-    make_loader(run["data"]),
-)
-put = functools.partial(place, plan.mesh)
-saver = SimpleNamespace(
-    save=lambda step, state, data, force=False: held.update(state=state), wait=lambda: None
-)
-folder = Path(tempfile.mkdtemp())
-reporters = [History(folder / "metrics.jsonl", 0), TensorBoard(folder, 0), ProgressBar(10**6, 0)]
-loop = Loop(
-    step_fn=step_fn,
-    loader=loader,
-    place=put,
-    steps=0,
-    checkpoints=saver,
-    save_every=10**6,
-    reporters=reporters,
-    speed=Speed(1, 1.0),
-    evaluate=lambda params, step: {},
-    evaluate_every=10**6,
-    diagnose=str,
-    preemption=Preemption(),
-    profiler=Profiler(None, folder),
-    watchdog=Watchdog(None),
-)
-times = {"bare": [], "loop": []}
-for _ in range(options.rounds + 1):
-    began, batch = time.perf_counter(), put(next(loader))
-    for _ in range(options.steps):
-        held["state"], _ = step_fn(held["state"], batch)
-    times["bare"].append((jax.block_until_ready(held["state"]), time.perf_counter() - began)[1])
-    began = time.perf_counter()
-    dataclasses.replace(loop, steps=int(held["state"].step) + options.steps).run(held["state"])
-    times["loop"].append((jax.block_until_ready(held["state"]), time.perf_counter() - began)[1])
-bare, looped = (
-    min(each[1:]) / options.steps * 1e3 for each in times.values()
-)  # the first round compiles
-print(
-    json.dumps(
-        {
-            "bare_ms": bare,
-            "loop_ms": looped,
-            "overhead_ms": looped - bare,
-            "overhead": looped / bare - 1,
-        }
+NEVER = 10**6  # steps; more than are run
+
+
+class Keeper:
+    """Instead of checkpoints: keeps the state that the loop would save."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def save(self, step, state, data, force=False):
+        """Called by the loop at its end."""
+        self.state = state
+
+    def wait(self):
+        """Nothing is under way."""
+
+
+def make_loop(step_fn, loader, put, keeper):
+    """The loop of `pretrain` with its reporters, which evaluates and saves nothing."""
+    folder = Path(tempfile.mkdtemp())
+    reporters = [
+        History(folder / "metrics.jsonl", 0),
+        TensorBoard(folder, 0),
+        ProgressBar(NEVER, 0),
+    ]
+    return Loop(
+        step_fn=step_fn,
+        loader=loader,
+        place=put,
+        steps=0,
+        checkpoints=keeper,
+        save_every=NEVER,
+        reporters=reporters,
+        speed=Speed(1, 1.0),
+        evaluate=lambda params, step: {},
+        evaluate_every=NEVER,
+        diagnose=str,
+        preemption=Preemption(),
+        profiler=Profiler(None, folder),
+        watchdog=Watchdog(None),
     )
-)
+
+
+def run_bare(step_fn, loader, put, keeper, num_steps):
+    """Run the step again and again on one batch."""
+    batch = put(next(loader))
+    for _ in range(num_steps):
+        keeper.state, _ = step_fn(keeper.state, batch)
+
+
+def run_loop(loop, keeper, num_steps):
+    """Run the loop, which keeps its last state."""
+    last_step = int(keeper.state.step) + num_steps
+    dataclasses.replace(loop, steps=last_step).run(keeper.state)
+
+
+def seconds(run, keeper):
+    """Of a run, its last state included."""
+    began = time.perf_counter()
+    run()
+    jax.block_until_ready(keeper.state)
+    return time.perf_counter() - began
+
+
+def main():
+    """Time both in turn and print the fastest round of each; the first round compiles."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=20, help="in a round")
+    parser.add_argument("--rounds", type=int, default=10, help="of the step and the loop, in turn")
+    options = parser.parse_args()
+    run = load_run(options.file, options.set)
+    plan = plan_of(run)
+    keeper = Keeper(draw_state(run, plan))
+    step_fn = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
+    loader, put = make_loader(run["data"]), functools.partial(place, plan.mesh)
+    loop = make_loop(step_fn, loader, put, keeper)
+    bare = functools.partial(run_bare, step_fn, loader, put, keeper, options.steps)
+    looped = functools.partial(run_loop, loop, keeper, options.steps)
+    times = [(seconds(bare, keeper), seconds(looped, keeper)) for _ in range(1 + options.rounds)]
+    of_bare, of_loop = zip(*times[1:], strict=True)
+    bare_ms = min(of_bare) / options.steps * 1e3
+    loop_ms = min(of_loop) / options.steps * 1e3
+    figures = {
+        "bare_ms": bare_ms,
+        "loop_ms": loop_ms,
+        "overhead_ms": loop_ms - bare_ms,
+        "overhead": loop_ms / bare_ms - 1,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

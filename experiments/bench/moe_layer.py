@@ -1,7 +1,7 @@
-"""Device time of one mixture-of-experts feed-forward, forward and backward: grouped matmuls and all the rest.
+"""Device time of one mixture-of-experts feed-forward: grouped matmuls, and all the rest by kernel.
 
-python experiments/bench/moe_layer.py 16384 4096 6400 16 sparsemixer_v2  # tokens, D, F, experts,
-router; two a token
+python experiments/bench/moe_layer.py 16384 4096 6400 16 sparsemixer_v2
+    # tokens, D, F, experts, router; two experts a token, forward and backward
 """
 
 import collections
@@ -18,64 +18,93 @@ from jaxscale.ops.draws import Draws
 from jaxscale.ops.moe import experts
 from jaxscale.ops.operations import Operations
 
-REPEATS, GROUPED = 5, "mosaic_gpu"
-T, D, F, E = map(int, sys.argv[1:5])
-model = ModelConfig(
-    vocab_size=64,
-    num_layers=1,
-    model_dim=D,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=128,
-    ffn_dim=F,
-    max_length=T,
-    moe_pattern=(True,),
-    num_experts=E,
-    num_active_experts=2,
-    expert_dim=F,
-    balance_loss=0.01,
-    router=sys.argv[5],
-)
+REPEATS, NUM_ACTIVE = 5, 2
+GROUPED = "mosaic_gpu"  # what the names of the grouped matmuls' kernels contain
+
+
+def make_model(num_tokens, D, F, E, router):
+    """One layer's configuration."""
+    return ModelConfig(
+        vocab_size=64,
+        num_layers=1,
+        model_dim=D,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=128,
+        ffn_dim=F,
+        max_length=num_tokens,
+        moe_pattern=(True,),
+        num_experts=E,
+        num_active_experts=NUM_ACTIVE,
+        expert_dim=F,
+        balance_loss=0.01,
+        router=router,
+    )
 
 
 def draw(i, *shape, dtype="bfloat16"):
     """Normal, of the usual size."""
-    return (jax.random.normal(jax.random.key(i), shape) * shape[-1] ** -0.5).astype(dtype)
+    values = jax.random.normal(jax.random.key(i), shape) * shape[-1] ** -0.5
+    return values.astype(dtype)
 
 
-h, dy = (draw(i, 1, T, D) * D**0.5 for i in (0, 1))
-weights = {"gate": draw(2, E, D, F), "up": draw(3, E, D, F), "down": draw(4, E, F, D)}
-params = {"router": draw(5, D, E, dtype="float32") * 8, "experts": weights}
+def draw_arguments(num_tokens, D, F, E):
+    """Parameters, the layer's input, the gradient of its output, and the router's random bits."""
+    h, dy = (draw(i, 1, num_tokens, D) * D**0.5 for i in (0, 1))
+    weights = {
+        "gate": draw(2, E, D, F),
+        "up": draw(3, E, D, F),
+        "down": draw(4, E, F, D),
+    }
+    params = {"router": draw(5, D, E, dtype="float32") * 8, "experts": weights}
+    bits = jax.random.bits(jax.random.key(6), (1, num_tokens, 2))
+    return params, h, dy, Draws(bits)
 
 
-draws = Draws(jax.random.bits(jax.random.key(6), (1, T, 2)))
+def make_layer(model):
+    """The compiled gradients of the layer, those of the balance loss included."""
+
+    @jax.jit
+    def layer(params, h, dy, draws):
+        weights = jnp.ones(h.shape[:2])
+        operations = Operations(experts=experts)
+
+        def loss(params, h):
+            y, sums = feed_forward(params, h, weights, model, operations, draws)
+            return jnp.vdot(y, dy, preferred_element_type=jnp.float32) + sums.balance
+
+        return jax.grad(loss, (0, 1))(params, h)
+
+    return layer
 
 
-@jax.jit
-def layer(params, h, dy, draws):
-    """The layer's gradients; the balance loss among them."""
-
-    def loss(params, h):
-        y, sums = feed_forward(
-            params, h, jnp.ones(h.shape[:2]), model, Operations(experts=experts), draws
-        )
-        return jnp.vdot(y, dy, preferred_element_type=jnp.float32) + sums.balance
-
-    return jax.grad(loss, (0, 1))(params, h)
+def profile(layer, arguments):
+    """Milliseconds and calls of each kernel in one run of the layer."""
+    jax.block_until_ready(layer(*arguments))
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready([layer(*arguments) for _ in range(REPEATS)])
+        nanoseconds, calls = kernel_times(device_events(directory))
+    milliseconds = {name: each / 1e6 / REPEATS for name, each in nanoseconds.items()}
+    return collections.Counter(milliseconds), calls
 
 
-jax.block_until_ready(layer(params, h, dy, draws))
-with tempfile.TemporaryDirectory() as directory:
-    with jax.profiler.trace(directory):
-        jax.block_until_ready([layer(params, h, dy, draws) for _ in range(REPEATS)])
-    times, counts = kernel_times(device_events(directory))
-milliseconds = collections.Counter({name: t / 1e6 / REPEATS for name, t in times.items()})
-total = sum(milliseconds.values())
-grouped = sum(ms for name, ms in milliseconds.items() if GROUPED in name)
-rate = 18 * 2 * T * D * F / grouped / 1e9
-print(
-    f"{total:.2f} ms, of which grouped matmuls {grouped:.2f} ({rate:.0f} TFLOP/s); the rest {1 - grouped / total:.1%}:"
-)
-for name, ms in milliseconds.most_common(25):
-    if GROUPED not in name:
-        print(f"{ms:8.3f} ms {counts[name] / REPEATS:5.1f} x {name}")
+def main(num_tokens, D, F, E, router):
+    """The total, the share of the grouped matmuls, and the largest other kernels."""
+    model = make_model(num_tokens, D, F, E, router)
+    arguments = draw_arguments(num_tokens, D, F, E)
+    milliseconds, calls = profile(make_layer(model), arguments)
+    total = sum(milliseconds.values())
+    grouped = sum(ms for name, ms in milliseconds.items() if GROUPED in name)
+    # Three matrices, forward and two gradients, two FLOPs a multiplication.
+    flops = 3 * 3 * 2 * NUM_ACTIVE * num_tokens * D * F
+    rate = flops / grouped / 1e9
+    matmuls = f"grouped matmuls {grouped:.2f} ({rate:.0f} TFLOP/s)"
+    print(f"{total:.2f} ms, of which {matmuls}; the rest {1 - grouped / total:.1%}:")
+    for name, ms in milliseconds.most_common(25):
+        if GROUPED not in name:
+            print(f"{ms:8.3f} ms {calls[name] / REPEATS:5.1f} x {name}")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:5]), sys.argv[5])

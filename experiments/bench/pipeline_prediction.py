@@ -1,140 +1,168 @@
-r"""A pipeline's step beside what its table predicts from F, B and W timed alone; prints one JSON line.
+"""A pipeline's step beside what its table predicts from F, B and W timed alone; one JSON line.
 
-python experiments/bench/pipeline_prediction.py experiments/configs/runs/llama_1b.gin --set
-    mesh.pipeline=2 \ --set data.batch_size=32 --set train.num_microbatches=32
+python experiments/bench/pipeline_prediction.py experiments/configs/runs/llama_1b.gin \\
+    --set mesh.pipeline=2 --set data.batch_size=32 --set train.num_microbatches=32
 
-The engine runs any table, so F of one stage's chunk is the time of a table in which that stage does
-it in tick after tick while the others wait, less that of the same table without it. Such tables
-begin as the shortest schedule does (one micro-batch, or as many as there are stages where they hold
-several chunks), so that the slots hold numbers as they are
-in training: with zeros a GPU draws less power and clocks higher. What a step takes with an empty
-table (exchanges, reduction of the gradients, update) is added to the prediction. What one takes is
-printed by [chunk][stage].
+F is the forward of a micro-batch through a chunk of a stage, B its backward, W the gradient of the
+weights where the schedule splits it from B. The engine runs any table. So the time of F of one
+stage's chunk is that of a table in which the stage does it in tick after tick while the others
+wait, less that of the same table without it. Such a table begins as the shortest schedule does (one
+micro-batch, or as many as there are stages where they have several chunks), so that the slots hold
+numbers as in training: with zeros a GPU draws less power and clocks higher. What a step takes with
+an empty table (exchanges, reduction of the gradients, update) is added to the prediction. The times
+of one F, B or W are printed as [chunk][stage].
 """
 
-import argparse
 import dataclasses
-import inspect
+import functools
 import json
 import time
 
 import jax
 import numpy as np
+from gin_run import draw_state, load_run, make_parser, plan_of, synthetic_batch
 
-from jaxscale import config
-from jaxscale.launch.runtime import apply_runtime
-from jaxscale.parallel.batch import place
 from jaxscale.parallel.pipeline.schedule import NONE, Rows, duration, make_schedule
-from jaxscale.train.plan import make_plan
-from jaxscale.train.pretrain import pretrain
-from jaxscale.train.state import init_state
 from jaxscale.train.step import make_step
 
-READS_AND_STORES = {
+# The columns of the table that say what F, B and W do, read and store.
+COLUMNS = {
     "forward": ("forward", "forward_chunk", "activation_read", "residual_store", "cotangent_own"),
     "backward": ("backward", "backward_chunk", "residual_read", "cotangent_read"),
     "weight": ("weight", "weight_chunk", "residual_weight"),
 }
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
-parser.add_argument("file")
-parser.add_argument("--set", action="append", default=[])
-parser.add_argument("--steps", type=int, default=10, help="timed for each table")
-options = parser.parse_args()
 
-defaults = {name: each.default for name, each in inspect.signature(pretrain).parameters.items()}
-run = defaults | config.load(pretrain, [options.file], options.set).arguments
-apply_runtime(run["runtime"], ".")
-plan = make_plan(
-    **{
-        name: run[name]
-        for name in ("model", "mesh", "data", "optimizer", "train", "policy", "stack")
-    }
-)
-schedule, shardings = plan.region.schedule, jax.tree.map(lambda leaf: leaf.sharding, plan.state)
-if schedule is None:
-    parser.error("needs a pipeline: --set mesh.pipeline=2")
-SHORTEST = schedule.num_stages if schedule.num_chunks > 1 else 1  # micro-batches
-if schedule.num_microbatches <= SHORTEST:
-    parser.error(
-        f"needs more micro-batches than {SHORTEST}: --set train.num_microbatches={16 * SHORTEST}"
+
+class Tables:
+    """Tables as long as a schedule's, in which one stage does one thing again and again."""
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+        shortest = shortest_num_microbatches(schedule)
+        self.first = make_schedule(
+            schedule.name, schedule.num_stages, schedule.num_chunks, shortest
+        ).rows
+        self.num_repeats = schedule.num_ticks - len(self.first.forward)
+
+    def empty(self):
+        """Nothing in any tick."""
+        return jax.tree.map(lambda column: np.full_like(column, NONE), self.schedule.rows)
+
+    def shortest(self):
+        """The shortest schedule, then nothing."""
+        pad = ((0, self.num_repeats), (0, 0))
+        return Rows(*(np.pad(column, pad, constant_values=NONE) for column in self.first))
+
+    def repeated(self, operation, chunk, stage):
+        """The shortest schedule, then the operation in all ticks that are left."""
+        chunk_column = getattr(self.first, f"{operation}_chunk")
+        tick = np.flatnonzero(chunk_column[:, stage] == chunk)[0]
+        table = self.shortest()
+        for name in COLUMNS[operation]:
+            column = getattr(table, name)
+            column[-self.num_repeats :, stage] = column[tick, stage]
+        return table
+
+
+class Bench:
+    """A run with the state that its steps hand on."""
+
+    def __init__(self, run, plan):
+        self.plan = plan
+        self.state = draw_state(run, plan)
+        self.batch = synthetic_batch(run, plan.mesh)
+
+    def compile_step(self):
+        """The train step as it is."""
+        plan = self.plan
+        step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
+        return step.lower(self.state, self.batch).compile()
+
+    def compile_step_with_table(self):
+        """The train step whose table is an argument, so that one program serves all tables."""
+        plan = self.plan
+        schedule = plan.region.schedule
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
+
+        def step_with(state, batch, rows):
+            with_table = dataclasses.replace(schedule, rows=rows)
+            region = dataclasses.replace(plan.region, schedule=with_table)
+            return make_step(plan.loss_fn, plan.optimizer, region, plan.state)(state, batch)
+
+        step = jax.jit(step_with, donate_argnums=0, out_shardings=(shardings, None))
+        return step.lower(self.state, self.batch, schedule.rows).compile()
+
+    def seconds(self, step, *table, num_steps):
+        """Median of the timed steps, each waited for; another two come first."""
+        found = []
+        for _ in range(2 + num_steps):
+            began = time.perf_counter()
+            self.state, metrics = step(self.state, self.batch, *table)
+            jax.block_until_ready((self.state, metrics))
+            found.append(time.perf_counter() - began)
+        return np.median(found[2:])
+
+
+def shortest_num_microbatches(schedule):
+    """How many micro-batches the shortest schedule of the same stages and chunks has."""
+    return schedule.num_stages if schedule.num_chunks > 1 else 1
+
+
+def check_schedule(parser, schedule):
+    """End with a message if there is no pipeline or no tick left to repeat something in."""
+    if schedule is None:
+        parser.error("needs a pipeline: --set mesh.pipeline=2")
+    shortest = shortest_num_microbatches(schedule)
+    if schedule.num_microbatches <= shortest:
+        example = f"--set train.num_microbatches={16 * shortest}"
+        parser.error(f"needs more micro-batches than {shortest}: {example}")
+
+
+def main():
+    """Time the real step, then one step per table, and print both and the prediction."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=10, help="timed for each table")
+    options = parser.parse_args()
+    run = load_run(options.file, options.set)
+    plan = plan_of(run)
+    schedule = plan.region.schedule
+    check_schedule(parser, schedule)
+    bench, tables = Bench(run, plan), Tables(schedule)
+    timed = functools.partial(bench.seconds, num_steps=options.steps)
+    real = timed(bench.compile_step())
+    step = bench.compile_step_with_table()
+    same_table = timed(step, schedule.rows)
+    one = timed(step, tables.shortest())
+    empty = timed(step, tables.empty())
+
+    def cost(operation, chunk, stage):
+        repeated = timed(step, tables.repeated(operation, chunk, stage))
+        return (repeated - one) / tables.num_repeats
+
+    chunks, stages = range(schedule.num_chunks), range(schedule.num_stages)
+    costs = {}
+    for operation in ("forward", "backward", "weight")[: 2 + schedule.is_split]:
+        of_chunks = [[cost(operation, chunk, stage) for stage in stages] for chunk in chunks]
+        costs[operation] = np.array(of_chunks)
+    predicted = empty + duration(
+        schedule, costs["forward"], costs["backward"], costs.get("weight", 0.0)
     )
-settings = dict(specs=plan.region.specs, seed=0, trainable=run["train"].trainable)
-state = init_state(run["model"], plan.optimizer, plan.state, **settings)
-rows, length = run["data"].batch_size, run["data"].sequence_length
-text = np.random.default_rng(0).integers(0, run["model"].vocab_size, (rows, length + 1), np.int32)
-weights, positions = (
-    np.ones((rows, length), np.float32),
-    np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-)
-batch = place(
-    plan.mesh, dict(tokens=text[:, :-1], labels=text[:, 1:], weights=weights, positions=positions)
-)
-
-
-def step_with(state, batch, rows):
-    """The train step with another table, which is an argument so that one program serves all."""
-    region = dataclasses.replace(plan.region, schedule=dataclasses.replace(schedule, rows=rows))
-    return make_step(plan.loss_fn, plan.optimizer, region, plan.state)(state, batch)
-
-
-def seconds(step, *table):
-    """Median of the timed steps, each waited for; another two come first."""
-    global state
-    found = []
-    for _ in range(2 + options.steps):
-        began = time.perf_counter()
-        state, metrics = step(state, batch, *table)
-        jax.block_until_ready((state, metrics))
-        found.append(time.perf_counter() - began)
-    return np.median(found[2:])
-
-
-def table(operation=None, chunk=None, stage=None):
-    """The shortest schedule, then, if there is one, the operation in all ticks that are left."""
-    first = make_schedule(schedule.name, schedule.num_stages, schedule.num_chunks, SHORTEST).rows
-    num = schedule.num_ticks - len(first.forward)
-    found = {
-        name: np.pad(each, ((0, num), (0, 0)), constant_values=NONE)
-        for name, each in first._asdict().items()
+    figures = {
+        "ms": real,
+        "predicted_ms": predicted,
+        "same_table_ms": same_table,
+        "one_ms": one,
+        "empty_ms": empty,
     }
-    for name in READS_AND_STORES[operation] if operation else ():
-        tick = np.flatnonzero(getattr(first, f"{operation}_chunk")[:, stage] == chunk)[0]
-        found[name][-num:, stage] = found[name][tick, stage]
-    return Rows(**found), num
+    figures |= {f"{operation}_ms": each for operation, each in costs.items()}
+    rounded = {name: np.round(each * 1e3, 3).tolist() for name, each in figures.items()}
+    head = {
+        "overrides": options.set,
+        "schedule": schedule.name,
+        "ratio": round(real / predicted, 4),
+    }
+    print(json.dumps(head | rounded))
 
 
-def cost(operation, chunk, stage):
-    """Seconds of one F, B or W."""
-    with_it, num = table(operation, chunk, stage)
-    return (seconds(step, with_it) - one) / num
-
-
-real = seconds(
-    make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state).lower(state, batch).compile()
-)
-step = jax.jit(step_with, donate_argnums=0, out_shardings=(shardings, None))
-step = step.lower(state, batch, schedule.rows).compile()
-same, one = seconds(step, schedule.rows), seconds(step, table()[0])
-empty = seconds(step, jax.tree.map(lambda column: np.full_like(column, NONE), schedule.rows))
-chunks, stages = range(schedule.num_chunks), range(schedule.num_stages)
-operations = ("forward", "backward", "weight")[: 2 + schedule.is_split]
-costs = {
-    name: np.array([[cost(name, chunk, stage) for stage in stages] for chunk in chunks])
-    for name in operations
-}
-predicted = empty + duration(
-    schedule, costs["forward"], costs["backward"], costs.get("weight", 0.0)
-)
-seconds_of = {"": real, "predicted_": predicted, "same_table_": same, "one_": one, "empty_": empty}
-seconds_of |= {f"{name}_": each for name, each in costs.items()}
-figures = {
-    f"{name}ms": np.round(np.multiply(each, 1e3), 3).tolist() for name, each in seconds_of.items()
-}
-print(
-    json.dumps(
-        {"overrides": options.set, "schedule": schedule.name, "ratio": round(real / predicted, 4)}
-        | figures
-    )
-)
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Prints where the device time of a profile goes: kernels by name, most expensive first, and what devices wait before.
+"""Where the device time of a profile goes: the longest kernels, and what devices wait for.
 
 python experiments/bench/profile_table.py DIRECTORY [ROWS]
 """
@@ -12,30 +12,34 @@ import jax
 
 
 def device_events(directory):
-    """For each GPU of the newest profile below `directory`: its (start, end, name) in order of start, nanoseconds."""
-    path = max(Path(directory).rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
-    return [
-        sorted(
-            (
-                event.start_ns,
-                event.start_ns + event.duration_ns,
-                re.sub(r"[._]\d+$", "", event.name)[:100],
-            )
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-        )
-        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
-        if "/device:GPU" in plane.name
-    ]
+    """For each GPU of the newest profile below `directory`: (start, end, name), sorted by start.
+
+    Times are nanoseconds; names lack the number that XLA appends to them.
+    """
+    paths = Path(directory).rglob("*.xplane.pb")
+    newest = max(paths, key=lambda path: path.stat().st_mtime)
+    planes = jax.profiler.ProfileData.from_file(str(newest)).planes
+    return [_events(plane) for plane in planes if "/device:GPU" in plane.name]
+
+
+def _events(plane):
+    events = []
+    for line in plane.lines:
+        if line.name.startswith("Stream"):
+            for event in line.events:
+                name = re.sub(r"[._]\d+$", "", event.name)[:100]
+                end = event.start_ns + event.duration_ns
+                events.append((event.start_ns, end, name))
+    return sorted(events)
 
 
 def kernel_times(devices):
     """Nanoseconds and calls by name."""
     times, counts = collections.Counter(), collections.Counter()
-    for start, end, name in (event for events in devices for event in events):
-        times[name] += end - start
-        counts[name] += 1
+    for events in devices:
+        for start, end, name in events:
+            times[name] += end - start
+            counts[name] += 1
     return times, counts
 
 
@@ -52,15 +56,22 @@ def idle_times(devices):
     return times, counts
 
 
-def table(title, times, counts, rows):
-    """The `rows` largest of `times`."""
+def print_table(title, times, counts, num_rows):
+    """Print the largest of `times`."""
     total = sum(times.values())
     print(f"{total / 1e6:.1f} ms {title}")
-    for name, nanoseconds in times.most_common(rows):
-        print(f"{nanoseconds / 1e6:9.2f} ms {nanoseconds / total:6.1%} {counts[name]:6d} x {name}")
+    for name, nanoseconds in times.most_common(num_rows):
+        ms, share = nanoseconds / 1e6, nanoseconds / total
+        print(f"{ms:9.2f} ms {share:6.1%} {counts[name]:6d} x {name}")
+
+
+def main(directory, num_rows=25):
+    """Print both tables."""
+    devices, num_rows = device_events(directory), int(num_rows)
+    print_table("of kernels", *kernel_times(devices), num_rows)
+    title = "with nothing on a device, by what came next"
+    print_table(title, *idle_times(devices), num_rows // 2)
 
 
 if __name__ == "__main__":
-    devices, rows = device_events(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 25
-    table("of kernels", *kernel_times(devices), rows)
-    table("with nothing on a device, by what came next", *idle_times(devices), rows // 2)
+    main(*sys.argv[1:])

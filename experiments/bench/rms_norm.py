@@ -1,4 +1,4 @@
-"""Milliseconds of RMSNorm's backward with the residual's gradient added, by our kernel and as XLA makes it.
+"""Milliseconds of RMSNorm's backward with the residual's gradient added, by our kernel and by XLA.
 
 python experiments/bench/rms_norm.py 16384 2048  # rows, D
 """
@@ -14,10 +14,7 @@ from jaxscale.kernels.rms_norm.api import residual_norm
 from jaxscale.ops.norm import rms_norm
 
 LAYERS, ROUNDS = 20, 10
-ROWS, D = map(int, sys.argv[1:])
-keys = jax.random.split(jax.random.key(0), 4)
-x, dx, dy = (jax.random.normal(key, (ROWS, D), jnp.bfloat16) for key in keys[:3])
-scale = 1 + 0.1 * jax.random.normal(keys[3], (D,))
+BYTES_PER_ELEMENT = 8  # x and two cotangents are read and one gradient is written, in bfloat16
 
 
 def by_xla(x, scale):
@@ -25,33 +22,58 @@ def by_xla(x, scale):
     return x, rms_norm(x, scale, epsilon=1e-5)
 
 
-by_kernel = functools.partial(residual_norm, epsilon=1e-5, implementation="mosaic")
+def by_kernel(x, scale):
+    """(x, its norm) with our backward."""
+    return residual_norm(x, scale, epsilon=1e-5, implementation="mosaic")
 
 
 def layers(f, x, scale, dx, dy):
     """The backward of `f` again and again, each on what the last one gave."""
-    pullback, total = jax.vjp(f, x, scale)[1], jnp.zeros_like(scale)
+    _, pullback = jax.vjp(f, x, scale)
+    total = jnp.zeros_like(scale)
     for _ in range(LAYERS):
         (gradient, dscale), dy = pullback((dx, dy)), dx
+        # Otherwise XLA would fuse one layer's backward with the next.
         dx, total = jax.lax.optimization_barrier((gradient, total + dscale))
     return dx, total
 
 
-first = None
-print("| form | ms | bytes needed / s | gradients beside the first's |\n|---|---|---|---|")
-for name, f in (("XLA", by_xla), ("kernel", by_kernel)):
-    step = jax.jit(functools.partial(layers, f)).lower(x, scale, dx, dy).compile()
-    gradients, seconds = jax.block_until_ready(step(x, scale, dx, dy)), []
+def measure(f, *arrays):
+    """(gradients, seconds of one backward in the fastest round)."""
+    run = jax.jit(functools.partial(layers, f))
+    step = run.lower(*arrays).compile()
+    gradients = jax.block_until_ready(step(*arrays))
+    seconds = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        jax.block_until_ready(step(x, scale, dx, dy))
+        jax.block_until_ready(step(*arrays))
         seconds.append((time.perf_counter() - began) / LAYERS)
-    first = first or gradients
-    errors = [
-        jnp.linalg.norm((a - b).astype("float32")) / jnp.linalg.norm(b.astype("float32"))
-        for a, b in zip(gradients, first, strict=True)
-    ]
-    rate = 8 * ROWS * D / min(seconds) / 1e12
-    print(
-        f"| {name} | {min(seconds) * 1e3:.4f} | {rate:.2f} TB | {', '.join(f'{e:.1e}' for e in errors)} |"
-    )
+    return gradients, min(seconds)
+
+
+def relative_error(found, expected):
+    """Norm of the difference over that of the expected array."""
+    difference = (found - expected).astype("float32")
+    size = jnp.linalg.norm(expected.astype("float32"))
+    return jnp.linalg.norm(difference) / size
+
+
+def main(num_rows, dim):
+    """One row per form."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    size = (num_rows, dim)
+    x, dx, dy = (jax.random.normal(key, size, jnp.bfloat16) for key in keys[:3])
+    scale = 1 + 0.1 * jax.random.normal(keys[3], (dim,))
+    first = None
+    print("| form | ms | bytes needed / s | gradients beside the first's |\n|---|---|---|---|")
+    for name, f in (("XLA", by_xla), ("kernel", by_kernel)):
+        gradients, seconds = measure(f, x, scale, dx, dy)
+        first = first or gradients
+        pairs = zip(gradients, first, strict=True)
+        errors = ", ".join(f"{relative_error(*pair):.1e}" for pair in pairs)
+        rate = BYTES_PER_ELEMENT * num_rows * dim / seconds / 1e12
+        print(f"| {name} | {seconds * 1e3:.4f} | {rate:.2f} TB | {errors} |")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
