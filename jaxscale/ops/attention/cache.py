@@ -148,12 +148,15 @@ def _over_cache(
     num_kv_heads = cache.k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     q_BTKGH = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3]).astype(cache.k.dtype)
-    logits = jnp.einsum("btkgh,bksh->bkgts", q_BTKGH, cache.k, preferred_element_type=wide)
+    # Heads first, as in the cache: XLA would order the logits [B, K, S, G, T] otherwise, and not
+    # make one kernel of the softmax, whose sums would be over a dim that is not the last one.
+    q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
+    logits = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, cache.k, preferred_element_type=wide)
     logits *= context.logits_scale(q.shape[3])
     if context.softcap is not None:
         logits = context.softcap * jnp.tanh(logits / context.softcap)
     mask = context.mask(q.shape[2])
-    num_groups = q_BTKGH.shape[3] if context.layout else 1
+    num_groups = q_BKGTH.shape[2] if context.layout else 1
     mask = mask.reshape(mask.shape[0], -1, num_groups, *mask.shape[2:])
     weights = jax.nn.softmax(jnp.where(mask, logits, NEVER)).astype(cache.v.dtype)
     o = jnp.einsum("bkgts,bksh->btkgh", weights, cache.v, preferred_element_type=wide)
