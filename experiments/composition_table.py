@@ -1,4 +1,4 @@
-"""Write the composition matrix, as the long tests recorded it, into the README between its markers.
+"""Write the composition matrix, as the long tests recorded it, into docs/composition.md between its markers.
 
 JAXSCALE_MATRIX=matrix.jsonl python -m pytest tests/parallel/test_composition.py \\
     -m "long or not long"
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "composition.md"
 BEGIN, END = "<!-- composition matrix -->", "<!-- end of the composition matrix -->"
 HEADER = """\
 | mesh | dense, float64 | MoE, float64 | dense, float32 | MoE, float32 |
@@ -41,9 +41,9 @@ def main(file):
     """Replace what stands between the markers; meshes with few axes come first."""
     lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
     lines.sort(key=lambda line: len(line["sizes"]))
-    before, rest = README.read_text().split(BEGIN)
+    before, rest = PAGE.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{table(lines)}\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(lines)}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,47 @@
-"""What the README says holds: paths, commands, snippets, and which module has which paper."""
+"""What README and guides say holds: paths, commands, snippets, which module has which paper."""
 
 import functools
 import re
 import shlex
 import sysconfig
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import jax
 import pytest
 
 from jaxscale import cli, config
 from jaxscale.data.sources import Source
 from jaxscale.launch.ahead_of_time import described_devices, has_plugin
-from jaxscale.ops.precision import Policy
+from jaxscale.parallel.sequence.layout import Zigzag
+from jaxscale.run.pretrain import pretrain
 from jaxscale.train.metrics import read_history
-from jaxscale.train.plan import make_plan
-from jaxscale.train.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+MAX_README_LINES = 220
 RESULTS = ROOT / "experiments" / "results"
 ARXIV = r"\b\d{4}\.\d{4,5}\b"
 STUBBED = ("pretrain", "generate", "tokenizer")  # verbs that a snippet may call
 
 
 def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
     return [text for name, text in fenced if name == language]
+
+
+def gin_snippet(word: str) -> str:
+    """The snippet of gin in which a word stands."""
+    return next(block for block in blocks("gin") if word in block)
 
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
     """A folder with what the README's commands read: the experiments, its own gin file, and what a run leaves."""
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    (tmp_path / "mine.gin").write_text(blocks("gin")[0])
+    (tmp_path / "mine.gin").write_text(gin_snippet("TextSource"))
     (tmp_path / "runs" / "main_job").mkdir(parents=True)
     left = config.load(pretrain, [ROOT / "experiments/configs/runs/main_job.gin"]).text
     (tmp_path / "runs" / "main_job" / "config.gin").write_text(left)
@@ -52,18 +61,24 @@ def shell_lines() -> list[str]:
 
 def paper_rows() -> list[tuple[list[str], str]]:
     """arXiv numbers and place of each row of the tables of papers."""
-    rows = [line.strip("|").split("|") for line in README.splitlines() if line.startswith("|")]
+    rows = [line.strip("|").split("|") for line in TEXT.splitlines() if line.startswith("|")]
     return [
         (re.findall(ARXIV, row[1]), row[2].strip()) for row in rows if re.findall(ARXIV, row[1])
     ]
 
 
-def test_the_paths_exist():
-    quoted = re.findall(r"`([\w.-]+/[\w./-]+)`", README)
-    linked = re.findall(r"\]\(([^)#:]+)\)", README)
-    named = re.findall(r"experiments/[\w./-]+\.(?:gin|py)", README)
-    paths = {path for path in [*quoted, *linked, *named] if not path.startswith("runs/")}
-    assert paths and not [path for path in sorted(paths) if not (ROOT / path).exists()]
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < MAX_README_LINES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_paths_exist(page):
+    text = page.read_text()
+    quoted = re.findall(r"`([\w.-]+/[\w./-]+)`", text)
+    named = re.findall(r"experiments/[\w./-]+\.(?:gin|py)", text)
+    paths = [ROOT / path for path in {*quoted, *named} if not path.startswith("runs/")]
+    paths += [page.parent / path for path in re.findall(r"\]\(([^)#:]+)\)", text)]
+    assert not [path for path in paths if not path.exists()]
 
 
 def test_the_tree_is_what_exists():
@@ -91,7 +106,7 @@ def test_the_tree_names_every_package():
 def test_the_make_targets_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"make ([a-z]+)", "\n".join(shell_lines()))) | set(
-        re.findall(r"`make ([a-z]+)`", README)
+        re.findall(r"`make ([a-z]+)`", TEXT)
     )
     assert {"train", "test"} <= named <= targets
 
@@ -100,10 +115,8 @@ def test_the_make_targets_exist():
 def test_the_commands_load(line, repository):
     """Everything up to the verb's call."""
     options = cli._parser().parse_args(shlex.split(line)[1:])
-    verb = cli.VERBS[options.verb]
-    assert config.load(
-        cli._load(verb.bound_as or verb.function), [options.file], options.set
-    ).arguments
+    function = cli._load(cli.VERBS[options.verb].function)
+    assert config.load(function, [options.file], cli._overrides(options)).arguments
 
 
 def test_a_run_on_ones_own_text(repository, capsys):
@@ -129,27 +142,30 @@ def test_a_run_on_ones_own_text(repository, capsys):
 @pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
 def test_the_axes_of_the_example_fit_its_run(tmp_path):
     path = tmp_path / "axes.gin"
-    lines = ["from __gin__ import dynamic_registration", "from jaxscale.data import loader"]
-    lines += ["from jaxscale.parallel import mesh"]
-    lines += [
-        "from jaxscale.train import plan",
+    lines = [
+        "from __gin__ import dynamic_registration",
+        "from jaxscale import run",
         f"include '{ROOT}/experiments/configs/runs/llama_1b.gin'",
+        gin_snippet("MeshConfig"),
     ]
-    path.write_text(
-        "\n".join([*lines, next(block for block in blocks("gin") if "mesh.MeshConfig" in block)])
-    )
-    run = config.load(pretrain, [path]).arguments
-    parts = {name: run[name] for name in ("model", "mesh", "data", "optimizer", "train", "stack")}
-    plan = make_plan(
-        **parts, policy=Policy(), devices=described_devices("h200", num_hosts=2, gpus_per_host=8)
-    )
-    assert plan.region.schedule.num_chunks == 2 and plan.region.ring == 2
+    path.write_text("\n".join(lines))
+    run = config.load(pretrain, [path]).arguments["run"]
+    setup = run.setup(described_devices("h200", num_hosts=2, gpus_per_host=8))
+    assert setup.region.schedule.num_chunks == 2
+    assert setup.region.token_layout == Zigzag(2)
+
+
+@pytest.mark.parametrize("word", ["'runs/first'", "local/run.LayerConfig"])
+def test_the_run_files_load(word, repository):
+    (repository / "snippet.gin").write_text(gin_snippet(word))
+    assert config.load(pretrain, ["snippet.gin"]).arguments["run"].setup(jax.devices()[:1])
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[-1][:40])
 def test_the_snippets_run_up_to_the_verbs_calls(code, monkeypatch):
     monkeypatch.chdir(ROOT)
     calls = []
+    monkeypatch.setattr("jaxscale.run.model.load", lambda directory: MagicMock())
     for name in STUBBED:
         module, function = cli.VERBS[name].function.split(":")
         original = cli._load(cli.VERBS[name].function)
@@ -157,7 +173,7 @@ def test_the_snippets_run_up_to_the_verbs_calls(code, monkeypatch):
         monkeypatch.setattr(f"{module}.{function}", stub)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert calls or isinstance(names["Lines"]("x"), Source)
+    assert calls or "model" in names or isinstance(names["Lines"]("x"), Source)
 
 
 @pytest.mark.parametrize(("numbers", "place"), paper_rows(), ids=lambda value: str(value))
