@@ -1,19 +1,19 @@
-"""Machines that are not here: reading collectives off compiled text, and what is traced for their GPUs."""
+"""Machines that are not here: what is traced and compiled for their GPUs, and what JAX asks."""
 
+import collections
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import NamedSharding
 
+from jaxscale.launch import ahead_of_time
 from jaxscale.launch.ahead_of_time import (
-    Collective,
     as_on_gpus,
-    collective_bytes,
-    collectives,
+    compile_with_host,
     described_devices,
     device_memory_bytes,
     has_plugin,
@@ -27,7 +27,7 @@ from jaxscale.ops.loss import token_loss
 from jaxscale.ops.moe import grouped_ffn
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.batch import abstract_batch
-from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig, make_mesh
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.pipeline.schedule import make_schedule
 from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.rules import make_specs
@@ -49,123 +49,83 @@ MODEL = ModelConfig(
 )
 
 
-def test_bytes_are_read_from_the_text():
-    hlo = """
-      %a = ((f32[2,3]{1,0}), f32[4,3]{1,0}) all-gather-start(%x), channel_id=1
-      %b = f32[4,3]{1,0} all-gather-done(%a)
-      %c = (bf16[8]{0}, f32[]) all-reduce(%y, %z), to_apply=%add
-      ROOT %d = pred[5]{0} collective-permute(%c)
-    """
-    found = collective_bytes(hlo)
-    assert found["all-gather"] == [48]
-    assert found["all-reduce"] == [20]
-    assert found["collective-permute"] == [5]
-    assert found["reduce-scatter"] == found["all-to-all"] == []
+def attention_loss(q, k, v):
+    context = AttentionContext(jnp.tile(jnp.arange(64), (2, 1)))
+    o, _ = attention(q, k, v, context)
+    return o.astype("float32").sum()
 
 
-def test_only_results_are_counted():
-    """An asynchronous start also has the operands in its type, nested or, from jax 0.10, side by side."""
-    hlo = """
-      %a = (f32[2,3]{1,0}, f32[4,3]{1,0}) all-gather-start(%x), channel_id=1
-      %b = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=2
-      %c = (f32[5]{0}, f32[7]{0}) all-reduce-start(%x, %y), channel_id=3
-      %d = ((f32[5]{0}, f32[6]{0}), f32[7]{0}) ragged-all-to-all-start(%x, %y), channel_id=4
-    """
-    found = collective_bytes(hlo)
-    assert found["all-gather"] == [48]
-    assert found["collective-permute"] == [20]
-    assert found["all-reduce"] == [48]
-    assert found["ragged-all-to-all"] == [28]
-    assert found["all-to-all"] == []
+ATTENTION = jax.jit(jax.grad(attention_loss, (0, 1, 2)))
 
 
-LOOPS = """HloModule jit_step, entry_computation_layout={(f32[2]{0})->f32[2]{0}}
-
-%inner (x: f32[2]) -> f32[2] {
-  ROOT %a = f32[2]{0} all-reduce(%x), to_apply=%add
-}
-
-%branch (x: f32[2]) -> f32[2] {
-  ROOT %b = f32[4]{0} all-gather(%x)
-}
-
-%outer (x: f32[2]) -> f32[2] {
-  %w = f32[2]{0} while(%x), condition=%less, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
-  ROOT %c = f32[2]{0} conditional(%i, %w, %w), branch_computations={%branch, %inner}
-}
-
-%open (x: f32[2]) -> f32[2] {
-  ROOT %d = f32[1]{0} reduce-scatter(%x)
-}
-
-ENTRY %main (x: f32[2]) -> f32[2] {
-  %v = f32[2]{0} while(%x), condition=%less, body=%outer, backend_config={"known_trip_count":{"n":"5"}}
-  %u = f32[2]{0} while(%v), condition=%less, body=%open
-  ROOT %e = f32[2]{0} all-reduce(%u), to_apply=%add
-}
-"""
-
-
-def test_loops_are_multiplied_out():
-    """Loops in loops, the branch of a conditional that sends most, and a loop that does not say how long it is."""
-    assert collectives(LOOPS) == [
-        Collective("all-reduce", 8, 5 * 3, is_exact=True),
-        Collective("all-gather", 16, 5, is_exact=True),
-        Collective("reduce-scatter", 4, 1, is_exact=False),
-        Collective("all-reduce", 8, 1, is_exact=True),
-    ]
-
-
-@needs_plugin
-def test_loops_of_a_compiled_module_are_multiplied_out():
-    """Whatever iterations the compiler peels off."""
-    mesh = make_mesh(MeshConfig(data=8), described_devices("h200", num_hosts=1, gpus_per_host=8))
-
-    def body(x, _):
-        return jnp.sin(jax.lax.psum(x, "data")), None
-
-    run = jax.shard_map(
-        lambda x: jax.lax.scan(body, x, length=7)[0],
-        mesh=mesh,
-        in_specs=BATCH_SPEC,
-        out_specs=BATCH_SPEC,
-        check_vma=False,
-    )
-    x = jax.ShapeDtypeStruct((8, 256), "float32", sharding=NamedSharding(mesh, BATCH_SPEC))
-    compiled = jax.jit(run).lower(x).compile()
-    found = collectives(compiled.as_text())
-    assert sum(each.times for each in found) == 7
-    assert {(each.kind, each.num_bytes, each.is_exact) for each in found} == {
-        ("all-reduce", 1024, True)
-    }
-    memory = memory_of(compiled)
-    assert memory.arguments == memory.outputs == 1024
-    assert memory.peak == 2048 + memory.temporaries
+def attention_arguments(sharding=None):
+    """q, k and v."""
+    shapes = [(2, 64, num_heads, 64) for num_heads in (4, 2, 2)]
+    return [jax.ShapeDtypeStruct(shape, "bfloat16", sharding=sharding) for shape in shapes]
 
 
 @needs_plugin
 def test_attention_is_that_of_the_described_gpus():
-    """cuDNN's calls forward and backward, where this process has no GPU; and afterwards none is chosen."""
+    """cuDNN's calls forward and backward, where this process has no GPU; and afterwards none."""
     devices = described_devices("h200", num_hosts=1, gpus_per_host=1)
-    sharding = jax.sharding.SingleDeviceSharding(devices[0])
-    q, k = (
-        jax.ShapeDtypeStruct((2, 64, heads, 64), "bfloat16", sharding=sharding) for heads in (4, 2)
-    )
-
-    def loss(q, k, v):
-        context = AttentionContext(jnp.tile(jnp.arange(64), (2, 1)))
-        return attention(q, k, v, context)[0].astype("float32").sum()
-
+    arguments = attention_arguments(jax.sharding.SingleDeviceSharding(devices[0]))
     with as_on_gpus(devices):
-        hlo = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k).compile().as_text()
+        hlo = ATTENTION.lower(*arguments).compile().as_text()
     assert "__cudnn$fmhaSoftmaxBackward" in hlo and '__cudnn$fmhaSoftmax"' in hlo
     assert jax.default_backend() == "cpu"
-    assert (
-        "cudnn"
-        not in jax.jit(lambda q, k: loss(q, k, k))
-        .lower(*(each.update(sharding=None) for each in (q, k)))
-        .as_text()
-    )
+    plain = jax.jit(lambda q, k, v: attention_loss(q, k, v))
+    assert "cudnn" not in plain.lower(*attention_arguments()).as_text()
+
+
+def test_every_function_that_is_replaced_is_called(monkeypatch):
+    """If JAX stops to call one of its private functions, replacing it does nothing."""
+    calls = collections.Counter()
+
+    def counted(replacement):
+        def call(*arguments):
+            calls[replacement.name] += 1
+            return replacement.function(*arguments)
+
+        return replacement._replace(function=call)
+
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    replacements = [counted(each) for each in ahead_of_time._answers([device])]
+    monkeypatch.setattr(ahead_of_time, "_answers", lambda devices: replacements)
+    with as_on_gpus([device]):
+        jax.jit(jax.grad(attention_loss, (0, 1, 2))).trace(*attention_arguments())
+    assert calls.keys() == {replacement.name for replacement in replacements}
+
+
+def test_a_function_that_does_not_exist_is_not_replaced():
+    """If JAX renames one, compiling for absent machines fails, and the others are restored."""
+    before = jax.default_backend
+    replacements = [
+        ahead_of_time._Replacement(jax, "default_backend", lambda: "gpu"),
+        ahead_of_time._Replacement(jax, "no_such_function", lambda: None),
+    ]
+    with (
+        pytest.raises(AttributeError, match="no_such_function"),
+        ahead_of_time._replaced(replacements),
+    ):
+        pass
+    assert jax.default_backend is before
+
+
+@needs_plugin
+def test_arguments_and_results_are_compiled_to_rest_on_the_host():
+    """JAX calls the function that is replaced for this: otherwise all were on the device."""
+    (device,) = described_devices("h200", num_hosts=1, gpus_per_host=1)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((256,), "float32", sharding=sharding)
+
+    def add(on_host, on_device):
+        total = jax.device_put(on_host, jax.memory.Space.Device) + on_device
+        return jax.device_put(total, jax.memory.Space.Host), total
+
+    lowered = jax.jit(add).lower(x, x)
+    memory = memory_of(compile_with_host(lowered, arguments=[True], results=[True]))
+    assert memory.host == 2 * 4 * 256
+    assert memory.arguments == 4 * 256
 
 
 @needs_plugin
@@ -176,9 +136,7 @@ def test_attention_is_that_of_the_described_gpus():
 def test_attention_is_recomputed_only_by_full_remat(remat, times, head_dim, call):
     """The forward calls of cuDNN, or of our kernel, in the program of one layer's gradient."""
     if head_dim == 128 and jax.__version_info__ < (0, 11):
-        pytest.skip(
-            "our kernel refuses jax 0.10, which cannot put a kernel that writes to a reference into a scan"
-        )
+        pytest.skip("our kernel refuses jax 0.10: there no scan can hold a kernel with references")
     devices = described_devices("h200", num_hosts=1, gpus_per_host=1)
     model = dataclasses.replace(MODEL, num_layers=1, head_dim=head_dim)
     loss = NextTokenLoss(
@@ -198,16 +156,23 @@ def test_attention_is_recomputed_only_by_full_remat(remat, times, head_dim, call
 
 @needs_plugin
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "is_lowered"),
     [
-        dict(tensor=4),
-        pytest.param(dict(sequence=2, expert=2), marks=pytest.mark.long),
-        pytest.param(dict(pipeline=2, tensor=2, expert_axis="tensor"), marks=pytest.mark.long),
+        (dict(tensor=4), False),
+        pytest.param(dict(tensor=4), True, marks=pytest.mark.long),
+        pytest.param(dict(sequence=2, expert=2), True, marks=pytest.mark.long),
+        pytest.param(
+            dict(pipeline=2, tensor=2, expert_axis="tensor"), True, marks=pytest.mark.long
+        ),
     ],
     ids=str,
 )
-def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, caplog):
-    """A share of the vocabulary, of an expert's width and of the rows that is no multiple of a tile."""
+def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, is_lowered, caplog):
+    """A share of the vocabulary, an expert's width and the rows that is no multiple of a tile.
+
+    Kernels are chosen, or refuse, when a program is traced. Lowering them takes most of the time;
+    tests/kernels lowers each of them alone.
+    """
     config = MeshConfig(**sizes)
     model = dataclasses.replace(
         MODEL,
@@ -231,7 +196,9 @@ def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, caplog
     )
     batch = abstract_batch(mesh, 4, 120, is_packed=True)
     with as_on_gpus(mesh.devices.flat), caplog.at_level("INFO", logger="jaxscale"):
-        make_step(loss, optax.sgd(1e-3), region, state).lower(state, batch)
+        traced = make_step(loss, optax.sgd(1e-3), region, state).trace(state, batch)
+        if is_lowered:
+            traced.lower()
     backends = {
         tuple(record.getMessage().split(" for ")[0].split(": backend "))
         for record in caplog.records
@@ -246,22 +213,22 @@ def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, caplog
 
 
 def temporaries_on_a_gpu(f, arguments, differentiated):
-    """Bytes of f's program, and of that of its gradient, beside arguments and results; its kernels are a GPU's."""
+    """Bytes of f's program and of its gradient's, beside arguments and results, on a GPU."""
     devices = described_devices("h200", num_hosts=1, gpus_per_host=1)
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     arguments = [jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in arguments]
+    found = []
     with as_on_gpus(devices):
-        programs = f, jax.grad(f, tuple(range(differentiated)))
-        return [
-            memory_of(jax.jit(program).lower(*arguments).compile()).temporaries
-            for program in programs
-        ]
+        for program in (f, jax.grad(f, tuple(range(differentiated)))):
+            compiled = jax.jit(program).lower(*arguments).compile()
+            found.append(memory_of(compiled).temporaries)
+    return found
 
 
 @pytest.mark.long
 @needs_plugin
 def test_experts_keep_no_product_of_every_row_and_every_expert():
-    """Which would be 16 times what is needed, and is how a grouped matmul is made of plain ones."""
+    """That is how plain matmuls would make a grouped one, and 16 times what is needed."""
     rows, experts, depth, width = 2048, 16, 512, 512
 
     def f(x, gate, up, down, sizes):

@@ -9,7 +9,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxscale.launch.ahead_of_time import collective_bytes, described_devices, has_plugin
+from jaxscale.launch.ahead_of_time import described_devices, has_plugin
+from jaxscale.launch.collectives import collective_bytes
 from jaxscale.ops import moe
 from jaxscale.ops.draws import Dropout
 from jaxscale.parallel.expert import (

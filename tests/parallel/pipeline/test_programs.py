@@ -1,4 +1,4 @@
-"""A stage in three programs: together they are its vjp, and each does its own part only."""
+"""A stage's three programs: together they are its vjp, and none does another's part."""
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +65,8 @@ def test_the_parts_are_the_whole(function, is_deep):
     ]
 
 
-def test_matmuls_of_the_weights_are_w_s_and_nothing_is_done_twice():
-    """Of four matmuls forward, each has two in the backward: four for B, four for W."""
+def test_matmuls_of_the_weights_are_the_weight_gradient_s_and_nothing_is_done_twice():
+    """Each of four matmuls forward has two in the backward, one for either gradient."""
     parts = make_stage_programs(stage, PARAMS, X, BATCH, is_deep=True)
     _, _, kept = parts.forward(PARAMS, X, BATCH)
     _, extra = parts.backward(PARAMS, BATCH, kept, DY)
@@ -77,16 +77,15 @@ def test_matmuls_of_the_weights_are_w_s_and_nothing_is_done_twice():
 
 def test_what_depends_on_no_activation_is_made_again():
     parts = make_stage_programs(stage, PARAMS, X, BATCH, is_deep=True)
-    assert all(
-        leaf.shape[0] == 3 and leaf.shape != (3, 1) for leaf in parts.kept
-    )  # neither weights nor cosines
-    assert (
-        count(parts.backward, "cos", PARAMS, BATCH, parts.forward(PARAMS, X, BATCH)[2], DY) == 2
-    )  # one a layer
+    _, _, kept = parts.forward(PARAMS, X, BATCH)
+    # Neither weights nor cosines are kept.
+    assert all(leaf.shape[0] == 3 and leaf.shape != (3, 1) for leaf in kept)
+    # One cosine a layer.
+    assert count(parts.backward, "cos", PARAMS, BATCH, kept, DY) == 2
 
 
-def test_recomputation_is_done_by_b_alone():
-    """Forward again (tanh twice, at least the first matmul of each layer), whose results W gets from B."""
+def test_recomputation_is_done_by_the_backward_alone():
+    """The forward again, with one tanh a layer, whose results the weight gradient gets from it."""
     parts = make_stage_programs(rematerialised, PARAMS, X, BATCH, is_deep=True)
     _, _, kept = parts.forward(PARAMS, X, BATCH)
     _, extra = parts.backward(PARAMS, BATCH, kept, DY)
@@ -95,8 +94,8 @@ def test_recomputation_is_done_by_b_alone():
     assert len(parts.kept) == 2  # the layers' inputs
 
 
-def test_w_is_left_nothing_in_a_wider_type_than_it_was_made_in():
-    """The norm's own arithmetic is in float32."""
+def test_nothing_is_left_to_the_weight_gradient_in_a_wider_type_than_it_was_made_in():
+    """The arithmetic inside the norm is in float32."""
 
     def normalised(params, x, batch):
         return rms_norm(x, params["scale"], epsilon=1e-6) @ params["up"] @ params["down"], None

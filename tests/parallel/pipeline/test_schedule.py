@@ -1,4 +1,7 @@
-"""Schedules: a machine that knows nothing but the rows runs each of them, and their idle time is the papers'."""
+"""Schedules: a machine that knows the rows alone runs each, and idle times are the papers'.
+
+Letters are those of the papers: p stages with v chunks each and m micro-batches.
+"""
 
 import runpy
 from pathlib import Path
@@ -20,9 +23,9 @@ from jaxscale.parallel.pipeline.schedule import (
 )
 from jaxscale.types import InputError
 
-SIZES = [(S, M) for S in (1, 2, 3, 4, 7) for M in (1, 2, 4, 6, 13)]
-CHUNKED = [(S, V, S * groups) for S in (1, 2, 4) for V in (1, 2, 3) for groups in (1, 3)]
-ALL = [maker(S, M) for maker in (gpipe, one_f_one_b, zero_bubble) for S, M in SIZES]
+SIZES = [(p, m) for p in (1, 2, 3, 4, 7) for m in (1, 2, 4, 6, 13)]
+CHUNKED = [(p, v, p * groups) for p in (1, 2, 4) for v in (1, 2, 3) for groups in (1, 3)]
+ALL = [maker(p, m) for maker in (gpipe, one_f_one_b, zero_bubble) for p, m in SIZES]
 ALL += [interleaved(*sizes) for sizes in CHUNKED]
 each_schedule = pytest.mark.parametrize(
     "schedule", ALL, ids=lambda s: f"{s.name}-{s.num_stages}-{s.num_chunks}-{s.num_microbatches}"
@@ -30,7 +33,10 @@ each_schedule = pytest.mark.parametrize(
 
 
 class Machine:
-    """Runs the rows as an engine would, with labels in place of tensors: what, virtual stage, micro-batch."""
+    """Runs the rows as an engine would, with labels in place of tensors.
+
+    A label is (what it is, virtual stage, micro-batch).
+    """
 
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
@@ -60,7 +66,7 @@ class Machine:
         return self.done
 
     def tick(self, tick, stage, activation, cotangent):
-        """One stage's tick: what it sends to the next stage and to the previous one, and how much it did."""
+        """One stage's tick: what it sends forward and back, and how much it did."""
         row = type(self.schedule.rows)(*(int(column[tick, stage]) for column in self.schedule.rows))
         before = len(self.done)
         self.put("activation", stage, row.activation_store, activation)
@@ -72,7 +78,7 @@ class Machine:
         return ahead, back, len(self.done) - before
 
     def forward(self, stage, row):
-        k, m = self.operate("F", stage, row.forward, row.forward_chunk)
+        k, m = self.operate("forward", stage, row.forward, row.forward_chunk)
         if k == 0:
             assert row.activation_read == NONE
         else:
@@ -84,16 +90,16 @@ class Machine:
         return ("activation", k + 1, m) if k < self.last else None
 
     def backward(self, stage, row):
-        k, m = self.operate("B", stage, row.backward, row.backward_chunk)
+        k, m = self.operate("backward", stage, row.backward, row.backward_chunk)
         assert self.take("residual", stage, row.residual_read) == ("residual", k, m)
         assert self.take("cotangent", stage, row.cotangent_read) == ("cotangent", k, m)
         if self.schedule.is_split:
-            self.put("residual", stage, row.residual_read, ("residual for W", k, m))
+            self.put("residual", stage, row.residual_read, ("residual for weight", k, m))
         return ("cotangent", k - 1, m) if k else None
 
     def weight(self, stage, row):
-        k, m = self.operate("W", stage, row.weight, row.weight_chunk)
-        assert self.take("residual", stage, row.residual_weight) == ("residual for W", k, m)
+        k, m = self.operate("weight", stage, row.weight, row.weight_chunk)
+        assert self.take("residual", stage, row.residual_weight) == ("residual for weight", k, m)
 
     def operate(self, kind, stage, microbatch, chunk):
         virtual = chunk * self.schedule.num_stages + stage
@@ -119,7 +125,7 @@ class Machine:
 def test_a_machine_can_run_the_rows(schedule):
     machine = Machine(schedule)
     done = machine.run()
-    kinds = "FBW" if schedule.is_split else "FB"
+    kinds = ["forward", "backward"] + ["weight"] * schedule.is_split
     wanted = {
         (kind, k, m)
         for kind in kinds
@@ -163,67 +169,69 @@ def test_gradients_add_up_in_the_order_of_the_microbatches(schedule):
             np.testing.assert_array_equal(order, np.arange(schedule.num_microbatches))
 
 
-@pytest.mark.parametrize("S, M", SIZES)
+@pytest.mark.parametrize("p, m", SIZES)
 @pytest.mark.parametrize("maker", [gpipe, one_f_one_b])
-def test_the_bubble_is_that_of_the_paper(maker, S, M):
+def test_the_bubble_is_that_of_the_paper(maker, p, m):
     for costs in ((1, 1, 1), (1, 3, 0), (2, 3, 0.5), (3, 1, 1)):
-        assert bubble(maker(S, M), *costs) == pytest.approx((S - 1) / (M + S - 1), abs=1e-12)
+        assert bubble(maker(p, m), *costs) == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
 
 
-@pytest.mark.parametrize("S, V, M", CHUNKED)
-def test_interleaving_divides_the_bubble(S, V, M):
-    schedule = interleaved(S, V, M)
+@pytest.mark.parametrize("p, v, m", CHUNKED)
+def test_interleaving_divides_the_bubble(p, v, m):
+    schedule = interleaved(p, v, m)
     for costs in ((1, 1, 1), (1, 3, 0), (3, 1, 1)):
-        assert bubble(schedule, *costs) == pytest.approx((S - 1) / (V * M + S - 1), abs=1e-12)
-    assert schedule.num_residual_slots == min(V * M, V * S + S - 1)
+        assert bubble(schedule, *costs) == pytest.approx((p - 1) / (v * m + p - 1), abs=1e-12)
+    assert schedule.num_residual_slots == min(v * m, v * p + p - 1)
 
 
-@pytest.mark.parametrize("S, M", SIZES)
-def test_zero_bubble_idles_as_little_as_the_paper_says(S, M):
-    for F, B, W in ((1, 1, 1), (1, 2, 1), (1, 1.5, 0.5), (2, 1, 1)):
-        idle = duration(zero_bubble(S, M), F, B, W) - M * (F + B + W)
-        assert idle <= duration(one_f_one_b(S, M), F, B, W) - M * (F + B + W)
-        assert idle >= (S - 1) * (F + B - W) - 1e-12
-        if M >= 2 * (S - 1):
-            assert idle == pytest.approx((S - 1) * (F + B - W), abs=1e-12)
-            share = idle / (M * (F + B + W) + idle)
-            assert bubble(zero_bubble(S, M), F, B, W) == pytest.approx(share, abs=1e-12)
+@pytest.mark.parametrize("p, m", SIZES)
+def test_zero_bubble_idles_as_little_as_the_paper_says(p, m):
+    schedule = zero_bubble(p, m)
+    for costs in ((1, 1, 1), (1, 2, 1), (1, 1.5, 0.5), (2, 1, 1)):
+        forward, backward, weight = costs
+        busy = m * sum(costs)
+        idle = duration(schedule, *costs) - busy
+        of_the_paper = (p - 1) * (forward + backward - weight)
+        assert idle <= duration(one_f_one_b(p, m), *costs) - busy
+        assert idle >= of_the_paper - 1e-12
+        if m >= 2 * (p - 1):
+            assert idle == pytest.approx(of_the_paper, abs=1e-12)
+            share = idle / (busy + idle)
+            assert bubble(schedule, *costs) == pytest.approx(share, abs=1e-12)
 
 
-@pytest.mark.parametrize("S, M", SIZES)
-def test_slots_grow_with_the_stages_and_not_with_the_microbatches(S, M):
-    one, zero, all_forward = one_f_one_b(S, M), zero_bubble(S, M), gpipe(S, M)
-    assert one.num_residual_slots == zero.num_residual_slots == min(M, 2 * S - 1)
-    assert all_forward.num_residual_slots == M
+@pytest.mark.parametrize("p, m", SIZES)
+def test_slots_grow_with_the_stages_and_not_with_the_microbatches(p, m):
+    one, zero, all_forward = one_f_one_b(p, m), zero_bubble(p, m), gpipe(p, m)
+    assert one.num_residual_slots == zero.num_residual_slots == min(m, 2 * p - 1)
+    assert all_forward.num_residual_slots == m
     for schedule in (one, zero):
-        assert schedule.num_cotangent_slots == 1 and schedule.num_activation_slots == min(1, S - 1)
+        assert schedule.num_cotangent_slots == 1 and schedule.num_activation_slots == min(1, p - 1)
 
 
-@pytest.mark.parametrize("S, M", SIZES)
-def test_zero_bubble_has_no_more_microbatches_in_flight_on_any_stage(S, M):
-    rows = zero_bubble(S, M).rows
+@pytest.mark.parametrize("p, m", SIZES)
+def test_zero_bubble_has_no_more_microbatches_in_flight_on_any_stage(p, m):
+    rows = zero_bubble(p, m).rows
     begun = np.cumsum(rows.forward != NONE, 0)
-    ended = np.cumsum(rows.weight != NONE, 0) - (
-        rows.weight != NONE
-    )  # a slot is free in the tick after its last use
-    assert (begun - ended).max() <= one_f_one_b(S, M).num_residual_slots
+    # A slot is free in the tick after its last use.
+    ended = np.cumsum(rows.weight != NONE, 0) - (rows.weight != NONE)
+    assert (begun - ended).max() <= one_f_one_b(p, m).num_residual_slots
 
 
 def test_each_stage_may_cost_its_own():
-    # Stage 1 ends its two ticks at 1 + 7 and 8 + 7; stage 0 then has one B left.
+    # Stage 1 ends its two ticks at 1 + 7 and 8 + 7; stage 0 then has one backward left.
     assert duration(one_f_one_b(2, 2), [1, 2], [3, 4], [0, 1]) == 18
     assert bubble(one_f_one_b(2, 2), [1, 2], [3, 4], [0, 1]) == pytest.approx(1 - 22 / 36)
-    head = [[1, 1], [1, 2]]  # [V, S]: only the last chunk of the last stage has the head
-    even, uneven = (
-        duration(interleaved(2, 2, 4), 1, 1, 1),
-        duration(interleaved(2, 2, 4), head, 1, 1),
-    )
-    assert even + 4 <= uneven < duration(interleaved(2, 2, 4), [1, 2], 1, 1)
+    head = [[1, 1], [1, 2]]  # [v, p]: only the last chunk of the last stage has the head
+    schedule = interleaved(2, 2, 4)
+    even = duration(schedule, 1, 1, 1)
+    uneven = duration(schedule, head, 1, 1)
+    assert even + 4 <= uneven < duration(schedule, [1, 2], 1, 1)
 
 
 def test_a_stage_waits_for_its_neighbours_only():
-    # All F but stage 0's and all B take 1. Stage 2 does F and B while stage 0 is at its second F:
-    # were all to wait for all, it would be 26.
+    # All forwards but stage 0's and all backwards take 1. Stage 2 does a forward and a backward
+    # while stage 0 is at its second forward: were all to wait for all, it would be 26.
     assert duration(one_f_one_b(3, 2), [10, 1, 1], 1, 0) == 25
 
 
@@ -232,11 +240,8 @@ def test_a_stage_waits_for_its_neighbours_only():
 )
 def test_schedules_are_made_by_name(name, maker):
     made = make_schedule(name, 3, 1, 5)
-    assert made.name == name and (made.num_stages, made.num_chunks, made.num_microbatches) == (
-        3,
-        1,
-        5,
-    )
+    sizes = (made.num_stages, made.num_chunks, made.num_microbatches)
+    assert made.name == name and sizes == (3, 1, 5)
     for column, expected in zip(made.rows, maker(3, 5).rows, strict=True):
         assert column.dtype == np.int32 and column.shape == (made.num_ticks, 3)
         np.testing.assert_array_equal(column, expected)
@@ -270,7 +275,7 @@ def test_what_does_not_fit_is_refused(arguments, message):
     assert message in str(error.value)
 
 
-def test_a_picture_has_a_box_for_each_f_b_and_w():
+def test_a_picture_has_a_box_for_each_operation():
     """Of whichever schedule; the box says its micro-batch, in the row of its stage."""
     script = Path(__file__).resolve().parents[3] / "experiments/schedules/schedule_panel.py"
     draw, figure = runpy.run_path(str(script))["draw"], plt.figure()

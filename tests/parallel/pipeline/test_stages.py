@@ -1,4 +1,4 @@
-"""The stages' layout: lossless both ways, each stage's rows its own, misfits refused with what would work."""
+"""The stages' layout: lossless both ways, a stage's rows on its devices, misfits refused."""
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +61,8 @@ def test_the_way_there_and_back_loses_nothing(layout):
 
 
 def test_sharding_over_the_pipeline_gives_each_stage_its_chunks():
-    layout, mesh = (
-        StageLayout(7, 4, 1, (1, 2, 3, 1)),
-        make_mesh(MeshConfig(pipeline=4), jax.devices()[:4]),
-    )
+    layout = StageLayout(7, 4, 1, (1, 2, 3, 1))
+    mesh = make_mesh(MeshConfig(pipeline=4), jax.devices()[:4])
     sharding = NamedSharding(mesh, PartitionSpec(PIPELINE))
     stored = jax.jit(layout.from_canonical, out_shardings=sharding)(jnp.arange(7.0))
     by_stage = [np.asarray(shard.data) for shard in stored.addressable_shards]
@@ -84,8 +82,8 @@ def test_a_leaf_of_another_stack_is_not_cut():
     [
         (
             (6, 4, 2),
-            "MeshConfig.pipeline: given 4, expected pipeline * num_chunks <= periods of the stack, but 4 * 2 = "
-            "8 > 6; nearest: pipeline = 3 or num_chunks = 1",
+            "MeshConfig.pipeline: given 4, expected pipeline * num_chunks <= periods of the stack, "
+            "but 4 * 2 = 8 > 6; nearest: pipeline = 3 or num_chunks = 1",
         ),
         ((3, 4), "4 * 1 = 4 > 3; nearest: pipeline = 3"),
         ((1, 2, 3), "2 * 3 = 6 > 1; nearest: pipeline = 1 with num_chunks = 1"),

@@ -1,6 +1,7 @@
-"""Attention over shares of the heads equals attention on one device, value and gradient, in float64."""
+"""Ulysses equals attention on one device, value and gradient, in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,10 @@ def _float64():
 
 
 def inputs(num_heads, num_kv_heads, lengths=((5, 12, 4), (20, 1, 3))):
-    """q, k, v, the output's cotangent, and packed documents that cross the borders of shares, with padding."""
+    """q, k, v, the output's cotangent, positions and segments.
+
+    The documents cross the borders of shares, and there is padding.
+    """
     rng = np.random.default_rng(0)
     arrays = [
         jnp.asarray(rng.normal(size=(B, T, n, H)))
@@ -47,17 +51,24 @@ def run(attend, settings, q, k, v, cotangent, positions, segments):
     return o, pullback(cotangent)
 
 
+def on_one(settings, arguments):
+    # Compiled at once: one by one, its operations would take much longer.
+    return jax.jit(functools.partial(run, attention.attention, settings))(*arguments)
+
+
 def on_members(num_members, settings, arguments, change=lambda attend: attend):
     mesh = make_mesh(MeshConfig(sequence=num_members), jax.devices()[:num_members])
     attend = change(ulysses(attention.attention, num_members=num_members))
-
-    def local(*arguments):
-        return run(attend, settings, *arguments)
-
-    shared = jax.shard_map(
-        local, mesh=mesh, in_specs=(SHARE,) * 6, out_specs=SHARE, check_vma=False
-    )
+    local = functools.partial(run, attend, settings)
+    shared = jax.shard_map(local, mesh=mesh, in_specs=SHARE, out_specs=SHARE, check_vma=False)
     return jax.jit(shared)(*arguments)
+
+
+def assert_close(got, wanted):
+    def one(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+
+    jax.tree.map(one, got, wanted)
 
 
 HEADS = [
@@ -71,14 +82,18 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "num_members, num_heads, num_kv_heads, _", HEADS, ids=[case[-1] for case in HEADS]
+each_number_of_heads = pytest.mark.parametrize(
+    ("num_members", "num_heads", "num_kv_heads"),
+    [pytest.param(*numbers, id=name) for *numbers, name in HEADS],
 )
-def test_every_number_of_heads(num_members, num_heads, num_kv_heads, _):
+
+
+@each_number_of_heads
+def test_every_number_of_heads(num_members, num_heads, num_kv_heads):
     arguments = inputs(num_heads, num_kv_heads)
-    wanted = run(attention.attention, {}, *arguments)
+    wanted = on_one({}, arguments)
     got = on_members(num_members, {}, arguments)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, wanted)
+    assert_close(got, wanted)
 
 
 @pytest.mark.parametrize(
@@ -86,26 +101,37 @@ def test_every_number_of_heads(num_members, num_heads, num_kv_heads, _):
 )
 def test_the_context_is_the_whole_sequence_s(settings):
     arguments = inputs(4, 2)
-    wanted = run(attention.attention, settings, *arguments)
+    wanted = on_one(settings, arguments)
     got = on_members(4, settings, arguments)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, wanted)
+    assert_close(got, wanted)
 
 
-@pytest.mark.parametrize(
-    "num_members, num_heads, num_kv_heads, _", HEADS, ids=[case[-1] for case in HEADS]
-)
-@pytest.mark.parametrize("settings", [{}, dict(window=7)], ids=str)
-def test_rows_of_one_document_stand_as_heads(num_members, num_heads, num_kv_heads, _, settings):
+def without_segments(attend):
+    def changed(q, k, v, context, cache):
+        return attend(q, k, v, dataclasses.replace(context, segments=None), cache)
+
+    return changed
+
+
+@each_number_of_heads
+def test_rows_of_one_document_stand_as_heads(num_members, num_heads, num_kv_heads, settings=None):
+    settings = settings or {}
     *arrays, positions, _ = inputs(num_heads, num_kv_heads, ((T,), (T,)))
-
-    def without_segments(attend):
-        return lambda q, k, v, context, cache: attend(
-            q, k, v, dataclasses.replace(context, segments=None), cache
-        )
-
-    wanted = run(attention.attention, settings, *arrays, positions, None)
+    wanted = on_one(settings, (*arrays, positions, None))
     got = on_members(num_members, settings, (*arrays, positions, positions), without_segments)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, wanted)
+    assert_close(got, wanted)
+
+
+def test_rows_of_one_document_have_a_window():
+    test_rows_of_one_document_stand_as_heads(4, 8, 2, dict(window=7))
+
+
+@pytest.mark.long
+@each_number_of_heads
+def test_rows_of_one_document_have_a_window_whatever_the_heads(
+    num_members, num_heads, num_kv_heads
+):
+    test_rows_of_one_document_stand_as_heads(num_members, num_heads, num_kv_heads, dict(window=7))
 
 
 @pytest.mark.parametrize(
@@ -114,15 +140,11 @@ def test_rows_of_one_document_stand_as_heads(num_members, num_heads, num_kv_head
 def test_kv_heads_are_repeated_no_more_than_needed(num_members, num_heads, num_kv_heads, copies):
     q, k, v = (jnp.zeros((1, 2, n, H)) for n in (num_heads, num_kv_heads, num_kv_heads))
     q, k, v = spread_heads(q, k, v, num_members)
-    assert (q.shape[2], k.shape[2], v.shape[2]) == (
-        num_heads,
-        copies * num_kv_heads,
-        copies * num_kv_heads,
-    )
+    assert q.shape[2] == num_heads
+    assert k.shape[2] == v.shape[2] == copies * num_kv_heads
 
 
 def test_heads_that_would_change_their_layout_of_blocks_are_refused():
-    with pytest.raises(
-        InputError, match=r"num_heads: given 12, expected N % \(sequence / ring \* 8\) == 0"
-    ):
+    message = r"num_heads: given 12, expected N % \(sequence / ring \* 8\) == 0"
+    with pytest.raises(InputError, match=message):
         on_members(4, dict(layout=BlockLayout()), inputs(12, 4))
