@@ -1,7 +1,4 @@
-"""Tensor parallelism against one device, value and gradient.
-
-The vocabulary-parallel look-up and loss, and the exchanges before and after matmuls.
-"""
+"""Tensor-parallel operations, value and gradient, against one device; those of serving, values."""
 
 import functools
 
@@ -35,7 +32,8 @@ MODEL = from_flat(
 )
 B, T, V, D, SHARDS = 2, 8, 12, 6, 4
 RNG = np.random.default_rng(0)
-# Residual and figures of the own tokens, whose order is that of the devices: see `in_order`.
+# Of the residual and of figures for each token. Side by side the shares are not in the order of the
+# batch: see `in_order`.
 OWN = P(None, TENSOR)
 
 
@@ -52,42 +50,44 @@ def on_mesh(function, in_specs, out_specs, num_members=SHARDS):
 
 
 def in_order(x):
-    """The rows [B, T, ...] of the own tokens of all devices, which lie side by side along T."""
-    by_device = x.reshape(len(x), SHARDS, T // SHARDS, *x.shape[2:])
-    return jnp.moveaxis(by_device, 1, 0).reshape(x.shape)
+    """Shares [B, T / tensor, ...] side by side along T to the rows [B, T, ...] they come from."""
+    by_device = jnp.moveaxis(x.reshape(len(x), SHARDS, T // SHARDS, *x.shape[2:]), 1, 0)
+    return by_device.reshape(x.shape)
 
 
 def of_devices(x):
     """The inverse of `in_order`."""
-    by_device = x.reshape(SHARDS, len(x), T // SHARDS, *x.shape[2:])
-    return jnp.moveaxis(by_device, 0, 1).reshape(x.shape)
+    by_device = jnp.moveaxis(x.reshape(SHARDS, len(x), T // SHARDS, *x.shape[2:]), 0, 1)
+    return by_device.reshape(x.shape)
 
 
 def test_look_up():
     with jax.enable_x64(True):
         table = jnp.asarray(RNG.normal(size=(V, D)))
-        tokens = RNG.integers(0, V, (B, T))
-        tokens[0, :2] = -1, V
+        tokens = jnp.asarray(RNG.integers(0, V, (B, T)))
+        tokens = tokens.at[0, :2].set(jnp.array([-1, V]))
         cotangent = jnp.asarray(RNG.normal(size=(B, T, D)))
 
         def both(embed, table, tokens, cotangent):
             x, pullback = jax.vjp(lambda t: embed(t, tokens), table)
             return x, pullback(cotangent)[0]
 
-        sharded = functools.partial(both, tensor.embed)
-        run = on_mesh(sharded, (P(TENSOR), P(), OWN), (OWN, P(TENSOR)))
+        share = P(TENSOR)
+        run = on_mesh(functools.partial(both, tensor.embed), (share, P(), OWN), (OWN, share))
         x, gradient = run(table, tokens, of_devices(cotangent))
-        wanted = both(Backends().embed, table, tokens, cotangent)
+        plain = jax.jit(functools.partial(both, Backends().embed))
+        wanted = plain(table, tokens, cotangent)
         jax.tree.map(np.testing.assert_allclose, (in_order(x), gradient), wanted)
 
 
 def test_token_loss():
-    """Some logits overflow exp, every shard has labels and two lie outside the vocabulary."""
-    factors = np.array([1, 1, 10, 100, 1e3, 1e4, 1e5, 0])[:, None]
+    """Logits whose exponential overflows, a label on every shard, two outside the vocabulary."""
     with jax.enable_x64(True):
-        logits = jnp.asarray(RNG.normal(size=(B, T, V)) * factors)
+        size = jnp.array([1, 1, 10, 100, 1e3, 1e4, 1e5, 0])[:, None]
+        logits = size * jnp.asarray(RNG.normal(size=(B, T, V)))
         labels = RNG.permutation(np.arange(B * T) % V).reshape(B, T)
         labels[0, :2] = -100, V
+        labels = jnp.asarray(labels)
         cotangents = tuple(jnp.asarray(RNG.normal(size=(B, T))) for _ in range(2))
 
         def both(token_loss, logits, labels, cotangents):
@@ -98,12 +98,21 @@ def test_token_loss():
             return values, pullback(cotangents)[0]
 
         columns = P(None, None, TENSOR)
-        sharded = functools.partial(both, tensor.token_loss)
-        run = on_mesh(sharded, (columns, P(), OWN), (OWN, columns))
+        shared = functools.partial(both, tensor.token_loss)
+        run = on_mesh(shared, (columns, P(), OWN), (OWN, columns))
         figures, gradient = run(logits, labels, tuple(map(of_devices, cotangents)))
-        wanted = both(loss.token_loss, logits, labels, cotangents)
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
-        jax.tree.map(close, (tuple(map(in_order, figures)), gradient), wanted)
+        plain = jax.jit(functools.partial(both, loss.token_loss))
+        assert_close(
+            (tuple(map(in_order, figures)), gradient),
+            plain(logits, labels, cotangents),
+        )
+
+
+def assert_close(got, wanted):
+    def one(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+    jax.tree.map(one, got, wanted)
 
 
 def test_gather_and_reduce_scatter_are_each_other_s_transpose():
@@ -115,13 +124,12 @@ def test_gather_and_reduce_scatter_are_each_other_s_transpose():
     y = jnp.asarray(RNG.normal(size=(SHARDS, B, T, D)))
 
     def products(x, y):
-        y = y[0]
         gathered, pullback = jax.vjp(tensor.gather_tokens, x)
-        scattered = tensor.reduce_scatter_tokens(y)
-        left = (gathered * y).sum()
+        scattered = tensor.reduce_scatter_tokens(y[0])
+        left = (gathered * y[0]).sum()
         right = (x * scattered).sum()
-        error = jnp.abs(pullback(y)[0] - scattered).max()
-        return lax.psum((left, right, error), AXES)
+        error = jnp.abs(pullback(y[0])[0] - scattered).max()
+        return lax.psum(left, AXES), lax.psum(right, AXES), lax.psum(error, AXES)
 
     left, right, error = on_mesh(products, (OWN, P(TENSOR)), P())(x, y)
     np.testing.assert_allclose(left, right, rtol=1e-4)
@@ -135,23 +143,24 @@ def test_own_tokens_are_equal_shares_of_the_rows_one_after_the_other():
     np.testing.assert_array_equal(in_order(own), x)
 
 
-def test_own_tokens_are_those_that_are_gathered_and_scattered():
-    def both(x):
+def test_own_tokens_are_those_that_gather_and_reduce_scatter_exchange():
+    x = jnp.asarray(RNG.normal(size=(B, T, D)))
+
+    def there_and_back(x):
         own = tensor.gather_tokens(tensor.own_tokens(x))
         scattered = tensor.gather_tokens(tensor.reduce_scatter_tokens(x) / SHARDS)
         return own, scattered
 
-    x = jnp.asarray(RNG.normal(size=(B, T, D)))
-    for found in on_mesh(both, (P(),), P())(x):
+    for found in on_mesh(there_and_back, (P(),), P())(x):
         np.testing.assert_allclose(found, x, rtol=1e-6)
 
 
 # Of two rows no member has a whole one.
 @pytest.mark.parametrize("num_rows", [SHARDS, 2 * SHARDS, 2])
 def test_rows_by_member_equal_all_at_once(num_rows):
-    """Value and gradients of a function that knows its rows.
+    """Of a function that depends on the row, value and gradients.
 
-    The gradients are of the residual, of weights sharded by columns and by rows, and of a whole one.
+    These are of the residual, of weights sharded either way, and of replicated ones.
     """
     shapes = [(num_rows, T, D), (D, V), (V, D), (D,), (num_rows, T, D)]
     with jax.enable_x64(True):
@@ -174,22 +183,23 @@ def test_rows_by_member_equal_all_at_once(num_rows):
             dx, dinto, dout, dscale = pullback(cotangent)
             return y, dx, dinto, dout, collectives.sum_over_tokens(dscale)
 
-        sharded = Collectives(
+        collectives = Collectives(
             column_then_row=tensor.column_then_row_by_member,
             sum_over_tokens=tensor.sum_over_tokens,
         )
+        shared = functools.partial(both, collectives)
         specs = (OWN, P(None, TENSOR), P(TENSOR))
-        mapped = on_mesh(functools.partial(both, sharded), (*specs, P(), OWN), (OWN, *specs, P()))
+        mapped = on_mesh(shared, (*specs, P(), OWN), (OWN, *specs, P()))
         found = mapped(of_devices(x), into, out, scale, of_devices(cotangent))
-        wanted = jax.jit(functools.partial(both, Collectives()))(x, into, out, scale, cotangent)
-        is_own = (True, True, False, False, False)
-        for got, want, of_own in zip(found, wanted, is_own, strict=True):
-            got = in_order(got) if of_own else got
+        y, dx, *dweights = found
+        plain = jax.jit(functools.partial(both, Collectives()))
+        wanted = plain(x, into, out, scale, cotangent)
+        for got, want in zip((in_order(y), in_order(dx), *dweights), wanted, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_sums_of_many_members_are_taken_in_float32():
-    """256 + 0.5 + 0.5 + 1 = 258; in bfloat16, one by one, each term would be rounded away."""
+    """256 + 0.5 + 0.5 + 1 = 258; in bfloat16, one by one, the small terms would be rounded away."""
     x = jnp.ones((SHARDS, T // SHARDS, 1), "bfloat16")
     parts = jnp.array([256, 0.5, 0.5, 1], "bfloat16")
 
@@ -220,31 +230,24 @@ def test_what_rows_would_keep_is_refused():
     def keep(x):
         return tensor.column_then_row_by_member(lambda h: (h, h), lambda y: y, x)[0]
 
-    run = on_mesh(keep, (P(),), P())
     with pytest.raises(InputError, match="cache"):
-        run(jnp.ones((SHARDS, T // SHARDS, D)))
+        on_mesh(keep, (P(),), P())(jnp.ones((SHARDS, T // SHARDS, D)))
 
 
 def test_one_device_exchanges_nothing():
     """Else XLA hides a matmul's output from the addition that follows, and copies the residual."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-
-    def there_and_back(x):
-        return tensor.reduce_scatter_tokens(tensor.gather_tokens(x))
-
-    mapped = jax.shard_map(there_and_back, mesh=mesh, in_specs=P(), out_specs=P())
-    program = str(jax.make_jaxpr(mapped)(jnp.ones((B, T, D))))
+    there_and_back = jax.shard_map(
+        lambda x: tensor.reduce_scatter_tokens(tensor.gather_tokens(x)),
+        mesh=mesh,
+        in_specs=P(),
+        out_specs=P(),
+    )
+    program = str(jax.make_jaxpr(there_and_back)(jnp.ones((B, T, D))))
     assert "gather" not in program and "scatter" not in program
 
 
 # Serving: the residual is replicated.
-
-
-def assert_close(got, wanted):
-    def one(a, b):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-
-    jax.tree.map(one, got, wanted)
 
 
 @pytest.mark.parametrize("num_members", [2, 4])
