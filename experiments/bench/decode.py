@@ -1,8 +1,7 @@
 """Greedy decoding on one GPU: jaxscale's `generate_tokens` beside plain JAX (decode_peer.py).
 
 The 1.1B Llama shape, bfloat16, random weights. The peer takes one step per call and issues the
-calls without waiting. The rate of ours is that of the decoding alone: the time for one new token,
-which is the prompt's, is taken off.
+calls without waiting.
 
 python experiments/bench/decode.py  # --tiny tries it on a CPU
 """
@@ -10,85 +9,95 @@ python experiments/bench/decode.py  # --tiny tries it on a CPU
 import argparse
 import functools
 import statistics
-import time
 
-import decode_peer as peer
 import jax
-import jax.numpy as jnp
+from decode_work import END, FULL, TINY, PlainLoop, measure
 
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.parameters import init_params
+from jaxscale.models.config import AttentionConfig, FeedForwardConfig, LayerConfig, ModelConfig
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.parameters import init_params, parameter_table
 from jaxscale.ops.precision import Policy
-from jaxscale.serve.generate import generate_tokens
+from jaxscale.serve.decoding import generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
 
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-)
-parser.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
-parser.add_argument("--rounds", type=int, default=5, help="timed, after one that compiles")
-options = parser.parse_args()
-if options.tiny:
-    SHAPE = peer.Shape(V=61, L=2, D=16, N=4, K=2, H=4, F=32)
-    PROMPT, NUM_PROMPTS, LONG_PROMPT, NUM_NEW = 12, 3, 20, 8
-else:
-    SHAPE = peer.Shape(V=32064, L=16, D=2048, N=16, K=8, H=128, F=8192)
-    PROMPT, NUM_PROMPTS, LONG_PROMPT, NUM_NEW = 172, 64, 1200, 128
-MODEL = ModelConfig(
-    vocab_size=SHAPE.V,
-    num_layers=SHAPE.L,
-    model_dim=SHAPE.D,
-    num_heads=SHAPE.N,
-    num_kv_heads=SHAPE.K,
-    head_dim=SHAPE.H,
-    ffn_dim=SHAPE.F,
-    max_length=4096,
-)
+BFLOAT16 = Policy(parameters="bfloat16")
+IS_SCANNED = {"layers in a loop": True, "layers unrolled": False}
 
 
-def ours(params, prompts, num_new):
-    """Seconds in which jaxscale continues the prompts; the new tokens are on the host then."""
-    began = time.perf_counter()
-    generate_tokens(
-        params,
-        prompts,
-        config=MODEL,
+def make_model(shape):
+    """The configuration of a shape."""
+    layer = LayerConfig(
+        AttentionConfig(num_heads=shape.N, num_kv_heads=shape.K, head_dim=shape.H),
+        FeedForwardConfig(shape.F),
+    )
+    return ModelConfig(
+        vocab_size=shape.V,
+        num_layers=shape.L,
+        model_dim=shape.D,
+        max_length=4096,
+        pattern=(layer,),
+    )
+
+
+def draw_params(model):
+    """Random bfloat16 parameters."""
+    draw = functools.partial(init_params, parameter_table(model), dtype="bfloat16")
+    return jax.jit(draw)(jax.random.key(0))
+
+
+def make_generate(model, num_new, is_scanned):
+    """(params, prompts) -> new tokens, as `decode_work.measure` takes it."""
+    execution = ExecutionConfig(is_scanned=is_scanned, remat="none")
+    decoder = Decoder(model, execution.operations(), BFLOAT16, execution)
+    return functools.partial(
+        generate_tokens,
+        decoder,
         sampling=SamplingConfig(temperature=0),
         max_new_tokens=num_new,
-        policy=Policy(parameters="bfloat16"),
+        eos_id=END,
     )
-    return time.perf_counter() - began
 
 
-def plain(weights, caches):
-    """(caches, seconds) of NUM_NEW steps; what lies in the caches stands in for a prompt."""
-    began = time.perf_counter()
-    token, position = jnp.zeros(1, jnp.int32), jnp.int32(PROMPT)
-    for _ in range(NUM_NEW):
-        caches, token, position = peer.step(weights, caches, token, position, shape=SHAPE)
-    jax.block_until_ready(token)
-    return caches, time.perf_counter() - began
+class Decoding:
+    """jaxscale both ways, and the plain loop."""
+
+    def __init__(self, work):
+        model = make_model(work.shape)
+        self.work, self.plain, self.params = work, PlainLoop(work), draw_params(model)
+        self.ways = {
+            name: make_generate(model, work.num_new, is_scanned)
+            for name, is_scanned in IS_SCANNED.items()
+        }
+
+    def round(self):
+        """Name -> figures of all in turn, so that a slow moment of the machine meets all alike."""
+        found = {"plain JAX, unrolled": self.plain.measure()}
+        for name, generate in self.ways.items():
+            found[name] = measure(generate, self.params, self.work)
+        return found
 
 
 def main():
-    """Time all in turn in each round, so that a slow moment of the machine meets all alike."""
-    draw = jax.jit(functools.partial(init_params, MODEL, dtype="bfloat16"))
-    params, weights = draw(jax.random.key(0)), peer.draw_weights(SHAPE)
-    caches = peer.empty_caches(SHAPE, 1, PROMPT + NUM_NEW)
-    prompt, prompts = [[1] * PROMPT], [[1] * LONG_PROMPT] * NUM_PROMPTS
-    rounds = []
-    for _ in range(1 + options.rounds):
-        caches, plain_s = plain(weights, caches)
-        decode_s = ours(params, prompt, NUM_NEW) - ours(params, prompt, 1)
-        batch_s = ours(params, prompts, NUM_NEW)
-        rounds.append((NUM_NEW / plain_s, (NUM_NEW - 1) / decode_s, NUM_PROMPTS / batch_s))
-    peer_rate, our_rate, requests = map(statistics.median, zip(*rounds[1:], strict=True))
+    """The first round compiles and is not counted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="a small shape, for a CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    work = TINY if options.tiny else FULL
+    decoding = Decoding(work)
+    rounds = [decoding.round() for _ in range(1 + options.rounds)][1:]
     print(f"{jax.devices()[0].device_kind}, medians of {options.rounds} rounds\n")
-    print("| what | plain JAX | jaxscale | ratio |\n|---|---|---|---|")
-    ratio = our_rate / peer_rate
-    print(f"| batch 1, tokens/s | {peer_rate:.1f} | {our_rate:.1f} | {ratio:.3f} |")
-    batch = f"{NUM_PROMPTS} prompts of {LONG_PROMPT}, {NUM_NEW} new"
-    print(f"| {batch}, requests/s | - | {requests:.2f} | - |")
+    batch = f"{work.num_prompts} prompts of {work.long_prompt}, {work.num_new} new"
+    print(f"| what | batch 1, tokens/s | {batch}: requests/s |\n|---|---|---|")
+    for name in rounds[0]:
+        cells = [name]
+        for figure in ("tokens_per_second", "requests_per_second"):
+            found = [each[name][figure] for each in rounds if figure in each[name]]
+            cells.append(f"{statistics.median(found):.2f}" if found else "-")
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def gradients_of(run):
 
     def gradients(x, gates, weights, index):
         def layer(x, gates, weights):
-            x, gates, chosen = (tensor.enter(each) for each in (x, gates, index))
-            return tensor.exit(run(x, chosen, gates, weights, "swiglu"))
+            x, gates, chosen = (tensor.gather_tokens(each) for each in (x, gates, index))
+            return tensor.reduce_scatter_tokens(run(x, chosen, gates, weights, "swiglu"))
 
         y, pullback = jax.vjp(layer, x, gates, weights)
         return pullback(y)

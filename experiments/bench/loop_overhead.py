@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import jax
-from gin_run import draw_state, load_run, make_parser, plan_of
+from gin_run import make_parser, start_run
 
 from jaxscale.data.loader import make_loader
 from jaxscale.launch.preemption import Preemption
@@ -92,11 +92,11 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="in a round")
     parser.add_argument("--rounds", type=int, default=10, help="of the step and the loop, in turn")
     options = parser.parse_args()
-    run = load_run(options.file, options.set)
-    plan = plan_of(run)
-    keeper = Keeper(draw_state(run, plan))
-    step_fn = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
-    loader, put = make_loader(run["data"]), functools.partial(place, plan.mesh)
+    run = start_run(options.file, options.set)
+    setup = run.setup()
+    keeper = Keeper(setup.init(seed=0))
+    step_fn = make_step(setup)
+    loader, put = make_loader(run.data), functools.partial(place, setup.mesh)
     loop = make_loop(step_fn, loader, put, keeper)
     bare = functools.partial(run_bare, step_fn, loader, put, keeper, options.steps)
     looped = functools.partial(run_loop, loop, keeper, options.steps)

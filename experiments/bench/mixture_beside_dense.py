@@ -21,12 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gin_run import draw_state, load_run, make_parser, plan_of, synthetic_batch
+from gin_run import make_parser, start_run, synthetic_batch
 
-from jaxscale.models.config import training_flops_per_token
+from jaxscale.models.config import FeedForwardConfig
+from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.parameters import count_parameters
+from jaxscale.run.run import Run
 from jaxscale.train.metrics import peak_flops
-from jaxscale.train.plan import Plan
+from jaxscale.train.setup import Setup
 from jaxscale.train.step import make_step
 
 
@@ -40,8 +42,8 @@ class Prepared:
         gradients: their shapes, types and shardings.
     """
 
-    run: dict[str, Any]
-    plan: Plan
+    run: Run
+    setup: Setup
     batch: Any
     step: Callable
     update: Callable
@@ -49,41 +51,41 @@ class Prepared:
     compile_s: float
 
 
-def dense_twin(model):
-    """The same layers, each with one feed-forward as wide as a token's experts together."""
-    return dataclasses.replace(
-        model,
-        moe_pattern=(False,),
-        num_experts=0,
-        expert_dim=0,
-        ffn_dim=model.num_active_experts * model.expert_dim,
-    )
+def with_dense_twins(run):
+    """The run with each mixture replaced by one feed-forward as wide as a token's experts together."""
+
+    def dense(layer):
+        experts = layer.feed_forward
+        twin = FeedForwardConfig(experts.num_active * experts.dim, experts.activation)
+        return dataclasses.replace(layer, feed_forward=twin)
+
+    pattern = tuple(dense(layer) if layer.is_moe else layer for layer in run.model.pattern)
+    model = dataclasses.replace(run.model, pattern=pattern)
+    return dataclasses.replace(run, model=model)
 
 
-def prepare(run, model):
-    """Compile a model's step and its update."""
-    run = run | {"model": model}
-    plan = plan_of(run)
-    batch = synthetic_batch(run, plan.mesh)
+def prepare(run):
+    """Compile a run's step and its update."""
+    setup = run.setup()
+    batch = synthetic_batch(run, setup.mesh)
     began = time.perf_counter()
-    step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
-    step = step.lower(plan.state, batch).compile()
+    step = make_step(setup).lower(setup.state, batch).compile()
     compile_s = time.perf_counter() - began
-    dtype = run["policy"].reduction
-    gradients = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), plan.state.params)
-    update = make_step(plan.loss_fn, plan.optimizer, region_of_update(plan), plan.state)
+    dtype = run.policy.reduction
+    gradients = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), setup.state.params)
+    only_update = dataclasses.replace(setup, region=region_of_update(setup.region))
     return Prepared(
         run=run,
-        plan=plan,
+        setup=setup,
         batch=batch,
         step=step,
-        update=update.lower(plan.state, gradients).compile(),
+        update=make_step(only_update).lower(setup.state, gradients).compile(),
         gradients=gradients,
         compile_s=compile_s,
     )
 
 
-def region_of_update(plan):
+def region_of_update(region):
     """A region whose loss is 1 and whose gradients are what it is given as its batch."""
     one = jnp.ones((), jnp.float32)
 
@@ -91,7 +93,9 @@ def region_of_update(plan):
         return lambda params, gradients, key: ((one, one, {}), gradients)
 
     return SimpleNamespace(
-        gradient=gradient, trainable=plan.region.trainable, specs=plan.region.specs
+        gradient=gradient,
+        trainable=region.trainable,
+        specs=region.specs,
     )
 
 
@@ -119,7 +123,7 @@ def milliseconds(step, state, given, num_steps):
 
 def measure(prepared, num_steps):
     """Milliseconds of a step and of its update alone; the state is drawn anew and then freed."""
-    state = draw_state(prepared.run, prepared.plan)
+    state = prepared.setup.init(seed=0)
     step_ms, state = milliseconds(prepared.step, state, prepared.batch, num_steps)
     gradients = constant_gradients(prepared)
     update_ms, _ = milliseconds(prepared.update, state, gradients, num_steps)
@@ -128,7 +132,7 @@ def measure(prepared, num_steps):
 
 def figures(prepared, times):
     """What the times of all rounds come to."""
-    model, data = prepared.run["model"], prepared.run["data"]
+    model, data = prepared.run.model, prepared.run.data
     of_steps, of_updates = zip(*times, strict=True)
     step_ms, update_ms = statistics.median(of_steps), statistics.median(of_updates)
     total, active = count_parameters(model)
@@ -159,9 +163,8 @@ def main():
         "--rounds", type=int, default=3, help="of the dense model and the mixture, in turn"
     )
     options = parser.parse_args()
-    run = load_run(options.file, options.set)
-    data, train = run["data"], run["train"]
-    dense, mixture = prepare(run, dense_twin(run["model"])), prepare(run, run["model"])
+    run = start_run(options.file, options.set)
+    dense, mixture = prepare(with_dense_twins(run)), prepare(run)
     of_dense, of_mixture = [], []
     for _ in range(options.rounds):
         of_dense.append(measure(dense, options.steps))
@@ -174,8 +177,8 @@ def main():
         "mixture": figures(mixture, of_mixture),
         "relative": statistics.median(relative),
         "relative_of_each_round": relative,
-        "tokens_per_step": data.batch_size * data.sequence_length,
-        "microbatch_rows": data.batch_size // train.num_microbatches,
+        "tokens_per_step": run.data.batch_size * run.data.sequence_length,
+        "microbatch_rows": run.data.batch_size // run.train.num_microbatches,
     }
     print(json.dumps(result))
 

@@ -12,34 +12,14 @@ import jax
 import jax.numpy as jnp
 from profile_table import device_events, kernel_times
 
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.moe import feed_forward
+from jaxscale.models.config import ExpertsConfig, SparseMixerRouter, TopKRouter
+from jaxscale.models.moe import experts, router_sums
+from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import Draws
-from jaxscale.ops.moe import experts
-from jaxscale.ops.operations import Operations
 
 REPEATS, NUM_ACTIVE = 5, 2
+ROUTERS = {"gshard": TopKRouter(), "sparsemixer_v2": SparseMixerRouter()}
 GROUPED = "mosaic_gpu"  # what the names of the grouped matmuls' kernels contain
-
-
-def make_model(num_tokens, D, F, E, router):
-    """One layer's configuration."""
-    return ModelConfig(
-        vocab_size=64,
-        num_layers=1,
-        model_dim=D,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=128,
-        ffn_dim=F,
-        max_length=num_tokens,
-        moe_pattern=(True,),
-        num_experts=E,
-        num_active_experts=NUM_ACTIVE,
-        expert_dim=F,
-        balance_loss=0.01,
-        router=router,
-    )
 
 
 def draw(i, *shape, dtype="bfloat16"):
@@ -61,16 +41,16 @@ def draw_arguments(num_tokens, D, F, E):
     return params, h, dy, Draws(bits)
 
 
-def make_layer(model):
+def make_layer(config):
     """The compiled gradients of the layer, those of the balance loss included."""
 
     @jax.jit
     def layer(params, h, dy, draws):
         weights = jnp.ones(h.shape[:2])
-        operations = Operations(experts=experts)
 
         def loss(params, h):
-            y, sums = feed_forward(params, h, weights, model, operations, draws)
+            y, choices = experts(params, h, config, Operations(), draws)
+            sums = router_sums(choices, weights, config, Operations())
             return jnp.vdot(y, dy, preferred_element_type=jnp.float32) + sums.balance
 
         return jax.grad(loss, (0, 1))(params, h)
@@ -91,9 +71,9 @@ def profile(layer, arguments):
 
 def main(num_tokens, D, F, E, router):
     """The total, the share of the grouped matmuls, and the largest other kernels."""
-    model = make_model(num_tokens, D, F, E, router)
+    config = ExpertsConfig(num_experts=E, dim=F, num_active=NUM_ACTIVE, router=ROUTERS[router])
     arguments = draw_arguments(num_tokens, D, F, E)
-    milliseconds, calls = profile(make_layer(model), arguments)
+    milliseconds, calls = profile(make_layer(config), arguments)
     total = sum(milliseconds.values())
     grouped = sum(ms for name, ms in milliseconds.items() if GROUPED in name)
     # Three matrices, forward and two gradients, two FLOPs a multiplication.

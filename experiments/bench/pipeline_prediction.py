@@ -20,7 +20,7 @@ import time
 
 import jax
 import numpy as np
-from gin_run import draw_state, load_run, make_parser, plan_of, synthetic_batch
+from gin_run import make_parser, start_run, synthetic_batch
 
 from jaxscale.parallel.pipeline.schedule import NONE, Rows, duration, make_schedule
 from jaxscale.train.step import make_step
@@ -67,27 +67,26 @@ class Tables:
 class Bench:
     """A run with the state that its steps hand on."""
 
-    def __init__(self, run, plan):
-        self.plan = plan
-        self.state = draw_state(run, plan)
-        self.batch = synthetic_batch(run, plan.mesh)
+    def __init__(self, run, setup):
+        self.setup = setup
+        self.state = setup.init(seed=0)
+        self.batch = synthetic_batch(run, setup.mesh)
 
     def compile_step(self):
         """The train step as it is."""
-        plan = self.plan
-        step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
-        return step.lower(self.state, self.batch).compile()
+        return make_step(self.setup).lower(self.state, self.batch).compile()
 
     def compile_step_with_table(self):
         """The train step whose table is an argument, so that one program serves all tables."""
-        plan = self.plan
-        schedule = plan.region.schedule
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state)
+        setup, region = self.setup, self.setup.region
+        schedule = region.schedule
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
 
         def step_with(state, batch, rows):
-            with_table = dataclasses.replace(schedule, rows=rows)
-            region = dataclasses.replace(plan.region, schedule=with_table)
-            return make_step(plan.loss_fn, plan.optimizer, region, plan.state)(state, batch)
+            of_table = dataclasses.replace(
+                region, schedule=dataclasses.replace(schedule, rows=rows)
+            )
+            return make_step(dataclasses.replace(setup, region=of_table))(state, batch)
 
         step = jax.jit(step_with, donate_argnums=0, out_shardings=(shardings, None))
         return step.lower(self.state, self.batch, schedule.rows).compile()
@@ -123,11 +122,11 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="timed for each table")
     options = parser.parse_args()
-    run = load_run(options.file, options.set)
-    plan = plan_of(run)
-    schedule = plan.region.schedule
+    run = start_run(options.file, options.set)
+    setup = run.setup()
+    schedule = setup.region.schedule
     check_schedule(parser, schedule)
-    bench, tables = Bench(run, plan), Tables(schedule)
+    bench, tables = Bench(run, setup), Tables(schedule)
     timed = functools.partial(bench.seconds, num_steps=options.steps)
     real = timed(bench.compile_step())
     step = bench.compile_step_with_table()

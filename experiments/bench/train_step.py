@@ -1,7 +1,7 @@
 """Time the train step of a gin file on synthetic tokens; print one JSON line, save nothing.
 
 python experiments/bench/train_step.py experiments/configs/runs/llama_1b.gin \\
-    --set stack.is_scanned=True
+    --set execution.is_scanned=True
 """
 
 import json
@@ -9,9 +9,9 @@ import time
 
 import jax
 import numpy as np
-from gin_run import draw_state, load_run, make_parser, plan_of, synthetic_batch
+from gin_run import make_parser, start_run, synthetic_batch
 
-from jaxscale.models.config import training_flops_per_token
+from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.parameters import count_parameters
 from jaxscale.train.metrics import peak_flops
 from jaxscale.train.step import make_step
@@ -20,11 +20,10 @@ GIB = 2**30
 WARMUP_STEPS = 3
 
 
-def compiled_step(plan, state, batch):
+def compiled_step(setup, state, batch):
     """The compiled step, and what compiling took and what memory the program needs."""
     began = time.perf_counter()
-    step = make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state)
-    step = step.lower(state, batch).compile()
+    step = make_step(setup).lower(state, batch).compile()
     memory = step.memory_analysis()
     return step, {
         "compile_s": time.perf_counter() - began,
@@ -53,10 +52,10 @@ def profile_steps(step, state, batch, directory):
 
 def rates(run, ms):
     """Tokens and FLOPs per second, and MFU over all devices."""
-    model, length = run["model"], run["data"].sequence_length
-    _, active = count_parameters(model)
-    num_tokens = run["data"].batch_size * length
-    flops = training_flops_per_token(model, active, length) * num_tokens
+    length = run.data.sequence_length
+    _, active = count_parameters(run.model)
+    num_tokens = run.data.batch_size * length
+    flops = training_flops_per_token(run.model, active, length) * num_tokens
     peak = (peak_flops() or np.inf) * jax.device_count()
     return {
         "tokens_per_second": num_tokens / ms * 1e3,
@@ -77,11 +76,11 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--profile", help="directory for a profile of two more steps")
     options = parser.parse_args()
-    run = load_run(options.file, options.set)
-    plan = plan_of(run)
-    state = draw_state(run, plan)
-    batch = synthetic_batch(run, plan.mesh)
-    step, figures = compiled_step(plan, state, batch)
+    run = start_run(options.file, options.set)
+    setup = run.setup()
+    state = setup.init(seed=0)
+    batch = synthetic_batch(run, setup.mesh)
+    step, figures = compiled_step(setup, state, batch)
     for _ in range(WARMUP_STEPS):
         state, metrics = step(state, batch)
     figures["loss_of_step_3"] = float(metrics["loss"])

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxscale import config
 from jaxscale.checkpoint.restore import restore_params
 from jaxscale.data.loader import check_tokenizer
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -24,7 +23,7 @@ from jaxscale.ops.attention import cache
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_serving_operations
 from jaxscale.parallel.rules import make_specs
-from jaxscale.run.run import Run
+from jaxscale.run.run import Run, load_run
 from jaxscale.serve.decoding import check_prompts, generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.run_directory import CONFIG
@@ -125,7 +124,7 @@ def load(
             `tensor` devices.
     """
     if not isinstance(run, Run):
-        run = config.load(_the_run, [Path(run).expanduser() / CONFIG]).arguments["run"]
+        run = load_run([Path(run).expanduser() / CONFIG])
     tokenizer = load_tokenizer(run.data.tokenizer)
     check_vocabulary(tokenizer, run.model.vocab_size)
     if prompts:
@@ -153,7 +152,3 @@ def load(
     )
     decoder = Decoder(run.model, operations, run.policy, execution)
     return LanguageModel(decoder, restored.params, tokenizer, region)
-
-
-def _the_run(*, run: Run) -> Run:
-    return run

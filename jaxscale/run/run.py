@@ -3,11 +3,12 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
+from jaxscale import config
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.launch.runtime import RuntimeConfig
@@ -141,6 +142,22 @@ class Run:
         return dataclasses.replace(self, execution=execution)
 
 
+def load_run(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Run:
+    """The run that gin files and overrides bind; nothing of it is started.
+
+    Args:
+        files: gin files; later ones override earlier ones.
+        overrides: as of the command line's `--set`.
+    Raises:
+        InputError: a name, type or file is wrong, or a required value is missing.
+    """
+
+    def the_run(*, run: Run) -> Run:
+        return run
+
+    return config.run(the_run, files, overrides)
+
+
 def check_fit(run: Run) -> None:
     """Raises InputError, with the equation that fails, unless lengths, batch and chunks fit."""
     length, mesh = run.data.sequence_length, run.mesh
@@ -177,8 +194,8 @@ def _check_attention(run: Run) -> None:
     shape = (run.data.batch_size, run.data.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, "int32")
     for layer in run.model.layers:
-        config = layer.attention
-        heads = (*shape, config.num_heads, config.head_dim)
+        attention = layer.attention
+        heads = (*shape, attention.num_heads, attention.head_dim)
         q = jax.ShapeDtypeStruct(heads, run.policy.compute)
-        context = AttentionContext(tokens, segments=tokens, softcap=config.softcap)
+        context = AttentionContext(tokens, segments=tokens, softcap=attention.softcap)
         check_backend("ExecutionConfig.attention", run.execution.attention, q, context)

@@ -9,7 +9,6 @@ from jax import lax
 
 from jaxscale.ops.attention.api import attention
 from jaxscale.ops.attention.context import NEVER, AttentionContext
-from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
 
 
@@ -146,12 +145,11 @@ def _over_cache(
     would write and read it once more, and reading it is what a decoding step spends its time on.
     """
     num_kv_heads = cache.k.shape[1]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
     q_BTKGH = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3]).astype(cache.k.dtype)
     # Heads first, as in the cache: XLA would order the logits [B, K, S, G, T] otherwise, and not
     # make one kernel of the softmax, whose sums would be over a dim that is not the last one.
     q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
-    logits = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, cache.k, preferred_element_type=wide)
+    logits = _wide_product("bkgth,bksh->bkgts", q_BKGTH, cache.k)
     logits *= context.logits_scale(q.shape[3])
     if context.softcap is not None:
         logits = context.softcap * jnp.tanh(logits / context.softcap)
@@ -159,5 +157,14 @@ def _over_cache(
     num_groups = q_BKGTH.shape[2] if context.layout else 1
     mask = mask.reshape(mask.shape[0], -1, num_groups, *mask.shape[2:])
     weights = jax.nn.softmax(jnp.where(mask, logits, NEVER)).astype(cache.v.dtype)
-    o = jnp.einsum("bkgts,bksh->btkgh", weights, cache.v, preferred_element_type=wide)
-    return accumulator(o).reshape(q.shape).astype(q.dtype)
+    o = _wide_product("bkgts,bksh->btkgh", weights, cache.v)
+    return o.reshape(q.shape).astype(q.dtype)
+
+
+def _wide_product(equation: str, x: Array, y: Array) -> Array:
+    """An einsum whose sums and result are in at least float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if jax.default_backend() == "cpu":
+        # XLA has no batched matmul there that takes bfloat16 and gives float32.
+        x, y = x.astype(wide), y.astype(wide)
+    return jnp.einsum(equation, x, y, preferred_element_type=wide)
