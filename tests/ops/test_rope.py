@@ -52,8 +52,10 @@ def test_the_gradient_pads_nothing():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_long_positions_keep_their_angles(dtype):
-    """At position 131,000 an angle of float32 is good to 2^-8 of a radian, whatever the type of x; bfloat16 angles
-    would be off by hundreds of turns."""
+    """At position 131,000 an angle of float32 is good to 2^-8 of a radian, whatever the type of x.
+
+    bfloat16 angles would be off by hundreds of turns.
+    """
     x = jnp.ones((1, 1, 1, 128), dtype)
     y = rope(x, jnp.array([[131_000]]), theta=5e5).astype("float32")
     wanted = rotated(np.ones((1, 1, 1, 128)), np.array([[131_000]]), 5e5)
