@@ -1,12 +1,42 @@
-"""How the tests run the kernels: compiled on a Hopper GPU (with JAX_PLATFORMS=cuda), elsewhere interpreted."""
+"""How the tests run the kernels.
+
+They are compiled on a Hopper GPU (with JAX_PLATFORMS=cuda), and interpreted elsewhere.
+"""
 
 import jax
-from jax._src.pallas.mosaic_gpu.interpret.params import (
-    InterpretGPUParams,  # jax 0.10 does not export it
-)
+import numpy as np
+import pytest
+
+# jax 0.10 does not export it.
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from jaxscale.ops.device import is_hopper
 
 INTERPRET = False if is_hopper() else InterpretGPUParams()
 KNOWS_THE_END = jax.__version_info__ >= (0, 11)
 OLD_REASON = "jax 0.10 cannot interpret copies past the end, which the hardware fills with zeros"
+
+
+def assert_norm_close(got, want, tolerance, name=""):
+    """Checks |got - want| <= tolerance |want|, in float64."""
+    want = np.asarray(want, np.float64)
+    error = np.linalg.norm(np.asarray(got, np.float64) - want)
+    assert error <= tolerance * np.linalg.norm(want), name
+
+
+def assert_same_bits(once, again, names=None):
+    """Checks that all arrays are equal."""
+    names = names or range(len(once))
+    for name, a, b in zip(names, once, again, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), str(name))
+
+
+def long_but(names, chosen):
+    """Parameters of a test: `names`, of which only the chosen ones run by default."""
+    return [pytest.param(name, marks=() if name in chosen else pytest.mark.long) for name in names]
+
+
+def lower_for_gpu(f, *arguments):
+    """The text of f's program for an NVIDIA GPU, which needs none."""
+    traced = jax.jit(f).trace(*arguments)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -18,7 +18,7 @@ from jaxscale.kernels.attention.tiles import (
     query_tiles,
     query_visits,
 )
-from tests.kernels.interpretation import INTERPRET
+from tests.kernels.interpretation import INTERPRET, long_but
 
 IS_NEW = jax.__version_info__ >= (0, 11)
 OLD_REASON = (
@@ -30,37 +30,21 @@ LAYOUTS = {"blocks": BlockLayout(local=2, stride=3)}
 CASES = {
     "documents": (2, 200, 200, 2, 1, 64, "bfloat16", None, "documents"),
     "window_softcap_float16": (1, 144, 144, 1, 1, 128, "float16", 1.5, "window"),
-    "full_odd_shapes": (
-        2,
-        77,
-        131,
-        1,
-        1,
-        24,
-        "bfloat16",
-        None,
-        "full",
-    ),  # one interval for both rows
+    # One interval for both rows.
+    "full_odd_shapes": (2, 77, 131, 1, 1, 24, "bfloat16", None, "full"),
     "block_sparse": (1, 460, 460, 4, 2, 64, "bfloat16", None, "blocks"),
     "wide_heads": (1, 136, 136, 2, 1, 256, "bfloat16", 1.5, "documents"),
     "wide_heads_padded_float16": (1, 72, 72, 1, 1, 160, "float16", None, "window"),
     "wide_heads_block_sparse": (1, 320, 320, 2, 2, 256, "bfloat16", None, "blocks"),
     "causal_two_tiles": (1, 264, 264, 2, 2, 64, "bfloat16", None, "causal"),
-    "causal_grouped_128": (
-        1,
-        136,
-        136,
-        2,
-        1,
-        128,
-        "bfloat16",
-        None,
-        "causal",
-    ),  # what most models train with
+    # What most models train with.
+    "causal_grouped_128": (1, 136, 136, 2, 1, 128, "bfloat16", None, "causal"),
     "heads_of_96": (1, 72, 72, 2, 2, 96, "bfloat16", None, "causal"),
     "documents_float16": (1, 136, 136, 2, 1, 64, "float16", None, "documents"),
 }
-HEAVY = {"causal_two_tiles", "block_sparse", "wide_heads_block_sparse"}
+# The others run in the long suite. These have each head dim, both types, every kind of mask but
+# that of blocks, documents, a soft-cap, grouped heads and shapes that are padded.
+DEFAULT = ("documents", "window_softcap_float16", "full_odd_shapes", "wide_heads")
 
 
 def intervals(kind, length, num_keys, batch):
@@ -147,9 +131,7 @@ def results_and_gradients(run, arrays, bounds, cotangents, settings):
     return o, lse, *pullback((do, jnp.where(jnp.isfinite(lse), dlse, 0)))
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.long] * (c in HEAVY)) for c in CASES]
-)
+@pytest.mark.parametrize("case", long_but(CASES, DEFAULT))
 def test_results_and_gradients_are_those_of_float64(run, case):
     arrays, bounds, cotangents, settings = draw(case)
     o, lse, *gradients = results_and_gradients(run, arrays, bounds, cotangents, settings)
@@ -179,7 +161,7 @@ def test_twice_the_same_bits_but_where_the_kernel_says_otherwise(run):
 
 
 def merged(run, q, k, v, low, high, *, split, **settings):
-    """o and lse of the keys before `split` and of those after it, one call each, added up by their lse."""
+    """o and lse of the keys before `split` and of those after it, added up by their lse."""
     ranges = (k[:, :split], v[:, :split], 0), (k[:, split:], v[:, split:], split)
     parts = []
     for keys, values, first in ranges:

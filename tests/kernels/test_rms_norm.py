@@ -1,4 +1,7 @@
-"""Every backend of the norm beside its residual against float64; the GPU kernel is interpreted."""
+"""Every backend of the norm beside its residual against float64.
+
+The GPU kernel is interpreted where there is no GPU.
+"""
 
 import functools
 
@@ -9,7 +12,12 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.rms_norm.api import BACKENDS, mosaic_refusal, residual_norm
-from tests.kernels.interpretation import INTERPRET
+from tests.kernels.interpretation import (
+    INTERPRET,
+    assert_norm_close,
+    assert_same_bits,
+    lower_for_gpu,
+)
 
 EPSILON = 1e-3
 # A thread loads 1, 2, 4 and 8 elements at a time.
@@ -28,24 +36,28 @@ TOLERANCE = 4e-3  # of the norm: results in bfloat16
 LARGEST = 0.05  # root mean square of a row, whose square is next to EPSILON
 
 
+def by_backend(implementation):
+    """Results and gradients: an interpreted kernel is run call by call, the twin as one program."""
+    settings = dict(implementation=implementation, interpret=INTERPRET)
+    f = functools.partial(results_and_gradients, functools.partial(residual_norm, **settings))
+    return f if implementation == "mosaic" else jax.jit(f)
+
+
 @pytest.fixture(params=BACKENDS)
 def run(request):
     if request.param == "mosaic" and IS_OLD:
         pytest.skip(OLD_REASON)
-    return functools.partial(residual_norm, implementation=request.param, interpret=INTERPRET)
+    return by_backend(request.param)
 
 
 def draw(shape, dtype="bfloat16"):
-    """Input with rows of unlike size, scale in float32, cotangents of the input itself and of its norm."""
-    keys = jax.random.split(jax.random.key(shape[1]), 4)
-    size = LARGEST * jnp.arange(1, shape[0] + 1)[:, None] / shape[0]
+    """Input with rows of unlike size, scale in float32, cotangents of the input and of its norm."""
+    num_rows, width = shape
+    keys = jax.random.split(jax.random.key(width), 4)
+    size = LARGEST * jnp.arange(1, num_rows + 1)[:, None] / num_rows
     x, dx, dy = (jax.random.normal(key, shape) for key in keys[:3])
-    return (
-        (x * size).astype(dtype),
-        jax.random.normal(keys[3], shape[1:]),
-        dx.astype(dtype),
-        dy.astype(dtype),
-    )
+    scale = jax.random.normal(keys[3], (width,))
+    return (x * size).astype(dtype), scale, dx.astype(dtype), dy.astype(dtype)
 
 
 def naive(x, scale, dx, dy):
@@ -53,57 +65,52 @@ def naive(x, scale, dx, dy):
     x, scale, dx, dy = (np.asarray(a, np.float64) for a in (x, scale, dx, dy))
     inverse = (np.square(x).mean(-1, keepdims=True) + EPSILON) ** -0.5
     slope = (dy * scale * x).mean(-1, keepdims=True)
-    return (
-        x,
-        x * inverse * scale,
-        dx + dy * scale * inverse - x * slope * inverse**3,
-        (dy * x * inverse).sum(0),
-    )
+    dx_total = dx + dy * scale * inverse - x * slope * inverse**3
+    dscale = (dy * x * inverse).sum(0)
+    return x, x * inverse * scale, dx_total, dscale
 
 
-def results_and_gradients(run, x, scale, dx, dy):
-    both, pullback = jax.vjp(functools.partial(run, epsilon=EPSILON), x, scale)
+def results_and_gradients(operation, x, scale, dx, dy):
+    both, pullback = jax.vjp(functools.partial(operation, epsilon=EPSILON), x, scale)
     return *both, *pullback((dx, dy))
 
 
 def check(found, wanted, tolerance):
     for got, want in zip(found, wanted, strict=True):
-        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(
-            want
-        )
+        assert_norm_close(got, want, tolerance)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_results_and_gradients_are_those_of_float64(run, shape):
     arguments = draw(shape)
-    found = results_and_gradients(run, *arguments)
+    found = run(*arguments)
     assert [a.dtype for a in found] == ["bfloat16"] * 3 + ["float32"]
     check(found, naive(*arguments), TOLERANCE)
 
 
 def test_float16(run):
     arguments = draw(SHAPES["odd_rows"], "float16")
-    check(results_and_gradients(run, *arguments), naive(*arguments), TOLERANCE / 8)
+    check(run(*arguments), naive(*arguments), TOLERANCE / 8)
 
 
 def test_twice_the_same_bits(run):
     arguments = draw(SHAPES["odd_rows"])
-    for a, b in zip(
-        results_and_gradients(run, *arguments), results_and_gradients(run, *arguments), strict=True
-    ):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert_same_bits(run(*arguments), run(*arguments))
 
 
 @pytest.mark.skipif(IS_OLD, reason=OLD_REASON)
 def test_the_sum_of_both_gradients_is_rounded_once():
-    """Two rounded parts that cancel but for a bit would leave a wrong one; the kernel adds before it rounds."""
+    """Two rounded parts that cancel but for a bit would leave a wrong one.
+
+    The kernel adds before it rounds.
+    """
     x, scale, _, dy = draw(SHAPES["odd_rows"])
-    alone = naive(x, scale, np.zeros_like(dy, np.float64), dy)[2]
-    dx = jnp.asarray(-alone, "bfloat16")
-    run = functools.partial(residual_norm, implementation="mosaic", interpret=INTERPRET)
-    check(
-        results_and_gradients(run, x, scale, dx, dy)[2:3], naive(x, scale, dx, dy)[2:3], TOLERANCE
-    )
+    no_dx = np.zeros_like(dy, np.float64)
+    _, _, alone, _ = naive(x, scale, no_dx, dy)
+    arguments = x, scale, jnp.asarray(-alone, "bfloat16"), dy
+    _, _, got, _ = by_backend("mosaic")(*arguments)
+    _, _, want, _ = naive(*arguments)
+    assert_norm_close(got, want, TOLERANCE)
 
 
 @pytest.mark.skipif(IS_OLD, reason=OLD_REASON)
@@ -111,42 +118,40 @@ def test_inside_a_manual_region_under_scan_and_remat():
     """Interpretation knows neither, so on a CPU the kernel is only lowered for GPUs."""
 
     def through_a_scan(x, scale, *, epsilon):
-        one = jax.checkpoint(
-            functools.partial(residual_norm, epsilon=epsilon, implementation="mosaic")
-        )
-        (x, y), _ = jax.lax.scan(lambda carry, _: (one(carry[0], scale), None), (x, x), length=1)
-        return x, y
+        operation = functools.partial(residual_norm, epsilon=epsilon, implementation="mosaic")
+        one = jax.checkpoint(operation)
+        results, _ = jax.lax.scan(lambda carry, _: (one(carry[0], scale), None), (x, x), length=1)
+        return results
 
-    mesh, by_row, whole = (
-        Mesh(np.array(jax.devices()[:2]), ("data",)),
-        PartitionSpec("data"),
-        PartitionSpec(),
-    )
+    def all_but_dscale(*arguments):
+        return results_and_gradients(through_a_scan, *arguments)[:3]
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    by_row, whole = PartitionSpec("data"), PartitionSpec()
     local = jax.shard_map(
-        lambda *arguments: results_and_gradients(through_a_scan, *arguments)[:3],
+        all_but_dscale,
         mesh=mesh,
         in_specs=(by_row, whole, by_row, by_row),
         out_specs=by_row,
         check_vma=False,
     )
     arguments = draw((6, 384))
-    lowered = jax.jit(local).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert "mosaic_gpu" in lower_for_gpu(local, *arguments)
     if INTERPRET is False:
         check(jax.jit(local)(*arguments), naive(*arguments)[:3], TOLERANCE)
 
 
 @pytest.mark.skipif(IS_OLD, reason=OLD_REASON)
 @pytest.mark.parametrize(
-    "shape", [*SHAPES.values(), (16384, 2048), (100, 3072), (8192, 4096)], ids=str
+    "shape",
+    [*SHAPES.values(), (16384, 2048), (100, 3072), (8192, 4096)],
+    ids=str,
 )
 def test_every_shape_can_be_compiled_for_a_gpu(shape):
     """Copies to shared memory want dims that interpretation does not ask for."""
-    run = functools.partial(residual_norm, implementation="mosaic")
+    operation = functools.partial(residual_norm, implementation="mosaic")
     arguments = jax.eval_shape(lambda: draw(shape))
-    jax.jit(functools.partial(results_and_gradients, run)).trace(*arguments).lower(
-        lowering_platforms=("cuda",)
-    )
+    lower_for_gpu(functools.partial(results_and_gradients, operation), *arguments)
 
 
 @pytest.mark.parametrize(
@@ -159,19 +164,15 @@ def test_every_shape_can_be_compiled_for_a_gpu(shape):
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(shape, dtype, message):
-    x = jnp.zeros(shape, dtype)
+    x, scale = jnp.zeros(shape, dtype), jnp.ones(shape[1:])
     assert message in mosaic_refusal(x)
     with pytest.raises(ValueError, match=message):
-        residual_norm(x, jnp.ones(shape[1:]), epsilon=EPSILON, implementation="mosaic")
+        residual_norm(x, scale, epsilon=EPSILON, implementation="mosaic")
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
-def test_shapes_that_do_not_fit_are_refused(implementation):
-    for x, scale in (((4, 128), (64,)), ((2, 4, 128), (128,))):
-        with pytest.raises(ValueError, match=r"expected \[rows, D\] and \[D\]"):
-            residual_norm(
-                jnp.zeros(x, "bfloat16"),
-                jnp.ones(scale),
-                epsilon=EPSILON,
-                implementation=implementation,
-            )
+@pytest.mark.parametrize(("x", "scale"), [((4, 128), (64,)), ((2, 4, 128), (128,))])
+def test_shapes_that_do_not_fit_are_refused(implementation, x, scale):
+    x, scale = jnp.zeros(x, "bfloat16"), jnp.ones(scale)
+    with pytest.raises(ValueError, match=r"expected \[rows, D\] and \[D\]"):
+        residual_norm(x, scale, epsilon=EPSILON, implementation=implementation)

@@ -1,4 +1,4 @@
-"""Blocks of keys add up to attention over all of them, and their backward to its gradients, in float64."""
+"""Blocks of keys add up to attention over all of them, and their gradients too, in float64."""
 
 import dataclasses
 import functools

@@ -27,7 +27,10 @@ def make_draws(key=0, layer=0):
 
 
 def test_no_number_is_0_or_1():
-    """Gumbel's noise is not finite there, and a word in 2^24 would do it if the largest were rounded."""
+    """Gumbel's noise is not finite there.
+
+    A word in 2^24 would give a 1 if the largest were rounded.
+    """
     got = np.asarray(uniform(jnp.asarray([0, 2**32 - 1, 2**31], jnp.uint32)))
     assert got[0] > 0 and got[1] < 1 and abs(got[2] - 0.5) < 1e-6
 

@@ -81,7 +81,7 @@ def test_a_bias_is_added_to_the_logits_and_gets_its_gradient():
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_what_is_asked_of_our_kernel(has_bias, monkeypatch):
-    """The same arguments, given to the kernel's slow twin, must give the same loss and gradients."""
+    """The same arguments, given to the kernel's slow twin, must give the same loss and gradient."""
     x, head, labels, weights = make("bfloat16")
     bias = jnp.asarray(np.random.default_rng(1).normal(size=V), jnp.float32)
 

@@ -64,7 +64,10 @@ def test_rms_gradient_is_that_of_the_formula(transform):
     ids=["whole", "odd", "empty"],
 )
 def test_on_a_hopper_gpu_the_kernel_is_taken_where_it_can_be(monkeypatch, shape, is_taken):
-    """Its slow twin stands for it; results and gradients keep the residual's shape and are those of the plain norm."""
+    """Its slow twin stands for it.
+
+    Results and gradients keep the residual's shape and are those of the plain norm.
+    """
     taken = []
 
     def twin(x, scale, epsilon):
