@@ -70,21 +70,26 @@ def test_few_flat_fields_give_the_defaults_of_the_flat_configuration():
         layout=None,
     )
     feed_forward = FeedForwardConfig(dim=24, activation="swiglu", use_bias=False)
-    assert ModelConfig(
-        vocab_size=40,
-        num_layers=4,
-        model_dim=16,
-        max_length=16,
-        pattern=(LayerConfig(attention, feed_forward, norm_position="before", is_parallel=False),),
-        prefix=(),
-        norm=NormConfig(kind="rmsnorm", epsilon=1e-5, use_bias=False),
-        is_causal=True,
-        use_learned_positions=False,
-        is_tied=False,
-        use_head_bias=False,
-        logit_softcap=None,
-        init_std=0.02,
-    ) == SMALL
+    assert (
+        ModelConfig(
+            vocab_size=40,
+            num_layers=4,
+            model_dim=16,
+            max_length=16,
+            pattern=(
+                LayerConfig(attention, feed_forward, norm_position="before", is_parallel=False),
+            ),
+            prefix=(),
+            norm=NormConfig(kind="rmsnorm", epsilon=1e-5, use_bias=False),
+            is_causal=True,
+            use_learned_positions=False,
+            is_tied=False,
+            use_head_bias=False,
+            logit_softcap=None,
+            init_std=0.02,
+        )
+        == SMALL
+    )
 
 
 def test_few_flat_fields_of_a_mixture_give_its_defaults():

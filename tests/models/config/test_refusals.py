@@ -55,7 +55,7 @@ V1 = SparseMixerRouter(version="v1")
         (
             ATTENTION,
             {"rotary": RotaryConfig(fraction=0.4)},
-            "AttentionConfig.head_dim: given 8, expected an even number for rotary positions of its",
+            "AttentionConfig.head_dim: given 8, expected an even number for rotary positions of",
         ),
         (
             ATTENTION,
