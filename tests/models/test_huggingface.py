@@ -1,257 +1,302 @@
-"""Logits and routers equal those of Hugging Face's Llama, Mixtral and PhiMoE, which share nothing with ours."""
+"""Logits and routers equal those of Hugging Face's models, which share nothing with ours.
+
+experiments/huggingface_fixtures.py and sparsemixer_fixture.py have made the files in fixtures/.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.sparsemixer import numbers_of, sparsemixer
-from jaxscale.models.transformer import StackConfig, forward
+from jaxscale.models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ModelConfig,
+    NormConfig,
+    RotaryConfig,
+    SparseMixerRouter,
+    TopKRouter,
+    YarnScaling,
+)
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.sparsemixer import sparsemixer
 from jaxscale.ops.draws import Draws
 from jaxscale.ops.precision import Policy
 
-SHAPE = dict(
-    vocab_size=97,
-    num_layers=2,
-    model_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_length=64,
+FIXTURES = Path(__file__).parent / "fixtures"
+AROUND = dict(vocab_size=97, num_layers=2, model_dim=32, max_length=64)
+HEADS = dict(num_heads=4, num_kv_heads=2)
+ATTENTION = AttentionConfig(**HEADS, head_dim=8)
+WIDE = AttentionConfig(**HEADS, head_dim=16)
+DENSE = FeedForwardConfig(24)
+EXPERTS = ExpertsConfig(num_experts=4, dim=24)
+LAYER = LayerConfig(ATTENTION, DENSE)
+MODEL = ModelConfig(**AROUND, pattern=(LAYER,))
+MAX_ERROR = 2e-5  # relative to the largest logit; both compute in float32
+
+
+def with_attention(config, attention):
+    layers = [dataclasses.replace(layer, attention=attention) for layer in config.pattern]
+    return dataclasses.replace(config, pattern=tuple(layers))
+
+
+def with_rotary(attention, **rotary):
+    return dataclasses.replace(attention, rotary=RotaryConfig(**rotary))
+
+
+def model_of(layer, **fields):
+    return dataclasses.replace(MODEL, pattern=(layer,), **fields)
+
+
+GEMMA2 = LayerConfig(
+    dataclasses.replace(ATTENTION, softcap=2.0, scale=12**-0.5),
+    FeedForwardConfig(24, "geglu"),
+    norm_position="both",
 )
-TORCH = (
-    "torch is no dependency of ours; with its CPU build installed this compares with Hugging Face"
+GEMMA2_WINDOW = dataclasses.replace(
+    GEMMA2, attention=dataclasses.replace(GEMMA2.attention, window=8)
 )
-
-
-def stacked(state, pattern, shape=None):
-    """The layers' torch weights [out, in] as one stack [L, in, out], reshaped."""
-    layers = [state[pattern.format(layer)].numpy().T for layer in range(SHAPE["num_layers"])]
-    return jnp.asarray(np.stack(layers)).reshape(shape or (len(layers), *layers[0].shape))
-
-
-def attention_params(state):
-    """The parameters that Llama and Mixtral name alike."""
-    layers, dim, heads, kv_heads, size = 2, 32, 4, 2, 8
-    prefix = "model.layers.{}."
-    return {
-        "norm": {"scale": stacked(state, prefix + "input_layernorm.weight")},
-        "q": stacked(state, prefix + "self_attn.q_proj.weight", shape=(layers, dim, heads, size)),
-        "k": stacked(
-            state, prefix + "self_attn.k_proj.weight", shape=(layers, dim, kv_heads, size)
+ALL_NORM = dataclasses.replace(ATTENTION, qk_norm="all")
+BIASED = dataclasses.replace(ATTENTION, biases=("q", "k", "v", "o"))
+GRIN = SparseMixerRouter(0.2, mask="released")
+NOT_RENORMALISED = TopKRouter(is_renormalised=False)
+LAYERNORM = NormConfig("layernorm", 1e-5, use_bias=True)
+MODELS = {
+    "llama": MODEL,
+    "llama3": with_attention(
+        MODEL, with_rotary(WIDE, theta=100.0, scaling=Llama3Scaling(8.0, 1.0, 4.0, 32))
+    ),
+    "yarn": with_attention(MODEL, with_rotary(WIDE, scaling=YarnScaling(4.0, 32))),
+    "qwen2": dataclasses.replace(
+        with_attention(MODEL, dataclasses.replace(ATTENTION, biases=("q", "k", "v"))),
+        norm=NormConfig(epsilon=1e-6),
+    ),
+    "qwen3": dataclasses.replace(
+        with_attention(MODEL, dataclasses.replace(WIDE, qk_norm="head")),
+        norm=NormConfig(epsilon=1e-6),
+        is_tied=True,
+    ),
+    "gemma2": dataclasses.replace(
+        MODEL,
+        pattern=(GEMMA2_WINDOW, GEMMA2),
+        norm=NormConfig(epsilon=1e-6),
+        logit_softcap=8.0,
+    ),
+    "olmo2": model_of(LayerConfig(ALL_NORM, DENSE, norm_position="after")),
+    "olmoe": model_of(LayerConfig(ALL_NORM, dataclasses.replace(EXPERTS, router=NOT_RENORMALISED))),
+    "mixtral": model_of(LayerConfig(ATTENTION, EXPERTS)),
+    "phimoe": model_of(
+        LayerConfig(
+            dataclasses.replace(BIASED, window=8), dataclasses.replace(EXPERTS, router=GRIN)
         ),
-        "v": stacked(
-            state, prefix + "self_attn.v_proj.weight", shape=(layers, dim, kv_heads, size)
-        ),
-        "o": stacked(state, prefix + "self_attn.o_proj.weight", shape=(layers, heads, size, dim)),
-    }
-
-
-def outer_params(state):
-    """Embedding, final norm and unembedding."""
-    return {
-        "embedding": {"tokens": jnp.asarray(state["model.embed_tokens.weight"].numpy())},
-        "final_norm": {"scale": jnp.asarray(state["model.norm.weight"].numpy())},
-        "head": {"weights": jnp.asarray(state["lm_head.weight"].numpy())},
-    }
-
-
-def llama():
-    """A random Llama, its parameters in our tree and the configuration."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=64,
-            rms_norm_eps=1e-5,
-            attn_implementation="eager",
-        )
-    )
-    state = model.state_dict()
-    ffn = {
-        name: stacked(state, "model.layers.{}.mlp." + name + "_proj.weight")
-        for name in ("gate", "up", "down")
-    }
-    ffn["norm"] = {"scale": stacked(state, "model.layers.{}.post_attention_layernorm.weight")}
-    params = outer_params(state) | {
-        "layers": {"0": {"attention": attention_params(state), "ffn": ffn}}
-    }
-    return model, params, ModelConfig(**SHAPE, ffn_dim=48)
-
-
-def mixtral():
-    """The same for a Mixtral of four experts, two a token."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=97,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=64,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            rope_theta=10000.0,
-            rms_norm_eps=1e-5,
-            attn_implementation="eager",
-            experts_implementation="eager",
-        )
-    )
-    state = model.state_dict()
-    params = outer_params(state) | {
-        "layers": {"0": {"attention": attention_params(state), "moe": moe_params(state)}}
-    }
-    config = ModelConfig(**SHAPE, ffn_dim=48, moe_pattern=(True,), num_experts=4, expert_dim=48)
-    return model, params, config
-
-
-def moe_params(state):
-    """The parameters that Mixtral and PhiMoE name nearly alike."""
-    prefix = "model.layers.{}."
-    router = (
-        "mlp.gate.weight" if prefix.format(0) + "mlp.gate.weight" in state else "mlp.router.weight"
-    )
-    joined = np.stack(
-        [state[prefix.format(i) + "mlp.experts.gate_up_proj"].numpy() for i in range(2)]
-    )
-    down = np.stack([state[prefix.format(i) + "mlp.experts.down_proj"].numpy() for i in range(2)])
-    gate, up = np.split(joined.swapaxes(2, 3), 2, -1)
-    return {
-        "norm": {"scale": stacked(state, prefix + "post_attention_layernorm.weight")},
-        "router": stacked(state, prefix + router),
-        "experts": {
-            "gate": jnp.asarray(gate),
-            "up": jnp.asarray(up),
-            "down": jnp.asarray(down.swapaxes(2, 3)),
-        },
-    }
-
-
-def phimoe():
-    """The same for a PhiMoE, GRIN's architecture: biases of attention, norms and head, and its released router."""
-    from transformers import PhimoeConfig, PhimoeForCausalLM
-
-    model = PhimoeForCausalLM(
-        PhimoeConfig(
-            vocab_size=97,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=64,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            sliding_window=8,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            rms_norm_eps=1e-5,
-            attention_bias=True,
-            lm_head_bias=True,
-            router_jitter_noise=0.2,
-            attn_implementation="eager",
-            experts_implementation="eager",
-        )
-    )
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # which starts at 0, where nothing could tell whether it is read
-            parameter.data.normal_()
-    state, prefix = model.state_dict(), "model.layers.{}."
-    attention, moe, outer = attention_params(state), moe_params(state), outer_params(state)
-    for name, heads in {"q": 4, "k": 2, "v": 2}.items():
-        attention[f"{name}_bias"] = stacked(
-            state, prefix + f"self_attn.{name}_proj.bias", (2, heads, 8)
-        )
-    attention["o_bias"] = stacked(state, prefix + "self_attn.o_proj.bias")
-    attention["norm"]["bias"] = stacked(state, prefix + "input_layernorm.bias")
-    moe["norm"]["bias"] = stacked(state, prefix + "post_attention_layernorm.bias")
-    outer["final_norm"]["bias"] = jnp.asarray(state["model.norm.bias"].numpy())
-    outer["head"]["bias"] = jnp.asarray(state["lm_head.bias"].numpy())
-    config = ModelConfig(
-        **SHAPE,
-        ffn_dim=48,
-        moe_pattern=(True,),
-        num_experts=4,
-        expert_dim=48,
-        norm="layernorm",
-        use_bias=True,
+        norm=LAYERNORM,
         use_head_bias=True,
-        windows=(8,),
-        router="sparsemixer_v2",
-        router_mask="released",
-        router_threshold=0.2,
-    )
-    return model, outer | {"layers": {"0": {"attention": attention, "moe": moe}}}, config
+    ),
+    "phi": model_of(
+        LayerConfig(
+            with_rotary(BIASED, fraction=0.5),
+            FeedForwardConfig(24, "gelu", use_bias=True),
+            is_parallel=True,
+        ),
+        norm=LAYERNORM,
+        use_head_bias=True,
+    ),
+}
+# Hugging Face's names of our parameters; where there are two, a family has one of them.
+PROJECTIONS = {
+    "q": ("self_attn.q_proj",),
+    "k": ("self_attn.k_proj",),
+    "v": ("self_attn.v_proj",),
+    "o": ("self_attn.o_proj", "self_attn.dense"),
+}
+MATRICES = {"gate": ("mlp.gate_proj",), "up": ("mlp.up_proj", "mlp.fc1")}
+MATRICES["down"] = ("mlp.down_proj", "mlp.fc2")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("make", [llama, mixtral, phimoe])
-def test_logits_equal(make):
-    torch = pytest.importorskip("torch", reason=TORCH)
-    torch.manual_seed(0)
-    model, params, config = make()
-    model.eval()
-    tokens = np.random.default_rng(0).integers(0, 97, (2, 24))
-    with torch.no_grad():
-        wanted = model(torch.from_numpy(tokens)).logits.numpy()
-    batch = {"tokens": jnp.asarray(tokens), "positions": jnp.broadcast_to(jnp.arange(24), (2, 24))}
-    got, _ = forward(
-        params,
-        batch,
-        config=config,
-        policy=Policy(compute="float32"),
-        stack=StackConfig(remat="none"),
-    )
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
+class Converter:
+    """The state of a model of Hugging Face as our parameter tree.
+
+    Args:
+        state: arrays by name.
+        config: our configuration of the model.
+        scale_offset: added to the scales of norms (1 for Gemma, whose norms multiply by 1 + w).
+    """
+
+    def __init__(self, state, config, scale_offset=0.0):
+        self.state = {name: array.astype("float32") for name, array in state.items()}
+        self.config = config
+        self.scale_offset = scale_offset
+        self.used = set()
+
+    def take(self, *names):
+        """The first of the arrays that there is; each is used."""
+        name = next(name for name in names if name in self.state)
+        self.used.add(name)
+        return self.state[name]
+
+    def linear(self, out, name, places, shape, bias_shape):
+        """A matrix [out, in] as ours, [in, out] with heads apart, and its bias if it has one."""
+        out[name] = self.take(*(f"{place}.weight" for place in places)).T.reshape(shape)
+        for place in places:
+            if f"{place}.bias" in self.state:
+                out[f"{name}_bias"] = self.take(f"{place}.bias").reshape(bias_shape)
+
+    def norm(self, *places):
+        norm = {"scale": self.take(*(f"{place}.weight" for place in places)) + self.scale_offset}
+        if self.config.norm.use_bias:
+            norm["bias"] = self.take(*(f"{place}.bias" for place in places))
+        return norm
+
+    def norms(self, layer, place, before, after):
+        """The norms before and after attention or a feed-forward, where the layer has them."""
+        out = {}
+        if layer.norm_position in ("before", "both"):
+            out["norm"] = self.norm(f"{place}{before}")
+        if layer.norm_position in ("after", "both"):
+            out["norm_after"] = self.norm(f"{place}{after}")
+        return out
+
+    def attention(self, layer, place):
+        config = layer.attention
+        out = self.norms(layer, place, "input_layernorm", "post_attention_layernorm")
+        dim, size = self.config.model_dim, config.head_dim
+        heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+        for name, names in PROJECTIONS.items():
+            shape = (dim, heads[name], size) if name in heads else (config.num_heads, size, dim)
+            bias_shape = shape[1:] if name in heads else (dim,)
+            self.linear(out, name, [place + each for each in names], shape, bias_shape)
+        for name in ("q", "k") if config.qk_norm else ():
+            scale = self.take(f"{place}self_attn.{name}_norm.weight")
+            of_all = config.qk_norm == "all"
+            out[f"{name}_norm"] = {"scale": scale.reshape(-1, size) if of_all else scale}
+        return out
+
+    def ffn(self, layer, place):
+        if layer.is_parallel:
+            out = {}
+        else:
+            is_both = layer.norm_position == "both"
+            before = "pre_feedforward_layernorm" if is_both else "post_attention_layernorm"
+            out = self.norms(layer, place, before, "post_feedforward_layernorm")
+        if layer.is_moe:
+            gate, up = np.split(self.take(f"{place}mlp.experts.gate_up_proj").swapaxes(1, 2), 2, -1)
+            down = self.take(f"{place}mlp.experts.down_proj").swapaxes(1, 2)
+            router = self.take(f"{place}mlp.gate.weight", f"{place}mlp.router.weight").T
+            return out | {"router": router, "experts": {"gate": gate, "up": up, "down": down}}
+        for name, names in MATRICES.items():
+            if name == "gate" and not layer.feed_forward.is_gated:
+                continue
+            places = [place + each for each in names]
+            inner, dim = layer.feed_forward.dim, self.config.model_dim
+            shape = (inner, dim) if name == "down" else (dim, inner)
+            self.linear(out, name, places, shape, (shape[1],))
+        return out
+
+    def layer(self, number):
+        layer, place = self.config.layers[number], f"model.layers.{number}."
+        name = "moe" if layer.is_moe else "ffn"
+        return {"attention": self.attention(layer, place), name: self.ffn(layer, place)}
+
+    def params(self, embedding_factor):
+        """The whole tree; embeddings are multiplied by the factor, the unembedding is not."""
+        config = self.config
+        tokens = self.take("model.embed_tokens.weight")
+        stacks = {}
+        for position in range(config.period):
+            numbers = range(position, config.num_layers, config.period)
+            layers = [self.layer(number) for number in numbers]
+            stacks[str(position)] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+        params = {
+            "embedding": {"tokens": tokens * np.float32(embedding_factor)},
+            "layers": stacks,
+            "final_norm": self.norm("model.norm", "model.final_layernorm"),
+        }
+        weights = self.take("lm_head.weight")
+        if not config.is_tied:
+            params["head"] = {"weights": weights}
+        if config.use_head_bias:
+            params["head"]["bias"] = self.take("lm_head.bias")
+        return params
 
 
-@pytest.mark.long
-def test_sparsemixer_v2_draws_and_differentiates_as_its_released_code(monkeypatch):
-    """Given the same random numbers: the experts, their multipliers and the gradient of the logits."""
-    torch = pytest.importorskip("torch", reason=TORCH)
-    from transformers.models.phimoe.modeling_phimoe import sparsemixer as released
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal(name):
+    config = MODELS[name]
+    with np.load(FIXTURES / f"{name}.npz") as file:
+        arrays = dict(file)
+    tokens, wanted = arrays.pop("tokens"), arrays.pop("logits")
+    is_gemma = name == "gemma2"
+    converter = Converter(arrays, config, scale_offset=float(is_gemma))
+    params = converter.params(embedding_factor=math.sqrt(32) if is_gemma else 1)
+    assert converter.used == arrays.keys()  # nothing that Hugging Face's model has is left out
+    batch = {"tokens": tokens, "positions": np.broadcast_to(np.arange(24), (2, 24))}
+    execution = ExecutionConfig(remat="none")
+    decoder = Decoder(config, policy=Policy(compute="float32"), execution=execution)
+    logits, _ = jax.jit(decoder.logits)(params, batch)
+    assert np.abs(logits - wanted).max() <= MAX_ERROR * np.abs(wanted).max()
 
-    tokens, threshold = 512, 0.3
-    config = ModelConfig(
-        **SHAPE,
-        ffn_dim=48,
-        moe_pattern=(True,),
-        num_experts=16,
-        expert_dim=48,
-        router="sparsemixer_v2",
-        router_mask="released",
-        router_expert_gradient="released",
-        router_threshold=threshold,
-    )
-    rng = np.random.default_rng(0)
-    z, cotangent = rng.normal(size=(tokens, 16)), rng.normal(size=(tokens, 2))
-    draws = Draws(jnp.asarray(rng.integers(0, 2**32, (1, tokens, 2)), jnp.uint32))
-    numbers = torch.from_numpy(np.array(numbers_of(draws, config)[0], np.float64))
-    exponentials = iter([-numbers[:, number, :-1].log() for number in range(2)])
-    chances = iter([1 - numbers[:, number, -1:] for number in range(2)])
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: next(exponentials))
-    monkeypatch.setattr(torch, "rand_like", lambda like: next(chances))
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self: self)
-    scores = torch.from_numpy(z).requires_grad_()
-    gates, index = released(scores, threshold, training=True)
-    (gates * torch.from_numpy(cotangent)).sum().backward()
+
+ROTARY = {
+    "llama31": RotaryConfig(5e5, scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192)),
+    "llama32": RotaryConfig(5e5, scaling=Llama3Scaling(32.0, 1.0, 4.0, 8192)),
+    "linear": RotaryConfig(1e4, scaling=LinearScaling(4.0)),
+    "yarn": RotaryConfig(1e6, scaling=YarnScaling(4.0, 32768)),
+    "yarn_given": RotaryConfig(
+        1e4, scaling=YarnScaling(16.0, 4096, beta_fast=24.0, beta_slow=2.0, attention_factor=1.3)
+    ),
+    "longrope": RotaryConfig(
+        1e4,
+        scaling=LongRopeScaling(
+            (1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0),
+            magnitude=math.sqrt(1 + math.log(4) / math.log(64)),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_frequencies_equal(name):
+    """Of heads as large as those of released models; Hugging Face's are float32."""
+    case = json.loads((FIXTURES / "rotary.json").read_text())[name]
+    with np.load(FIXTURES / "rotary.npz") as file:
+        *wanted, magnitude = file[name]
+    config = ROTARY[name]
+    np.testing.assert_allclose(config.frequencies(case["head_dim"]), wanted, rtol=2e-6)
+    assert config.scaling.magnitude == pytest.approx(magnitude, rel=1e-6)
+
+
+def test_sparsemixer_v2_draws_and_differentiates_as_its_released_code():
+    """Given the same random numbers: the experts, their multipliers and the logits' gradient."""
+    with np.load(FIXTURES / "sparsemixer.npz") as file:
+        wanted = dict(file)
+    threshold = float(wanted["threshold"])
+    router = SparseMixerRouter(threshold, mask="released", expert_gradient="released")
+    config = ExpertsConfig(num_experts=16, dim=48, router=router)
+    draws = Draws(jnp.asarray(wanted["keys"])[None])
     with jax.enable_x64(True):
-        ours = sparsemixer(jnp.asarray(z)[None], draws, config)
-        gradient = jax.grad(lambda z: (sparsemixer(z, draws, config).gates[0] * cotangent).sum())(
-            jnp.asarray(z)[None]
-        )
-        np.testing.assert_array_equal(ours.index[0], index.numpy())
-        np.testing.assert_allclose(
-            ours.gates[0], gates.detach().numpy(), rtol=2e-4
-        )  # it has 0.3333 for a third
-        np.testing.assert_allclose(gradient[0], scores.grad.numpy(), atol=1e-12)
-    assert (np.asarray(ours.gates) < 0.99).mean() > 0.1 and len({*map(tuple, index.tolist())}) > 100
+        cotangent = jnp.asarray(wanted["cotangent"])
+
+        @jax.jit
+        @jax.grad
+        def gradient(z):
+            return (sparsemixer(z, draws, config).gates[0] * cotangent).sum()
+
+        z = jnp.asarray(wanted["z"])[None]
+        ours = jax.jit(lambda z: sparsemixer(z, draws, config))(z)
+        np.testing.assert_array_equal(ours.index[0], wanted["index"])
+        # It has 0.3333 for a third.
+        np.testing.assert_allclose(ours.gates[0], wanted["gates"], rtol=2e-4)
+        np.testing.assert_allclose(gradient(z)[0], wanted["gradient"], atol=1e-12)
+    assert (np.asarray(ours.gates) < 0.99).mean() > 0.1
+    assert len({*map(tuple, wanted["index"].tolist())}) > 90

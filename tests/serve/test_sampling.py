@@ -1,4 +1,4 @@
-"""Filters against a numpy implementation that follows the definitions, and draws against probabilities."""
+"""Filters against a numpy implementation of the definitions, and draws against probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -51,30 +51,25 @@ def test_the_distribution_is_the_definitions(config):
 
 
 def test_of_equal_tokens_the_lowest_stay():
-    logits = jnp.asarray([[0.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
-    support = lambda config: (filter_logits(logits, config) > -jnp.inf).tolist()  # noqa: E731
-    assert support(SamplingConfig(top_k=2)) == [
-        [False, True, True, False],
-        [True, True, False, False],
-    ]
-    assert support(SamplingConfig(top_p=0.3)) == [
-        [False, True, True, False],
-        [True, True, False, False],
-    ]
-    assert support(SamplingConfig(top_p=1e-9)) == [
-        [False, True, False, False],
-        [True, False, False, False],
-    ]
-    assert support(SamplingConfig(min_p=1.0)) == [[False, True, True, True], [True] * 4]
-    keys = jax.random.split(jax.random.key(0), 2)
-    assert sample(logits, keys, SamplingConfig(temperature=0)).tolist() == [1, 0]
+    logits = jnp.tile(jnp.asarray([[0.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]), (25, 1))
+
+    def support(**settings):
+        kept = filter_logits(logits, SamplingConfig(**settings)) > -jnp.inf
+        return [[i for i, is_kept in enumerate(row) if is_kept] for row in kept[:2].tolist()]
+
+    assert support(top_k=2) == [[1, 2], [0, 1]]
+    assert support(top_p=0.3) == [[1, 2], [0, 1]]
+    assert support(top_p=1e-9) == [[1], [0]]
+    assert support(min_p=1.0) == [[1, 2, 3], [0, 1, 2, 3]]
+    keys = jax.random.split(jax.random.key(0), len(logits))
+    assert sample(logits, keys, SamplingConfig(temperature=0)).tolist() == [1, 0] * 25
 
 
 def test_extreme_logits_keep_the_arg_max():
-    logits = jnp.asarray([[-1e30, 1e30, 0.0, -jnp.inf]])
+    logits = jnp.tile(jnp.asarray([[-1e30, 1e30, 0.0, -jnp.inf]]), (50, 1))
+    keys = jax.random.split(jax.random.key(0), 50)
     for config in [*CONFIGS, SamplingConfig(temperature=1e-6)]:
-        tokens = sample(jnp.tile(logits, (50, 1)), jax.random.split(jax.random.key(0), 50), config)
-        assert set(tokens.tolist()) == {1}
+        assert set(sample(logits, keys, config).tolist()) == {1}
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["plain", "filtered"])
@@ -88,16 +83,14 @@ def test_frequencies_are_the_probabilities(config):
 
 
 def test_a_key_depends_on_seed_sequence_and_position_only():
-    def words(seed, *arguments):
-        return jax.random.key_data(token_keys(jax.random.key(seed), *arguments)).tolist()
+    def words(seed, sequences, positions):
+        keys = token_keys(jax.random.key(seed), jnp.asarray(sequences), jnp.asarray(positions))
+        return jax.random.key_data(keys).tolist()
 
-    base = words(0, jnp.asarray([4, 5]), jnp.asarray([7, 8]))
-    assert words(0, jnp.asarray([9, 5, 4]), jnp.asarray([9, 8, 7]))[1:] == base[::-1]
-    others = [
-        words(1, jnp.asarray([4]), jnp.asarray([7])),
-        words(0, jnp.asarray([7]), jnp.asarray([4])),
-    ]
-    assert base[:1] not in others
+    base = words(0, [4, 5, 7], [7, 8, 4])
+    assert words(0, [9, 5, 4], [9, 8, 7])[1:] == base[1::-1]
+    assert base[0] not in words(1, [4, 5, 7], [7, 8, 4])
+    assert base[0] != base[2]  # sequence and position are not exchanged
 
 
 @pytest.mark.parametrize(
