@@ -194,6 +194,7 @@ def test_rematerialisation_repeats_ulysses_exchanges_unless_they_are_kept(remat,
 # Data
 
 
+@pytest.mark.long
 def test_zero_0_reduces_the_gradients_once_a_step():
     """However many micro-batches.
 
@@ -208,7 +209,7 @@ def test_zero_0_reduces_the_gradients_once_a_step():
 
 
 ZERO = [
-    (1, dict(data=2), dict(), 1),
+    (1, dict(data=2), dict(num_microbatches=2), 1),
     # Two layers: of one alone nothing would be gathered again.
     (3, dict(data=2), dict(remat="full"), 2),
     (2, dict(data=4), dict(), 1),
@@ -226,7 +227,8 @@ ZERO = [
 def test_zero_scatters_gradients_and_gathers_parameters(level, sizes, settings, num_layers):
     """Bytes, for the compiler sends many parameters together.
 
-    It scatters under ZeRO 1 too, as a share is all it reads. Nothing is all-reduced but figures,
+    It scatters under ZeRO 1 too, as a share is all it reads. Once a step: only ZeRO 3 does so in
+    each micro-batch. Nothing is all-reduced but figures,
     and the `sequence` axis sends what it sends without ZeRO.
     """
     mesh, config = MeshConfig(zero=level, **sizes), model(num_layers=num_layers)
