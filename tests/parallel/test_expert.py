@@ -203,7 +203,8 @@ def test_a_ragged_exchange_is_refused_where_there_is_none():
 def test_the_ragged_exchange_and_its_gradient_on_gpus_move_rows_and_counts(monkeypatch):
     """Bytes of the buffers in which rows arrive, each way twice.
 
-    There they are every device's worst case, and back here what was sent. Of those no more is filled than there is, as the semantics tested above have it.
+    There they are every device's worst case, and back here what was sent. Of those no more is
+    filled than there is, as the semantics tested above have it.
     """
     monkeypatch.undo()  # the real one
     devices = described_devices("h200", num_hosts=1, gpus_per_host=8)
