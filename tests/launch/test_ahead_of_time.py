@@ -1,13 +1,11 @@
 """Machines that are not here: what is traced and compiled for their GPUs, and what JAX asks."""
 
 import collections
-import dataclasses
 import re
 import types
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 
 from jaxscale.launch import ahead_of_time
@@ -19,25 +17,24 @@ from jaxscale.launch.ahead_of_time import (
     has_plugin,
     memory_of,
 )
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.parameters import init_params, parameter_table
-from jaxscale.models.transformer import StackConfig
+from jaxscale.models.config.facts import from_flat
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.losses import NextTokenLoss
+from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.ops.attention import AttentionContext, attention
 from jaxscale.ops.loss import token_loss
 from jaxscale.ops.moe import grouped_ffn
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.batch import abstract_batch
-from jaxscale.parallel.mesh import MeshConfig, make_mesh
-from jaxscale.parallel.pipeline.schedule import make_schedule
-from jaxscale.parallel.region import Region, make_operations
-from jaxscale.parallel.rules import make_specs
-from jaxscale.train.losses import NextTokenLoss
-from jaxscale.train.state import abstract_state
+from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.setup import make_setup
 from jaxscale.train.step import make_step
 from jaxscale.types import InputError
 
 needs_plugin = pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
-MODEL = ModelConfig(
+MODEL = dict(
     vocab_size=512,
     num_layers=2,
     model_dim=128,
@@ -138,19 +135,22 @@ def test_attention_is_recomputed_only_by_full_remat(remat, times, head_dim, call
     if head_dim == 128 and jax.__version_info__ < (0, 11):
         pytest.skip("our kernel refuses jax 0.10: there no scan can hold a kernel with references")
     devices = described_devices("h200", num_hosts=1, gpus_per_host=1)
-    model = dataclasses.replace(MODEL, num_layers=1, head_dim=head_dim)
-    loss = NextTokenLoss(
-        model, Policy(), StackConfig(num_loss_chunks=1, remat=remat, is_scanned=False)
-    )
+    model = from_flat(**MODEL | dict(num_layers=1, head_dim=head_dim))
+    execution = ExecutionConfig(num_loss_chunks=1, remat=remat, is_scanned=False)
+    loss = NextTokenLoss(model, Policy(), execution)
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), "float32"))
+    params = abstract_params(parameter_table(model), "float32")
     batch = {
         name: jax.ShapeDtypeStruct((2, 128), "int32")
         for name in ("tokens", "labels", "positions", "weights")
     }
     params, batch = jax.tree.map(lambda leaf: leaf.update(sharding=sharding), (params, batch))
+
+    def sum_loss(params, batch):
+        return loss(params, batch, None)[0]
+
     with as_on_gpus(devices):
-        hlo = jax.jit(jax.grad(lambda p, b: loss(p, b, None)[0])).lower(params, batch).as_text()
+        hlo = jax.jit(jax.grad(sum_loss)).lower(params, batch).as_text()
     assert len(re.findall(call, hlo)) == times
 
 
@@ -174,8 +174,7 @@ def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, is_low
     tests/kernels lowers each of them alone.
     """
     config = MeshConfig(**sizes)
-    model = dataclasses.replace(
-        MODEL,
+    changes = dict(
         vocab_size=1000,
         num_heads=8,
         num_kv_heads=4,
@@ -185,24 +184,25 @@ def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, is_low
         router="sparsemixer_v2",
         use_head_bias=True,
     )
-    mesh = make_mesh(config, described_devices("h200", num_hosts=1, gpus_per_host=4))
-    specs, num_microbatches = make_specs(parameter_table(model), config), config.pipeline
-    operations = make_operations(config, specs, attention=attention, reduction="float32")
-    schedule = make_schedule("1f1b", 2, 1, 2) if config.pipeline > 1 else None
-    region = Region(mesh, specs, operations, num_microbatches=num_microbatches, schedule=schedule)
-    loss = NextTokenLoss(model, Policy(), StackConfig(num_loss_chunks=1))
-    state = abstract_state(
-        model, optax.sgd(1e-3), mesh=mesh, specs=specs, dtype="float32", trainable=".*"
+    model = from_flat(**MODEL | changes)
+    devices = described_devices("h200", num_hosts=1, gpus_per_host=4)
+    setup = make_setup(
+        table=parameter_table(model),
+        loss_fn=NextTokenLoss(model, Policy(), ExecutionConfig(num_loss_chunks=1)),
+        mesh=config,
+        optimizer=OptimizerConfig(name="adamw"),
+        train=TrainConfig(steps=1, num_microbatches=config.pipeline),
+        devices=devices,
     )
-    batch = abstract_batch(mesh, 4, 120, is_packed=True)
-    with as_on_gpus(mesh.devices.flat), caplog.at_level("INFO", logger="jaxscale"):
-        traced = make_step(loss, optax.sgd(1e-3), region, state).trace(state, batch)
+    batch = abstract_batch(setup.mesh, 4, 120, is_packed=True)
+    with as_on_gpus(devices), caplog.at_level("INFO", logger="jaxscale"):
+        traced = make_step(setup).trace(setup.state, batch)
         if is_lowered:
             traced.lower()
-    backends = {
-        tuple(record.getMessage().split(" for ")[0].split(": backend "))
-        for record in caplog.records
-    }
+    backends = set()
+    for record in caplog.records:
+        operation, backend = record.getMessage().split(" for ")[0].split(": backend ")
+        backends.add((operation, backend))
     is_new = jax.__version_info__ >= (0, 11)  # an older one these kernels refuse
     assert backends == {
         ("attention", "mosaic" if is_new else "cudnn"),

@@ -8,6 +8,7 @@ With JAXSCALE_MATRIX=FILE each case also runs in float32 and its errors are appe
 which `experiments/composition_table.py` makes the table of the README.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,7 +19,15 @@ import numpy as np
 import pytest
 
 from jaxscale import tree
-from jaxscale.parallel.mesh import AXES
+from jaxscale.checkpoint.manager import CheckpointConfig
+from jaxscale.data.loader import DataConfig
+from jaxscale.data.sources import TextSource
+from jaxscale.models.execution import ByChunk, ExecutionConfig
+from jaxscale.parallel.mesh import AXES, MeshConfig
+from jaxscale.run.run import Run, check_fit
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.optim import OptimizerConfig
+from jaxscale.types import InputError
 from tests.parallel import comparison
 from tests.parallel.comparison import (
     NUM_ACTIVE,
@@ -144,7 +153,7 @@ def record(file, name, sizes, float64, float32):
     """Appends a case to the file of which the README's table is made."""
     line = dict(model=name, sizes=sizes, float64=float64, float32=float32)
     with Path(file).open("a") as lines:
-        lines.write(json.dumps(line) + "\n")
+        lines.write(json.dumps(line, default=str) + "\n")
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
@@ -180,6 +189,38 @@ def test_a_member_or_micro_batch_all_of_whose_tokens_are_padding_counts_for_noth
         wanted = single_device(model, num_single_microbatches(name, settings), empty)
         result = on_mesh(model, empty=empty, **settings)
         assert_equal_to_single_device(result, wanted, empty)
+
+
+CHUNKED = [
+    ("grin", dict(data=2, sequence=2)),
+    pytest.param("dense", dict(data=2), marks=pytest.mark.long),
+    pytest.param("dense", dict(sequence=2), marks=pytest.mark.long),
+    pytest.param("dense", RING, marks=pytest.mark.long),
+    pytest.param("moe", dict(expert=2), marks=pytest.mark.long),
+    pytest.param("moe", dict(pipeline=2), marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), CHUNKED, ids=str)
+def test_layers_by_chunks_equal_whole_ones_on_one_device(name, sizes):
+    check(name, sizes | dict(strategy=ByChunk(2)))
+
+
+def test_layers_by_chunks_are_refused_in_a_tensor_group():
+    """Its members have other tokens each, so that a chunk of one is none of another."""
+    run = Run(
+        directory="unused",
+        model=dense(),
+        mesh=MeshConfig(tensor=2),
+        data=DataConfig(sources=(TextSource(("unread",)),), sequence_length=16, batch_size=8),
+        optimizer=OptimizerConfig(),
+        train=TrainConfig(steps=1),
+        checkpoint=CheckpointConfig("unused", save_every=1, keep_last=1),
+        execution=ExecutionConfig(num_loss_chunks=2, strategy=ByChunk(2)),
+    )
+    with pytest.raises(InputError, match=r"ExecutionConfig.strategy: given ByChunk.*tensor > 1"):
+        check_fit(run)
+    check_fit(dataclasses.replace(run, mesh=MeshConfig(data=2, sequence=2)))
 
 
 LONG = SINGLES + PAIRS + TRIPLES + VARIANTS

@@ -1,4 +1,4 @@
-"""Experts spread over devices against all of them on one, also where the routing is extreme; every token is counted."""
+"""Experts spread over devices against all of them on one, also where the routing is extreme."""
 
 import functools
 
@@ -28,9 +28,8 @@ RNG = np.random.default_rng(0)
 
 
 def permuted(choices, num_active=2):
-    return np.stack([RNG.permutation(choices)[:num_active] for _ in range(B * T)]).reshape(
-        B, T, num_active
-    )
+    by_token = [RNG.permutation(choices)[:num_active] for _ in range(B * T)]
+    return np.stack(by_token).reshape(B, T, num_active)
 
 
 ROUTINGS = {
@@ -55,15 +54,12 @@ def ragged_all_to_all_on_a_cpu(monkeypatch):
         def to_me(x):
             return lax.all_gather(x, axis_name).reshape(size, size, -1)[:, me, :]
 
-        starts, counts, places = map(
-            to_me, (input_offsets, send_sizes, output_offsets)
-        )  # [sender, slice]
-        is_from = (jnp.arange(len(output)) >= places[..., None]) & (
-            jnp.arange(len(output)) < (places + counts)[..., None]
-        )
-        source = jnp.clip(
-            jnp.arange(len(output)) - places[..., None] + starts[..., None], 0, len(operand) - 1
-        )
+        # [sender, slice]
+        starts, counts, places = map(to_me, (input_offsets, send_sizes, output_offsets))
+        place = jnp.arange(len(output))
+        first = places[..., None]
+        is_from = (place >= first) & (place < first + counts[..., None])
+        source = jnp.clip(place - first + starts[..., None], 0, len(operand) - 1)
         rows = jax.vmap(lambda rows, where: rows[where])(operands, source)
         arrived = jnp.einsum("sur,surd->rd", is_from * 1.0, rows).astype(output.dtype)
         return jnp.where(is_from.any((0, 1))[:, None], arrived, output)
@@ -73,7 +69,10 @@ def ragged_all_to_all_on_a_cpu(monkeypatch):
 
 @functools.cache
 def spread(variant, function):
-    """`function(experts, x, index, gates, weights, cotangent)` on four devices; routings share the compilation."""
+    """`function(experts, x, index, gates, weights, cotangent)` on four devices.
+
+    Routings share the compilation.
+    """
     axis = TENSOR if variant == "tensor" else EXPERT
     mesh = make_mesh(MeshConfig(**{axis: 4}), jax.devices()[:4])
     rows = P() if variant == "tensor" else P(EXPERT)
@@ -120,8 +119,10 @@ def test_forward_and_gradients_equal_one_device(routing, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_choice_is_computed_exactly_once(routing, variant):
-    """Expert e gives 10^e for any token, so a token's output spells how often each expert ran on it, and the gradient
-    of an expert's last matrix is the number of rows that it ran on."""
+    """Expert e gives 10^e for any token, so a token's output spells how often each ran on it.
+
+    The gradient of an expert's last matrix is the number of rows that it ran on.
+    """
     index = ROUTINGS[routing]
     counts = np.stack([(index == e).sum(-1) for e in range(E)], -1)
     with jax.enable_x64(True):
@@ -145,10 +146,8 @@ def test_keys_of_dropout_travel_with_their_rows(variant):
         keys = jnp.asarray(rng.integers(0, 2**32, (*index.shape, 2)), jnp.uint32)
         shapes = {"up": (E, D, F), "down": (E, F, D)}
         weights = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
-        x, gates = (
-            jnp.asarray(rng.normal(size=(B, T, D))),
-            jnp.asarray(rng.uniform(size=index.shape)),
-        )
+        x = jnp.asarray(rng.normal(size=(B, T, D)))
+        gates = jnp.asarray(rng.uniform(size=index.shape))
 
         def forward(function, x, index, gates, weights, keys):
             y = function(x, index, gates, weights, "gelu", None, Dropout(keys, 0.4))
@@ -191,22 +190,21 @@ def test_the_mesh_chooses():
 
 def test_a_ragged_exchange_is_refused_where_there_is_none():
     ragged = MeshConfig(expert=2, expert_exchange="ragged")
-    with pytest.raises(
-        InputError, match=r"expert_exchange: given .ragged., expected .dense. on a CPU"
-    ):
+    message = r"expert_exchange: given .ragged., expected .dense. on a CPU"
+    with pytest.raises(InputError, match=message):
         check_exchange(ragged, jax.devices())
+    on_tensor = MeshConfig(tensor=2, expert_axis="tensor", expert_exchange="ragged")
     with pytest.raises(InputError, match=r"with MeshConfig.expert_axis = .tensor"):
-        check_exchange(
-            MeshConfig(tensor=2, expert_axis="tensor", expert_exchange="ragged"), jax.devices()
-        )
+        check_exchange(on_tensor, jax.devices())
     check_exchange(MeshConfig(expert=2), jax.devices())
 
 
 @pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
 def test_the_ragged_exchange_and_its_gradient_on_gpus_move_rows_and_counts(monkeypatch):
-    """Bytes of the buffers in which rows arrive, each way twice: there every device's worst case, here what was sent.
+    """Bytes of the buffers in which rows arrive, each way twice.
 
-    Of those no more is filled than there is, as the semantics tested above have it.
+    There they are every device's worst case, and back here what was sent. Of those no more is
+    filled than there is, as the semantics tested above have it.
     """
     monkeypatch.undo()  # the real one
     devices = described_devices("h200", num_hosts=1, gpus_per_host=8)
@@ -222,10 +220,9 @@ def test_the_ragged_exchange_and_its_gradient_on_gpus_move_rows_and_counts(monke
             check_vma=False,
         )
     )
-    x, index, gates = (
-        jax.ShapeDtypeStruct((8, 16, n), t)
-        for n, t in ((32, "bfloat16"), (2, "int32"), (2, "float32"))
-    )
+    x = jax.ShapeDtypeStruct((8, 16, 32), "bfloat16")
+    index = jax.ShapeDtypeStruct((8, 16, 2), "int32")
+    gates = jax.ShapeDtypeStruct((8, 16, 2), "float32")
     weights = {
         "up": jax.ShapeDtypeStruct((16, 32, 64), x.dtype),
         "down": jax.ShapeDtypeStruct((16, 64, 32), x.dtype),

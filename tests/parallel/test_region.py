@@ -29,7 +29,7 @@ def test_data_expert_tensor_equal_one_device():
 
 
 def test_microbatches_equal_one_batch():
-    """With unequal numbers of valid tokens, one of them zero; gradients are sharded as ZeRO says."""
+    """Unequal numbers of valid tokens, one of them zero; gradients are sharded as ZeRO says."""
     result = on_mesh(DENSE, num_microbatches=4, data=2, zero=2)
     assert_equal_to_single_device(result, single_device(DENSE))
     _, gradients = result
