@@ -24,10 +24,10 @@ def with_token_keys(batch: Batch, key: jax.Array) -> Batch:
     """The batch with `token_keys` [B, T, 2] uint32, from which a loss draws; one without them is for evaluation.
 
     Args:
-        batch: the global batch, leaves [B, T].
+        batch: the global batch, leaves [B, T] or [B, T, ...].
         key: typed PRNG key of the step.
     """
-    shape = next(iter(batch.values())).shape
+    shape = next(iter(batch.values())).shape[:2]
     place = jnp.arange(shape[0] * shape[1], dtype=jnp.uint32).reshape(shape)
     return {**batch, "token_keys": scramble(jax.random.key_data(key), place, 0)}
 
