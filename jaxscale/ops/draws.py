@@ -27,10 +27,10 @@ def with_token_keys(batch: Batch, key: jax.Array) -> Batch:
     A batch without them is for evaluation.
 
     Args:
-        batch: the global batch, leaves [B, T].
+        batch: the global batch, leaves [B, T] or [B, T, ...].
         key: typed PRNG key of the step.
     """
-    shape = next(iter(batch.values())).shape
+    shape = next(iter(batch.values())).shape[:2]
     num_tokens = shape[0] * shape[1]
     place = jnp.arange(num_tokens, dtype=jnp.uint32).reshape(shape)
     token_keys = scramble(jax.random.key_data(key), place, 0)

@@ -183,12 +183,10 @@ def _matrix_dims(params: Any, entries: dict[str, Any]) -> Any:
         entry = entries[path]
         if entry.role not in MUON_MATRICES:
             return None
-        matrix = [(i, letter) for i, letter in enumerate(entry.dims) if letter not in "LE"]
-        letters = "".join(letter for _, letter in matrix)
-        # The model dim is the input, but of output projections, whose last dim it is.
-        inputs = "NKFH" if letters.endswith("D") else "D"
-        rows = tuple(i for i, letter in matrix if letter in inputs)
-        columns = tuple(i for i, letter in matrix if letter not in inputs)
-        return MuonDimensionNumbers(rows, columns)
+        matrix = [i for i, letter in enumerate(entry.dims) if letter not in "LE"]
+        # A matrix that reads the model dim has it first. Of the others the last dim is the output.
+        num_inputs = 1 if entry.dims[matrix[0]] == "D" else len(matrix) - 1
+        rows, columns = matrix[:num_inputs], matrix[num_inputs:]
+        return MuonDimensionNumbers(tuple(rows), tuple(columns))
 
     return tree.map_with_path(one, params)

@@ -1,4 +1,4 @@
-"""Runs of two processes through the command: one history, one checkpoint; stopped, stuck and killed ones."""
+"""Runs of two processes: one history, one checkpoint; stopped, stuck and killed ones."""
 
 import contextlib
 import json
@@ -15,72 +15,35 @@ import numpy as np
 import pytest
 
 from jaxscale.launch.watchdog import EXIT_LOST_PEER
-from jaxscale.train.metrics import read_history
+from tests.run import runs
+from tests.run.runs import LOSS_TOLERANCE, ROOT, STEPS, committed, evaluations, losses
 
-ROOT = Path(__file__).resolve().parents[2]
-# Other processes sum in another order: at most 3e-7 of a loss was seen.
-LOSS_TOLERANCE = 2e-6
+LONG = pytest.mark.long
 WATCHDOG_S = 4
 # The number of devices is the configuration's; the other flags are for quick compilation.
 XLA_FLAGS = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
 
 
-@pytest.fixture(scope="module")
-def gin_file(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    (root / "corpus").mkdir()
-    for number in range(40):
-        text = " ".join(f"{number * k % 17} times" for k in range(number % 23 + 5))
-        (root / "corpus" / f"{number}.txt").write_text(text)
-    file = root / "run.gin"
-    file.write_text(
-        "from __gin__ import dynamic_registration\nfrom jaxscale.data import loader\n"
-        "from jaxscale.evaluate import perplexity\nfrom jaxscale.train import pretrain\n"
-        f"include '{ROOT / 'tests/tiny.gin'}'\nCORPUS = ('{root / 'corpus'}',)\nCACHE = '{root / 'cache'}'\n"
-        "DIRECTORY = %gin.REQUIRED\npretrain.pretrain.evaluators = {'held_out': @perplexity.BitsPerByte()}\n"
-        "perplexity.BitsPerByte.data = @loader.DataConfig()\n"
-    )
-    return file
+class Processes:
+    """The processes of one `jaxscale pretrain`, which share eight CPU devices."""
 
-
-class Run:
-    """The processes of one `jaxscale pretrain`: one with eight CPU devices, or two with four each."""
-
-    def __init__(self, file, directory, *overrides, number):
+    def __init__(self, file, directory, *overrides, number, num_devices=8):
         self.directory = directory
-        command = [
-            sys.executable,
-            "-m",
-            "jaxscale.cli",
-            "pretrain",
-            str(file),
-            f"--set=directory={str(directory)!r}",
-        ]
-        command += [
-            f"--set={each}" for each in (f"runtime.num_cpu_devices={8 // number}", *overrides)
-        ]
         with socket.socket() as free:
             free.bind(("localhost", 0))
             coordinator = f"localhost:{free.getsockname()[1]}"
+        devices = f"runtime.num_cpu_devices={num_devices // number}"
         self.processes, self.logs = [], []
         for index in range(number):
-            settings = {
-                "launcher": "explicit",
-                "coordinator": coordinator,
-                "number": number,
-                "index": index,
-            }
-            extra = [
-                f"--set=runtime.processes.{name}={value}"
-                for name, value in settings.items()
-                if number > 1
-            ]
+            settings = dict(
+                launcher="explicit", coordinator=coordinator, number=number, index=index
+            )
+            words = [f"runtime.processes.{name}={value}" for name, value in settings.items()]
+            words = runs.command(file, directory, devices, *overrides, *words * (number > 1))
             self.logs.append(Path(f"{directory}.{time.monotonic_ns()}.log"))
             with self.logs[-1].open("w") as log:
                 environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
-                started = subprocess.Popen(
-                    command + extra, cwd=ROOT, env=environment, stdout=log, stderr=log
-                )
+                started = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
             self.processes.append(started)
 
     def statuses(self):
@@ -90,12 +53,13 @@ class Run:
     def log(self, index):
         return self.logs[index].read_text()
 
+    def all_logs(self):
+        return "".join(map(self.log, range(len(self.logs))))
+
     def wait_for_step(self, step):
         deadline = time.monotonic() + 200
         while len(losses(self.directory)) < step:
-            assert all(process.poll() is None for process in self.processes), self.log(
-                0
-            ) + self.log(1)
+            assert all(process.poll() is None for process in self.processes), self.all_logs()
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -111,63 +75,53 @@ def start(gin_file):
     """Starts a run; whatever is left of it at the test's end is killed."""
     with contextlib.ExitStack() as stack:
 
-        def start_run(directory, *overrides, number=2):
-            run = Run(gin_file, directory, *overrides, number=number)
+        def start_run(directory, *overrides, number=2, **settings):
+            run = Processes(gin_file, directory, *overrides, number=number, **settings)
             stack.callback(run.end)
             return run
 
         yield start_run
 
 
-def losses(directory):
-    """The loss of each step; a step that is missing or there twice fails."""
-    lines = [line for line in read_history(directory / "metrics.jsonl") if "loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
-
-
-def evaluations(directory):
-    return [line for line in read_history(directory / "metrics.jsonl") if "held_out/loss" in line]
-
-
-def checkpoints(directory):
-    return sorted(
-        int(each.name) for each in directory.glob("checkpoints/*") if each.name.isdecimal()
-    )
-
-
 # Devices 0 to 3 are process 0's: each of these has an axis that crosses the processes.
-LONG = pytest.mark.long
 CROSSING = {
     "data": ("mesh.zero=3",),
     "pipeline": ("mesh.pipeline=2", "mesh.tensor=1", "train.num_microbatches=2"),
     "sequence": ("mesh.data=1", "mesh.sequence=4", "mesh.ring=2"),
 }
+ONE_DEVICE = ("mesh.data=1", "mesh.tensor=1", "runtime.platform='cpu'")
 
 
 @pytest.mark.parametrize(
-    "axis", ["data", pytest.param("pipeline", marks=LONG), pytest.param("sequence", marks=LONG)]
+    "axis",
+    ["data", pytest.param("pipeline", marks=LONG), pytest.param("sequence", marks=LONG)],
 )
-def test_two_processes_train_as_one_does_and_one_goes_on(start, tmp_path, axis):
-    """The one process has another mesh: it gets the same figures, and goes on from the two's checkpoint."""
-    steps = ("train.steps=10", "checkpoint.keep_last=3", "model.num_layers=3")
-    whole, two = (
-        start(tmp_path / "whole", *steps, number=1),
-        start(tmp_path / "two", *steps, *CROSSING[axis]),
-    )
-    assert whole.statuses() == [0], whole.log(0)
-    assert two.statuses() == [0, 0], two.log(0) + two.log(1)
-    assert_same_figures(two.directory, whole.directory)
+def test_two_processes_train_as_one_does_and_one_goes_on(gin_file, whole, start, tmp_path, axis):
+    """The whole run has another mesh; a process of one device goes on from the two's checkpoint."""
+    two = start(tmp_path / "two", *CROSSING[axis])
+    assert two.statuses() == [0, 0], two.all_logs()
+    assert_same_figures(two.directory, whole)
     (begun,) = map(json.loads, (two.directory / "starts.jsonl").read_text().splitlines())
     assert begun["processes"] == 2 and begun["devices"].startswith("8 x ")
     assert len(list((two.directory / "tensorboard").iterdir())) == 1
-    assert checkpoints(two.directory) == [5, 10]
+    assert committed(two.directory) == [25, 30]
 
-    shutil.rmtree(two.directory / "checkpoints" / "10")
-    one = start(two.directory, *steps, number=1)
+    shutil.rmtree(two.directory / "checkpoints" / "30")
+    one = start(two.directory, *ONE_DEVICE, number=1, num_devices=1)
     assert one.statuses() == [0], one.log(0)
-    assert "resumed after step 5" in one.log(0)
-    assert_same_figures(one.directory, whole.directory)
+    assert "resumed after step 25" in one.log(0)
+    assert_same_figures(one.directory, whole)
+    runs.assert_close_run(gin_file, one.directory, whole)
+
+
+def assert_same_figures(got, wanted):
+    np.testing.assert_allclose(losses(got), losses(wanted), rtol=LOSS_TOLERANCE)
+    got, wanted = evaluations(got), evaluations(wanted)
+    steps = [*range(7, STEPS, 7), STEPS]
+    assert [line["step"] for line in got] == [line["step"] for line in wanted] == steps
+    for name in ("held_out/loss", "held_out/bits_per_byte"):
+        figures = [line[name] for line in got]
+        np.testing.assert_allclose(figures, [line[name] for line in wanted], rtol=LOSS_TOLERANCE)
 
 
 PLACE = """
@@ -181,7 +135,12 @@ from jaxscale.parallel.batch import place
 processes = ProcessesConfig("explicit", sys.argv[1], 2, int(sys.argv[2]))
 apply_runtime(RuntimeConfig("cpu", num_cpu_devices=4, processes=processes), ".")
 whole = np.arange(8 * 16).reshape(8, 16)
-for axes in ({"data": 8}, {"pipeline": 2, "data": 2, "tensor": 2}, {"sequence": 8}, {"data": 2, "sequence": 4}):
+for axes in (
+    {"data": 8},
+    {"pipeline": 2, "data": 2, "tensor": 2},
+    {"sequence": 8},
+    {"data": 2, "sequence": 4},
+):
     mesh = make_mesh(MeshConfig(**axes))
     index, count = batch_share(mesh)
     placed = place(mesh, {"tokens": np.split(whole, count)[index]})["tokens"]
@@ -196,26 +155,18 @@ def test_each_process_places_its_share_on_any_mesh():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
+    settings = dict(
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": XLA_FLAGS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PLACE, address, str(index)], cwd=ROOT, env=environment, **pipe
-        )
+        subprocess.Popen([sys.executable, "-c", PLACE, address, str(index)], **settings)
         for index in range(2)
     ]
     outputs = [process.communicate(timeout=100)[0].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-
-
-def assert_same_figures(got, wanted):
-    np.testing.assert_allclose(losses(got), losses(wanted), rtol=LOSS_TOLERANCE)
-    got, wanted = evaluations(got), evaluations(wanted)
-    assert [line["step"] for line in got] == [line["step"] for line in wanted] == [7, 10]
-    for name in ("held_out/loss", "held_out/bits_per_byte"):
-        np.testing.assert_allclose(
-            [line[name] for line in got], [line[name] for line in wanted], rtol=LOSS_TOLERANCE
-        )
 
 
 ENDLESS = ("train.steps=100000", "train.evaluate_every=100000")
@@ -227,18 +178,17 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(start, tmp_path,
     run = start(tmp_path / "run", *ENDLESS, "checkpoint.save_every=100000")
     run.wait_for_step(3)
     run.processes[victim].send_signal(signal.SIGTERM)
-    assert run.statuses() == [143, 143], run.log(0) + run.log(1)
-    assert checkpoints(run.directory) == [len(losses(run.directory))]
+    assert run.statuses() == [143, 143], run.all_logs()
+    assert committed(run.directory) == [len(losses(run.directory))]
     assert_can_go_on(start, run, number=2)
 
 
 def assert_can_go_on(start, run, number):
     """Two more steps from the newest checkpoint."""
-    newest = checkpoints(run.directory)[-1]
+    newest = committed(run.directory)[-1]
     again = start(run.directory, f"train.steps={newest + 2}", number=number)
-    assert again.statuses() == [0] * number and f"resumed after step {newest}" in again.log(0), (
-        again.log(0)
-    )
+    assert again.statuses() == [0] * number, again.log(0)
+    assert f"resumed after step {newest}" in again.log(0)
     assert len(losses(again.directory)) == newest + 2
 
 
@@ -248,25 +198,18 @@ def assert_can_go_on(start, run, number):
 def test_a_stuck_or_dead_process_ends_the_other_within_the_stated_time(
     start, tmp_path, victim, number
 ):
-    run = start(
-        tmp_path / "run",
-        *ENDLESS,
-        f"runtime.watchdog_timeout_s={WATCHDOG_S}",
-        "checkpoint.save_every=20",
-    )
-    run.wait_for_step(
-        22
-    )  # in a checkpoint the watchdog has more patience than JAX, whose message would come
+    watched = f"runtime.watchdog_timeout_s={WATCHDOG_S}"
+    run = start(tmp_path / "run", *ENDLESS, watched, "checkpoint.save_every=20")
+    # In a checkpoint the watchdog has more patience than JAX, whose message would come.
+    run.wait_for_step(22)
     run.processes[victim].send_signal(number)
     began = time.monotonic()
     status = run.processes[1 - victim].wait(timeout=60)
-    assert (
-        time.monotonic() - began < 2 * WATCHDOG_S + 2
-    )  # two for writing the stacks on a busy machine
+    # Two more seconds for writing the stacks on a busy machine.
+    assert time.monotonic() - began < 2 * WATCHDOG_S + 2
     log = run.log(1 - victim)
-    if (
-        victim == 0 and number == signal.SIGKILL
-    ):  # JAX's own client may be first to see that its coordinator is gone
+    if victim == 0 and number == signal.SIGKILL:
+        # JAX's own client may be first to see that its coordinator is gone.
         assert status in (EXIT_LOST_PEER, -signal.SIGABRT)
         assert "process 1 of 2: failed in step " in log or "another task died" in log
     else:
@@ -279,9 +222,9 @@ def test_a_stuck_or_dead_process_ends_the_other_within_the_stated_time(
 @pytest.mark.long
 @pytest.mark.parametrize("axis", ["data", "pipeline"])
 def test_a_step_that_is_not_finite_is_diagnosed_by_both(start, tmp_path, axis):
-    run = start(tmp_path / "run", "train.z_loss=1e38", "model.num_layers=3", *CROSSING[axis])
-    assert run.statuses() == [1, 1], run.log(0) + run.log(1)
+    run = start(tmp_path / "run", "train.z_loss=1e38", *CROSSING[axis])
+    assert run.statuses() == [1, 1], run.all_logs()
     for index in range(2):
         assert "step 1: loss inf" in run.log(index) and "Traceback" not in run.log(index)
         assert "first non-finite: loss; the state after step 0 is saved" in run.log(index)
-    assert checkpoints(run.directory) == [0]
+    assert committed(run.directory) == [0]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxscale.train.setup import Setup, make_setup
 from jaxscale.train.state import TrainState
 from jaxscale.train.step import Step, make_step
 from jaxscale.types import Batch
+from tests.train import regression
 
 
 def make_model(**differences) -> ModelConfig:
@@ -50,8 +52,14 @@ class Training:
     """A setup with its step, and a first state of which `start` gives copies to consume."""
 
     setup: Setup
-    step: Step
-    first: TrainState
+
+    @functools.cached_property
+    def step(self) -> Step:
+        return make_step(self.setup)
+
+    @functools.cached_property
+    def first(self) -> TrainState:
+        return self.setup.init(0)
 
     def start(self) -> TrainState:
         return jax.tree.map(jnp.copy, self.first)
@@ -78,16 +86,44 @@ def make_training(
 
 @functools.cache
 def _training(model, mesh, optimizer, train, policy) -> Training:
+    loss_fn = NextTokenLoss(model, policy, EXECUTION, z_loss=train.z_loss)
+    return _on(mesh, parameter_table(model), loss_fn, optimizer, train, policy)
+
+
+@functools.cache
+def make_regression(
+    mesh: MeshConfig = MeshConfig(),
+    optimizer: OptimizerConfig = OPTIMIZER,
+    **train,
+) -> Training:
+    """As `make_training`, of the regression network, whose steps compile in a second."""
+    train = TrainConfig(**{"steps": 10} | train)
+    policy = Policy(compute="float32")
+    return _on(mesh, regression.TABLE, regression.squared_error, optimizer, train, policy)
+
+
+def make_stacked(
+    num_layers: int,
+    mesh: MeshConfig,
+    loss_fn: Any = regression.StackError(),
+) -> Training:
+    """Of a small stack of residual layers, which a pipeline can cut."""
+    table = regression.make_stack(num_layers)
+    train = TrainConfig(steps=10, num_microbatches=2)
+    return _on(mesh, table, loss_fn, OPTIMIZER, train, Policy(compute="float32"))
+
+
+def _on(mesh, table, loss_fn, optimizer, train, policy) -> Training:
     setup = make_setup(
-        table=parameter_table(model),
-        loss_fn=NextTokenLoss(model, policy, EXECUTION, z_loss=train.z_loss),
+        table=table,
+        loss_fn=loss_fn,
         mesh=mesh,
         optimizer=optimizer,
         train=train,
         policy=policy,
         devices=jax.devices()[: math.prod(mesh.sizes)],
     )
-    return Training(setup, make_step(setup), setup.init(0))
+    return Training(setup)
 
 
 def make_batch(number: int = 0, num_valid_rows: int = 4) -> Batch:

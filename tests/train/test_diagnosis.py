@@ -13,7 +13,8 @@ from jaxscale.models.decoder import Decoder
 from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.train.diagnosis import first_non_finite
-from tests.train.examples import make_batch, make_model, make_training
+from tests.train.examples import make_batch, make_model, make_stacked, make_training
+from tests.train.regression import StackError, make_rows
 
 
 def diagnose(training, params, batch):
@@ -57,28 +58,27 @@ def test_an_activation_that_overflows_names_its_layer(mesh):
 
 # The rows of a stack in the order in which a pipeline stores them.
 PADDED = MeshConfig(pipeline=2, data=2, tensor=2, stage_periods=(1, 2), zero=3), (0, None, 1, 2)
+EXPERTS = dict(moe_pattern=(True,), num_experts=4, expert_dim=16)
 PERMUTED = MeshConfig(pipeline=2, num_chunks=2, schedule="interleaved"), (0, 2, 1, 3)
 
 
 @pytest.mark.parametrize(
-    ("stored", "path", "layer", "name"),
+    ("stored", "experts", "path", "layer", "name"),
     [
-        (PADDED, "layers/0/attention/v", 2, "layers/0/v, layer 2 of its stack"),
-        (PERMUTED, "layers/0/moe/router", 1, "layers/0/router, layer 1 of its stack"),
-        (PADDED, "prefix/0/attention/v", None, "prefix/0/v"),
-        (PADDED, "head/weights", None, "logits"),
+        (PADDED, {}, "layers/0/attention/v", 2, "layers/0/v, layer 2 of its stack"),
+        (PADDED, {}, "prefix/0/attention/v", None, "prefix/0/v"),
+        (PADDED, {}, "head/weights", None, "logits"),
+        pytest.param(
+            *(PERMUTED, EXPERTS, "layers/0/moe/router", 1, "layers/0/router, layer 1 of its stack"),
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["padded", "permuted", "prefix", "head"],
+    ids=["padded", "prefix", "head", "permuted"],
 )
-def test_an_activation_in_a_pipeline(stored, path, layer, name):
+def test_an_activation_in_a_pipeline(stored, experts, path, layer, name):
     mesh, rows = stored
-    model = make_model(
-        num_layers=2 + max(row for row in rows if row is not None),
-        num_dense_prefix=1,
-        moe_pattern=(True,),
-        num_experts=4,
-        expert_dim=16,
-    )
+    num_layers = 2 + max(row for row in rows if row is not None)
+    model = make_model(num_layers=num_layers, num_dense_prefix=1, **experts)
     training = make_training(model, mesh, num_microbatches=2)
     where = () if layer is None else (rows.index(layer),)
     params = changed(training, **{path.replace("/", "__"): set_to(2e38, *where)})
@@ -156,15 +156,7 @@ def blow_up(x):
 blow_up.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
 
 
-@pytest.mark.parametrize(
-    ("mesh", "last"),
-    [
-        (MeshConfig(), 1),
-        (MeshConfig(pipeline=2, stage_periods=(1, 2)), 2),
-    ],
-    ids=["one_device", "pipeline_that_stores_rows_0_none_1_2"],
-)
-def test_a_gradient_alone(monkeypatch, mesh, last):
+def test_a_gradient_alone(monkeypatch):
     """The forward is finite; the backward of the final norm's input is not."""
     hidden = Decoder.hidden
     monkeypatch.setattr(
@@ -172,6 +164,15 @@ def test_a_gradient_alone(monkeypatch, mesh, last):
         "hidden",
         lambda decoder, params, x: hidden(decoder, params, blow_up(x)),
     )
-    training = make_training(make_model(num_layers=last + 1), mesh, num_microbatches=2)
-    name = f"gradient of layers/0/ffn/down, layer {last} of its stack"
+    training = make_training(num_microbatches=2)
+    name = "gradient of layers/0/ffn/down, layer 1 of its stack"
     assert diagnose(training, training.start().params, make_batch()) == name
+
+
+def test_a_gradient_alone_in_a_pipeline():
+    """The backward of the last layer's output is not finite; the stack has rows 0, none, 1, 2."""
+    mesh = MeshConfig(pipeline=2, stage_periods=(1, 2))
+    training = make_stacked(3, mesh, StackError(change=blow_up))
+    assert list(training.setup.region.specs.layout.order) == [0, -1, 1, 2]
+    name = "gradient of layers/0/down, layer 2 of its stack"
+    assert diagnose(training, training.start().params, make_rows(0)) == name

@@ -1,5 +1,6 @@
-"""Schedules at their edges, and each optimizer against a naive one."""
+"""Schedules at their edges, each optimizer against a naive one, and what it reads of roles."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,20 +10,38 @@ import optax
 import pytest
 
 from jaxscale import tree
+from jaxscale.models.parameters import Parameter
 from jaxscale.train.optim import OptimizerConfig, make_optimizer, make_schedule
-from jaxscale.types import InputError
+from jaxscale.types import InputError, Role
 
 PEAK = 0.5
-DIMS = {
-    "embedding": {"tokens": "VD"},
+SIZES = dict(V=7, D=6, N=2, H=4, E=3, F=5, L=2)
+
+
+def entry(dims, role, **more):
+    return Parameter(dims, tuple(SIZES[letter] for letter in dims), role, **more)
+
+
+TABLE = {
+    "embedding": {"tokens": entry("VD", Role.EMBEDDING)},
     "layers": {
         "0": {
-            "attention": {"q": "LDNH", "o": "LNHD", "q_bias": "LNH", "norm": {"scale": "LD"}},
-            "moe": {"router": "LDE", "experts": {"up": "LEDF", "down": "LEFD"}},
+            "attention": {
+                "q": entry("LDNH", Role.MATRIX),
+                "o": entry("LNHD", Role.MATRIX),
+                "q_bias": entry("LNH", Role.BIAS),
+                "norm": {"scale": entry("LD", Role.NORM)},
+            },
+            "moe": {
+                "router": entry("LDE", Role.ROUTER),
+                "experts": {
+                    "up": entry("LEDF", Role.EXPERT),
+                    "down": entry("LEFD", Role.EXPERT),
+                },
+            },
         }
     },
 }
-SIZES = dict(V=7, D=6, N=2, H=4, E=3, F=5, L=2)
 DECAYED = {
     "embedding/tokens",
     "layers/0/attention/q",
@@ -37,18 +56,14 @@ def make_schedule_of(steps, **fields):
 
 
 def draw(seed):
-    """A tree of normal numbers in the shape of DIMS."""
+    """A tree of normal numbers in the shape of TABLE."""
     rng = np.random.default_rng(seed)
-    return tree.map_with_path(
-        lambda path, d: jnp.float32(rng.normal(size=[SIZES[c] for c in d])), DIMS
-    )
+    return jax.tree.map(lambda entry: jnp.float32(rng.normal(size=entry.shape)), TABLE)
 
 
-def make(name, **fields):
-    config = OptimizerConfig(
-        name=name, learning_rate=0.1, schedule="wsd", decay_fraction=0.0, **fields
-    )
-    return make_optimizer(config, steps=10, dims=DIMS)
+def make(name, table=TABLE, **fields):
+    constant = dict(learning_rate=0.1, schedule="wsd", decay_fraction=0.0)
+    return make_optimizer(OptimizerConfig(name, **constant | fields), steps=10, table=table)
 
 
 def train(optimizer, params, gradients):
@@ -77,18 +92,15 @@ def test_schedules_rise_from_above_zero_to_the_peak_and_end_at_the_final_fractio
 
 
 def test_schedules_have_their_shapes():
-    half = (
-        10 + (99 - 9) // 2 - 1
-    )  # in the middle between the last step of the warm-up and the last of all
+    # In the middle between the last step of the warm-up and the last of all.
+    half = 10 + (99 - 9) // 2 - 1
     for schedule in ("cosine", "linear"):
-        assert make_schedule_of(100, schedule=schedule, warmup_steps=10)(half) == pytest.approx(
-            PEAK * 0.55
-        )
+        rate = make_schedule_of(100, schedule=schedule, warmup_steps=10)
+        assert rate(half) == pytest.approx(PEAK * 0.55)
     quarter = 9 + (half - 9) / 2
     cosine = 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2
-    assert make_schedule_of(100, schedule="cosine", warmup_steps=10)(quarter) == pytest.approx(
-        PEAK * cosine
-    )
+    rate = make_schedule_of(100, schedule="cosine", warmup_steps=10)
+    assert rate(quarter) == pytest.approx(PEAK * cosine)
     wsd = make_schedule_of(
         100, schedule="wsd", warmup_steps=10, decay_fraction=0.3, final_fraction=0.0
     )
@@ -127,7 +139,7 @@ def test_wsd_decay_must_fit_after_the_warm_up():
         dict(warmup_steps=-1),
         dict(clip_norm=0.0),
         dict(final_fraction=1.5),
-        dict(decayed="("),
+        dict(decayed=("matrix", "lora")),
         dict(learning_rate=float("nan")),
         dict(clip_norm=float("nan")),
         dict(beta1=1.0),
@@ -144,11 +156,10 @@ def test_wrong_settings_are_refused(fields):
 
 
 def test_a_decay_of_nothing_is_refused():
-    with pytest.raises(
-        InputError, match=r"OptimizerConfig.decayed: given 'lora', .* one of .*attention/q"
-    ):
-        make("adamw", decayed="lora", weight_decay=0.1)
-    make("adamw", decayed="lora", weight_decay=0.0)
+    message = r"OptimizerConfig.decayed: given \('logit_bias',\), expected some of .*, matrix, norm"
+    with pytest.raises(InputError, match=message):
+        make("adamw", decayed=("logit_bias",), weight_decay=0.1)
+    make("adamw", decayed=("logit_bias",), weight_decay=0.0)
 
 
 def test_adamw_equals_a_naive_one_and_decays_matrices_only():
@@ -196,10 +207,11 @@ def newton_schulz(g):
 
 
 def naive_muon(path, g):
-    """The first direction: each layer and each expert by itself; heads times head dim are one side of the matrix."""
+    """The first direction of a matrix, which heads times head dim are one side of."""
     if path.endswith(("/q", "/o", "/up", "/down")):
         rows = {"q": SIZES["D"], "o": SIZES["N"] * SIZES["H"], "up": SIZES["D"], "down": SIZES["F"]}
         shape = g.shape
+        # Each layer and each expert is a matrix by itself.
         num = math.prod(shape[: 2 if "experts" in path else 1])
         matrices = g.reshape(num, rows[path.rsplit("/")[-1]], -1)
         return np.stack([newton_schulz(matrix) for matrix in matrices]).reshape(shape)
@@ -228,25 +240,99 @@ def test_weight_decay_spares_norms_biases_and_routers(name):
     assert_close(got, wanted, rtol=1e-6)
 
 
+def with_role(path, role):
+    """TABLE with another role for one parameter."""
+
+    def change(each, entry):
+        return dataclasses.replace(entry, role=role) if each == path else entry
+
+    return tree.map_with_path(change, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("path", "role", "is_decayed"),
+    [
+        ("layers/0/attention/q", Role.BIAS, False),
+        ("embedding/tokens", Role.POSITIONS, False),
+        ("layers/0/moe/experts/up", Role.ROUTER, False),
+        ("layers/0/attention/norm/scale", Role.MATRIX, True),
+        ("layers/0/attention/q_bias", Role.UNEMBEDDING, True),
+        ("layers/0/moe/router", Role.EXPERT, True),
+    ],
+)
+def test_weight_decay_reads_the_role_and_no_name(path, role, is_decayed):
+    params = draw(0)
+    optimizer = make("adamw", with_role(path, role), weight_decay=0.5)
+    got = train(optimizer, params, [jax.tree.map(jnp.zeros_like, params)])
+    decayed = DECAYED | {path} if is_decayed else DECAYED - {path}
+    wanted = {}
+    for each, leaf in tree.flatten(params).items():
+        wanted[each] = leaf * (0.95 if each in decayed else 1)
+    assert_close(got, wanted, rtol=1e-6)
+
+
+def test_the_decayed_roles_are_those_of_the_configuration():
+    params = draw(0)
+    optimizer = make("adamw", weight_decay=0.5, decayed=("norm", "router"))
+    got = train(optimizer, params, [jax.tree.map(jnp.zeros_like, params)])
+    wanted = {}
+    for path, leaf in tree.flatten(params).items():
+        wanted[path] = leaf * (0.95 if path.endswith(("scale", "router")) else 1)
+    assert_close(got, wanted, rtol=1e-6)
+
+
+def test_muon_reads_the_role_and_no_name():
+    """A matrix called `embedding` is one, and what is called `q` but is none goes to AdamW."""
+    table = with_role("embedding/tokens", Role.MATRIX)
+    table["layers"]["0"]["attention"]["q"] = entry("LDNH", Role.POSITIONS)
+    params, gradient = draw(0), draw(1)
+    optimizer = make("muon", table, weight_decay=0.0, clip_norm=None, beta1=0.0)
+    got = tree.flatten(train(optimizer, params, [gradient]))
+    gradient = {path: np.float64(leaf) for path, leaf in tree.flatten(gradient).items()}
+
+    def direction(path):
+        """The step over the rate, in float64."""
+        before = np.float64(tree.flatten(params)[path])
+        return (before - np.float64(got[path])) / 0.1
+
+    matrix, q = "embedding/tokens", "layers/0/attention/q"
+    wanted = newton_schulz(gradient[matrix])
+    np.testing.assert_allclose(direction(matrix), wanted, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(direction(q), np.sign(gradient[q]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_a_learning_rate_factor_multiplies_the_whole_update(name):
+    """Decay included, and only of the parameter that has it."""
+    path = "layers/0/attention/o"
+    table = tree.map_with_path(
+        lambda each, entry: (
+            dataclasses.replace(entry, learning_rate_factor=0.25) if each == path else entry
+        ),
+        TABLE,
+    )
+    params, gradients = draw(0), [draw(1)]
+    plain = tree.flatten(train(make(name), params, gradients))
+    got = tree.flatten(train(make(name, table), params, gradients))
+    for each, before in tree.flatten(params).items():
+        factor = 0.25 if each == path else 1.0
+        wanted = before + factor * (plain[each] - before)
+        np.testing.assert_allclose(got[each], wanted, rtol=1e-5, atol=1e-6, err_msg=each)
+
+
 def test_clipping_scales_all_gradients_by_the_global_norm():
     params, gradient = draw(0), draw(1)
     norm = optax.tree.norm(gradient)
     small = jax.tree.map(lambda g: g / norm, gradient)
-    settings = dict(
-        weight_decay=0.0, epsilon=1.0
-    )  # a large epsilon lets AdamW see the gradient's size
-    clipped = train(make("adamw", clip_norm=1.0, **settings), params, [gradient])
-    assert_close(
-        clipped,
-        tree.flatten(train(make("adamw", clip_norm=None, **settings), params, [small])),
-        rtol=1e-5,
-    )
-    kept = train(make("adamw", clip_norm=2.0, **settings), params, [small])
-    assert_close(
-        kept,
-        tree.flatten(train(make("adamw", clip_norm=None, **settings), params, [small])),
-        rtol=1e-6,
-    )
+
+    def step(clip_norm, gradient):
+        # A large epsilon lets AdamW see the gradient's size.
+        optimizer = make("adamw", clip_norm=clip_norm, weight_decay=0.0, epsilon=1.0)
+        return train(optimizer, params, [gradient])
+
+    unclipped = tree.flatten(step(None, small))
+    assert_close(step(1.0, gradient), unclipped, rtol=1e-5)
+    assert_close(step(2.0, small), unclipped, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])

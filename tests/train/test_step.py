@@ -1,6 +1,10 @@
-"""The step: micro-batches, non-finite numbers, frozen parameters, ZeRO and dtypes."""
+"""The step: micro-batches, non-finite numbers, frozen parameters, ZeRO and dtypes.
+
+What no model changes is tested with the regression network, whose steps compile quickly.
+"""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -9,13 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 
 from jaxscale import tree
-from jaxscale.parallel.batch import abstract_batch
-from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.models import decoder
+from jaxscale.models.parameters import abstract_params, parameter_table
+from jaxscale.ops.backends import Operations
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig
 from jaxscale.train.optim import OptimizerConfig
-from jaxscale.types import InputError
-from tests.train.examples import assert_close, assert_same_bits, make_batch, make_training
+from jaxscale.types import InputError, Role
+from tests.train.examples import (
+    EXECUTION,
+    assert_close,
+    assert_same_bits,
+    make_batch,
+    make_model,
+    make_regression,
+    make_training,
+)
+from tests.train.regression import abstract_rows, make_rows
 
 LONG = pytest.mark.long
 
@@ -41,8 +58,8 @@ def test_figures_are_means_over_valid_tokens():
 
 def test_microbatches_equal_one_batch():
     """Micro-batches have unequal numbers of valid tokens; with two valid rows half have none."""
-    one, four = make_training(), make_training(num_microbatches=4)
-    for batch in (make_batch(), make_batch(1, num_valid_rows=2)):
+    one, four = make_regression(), make_regression(num_microbatches=4)
+    for batch in (make_rows(0), make_rows(1, num_valid_rows=2)):
         wanted, wanted_metrics = one.run(batch)
         got, metrics = four.run(batch)
         assert_close(got, wanted, 1e-6)
@@ -50,25 +67,30 @@ def test_microbatches_equal_one_batch():
             np.testing.assert_allclose(value, wanted_metrics[name], rtol=1e-5, err_msg=name)
 
 
+@LONG
+def test_microbatches_of_a_decoder_equal_one_batch():
+    got, metrics = make_training(num_microbatches=4).run(make_batch())
+    wanted, wanted_metrics = make_training().run(make_batch())
+    assert_close(got, wanted, 1e-6)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, wanted_metrics[name], rtol=1e-5, err_msg=name)
+
+
 def test_a_batch_without_a_valid_token_is_no_fault():
     training = make_training()
     state, metrics = training.run(make_batch(num_valid_rows=0))
-    assert (
-        metrics["is_finite"]
-        and metrics["loss"] == metrics["gradient_norm"] == 0 == metrics["weight"]
-    )
+    assert metrics["is_finite"]
+    assert metrics["loss"] == metrics["gradient_norm"] == metrics["weight"] == 0
     scale = tree.flatten(state.params)["final_norm/scale"]
     np.testing.assert_array_equal(scale, 1)  # neither gradient nor decay
 
 
 def test_a_bad_batch_leaves_the_state_and_stops_all_later_steps():
     training, good = make_training(), make_batch()
-    bad = good | {
-        "weights": np.where(np.arange(16) == 3, np.nan, good["weights"]).astype(np.float32)
-    }
+    weights = np.where(np.arange(16) == 3, np.float32(np.nan), good["weights"])
     before, _ = training.run(good)
     wanted = jax.tree.map(jnp.copy, before)
-    after, metrics = training.run(bad, state=before)
+    after, metrics = training.run(good | {"weights": weights}, state=before)
     assert not metrics["is_finite"] and not after.is_finite and np.isnan(metrics["loss"])
     assert_same_bits(dataclasses.replace(after, is_finite=wanted.is_finite), wanted)
     later, metrics = training.run(good, state=after)
@@ -77,20 +99,19 @@ def test_a_bad_batch_leaves_the_state_and_stops_all_later_steps():
 
 
 def test_weights_of_any_scale_give_the_same_means():
-    batch = make_batch()
-    training = make_training()
+    training, batch = make_training(), make_batch()
     wanted, _ = training.run(batch)
-    got, metrics = training.run(batch | {"weights": batch["weights"] * 0.001})
+    got, metrics = training.run(batch | {"weights": batch["weights"] * np.float32(0.001)})
     assert metrics["weight"] < 1
     assert_close(got, wanted, 1e-6)
 
 
 def test_an_update_that_is_not_finite_stops_the_run():
     """Loss and gradient are finite. The next step finds that the update was not."""
-    training = make_training(optimizer=OptimizerConfig(learning_rate=3e38, weight_decay=10.0))
-    state, metrics = training.run(make_batch())
+    training = make_regression(optimizer=OptimizerConfig(learning_rate=3e38, weight_decay=10.0))
+    state, metrics = training.run(make_rows(0))
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
-    later, metrics = training.run(make_batch(1), state=jax.tree.map(jnp.copy, state))
+    later, metrics = training.run(make_rows(1), state=jax.tree.map(jnp.copy, state))
     assert not metrics["is_finite"] and not np.isfinite(metrics["parameter_norm"])
     assert_same_bits(dataclasses.replace(later, is_finite=state.is_finite), state)
 
@@ -105,9 +126,9 @@ def test_a_bad_parameter_leaves_the_state():
 
 
 def test_frozen_parameters_stay_and_have_no_optimizer_state():
-    training = make_training(trainable=".*attention/[qo]")
-    state, _ = training.run(make_batch())
-    trained = {"layers/0/attention/q", "layers/0/attention/o"}
+    training = make_regression(trainable=".*/weights")
+    state, _ = training.run(make_rows(0))
+    trained = {"wide/weights", "narrow/weights"}
     before, after = tree.flatten(training.first.params), tree.flatten(state.params)
     assert {path for path in after if not np.array_equal(before[path], after[path])} == trained
     moments = [path for path, leaf in tree.flatten(state.opt_state).items() if leaf.ndim]
@@ -115,30 +136,39 @@ def test_frozen_parameters_stay_and_have_no_optimizer_state():
 
 
 def test_a_pattern_that_trains_nothing_is_refused():
-    with pytest.raises(
-        InputError,
-        match=r"TrainConfig.trainable: given 'attention', .* matches one of .*attention/q",
-    ):
+    message = r"TrainConfig.trainable: given 'attention', .* matches one of .*attention/q"
+    with pytest.raises(InputError, match=message):
         make_training(trainable="attention")
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=LONG), pytest.param(2, marks=LONG), 3])
+@pytest.mark.parametrize("zero", [0, 2, 3])
 def test_zero_levels_give_the_same_update(zero):
-    batches = make_batch(), make_batch(1)
-    wanted, wanted_metrics = make_training(mesh=MeshConfig(data=2, zero=1)).run(*batches)
-    got, metrics = make_training(mesh=MeshConfig(data=2, zero=zero)).run(*batches)
+    batches = make_rows(0), make_rows(1)
+    wanted, wanted_metrics = make_regression(MeshConfig(data=2, zero=1)).run(*batches)
+    got, metrics = make_regression(MeshConfig(data=2, zero=zero)).run(*batches)
     assert_close(got, wanted, 1e-6)
     norm = float(wanted_metrics["gradient_norm"])
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-5)
-    single, _ = make_training().run(*batches)
+    single, _ = make_regression().run(*batches)
     assert_close(got, single, 1e-6)
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=LONG), 1, pytest.param(2, marks=LONG), 3])
+@LONG
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_zero_levels_give_a_decoder_the_same_update(zero):
+    batches = make_batch(), make_batch(1)
+    got, metrics = make_training(mesh=MeshConfig(data=2, zero=zero)).run(*batches)
+    wanted, wanted_metrics = make_training().run(*batches)
+    assert_close(got, wanted, 1e-6)
+    norm = float(wanted_metrics["gradient_norm"])
+    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", range(4))
 def test_a_step_leaves_its_share_of_the_state_on_a_device(zero):
     """From ZeRO 1 on half of the optimizer state, with ZeRO 3 also half of the parameters."""
-    training = make_training(mesh=MeshConfig(data=2, zero=zero))
-    state, _ = training.run(make_batch(), make_batch(1))
+    training = make_regression(MeshConfig(data=2, zero=zero))
+    state, _ = training.run(make_rows(0), make_rows(1))
     abstract = tree.flatten(training.setup.state)
     for path, leaf in tree.flatten(state).items():
         assert leaf.sharding.is_equivalent_to(abstract[path].sharding, leaf.ndim), path
@@ -150,8 +180,8 @@ def test_a_step_leaves_its_share_of_the_state_on_a_device(zero):
 
 def test_each_device_updates_its_share():
     """Under ZeRO-1, where each holds all gradients: AdamW takes a root for each second moment."""
-    training = make_training(mesh=MeshConfig(data=2, zero=1))
-    batch = abstract_batch(training.setup.mesh, 8, 16, is_packed=True)
+    training = make_regression(MeshConfig(data=2, zero=1))
+    batch = abstract_rows(NamedSharding(training.setup.mesh, BATCH_SPEC))
     compiled = training.step.lower(training.setup.state, batch).compile().as_text()
     roots = re.findall(r"f32\[([\d,]+)\]\S* sqrt\(", compiled)
     whole = sum(leaf.size for leaf in jax.tree.leaves(training.first.params))
@@ -171,19 +201,28 @@ def test_the_state_is_donated():
 
 def test_low_precision_compute_keeps_master_parameters():
     """An update far below bfloat16's resolution must not be lost."""
-    training = make_training(
-        compute="bfloat16", optimizer=OptimizerConfig(learning_rate=1e-6, weight_decay=0.0)
-    )
+    optimizer = OptimizerConfig(learning_rate=1e-6, weight_decay=0.0)
+    training = make_training(compute="bfloat16", optimizer=optimizer)
     state, metrics = training.run(make_batch())
     _, wanted = make_training().run(make_batch())
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state))} <= {
-        np.dtype("float32"),
-        np.dtype("int32"),
-    }
-    assert (
-        metrics["loss"] == pytest.approx(float(wanted["loss"]), rel=1e-2)
-        and metrics["loss"] != wanted["loss"]
-    )
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves((state.params, state.opt_state))}
+    assert types <= {"float32", "int32"}
+    assert metrics["loss"] == pytest.approx(float(wanted["loss"]), rel=1e-2)
+    assert metrics["loss"] != wanted["loss"]
     before, after = tree.flatten(training.first.params), tree.flatten(state.params)
     for path, leaf in after.items():
         assert 0 < np.abs(leaf - before[path]).max() < 2e-6, path
+
+
+def test_what_is_converted_to_the_compute_type_is_said_by_the_role(monkeypatch):
+    """Not by the name: here `q` is a router and the norm before the feed-forward a matrix."""
+    model = make_model()
+    roles = dict(decoder._roles(model))
+    roles["layers/0/attention/q"] = Role.ROUTER
+    roles["layers/0/ffn/norm/scale"] = Role.MATRIX
+    monkeypatch.setattr(decoder, "_roles", lambda config: roles)
+    params = abstract_params(parameter_table(model), "float32")
+    bound = decoder.Decoder(model, Operations(), Policy(compute="bfloat16"), EXECUTION)
+    converted = jax.eval_shape(functools.partial(bound.to_compute, "layers"), params["layers"])
+    kept = {path for path, leaf in tree.flatten(converted).items() if leaf.dtype == "float32"}
+    assert kept == {"0/attention/q", "0/attention/norm/scale"}

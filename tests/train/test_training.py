@@ -1,0 +1,136 @@
+"""A model that is no decoder trains: its own parameters, loss and loader, on a mesh, resumed."""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from jaxscale import tree
+from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.launch.runtime import RuntimeConfig
+from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.loop import NonFiniteError, Outcome
+from jaxscale.train.metrics import Speed, read_history
+from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.surroundings import surroundings
+from jaxscale.train.training import train
+from jaxscale.types import InputError
+from tests.train.examples import make_regression
+from tests.train.regression import Loader, abstract_rows
+
+STEPS, STOP = 6, 3
+ADAMW = OptimizerConfig(learning_rate=0.05, warmup_steps=2, epsilon=1e-3)
+MESH = MeshConfig(data=2, tensor=2, zero=3)
+FACTS = {"fingerprint": {"network": "regression", "width": 8}}
+CHECKPOINT = CheckpointConfig("checkpoints", save_every=2, keep_last=1)
+
+
+def run(directory, mesh, *, evaluate=None, facts=FACTS, loader=None, config=None):
+    """Trains the network in a directory; what `pretrain` does for a decoder."""
+    setup = make_regression(mesh, ADAMW, steps=STEPS).setup
+    with surroundings(directory, RuntimeConfig()) as around:
+        return train(
+            setup,
+            loader=loader or Loader(),
+            batch=abstract_rows(NamedSharding(setup.mesh, BATCH_SPEC)),
+            config=config or TrainConfig(steps=STEPS, evaluate_every=STOP),
+            checkpoint=CHECKPOINT,
+            facts=facts,
+            surroundings=around,
+            speed=Speed(tokens_per_step=48, flops_per_token=1.0),
+            evaluate=evaluate or (lambda params, step: {}),
+        )
+
+
+def figures(directory, name):
+    lines = [line for line in read_history(directory / "metrics.jsonl") if name in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line[name] for line in lines]
+
+
+def final_state(directory, mesh):
+    """(every leaf of the newest checkpoint by path, the loader's position)."""
+    setup = make_regression(mesh, ADAMW, steps=STEPS).setup
+    checkpoints = Checkpoints(CHECKPOINT.within(directory), **FACTS)
+    state, position = checkpoints.restore(setup.canonical_state)
+    checkpoints.close()
+    state = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    return {path: np.asarray(leaf) for path, leaf in tree.flatten(state).items()}, position
+
+
+def stop(params, step):
+    if step == STOP:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return {}
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("regression") / "one"
+    assert run(directory, MeshConfig()) == Outcome(STEPS, None)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """On a mesh, stopped by a signal after step STOP."""
+    directory = tmp_path_factory.mktemp("regression") / "mesh"
+    assert run(directory, MESH, evaluate=stop) == Outcome(STOP, signal.SIGTERM)
+    return directory
+
+
+def test_data_2_by_tensor_2_equals_one_device_and_resumes(on_one_device, stopped):
+    assert run(stopped, MESH) == Outcome(STEPS, None)
+    for name in ("loss", "squared_error", "weight", "gradient_norm", "parameter_norm"):
+        wanted = figures(on_one_device, name)
+        assert len(wanted) == STEPS
+        np.testing.assert_allclose(figures(stopped, name), wanted, rtol=1e-5, err_msg=name)
+    assert figures(stopped, "loss")[-1] < 0.9 * figures(stopped, "loss")[0]
+    (got, position), (wanted, wanted_position) = (
+        final_state(stopped, MESH),
+        final_state(on_one_device, MeshConfig()),
+    )
+    assert position == wanted_position == {"number": STEPS}
+    for path, leaf in got.items():
+        np.testing.assert_allclose(leaf, wanted[path], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_its_checkpoint_is_refused_to_another_network(on_one_device):
+    other = {"fingerprint": {"network": "regression", "width": 16}}
+    with pytest.raises(InputError, match="width"):
+        run(on_one_device, MeshConfig(), facts=other)
+
+
+def test_a_step_that_is_not_finite_is_diagnosed(tmp_path):
+    """Of such a loss nothing is known but the contract, so that it is what is named."""
+
+    class Broken(Loader):
+        def __next__(self):
+            batch = super().__next__()
+            is_third = self.number == 3
+            return batch | {"targets": batch["targets"] * np.float32(np.inf if is_third else 1)}
+
+    message = "step 3: loss .*first non-finite: loss; the state after step 2 is saved"
+    with pytest.raises(NonFiniteError, match=message):
+        run(tmp_path, MeshConfig(), loader=Broken())
+    assert final_state(tmp_path, MeshConfig())[1] == {"number": 2}
+
+
+def test_it_starts_from_the_parameters_of_another_run(on_one_device, tmp_path):
+    start = TrainConfig(steps=STEPS, init_from=str(on_one_device / "checkpoints"))
+    run(tmp_path, MESH, config=start)
+    assert figures(tmp_path, "loss")[0] < 0.9 * figures(on_one_device, "loss")[0]
+
+
+def test_under_a_pipeline_it_is_refused_with_a_sentence():
+    message = (
+        r"loss: given <function squared_error .*>, expected a loss in parts that stages can run "
+        r"\(start, prepare, body, finish: see .*StagedLoss\), or MeshConfig.pipeline = 1"
+    )
+    with pytest.raises(InputError, match=message):
+        make_regression(MeshConfig(pipeline=2), ADAMW, num_microbatches=2)
