@@ -11,10 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from jaxscale import config
 from jaxscale.evaluate.report import compare_with_ngrams, plot_run
+from jaxscale.run.run import load_run
 from jaxscale.train.metrics import read_history
-from jaxscale.train.pretrain import pretrain
 
 FILE, RUN = "experiments/configs/runs/main_job.gin", Path("runs/main_job")
 
@@ -44,8 +43,8 @@ def main():
     """Run everything from scratch."""
     set_aside(RUN)
     expect(jaxscale("tokenizer"), 0)
-    run = config.load(pretrain, [FILE]).arguments
-    first, half = jaxscale("pretrain"), run["train"].steps // 2
+    run = load_run([FILE])
+    first, half = jaxscale("pretrain"), run.train.steps // 2
     while first.poll() is None and len(read_history(RUN / "metrics.jsonl")) < half:
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)
@@ -53,7 +52,7 @@ def main():
     expect(jaxscale("pretrain", "mesh.data=4", "mesh.expert=1", "mesh.tensor=2", "mesh.zero=3"), 0)
     plot_run(RUN, held_out="held_out/loss")
     expect(jaxscale("generate"), 0)
-    print(compare_with_ngrams(RUN, run["data"], margin=0.05))
+    print(compare_with_ngrams(RUN, run.data, margin=0.05))
 
 
 if __name__ == "__main__":
