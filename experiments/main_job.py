@@ -11,9 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from jaxscale import config
 from jaxscale.evaluate.report import compare_with_ngrams, plot_run
-from jaxscale.run.pretrain import pretrain
+from jaxscale.run.run import load_run
 from jaxscale.train.metrics import read_history
 
 FILE, RUN = "experiments/configs/runs/main_job.gin", Path("runs/main_job")
@@ -44,7 +43,7 @@ def main():
     """Run everything from scratch."""
     set_aside(RUN)
     expect(jaxscale("tokenizer"), 0)
-    run = config.load(pretrain, [FILE]).arguments["run"]
+    run = load_run([FILE])
     first, half = jaxscale("pretrain"), run.train.steps // 2
     while first.poll() is None and len(read_history(RUN / "metrics.jsonl")) < half:
         time.sleep(0.2)

@@ -52,7 +52,7 @@ class Prepared:
 
 
 def with_dense_twins(run):
-    """The run with each mixture replaced by one feed-forward as wide as a token's experts together."""
+    """The run with one feed-forward, as wide as a token's experts together, for each mixture."""
 
     def dense(layer):
         experts = layer.feed_forward

@@ -11,7 +11,8 @@ run is left out or repeated. experiments/grin/draw.py tests and draws.
 Second protocol, fixed on 2026-11-24 after the first one's runs, whose seeds scattered too much, and
 before its own: the same but for 1,000 steps, a lower rate that ends at 0, a threshold of 0.1 and
 seeds 5 to 12: --seeds 5 6 7 8 9 10 11 12 --set train.steps=1000 --set optimizer.learning_rate=0.001
---set optimizer.warmup_steps=100 --set optimizer.final_fraction=0.0 --set model.router_threshold=0.1
+--set optimizer.warmup_steps=100 --set optimizer.final_fraction=0.0; and for the two arms that have
+a threshold, in a call of their own, --set model.pattern.0.feed_forward.router.threshold=0.1
 
 P=experiments/configs/papers/grin
 python experiments/grin/run.py runs/study.jsonl \\
@@ -19,17 +20,13 @@ python experiments/grin/run.py runs/study.jsonl \\
 """
 
 import argparse
-import inspect
 import json
 from pathlib import Path
 
 from grin_study.arms import make_arm, run_seed
 
-from jaxscale import config
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.train.pretrain import pretrain
-
-PARTS = ("model", "mesh", "data", "optimizer", "train", "policy", "stack")
+from jaxscale.run.run import load_run
 
 
 def parse_arguments():
@@ -44,24 +41,15 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def load_runs(files, overrides):
-    """Arm -> the arguments of its `pretrain`, defaults included."""
-    signature = inspect.signature(pretrain).parameters
-    defaults = {name: parameter.default for name, parameter in signature.items()}
-    runs = {}
-    for file in files:
-        arm = file.stem.removeprefix("study_")
-        runs[arm] = defaults | config.load(pretrain, [file], overrides).arguments
-    return runs
-
-
 def main():
     """Run all arms of a seed before the next seed, so that what is there after a stop is paired."""
     options = parse_arguments()
-    runs = load_runs(options.files, options.set)
+    runs = {
+        file.stem.removeprefix("study_"): load_run([file], options.set) for file in options.files
+    }
     first_run = next(iter(runs.values()))
-    apply_runtime(first_run["runtime"], ".")
-    arms = [make_arm(name, **{part: run[part] for part in PARTS}) for name, run in runs.items()]
+    apply_runtime(first_run.runtime, ".")
+    arms = [make_arm(name, run) for name, run in runs.items()]
     for seed in options.seeds:
         for arm in arms:
             figures = run_seed(arm, seed)

@@ -239,11 +239,15 @@ def _rotate_whole(
     pairs = accumulator(x).reshape(*x.shape[:-1], 2, half)
     frequencies = config.frequencies(head_dim or x.shape[-1]).astype(pairs.dtype)
     angles = positions[..., None, None, None].astype(pairs.dtype) * frequencies
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    if config.scaling is not None and config.scaling.magnitude != 1:
-        cosine, sine = cosine * config.scaling.magnitude, sine * config.scaling.magnitude
-    signs = np.array([[-1], [1]], pairs.dtype)
+    magnitude = 1 if config.scaling is None else config.scaling.magnitude
+
+    def scaled(x: Array) -> Array:
+        return x if magnitude == 1 else x * magnitude
+
+    along = pairs * scaled(jnp.cos(angles))
     # Reversing swaps the halves. Slicing them and joining them again would make XLA pad two halves
     # and add them up in the gradient.
     swapped = lax.rev(pairs, (pairs.ndim - 2,))
-    return (pairs * cosine + swapped * (signs * sine)).reshape(x.shape).astype(x.dtype)
+    signs = np.array([[-1], [1]], pairs.dtype)
+    across = swapped * (signs * scaled(jnp.sin(angles)))
+    return (along + across).reshape(x.shape).astype(x.dtype)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,14 @@ import numpy as np
 from grin_study.routing import DomainSums, domain_sums
 from jaxscale.data.loader import DataConfig, HeldOutLoader, TrainLoader, make_loader
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
-from jaxscale.models.config import ModelConfig
+from jaxscale.models.evaluation import EvaluationContext
 from jaxscale.models.parameters import count_parameters
-from jaxscale.models.transformer import StackConfig
-from jaxscale.ops.precision import Policy
 from jaxscale.parallel.batch import place
-from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.train.evaluation import EvaluationContext
-from jaxscale.train.optim import OptimizerConfig
-from jaxscale.train.plan import Plan, TrainConfig, make_plan
-from jaxscale.train.state import TrainState, init_state
-from jaxscale.train.step import make_step
-from jaxscale.types import Batch, InputError, RunError
+from jaxscale.run.run import Run
+from jaxscale.train.setup import Setup
+from jaxscale.train.state import TrainState
+from jaxscale.train.step import Step, make_step
+from jaxscale.types import InputError, RunError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,59 +28,36 @@ class Arm:
     """One way of training. The first seed compiles its step and evaluation for all seeds."""
 
     name: str
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    plan: Plan
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    run: Run
+    setup: Setup
+    step: Step
     context: EvaluationContext
     held_out: dict[str, HeldOutLoader]
 
 
-def make_arm(
-    name: str,
-    *,
-    model: ModelConfig,
-    mesh: MeshConfig,
-    data: DataConfig,
-    optimizer: OptimizerConfig,
-    train: TrainConfig,
-    policy: Policy = Policy(),
-    stack: StackConfig = StackConfig(),
-) -> Arm:
-    """Plan an arm's run and open its held-out documents.
+def make_arm(name: str, run: Run) -> Arm:
+    """Set an arm's run up and open its held-out documents.
 
-    Args: `name` is the arm's; the others are as in `train.pretrain.pretrain`.
     Raises:
-        InputError: the parts do not fit one another, or a source has no held-out documents.
+        InputError: the run's parts do not fit one another, or a source has no held-out documents.
     """
-    check_vocabulary(load_tokenizer(data.tokenizer), model.vocab_size)
-    plan = make_plan(
-        model=model,
-        mesh=mesh,
-        data=data,
-        optimizer=optimizer,
-        train=train,
-        policy=policy,
-        stack=stack,
-    )
+    check_vocabulary(load_tokenizer(run.data.tokenizer), run.model.vocab_size)
+    setup = run.setup()
     context = EvaluationContext(
         params=None,
         step=0,
-        model=model,
-        mesh=plan.mesh,
-        sums=jax.jit(plan.region.evaluate(plan.loss_fn)),
-        place=functools.partial(place, plan.mesh),
+        model=run.model,
+        mesh=setup.mesh,
+        sums=jax.jit(setup.region.evaluate(setup.loss_fn)),
+        place=functools.partial(place, setup.mesh),
     )
     return Arm(
         name=name,
-        model=model,
-        data=data,
-        train=train,
-        plan=plan,
-        step=make_step(plan.loss_fn, plan.optimizer, plan.region, plan.state),
+        run=run,
+        setup=setup,
+        step=make_step(setup),
         context=context,
-        held_out=dict(_held_out_by_domain(data)),
+        held_out=dict(_held_out_by_domain(run.data)),
     )
 
 
@@ -103,28 +76,22 @@ def run_seed(arm: Arm, seed: int) -> dict[str, Any]:
         InputError: the run would see a row twice.
         RunError: a loss or gradient norm was not finite.
     """
-    loader = make_loader(dataclasses.replace(arm.data, seed=seed))
-    _check_single_epoch(loader, arm.data, arm.train.steps)
-    state = init_state(
-        arm.model,
-        arm.plan.optimizer,
-        arm.plan.state,
-        specs=arm.plan.region.specs,
-        seed=seed,
-        trainable=arm.train.trainable,
-    )
+    run, steps = arm.run, arm.run.train.steps
+    loader = make_loader(dataclasses.replace(run.data, seed=seed))
+    _check_single_epoch(loader, run.data, steps)
+    state = arm.setup.init(seed)
     began = time.perf_counter()
     state, nll = _train(arm, seed, state, loader)
     seconds = time.perf_counter() - began
-    context = dataclasses.replace(arm.context, params=state.params, step=arm.train.steps)
+    context = dataclasses.replace(arm.context, params=state.params, step=steps)
     sums = domain_sums(context, arm.held_out)
-    total, active = count_parameters(arm.model)
+    total, active = count_parameters(run.model)
     return {
         "arm": arm.name,
         "seed": seed,
         "parameters": total,
         "active": active,
-        "steps": arm.train.steps,
+        "steps": steps,
         "seconds": seconds,
         "train_nll": [float(each) for each in nll],
         "loss": _loss_over_all(sums.values()),
@@ -137,7 +104,7 @@ def _train(
 ) -> tuple[TrainState, list[jax.Array]]:
     """The trained state, and the loss of each step, which is still on the device."""
     nll = []
-    for _ in range(arm.train.steps):
+    for _ in range(arm.run.train.steps):
         state, metrics = arm.step(state, arm.context.place(next(loader)))
         nll.append(metrics["nll"])
     # Reading this also waits for the last step, which the caller times.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import jax
 import numpy as np
 
-from jaxscale.train.evaluation import EvaluationContext
+from jaxscale.models.evaluation import EvaluationContext
 from jaxscale.types import Batch, InputError
 
 
@@ -31,7 +31,7 @@ def domain_sums(
     """Run a model over the text of each domain.
 
     Args:
-        context: the model in training; see `train.evaluation`.
+        context: the model in training; see `models.evaluation`.
         domains: name -> this host's batches, such as a `HeldOutLoader` of one source.
     """
     return {name: _sums(context, batches) for name, batches in domains.items()}

@@ -6,29 +6,26 @@ import numpy as np
 import pytest
 from grin_study.arms import make_arm, run_seed
 
+from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
 from jaxscale.evaluate.perplexity import BitsPerByte
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.transformer import StackConfig
+from jaxscale.models.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
+from jaxscale.models.execution import ExecutionConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.run.run import Run
+from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
-from jaxscale.train.plan import TrainConfig
 from jaxscale.types import InputError
 
+EXPERTS = ExpertsConfig(num_experts=4, dim=16)
 MODEL = ModelConfig(
     vocab_size=257,
     num_layers=1,
     model_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    ffn_dim=32,
     max_length=32,
-    moe_pattern=(True,),
-    num_experts=4,
-    expert_dim=16,
+    pattern=(LayerConfig(AttentionConfig(2, 1, 8), EXPERTS),),
 )
 ALPHABETS = {"letters": range(97, 123), "digits": range(48, 58)}
 
@@ -54,16 +51,18 @@ def data(tmp_path_factory):
 
 
 def arm_of(data, **changes):
-    parts = dict(
+    run = Run(
+        directory="nowhere",
         model=MODEL,
         mesh=MeshConfig(data=8),
         data=data,
         optimizer=OptimizerConfig(),
         train=TrainConfig(steps=2),
+        checkpoint=CheckpointConfig("nowhere", save_every=1, keep_last=1),
         policy=Policy(compute="float32"),
-        stack=StackConfig(num_loss_chunks=1, remat="none"),
+        execution=ExecutionConfig(num_loss_chunks=1, remat="none"),
     )
-    return make_arm("arm", **parts | changes)
+    return make_arm("arm", dataclasses.replace(run, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def test_held_out_loss_is_that_of_all_domains_together(arm, data):
     assert found["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert list(found["domains"]) == ["letters", "digits"]
     for domain in found["domains"].values():
-        choices = domain["tokens"] * MODEL.num_active_experts
+        choices = domain["tokens"] * EXPERTS.num_active
         np.testing.assert_allclose(np.sum(domain["load"], axis=-1), choices)
 
 
