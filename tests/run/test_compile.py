@@ -1,4 +1,4 @@
-"""`compile` builds the step of a gin file for GPUs that are not here, reads no data and says whether it fits."""
+"""`compile` builds a run's step for GPUs that are not here, reads no data, says whether it fits."""
 
 import re
 from pathlib import Path
@@ -8,10 +8,9 @@ import pytest
 
 from jaxscale import cli, config
 from jaxscale.launch import ahead_of_time
-from jaxscale.train.compile import Topology, check_fits
-from jaxscale.train.inspect import bytes_per_device
-from jaxscale.train.plan import make_plan
-from jaxscale.train.pretrain import pretrain
+from jaxscale.run.compile import Topology, check_fits
+from jaxscale.run.inspect import bytes_per_device
+from jaxscale.run.pretrain import pretrain
 from jaxscale.types import InputError, RunError
 
 needs_plugin = pytest.mark.skipif(
@@ -47,24 +46,15 @@ def sizes(shown):
 
 @needs_plugin
 def test_bytes_are_those_of_inspect_and_nothing_is_left_behind(file, tmp_path, capsys):
-    """What the compiler says the arguments are is what `inspect` computes from shapes, the batch and three scalars."""
+    """The compiler's arguments are what `inspect` computes, the batch and three scalars."""
     live = {id(array) for array in jax.live_arrays()}
     assert compile_file(file, "mesh.zero=3") == 0
     assert {id(array) for array in jax.live_arrays()} <= live
     assert [path.name for path in tmp_path.iterdir()] == ["run.gin"]
     shown = capsys.readouterr().out
     assert shown.startswith("h200:1x8: 8 x NVIDIA H200\n")
-    run = config.load(pretrain, [file], ["mesh.zero=3"]).arguments
-    names = ("model", "mesh", "data", "optimizer", "train", "policy", "stack")
-    plan = make_plan(**{name: run[name] for name in names})
-    told = bytes_per_device(
-        plan.state.params,
-        plan.region.specs,
-        run["optimizer"],
-        run["train"],
-        run["policy"],
-        run["mesh"],
-    )
+    run = config.load(pretrain, [file], ["mesh.zero=3"]).arguments["run"]
+    told = bytes_per_device(run, run.table(), run.setup().region.specs)
     found = sizes(shown)
     assert found["parameters"] == told["parameters"]
     assert found["optimizer state"] == told["optimizer"]
