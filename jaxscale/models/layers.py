@@ -81,7 +81,7 @@ class Layer:
         x: Array,
         *by_token: Any,
     ) -> tuple[Array, Any]:
-        """`Collectives.column_then_row`, in one exchange of all rows where heads are summed over."""
+        """`Collectives.column_then_row`; all rows at once where heads are summed over."""
         collectives = self.operations.collectives
         if self.config.attention.qk_norm != "all":
             return collectives.column_then_row(column, row, x, *by_token)
