@@ -5,6 +5,7 @@ mixes tokens, the other two treat each token by itself.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,11 +73,26 @@ class Layer:
             q, k, v = self.qkv(h, context.positions)
             return self.attend(q, k, v, context, cache)
 
-        exchange = self.operations.collectives.column_then_row
         x, h = self.enter_attention(x)
-        y, cache = exchange(project_and_attend, self.output, h, context)
+        y, cache = self._exchange(project_and_attend, self.output, h, context)
         x, choices = self.finish(x, h, y, draws)
         return x, cache, choices
+
+    def _exchange(
+        self,
+        column: Callable,
+        row: Callable,
+        x: Array,
+        *by_token: Any,
+    ) -> tuple[Array, Any]:
+        """`Collectives.column_then_row`; all rows at once where heads are summed over."""
+        collectives = self.operations.collectives
+        if self.config.attention.qk_norm != "all":
+            return collectives.column_then_row(column, row, x, *by_token)
+        # `column_then_row` may have each device at other rows at a time. A sum over the heads of
+        # all devices would then add up different tokens.
+        hidden, kept = column(collectives.gather_tokens(x), *by_token)
+        return collectives.reduce_scatter_tokens(row(hidden)), kept
 
     def enter_attention(self, x: Array) -> tuple[Array, Array]:
         """(the residual [B, own T, D], what attention takes of it)."""

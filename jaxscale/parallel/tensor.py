@@ -252,8 +252,9 @@ def kv_heads(weights: Array, axis: int, num_kv_heads: int) -> Array:
 def sum_over_heads(x: Array) -> Array:
     """Sum over the heads that the group's members have.
 
-    Each member uses the sum for its own heads. So the gradient of a member's part is the sum over
-    all members of the sum's cotangents, which is how psum transposes.
+    All members must have the same rows, which they have not in `column_then_row_by_member`. Each
+    uses the sum for its own heads. So the gradient of a member's part is the sum over all members
+    of the sum's cotangents, which is how psum transposes.
     """
     return lax.psum(x, TENSOR)
 

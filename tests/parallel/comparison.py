@@ -35,6 +35,7 @@ SIZES = dict(
 )
 NUM_ACTIVE = 2  # experts of a mixture that a token visits
 KEY = jax.random.key(1)
+NUM_PROGRAMS = 8  # that are kept: the long tests would fill the memory with all of theirs
 
 
 def dense(**changes) -> ModelConfig:
@@ -142,7 +143,7 @@ def make_params(model):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=NUM_PROGRAMS)
 def on_one_device(model):
     """The compiled loss and gradient of a batch; batches of one shape share the program."""
     loss = make_loss(model)
@@ -203,7 +204,7 @@ def make_region(
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=NUM_PROGRAMS)
 def gradient_on_mesh(
     model,
     config: MeshConfig,
