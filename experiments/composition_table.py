@@ -1,4 +1,6 @@
-"""Write the composition matrix, as the long tests recorded it, into docs/composition.md between its markers.
+"""Write the composition matrix, as the long tests recorded it.
+
+Into docs/composition.md between its markers.
 
 JAXSCALE_MATRIX=matrix.jsonl python -m pytest tests/parallel/test_composition.py \\
     -m "long or not long"

@@ -1,4 +1,6 @@
-"""Bad input through the command: one line that names the parameter, what was given and what was expected; exit code 2;
+"""Bad input through the command.
+
+One line that names the parameter, what was given and what was expected; exit code 2;.
 no traceback unless asked for; nothing on disk is harmed or left behind."""
 
 import functools
@@ -238,7 +240,8 @@ def test_a_misfit_is_refused_before_anything_happens(root, capsys, name):
 def test_a_misspelt_name_in_the_file(root, capsys):
     write_file(
         root,
-        "from __gin__ import dynamic_registration\nfrom jaxscale import run\nrun.TrainConfig.stepz = 3",
+        "from __gin__ import dynamic_registration\nfrom jaxscale import run\n"
+        "run.TrainConfig.stepz = 3",
     )
     assert "run.gin:8" in (message := refused(capsys, root)) and "closest is 'steps'" in message
 
@@ -349,7 +352,10 @@ def test_a_disk_full_from_the_start_harms_nothing(shared, root, small_disk, caps
 
 
 def test_a_disk_that_fills_up_harms_nothing(shared, root, small_disk):
-    """The second checkpoint does not fit; the run goes on from the first once there is space again."""
+    """The second checkpoint does not fit.
+
+    The run goes on from the first once there is space again.
+    """
     run = shutil.copytree(shared / "run", small_disk / "run")
     before = files(run / "checkpoints")
     fill(small_disk, but=96 * 1024)

@@ -1,4 +1,7 @@
-"""Every gin file of the experiments binds names that exist to values of their types, and its model and mesh fit."""
+"""Every gin file of the experiments binds names that exist to values of their types.
+
+And its model and mesh fit.
+"""
 
 import inspect
 import itertools
@@ -87,7 +90,10 @@ def test_the_commands_of_a_list_fit(path, monkeypatch):
 
 
 def bind(path: Path) -> None:
-    """Binds all that a file binds: each value is built and checked, each complete configuration constructed."""
+    """Binds all that a file binds.
+
+    Each value is built and checked, each complete configuration constructed.
+    """
     bindings = config.read([path])
     bindings.check_scopes()
     if left_open(bindings):
@@ -102,7 +108,10 @@ def bind(path: Path) -> None:
 
 
 def check_shapes(built) -> None:
-    """A model has a parameter tree; the constructors of other configurations check all that they can."""
+    """A model has a parameter tree.
+
+    The constructors of other configurations check all that they can.
+    """
     if isinstance(built, ModelConfig):
         assert count_parameters(built)[0] == sum(
             leaf.size

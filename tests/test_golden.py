@@ -1,4 +1,6 @@
-"""Twenty steps of training repeat a stored curve, scanned and unrolled, on every Python and jax that is supported.
+"""Twenty steps of training repeat a stored curve, scanned and unrolled.
+
+On every Python and jax that is supported.
 
 To store a new one after a change that is meant to change the numbers: `python
 tests/test_golden.py`.
@@ -53,7 +55,10 @@ OPTIMIZERS = {
 
 
 def make_batch(number):
-    """Two documents and padding in each of four rows, from no random generator that could change."""
+    """Two documents and padding in each of four rows.
+
+    From no random generator that could change.
+    """
     text = (np.arange(4 * 17).reshape(4, 17) * (number % 3 + 2) + number) ** 2 % 47
     segments = np.tile(np.repeat([1, 2, 0], (6, 7, 3)), (4, 1))
     positions = np.tile(np.concatenate([np.arange(n) for n in (6, 7, 3)]), (4, 1))

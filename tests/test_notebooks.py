@@ -1,4 +1,6 @@
-"""Every notebook runs from its first cell to its last, and what is stored of it is what a reader should see.
+"""Every notebook runs from its first cell to its last.
+
+And what is stored of it is what a reader should see.
 
 To store a notebook anew after a change: python tests/test_notebooks.py notebooks/00_tour.ipynb
 """
@@ -15,7 +17,10 @@ TIMEOUT_S = 240  # for one cell; a whole notebook takes about a minute on two id
 
 
 def execute(path: Path):
-    """Runs a notebook from a checkout, its progress bars reduced to their last state and no times recorded."""
+    """Runs a notebook from a checkout.
+
+    Its progress bars reduced to their last state and no times recorded.
+    """
     import nbformat
     from nbclient import NotebookClient
 

@@ -39,7 +39,10 @@ def gin_snippet(word: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
-    """A folder with what the README's commands read: the experiments, its own gin file, and what a run leaves."""
+    """A folder with what the README's commands read.
+
+    The experiments, its own gin file, and what a run leaves.
+    """
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "mine.gin").write_text(gin_snippet("TextSource"))
     (tmp_path / "runs" / "main_job").mkdir(parents=True)

@@ -53,8 +53,15 @@ RUN_FIELDS = {
 MODULES = {
     "jaxscale.parallel.processes": "jaxscale.launch.processes",
     "jaxscale.parallel.runtime": "jaxscale.launch.runtime",
+    "jaxscale.serve.generate": "jaxscale.run.generate",
+    "jaxscale.train.compile": "jaxscale.run.compile",
+    "jaxscale.train.evaluation": "jaxscale.models.evaluation",
+    "jaxscale.train.inspect": "jaxscale.run.inspect",
+    "jaxscale.train.losses": "jaxscale.models.losses",
+    "jaxscale.train.pretrain": "jaxscale.run.pretrain",
 }
 CLASSES = {
+    "jaxscale.evaluate.perplexity.evaluate": "jaxscale.run.evaluate.evaluate",
     "jaxscale.models.transformer.StackConfig": "jaxscale.models.execution.ExecutionConfig",
     "jaxscale.train.plan.TrainConfig": "jaxscale.train.config.TrainConfig",
 }

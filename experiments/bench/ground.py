@@ -41,7 +41,10 @@ def parse_arguments():
 
 
 class Worker:
-    """A process of one checkout, which prepares a case and then runs a round each time it is asked."""
+    """A process of one checkout.
+
+    Which prepares a case and then runs a round each time it is asked.
+    """
 
     def __init__(self, side, checkout, case, options):
         self.name = f"{case} {side}"

@@ -32,7 +32,10 @@ class Steps:
         self.run(WARMUP_STEPS)
 
     def run(self, num_steps):
-        """The metrics of the last step; the steps are dispatched without waiting, as in training."""
+        """The metrics of the last step.
+
+        The steps are dispatched without waiting, as in training.
+        """
         for _ in range(num_steps):
             self.state, metrics = self.step(self.state, self.batch)
         jax.block_until_ready(self.state)

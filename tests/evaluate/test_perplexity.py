@@ -1,4 +1,7 @@
-"""Held-out figures against a loop over the documents, on several meshes; every held-out token counts once."""
+"""Held-out figures against a loop over the documents, on several meshes.
+
+Every held-out token counts once.
+"""
 
 import dataclasses
 import functools
@@ -52,7 +55,10 @@ DATA_STATE = {"depends_on": {"tokenizer": "byte", "held_out_fraction": 0.6}}
 
 @pytest.fixture
 def texts(tmp_path):
-    """40 documents of 1 to 70 characters, some longer than a row, one of them not of ASCII alone."""
+    """40 documents of 1 to 70 characters, some longer than a row.
+
+    One of them not of ASCII alone.
+    """
     rng = np.random.default_rng(0)
     texts = {
         f"{i}.txt": "".join(map(chr, rng.integers(97, 123, 1 + i * 70 // 40))) + "é" * (i == 7)
@@ -180,7 +186,10 @@ def test_evaluators_are_named_by_the_caller_and_see_the_wanted_step(run):
 
 
 def counted(evaluator):
-    """What an evaluator returns for a model that loses 2 nats on each token, and the labels it was asked for."""
+    """What an evaluator returns for a model that loses 2 nats on each token.
+
+    And the labels it was asked for.
+    """
     labels = []
     return evaluator(counting_context(labels)), labels
 

@@ -1,4 +1,7 @@
-"""The decoder against a layer-by-layer numpy forward, and the ways to run it against one another."""
+"""The decoder against a layer-by-layer numpy forward.
+
+And the ways to run it against one another.
+"""
 
 import dataclasses
 import functools

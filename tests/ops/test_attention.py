@@ -1,4 +1,7 @@
-"""Every attention backend against a loop over queries in float64, forward and gradient, and across documents."""
+"""Every attention backend against a loop over queries in float64, forward and gradient.
+
+And across documents.
+"""
 
 import dataclasses
 import functools
@@ -76,7 +79,10 @@ def make(case, dtype=np.float32):
 
 @functools.cache
 def expected(case):
-    """Output and gradients of q, k, v: each query over the list of keys that it may see, in float64, by hand."""
+    """Output and gradients of q, k, v.
+
+    Each query over the list of keys that it may see, in float64, by hand.
+    """
     (q, k, v), cotangent, context = make(case)
     q, k, v, cotangent = (np.asarray(a, np.float64) for a in (q, k, v, cotangent))
     rows, length, heads, dim = q.shape

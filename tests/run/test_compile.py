@@ -26,7 +26,8 @@ def file(tmp_path):
     """The tiny run over a corpus that does not exist."""
     path = tmp_path / "run.gin"
     path.write_text(
-        f"include '{TINY}'\nCORPUS = ('{tmp_path}/none',)\nCACHE = 'none'\nDIRECTORY = '{tmp_path}/run'\n"
+        f"include '{TINY}'\nCORPUS = ('{tmp_path}/none',)\nCACHE = 'none'\n"
+        f"DIRECTORY = '{tmp_path}/run'\n"
     )
     return path
 
@@ -70,7 +71,10 @@ def test_bytes_are_those_of_inspect_and_nothing_is_left_behind(file, tmp_path, c
 
 @needs_plugin
 def test_what_does_not_fit_exits_1(file, capsys):
-    """Here a deterministic run, with rows that are one document each: their batches have no segments."""
+    """Here a deterministic run, with rows that are one document each.
+
+    Their batches have no segments.
+    """
     overrides = f"model.vocab_size={10**9}", "data.is_packed=False", "runtime.is_deterministic=True"
     assert compile_file(file, *overrides) == 1
     captured = capsys.readouterr()

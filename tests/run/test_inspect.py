@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jaxscale import cli
-from jaxscale.models.config import ModelConfig
+from jaxscale.models.config.facts import from_flat
 from jaxscale.models.parameters import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,10 @@ def test_counts_table_and_bytes(capsys):
 
 
 def test_a_mesh_that_is_not_there(capsys):
-    """ZeRO 3 over 64 and tensor 4 on 256 devices divide everything but a few norms by 256; here there are 8."""
+    """ZeRO 3 over 64 and tensor 4 on 256 devices divide everything but a few norms by 256.
+
+    Here there are 8.
+    """
     shown = inspect(
         "mesh.data=64", "mesh.tensor=4", "mesh.zero=3", "data.batch_size=64", capsys=capsys
     )
@@ -83,8 +86,8 @@ def test_active_parameters_of_experts():
         ffn_dim=32,
     )
     experts = dict(moe_pattern=(True,), num_experts=8, num_active_experts=2, expert_dim=24)
-    total, active = count_parameters(ModelConfig(**dims, **experts, max_length=8))
+    total, active = count_parameters(from_flat(**dims, **experts, max_length=8))
     attention, norms, expert, router = 16 * 4 * (4 + 2 + 2 + 4), 2 * 16, 3 * 16 * 24, 16 * 8
     assert total == 2 * 100 * 16 + 16 + 3 * (attention + norms + 8 * expert + router)
     assert active == 100 * 16 + 16 + 3 * (attention + norms + 2 * expert + router)
-    assert count_parameters(ModelConfig(**dims, **experts, max_length=8, is_tied=True))[1] == active
+    assert count_parameters(from_flat(**dims, **experts, max_length=8, is_tied=True))[1] == active

@@ -250,7 +250,10 @@ def test_a_profile_is_written(tmp_path):
 
 
 def test_figures_are_json(tmp_path):
-    """What reaches a reporter is host numbers and, of a model with experts, arrays; how evenly these are used too."""
+    """What reaches a reporter is host numbers and, of a model with experts, arrays.
+
+    How evenly these are used too.
+    """
     seen = []
     world = World()
     world.report = lambda step, figures: seen.append(

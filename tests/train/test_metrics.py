@@ -91,7 +91,10 @@ def test_a_reader_sees_every_reported_step_at_once(tmp_path):
 
 
 def test_speed_and_mfu(monkeypatch):
-    """1,000 tokens of 989e9 FLOPs in half a second on two H200 are 989 TFLOP/s a device: the whole peak."""
+    """1,000 tokens of 989e9 FLOPs in half a second on two H200 are 989 TFLOP/s a device.
+
+    The whole peak.
+    """
     memory = {"peak_bytes_in_use": 5}
     device = types.SimpleNamespace(device_kind="NVIDIA H200", memory_stats=lambda: memory)
     monkeypatch.setattr(metrics.jax, "local_devices", lambda: [device])

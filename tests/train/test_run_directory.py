@@ -1,4 +1,7 @@
-"""A run's directory is one run's: another is kept out of it while the first lives, however that one ends."""
+"""A run's directory is one run's.
+
+Another is kept out of it while the first lives, however that one ends.
+"""
 
 import errno
 import fcntl
