@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 BY_FILE := --dist loadfile --no-loadscope-reorder
 # What computes through JAX's newer or internal interfaces, or reads what it compiles to.
 VERSIONED := tests/kernels tests/ops tests/models tests/parallel tests/test_golden.py \
-	tests/launch/test_ahead_of_time.py tests/train/test_compile.py tests/train/test_step.py \
+	tests/launch/test_ahead_of_time.py tests/run/test_compile.py tests/train/test_step.py \
 	tests/checkpoint/test_manager.py
 
 .PHONY: train test long versions lint clean
