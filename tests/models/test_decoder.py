@@ -1,7 +1,4 @@
-"""The decoder against a layer-by-layer numpy forward.
-
-And the ways to run it against one another.
-"""
+"""The decoder against a layer-by-layer numpy forward, and ways to run it against one another."""
 
 import dataclasses
 import functools
@@ -173,7 +170,8 @@ def small_mixture():
 def test_the_loss_of_one_document_has_no_gradient_in_another(config):
     """The packing leak through the whole stack, at the embeddings of the packed row."""
     params, batch = make_params(config), make_batch()
-    decoder = Decoder(config, policy=FLOAT32, execution=ExecutionConfig(remat="none"))
+    execution = ExecutionConfig(is_scanned=False, remat="none")
+    decoder = Decoder(config, policy=FLOAT32, execution=execution)
     second = batch["segments"] == 2
 
     def loss(x, batch):

@@ -219,9 +219,9 @@ def test_remat_of_names_keeps_attention_with_what_its_kernel_leaves_for_the_back
 )
 def test_a_router_s_logits_are_not_made_again(settings):
     """They could differ in the last bit, and a draw of the backward from that of the forward."""
-    gradient = jax.grad(loss_of(MODEL, **settings))
-    jaxpr = str(jax.make_jaxpr(gradient)(make_params(MODEL)))
-    assert jaxpr.count("name=router") == sum(layer.is_moe for layer in MODEL.pattern)
+    gradient = jax.grad(loss_of(DRAWING, **settings))
+    jaxpr = str(jax.make_jaxpr(gradient)(make_params(DRAWING)))
+    assert jaxpr.count("name=router") == sum(layer.is_moe for layer in DRAWING.pattern)
 
 
 @pytest.mark.parametrize(

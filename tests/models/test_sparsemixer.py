@@ -177,8 +177,17 @@ def test_the_quadrature_is_the_gradient_of_the_papers_objective(version):
     assert error < (1e-2 if version == "v1" else 1e-3)
 
 
-@pytest.mark.parametrize("convention", ["paper", "released"])
-@pytest.mark.parametrize("version, num_active", [("v1", 1), ("v2", 2), ("v2_star", 2)])
+@pytest.mark.parametrize(
+    "version, num_active, convention",
+    [
+        ("v1", 1, "paper"),
+        ("v2", 2, "paper"),
+        ("v2", 2, "released"),
+        ("v2_star", 2, "paper"),
+        pytest.param("v1", 1, "released", marks=pytest.mark.long),
+        pytest.param("v2_star", 2, "released", marks=pytest.mark.long),
+    ],
+)
 def test_gradients_of_experts_are_those_of_the_literal_formula(version, num_active, convention):
     """y = s h + stop_gradient(c h - s h), or y = c h: by the dispatch, its twin and autodiff."""
     config = config_of(version, num_active, expert_gradient=convention)

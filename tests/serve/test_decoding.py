@@ -42,7 +42,7 @@ SMALL = dict(
     max_length=32,
 )
 MODELS = {
-    "dense": from_flat(**SMALL),
+    "dense": from_flat(**SMALL | {"num_layers": 1}),
     "grouped queries, window, qk norm": from_flat(
         **SMALL | {"num_kv_heads": 2},
         windows=(None, 3),
@@ -166,8 +166,9 @@ sampled = functools.partial(generated, "dense")
 @pytest.mark.parametrize(
     ("name", "execution"),
     [
-        pytest.param("experts with prefix, window", UNROLLED, id="experts"),
+        pytest.param("grouped queries, window, qk norm", SCANNED, id="grouped"),
         pytest.param("experts with prefix, window", SCANNED, id="experts scanned", marks=LONG),
+        pytest.param("experts with prefix, window", UNROLLED, id="experts unrolled", marks=LONG),
         pytest.param("dense", SCANNED, id="dense", marks=LONG),
     ],
 )
