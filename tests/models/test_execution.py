@@ -130,10 +130,16 @@ def check_same(got, wanted):
         assert error <= 1e-5 * jnp.abs(wanted_leaf).max(), path
 
 
-@pytest.mark.parametrize("is_scanned", [True, False])
-def test_one_step_fingerprint(is_scanned):
+@pytest.mark.parametrize(
+    "execution",
+    [
+        pytest.param({}, id="scanned"),
+        pytest.param({"is_scanned": False, "remat": "none"}, id="unrolled"),
+        pytest.param({"is_scanned": False}, id="unrolled, remat", marks=pytest.mark.long),
+    ],
+)
+def test_one_step_fingerprint(execution):
     """Golden loss and gradients; 2e-5 relative covers float32 sums in another order."""
-    execution = {} if is_scanned else {"is_scanned": False}
     golden, got = json.loads(GOLDEN.read_text()), fingerprint(**execution)
     assert got["loss"] == pytest.approx(golden["loss"], rel=2e-5)
     assert got["gradient_norms"] == pytest.approx(golden["gradient_norms"], rel=2e-5)
@@ -153,17 +159,42 @@ def test_remat_changes_no_gradient(execution):
     check_same(value_and_gradient(DENSE, **execution), value_and_gradient(DENSE))
 
 
+def layers_and_gradient(execution):
+    """Residual, router's sums and a gradient of all of them through the layers of `DRAWING`."""
+    decoder = Decoder(DRAWING, policy=FLOAT32, execution=execution)
+    batch = make_batch(is_drawing=True)
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def total(params):
+        x = jnp.take(params["embedding"]["tokens"], batch["tokens"], axis=0)
+        x, _, sums = decoder.run_layers(params, x, decoder.tokens(batch))
+        losses = sum(each.balance.sum() + each.z.sum() for each in sums)
+        return (x**2).sum() + losses, (x, sums)
+
+    (value, found), gradient = jax.jit(total)(make_params(DRAWING))
+    return (value, gradient), found
+
+
+def test_layers_by_chunk_compute_and_differentiate_as_whole_ones():
+    """With windows, documents, the router's losses, and draws of each token whatever its chunk."""
+    unrolled = dict(is_scanned=False, remat="none")
+    whole = layers_and_gradient(ExecutionConfig(**unrolled))
+    chunked = layers_and_gradient(ExecutionConfig(**unrolled, strategy=ByChunk(4)))
+    for got, wanted in zip(jax.tree.leaves(chunked[1]), jax.tree.leaves(whole[1]), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    check_same(chunked[0], whole[0])
+
+
 @pytest.mark.parametrize(
     ("model", "execution"),
     [
-        pytest.param(DRAWING, {"remat": "none", "is_scanned": False}, id="drawing"),
-        pytest.param(DRAWING, {}, id="drawing, scanned", marks=pytest.mark.long),
+        pytest.param(DENSE, {}, id="dense"),
+        pytest.param(DRAWING, {}, id="drawing", marks=pytest.mark.long),
         pytest.param(MODEL, {}, id="mixture", marks=pytest.mark.long),
-        pytest.param(DENSE, {}, id="dense", marks=pytest.mark.long),
+        pytest.param(MODEL, {"is_scanned": False}, id="unrolled", marks=pytest.mark.long),
     ],
 )
-def test_layers_by_chunk_have_the_gradients_of_whole_ones(model, execution):
-    """With windows, documents, the router's losses, and draws of each token whatever its chunk."""
+def test_layers_by_chunk_have_the_loss_of_whole_ones(model, execution):
     chunked = value_and_gradient(model, strategy=ByChunk(4), **execution)
     check_same(chunked, value_and_gradient(model, **execution))
 

@@ -37,7 +37,7 @@ BATCH["labels"] = BATCH["labels"].at[0, 3].set(-100).at[1, 7].set(40)
 
 
 def decoder_of(num_loss_chunks, config=MODEL):
-    execution = ExecutionConfig(remat="none", num_loss_chunks=num_loss_chunks)
+    execution = ExecutionConfig(False, "none", num_loss_chunks=num_loss_chunks)
     return Decoder(config, policy=FLOAT32, execution=execution)
 
 

@@ -128,7 +128,8 @@ def texts(loaded):
 
 
 def test_from_a_directory_to_logits_and_a_sample(loaded, texts):
-    logits = loaded(loaded.encode("def f(x, y): ret"))
+    run = nnx.jit(lambda model, tokens: model(tokens))  # op by op it would compile each of them
+    logits = run(loaded, loaded.encode("def f(x, y): ret"))
     tokens = jnp.asarray([list(b"def f(x, y): ret")])
     wanted = plain_logits()(params(), batch_of(tokens))
     np.testing.assert_allclose(logits, wanted, atol=1e-5)
