@@ -15,7 +15,7 @@ VERSIONED := tests/kernels tests/ops tests/models tests/parallel tests/test_gold
 	tests/launch/test_ahead_of_time.py tests/run/test_compile.py tests/train/test_step.py \
 	tests/checkpoint/test_manager.py
 
-.PHONY: train test long versions lint clean
+.PHONY: train test long versions faults lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python experiments/main_job.py
@@ -29,6 +29,10 @@ versions: $(VENV)/.installed-test
 
 long: $(VENV)/.installed-test
 	$(PYTEST) --maxschedchunk 1 -m 'long and not gpu' $(TESTS)
+
+# Puts faults into copies of the code and says which tests catch them.
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m tests.faults
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

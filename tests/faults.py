@@ -1,0 +1,295 @@
+"""Deliberate faults: each is put into a copy of the code, where the test named beside it must fail.
+
+`make faults` writes them, runs the tests, prints a table and fails if a fault is not caught.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("jaxscale", "kernels", "experiments", "tests", "docs", "pyproject.toml", "setup.cfg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A change of one line that makes the results wrong.
+
+    Args:
+        what: is wrong.
+        file: that is changed.
+        right, wrong: a text that the file has once, and what stands there instead.
+        test: that fails, as pytest takes it.
+        keyword: of pytest's -k, which chooses a case of the test; empty for all cases.
+    """
+
+    what: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+    keyword: str = ""
+
+    @property
+    def text(self) -> str:
+        """The file with the fault."""
+        return (ROOT / self.file).read_text().replace(self.right, self.wrong)
+
+
+FAULTS = (
+    Fault(
+        "a query sees the next token",
+        "jaxscale/ops/attention/context.py",
+        "visible & (distance >= 0)",
+        "visible & (distance >= -1)",
+        "tests/ops/test_attention.py::test_no_future_token_is_seen",
+    ),
+    Fault(
+        "documents of a row see one another",
+        "jaxscale/ops/attention/context.py",
+        "self.segments[:, :, None] == key_segments[:, None, :]",
+        "self.segments[:, :, None] >= key_segments[:, None, :]",
+        "tests/ops/test_attention.py::test_a_document_sends_no_gradient_to_another",
+        "reference",
+    ),
+    Fault(
+        "the attention kernel's window is one key too wide",
+        "jaxscale/ops/attention/context.py",
+        "low = jnp.maximum(low, token - self.window + 1)",
+        "low = jnp.maximum(low, token - self.window)",
+        "tests/ops/test_attention.py::test_key_intervals_are_the_mask",
+    ),
+    Fault(
+        "rotary positions turn the wrong way",
+        "jaxscale/ops/rotary.py",
+        "self.theta ** (-np.arange(half) / half)",
+        "self.theta ** (np.arange(half) / half)",
+        "tests/models/test_huggingface.py",
+        "llama",
+    ),
+    Fault(
+        "gates are not renormalised",
+        "jaxscale/models/router.py",
+        "return gates / gates.sum(-1, keepdims=True)",
+        "return gates",
+        "tests/models/test_moe.py::test_gates_are_the_softmax_over_the_chosen_or_over_all",
+    ),
+    Fault(
+        "SparseMixer's gradient counts the expert that was drawn twice",
+        "jaxscale/models/sparsemixer.py",
+        "(drawn - selection.p), None, None, None",
+        "(2 * drawn - selection.p), None, None, None",
+        "tests/models/test_sparsemixer.py"
+        "::test_the_expected_gradient_over_all_draws_is_the_closed_form",
+    ),
+    Fault(
+        "every layer draws the same random numbers",
+        "jaxscale/ops/draws.py",
+        "jnp.asarray(self.layer, jnp.uint32) * len(PURPOSES) + purpose",
+        "jnp.asarray(0, jnp.uint32) * len(PURPOSES) + purpose",
+        "tests/models/test_moe.py::test_every_layer_draws_for_itself",
+    ),
+    Fault(
+        "an expert's tokens go back to other tokens",
+        "jaxscale/ops/dispatch.py",
+        "by_choice = rows[dispatch.inverse]",
+        "by_choice = rows[dispatch.order]",
+        "tests/ops/test_moe.py::test_forward_and_gradient_equal_the_reference",
+    ),
+    Fault(
+        "the exchange of experts drops the last row that arrives",
+        "jaxscale/parallel/expert.py",
+        "row = jnp.arange(capacity)[None, :, None]",
+        "row = jnp.arange(1, capacity + 1)[None, :, None]",
+        "tests/parallel/test_expert.py::test_forward_and_gradients_equal_one_device",
+    ),
+    Fault(
+        "the gradient of a replicated parameter is not summed over devices",
+        "jaxscale/parallel/zero.py",
+        "return lax.psum(gradient, absent)",
+        "return gradient",
+        "tests/parallel/test_region.py::test_data_expert_tensor_equal_one_device",
+    ),
+    Fault(
+        "the last micro-batch is left out",
+        "jaxscale/parallel/region.py",
+        "numbers = jnp.arange(self.num_microbatches)",
+        "numbers = jnp.arange(self.num_microbatches) % (self.num_microbatches - 1)\n"
+        "        microbatches = jax.tree.map(lambda x: x[numbers], microbatches)",
+        "tests/parallel/test_region.py::test_microbatches_equal_one_batch",
+    ),
+    Fault(
+        "activations go to the stage before",
+        "jaxscale/parallel/pipeline/engine.py",
+        "pairs = [(i, (i + by) % num) for i in range(num)]",
+        "pairs = [(i, (i - by) % num) for i in range(num)]",
+        "tests/parallel/pipeline/test_engine.py::test_a_table_may_be_an_argument",
+    ),
+    Fault(
+        "two stages have one another's layers",
+        "jaxscale/parallel/pipeline/stages.py",
+        "return by_stage.reshape(-1)",
+        "return by_stage[::-1].reshape(-1)",
+        "tests/parallel/pipeline/test_stages.py::test_chunks_go_round_the_stages",
+    ),
+    Fault(
+        "the ring adds up blocks without their weights",
+        "jaxscale/parallel/sequence/ring.py",
+        "return weight_one * o_one + weight_other * o_other, lse",
+        "return (o_one + o_other) / 2, lse",
+        "tests/parallel/sequence/test_ring.py::test_every_member_sees_what_it_should",
+    ),
+    Fault(
+        "the ring leaves a block's gradient with the wrong member",
+        "jaxscale/parallel/sequence/ring.py",
+        "total = jax.tree.map(jnp.add, total, part)\n            total = self._pass_on(total)",
+        "total = jax.tree.map(jnp.add, total, part)",
+        "tests/parallel/sequence/test_ring.py::test_every_member_sees_what_it_should",
+    ),
+    Fault(
+        "Ulysses returns heads in another order",
+        "jaxscale/parallel/sequence/ulysses.py",
+        "by_token = received.transpose(2, 1, 0, 3, 4)",
+        "by_token = received[::-1].transpose(2, 1, 0, 3, 4)",
+        "tests/parallel/sequence/test_ulysses.py::test_every_number_of_heads",
+    ),
+    Fault(
+        "the tensor group adds one member's rows twice",
+        "jaxscale/parallel/tensor.py",
+        "member = (lax.axis_index(TENSOR) + distance) % num_members",
+        "member = lax.axis_index(TENSOR)",
+        "tests/parallel/test_tensor.py::test_rows_by_member_equal_all_at_once",
+    ),
+    Fault(
+        "the loss is a mean over all tokens and not over the valid ones",
+        "jaxscale/train/step.py",
+        "scale = jnp.where(weight > 0, 1 / weight, 0)",
+        'scale = 1 / jnp.asarray(batch["weights"].size, weight.dtype)',
+        "tests/train/test_step.py::test_figures_are_means_over_valid_tokens",
+    ),
+    Fault(
+        "the optimizer's moments are stale",
+        "jaxscale/train/step.py",
+        "trained, opt_state = update(gradients, state.opt_state, trained)",
+        "trained, opt_state = update(gradients, state.opt_state, trained)[0], state.opt_state",
+        "tests/test_golden.py",
+    ),
+    Fault(
+        "a broken step updates the parameters",
+        "jaxscale/train/step.py",
+        "lambda n, o: jnp.where(is_finite, n, o)",
+        "lambda n, o: n",
+        "tests/train/test_step.py::test_a_bad_batch_leaves_the_state_and_stops_all_later_steps",
+    ),
+    Fault(
+        "weight decay reaches the norms",
+        "jaxscale/train/optim.py",
+        "lambda path, _: path in decayed",
+        "lambda path, _: True",
+        "tests/train/test_optim.py::test_weight_decay_spares_norms_biases_and_routers",
+    ),
+    Fault(
+        "a token's label is the token itself",
+        "jaxscale/data/packing.py",
+        "labels = tokens[np.where(has_label, index + 1, index)]",
+        "labels = tokens[index]",
+        "tests/data/test_packing.py::test_rows_are_those_of_a_naive_loop",
+    ),
+    Fault(
+        "packed documents do not begin at position 0",
+        "jaxscale/data/packing.py",
+        "positions = place_in_piece",
+        "positions = _ranks(num_used)",
+        "tests/data/test_packing.py::test_rows_are_those_of_a_naive_loop",
+    ),
+    Fault(
+        "a resumed loader begins one batch late",
+        "jaxscale/data/loader.py",
+        'self._batches.set_state({"next_index": batch})',
+        'self._batches.set_state({"next_index": batch + 1})',
+        "tests/data/test_loader.py::test_batches_are_the_same_after_a_seek",
+    ),
+    Fault(
+        "a decoded token has the position of the one before",
+        "jaxscale/serve/decoding.py",
+        "position = lengths + state.count - 1",
+        "position = lengths + state.count - 2",
+        "tests/serve/test_decoding.py::test_greedy_is_the_arg_max_of_the_full_forward",
+    ),
+    Fault(
+        "the flash kernel forgets the sums of the tiles before",
+        "kernels/attention/pallas_forward.py",
+        "return o * spread(shrink, o.shape, 0), p,",
+        "return o, p,",
+        "tests/kernels/test_attention.py::test_results_and_gradients_are_those_of_float64",
+    ),
+    Fault(
+        "the grouped matmul gives a tile to the wrong expert",
+        "kernels/grouped_matmul/pallas.py",
+        "begin = jnp.clip(starts[group] - first, 0, tile)",
+        "begin = jnp.zeros_like(starts[group])",
+        "tests/kernels/test_grouped_matmul.py",
+    ),
+)
+
+
+def run(fault: Fault) -> tuple[bool, float]:
+    """(whether its test failed, seconds), in a copy of the repository."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, symlinks=True)
+            else:
+                shutil.copy(source, copy / name)
+        (copy / fault.file).write_text(fault.text)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not gpu", fault.test]
+        if fault.keyword:
+            command += ["-k", fault.keyword]
+        environment = os.environ | {"PYTHONPATH": folder}
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+        )
+    is_caught = done.returncode == pytest.ExitCode.TESTS_FAILED and "error" not in summary(done)
+    if not is_caught:
+        print(done.stdout[-3000:], done.stderr[-1000:], file=sys.stderr)
+    return is_caught, time.monotonic() - began
+
+
+def summary(done: subprocess.CompletedProcess) -> str:
+    """Pytest's last line, such as "1 failed in 2.00s"; an error in a fixture catches no fault."""
+    return done.stdout.splitlines()[-1]
+
+
+def rows(workers: int) -> Iterator[tuple[Fault, bool, float]]:
+    with ThreadPoolExecutor(workers) as pool:
+        for fault, (is_caught, seconds) in zip(FAULTS, pool.map(run, FAULTS), strict=True):
+            yield fault, is_caught, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    all_caught = True
+    print("| Fault | in | caught by | seconds |\n|---|---|---|---:|")
+    for fault, is_caught, seconds in rows(parser.parse_args().workers):
+        by = f"`{fault.test}`" if is_caught else "NOT CAUGHT"
+        print(f"| {fault.what} | `{fault.file}` | {by} | {seconds:.0f} |", flush=True)
+        all_caught &= is_caught
+    sys.exit(not all_caught)
+
+
+if __name__ == "__main__":
+    main()
