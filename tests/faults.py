@@ -258,7 +258,7 @@ def run(fault: Fault) -> tuple[bool, float]:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not gpu", fault.test]
         if fault.keyword:
             command += ["-k", fault.keyword]
-        environment = os.environ | {"PYTHONPATH": folder}
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
         done = subprocess.run(
             command, cwd=copy, env=environment, capture_output=True, text=True, check=False
         )
