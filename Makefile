@@ -15,7 +15,7 @@ VERSIONED := tests/kernels tests/ops tests/models tests/parallel tests/test_gold
 	tests/launch/test_ahead_of_time.py tests/run/test_compile.py tests/train/test_step.py \
 	tests/checkpoint/test_manager.py
 
-.PHONY: train test long versions faults lint clean
+.PHONY: train test long versions faults docs lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python experiments/main_job.py
@@ -34,6 +34,10 @@ long: $(VENV)/.installed-test
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m tests.faults
 
+# The pages, into build/docs/index.html; a broken link fails.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --quiet --strict
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,6 +54,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Adding what the tests need."
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 clean:

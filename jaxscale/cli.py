@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> Any:
-    function = _load(VERBS[options.verb].function)
+    function = load(VERBS[options.verb].function)
     with _log_on_stderr():
         return config.run(function, [options.file], _overrides(options))
 
@@ -216,7 +216,8 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
 
 
-def _load(function: str) -> Callable:
+def load(function: str) -> Callable:
+    """The function of a verb, imported now."""
     module, name = function.split(":")
     return getattr(importlib.import_module(module), name)
 

@@ -171,7 +171,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_its_function(verb):
-    assert callable(cli._load(cli.VERBS[verb].function))
+    assert callable(cli.load(cli.VERBS[verb].function))
 
 
 def test_no_backend_starts_before_the_verb_runs():
@@ -183,7 +183,7 @@ def test_no_backend_starts_before_the_verb_runs():
         "import jaxscale.cli\n"
         "from jax._src import xla_bridge\n"
         "for verb in jaxscale.cli.VERBS.values():\n"
-        "    jaxscale.cli._load(verb.function)\n"
+        "    jaxscale.cli.load(verb.function)\n"
         "assert not xla_bridge._backends, xla_bridge._backends\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)

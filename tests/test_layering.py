@@ -16,6 +16,7 @@ KERNELS = ROOT / "kernels"
 RANKS = {
     "kernels": 0,
     "config": 1,
+    "described": 1,
     "bindings": 1,
     "signatures": 1,
     "written": 1,

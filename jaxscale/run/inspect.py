@@ -27,6 +27,8 @@ def inspect(*, run: Run) -> None:
 
     Nothing is allocated and no device is needed.
 
+    Args:
+        run: the run.
     Raises:
         InputError: the parts do not fit one another.
     """

@@ -26,6 +26,8 @@ from jaxscale.types import Params
 def pretrain(*, run: Run) -> Outcome:
     """Trains a run's model; one that was stopped goes on from its newest checkpoint, on any mesh.
 
+    Args:
+        run: the run.
     Returns:
         The steps finished and the signal that ended the run early, if any.
     Raises:
