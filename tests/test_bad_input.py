@@ -351,6 +351,7 @@ def test_a_disk_full_from_the_start_harms_nothing(shared, root, small_disk, caps
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_harms_nothing(shared, root, small_disk):
     """The second checkpoint does not fit.
 

@@ -240,6 +240,7 @@ def test_experts_keep_no_product_of_every_row_and_every_expert():
     assert max(temporaries_on_a_gpu(f, arguments, 4)) < rows * experts * width
 
 
+@pytest.mark.long
 @needs_plugin
 def test_cross_entropy_keeps_no_logits_in_float32():
     """Two bytes a logit for the backward, and two more for their gradient while it runs."""

@@ -175,6 +175,7 @@ def layers_and_gradient(execution):
     return (value, gradient), found
 
 
+@pytest.mark.long
 def test_layers_by_chunk_compute_and_differentiate_as_whole_ones():
     """With windows, documents, the router's losses, and draws of each token whatever its chunk."""
     unrolled = dict(is_scanned=False, remat="none")

@@ -54,7 +54,7 @@ MATMUL = re.compile(r"calls=%\S*gemm|__cublas")
 @pytest.mark.parametrize(
     ("level", "is_run"),
     [
-        (3, False),
+        pytest.param(3, False, marks=pytest.mark.long),
         pytest.param(2, False, marks=pytest.mark.long),
         pytest.param(2, True, marks=pytest.mark.long),
     ],
@@ -248,6 +248,7 @@ E, A = 8, 3
 MIXTURE = model(moe_pattern=(True,), num_experts=E, num_active_experts=A, expert_dim=F)
 
 
+@pytest.mark.long
 def test_experts_exchange_their_worst_case_forth_and_back():
     """2 R D elements a layer forward and backward.
 

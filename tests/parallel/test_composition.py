@@ -92,12 +92,12 @@ VARIANTS = [
 
 RING = dict(sequence=2, ring=2)
 CASES = [
-    ("dense", dict(pipeline=2, sequence=2)),
+    pytest.param("dense", dict(pipeline=2, sequence=2), marks=pytest.mark.long),
     ("dense", RING),
     ("moe", dict(pipeline=2, schedule="zero_bubble", is_scanned=False)),
     ("grin", dict(data=2, expert=2)),
     ("grin", dict(sequence=2, tensor=2)),
-    ("densemixer", dict(data=2, expert=2)),
+    pytest.param("densemixer", dict(data=2, expert=2), marks=pytest.mark.long),
 ]
 
 
@@ -192,7 +192,7 @@ def test_a_member_or_micro_batch_all_of_whose_tokens_are_padding_counts_for_noth
 
 
 CHUNKED = [
-    ("grin", dict(data=2, sequence=2)),
+    pytest.param("grin", dict(data=2, sequence=2), marks=pytest.mark.long),
     pytest.param("dense", dict(data=2), marks=pytest.mark.long),
     pytest.param("dense", dict(sequence=2), marks=pytest.mark.long),
     pytest.param("dense", RING, marks=pytest.mark.long),

@@ -69,6 +69,7 @@ def test_bytes_are_those_of_inspect_and_nothing_is_left_behind(file, tmp_path, c
     assert "\nfits: 0.00 GiB needed; JAX takes 0.75 of 139.80 GiB = 104.85 GiB\n" in shown
 
 
+@pytest.mark.long
 @needs_plugin
 def test_what_does_not_fit_exits_1(file, capsys):
     """Here a deterministic run, with rows that are one document each.

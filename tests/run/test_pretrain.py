@@ -72,6 +72,7 @@ def test_the_saved_configuration_repeats_the_run(whole, stopped):
     assert again == first.replace(str(whole), str(stopped))
 
 
+@pytest.mark.long
 def test_a_run_resumed_on_the_same_mesh_is_bit_identical(gin_file, whole, resumable):
     assert train(gin_file, resumable) == Outcome(STEPS, None)
     runs.assert_same_run(gin_file, resumable, whole)
@@ -123,6 +124,7 @@ def as_a_kill_before_the_first_checkpoint_leaves_it(whole, directory):
     (directory / "metrics.jsonl").write_text(text[: len(text) // 8])
 
 
+@pytest.mark.long
 def test_a_killed_and_a_stopped_process_leave_no_trace(gin_file, whole, tmp_path):
     """SIGKILL once there is a checkpoint, then SIGTERM, which saves and exits with 143."""
     directory = tmp_path / "run"
@@ -147,12 +149,12 @@ def figures(directory):
 
 
 @pytest.mark.long
-def test_twenty_kills_leave_no_trace(gin_file, tmp_path):
+def test_eight_kills_leave_no_trace(gin_file, tmp_path):
     """Each time the run gets at least one checkpoint further; the first kill may come before it."""
     whole, directory, steps = tmp_path / "whole", tmp_path / "run", "train.steps=200"
     train(gin_file, whole, steps)
     draw = random.Random(20)
-    for number in range(20):
+    for number in range(8):
         before = newest(directory)
         process = runs.start(gin_file, directory, "checkpoint.save_every=1", steps)
         if number:

@@ -92,10 +92,8 @@ CROSSING = {
 ONE_DEVICE = ("mesh.data=1", "mesh.tensor=1", "runtime.platform='cpu'")
 
 
-@pytest.mark.parametrize(
-    "axis",
-    ["data", pytest.param("pipeline", marks=LONG), pytest.param("sequence", marks=LONG)],
-)
+@LONG
+@pytest.mark.parametrize("axis", CROSSING)
 def test_two_processes_train_as_one_does_and_one_goes_on(gin_file, whole, start, tmp_path, axis):
     """The whole run has another mesh; a process of one device goes on from the two's checkpoint."""
     two = start(tmp_path / "two", *CROSSING[axis])

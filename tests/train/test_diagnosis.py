@@ -65,7 +65,10 @@ PERMUTED = MeshConfig(pipeline=2, num_chunks=2, schedule="interleaved"), (0, 2, 
 @pytest.mark.parametrize(
     ("stored", "experts", "path", "layer", "name"),
     [
-        (PADDED, {}, "layers/0/attention/v", 2, "layers/0/v, layer 2 of its stack"),
+        pytest.param(
+            *(PADDED, {}, "layers/0/attention/v", 2, "layers/0/v, layer 2 of its stack"),
+            marks=pytest.mark.long,
+        ),
         (PADDED, {}, "prefix/0/attention/v", None, "prefix/0/v"),
         (PADDED, {}, "head/weights", None, "logits"),
         pytest.param(

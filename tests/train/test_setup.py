@@ -84,7 +84,7 @@ LONG = pytest.mark.long
     ("model", "mesh"),
     [
         # A permute in a branch that not all stages take would be silently wrong on a CPU.
-        ("dense", dict(pipeline=2, sequence=2, ring=2)),
+        pytest.param("dense", dict(pipeline=2, sequence=2, ring=2), marks=LONG),
         pytest.param("experts", dict(pipeline=2, expert=2, sequence=2), marks=LONG),
         pytest.param("dense", dict(pipeline=2, sequence=4, ring=2), marks=LONG),
         pytest.param("dense", dict(pipeline=2, data=2, tensor=2, zero=3), marks=LONG),

@@ -70,6 +70,7 @@ def arm(data):
     return arm_of(data)
 
 
+@pytest.mark.long
 def test_a_seed_is_a_run(arm):
     first, again = run_seed(arm, 1), run_seed(arm, 1)
     assert first["train_nll"] == again["train_nll"]
