@@ -13,19 +13,18 @@ MAX_NAMED = 3
 ABSENT = "(absent)"
 
 
-def check_fingerprint(saved: dict, current: dict, defaults: dict, where: str) -> None:
+def check_fingerprint(saved: dict, current: dict, where: str) -> None:
     """Checks that a checkpoint is of the present model.
 
     Args:
         saved: fields as the checkpoint has them; those that `current` lacks no longer matter.
         current: fields of the present model.
-        defaults: what fields were before they existed.
         where: path of the checkpoint, for the message.
 
     Raises:
         InputError: fields differ; names the first of them.
     """
-    found = _flat_fields(defaults) | _flat_fields(saved)
+    found = _flat_fields(saved)
     wanted = _flat_fields(current)
     differing = [name for name in wanted if found.get(name, ABSENT) != wanted[name]]
     if differing:

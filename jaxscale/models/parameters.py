@@ -37,6 +37,8 @@ class Parameter:
         std: standard deviation of the normal it starts from; 0 starts it at `mean`.
         mean: 0 or 1.
         learning_rate_factor: by which the optimizer's learning rate is multiplied.
+        active: share of its elements that one token multiplies with: less than 1 for experts, 0 for
+            a look-up.
     """
 
     dims: str
@@ -45,6 +47,7 @@ class Parameter:
     std: float = 0.0
     mean: float = 0.0
     learning_rate_factor: float = 1.0
+    active: float = 1.0
 
     @property
     def is_stacked(self) -> bool:
@@ -55,9 +58,12 @@ class Parameter:
 def parameter_table(config: ModelConfig) -> Table:
     """Nested dict of Parameter, in the shape of the parameter tree."""
     build = _Builder(config)
-    table: Table = {"embedding": {"tokens": build("VD", Role.EMBEDDING, config.init_std)}}
+    # An embedding that is also the unembedding is multiplied with.
+    tokens = build("VD", Role.EMBEDDING, config.init_std, active=float(config.is_tied))
+    table: Table = {"embedding": {"tokens": tokens}}
     if config.use_learned_positions:
-        table["embedding"]["positions"] = build("UD", Role.POSITIONS, config.init_std)
+        positions = build("UD", Role.POSITIONS, config.init_std, active=0.0)
+        table["embedding"]["positions"] = positions
     if config.prefix:
         table["prefix"] = {
             str(i): build.layer(layer, stack="") for i, layer in enumerate(config.prefix)
@@ -89,10 +95,17 @@ class _Builder:
         }
 
     def __call__(
-        self, dims: str, role: Role, std: float = 0.0, mean: float = 0.0, **sizes: int
+        self,
+        dims: str,
+        role: Role,
+        std: float = 0.0,
+        mean: float = 0.0,
+        active: float = 1.0,
+        **sizes: int,
     ) -> Parameter:
         sizes = self.sizes | sizes
-        return Parameter(dims, tuple(sizes[letter] for letter in dims), role, std, mean)
+        shape = tuple(sizes[letter] for letter in dims)
+        return Parameter(dims, shape, role, std, mean, active=active)
 
     def norm(self, stack: str, dims: str = "D", **sizes: int) -> Table:
         norm = {"scale": self(stack + dims, Role.NORM, mean=1.0, **sizes)}
@@ -144,11 +157,10 @@ class _Builder:
 
     def experts(self, config: ExpertsConfig, stack: str) -> Table:
         sizes, std = {"E": config.num_experts, "F": config.dim}, self.config.init_std
-        matrices = {
-            name: self(stack + "EDF", Role.EXPERT, std, **sizes)
-            for name in (("gate", "up") if config.is_gated else ("up",))
-        }
-        matrices["down"] = self(stack + "EFD", Role.EXPERT, self.output_std(), **sizes)
+        names = ("gate", "up") if config.is_gated else ("up",)
+        of_expert = {"active": config.num_active / config.num_experts, **sizes}
+        matrices = {name: self(stack + "EDF", Role.EXPERT, std, **of_expert) for name in names}
+        matrices["down"] = self(stack + "EFD", Role.EXPERT, self.output_std(), **of_expert)
         out = {"router": self(stack + "DE", Role.ROUTER, std, **sizes), "experts": matrices}
         if config.has_output_scale:
             out["omega"] = self(stack + "D", Role.NORM, mean=1.0)
@@ -197,25 +209,12 @@ def init_params(
     return jax.tree_util.tree_map_with_path(draw, table)
 
 
-def count_parameters(config: ModelConfig) -> tuple[int, int]:
+def count_parameters(table: Table) -> tuple[int, int]:
     """(total, active): active leaves out look-up tables and the experts a token does not visit.
 
     The embedding counts as active only where it is also the unembedding.
     """
-    total = active = 0
-    shares = {
-        layer.feed_forward.num_experts: layer.feed_forward.num_active
-        for layer in config.pattern
-        if layer.is_moe
-    }
-    for _, parameter in in_order_of_use(parameter_table(config)):
-        size = math.prod(parameter.shape)
-        total += size
-        if parameter.role == Role.EXPERT:
-            num_experts = parameter.shape[parameter.dims.index("E")]
-            active += size * shares[num_experts] // num_experts
-        elif parameter.role == Role.EMBEDDING:
-            active += size if config.is_tied else 0
-        elif parameter.role != Role.POSITIONS:
-            active += size
-    return total, active
+    entries = [entry for _, entry in in_order_of_use(table)]
+    sizes = [math.prod(entry.shape) for entry in entries]
+    active = [round(size * entry.active) for size, entry in zip(sizes, entries, strict=True)]
+    return sum(sizes), sum(active)

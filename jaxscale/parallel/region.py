@@ -24,7 +24,7 @@ from jaxscale.parallel.mesh import (
     MeshConfig,
 )
 from jaxscale.parallel.pipeline.engine import Pipeline
-from jaxscale.parallel.pipeline.loss import StagedLoss
+from jaxscale.parallel.pipeline.loss import StagedLoss, check_staged
 from jaxscale.parallel.pipeline.schedule import Schedule
 from jaxscale.parallel.rules import Specs
 from jaxscale.parallel.sequence.layout import Contiguous, TokenLayout
@@ -74,6 +74,7 @@ def make_operations(
         attention=attention,
         experts=make_experts(config),
         embed=tensor.embed,
+        logits=tensor.refuse_logits,
         token_loss=tensor.token_loss,
     )
     return Operations(collectives, backends)
@@ -87,7 +88,8 @@ def make_serving_operations(
 ) -> Operations:
     """The operations that a mesh injects for decoding, where nothing is differentiated.
 
-    A step has few tokens, so that the residual is replicated over the tensor group.
+    A step has few tokens, so that the residual is replicated over the tensor group. Rows are
+    replicated too: every device has all of them.
 
     Args:
         config: the mesh.
@@ -233,6 +235,7 @@ class Region:
         params: Any,
         microbatches: Batch,
     ) -> Pipeline:
+        check_staged(loss_fn)
         params = {**params, "layers": loss_fn.prepare(params["layers"])}
         trained = tree.select(params, self.trainable)
 

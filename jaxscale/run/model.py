@@ -5,13 +5,15 @@ logits = model(model.encode("def "))
 model.generate("def ", max_new_tokens=40)
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxscale.checkpoint.restore import restore_params
 from jaxscale.data.loader import check_tokenizer
@@ -19,7 +21,6 @@ from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
-from jaxscale.ops.attention import cache
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_serving_operations
 from jaxscale.parallel.rules import make_specs
@@ -28,7 +29,7 @@ from jaxscale.serve.decoding import check_prompts, generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.run_directory import CONFIG
 from jaxscale.train.state import stored_params
-from jaxscale.types import Array, Params
+from jaxscale.types import Array, Batch, Params
 
 
 class LanguageModel(nnx.Module):
@@ -59,13 +60,14 @@ class LanguageModel(nnx.Module):
         positions: Array | None = None,
         segments: Array | None = None,
     ) -> Array:
-        """Logits [B, T, V] of tokens [B, T]; positions default to 0 .. T - 1. On one device."""
+        """Logits [B, T, V] of tokens [B, T]; positions default to 0 .. T - 1."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         batch = {"tokens": tokens, "positions": positions}
         if segments is not None:
             batch["segments"] = segments
-        return self.decoder.logits(self.pure_params(), batch)[0]
+        forward = _logits if self.region is None else _logits_of_region(self.region)
+        return forward(self.decoder, self.pure_params(), batch)
 
     def encode(self, text: str) -> Array:
         """The tokens [1, T] of a text."""
@@ -103,6 +105,23 @@ class LanguageModel(nnx.Module):
         )
 
 
+def _logits(decoder: Decoder, params: Params, batch: Batch) -> Array:
+    return decoder.logits(params, batch)[0]
+
+
+@functools.cache
+def _logits_of_region(region: Region) -> Callable:
+    """`_logits` over the devices of a region, compiled once for each shape of a batch."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(decoder: Decoder, params: Params, batch: Batch) -> Array:
+        local = functools.partial(_logits, decoder)
+        everywhere = PartitionSpec()
+        return region.forward(local, in_specs=(everywhere,), out_specs=everywhere)(params, batch)
+
+    return forward
+
+
 def load(
     run: Run | str | Path,
     *,
@@ -114,7 +133,8 @@ def load(
     """The model of a run's checkpoint.
 
     Args:
-        run: the run, or its directory, whose saved configuration is read.
+        run: the run, or its directory, whose saved configuration is read. The checkpoint is the
+            one in that directory, wherever it was when the run trained.
         step: which checkpoint; the newest when None.
         tensor: devices over which the model is spread.
         prompts: checked before anything large is read, with `max_new_tokens`.
@@ -124,7 +144,8 @@ def load(
             `tensor` devices.
     """
     if not isinstance(run, Run):
-        run = load_run([Path(run).expanduser() / CONFIG])
+        path = Path(run).expanduser()
+        run = dataclasses.replace(load_run([path / CONFIG]), directory=str(path))
     tokenizer = load_tokenizer(run.data.tokenizer)
     check_vocabulary(tokenizer, run.model.vocab_size)
     if prompts:
@@ -142,13 +163,14 @@ def load(
         step=step,
         check=functools.partial(check_tokenizer, tokenizer=tokenizer),
     )
-    if tensor == 1:
-        operations, region = run.execution.operations(), None
-    else:
-        operations = make_serving_operations(mesh, specs, attention=cache.attend)
+    # Not as in training: its attention may be of a device or of lengths that are not here, and a
+    # loop over layers decodes at half the rate of unrolled ones.
+    backend = "reference" if run.runtime.is_deterministic else None
+    execution = ExecutionConfig(is_scanned=False, remat="none", attention=backend)
+    operations, region = execution.operations(), None
+    if tensor > 1:
+        attention = operations.backends.attention
+        operations = make_serving_operations(mesh, specs, attention=attention)
         region = Region(devices, specs, operations)
-    execution = ExecutionConfig(
-        is_scanned=run.execution.is_scanned, remat="none", attention=run.execution.attention
-    )
     decoder = Decoder(run.model, operations, run.policy, execution)
     return LanguageModel(decoder, restored.params, tokenizer, region)

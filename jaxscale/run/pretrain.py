@@ -63,7 +63,7 @@ def run_batch(run: Run, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _make_speed(run: Run) -> Speed:
-    _, num_active = count_parameters(run.model)
+    _, num_active = count_parameters(run.table())
     length = run.data.sequence_length
     flops = training_flops_per_token(run.model, num_active, length)
     return Speed(run.data.batch_size * length, flops)

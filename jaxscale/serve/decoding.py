@@ -241,8 +241,10 @@ def check_prompts(
     config: ModelConfig,
     max_new_tokens: int,
 ) -> None:
-    """Raises InputError for an empty or too long prompt, or a token unknown to the model."""
+    """Raises InputError for a model without order, an unknown token, an empty or long prompt."""
     check_positive("max_new_tokens", max_new_tokens)
+    if not config.is_causal:
+        raise InputError("ModelConfig.is_causal", False, "True for a model that continues prompts")
     if not prompts:
         raise InputError("prompts", prompts, "at least one prompt")
     for i, prompt in enumerate(prompts):

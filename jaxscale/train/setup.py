@@ -16,7 +16,7 @@ from jaxscale.ops.attention import attention
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.expert import check_exchange
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
-from jaxscale.parallel.pipeline.loss import StagedLoss
+from jaxscale.parallel.pipeline.loss import check_staged
 from jaxscale.parallel.pipeline.schedule import Schedule, make_schedule
 from jaxscale.parallel.pipeline.stages import canonical_shapes, from_canonical, to_canonical
 from jaxscale.parallel.region import LossFn, Region, make_operations
@@ -235,12 +235,7 @@ def check_training(
     if mesh.pipeline == 1:
         return
     _make_schedule(mesh, train)
-    if not isinstance(loss_fn, StagedLoss):
-        expected = (
-            "a loss in parts that stages can run (start, prepare, body, finish: see "
-            "parallel.pipeline.loss.StagedLoss), or MeshConfig.pipeline = 1"
-        )
-        raise InputError("loss", loss_fn, expected)
+    check_staged(loss_fn)
     if mesh.schedule == "zero_bubble" and not loss_fn.is_by_period:
         expected = (
             'False with MeshConfig.schedule = "zero_bubble": a loop over layers cannot be split '

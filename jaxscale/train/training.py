@@ -74,8 +74,11 @@ def train(
     """
     run, on_exit = surroundings.directory, surroundings.exit_stack.callback
     checkpoints = Checkpoints(checkpoint.within(run), **facts)
-    on_exit(checkpoints.close)
-    preemption, watchdog = surroundings.begin()
+    with contextlib.ExitStack() as opened:
+        opened.callback(checkpoints.close)
+        preemption, watchdog = surroundings.begin()
+        # Closed before the directory's lock is given up, for until then a save may be written.
+        on_exit(opened.pop_all().close)
     watchdog.watch("the restore or first draw of the state", is_slow=True)
     if checkpoints.latest_step() is None:
         check_new(run, checkpoint.directory)

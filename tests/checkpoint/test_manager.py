@@ -283,13 +283,16 @@ def test_another_model_is_named_by_its_fields(tmp_path, saved_steps):
         checkpoints.restore_params({})
 
 
-def test_a_new_field_has_its_default_and_one_that_is_gone_does_not_matter(tmp_path, saved_steps):
+def test_a_new_field_is_added_and_one_that_is_gone_does_not_matter(tmp_path, saved_steps):
     state = saved_steps(tmp_path, 1)[1]
     wanted = abstract(state, mesh_of(1, 1))
     facts = {name: value for name, value in FINGERPRINT.items() if name != "pattern"}
-    defaults = {"bias": False}
-    open_at(tmp_path, fingerprint=facts | {"bias": False}, defaults=defaults).restore(wanted)
-    other = open_at(tmp_path, fingerprint=facts | {"bias": True}, defaults=defaults)
+
+    def upgrade(saved):
+        return saved | {"bias": False}
+
+    open_at(tmp_path, fingerprint=facts | {"bias": False}, upgrade=upgrade).restore(wanted)
+    other = open_at(tmp_path, fingerprint=facts | {"bias": True}, upgrade=upgrade)
     with pytest.raises(InputError, match="with bias=True; it is of another model with bias=False"):
         other.restore(wanted)
 
