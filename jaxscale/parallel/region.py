@@ -1,4 +1,8 @@
-"""The one manual region: loss and gradient of a micro-batched batch, every collective ours."""
+"""The manual region, where every collective is ours: a model's gradient, evaluation and forward.
+
+Its `shard_map` does not check which values vary over which axes (`check_vma=False`): the transposes
+of our collectives say it, and kernels inside the region could not.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -226,7 +230,10 @@ class Region:
         )
 
     def _begin(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
-        """Once a step: gathers what stages share, and lays the tokens out."""
+        """Once a step: gathers what is outside the stack, and lays the tokens out.
+
+        Of the parameters outside the stack each pipeline stage stores a share.
+        """
         return hold(params, self.specs), self.token_layout.place(batch)
 
     def _pipeline(

@@ -77,8 +77,9 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
     # A model without a stack of layers has nothing for the stages of a pipeline to share.
     num_periods = next((entry.shape[0] for entry in stacked), 1)
     layout = StageLayout(num_periods, config.pipeline, config.num_chunks, config.stage_periods)
-    # ZeRO-3 gathers layers one by one, so each device must have a share of each layer. A padded
-    # stack is longer than its dim in the table, by which shares are counted.
+    # Whether ZeRO may give each device whole layers instead of a share of every layer. Not under
+    # ZeRO-3, which gathers one layer at a time from all devices. Not where a pipeline pads the
+    # stack: then it has more rows than the table says, by whose sizes shares are counted.
     shards_layers = config.zero < 3 and layout.is_identity
 
     def zero_spec(entry: Any, spec: PartitionSpec) -> PartitionSpec:

@@ -197,9 +197,9 @@ class Loop:
             return f"unknown, for the diagnosis failed ({str(error).splitlines()[0]})"
 
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
-        """Evaluates, then saves: a committed step has all its figures in the history.
+        """Evaluates, then saves, so that a committed step has all its figures in the history.
 
-        Unless its evaluation failed.
+        A step whose evaluation fails is saved too, and lacks them.
         """
         try:
             if step % self.evaluate_every == 0 or step == self.steps:

@@ -27,8 +27,9 @@ def make_step(setup: Setup) -> Step:
     Args:
         setup: model, loss, mesh and optimizer.
     Returns:
-        The step. Metrics are means over valid tokens (`loss`, `nll`), norms (of the parameters:
-        before the step), the number of valid tokens and what else the loss reports as sums.
+        The step. Its metrics: means over valid tokens (`loss`, and each scalar that the loss
+        reports, such as `nll`), arrays that the loss reports as sums (`load`), the number of valid
+        tokens, the norm of the gradients, and that of the parameters before the step.
     """
     region = setup.region
     gradient = region.gradient(setup.loss_fn)

@@ -40,7 +40,10 @@ class StagedLoss(Protocol):
         """What comes before the layers: the residual [b, t, D] of this device's tokens."""
 
     def prepare(self, layers: Params) -> Params:
-        """The layers' parameters in other types; its gradient is one more such conversion."""
+        """The layers' parameters in the types that `body` takes, converted once a step.
+
+        The gradients that `body` leaves are converted back in the same way.
+        """
 
     def body(
         self,
