@@ -63,8 +63,9 @@ class NextTokenLoss:
 
         Args:
             params: the parameter tree.
-            batch: tokens, labels, weights, positions and optionally segments, [B, T], and in
-                training `token_keys`, see `ops.draws.with_token_keys`; without them nothing is
+            batch: tokens, labels, weights, positions and optionally segments, [B, T]; a label
+                outside the vocabulary, such as -100, does not count, whatever its weight. In
+                training also `token_keys`, see `ops.draws.with_token_keys`; without them nothing is
                 drawn.
             key: unused: what this loss draws comes from the batch's `token_keys`.
             operations: what the mesh injects.
@@ -165,7 +166,10 @@ class NextTokenLoss:
             weights: Array,
         ) -> tuple[Array, Array, Array]:
             nll, normaliser = token_loss(h, head, labels, self.model.logit_softcap)
-            weights = operations.collectives.own_tokens(weights)
+            own_tokens = operations.collectives.own_tokens
+            own_labels = own_tokens(labels)
+            is_known = (own_labels >= 0) & (own_labels < self.model.vocab_size)
+            weights = jnp.where(is_known, own_tokens(weights), 0)
             nll, z = (nll * weights).sum(), (normaliser**2 * weights).sum()
             return nll + self.z_loss * z, nll, weights.sum()
 

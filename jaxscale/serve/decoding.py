@@ -254,11 +254,11 @@ def check_prompts(
         if unknown := [token for token in prompt if not 0 <= token < config.vocab_size]:
             expected = f"tokens with 0 <= token < vocab_size = {config.vocab_size}"
             raise InputError(name, unknown[0], expected)
-        if length + max_new_tokens > config.max_length:
-            equation = f"{length} + {max_new_tokens} = {length + max_new_tokens}"
+        total = length + max_new_tokens - 1  # the last token drawn is not run
+        if total > config.max_length:
             expected = (
-                f"prompt + max_new_tokens <= model.max_length = {config.max_length}, "
-                f"here {equation}"
+                f"prompt + max_new_tokens - 1 <= model.max_length = {config.max_length}, "
+                f"here {length} + {max_new_tokens} - 1 = {total}"
             )
             raise InputError(name, f"{length} tokens", expected)
 

@@ -18,14 +18,24 @@ from tqdm import tqdm
 
 from jaxscale.types import InputError
 
-# Dense bf16 peak per device in FLOP/s, from the vendors' data sheets (no sparsity).
+# Dense bf16 peak per device in FLOP/s by JAX's name of the device, from the vendors' data sheets,
+# without sparsity. A TPU v5 lite is a v5e, a TPU v5 a v5p and a TPU v6 lite a v6e.
 PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-    "v5p": 459e12,
-    "v6e": 918e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
 }
 
 
@@ -222,5 +232,4 @@ class Speed:
 
 def peak_flops() -> float | None:
     """Dense bf16 peak of one device in FLOP/s; None where it is not known, such as a CPU."""
-    kind = jax.local_devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    return PEAK_FLOPS.get(jax.local_devices()[0].device_kind)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -78,6 +79,23 @@ class OptimizerConfig:
             check_positive("OptimizerConfig.clip_norm", self.clip_norm)
         for role in self.decayed:
             check_choice("OptimizerConfig.decayed", role, tuple(map(str, Role)))
+
+
+def check_moments(config: OptimizerConfig, dtype: str) -> None:
+    """Raises InputError if a moment stored in `dtype` would be too coarse to follow its gradients.
+
+    A step moves a moment by 1 - beta of itself at most when the gradients vanish. If that is less
+    than the distance of two numbers of the type, it stands still.
+    """
+    step = float(jnp.finfo(dtype).eps)
+    for name in ("beta1", "beta2"):
+        beta = getattr(config, name)
+        if 1 - beta < step:
+            expected = (
+                f"1 - {name} >= {step:.3g} with Policy.parameters = {dtype!r}, whose numbers are "
+                f"so far apart; here it is {1 - beta:.3g}, and the moment would stand still"
+            )
+            raise InputError(f"OptimizerConfig.{name}", beta, expected)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

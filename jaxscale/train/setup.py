@@ -25,7 +25,7 @@ from jaxscale.parallel.sequence.layout import Contiguous, Zigzag
 from jaxscale.parallel.sequence.ring import ring_attention
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.host import HOST, check_host_memory, through_device
-from jaxscale.train.optim import OptimizerConfig, make_optimizer
+from jaxscale.train.optim import OptimizerConfig, check_moments, make_optimizer
 from jaxscale.train.state import TrainState, abstract_state, run_key, state_dims
 from jaxscale.types import InputError
 
@@ -39,6 +39,7 @@ class Setup:
 
     Args:
         table: the model's parameters.
+        dtype: type of the stored matrices.
         loss_fn: under the contract of `models.losses`.
         region: mesh, shardings, operations and micro-batches.
         optimizer: of the trainable parameters.
@@ -46,6 +47,7 @@ class Setup:
     """
 
     table: Table
+    dtype: str
     loss_fn: LossFn
     region: Region
     optimizer: optax.GradientTransformation
@@ -64,11 +66,10 @@ class Setup:
     def init(self, seed: int) -> TrainState:
         """The first state, each leaf made where it lives; the same numbers on any mesh."""
         specs = self.region.specs
-        dtype = jax.tree.leaves(self.state.params)[0].dtype
 
         def first() -> TrainState:
             key = jax.random.fold_in(jax.random.key(seed), 0)
-            params = specs.layout.store(init_params(self.table, key, dtype), specs.dims)
+            params = specs.layout.store(init_params(self.table, key, self.dtype), specs.dims)
             opt_state = self.optimizer.init(tree.select(params, self.region.trainable))
             return TrainState(jnp.int32(0), params, opt_state, run_key(seed), jnp.bool_(True))
 
@@ -146,6 +147,7 @@ def make_setup(
         InputError: the parts do not fit one another, with the equation that fails.
     """
     check_training(table, loss_fn, mesh, train)
+    check_moments(optimizer, policy.parameters)
     region = make_region(
         table=table,
         mesh=mesh,
@@ -166,7 +168,7 @@ def make_setup(
         dtype=policy.parameters,
         trainable=train.trainable,
     )
-    return Setup(table, loss_fn, region, transformation, state)
+    return Setup(table, policy.parameters, loss_fn, region, transformation, state)
 
 
 def make_region(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.types import InputError
@@ -295,6 +295,24 @@ def test_a_new_field_is_added_and_one_that_is_gone_does_not_matter(tmp_path, sav
     other = open_at(tmp_path, fingerprint=facts | {"bias": True}, upgrade=upgrade)
     with pytest.raises(InputError, match="with bias=True; it is of another model with bias=False"):
         other.restore(wanted)
+
+
+def test_a_leaf_is_restored_in_a_wider_type_and_not_in_a_narrower_one(tmp_path):
+    here = SingleDeviceSharding(jax.devices()[0])
+    scale = jnp.asarray([1.0, 1.0078125, 3e38], "bfloat16")
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, {"scale": scale}, {})
+    checkpoints.wait()
+
+    def wanted(dtype):
+        return {"scale": jax.ShapeDtypeStruct(scale.shape, jnp.dtype(dtype), sharding=here)}
+
+    found = checkpoints.restore(wanted("float32"))[0]["scale"]
+    assert found.dtype == "float32"
+    np.testing.assert_array_equal(found, scale.astype("float32"))
+    with pytest.raises(InputError, match="leaf scale as float16"):
+        checkpoints.restore(wanted("float16"))
+    checkpoints.close()
 
 
 def test_wrong_leaves_are_named(tmp_path, saved_steps):

@@ -92,7 +92,7 @@ def program(
         trainable=".*",
     )
     loss = NextTokenLoss(model, Policy(), execution)
-    return compiled_step(Setup(table, loss, region, optimizer, state))
+    return compiled_step(Setup(table, "float32", loss, region, optimizer, state))
 
 
 def run_program(model, mesh):

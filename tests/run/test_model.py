@@ -196,7 +196,7 @@ def test_another_tokenizer_than_the_models_is_refused(run, tmp_path):
     ("change", "prompts", "message"),
     [
         ({}, "", r"prompts\[0\]: given \[\]"),
-        ({}, "a" * 30, r"prompt \+ max_new_tokens <= model.max_length = 32, here 30 \+ 7 = 37"),
+        ({}, "a" * 30, r"new_tokens - 1 <= model.max_length = 32, here 30 \+ 7 - 1 = 36"),
         ({"model": from_flat(**SHAPE | {"vocab_size": 61})}, "a", r"vocab_size"),
         ({"model": from_flat(**SHAPE | {"num_layers": 3})}, "a", "num_layers=1"),
         ({"model": from_flat(**SHAPE, windows=(4,))}, "a", r"pattern\.0\.attention\.window=None"),

@@ -119,6 +119,26 @@ def test_the_use_of_experts_is_that_of_the_least_even_layer():
     )  # no valid token
 
 
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GB200", 2500e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("NVIDIA H100 80GB HBM4", None),
+        ("NVIDIA B300", None),
+    ],
+)
+def test_a_peak_is_that_of_the_whole_name(kind, peak, monkeypatch):
+    device = types.SimpleNamespace(device_kind=kind)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert peak_flops() == peak
+
+
 def test_no_mfu_where_the_peak_is_not_known():
     assert peak_flops() is None
     assert "mfu" not in Speed(1, 1.0).figures()
