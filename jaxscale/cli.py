@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import jaxscale
 from jaxscale import config
+from jaxscale.launch.preemption import Preemption
 from jaxscale.types import InputError, RunError
 
 EXIT_FAILED = 1
@@ -97,7 +98,8 @@ exit status:
   0           done
   1           the run failed
   2           bad input: one line says what was given and what was expected
-  143 or 130  stopped by SIGTERM or SIGINT; a training run saves everything first
+  143 or 130  stopped by SIGTERM or SIGINT; a training run ends after its step and saves
+              everything, before its first step it ends at once
   75 or 134   another process of the run is stuck or dead: start it again
 """
 
@@ -128,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> Any:
-    function = load(VERBS[options.verb].function)
-    with _log_on_stderr():
+    with Preemption(), _log_on_stderr():
+        function = load(VERBS[options.verb].function)
         return config.run(function, [options.file], _overrides(options))
 
 
@@ -234,7 +236,3 @@ def _one_line(error: InputError | OSError) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'writing'}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -360,7 +360,7 @@ def test_a_disk_that_fills_up_harms_nothing(shared, root, small_disk):
     run = shutil.copytree(shared / "run", small_disk / "run")
     before = files(run / "checkpoints")
     fill(small_disk, but=96 * 1024)
-    command = [sys.executable, "-m", "jaxscale.cli", "pretrain", str(root / "run.gin")]
+    command = [sys.executable, "-m", "jaxscale", "pretrain", str(root / "run.gin")]
     for override in (f"directory={str(run)!r}", "train.steps=9", "checkpoint.save_every=3"):
         command.append(f"--set={override}")
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled")}

@@ -88,7 +88,7 @@ class Loop:
         evaluate: (params, step) -> figures.
         evaluate_every: steps between evaluations; the last step is always evaluated.
         diagnose: (state, batch) -> name of the first tensor that is not finite.
-        preemption: says when a signal asks for the end.
+        preemption: says when a signal asks for the end; protected from the first step on.
         profiler: records a window of steps.
         watchdog: told what begins.
     """
@@ -122,6 +122,7 @@ class Loop:
             self.watchdog.watch(f"step {step}", is_slow=step <= first + 1)
             self.profiler.update(step - 1, state)
             state, started = self._start(state, step)
+            self.preemption.protect()  # until here nothing was lost that a restart would not repeat
             self._report(pending, state)
             pending = started
             if step == self.steps or step % self.evaluate_every == 0 or step % self.save_every == 0:

@@ -76,7 +76,7 @@ def train(
     checkpoints = Checkpoints(checkpoint.within(run), **facts)
     with contextlib.ExitStack() as opened:
         opened.callback(checkpoints.close)
-        preemption, watchdog = surroundings.begin()
+        watchdog = surroundings.begin()
         # Closed before the directory's lock is given up, for until then a save may be written.
         on_exit(opened.pop_all().close)
     watchdog.watch("the restore or first draw of the state", is_slow=True)
@@ -105,7 +105,7 @@ def train(
         evaluate=evaluate,
         evaluate_every=config.evaluate_every,
         diagnose=functools.partial(_diagnose, setup),
-        preemption=preemption,
+        preemption=surroundings.preemption,
         profiler=Profiler(config.profile_steps, run / "profile"),
         watchdog=watchdog,
     )

@@ -144,6 +144,24 @@ def test_a_killed_and_a_stopped_process_leave_no_trace(gin_file, whole, tmp_path
     runs.assert_same_run(gin_file, directory, whole)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("after_s", [0.3, 1.0, 2.0, 3.0, 4.0, 6.0])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_first_seconds_is_heard(number, after_s, gin_file, tmp_path):
+    """During imports, while the mesh starts, and while the first step is compiled."""
+    directory = tmp_path / "run"
+    process = runs.start(gin_file, directory, "train.steps=100000")
+    time.sleep(after_s)
+    process.send_signal(number)
+    sent_at = time.monotonic()
+    status = process.wait(timeout=60)
+    log = Path(f"{directory}.log").read_text()
+    assert status in (128 + number, -number), log
+    assert "Traceback" not in log
+    if not losses(directory):
+        assert time.monotonic() - sent_at < 5, log
+
+
 def figures(directory):
     return [line for line in read_history(directory / "metrics.jsonl") if "loss" in line]
 
