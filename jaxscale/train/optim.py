@@ -98,7 +98,7 @@ def check_moments(config: OptimizerConfig, dtype: str) -> None:
             raise InputError(f"OptimizerConfig.{name}", beta, expected)
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by the number of finished steps; that of the last step is the final one.
 
     Raises:
@@ -146,13 +146,15 @@ def make_optimizer(
     def decay_mask(params: Any) -> Any:
         return tree.map_with_path(lambda path, _: path in decayed, params)
 
-    optimizer = _make_direction(config, make_schedule(config, steps), decay_mask, entries)
+    optimizer = _make_direction(config, learning_rates(config, steps), decay_mask, entries)
     factors = {path: entry.learning_rate_factor for path, entry in entries.items()}
     if any(factor != 1 for factor in factors.values()):
         optimizer = optax.chain(optimizer, _scale_by(factors))
-    if config.clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    clip = optax.identity()
+    if config.clip_norm is not None:
+        clip = optax.clip_by_global_norm(config.clip_norm)
+    # The state has the same form with clipping and without, so that a resume may change it.
+    return optax.chain(clip, optimizer)
 
 
 def _make_direction(

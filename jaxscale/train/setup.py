@@ -25,7 +25,12 @@ from jaxscale.parallel.sequence.layout import Contiguous, Zigzag
 from jaxscale.parallel.sequence.ring import ring_attention
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.host import HOST, check_host_memory, through_device
-from jaxscale.train.optim import OptimizerConfig, check_moments, make_optimizer
+from jaxscale.train.optim import (
+    OptimizerConfig,
+    check_moments,
+    learning_rates,
+    make_optimizer,
+)
 from jaxscale.train.state import TrainState, abstract_state, run_key, state_dims
 from jaxscale.types import InputError
 
@@ -43,6 +48,7 @@ class Setup:
         loss_fn: under the contract of `models.losses`.
         region: mesh, shardings, operations and micro-batches.
         optimizer: of the trainable parameters.
+        learning_rates: by the number of finished steps.
         state: the state as shapes with shardings.
     """
 
@@ -51,6 +57,7 @@ class Setup:
     loss_fn: LossFn
     region: Region
     optimizer: optax.GradientTransformation
+    learning_rates: optax.Schedule
     state: TrainState
 
     @property
@@ -160,6 +167,7 @@ def make_setup(
     if mesh.is_optimizer_on_host and devices is None:
         check_host_memory(region.mesh.local_devices[0])
     transformation = make_optimizer(optimizer, steps=train.steps, table=table)
+    rates = learning_rates(optimizer, train.steps)
     state = abstract_state(
         table,
         transformation,
@@ -168,7 +176,7 @@ def make_setup(
         dtype=policy.parameters,
         trainable=train.trainable,
     )
-    return Setup(table, policy.parameters, loss_fn, region, transformation, state)
+    return Setup(table, policy.parameters, loss_fn, region, transformation, rates, state)
 
 
 def make_region(

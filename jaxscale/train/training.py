@@ -25,7 +25,7 @@ from jaxscale.train.metrics import (
     peak_flops,
 )
 from jaxscale.train.profiler import Profiler
-from jaxscale.train.run_directory import check_new, write_start
+from jaxscale.train.run_directory import check_changes, check_new, write_start
 from jaxscale.train.setup import Setup
 from jaxscale.train.state import TrainState, run_key
 from jaxscale.train.step import make_step
@@ -82,6 +82,8 @@ def train(
     watchdog.watch("the restore or first draw of the state", is_slow=True)
     if checkpoints.latest_step() is None:
         check_new(run, checkpoint.directory)
+    elif jax.process_index() == 0:
+        check_changes(run)
     state = _restore_or_start(setup, checkpoints, loader, config, facts)
     if int(state.step) >= config.steps:
         logger.info("nothing to do: step %d of %d", int(state.step), config.steps)
@@ -147,6 +149,7 @@ def _restore_or_start(
     if checkpoints.latest_step() is not None:
         saved, data_state = checkpoints.restore(setup.canonical_state)
         state = setup.from_canonical(saved)
+        _check_step(state, checkpoints.latest_step())
         loader.restore(data_state)
         saved_key = jax.random.key_data(state.key)
         if (saved_key != jax.random.key_data(run_key(config.seed))).any():
@@ -158,6 +161,13 @@ def _restore_or_start(
     if config.init_from is None:
         return state
     return dataclasses.replace(state, params=_other_params(setup, config.init_from, facts))
+
+
+def _check_step(state: TrainState, folder: int) -> None:
+    """Refuses a folder that does not bear the step in it: the next save could be in its way."""
+    if int(state.step) != folder:
+        expected = f"the name {state.step}, of the step in it: the folder was renamed"
+        raise InputError("checkpoint.directory", f"a folder {folder}", expected)
 
 
 def _other_params(

@@ -119,7 +119,8 @@ def test_a_process_that_cannot_be_interrupted_is_ended_all_the_same(does, number
     assert time.monotonic() - sent_at < 2
     _, errors = process.communicate(timeout=30)
     assert "Exception ignored" not in errors
-    assert process.returncode == 128 + number
+    # The latter if an exception came through, outside the callback, and Python ended.
+    assert process.returncode in (128 + number, -number)
     assert time.monotonic() - sent_at < GONE_S
     assert PATIENCE_S < GONE_S
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxscale import tree
 from jaxscale.models.parameters import Parameter
-from jaxscale.train.optim import OptimizerConfig, check_moments, make_optimizer, make_schedule
+from jaxscale.train.optim import OptimizerConfig, check_moments, learning_rates, make_optimizer
 from jaxscale.types import InputError, Role
 
 PEAK = 0.5
@@ -52,7 +52,7 @@ DECAYED = {
 
 
 def make_schedule_of(steps, **fields):
-    return make_schedule(OptimizerConfig(learning_rate=PEAK, **fields), steps)
+    return learning_rates(OptimizerConfig(learning_rate=PEAK, **fields), steps)
 
 
 @pytest.mark.parametrize(
