@@ -5,6 +5,7 @@ import contextlib
 import errno
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from jaxscale.types import InputError, RunError
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
 
 # The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps
 # its traceback.
@@ -30,6 +32,8 @@ REFUSALS = {
     errno.EROFS,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 
 
@@ -110,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         outcome = _run(options)
     except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            return _leave_closed_pipe()
         is_fault_of_ours = isinstance(error, OSError) and error.errno not in REFUSALS
         if options.debug or is_fault_of_ours:
             raise
@@ -127,6 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     # The outcome of a run that a signal stopped has an exit status.
     return getattr(outcome, "exit_status", 0)
+
+
+def _leave_closed_pipe() -> int:
+    """Whoever read our output has closed it, as `head` does; Python would write to it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_CLOSED_PIPE
 
 
 def _run(options: argparse.Namespace) -> Any:

@@ -12,6 +12,7 @@ from jaxscale.checkpoint.restore import restore_params
 from jaxscale.data.loader import DataConfig, check_tokenizer, warn_of_trained_documents
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.evaluate.perplexity import BitsPerByte
+from jaxscale.launch.memory import check_fits
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.evaluation import EvaluationContext, check_evaluators
@@ -48,10 +49,12 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
         sums=jax.jit(region.evaluate(run.loss(run))),
     )
     check_evaluators(evaluators, context)
+    stored = stored_params(run.table(), region.mesh, region.specs, run.policy.parameters)
+    check_fits("model", {"parameters": stored})
     restored = restore_params(
         run.checkpoint.within(run.path),
         checkpoint_facts(run.model),
-        stored_params(run.table(), region.mesh, region.specs, run.policy.parameters),
+        stored,
         dims=region.specs.dims,
         layout=region.specs.layout,
         step=step,

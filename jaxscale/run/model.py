@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxscale.checkpoint.restore import restore_params
 from jaxscale.data.loader import check_tokenizer
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxscale.launch.memory import check_fits
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
@@ -154,10 +155,12 @@ def load(
     mesh = MeshConfig(tensor=tensor)
     devices = make_mesh(mesh, jax.devices()[:tensor])
     specs = make_specs(run.table(), mesh)
+    stored = stored_params(run.table(), devices, specs, run.policy.parameters)
+    check_fits("model", {"parameters": stored})
     restored = restore_params(
         run.checkpoint.within(run.path),
         checkpoint_facts(run.model),
-        stored_params(run.table(), devices, specs, run.policy.parameters),
+        stored,
         dims=specs.dims,
         layout=specs.layout,
         step=step,

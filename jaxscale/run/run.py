@@ -76,6 +76,8 @@ class Run:
 
     def __post_init__(self):
         check_types(self)
+        if not self.directory.strip():
+            raise InputError("Run.directory", self.directory, "the name of a folder")
 
     @property
     def path(self) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxscale import tree
 from jaxscale.models.parameters import Table, init_params
@@ -69,6 +69,22 @@ class Setup:
     def dims(self) -> TrainState:
         """Dim letters of the state's leaves."""
         return state_dims(self.state, self.region.specs, self.region.trainable)
+
+    def resting(self) -> dict[str, Any]:
+        """What lies in memory at the end of a backward, as shapes with shardings."""
+        region = self.region
+
+        def gradient(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(region.mesh, spec)
+            return jax.ShapeDtypeStruct(leaf.shape, region.reduction, sharding=sharding)
+
+        trained = tree.select(self.state.params, region.trainable)
+        specs = tree.select(region.specs.gradients, region.trainable)
+        return {
+            "parameters": self.state.params,
+            "optimizer state": self.state.opt_state,
+            "gradients": jax.tree.map(gradient, trained, specs),
+        }
 
     def init(self, seed: int) -> TrainState:
         """The first state, each leaf made where it lives; the same numbers on any mesh."""

@@ -12,6 +12,7 @@ import jax
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.checkpoint.restore import restore_params
+from jaxscale.launch.memory import check_fits
 from jaxscale.parallel.batch import place
 from jaxscale.train import diagnosis
 from jaxscale.train.config import TrainConfig
@@ -84,6 +85,7 @@ def train(
         check_new(run, checkpoint.directory)
     elif jax.process_index() == 0:
         check_changes(run)
+    check_fits("model", setup.resting())
     state = _restore_or_start(setup, checkpoints, loader, config, facts)
     if int(state.step) >= config.steps:
         logger.info("nothing to do: step %d of %d", int(state.step), config.steps)
