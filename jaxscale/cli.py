@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from tqdm import tqdm
 import jaxscale
 from jaxscale import config
 from jaxscale.launch.preemption import Preemption
+from jaxscale.train.run_directory import CONFIG
 from jaxscale.types import InputError, RunError
 
 EXIT_FAILED = 1
@@ -85,7 +87,7 @@ examples:
       --set mesh.data=128 --set data.batch_size=512
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
-  jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
+  jaxscale generate runs/main_job --set 'prompts="Once upon"'
 
 A run leaves the file that repeats it in its directory:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
@@ -144,7 +146,16 @@ def _leave_closed_pipe() -> int:
 def _run(options: argparse.Namespace) -> Any:
     with Preemption(), _log_on_stderr():
         function = load(VERBS[options.verb].function)
-        return config.run(function, [options.file], _overrides(options))
+        path = Path(options.file)
+        if path.is_dir():
+            return _run_saved(function, path, options)
+        return config.run(function, [path], _overrides(options), options.admit)
+
+
+def _run_saved(function: Callable, directory: Path, options: argparse.Namespace) -> Any:
+    """Calls a verb with what a run has saved in its directory, wherever that lies by now."""
+    overrides = [f"directory={str(directory)!r}", *_overrides(options)]
+    return config.run(function, [directory / CONFIG], overrides, options.admit or ())
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -216,7 +227,18 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("file", metavar="FILE.gin", help="says what the verb works on")
+    parser.add_argument(
+        "file",
+        metavar="FILE.gin",
+        help="says what the verb works on; or a run's directory, whose saved configuration does",
+    )
+    parser.add_argument(
+        "--admit",
+        metavar="MODULE",
+        action="append",
+        help="for a file that is not yours: it may name only what jaxscale and this module define"
+        " (repeatable); so it is, without any module, for a run's saved configuration",
+    )
     parser.add_argument(
         "--set",
         metavar="NAME.FIELD=VALUE",

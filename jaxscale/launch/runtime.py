@@ -78,9 +78,7 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         RunError: this process could not join the others.
     """
     logging.getLogger(XLA_BRIDGE).addFilter(_without_traceback)
-    if config.xla_flags:
-        _check_flags(config.xla_flags)
-    _set_flags("RuntimeConfig.xla_flags", config.xla_flags)
+    _set_flags("RuntimeConfig.xla_flags", config.xla_flags, by_user=True)
     if config.platform is not None:
         jax.config.update("jax_platforms", config.platform)
     if config.num_cpu_devices is not None:
@@ -121,7 +119,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-def _check_flags(flags: tuple[str, ...]) -> None:
+def _check_flags(flags: list[str]) -> None:
     """Raises InputError for a flag that XLA does not know, at which it would end this process."""
     environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     program = [sys.executable, "-c", "import jax; jax.devices()"]
@@ -131,13 +129,15 @@ def _check_flags(flags: tuple[str, ...]) -> None:
         raise InputError("RuntimeConfig.xla_flags", flags, f"flags of this XLA ({reason})")
 
 
-def _set_flags(parameter: str, flags: tuple[str, ...]) -> None:
+def _set_flags(parameter: str, flags: tuple[str, ...], *, by_user: bool = False) -> None:
     """Adds flags to those of the environment; XLA reads them once, when it starts."""
     present = os.environ.get("XLA_FLAGS", "").split()
     missing = [flag for flag in flags if flag not in present]
     if missing and _has_started():
         expected = f"a process of its own: this one has started, without {' '.join(missing)}"
         raise InputError(parameter, flags, expected)
+    if missing and by_user:
+        _check_flags(missing)
     os.environ["XLA_FLAGS"] = " ".join(present + missing)
 
 

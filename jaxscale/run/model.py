@@ -130,6 +130,7 @@ def load(
     tensor: int = 1,
     prompts: Sequence[str] = (),
     max_new_tokens: int = 1,
+    admitted: Sequence[str] = (),
 ) -> LanguageModel:
     """The model of a run's checkpoint.
 
@@ -140,13 +141,14 @@ def load(
         tensor: devices over which the model is spread.
         prompts: checked before anything large is read, with `max_new_tokens`.
         max_new_tokens: longest continuation.
+        admitted: modules beside jaxscale that a saved configuration may name, see `config.run`.
     Raises:
         InputError: there is no such checkpoint, it had another tokenizer, or the model does not fit
             `tensor` devices.
     """
     if not isinstance(run, Run):
         path = Path(run).expanduser()
-        run = dataclasses.replace(load_run([path / CONFIG]), directory=str(path))
+        run = dataclasses.replace(load_run([path / CONFIG], (), admitted), directory=str(path))
     tokenizer = load_tokenizer(run.data.tokenizer)
     check_vocabulary(tokenizer, run.model.vocab_size)
     if prompts:

@@ -105,8 +105,8 @@ def check_new(directory: Path, checkpoints: str) -> None:
             raise InputError("CheckpointConfig.directory", checkpoints, expected)
 
 
-def check_changes(directory: Path) -> None:
-    """Logs what the configuration changes in a run that goes on, field by field.
+def changes(directory: Path) -> list[str]:
+    """What the configuration changes in a run that goes on, a line a field.
 
     Nothing is known where either start had no configuration file.
 
@@ -115,15 +115,17 @@ def check_changes(directory: Path) -> None:
     """
     path, text = directory / CONFIG, operative_config()
     if not (text and path.exists()):
-        return
+        return []
     before, now = fields_of(path.read_text()), fields_of(text)
+    lines = []
     for name in sorted(before.keys() | now.keys()):
         old, new = (fields.get(name, "(absent)") for fields in (before, now))
         if old == new or name == "Run.directory" or _is_of_a_verb(name):
             continue
         if name in FIXED:
             raise InputError(name, new, f"{old}, with which the run was begun: {FIXED[name]}")
-        logger.info("changed since the last start: %s %s -> %s", name, old, new)
+        lines.append(f"{name} {old} -> {new}")
+    return lines
 
 
 def _is_of_a_verb(name: str) -> bool:

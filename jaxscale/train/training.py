@@ -26,7 +26,7 @@ from jaxscale.train.metrics import (
     peak_flops,
 )
 from jaxscale.train.profiler import Profiler
-from jaxscale.train.run_directory import check_changes, check_new, write_start
+from jaxscale.train.run_directory import changes, check_new, write_start
 from jaxscale.train.setup import Setup
 from jaxscale.train.state import TrainState, run_key
 from jaxscale.train.step import make_step
@@ -83,10 +83,13 @@ def train(
     watchdog.watch("the restore or first draw of the state", is_slow=True)
     if checkpoints.latest_step() is None:
         check_new(run, checkpoint.directory)
-    elif jax.process_index() == 0:
-        check_changes(run)
+        changed = []
+    else:
+        changed = changes(run)
     check_fits("model", setup.resting())
     state = _restore_or_start(setup, checkpoints, loader, config, facts)
+    for line in changed:
+        logger.info("changed since the last start: %s", line)
     if int(state.step) >= config.steps:
         logger.info("nothing to do: step %d of %d", int(state.step), config.steps)
         return Outcome(int(state.step), None)
