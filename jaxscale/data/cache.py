@@ -1,5 +1,6 @@
 """The tokenised corpus on disk: built once for a source and a tokenizer, then memory-mapped."""
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from jaxscale.data.sources import Document, Source, num_bytes
-from jaxscale.data.split import hash_key
+from jaxscale.data.split import hash_text
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.types import InputError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 CHARACTERS_PER_ENCODE = 1 << 22
 
@@ -32,7 +33,8 @@ class TokenCache:
         tokens: uint16 or uint32 [num_tokens], memory-mapped.
         offsets: int64 [num_documents + 1]; document d is tokens[offsets[d]:offsets[d + 1]].
         num_bytes: int64 [num_documents], UTF-8 bytes of the text.
-        key_hashes: uint64 [num_documents].
+        key_hashes: uint64 [num_documents], the hash_text of each key.
+        text_hashes: uint64 [num_documents], the hash_text of each text.
         fingerprint: names source, tokenizer and the state of the source's files on this machine.
         content: names the tokens, the documents' ends and their keys; the same wherever they were
             read.
@@ -44,6 +46,7 @@ class TokenCache:
     offsets: np.ndarray
     num_bytes: np.ndarray
     key_hashes: np.ndarray
+    text_hashes: np.ndarray
     fingerprint: str
     content: str
     tokenizer: str
@@ -51,8 +54,7 @@ class TokenCache:
 
     def keys(self) -> list[str]:
         """The documents' keys, in order."""
-        lines = (self.directory / "keys.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return list(_read_keys(self.directory / "keys.jsonl"))
 
 
 def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> TokenCache:
@@ -62,8 +64,8 @@ def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> T
     whole or not at all, even if another process builds it too or is killed while building.
 
     Raises:
-        InputError: the source has no text, `directory` cannot be written, or the cache there is
-            damaged.
+        InputError: the source has no text or gives one key to several documents, `directory`
+            cannot be written, or the cache there is damaged.
     """
     name = fingerprint(source, tokenizer)
     root = Path(directory).expanduser()
@@ -131,12 +133,14 @@ def _publish(folder: Path, target: Path) -> None:
 def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the cache's files.
 
-    Its content is named by a hash of the tokens, offsets, sizes and key hashes, in this order.
+    Its content is named by a hash of the tokens, offsets, sizes and key hashes, in this order. The
+    tokens stand for the texts.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths: list[int] = []
     sizes: list[int] = []
-    hashes: list[int] = []
+    key_hashes: list[int] = []
+    text_hashes: list[int] = []
     content = hashlib.sha256()
     with (
         _appending(folder / "tokens.bin") as append_tokens,
@@ -144,7 +148,8 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     ):
         for documents in _groups(source.documents()):
             sizes += [num_bytes(document) for document in documents]
-            hashes += [hash_key(document.key) for document in documents]
+            key_hashes += [hash_text(document.key) for document in documents]
+            text_hashes += [hash_text(document.text) for document in documents]
             encoded = tokenizer.encode_batch([document.text for document in documents])
             ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
             lengths += [len(ids) for ids in ended]
@@ -159,13 +164,42 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     arrays = {
         "offsets": np.cumsum([0, *lengths]),
         "num_bytes": np.array(sizes),
-        "key_hashes": np.uint64(hashes),
+        "key_hashes": np.uint64(key_hashes),
     }
+    _check_keys(source, folder / "keys.jsonl", arrays["key_hashes"])
+    for array in arrays.values():
+        content.update(array.tobytes())
+    arrays["text_hashes"] = np.uint64(text_hashes)
     for name, array in arrays.items():
         with _appending(folder / f"{name}.bin") as append:
             append(array.tobytes())
-        content.update(array.tobytes())
     _write_manifest(folder, np.dtype(dtype).name, content.hexdigest())
+
+
+def _check_keys(source: Source, path: Path, hashes: np.ndarray) -> None:
+    """Raises InputError if the source has given one key to several documents.
+
+    Args:
+        source: where the documents come from.
+        path: the file of their keys.
+        hashes: uint64 [num_documents], of the keys.
+    """
+    values, counts = np.unique(hashes, return_counts=True)
+    repeated = set(values[counts > 1].tolist())
+    if not repeated:
+        return
+    # Different keys may have one hash, but hardly ever do.
+    keys = collections.Counter(key for key in _read_keys(path) if hash_text(key) in repeated)
+    for key, count in keys.items():
+        if count > 1:
+            expected = f"a key of its own for each document; {count} have this one"
+            raise InputError(f"DataConfig.sources: {type(source).__name__}", key, expected)
+
+
+def _read_keys(path: Path) -> Iterator[str]:
+    with path.open() as file:
+        for line in file:
+            yield json.loads(line)
 
 
 def _write_manifest(folder: Path, tokens_dtype: str, content: str) -> None:
@@ -188,6 +222,7 @@ def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
         "offsets": "int64",
         "num_bytes": "int64",
         "key_hashes": "uint64",
+        "text_hashes": "uint64",
     }
     arrays = {}
     for name, dtype in dtypes.items():

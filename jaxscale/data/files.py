@@ -1,8 +1,10 @@
 """The files of a source: which they are, their content, and whether they have changed."""
 
+import collections
 import contextlib
 import functools
 import gzip
+import logging
 import zlib
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
@@ -12,6 +14,8 @@ from typing import Any, BinaryIO
 import zstandard
 
 from jaxscale.types import InputError
+
+logger = logging.getLogger(__name__)
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -34,7 +38,9 @@ def find_files(
 
     Returns:
         Key and path of each file, in the order of the keys. The key is the path relative to the
-        folder that was given, or the name of a file that was given.
+        folder that was given, or the name of a file that was given; where several files have one
+        key, "#2", "#3" and so on are added to those of later folders. A file that is reached twice,
+        such as by a link or under two of the paths, comes once.
 
     Raises:
         InputError: a path does not exist, a folder cannot be read, or no file matches.
@@ -51,7 +57,8 @@ def find_files(
     if not found:
         expected = f"at least one file that matches {', '.join(patterns)}"
         raise InputError(parameter, paths, expected)
-    return sorted(found)
+    found.sort(key=lambda file: file[0])  # stable: where keys are equal, in the order of `paths`
+    return _with_own_keys(_without_repeats(parameter, found))
 
 
 def stamps(files: list[tuple[str, Path]]) -> list[Any]:
@@ -93,6 +100,31 @@ def read_lines(parameter: str, path: Path) -> Iterator[bytes]:
         expected = f"a whole compressed file ({error})"
         raise InputError(parameter, str(path), expected) from error
     yield rest
+
+
+def _without_repeats(parameter: str, files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The files without those that are the same on disk as one before them."""
+    seen: dict[tuple[int, int], tuple[str, Path]] = {}
+    for key, path in files:
+        with _readable(path, "a file"):  # a link to nothing, for example, is not
+            status = path.stat()
+        seen.setdefault((status.st_dev, status.st_ino), (key, path))
+    kept = list(seen.values())
+    if num_repeats := len(files) - len(kept):
+        logger.warning(
+            "%s: %d files are reached more than once and read once", parameter, num_repeats
+        )
+    return kept
+
+
+def _with_own_keys(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    times: collections.Counter[str] = collections.Counter()
+    named = []
+    for key, path in files:
+        times[key] += 1
+        own_key = key if times[key] == 1 else f"{key}#{times[key]}"
+        named.append((own_key, path))
+    return named
 
 
 def _search(

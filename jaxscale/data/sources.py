@@ -129,7 +129,8 @@ class JsonLinesSource:
         paths: files and folders.
         patterns: which files of a folder count.
         text_field: the field that holds the text.
-        key_field: the field that holds the document's key; without one the key is `file:line`.
+        key_field: the field that holds the document's key, another one in each row; without one the
+            key is `file:line`.
     """
 
     paths: tuple[str, ...]
@@ -221,8 +222,8 @@ class HuggingFaceSource:
             call.
         split: the part of the dataset, where it has parts.
         text_column: the column that holds the text.
-        key_column: the column that holds the document's key; without one the key is the row's
-            number.
+        key_column: the column that holds the document's key, another one in each row; without one
+            the key is the row's number.
     """
 
     directory: str | None = None

@@ -16,7 +16,7 @@ import sentencepiece
 import tokenizers
 
 from jaxscale.data.sources import Source, num_bytes
-from jaxscale.data.split import check_held_out_fraction, hash_key, is_held_out
+from jaxscale.data.split import check_held_out_fraction, hash_text, is_held_out
 from jaxscale.types import InputError, check_choice, check_types
 
 END_OF_TEXT = "<|endoftext|>"
@@ -252,7 +252,7 @@ def _kept_texts(sources: Iterable[Source], held_out_fraction: float) -> Iterator
     for source in sources:
         for document in source.documents():
             has_text = num_bytes(document) > 0
-            hashes = [hash_key(document.key)]
+            hashes = [hash_text(document.text)]
             if has_text and not is_held_out(hashes, held_out_fraction)[0]:
                 yield document.text
 

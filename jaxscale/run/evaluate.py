@@ -77,7 +77,7 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
 def _check_data(data: DataConfig, saved: dict[str, Any]) -> None:
     """Refuses another tokenizer than the saved one, and warns of documents that were trained on."""
     check_tokenizer(saved, load_tokenizer(data.tokenizer))
-    warn_of_trained_documents(saved, data.held_out_fraction)
+    warn_of_trained_documents(saved, data)
 
 
 def _write_figures(path: Path, figures: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from jaxscale.data.cache import open_cache
 from jaxscale.data.sources import Document, TextSource
-from jaxscale.data.split import hash_key
+from jaxscale.data.split import hash_text
 from jaxscale.data.tokenizer import ByteTokenizer
 from jaxscale.types import InputError
 
@@ -47,7 +47,28 @@ def test_holds_the_documents_that_have_text(tmp_path):
     assert cache.offsets.tolist() == [0, 3, 6]
     assert cache.num_bytes.tolist() == [2, 2]
     assert cache.keys() == ["key 0\n", "key 2\n"]
-    assert cache.key_hashes.tolist() == [hash_key("key 0\n"), hash_key("key 2\n")]
+    assert cache.key_hashes.tolist() == [hash_text("key 0\n"), hash_text("key 2\n")]
+    assert cache.text_hashes.tolist() == [hash_text("ab"), hash_text("é")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keyed:
+    """Documents with keys given by hand."""
+
+    keys: tuple[str, ...]
+
+    def documents(self):
+        return (Document(key, f"text {n}") for n, key in enumerate(self.keys))
+
+    def version(self):
+        return []
+
+
+def test_one_key_for_many_documents_is_told_and_leaves_nothing(tmp_path):
+    message = r"sources: Keyed: given 'wiki', expected a key of its own.*; 2 have this one"
+    with pytest.raises(InputError, match=message):
+        open_cache(Keyed(("a", "wiki", "b", "wiki")), ByteTokenizer(), tmp_path)
+    assert not folders_in(tmp_path)
 
 
 def test_each_tokenizer_has_a_cache_of_its_own(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
-from jaxscale.data.split import hash_key, is_held_out
+from jaxscale.data.split import hash_text, is_held_out
 from jaxscale.evaluate.perplexity import BitsPerByte
 from jaxscale.models.config.facts import checkpoint_facts, from_flat
 from jaxscale.models.decoder import Decoder
@@ -50,7 +50,7 @@ FIELDS = dict(
 MODEL = from_flat(**FIELDS)
 
 
-DATA_STATE = {"depends_on": {"tokenizer": "byte", "held_out_fraction": 0.6}}
+DATA_STATE = {"depends_on": {"tokenizer": "byte", "held_out_fraction": 0.6, "held_out_by": "text"}}
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def data(tmp_path, texts):
 def held_out(texts, data):
     return [
         text.encode()
-        for key, text in texts.items()
-        if is_held_out([hash_key(key)], data.held_out_fraction)[0]
+        for text in texts.values()
+        if is_held_out([hash_text(text)], data.held_out_fraction)[0]
     ]
 
 
