@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxscale.data.checksums import BlockHashes, damaged_bytes
 from jaxscale.data.sources import Document, Source, num_bytes
 from jaxscale.data.split import hash_text
 from jaxscale.data.tokenizer import Tokenizer
@@ -23,6 +24,8 @@ from jaxscale.types import InputError
 FORMAT = 2
 MANIFEST = "manifest.json"
 CHARACTERS_PER_ENCODE = 1 << 22
+TOKENS = "tokens.bin"
+KEYS = "keys.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +57,27 @@ class TokenCache:
 
     def keys(self) -> list[str]:
         """The documents' keys, in order."""
-        return list(_read_keys(self.directory / "keys.jsonl"))
+        return list(_read_keys(self.directory / KEYS))
 
 
-def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> TokenCache:
+def open_cache(
+    source: Source,
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    *,
+    is_verified: bool = False,
+) -> TokenCache:
     """Opens the cache of `source` under `directory`, after building it if it is not there.
 
     The cache is built in a folder of another name, which is renamed at the end. So it is there
-    whole or not at all, even if another process builds it too or is killed while building.
+    whole or not at all, even if another process builds it too or is killed while building. It is
+    compared with its hashes from then: a sample of the tokens' blocks, and the rest that is read.
+
+    Args:
+        source: where the documents come from.
+        tokenizer: how text becomes tokens.
+        directory: where caches are kept.
+        is_verified: all tokens and keys are compared with their hashes.
 
     Raises:
         InputError: the source has no text or gives one key to several documents, `directory`
@@ -71,7 +87,7 @@ def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> T
     root = Path(directory).expanduser()
     if not (root / name).is_dir():
         _build(source, tokenizer, root, name)
-    return _open(root / name, tokenizer)
+    return _open(root / name, tokenizer, is_verified=is_verified)
 
 
 def fingerprint(source: Source, tokenizer: Tokenizer) -> str:
@@ -142,9 +158,10 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     key_hashes: list[int] = []
     text_hashes: list[int] = []
     content = hashlib.sha256()
+    hashes: dict[str, list[str]] = {}
     with (
-        _appending(folder / "tokens.bin") as append_tokens,
-        _appending(folder / "keys.jsonl") as append_keys,
+        _appending(folder / TOKENS, hashes) as append_tokens,
+        _appending(folder / KEYS, hashes) as append_keys,
     ):
         for documents in _groups(source.documents()):
             sizes += [num_bytes(document) for document in documents]
@@ -166,14 +183,22 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         "num_bytes": np.array(sizes),
         "key_hashes": np.uint64(key_hashes),
     }
-    _check_keys(source, folder / "keys.jsonl", arrays["key_hashes"])
+    _check_keys(source, folder / KEYS, arrays["key_hashes"])
     for array in arrays.values():
         content.update(array.tobytes())
     arrays["text_hashes"] = np.uint64(text_hashes)
     for name, array in arrays.items():
-        with _appending(folder / f"{name}.bin") as append:
+        with _appending(folder / f"{name}.bin", hashes) as append:
             append(array.tobytes())
-    _write_manifest(folder, np.dtype(dtype).name, content.hexdigest())
+    facts = {
+        "format": FORMAT,
+        "tokens_dtype": np.dtype(dtype).name,
+        "content": content.hexdigest(),
+        "sizes_bytes": {file: (folder / file).stat().st_size for file in hashes},
+        "block_hashes": hashes,
+    }
+    with _appending(folder / MANIFEST, {}) as append:
+        append(json.dumps(facts | {"sha256": _sha256(facts)}, indent=1).encode())
 
 
 def _check_keys(source: Source, path: Path, hashes: np.ndarray) -> None:
@@ -202,21 +227,15 @@ def _read_keys(path: Path) -> Iterator[str]:
             yield json.loads(line)
 
 
-def _write_manifest(folder: Path, tokens_dtype: str, content: str) -> None:
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    manifest = {
-        "format": FORMAT,
-        "tokens_dtype": tokens_dtype,
-        "content": content,
-        "sizes_bytes": sizes,
-    }
-    text = json.dumps(manifest, indent=1, sort_keys=True)
-    with _appending(folder / MANIFEST) as append:
-        append(text.encode())
+def _sha256(facts: dict[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
-    manifest = _read_manifest(folder)
+def _open(folder: Path, tokenizer: Tokenizer, *, is_verified: bool) -> TokenCache:
+    with _damage_named(folder):
+        manifest = _read_manifest(folder)
+        _check_blocks(folder, manifest["block_hashes"], is_verified=is_verified)
     dtypes = {
         "tokens": manifest["tokens_dtype"],
         "offsets": "int64",
@@ -237,18 +256,43 @@ def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, if every file is as long as it says."""
+    """The manifest, if every file is as long as it says.
+
+    Raises:
+        OSError, ValueError: it is not, or the manifest is damaged.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _sha256(manifest):
+        raise ValueError(f"{MANIFEST} has changed since it was written")
+    written = manifest["sizes_bytes"]
+    found = {name: (folder / name).stat().st_size for name in written}
+    if found != written:
+        raise ValueError(f"its files have sizes {found}, not {written}")
+    return manifest
+
+
+def _check_blocks(folder: Path, hashes: dict[str, list[str]], *, is_verified: bool) -> None:
+    """Compares files with their hashes; tokens and keys, which may be large, only in part.
+
+    Raises:
+        OSError, ValueError: a file cannot be read or has changed.
+    """
+    for name, digests in hashes.items():
+        is_sampled = name in (TOKENS, KEYS) and not is_verified
+        changed = damaged_bytes(folder / name, digests, is_sampled=is_sampled)
+        if changed is not None:
+            where = f"bytes {changed[0]} to {changed[-1]}"
+            raise ValueError(f"{name} has changed since it was written, in {where}")
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Turns what shows that a cache is damaged into InputError."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        written = manifest["sizes_bytes"]
-        found = {name: (folder / name).stat().st_size for name in written}
-    except (OSError, ValueError, KeyError) as error:
+        yield
+    except (OSError, ValueError) as error:
         expected = f"a whole cache; delete it ({error})"
         raise InputError("DataConfig.cache_directory", str(folder), expected) from error
-    if found != written:
-        expected = f"a whole cache with file sizes {written}, not {found}; delete it"
-        raise InputError("DataConfig.cache_directory", str(folder), expected)
-    return manifest
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -268,13 +312,21 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 @contextlib.contextmanager
-def _appending(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """A function that appends bytes to a new file, which is on the disk when the context ends."""
+def _appending(
+    path: Path,
+    hashes: dict[str, list[str]],
+) -> Iterator[Callable[[bytes], None]]:
+    """A function that appends bytes to a new file, which is on the disk when the context ends.
+
+    `hashes` then has the hashes of its blocks under its name.
+    """
+    blocks = BlockHashes()
     with _write_errors_named(path):
         file = path.open("wb", buffering=0)
     with file:
 
         def append(content: bytes) -> None:
+            blocks.update(content)
             rest = memoryview(content)
             with _write_errors_named(path):
                 while rest:
@@ -284,6 +336,8 @@ def _appending(path: Path) -> Iterator[Callable[[bytes], None]]:
         yield append
         with _write_errors_named(path):
             os.fsync(file.fileno())
+    blocks.end()
+    hashes[path.name] = blocks.digests
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ class DataConfig:
         batch_size: rows in a global batch.
         seed: shuffles the rows of each source anew in each epoch, and phases the mixture.
         cache_directory: where tokenised sources are kept; runs share it.
+        is_cache_verified: all that is kept there is compared with its hashes before it is used;
+            otherwise, of the tokens, a sample of 64 MiB.
         is_packed: documents are packed into rows and attention stays within a document; otherwise
             they are joined end to end, rows are cut every T tokens, attention crosses documents and
             batches have no `segments`.
@@ -61,6 +63,7 @@ class DataConfig:
     held_out_by: HeldOutBy = "text"
     seed: int = 0
     cache_directory: str = "~/.cache/jaxscale"
+    is_cache_verified: bool = False
     is_packed: bool = True
 
     def __post_init__(self):
@@ -113,7 +116,10 @@ def open_corpora(config: DataConfig, split: Split) -> list[Corpus]:
         InputError: as in make_loader.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    caches = [open_cache(source, tokenizer, config.cache_directory) for source in config.sources]
+    caches = []
+    for source in config.sources:
+        directory, is_verified = config.cache_directory, config.is_cache_verified
+        caches.append(open_cache(source, tokenizer, directory, is_verified=is_verified))
     fraction, by = config.held_out_fraction, config.held_out_by
     corpora = [select_split(cache, split, fraction, by) for cache in caches]
     sizes = [len(corpus.documents) for corpus in corpora]

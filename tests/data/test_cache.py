@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from jaxscale.data import checksums
 from jaxscale.data.cache import open_cache
 from jaxscale.data.sources import Document, TextSource
 from jaxscale.data.split import hash_text
@@ -215,6 +217,51 @@ def test_empty_corpus_is_named_and_leaves_nothing(tmp_path):
 def test_text_with_half_a_character_is_named(tmp_path):
     with pytest.raises(InputError, match="text of whole characters"):
         open_listed(tmp_path, "a\ud800")
+
+
+def flip(path, first, last=None):
+    """Inverts the bytes of a file from `first` to before `last`."""
+    content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    content[first:last] ^= 255
+    path.write_bytes(content.tobytes())
+
+
+NAMES = ["tokens.bin", "offsets.bin", "num_bytes.bin", "key_hashes.bin", "text_hashes.bin"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "keys.jsonl"])
+@pytest.mark.parametrize("bytes_", [(0, None), (3, 4)], ids=["all bytes", "one byte"])
+def test_flipped_bytes_are_told(tmp_path, name, bytes_):
+    folder = open_listed(tmp_path, "text", "more").directory
+    flip(folder / name, *bytes_)
+    with pytest.raises(InputError, match=rf"delete it \({name} has changed .*bytes 0 to"):
+        open_listed(tmp_path, "text", "more")
+
+
+def test_a_manifest_that_says_something_else_is_told(tmp_path):
+    path = open_listed(tmp_path, "text").directory / "manifest.json"
+    path.write_text(path.read_text().replace("uint16", "uint32"))
+    with pytest.raises(InputError, match=r"manifest\.json has changed"):
+        open_listed(tmp_path, "text")
+
+
+def test_a_large_cache_is_sampled_and_compared_whole_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 1000)
+    texts = ("x" * 500,) * 40  # two bytes a token
+    opened = functools.partial(open_cache, Listed(texts), ByteTokenizer(), tmp_path)
+    path = opened(is_verified=True).directory / "tokens.bin"
+    flip(path, 30_500, 30_501)
+    is_found = []
+    for _ in range(30):
+        try:
+            opened()
+        except InputError:
+            is_found.append(True)
+        else:
+            is_found.append(False)
+    assert any(is_found) and not all(is_found), "other blocks each time: 16 of 40"
+    with pytest.raises(InputError, match=r"tokens\.bin has changed .* in bytes 30000 to 30999"):
+        opened(is_verified=True)
 
 
 @pytest.mark.parametrize("damage", ["shorten", "remove", "manifest"])
