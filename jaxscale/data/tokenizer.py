@@ -23,6 +23,10 @@ END_OF_TEXT = "<|endoftext|>"
 HUGGING_FACE_FILE = "tokenizer.json"
 SENTENCE_PIECE_FILE = "tokenizer.model"
 SMALLEST_TRAINED = 260
+# SentencePiece's trainer leaves out, and only logs, lines that are longer than it is told or that
+# hold the character by which it stands for unknown ones.
+MAX_LINE_BYTES = 1 << 30  # the most that it takes
+RESERVED = "\u2585"
 
 
 class Tokenizer(Protocol):
@@ -274,7 +278,7 @@ def _train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """A unigram model that normalises nothing and spells unknown characters as bytes."""
-    lines = (line for text in texts for line in text.splitlines() if line)
+    lines = (line for text in texts for line in _sentencepiece_lines(text))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -282,6 +286,7 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> Tokenizer:
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
+            max_sentence_length=MAX_LINE_BYTES,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -292,9 +297,20 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if "ocabulary" not in str(error):
+            given = "text from which SentencePiece learns nothing"
+            raise InputError("sources", given, f"text with words in it ({error})") from error
         expected = f"a size that the text supports ({error})"
         raise InputError("vocab_size", vocab_size, expected) from error
     return SentencePieceTokenizer(model.getvalue())
+
+
+def _sentencepiece_lines(text: str) -> Iterator[str]:
+    """The lines of a text as SentencePiece's trainer takes them, so that it leaves none out."""
+    max_characters = MAX_LINE_BYTES // 4  # of UTF-8's at most 4 bytes
+    for line in text.replace(RESERVED, "\n").split("\n"):
+        for first in range(0, len(line), max_characters):
+            yield line[first : first + max_characters]
 
 
 def _read(path: str, name: str) -> bytes:

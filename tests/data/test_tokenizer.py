@@ -80,6 +80,26 @@ def test_training_is_repeatable_and_shortens_text(tmp_path, kind):
     assert len(first.encode(text)) < 0.6 * len(text)
 
 
+ROOTS = [a + b for a in ("ба", "ве", "ги", "до", "жу") for b in ("ка", "ле", "ми", "но", "ру")]
+WORDS = [root + end for root in ROOTS for end in ("а", "ами", "ов", "ский", "ение")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "joint"),
+    [("sentencepiece", " "), ("sentencepiece", " \u2585 "), ("bpe", " ")],
+)
+def test_long_lines_and_reserved_characters_train_the_tokenizer(tmp_path, kind, joint):
+    line = joint.join(WORDS * 5)
+    assert len(line.encode()) > 5000
+    (tmp_path / "russian.txt").write_text(f"{line}\n" * 5)
+    (tmp_path / "code.txt").write_text("return the_value\n" * 99)
+    sources = (TextSource((str(tmp_path),)),)
+    output = str(tmp_path / "output")
+    tokenizer = train_tokenizer(sources=sources, output=output, vocab_size=320, kind=kind)
+    text = " ".join(WORDS)
+    assert len(tokenizer.encode(text)) < 0.5 * len(text)
+
+
 def test_held_out_documents_do_not_train_the_tokenizer(tmp_path):
     texts = [pair * n for n in range(20, 60) for pair in ("ab", "zq")]
     for number, text in enumerate(texts):
@@ -177,6 +197,14 @@ def test_bad_training_text_is_named(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         train_tokenizer(sources=sources, output=str(tmp_path / "output"), vocab_size=300)
     assert not (tmp_path / "output").exists()
+
+
+def test_text_without_words_is_not_blamed_on_the_size(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n")
+    arguments = dict(sources=(TextSource((str(path),)),), vocab_size=300, kind="sentencepiece")
+    with pytest.raises(InputError, match="^sources: .*text with words in it"):
+        train_tokenizer(**arguments, output=str(tmp_path / "output"))
 
 
 def test_output_that_is_a_file_is_named(tmp_path):
