@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gzip
 import logging
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# Of frames that hold no text, with which parallel compressors begin a file.
+SKIPPABLE_MAGIC = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+MAX_WINDOW_BYTES = 1 << 31  # the most that zstd has, `--long=31`
 CHUNK_BYTES = 1 << 20
 
 
@@ -88,18 +92,27 @@ def read_lines(parameter: str, path: Path) -> Iterator[bytes]:
         path: the file.
 
     Raises:
-        InputError: the file is compressed and damaged or cut short.
+        InputError: the file is compressed and damaged, cut short or needs a dictionary.
     """
-    rest = b""
+    # Of a line whose end has not come. They are joined once: to join each with those before it
+    # would take minutes for a line of some hundred MiB.
+    parts: list[bytes] = []
     try:
         with path.open("rb") as file:
             for chunk in _decompressed(file):
-                *whole, rest = (rest + chunk).split(b"\n")
-                yield from whole
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+                end, *lines = chunk.split(b"\n")
+                parts.append(end)
+                if lines:
+                    yield b"".join(parts)
+                    yield from lines[:-1]
+                    parts = lines[-1:]
+    except EOFError as error:
         expected = f"a whole compressed file ({error})"
         raise InputError(parameter, str(path), expected) from error
-    yield rest
+    except (zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        expected = f"a compressed file that can be read ({error})"
+        raise InputError(parameter, str(path), expected) from error
+    yield b"".join(parts)
 
 
 def _without_repeats(parameter: str, files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
@@ -177,7 +190,7 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
 def _decompressed(file: BinaryIO) -> Iterator[bytes]:
     magic = file.read(4)
     file.seek(0)
-    if magic == ZSTD_MAGIC:
+    if magic == ZSTD_MAGIC or SKIPPABLE_MAGIC.match(magic):
         return _zstd_chunks(file)
     if magic.startswith(GZIP_MAGIC):
         return _chunks(gzip.open(file))
@@ -195,11 +208,12 @@ def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
     The frames are read one by one because zstandard's own reader takes a file that was cut short
     for a whole one.
     """
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
     frame = None
     for chunk in _chunks(file):
         while chunk:
             if frame is None or frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
+                frame = decompressor.decompressobj()
             yield frame.decompress(chunk)
             chunk = frame.unused_data
     if not frame.eof:

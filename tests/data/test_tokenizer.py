@@ -203,7 +203,7 @@ def test_text_without_words_is_not_blamed_on_the_size(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n\n")
     arguments = dict(sources=(TextSource((str(path),)),), vocab_size=300, kind="sentencepiece")
-    with pytest.raises(InputError, match="^sources: .*text with words in it"):
+    with pytest.raises(InputError, match=r"^sources: .*text with words in it"):
         train_tokenizer(**arguments, output=str(tmp_path / "output"))
 
 
