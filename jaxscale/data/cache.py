@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxscale.data.checksums import BlockHashes, damaged_bytes
-from jaxscale.data.sources import Document, Source, num_bytes
+from jaxscale.data.sources import Document, Source, read_documents
 from jaxscale.data.split import hash_text
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.types import InputError
@@ -163,8 +163,8 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         _appending(folder / TOKENS, hashes) as append_tokens,
         _appending(folder / KEYS, hashes) as append_keys,
     ):
-        for documents in _groups(source.documents()):
-            sizes += [num_bytes(document) for document in documents]
+        for documents in _groups(read_documents(source)):
+            sizes += [len(document.text.encode()) for document in documents]
             key_hashes += [hash_text(document.key) for document in documents]
             text_hashes += [hash_text(document.text) for document in documents]
             encoded = tokenizer.encode_batch([document.text for document in documents])
@@ -296,13 +296,12 @@ def _damage_named(folder: Path) -> Iterator[None]:
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """The documents that have text, in lists long enough to be encoded in parallel."""
+    """The documents in lists long enough to be encoded in parallel."""
     group: list[Document] = []
     num_characters = 0
     for document in documents:
-        if document.text:
-            group.append(document)
-            num_characters += len(document.text)
+        group.append(document)
+        num_characters += len(document.text)
         if num_characters >= CHARACTERS_PER_ENCODE:
             yield group
             group = []

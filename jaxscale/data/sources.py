@@ -20,17 +20,32 @@ class Document(NamedTuple):
     text: str
 
 
-def num_bytes(document: Document) -> int:
-    """Bytes of the text in UTF-8.
+def check_characters(parameter: str, given: str, text: str) -> None:
+    """Checks that a text has no half of a surrogate pair.
+
+    JSON can spell one, and a byte of the command line that is no UTF-8 becomes one.
 
     Raises:
-        InputError: the text has half a surrogate pair, as JSON can spell one.
+        InputError: it has one; names `parameter` and `given`.
     """
     try:
-        return len(document.text.encode())
+        text.encode()
     except UnicodeEncodeError as error:
         expected = f"text of whole characters ({error.reason})"
-        raise InputError("sources", document.key, expected) from error
+        raise InputError(parameter, given, expected) from error
+
+
+def read_documents(source: "Source") -> Iterator[Document]:
+    """The documents of a source that have text, without the byte order mark that some begin with.
+
+    Raises:
+        InputError: as the source does, or a text has half a character.
+    """
+    for document in source.documents():
+        text = document.text.removeprefix("\ufeff")
+        check_characters("sources", document.key, text)
+        if text:
+            yield Document(document.key, text)
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from jaxscale.data.sources import Source, num_bytes
+from jaxscale.data.sources import Source, check_characters, read_documents
 from jaxscale.data.split import check_held_out_fraction, hash_text, is_held_out
 from jaxscale.types import InputError, check_choice, check_types
 
@@ -23,6 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 HUGGING_FACE_FILE = "tokenizer.json"
 SENTENCE_PIECE_FILE = "tokenizer.model"
 SMALLEST_TRAINED = 260
+NUM_SHOWN = 80  # characters of a text that an error quotes
 # SentencePiece's trainer leaves out, and only logs, lines that are longer than it is told or that
 # hold the character by which it stands for unknown ones.
 MAX_LINE_BYTES = 1 << 30  # the most that it takes
@@ -37,7 +38,11 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text."""
+        """The token ids of a text.
+
+        Raises:
+            InputError: the text has half a character, such as a stray byte of the command line.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -149,6 +154,7 @@ class ByteTokenizer:
     fingerprint = "byte"
 
     def encode(self, text: str) -> list[int]:
+        check_characters("text", text[:NUM_SHOWN], text)
         return list(text.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -176,13 +182,19 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises bare Exception
             expected = f"a tokenizer.json ({error})"
             raise InputError("TokenizerConfig.path", serialized[:40], expected) from error
-        # Text that spells a special token must not become one, least of all the end of a document.
-        self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eos_id = self._tokenizer.token_to_id(eos_token)
         if self.eos_id is None:
             raise InputError("TokenizerConfig.eos_token", eos_token, "a token of the vocabulary")
+        # Text that spells a special token must not become one, least of all the end of a document,
+        # which some files do not mark as special.
+        ending = tokenizers.AddedToken(eos_token, normalized=False, special=True)
+        self._tokenizer.add_special_tokens([ending])
+        self._tokenizer.encode_special_tokens = True
+        if self.eos_id in self.encode(eos_token):
+            expected = "a token that no text encodes to; this one is a word of the vocabulary"
+            raise InputError("TokenizerConfig.eos_token", eos_token, expected)
         # Ids may have gaps, and a model needs a row for the largest.
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         identity = f"{eos_token}\n{serialized}"
@@ -190,6 +202,7 @@ class HuggingFaceTokenizer:
         self._serialized = serialized
 
     def encode(self, text: str) -> list[int]:
+        check_characters("text", text[:NUM_SHOWN], text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -219,12 +232,13 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
-            given = "a SentencePiece model without </s>"
+            given = "a SentencePiece model without the control symbol </s>"
             raise InputError("TokenizerConfig.path", given, "one that has it")
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
         self._serialized = serialized
 
     def encode(self, text: str) -> list[int]:
+        check_characters("text", text[:NUM_SHOWN], text)
         return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -254,10 +268,9 @@ def _training_texts(sources: Iterable[Source], held_out_fraction: float) -> Iter
 
 def _kept_texts(sources: Iterable[Source], held_out_fraction: float) -> Iterator[str]:
     for source in sources:
-        for document in source.documents():
-            has_text = num_bytes(document) > 0
+        for document in read_documents(source):
             hashes = [hash_text(document.text)]
-            if has_text and not is_held_out(hashes, held_out_fraction)[0]:
+            if not is_held_out(hashes, held_out_fraction)[0]:
                 yield document.text
 
 

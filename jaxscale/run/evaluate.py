@@ -18,7 +18,7 @@ from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.evaluation import EvaluationContext, check_evaluators
 from jaxscale.parallel.batch import place
 from jaxscale.run.run import Run, check_fit
-from jaxscale.train.metrics import writing
+from jaxscale.train.metrics import json_value, writing
 from jaxscale.train.state import stored_params
 
 
@@ -83,5 +83,5 @@ def _check_data(data: DataConfig, saved: dict[str, Any]) -> None:
 def _write_figures(path: Path, figures: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     with writing(path):
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        temporary.write_text(json.dumps(json_value(figures), indent=1, allow_nan=False) + "\n")
         temporary.replace(path)

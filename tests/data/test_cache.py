@@ -73,6 +73,12 @@ def test_one_key_for_many_documents_is_told_and_leaves_nothing(tmp_path):
     assert not folders_in(tmp_path)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    cache = open_listed(tmp_path, "\ufeffab", "\ufeff", "a\ufeff")
+    assert cache.tokens.tolist() == [97, 98, 256, 97, 0xEF, 0xBB, 0xBF, 256]
+    assert cache.text_hashes[0] == hash_text("ab")
+
+
 def test_each_tokenizer_has_a_cache_of_its_own(tmp_path):
     class Shouting(ByteTokenizer):
         fingerprint = "shouting"

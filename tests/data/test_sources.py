@@ -105,6 +105,12 @@ def test_json_lines_whatever_the_compression_or_name(tmp_path, compress):
     assert next(JsonLinesSource(paths=(str(path),)).documents()).key == "data.bin:1"
 
 
+def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines())
+    assert list(JsonLinesSource(paths=(str(path),), key_field="id").documents()) == EXPECTED
+
+
 def test_a_long_line_takes_time_in_proportion(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 10)
     text = "x" * (1 << 23)

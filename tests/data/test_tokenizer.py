@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from jaxscale.data.sources import JsonLinesSource, TextSource
@@ -117,6 +118,44 @@ def test_held_out_documents_do_not_train_the_tokenizer(tmp_path):
     assert len(tokenizer.encode("zqzq")) == 4
 
 
+def words(**vocabulary):
+    """A tokenizer of whole words."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+@pytest.mark.parametrize("is_added", [True, False])
+def test_no_text_ends_a_document_whatever_the_file_says_of_the_token(tmp_path, is_added):
+    vocabulary = {"a": 0, "<|endoftext|>": 1}
+    content = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [])).to_str())
+    if is_added:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        content["added_tokens"] = [{"id": 1, "content": "<|endoftext|>", **flags}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(TokenizerConfig("huggingface", str(tmp_path)))
+    assert tokenizer.encode("a<|endoftext|>a") == [0, 0]
+    assert tokenizer.encode_batch(["a<|endoftext|>a"])[0].tolist() == [0, 0]
+    assert tokenizer.decode([0, 1]) == "a"
+
+
+def test_an_end_that_text_can_spell_is_refused(tmp_path):
+    words(**{"a": 0, "end": 1}).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"eos_token: given 'end'.*no text encodes to"):
+        load_tokenizer(TokenizerConfig("huggingface", str(tmp_path), eos_token="end"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a word"] * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        user_defined_symbols=["</s>"],
+        minloglevel=2,
+    )
+    with pytest.raises(InputError, match="without the control symbol </s>"):
+        load_tokenizer(TokenizerConfig("sentencepiece", str(tmp_path)))
+
+
 def test_a_file_that_truncates_and_pads_loses_no_text(tmp_path):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, []))
     tokenizer.enable_truncation(4)
@@ -205,6 +244,12 @@ def test_text_without_words_is_not_blamed_on_the_size(tmp_path):
     arguments = dict(sources=(TextSource((str(path),)),), vocab_size=300, kind="sentencepiece")
     with pytest.raises(InputError, match=r"^sources: .*text with words in it"):
         train_tokenizer(**arguments, output=str(tmp_path / "output"))
+
+
+def test_half_a_character_of_a_prompt_is_named(config):
+    """As a byte of the command line that is no UTF-8 comes."""
+    with pytest.raises(InputError, match=r"text: given 'a\\udcff', .*whole characters"):
+        load_tokenizer(config).encode("a\udcff")
 
 
 def test_output_that_is_a_file_is_named(tmp_path):
