@@ -85,7 +85,9 @@ def open_cache(
     """
     name = fingerprint(source, tokenizer)
     root = Path(directory).expanduser()
-    if not (root / name).is_dir():
+    with _write_errors_named(root):  # its name may be too long to be one
+        is_built = (root / name).is_dir()
+    if not is_built:
         _build(source, tokenizer, root, name)
     return _open(root / name, tokenizer, is_verified=is_verified)
 

@@ -6,6 +6,7 @@ import functools
 import gzip
 import logging
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
@@ -47,17 +48,20 @@ def find_files(
         such as by a link or under two of the paths, comes once.
 
     Raises:
-        InputError: a path does not exist, a folder cannot be read, or no file matches.
+        InputError: a path does not exist, a folder cannot be read, no file matches, or what matches
+            is no regular file: to read a pipe would wait for ever.
     """
     found = []
     for given in paths:
         path = Path(given).expanduser()
-        if path.is_dir():
-            found += _search(path, patterns, excluded)
-        elif path.exists():
-            found.append((path.name, path))
-        else:
+        with _readable(path, "a file or folder"):  # its name may be too long to be one
+            is_there, is_folder = path.exists(), path.is_dir()
+        if not is_there:
             raise InputError(parameter, str(path), "a file or folder that exists")
+        if is_folder:
+            found += _search(path, patterns, excluded)
+        else:
+            found.append((path.name, path))
     if not found:
         expected = f"at least one file that matches {', '.join(patterns)}"
         raise InputError(parameter, paths, expected)
@@ -121,6 +125,8 @@ def _without_repeats(parameter: str, files: list[tuple[str, Path]]) -> list[tupl
     for key, path in files:
         with _readable(path, "a file"):  # a link to nothing, for example, is not
             status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(parameter, str(path), "a regular file, no pipe, socket or device")
         seen.setdefault((status.st_dev, status.st_ino), (key, path))
     kept = list(seen.values())
     if num_repeats := len(files) - len(kept):
@@ -173,8 +179,8 @@ def _entries(folder: Path) -> list[Path]:
 
 def _stamp(key: str, path: Path) -> list[Any]:
     with _readable(path, "a file"):  # a link to nothing, for example, is not
-        stat = path.stat()
-    return [key, stat.st_size, stat.st_mtime_ns]
+        status = path.stat()
+    return [key, status.st_size, status.st_mtime_ns]
 
 
 @contextlib.contextmanager

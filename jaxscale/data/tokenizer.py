@@ -3,10 +3,12 @@
 They are raw bytes, files of Hugging Face's `tokenizers` and SentencePiece models.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import itertools
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,6 +25,7 @@ END_OF_TEXT = "<|endoftext|>"
 HUGGING_FACE_FILE = "tokenizer.json"
 SENTENCE_PIECE_FILE = "tokenizer.model"
 SMALLEST_TRAINED = 260
+NEW = "a new tokenizer"
 NUM_SHOWN = 80  # characters of a text that an error quotes
 # SentencePiece's trainer leaves out, and only logs, lines that are longer than it is told or that
 # hold the character by which it stands for unknown ones.
@@ -92,9 +95,10 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "byte":
         return ByteTokenizer()
     if config.kind == "huggingface":
-        content = _read(config.path, HUGGING_FACE_FILE)
-        return HuggingFaceTokenizer(_text(config.path, content), config.eos_token)
-    return SentencePieceTokenizer(_read(config.path, SENTENCE_PIECE_FILE))
+        file = _find(config.path, HUGGING_FACE_FILE)
+        return HuggingFaceTokenizer(_read_text(file), config.eos_token, path=str(file))
+    file = _find(config.path, SENTENCE_PIECE_FILE)
+    return SentencePieceTokenizer(_read(file), path=str(file))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -174,14 +178,15 @@ class HuggingFaceTokenizer:
     Args:
         serialized: the text of its tokenizer.json.
         eos_token: the token that ends a document.
+        path: where it comes from, for errors.
     """
 
-    def __init__(self, serialized: str, eos_token: str = END_OF_TEXT):
+    def __init__(self, serialized: str, eos_token: str = END_OF_TEXT, *, path: str = NEW):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         except Exception as error:  # the library raises bare Exception
             expected = f"a tokenizer.json ({error})"
-            raise InputError("TokenizerConfig.path", serialized[:40], expected) from error
+            raise InputError("TokenizerConfig.path", path, expected) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eos_id = self._tokenizer.token_to_id(eos_token)
@@ -221,19 +226,20 @@ class SentencePieceTokenizer:
 
     Args:
         serialized: the bytes of its tokenizer.model.
+        path: where it comes from, for errors.
     """
 
-    def __init__(self, serialized: bytes):
+    def __init__(self, serialized: bytes, *, path: str = NEW):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the message may quote damaged bytes
             expected = f"a SentencePiece model ({error})"
-            raise InputError("TokenizerConfig.path", serialized[:20], expected) from error
+            raise InputError("TokenizerConfig.path", path, expected) from error
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
-            given = "a SentencePiece model without the control symbol </s>"
-            raise InputError("TokenizerConfig.path", given, "one that has it")
+            expected = "a SentencePiece model with the control symbol </s>"
+            raise InputError("TokenizerConfig.path", path, expected)
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
         self._serialized = serialized
 
@@ -326,26 +332,42 @@ def _sentencepiece_lines(text: str) -> Iterator[str]:
             yield line[first : first + max_characters]
 
 
-def _read(path: str, name: str) -> bytes:
+def _find(path: str, name: str) -> Path:
+    """The file at `path`, or of this name in the folder there."""
     file = Path(path).expanduser()
-    if file.is_dir():
-        file = file / name
-    try:
+    with _unreadable_named(file):
+        found = file / name if file.is_dir() else file
+        mode = found.stat().st_mode
+    if not stat.S_ISREG(mode):  # a pipe would be waited for
+        raise InputError("TokenizerConfig.path", str(found), "a regular file, or its folder")
+    return found
+
+
+def _read(file: Path) -> bytes:
+    with _unreadable_named(file):
         return file.read_bytes()
+
+
+def _read_text(file: Path) -> str:
+    """The text of a file, without the byte order mark that some editors write."""
+    try:
+        return _read(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        expected = f"a tokenizer.json, which is text ({error.reason})"
+        raise InputError("TokenizerConfig.path", str(file), expected) from error
+
+
+@contextlib.contextmanager
+def _unreadable_named(file: Path) -> Iterator[None]:
+    """Turns the file system's refusal to read into InputError."""
+    try:
+        yield
     except OSError as error:
         expected = (
             f"a file that can be read ({error.strerror}); "
             "`jaxscale tokenizer FILE.gin` trains a new one"
         )
-        raise InputError("TokenizerConfig.path", str(file), expected) from error
-
-
-def _text(path: str, content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        expected = f"a tokenizer.json, which is text ({error.reason})"
-        raise InputError("TokenizerConfig.path", path, expected) from error
+        raise InputError("TokenizerConfig.path", error.filename or str(file), expected) from error
 
 
 def _write(directory: Path, name: str, content: bytes) -> None:

@@ -214,6 +214,11 @@ def test_directory_that_cannot_be_made_is_named(tmp_path):
         open_listed(tmp_path / "file" / "cache", "text")
 
 
+def test_name_too_long_for_a_directory_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"cache_directory.*\(File name too long\)"):
+        open_listed(tmp_path / ("n" * 300), "text")
+
+
 def test_empty_corpus_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="the corpus is empty"):
         open_listed(tmp_path, "", "")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import struct
 import sys
 import time
@@ -134,6 +135,47 @@ def test_parquet(tmp_path):
         list(ParquetSource(paths=(str(tmp_path / "b.parquet"),)).documents())
 
 
+def invert(path, first, last):
+    content = bytearray(path.read_bytes())
+    content[first:last] = bytes(byte ^ 255 for byte in content[first:last])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+@pytest.mark.parametrize("bytes_", [(10, 30), (200, 900), (-300, -150)], ids=str)
+def test_a_damaged_parquet_file_is_named(tmp_path, compression, bytes_):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    table = pyarrow.Table.from_pylist([{"text": f"{n * n} é" * 9} for n in range(99)])
+    parquet.write_table(table, path, compression=compression)
+    source = ParquetSource((str(path),))
+    assert len(list(source.documents())) == 99
+    invert(path, *bytes_)
+    with pytest.raises(
+        InputError, match=r"ParquetSource\.paths: given '.*a\.parquet', .* whole \("
+    ):
+        list(source.documents())
+
+
+def test_a_damaged_dataset_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS * 99).save_to_disk(tmp_path / "dataset")
+    source = HuggingFaceSource(directory=str(tmp_path / "dataset"))
+    (data,) = (tmp_path / "dataset").glob("*.arrow")
+    state = tmp_path / "dataset" / "state.json"
+    whole = data.read_bytes()
+    damages = [(data, whole[: len(whole) // 2]), (data, whole[:-99]), (data, b""), (state, b"{}")]
+    for path, content in damages:
+        path.write_bytes(content)
+        for read in (source.version, lambda: list(source.documents())):
+            with pytest.raises(InputError, match=r"HuggingFaceSource: given '.*dataset', expected"):
+                read()
+        data.write_bytes(whole)
+    with pytest.raises(InputError, match=r"HuggingFaceSource: given '', expected a dataset"):
+        HuggingFaceSource(name="").version()
+
+
 def test_hugging_face_datasets(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
@@ -158,7 +200,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     "source", [ParquetSource(paths=(__file__,)), HuggingFaceSource(directory="x")]
 )
 def test_missing_extra_is_named(source, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"jaxscale\[data\]"):
         next(source.documents())
@@ -169,6 +211,24 @@ def test_missing_file_and_folder_without_matches(tmp_path):
         next(TextSource(paths=(str(tmp_path / "none"),)).documents())
     with pytest.raises(InputError, match=r"matches \*.txt"):
         next(TextSource(paths=(str(tmp_path),)).documents())
+
+
+SOURCES = {TextSource: "a.txt", JsonLinesSource: "a.jsonl", ParquetSource: "a.parquet"}
+
+
+@pytest.mark.parametrize(("source", "name"), SOURCES.items())
+def test_a_pipe_is_named_and_not_waited_for(tmp_path, source, name):
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError, match=rf"{name}', expected a regular file, no pipe"):
+            source((str(path),)).version()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_name_too_long_for_a_file_is_named(tmp_path, source):
+    path = tmp_path / ("n" * 300)
+    with pytest.raises(InputError, match=r"nnn', .*that can be read \(File name too long"):
+        next(source((str(path),)).documents())
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Tokenizers: round trips, training, the end of documents, bad input."""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -118,13 +119,6 @@ def test_held_out_documents_do_not_train_the_tokenizer(tmp_path):
     assert len(tokenizer.encode("zqzq")) == 4
 
 
-def words(**vocabulary):
-    """A tokenizer of whole words."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return tokenizer
-
-
 @pytest.mark.parametrize("is_added", [True, False])
 def test_no_text_ends_a_document_whatever_the_file_says_of_the_token(tmp_path, is_added):
     vocabulary = {"a": 0, "<|endoftext|>": 1}
@@ -140,7 +134,8 @@ def test_no_text_ends_a_document_whatever_the_file_says_of_the_token(tmp_path, i
 
 
 def test_an_end_that_text_can_spell_is_refused(tmp_path):
-    words(**{"a": 0, "end": 1}).save(str(tmp_path / "tokenizer.json"))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "end": 1}, unk_token="a"))
+    words.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(InputError, match=r"eos_token: given 'end'.*no text encodes to"):
         load_tokenizer(TokenizerConfig("huggingface", str(tmp_path), eos_token="end"))
     sentencepiece.SentencePieceTrainer.train(
@@ -152,7 +147,7 @@ def test_an_end_that_text_can_spell_is_refused(tmp_path):
         user_defined_symbols=["</s>"],
         minloglevel=2,
     )
-    with pytest.raises(InputError, match="without the control symbol </s>"):
+    with pytest.raises(InputError, match=r"\.model', .*a SentencePiece model with the control"):
         load_tokenizer(TokenizerConfig("sentencepiece", str(tmp_path)))
 
 
@@ -189,10 +184,43 @@ def test_missing_and_bad_files_are_named(tmp_path, kind):
         load_tokenizer(TokenizerConfig(kind, str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(InputError, match=r"a (tokenizer\.json|SentencePiece model)"):
-        load_tokenizer(TokenizerConfig(kind, str(tmp_path)))
+    message = r"path: given '.*/tokenizer\.\w+', expected a (tokenizer\.json|SentencePiece model)"
+    for path in (
+        tmp_path,
+        next(tmp_path.glob(f"*.{'json' if kind == 'huggingface' else 'model'}")),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_tokenizer(TokenizerConfig(kind, str(path)))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe', expected a regular file"):
+        load_tokenizer(TokenizerConfig(kind, str(tmp_path / "pipe")))
+    with pytest.raises(InputError, match=r"nnn', expected .*\(File name too long\)"):
+        load_tokenizer(TokenizerConfig(kind, str(tmp_path / ("n" * 300))))
     with pytest.raises(InputError, match="file or folder"):
         TokenizerConfig(kind)
+
+
+def test_a_damaged_model_is_named(tmp_path, folders):
+    output, sources = str(tmp_path), (TextSource(paths=folders),)
+    train_tokenizer(sources=sources, output=output, vocab_size=312, kind="sentencepiece")
+    path = tmp_path / "tokenizer.model"
+    whole = path.read_bytes()
+    config = TokenizerConfig("sentencepiece", output)
+    for cut in range(1, len(whole), 97):
+        for content in (whole[:cut], whole[:cut] + b"\xff" + whole[cut + 1 :]):
+            path.write_bytes(content)
+            try:
+                load_tokenizer(config)  # what is left may be a model
+            except InputError as error:
+                assert error.parameter == "TokenizerConfig.path" and str(path) in str(error)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    model = tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, [])
+    tokenizers.Tokenizer(model).save(str(path))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_tokenizer(TokenizerConfig("huggingface", str(path))).encode("aa") == [0, 0]
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
