@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class TokenCache:
         tokens: uint16 or uint32 [num_tokens], memory-mapped.
         offsets: int64 [num_documents + 1]; document d is tokens[offsets[d]:offsets[d + 1]].
         num_bytes: int64 [num_documents], UTF-8 bytes of the text.
+        num_scored_bytes: int64 [num_documents], the same without the document's first token, which
+            no model predicts.
         key_hashes: uint64 [num_documents], the hash_text of each key.
         text_hashes: uint64 [num_documents], the hash_text of each text.
         fingerprint: names source, tokenizer and the state of the source's files on this machine.
@@ -48,6 +51,7 @@ class TokenCache:
     tokens: np.ndarray
     offsets: np.ndarray
     num_bytes: np.ndarray
+    num_scored_bytes: np.ndarray
     key_hashes: np.ndarray
     text_hashes: np.ndarray
     fingerprint: str
@@ -157,6 +161,7 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths: list[int] = []
     sizes: list[int] = []
+    scored_sizes: list[int] = []
     key_hashes: list[int] = []
     text_hashes: list[int] = []
     content = hashlib.sha256()
@@ -172,6 +177,7 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             encoded = tokenizer.encode_batch([document.text for document in documents])
             ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
             lengths += [len(ids) for ids in ended]
+            scored_sizes += map(_num_scored_bytes, repeat(tokenizer), documents, ended)
             flat = np.concatenate(ended).tobytes()
             content.update(flat)
             append_tokens(flat)
@@ -189,6 +195,7 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     for array in arrays.values():
         content.update(array.tobytes())
     arrays["text_hashes"] = np.uint64(text_hashes)
+    arrays["num_scored_bytes"] = np.array(scored_sizes)
     for name, array in arrays.items():
         with _appending(folder / f"{name}.bin", hashes) as append:
             append(array.tobytes())
@@ -201,6 +208,14 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     }
     with _appending(folder / MANIFEST, {}) as append:
         append(json.dumps(facts | {"sha256": _sha256(facts)}, indent=1).encode())
+
+
+def _num_scored_bytes(tokenizer: Tokenizer, document: Document, ids: np.ndarray) -> int:
+    """Bytes of a document's text after its first token; `ids` ends with the end of the document."""
+    if len(ids) == 1:  # the text encodes to nothing
+        return 0
+    num_bytes = len(document.text.encode())
+    return max(num_bytes - tokenizer.num_bytes(int(ids[0])), 0)
 
 
 def _check_keys(source: Source, path: Path, hashes: np.ndarray) -> None:
@@ -242,6 +257,7 @@ def _open(folder: Path, tokenizer: Tokenizer, *, is_verified: bool) -> TokenCach
         "tokens": manifest["tokens_dtype"],
         "offsets": "int64",
         "num_bytes": "int64",
+        "num_scored_bytes": "int64",
         "key_hashes": "uint64",
         "text_hashes": "uint64",
     }

@@ -37,6 +37,11 @@ class Corpus:
         return int(self.cache.num_bytes[self.documents].sum())
 
     @property
+    def num_scored_bytes(self) -> int:
+        """UTF-8 bytes of the documents' text, without the first token of each."""
+        return int(self.cache.num_scored_bytes[self.documents].sum())
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that are predicted in one epoch.
 

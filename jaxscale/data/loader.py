@@ -281,7 +281,8 @@ class HeldOutLoader:
     Args: as in TrainLoader.
 
     Attributes:
-        num_bytes: UTF-8 bytes of the documents' text, over all hosts.
+        num_scored_bytes: UTF-8 bytes of the documents' text without the first token of each, which
+            is not predicted, over all hosts.
         num_tokens: tokens that are predicted in a pass (the sum of all weights), over all hosts.
     """
 
@@ -292,7 +293,7 @@ class HeldOutLoader:
         self._corpora = _corpora_rows(config, corpora)
         num_rows = [corpus.num_rows for corpus in self._corpora]
         self._first_rows = np.cumsum([0] + num_rows)  # the last is their total
-        self.num_bytes = sum(corpus.num_bytes for corpus in corpora)
+        self.num_scored_bytes = sum(corpus.num_scored_bytes for corpus in corpora)
         self.num_tokens = sum(corpus.num_tokens for corpus in corpora)
 
     def __len__(self) -> int:

@@ -48,6 +48,7 @@ def test_holds_the_documents_that_have_text(tmp_path):
     assert cache.tokens.tolist() == [97, 98, 256, 0xC3, 0xA9, 256]
     assert cache.offsets.tolist() == [0, 3, 6]
     assert cache.num_bytes.tolist() == [2, 2]
+    assert cache.num_scored_bytes.tolist() == [1, 1]
     assert cache.keys() == ["key 0\n", "key 2\n"]
     assert cache.key_hashes.tolist() == [hash_text("key 0\n"), hash_text("key 2\n")]
     assert cache.text_hashes.tolist() == [hash_text("ab"), hash_text("é")]
@@ -237,10 +238,11 @@ def flip(path, first, last=None):
     path.write_bytes(content.tobytes())
 
 
-NAMES = ["tokens.bin", "offsets.bin", "num_bytes.bin", "key_hashes.bin", "text_hashes.bin"]
+ARRAYS = ["tokens", "offsets", "num_bytes", "num_scored_bytes", "key_hashes", "text_hashes"]
+FILES = [*(f"{name}.bin" for name in ARRAYS), "keys.jsonl"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "keys.jsonl"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("bytes_", [(0, None), (3, 4)], ids=["all bytes", "one byte"])
 def test_flipped_bytes_are_told(tmp_path, name, bytes_):
     folder = open_listed(tmp_path, "text", "more").directory

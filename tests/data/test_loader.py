@@ -170,9 +170,9 @@ def test_held_out_pass_predicts_each_token_once(make_config, is_packed):
     assert [batch["tokens"].shape for batch in batches] == [(8, 32)] * len(batches)
     assert sum(int(batch["weights"].sum()) for batch in batches) == loader.num_tokens
     texts = texts_of(config, is_hidden=True)
-    assert loader.num_bytes == sum(len(text.encode()) for text in texts)
+    assert loader.num_scored_bytes == sum(len(text.encode()) - 1 for text in texts)
     # A token is a byte here; the first of a document is not predicted, the one that ends it is.
-    assert loader.num_tokens == loader.num_bytes
+    assert loader.num_tokens == loader.num_scored_bytes + len(texts)
     for again, batch in zip(loader, batches):
         assert_equal(again, batch)
 

@@ -42,6 +42,14 @@ def test_round_trip(config):
     assert max(ids) < tokenizer.vocab_size
 
 
+def test_tokens_stand_for_the_bytes_of_their_text(config):
+    tokenizer = load_tokenizer(config)
+    for text in (HARD_TEXT, "漢字", "🎉", "é", "\ufffd", " ", "class Tokenizer:\n"):
+        ids = tokenizer.encode(text)
+        assert sum(map(tokenizer.num_bytes, ids)) == len(text.encode())
+    assert tokenizer.num_bytes(tokenizer.eos_id) == 0
+
+
 def test_no_text_ends_a_document(config):
     tokenizer = load_tokenizer(config)
     assert tokenizer.eos_id < tokenizer.vocab_size
