@@ -208,14 +208,20 @@ class TrainLoader:
 
     def batch_at(self, n: int) -> Batch:
         """This host's rows of global batch `n`, numpy [b, T]."""
-        stream = n * self._config.batch_size + self._local_rows
-        sources = self._mixture.sources(stream)
-        positions = self._mixture.positions(stream)
+        sources = self.sources_at(n)
+        positions = self._mixture.positions(self._rows_at(n))
         rows = np.zeros_like(positions)
         for source in range(len(self._corpora)):
             chosen = sources == source
             rows[chosen] = self._shuffled(source, positions[chosen])
         return read_batch(self._corpora, sources, rows)
+
+    def sources_at(self, n: int) -> np.ndarray:
+        """The source of each of this host's rows of global batch `n`: int64 [b]."""
+        return self._mixture.sources(self._rows_at(n))
+
+    def _rows_at(self, n: int) -> np.ndarray:
+        return n * self._config.batch_size + self._local_rows
 
     def _shuffled(self, source: int, positions: np.ndarray) -> np.ndarray:
         """The rows of one source at `positions` of its endless sequence of shuffled epochs."""
@@ -242,7 +248,7 @@ class TrainLoader:
         """
         return {
             "batch": self._next,
-            "positions": self._served_before(self._next),
+            "positions": self.served_before(self._next),
             "depends_on": self._facts,
         }
 
@@ -262,14 +268,15 @@ class TrainLoader:
                 raise InputError(f"DataConfig.{name}", value, expected)
         batch = state["batch"]
         positions = state["positions"]
-        served = self._served_before(batch)
+        served = self.served_before(batch)
         if positions != served:
             expected = f"{served} before batch {batch}"
             raise InputError("data state positions", positions, expected)
         self._next = batch
         self._batches.set_state({"next_index": batch})
 
-    def _served_before(self, batch: int) -> list[int]:
+    def served_before(self, batch: int) -> list[int]:
+        """How many rows each source serves before global batch `batch`."""
         return self._mixture.served(batch * self._config.batch_size)
 
 
