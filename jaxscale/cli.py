@@ -68,6 +68,10 @@ VERBS = {
         "jaxscale.data.tokenizer:train_tokenizer",
         "train a tokenizer",
     ),
+    "data": Verb(
+        "jaxscale.run.data:show_data",
+        "show what a run will be trained on: counts, how full its rows are, a batch as text",
+    ),
     "inspect": Verb(
         "jaxscale.run.inspect:inspect",
         "print a run's configuration, parameters, shardings and bytes; allocates nothing",

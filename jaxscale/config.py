@@ -240,7 +240,7 @@ def _statements(path: Path, names: _Names, label: str) -> Iterator[Any]:
     def resolve(selector: str) -> Callable:
         return names.resolve(selector, f"{path}:{parser.current_token.start[0]}")
 
-    with path.open(encoding="utf-8") as stream, _syntax_errors(path):
+    with path.open(encoding="utf-8-sig") as stream, _syntax_errors(path):
         parser = config_parser.ConfigParser(stream, _Delegate(resolve))
         yield from parser
 

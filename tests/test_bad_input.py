@@ -276,6 +276,32 @@ def test_a_missing_file(root, capsys):
     )
 
 
+def test_a_file_with_a_byte_order_mark(root, capsys):
+    path = root / "run.gin"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert "TrainConfig.steps: given 0" in refused(capsys, root, "train.steps=0")
+
+
+@pytest.mark.parametrize("name", ["CACHE", "CORPUS", "DIRECTORY", "data.tokenizer.path"])
+def test_a_name_that_no_file_can_have(root, capsys, name):
+    path = str(root / ("n" * 300))
+    value = (path,) if name == "CORPUS" else path
+    kind = ["data.tokenizer.kind='sentencepiece'"] * name.startswith("data")
+    message = refused(capsys, root, *kind, f"{name}={value!r}")
+    assert "nnn" in message and "File name too long" in message
+
+
+def test_a_file_whose_name_no_file_can_have(root, capsys):
+    assert cli.main(["pretrain", str(root / ("n" * 300))]) == 2
+    assert "nnn: File name too long" in capsys.readouterr().err
+
+
+def test_a_prompt_with_a_stray_byte(shared, capsys):
+    assert cli.main(["generate", str(shared / "run.gin"), "--set=prompts=a\udcff"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(r"jaxscale generate: text: given 'a\udcff', expected text of whole")
+
+
 def test_a_missing_corpus(root, capsys):
     shutil.rmtree(root / "corpus")
     message = refused(capsys, root)

@@ -18,7 +18,7 @@ from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.evaluation import EvaluationContext, check_evaluators
 from jaxscale.parallel.batch import place
 from jaxscale.run.run import Run, check_fit
-from jaxscale.train.metrics import writing
+from jaxscale.train.metrics import json_value, writing
 from jaxscale.train.state import stored_params
 
 
@@ -77,11 +77,11 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
 def _check_data(data: DataConfig, saved: dict[str, Any]) -> None:
     """Refuses another tokenizer than the saved one, and warns of documents that were trained on."""
     check_tokenizer(saved, load_tokenizer(data.tokenizer))
-    warn_of_trained_documents(saved, data.held_out_fraction)
+    warn_of_trained_documents(saved, data)
 
 
 def _write_figures(path: Path, figures: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     with writing(path):
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        temporary.write_text(json.dumps(json_value(figures), indent=1, allow_nan=False) + "\n")
         temporary.replace(path)

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import math
 import struct
 import time
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +65,8 @@ def writing(path: Path) -> Iterator[None]:
 class History:
     """One JSON object a line, such as `{"step": 7, "loss": 3.1}`; floats read back bit-identical.
 
+    A number that is not finite is null.
+
     Args:
         path: the file; lines of steps after `step` are dropped, for those steps will run again.
         step: finished steps of the state the run starts from.
@@ -83,9 +87,7 @@ class History:
 
     def report(self, step: int, figures: Mapping[str, Any]) -> None:
         """Appends a line; evaluations of a step are a line of their own."""
-        line = json.dumps(
-            {"step": step, **figures}, default=lambda value: np.asarray(value).tolist()
-        )
+        line = json.dumps(json_value({"step": step, **figures}), allow_nan=False)
         with writing(self._path):
             self._file.write(line + "\n")
             self._file.flush()
@@ -94,6 +96,19 @@ class History:
         """Closes the file."""
         with writing(self._path):
             self._file.close()
+
+
+def json_value(value: Any) -> Any:
+    """The value as JSON has it: arrays as lists, and null for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {name: json_value(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (str, int, types.NoneType)):
+        return value
+    return json_value(np.asarray(value).tolist())
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -54,6 +54,20 @@ def test_arrays_of_any_kind_are_written(tmp_path):
     ]
 
 
+def test_what_is_no_finite_number_is_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    history = History(path, 0)
+    odd = {"loss": math.nan, "norms": np.float32([1, np.inf]), "a/b": {"c": [-math.inf, "NaN"]}}
+    history.report(1, odd)
+    history.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads(path.read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": None, "norms": [1, None], "a/b": {"c": [None, "NaN"]}}
+
+
 def test_a_resumed_history_drops_the_steps_that_run_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 8))
