@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from jaxscale.types import InputError, RunError
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+RUN_FILE = "config.gin"  # in a run's directory
 
 # The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps
 # its traceback.
@@ -36,12 +38,15 @@ class Verb(NamedTuple):
     """Where a verb's function is, imported only when the verb is used, and a line of help.
 
     `option` is a parameter of the function that has an option of its own on the command line, with
-    its help.
+    its help; `words` are parameters that stand on it without a name. `has_file` says whether a gin
+    file or a run's directory comes before them.
     """
 
     function: str
     help: str
     option: tuple[str, str] | None = None
+    words: tuple[tuple[str, str], ...] = ()
+    has_file: bool = True
 
 
 VERBS = {
@@ -71,6 +76,17 @@ VERBS = {
         " exit 1 if it does not fit",
         option=("topology", "MACHINE:HOSTSxGPUS_PER_HOST, such as h200:16x8"),
     ),
+    "import": Verb(
+        "jaxscale.run.huggingface:import_model",
+        "make a run's directory of a folder of Hugging Face",
+        words=(("source", "the folder: config.json, safetensors, tokenizer"),),
+        has_file=False,
+    ),
+    "export": Verb(
+        "jaxscale.run.huggingface:export_model",
+        "write a checkpoint as a folder that Hugging Face loads",
+        words=(("directory", "the new folder"),),
+    ),
 }
 
 EXAMPLES = """\
@@ -81,8 +97,10 @@ examples:
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
+  jaxscale import models/phi3 --set directory=runs/phi3
+  jaxscale export runs/phi3 models/phi3_tuned
 
-A run leaves the file that repeats it in its directory:
+A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
 
 --set FIELD=VALUE             a parameter of the verb, such as prompts, or a field of the run,
@@ -128,18 +146,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> Any:
-    function = load(VERBS[options.verb].function)
+    verb = VERBS[options.verb]
+    function = load(verb.function)
+    files = [_file(options.file)] if verb.has_file else []
     with _log_on_stderr():
-        return config.run(function, [options.file], _overrides(options))
+        return config.run(function, files, _overrides(options))
+
+
+def _file(given: str) -> Path:
+    """The gin file, or that of a run's directory."""
+    path = Path(given)
+    return path / RUN_FILE if (path / RUN_FILE).is_file() else path
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
-    """What `--set` gives, and the verb's own option as if `--set` gave it."""
-    option = VERBS[options.verb].option
-    if option is None:
-        return options.set
-    name, _ = option
-    return [*options.set, f"{name}={getattr(options, name)!r}"]
+    """What `--set` gives, and the verb's own option and words as if `--set` gave them."""
+    verb = VERBS[options.verb]
+    own = [name for name, _ in (*verb.words, *filter(None, [verb.option]))]
+    return [*options.set, *(f"{name}={getattr(options, name)!r}" for name in own)]
 
 
 class _Printer(logging.Handler):
@@ -194,15 +218,22 @@ def _parser() -> argparse.ArgumentParser:
 def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
     function = verb.function.replace(":", ".")
     does = f"{verb.help[0].upper()}{verb.help[1:]}."
+    if verb.has_file:
+        does += f" The file binds the run and other parameters of {function}."
+    else:
+        does += f" `--set` gives other parameters of {function}."
     parser = verbs.add_parser(
         name,
         help=verb.help,
-        description=f"{does} The file binds the run and other parameters of {function}.",
+        description=does,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("file", metavar="FILE.gin", help="says what the verb works on")
+    if verb.has_file:
+        parser.add_argument("file", metavar="FILE.gin", help="says what the verb works on")
+    for name, meaning in verb.words:
+        parser.add_argument(name, metavar=name.upper(), help=meaning)
     parser.add_argument(
         "--set",
         metavar="NAME.FIELD=VALUE",

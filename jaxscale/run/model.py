@@ -6,14 +6,15 @@ model.generate("def ", max_new_tokens=40)
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxscale.checkpoint.restore import restore_params
+from jaxscale.checkpoint.restore import Restored, restore_params
 from jaxscale.data.loader import check_tokenizer
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.models.config.facts import checkpoint_facts
@@ -133,15 +134,8 @@ def load(
     mesh = MeshConfig(tensor=tensor)
     devices = make_mesh(mesh, jax.devices()[:tensor])
     specs = make_specs(run.table(), mesh)
-    restored = restore_params(
-        run.checkpoint.within(run.path),
-        checkpoint_facts(run.model),
-        stored_params(run.table(), devices, specs, run.policy.parameters),
-        dims=specs.dims,
-        layout=specs.layout,
-        step=step,
-        check=functools.partial(check_tokenizer, tokenizer=tokenizer),
-    )
+    check = functools.partial(check_tokenizer, tokenizer=tokenizer)
+    restored = restore_model(run, step=step, tensor=tensor, check=check)
     if tensor == 1:
         operations, region = run.execution.operations(), None
     else:
@@ -152,3 +146,34 @@ def load(
     )
     decoder = Decoder(run.model, operations, run.policy, execution)
     return LanguageModel(decoder, restored.params, tokenizer, region)
+
+
+def restore_model(
+    run: Run,
+    *,
+    step: int | None = None,
+    tensor: int = 1,
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> Restored:
+    """The parameters of a run's checkpoint, spread over the first `tensor` devices.
+
+    Args:
+        run: the run.
+        step: which checkpoint; the newest when None.
+        tensor: devices over which each matrix is spread.
+        check: as `checkpoint.restore.restore_params`.
+    Raises:
+        InputError: there is no such checkpoint, it is damaged, or it is of another model.
+    """
+    mesh = MeshConfig(tensor=tensor)
+    devices = make_mesh(mesh, jax.devices()[:tensor])
+    specs = make_specs(run.table(), mesh)
+    return restore_params(
+        run.checkpoint.within(run.path),
+        checkpoint_facts(run.model),
+        stored_params(run.table(), devices, specs, run.policy.parameters),
+        dims=specs.dims,
+        layout=specs.layout,
+        step=step,
+        check=check,
+    )

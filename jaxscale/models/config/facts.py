@@ -74,7 +74,7 @@ def _defaults(value: Any) -> Any:
             is_parts = dataclasses.is_dataclass(item) or any(map(dataclasses.is_dataclass, item))
             found[field.name] = _defaults(item) if is_parts else field.default
         elif field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
+            found[field.name] = _facts(field.default)
     return {name: item for name, item in found.items() if item is not dataclasses.MISSING}
 
 
