@@ -29,6 +29,7 @@ IGNORED = {
     "embd_pdrop",
     "eos_token_id",
     "experts_implementation",
+    "hidden_dropout",
     "id2label",
     "initializer_range",
     "is_decoder",
