@@ -82,6 +82,10 @@ VERBS = {
         words=(("source", "the folder: config.json, safetensors, tokenizer"),),
         has_file=False,
     ),
+    "chat": Verb(
+        "jaxscale.run.chat:chat",
+        "talk to an imported model in the terminal",
+    ),
     "export": Verb(
         "jaxscale.run.huggingface:export_model",
         "write a checkpoint as a folder that Hugging Face loads",
@@ -98,6 +102,7 @@ examples:
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
   jaxscale import models/phi3 --set directory=runs/phi3
+  jaxscale chat runs/phi3 --set sampling.temperature=0.7
   jaxscale export runs/phi3 models/phi3_tuned
 
 A run leaves the file that repeats it in its directory, which may stand for the file:
