@@ -43,12 +43,15 @@ class Verb(NamedTuple):
     """Where a verb's function is, imported only when the verb is used, and a line of help.
 
     `option` is a parameter of the function that has an option of its own on the command line, with
-    its help.
+    its help; `words` are parameters that stand on it without a name. `has_file` says whether a gin
+    file or a run's directory comes before them.
     """
 
     function: str
     help: str
     option: tuple[str, str] | None = None
+    words: tuple[tuple[str, str], ...] = ()
+    has_file: bool = True
 
 
 VERBS = {
@@ -82,6 +85,21 @@ VERBS = {
         " exit 1 if it does not fit",
         option=("topology", "MACHINE:HOSTSxGPUS_PER_HOST, such as h200:16x8"),
     ),
+    "import": Verb(
+        "jaxscale.run.huggingface:import_model",
+        "make a run's directory of a folder of Hugging Face",
+        words=(("source", "the folder: config.json, safetensors, tokenizer"),),
+        has_file=False,
+    ),
+    "chat": Verb(
+        "jaxscale.run.chat:chat",
+        "talk to an imported model in the terminal",
+    ),
+    "export": Verb(
+        "jaxscale.run.huggingface:export_model",
+        "write a checkpoint as a folder that Hugging Face loads",
+        words=(("directory", "the new folder"),),
+    ),
 }
 
 EXAMPLES = """\
@@ -92,8 +110,11 @@ examples:
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate runs/main_job --set 'prompts="Once upon"'
+  jaxscale import models/phi3 --set directory=runs/phi3
+  jaxscale chat runs/phi3 --set sampling.temperature=0.7
+  jaxscale export runs/phi3 models/phi3_tuned
 
-A run leaves the file that repeats it in its directory:
+A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
 
 --set FIELD=VALUE             a parameter of the verb, such as prompts, or a field of the run,
@@ -149,7 +170,10 @@ def _leave_closed_pipe() -> int:
 
 def _run(options: argparse.Namespace) -> Any:
     with Preemption(), _log_on_stderr():
-        function = load(VERBS[options.verb].function)
+        verb = VERBS[options.verb]
+        function = load(verb.function)
+        if not verb.has_file:
+            return config.run(function, [], _overrides(options))
         path = Path(options.file)
         if path.is_dir():
             return _run_saved(function, path, options)
@@ -158,17 +182,15 @@ def _run(options: argparse.Namespace) -> Any:
 
 def _run_saved(function: Callable, directory: Path, options: argparse.Namespace) -> Any:
     """Calls a verb with what a run has saved in its directory, wherever that lies by now."""
-    overrides = [f"directory={str(directory)!r}", *_overrides(options)]
+    overrides = [f"run.directory={str(directory)!r}", *_overrides(options)]
     return config.run(function, [directory / CONFIG], overrides, options.admit or ())
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
-    """What `--set` gives, and the verb's own option as if `--set` gave it."""
-    option = VERBS[options.verb].option
-    if option is None:
-        return options.set
-    name, _ = option
-    return [*options.set, f"{name}={getattr(options, name)!r}"]
+    """What `--set` gives, and the verb's own option and words as if `--set` gave them."""
+    verb = VERBS[options.verb]
+    own = [name for name, _ in (*verb.words, *filter(None, [verb.option]))]
+    return [*options.set, *(f"{name}={getattr(options, name)!r}" for name in own)]
 
 
 class _Printer(logging.Handler):
@@ -223,14 +245,36 @@ def _parser() -> argparse.ArgumentParser:
 def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
     function = verb.function.replace(":", ".")
     does = f"{verb.help[0].upper()}{verb.help[1:]}."
+    if verb.has_file:
+        does += f" The file binds the run and other parameters of {function}."
+    else:
+        does += f" `--set` gives other parameters of {function}."
     parser = verbs.add_parser(
         name,
         help=verb.help,
-        description=f"{does} The file binds the run and other parameters of {function}.",
+        description=does,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if verb.has_file:
+        _add_file(parser)
+    for name, meaning in verb.words:
+        parser.add_argument(name, metavar=name.upper(), help=meaning)
+    parser.add_argument(
+        "--set",
+        metavar="NAME.FIELD=VALUE",
+        action="append",
+        default=[],
+        help="override one value",
+    )
+    if verb.option:
+        option, meaning = verb.option
+        parser.add_argument(f"--{option}", required=True, help=meaning)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
+
+
+def _add_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE.gin",
@@ -243,17 +287,6 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
         help="for a file that is not yours: it may name only what jaxscale and this module define"
         " (repeatable); so it is, without any module, for a run's saved configuration",
     )
-    parser.add_argument(
-        "--set",
-        metavar="NAME.FIELD=VALUE",
-        action="append",
-        default=[],
-        help="override one value",
-    )
-    if verb.option:
-        option, meaning = verb.option
-        parser.add_argument(f"--{option}", required=True, help=meaning)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
 
 
 def load(function: str) -> Callable:

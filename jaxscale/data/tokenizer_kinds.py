@@ -107,6 +107,8 @@ class HuggingFaceTokenizer:
         ending = tokenizers.AddedToken(eos_token, normalized=False, special=True)
         self._tokenizer.add_special_tokens([ending])
         self._tokenizer.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.special_tokens = tuple(token.content for token in added if token.special)
         if self.eos_id in self.encode(eos_token):
             expected = "a token that no text encodes to; this one is a word of the vocabulary"
             raise InputError("TokenizerConfig.eos_token", eos_token, expected)
@@ -119,6 +121,17 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         check_characters("text", text[:NUM_SHOWN], text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_special(self, text: str) -> list[int]:
+        """The token ids of a text in which the special tokens that it spells are tokens.
+
+        For text of a chat's template, in which nothing of a user's may spell one.
+        """
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -85,10 +85,10 @@ class ByChunk:
     ) -> tuple[Array, Any, Choices | None]:
         """As `LayerStrategy`; for one device in a tensor group, so that own tokens are all."""
 
-        def project(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-            x, positions = chunk
+        def project(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array]:
+            x, positions, lengths = chunk
             _, h = layer.enter_attention(x)
-            return layer.qkv(h, positions)
+            return layer.qkv(h, positions, lengths)
 
         def finish(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Choices | None]:
             x, o, keys = chunk
@@ -96,7 +96,7 @@ class ByChunk:
             drawn = None if keys is None else dataclasses.replace(draws, keys=keys)
             return layer.finish(x, h, layer.output(o), drawn)
 
-        q, k, v = self._over_chunks(project, (x, context.positions))
+        q, k, v = self._over_chunks(project, (x, context.positions, context.lengths))
         o, cache = layer.attend(q, k, v, context, cache)
         keys = None if draws is None else draws.keys
         x, choices = self._over_chunks(finish, (x, o, keys))

@@ -30,9 +30,17 @@ def normalise(
     config: NormConfig,
 ) -> Array:
     """The configured norm over the last dim of `x`."""
+    scale = norm_scale(params, config)
     if config.kind == "rmsnorm":
-        return rms_norm(x, params["scale"], epsilon=config.epsilon)
-    return layer_norm(x, params["scale"], params.get("bias"), epsilon=config.epsilon)
+        return rms_norm(x, scale, epsilon=config.epsilon)
+    return layer_norm(x, scale, params.get("bias"), epsilon=config.epsilon)
+
+
+def norm_scale(params: Params, config: NormConfig) -> Array:
+    """The scale of a norm; with an offset in at least float32, in which a small one counts."""
+    if not config.scale_offset:
+        return params["scale"]
+    return accumulator(params["scale"]) + config.scale_offset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Layer:
         """
 
         def project_and_attend(h: Array, context: AttentionContext) -> tuple[Array, Any]:
-            q, k, v = self.qkv(h, context.positions)
+            q, k, v = self.qkv(h, context.positions, context.lengths)
             return self.attend(q, k, v, context, cache)
 
         x, h = self.enter_attention(x)
@@ -101,12 +109,18 @@ class Layer:
             return x, x
         return self._residual_and_norm("attention", x)
 
-    def qkv(self, h: Array, positions: Array) -> tuple[Array, Array, Array]:
+    def qkv(
+        self,
+        h: Array,
+        positions: Array,
+        lengths: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
         """Projections, norm of queries and keys, rotary positions.
 
         Args:
             h: what `enter_attention` returned, of all tokens, [B, T, D].
             positions: [B, T].
+            lengths: as in `AttentionContext`.
         Returns:
             q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]; on a mesh the local heads.
         """
@@ -132,8 +146,8 @@ class Layer:
             q = self._normalise_all_heads(params["q_norm"], q)
             k = self._normalise_all_heads(scales, k)
         if config.rotary is not None:
-            q = rotate(q, positions, config.rotary)
-            k = rotate(k, positions, config.rotary)
+            q = rotate(q, positions, config.rotary, lengths)
+            k = rotate(k, positions, config.rotary, lengths)
         return self._name("q", q), self._name("k", k), self._name("v", v)
 
     def attend(
@@ -247,7 +261,7 @@ class Layer:
         """The residual `x`, to go on with, and the norm of it that a branch takes."""
         params = self.params[branch]["norm"]
         if self.norm.kind == "rmsnorm":
-            return residual_norm(x, params["scale"], epsilon=self.norm.epsilon)
+            return residual_norm(x, norm_scale(params, self.norm), epsilon=self.norm.epsilon)
         return x, normalise(params, x, self.norm)
 
     def _normalise_after(self, params: Params, y: Array) -> Array:
@@ -263,7 +277,11 @@ class Layer:
         if self.norm.kind == "layernorm":
             x32 = x32 - total(x32.sum((2, 3), keepdims=True)) / count
         mean_square = total((x32 * x32).sum((2, 3), keepdims=True)) / count
-        y = x32 * lax.rsqrt(mean_square + self.norm.epsilon) * accumulator(params["scale"])
+        y = (
+            x32
+            * lax.rsqrt(mean_square + self.norm.epsilon)
+            * accumulator(norm_scale(params, self.norm))
+        )
         if "bias" in params:
             y = y + accumulator(params["bias"])
         return y.astype(x.dtype)

@@ -37,7 +37,7 @@ class Parameter:
         shape: its size.
         role: what it is.
         std: standard deviation of the normal it starts from; 0 starts it at `mean`.
-        mean: 0 or 1.
+        mean: of the first values.
         learning_rate_factor: by which the optimizer's learning rate is multiplied.
         active: share of its elements that one token multiplies with: less than 1 for experts, 0 for
             a look-up.
@@ -110,7 +110,8 @@ class _Builder:
         return Parameter(dims, shape, role, std, mean, active=active)
 
     def norm(self, stack: str, dims: str = "D", **sizes: int) -> Table:
-        norm = {"scale": self(stack + dims, Role.NORM, mean=1.0, **sizes)}
+        mean = 1.0 - self.config.norm.scale_offset
+        norm = {"scale": self(stack + dims, Role.NORM, mean=mean, **sizes)}
         if self.config.norm.use_bias:
             norm["bias"] = self(stack + dims, Role.NORM, **sizes)
         return norm

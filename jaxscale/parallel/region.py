@@ -66,6 +66,7 @@ def make_operations(
         column_then_row=(
             tensor.column_then_row if is_pipelined else tensor.column_then_row_by_member
         ),
+        whole_rows=tensor.whole_rows,
         own_tokens=tensor.own_tokens,
         first_column=_first_column(config),
         kv_heads=tensor.kv_heads,

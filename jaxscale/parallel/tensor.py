@@ -161,6 +161,11 @@ def _shift(x: Array, distance: int) -> Array:
     return lax.ppermute(x, TENSOR, pairs)
 
 
+def whole_rows(x: Array) -> Array:
+    """[B, T / sequence] of the tokens here to [B, T], whose order is the devices'."""
+    return lax.all_gather(x, SEQUENCE, axis=1, tiled=True)
+
+
 def own_tokens(x: Array) -> Array:
     """[B, T, ...] known to the whole group, cut to this device's tokens [B, T / tensor, ...]."""
     num_rows, length, *rest = x.shape

@@ -9,13 +9,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxscale.checkpoint.restore import restore_params
+from jaxscale.checkpoint.restore import Restored, restore_params
 from jaxscale.data.loader import check_tokenizer
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.launch.memory import check_fits
@@ -157,17 +158,8 @@ def load(
     mesh = MeshConfig(tensor=tensor)
     devices = make_mesh(mesh, jax.devices()[:tensor])
     specs = make_specs(run.table(), mesh)
-    stored = stored_params(run.table(), devices, specs, run.policy.parameters)
-    check_fits("model", {"parameters": stored})
-    restored = restore_params(
-        run.checkpoint.within(run.path),
-        checkpoint_facts(run.model),
-        stored,
-        dims=specs.dims,
-        layout=specs.layout,
-        step=step,
-        check=functools.partial(check_tokenizer, tokenizer=tokenizer),
-    )
+    check = functools.partial(check_tokenizer, tokenizer=tokenizer)
+    restored = restore_model(run, step=step, tensor=tensor, check=check)
     # Not as in training: its attention may be of a device or of lengths that are not here, and a
     # loop over layers decodes at half the rate of unrolled ones.
     backend = "reference" if run.runtime.is_deterministic else None
@@ -179,3 +171,36 @@ def load(
         region = Region(devices, specs, operations)
     decoder = Decoder(run.model, operations, run.policy, execution)
     return LanguageModel(decoder, restored.params, tokenizer, region)
+
+
+def restore_model(
+    run: Run,
+    *,
+    step: int | None = None,
+    tensor: int = 1,
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> Restored:
+    """The parameters of a run's checkpoint, spread over the first `tensor` devices.
+
+    Args:
+        run: the run.
+        step: which checkpoint; the newest when None.
+        tensor: devices over which each matrix is spread.
+        check: as `checkpoint.restore.restore_params`.
+    Raises:
+        InputError: there is no such checkpoint, it is damaged, or it is of another model.
+    """
+    mesh = MeshConfig(tensor=tensor)
+    devices = make_mesh(mesh, jax.devices()[:tensor])
+    specs = make_specs(run.table(), mesh)
+    stored = stored_params(run.table(), devices, specs, run.policy.parameters)
+    check_fits("model", {"parameters": stored})
+    return restore_params(
+        run.checkpoint.within(run.path),
+        checkpoint_facts(run.model),
+        stored,
+        dims=specs.dims,
+        layout=specs.layout,
+        step=step,
+        check=check,
+    )
