@@ -103,7 +103,7 @@ def test_a_message_that_spells_a_special_token_is_refused(directory, monkeypatch
 
 def test_a_chat_that_has_become_too_long_is_refused(directory, monkeypatch, capsys):
     status, _, error = answers(directory, monkeypatch, capsys, "x" * 60 + "\n")
-    assert status == 2 and "prompt + max_new_tokens <= model.max_length = 64" in error
+    assert status == 2 and "prompt + max_new_tokens - 1 <= model.max_length = 64" in error
 
 
 def test_a_model_without_a_template_does_not_chat(tmp_path, monkeypatch):
