@@ -73,6 +73,15 @@ VERBS = {
     ),
 }
 
+CHECKPOINT = "jaxscale.run.checkpoint"
+ACTIONS = {
+    "ls": "list the checkpoints in a folder",
+    "show": "print each array's type, shape and bytes",
+    "verify": "check the whole by its checksums, or that all of it can be read",
+    "convert": "write it as a checkpoint of jaxscale: PATH DESTINATION",
+    "diff": "compare two array by array: PATH OTHER; exit 1 if they differ",
+}
+
 EXAMPLES = """\
 examples:
   jaxscale inspect experiments/configs/runs/main_job.gin
@@ -81,6 +90,7 @@ examples:
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
+  jaxscale checkpoint show runs/main_job/checkpoints
 
 A run leaves the file that repeats it in its directory:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
@@ -128,9 +138,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> Any:
+    if options.verb == "checkpoint":
+        return _run_action(options)
     function = load(VERBS[options.verb].function)
     with _log_on_stderr():
         return config.run(function, [options.file], _overrides(options))
+
+
+def _run_action(options: argparse.Namespace) -> None:
+    """Calls what looks at a checkpoint; it takes paths and has no gin file."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    for name in ("verb", "action", "debug"):
+        del given[name]
+    function = load(f"{CHECKPOINT}:{options.action}")
+    with _log_on_stderr():
+        function(**given)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -188,7 +210,30 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
         _add_verb(verbs, name, verb)
+    _add_checkpoint(verbs)
     return parser
+
+
+def _add_checkpoint(verbs: Any) -> None:
+    """The verb that takes paths instead of a gin file."""
+    meaning = "look at a checkpoint of any system, check, convert or compare it"
+    actions = verbs.add_parser("checkpoint", help=meaning, description=f"{meaning.capitalize()}.")
+    actions = actions.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, does in ACTIONS.items():
+        parser = actions.add_parser(name, help=does, description=f"{does.capitalize()}.")
+        parser.add_argument("path", metavar="PATH", help="a step, a folder of steps, or another's")
+        if name != "ls":
+            parser.add_argument("--rules", help="TOML file: which parameter each tensor is part of")
+        if name == "diff":
+            parser.add_argument("other", metavar="OTHER", help="what to compare it with")
+        if name == "convert":
+            parser.add_argument("destination", metavar="DESTINATION", help="folder of checkpoints")
+            parser.add_argument(
+                "--run", metavar="FILE.gin", help="the run that is to start from it"
+            )
+            parser.add_argument("--step", type=int, help="number of the new checkpoint")
+            parser.add_argument("--budget", help="host memory, such as 512MiB; 4GiB when not given")
+        parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
 
 
 def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
