@@ -78,8 +78,8 @@ ACTIONS = {
     "ls": "list the checkpoints in a folder",
     "show": "print each array's type, shape and bytes",
     "verify": "check the whole by its checksums, or that all of it can be read",
-    "convert": "write it as a checkpoint of jaxscale: PATH DESTINATION",
-    "diff": "compare two array by array: PATH OTHER; exit 1 if they differ",
+    "convert": "write it as a checkpoint of jaxscale or of another system",
+    "diff": "compare two array by array; exit 1 if they differ",
 }
 
 EXAMPLES = """\

@@ -6,9 +6,10 @@ from.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -152,6 +153,36 @@ def box_of(
     slices += (slice(None),) * (len(shape) - len(slices))
     ranges = [range(*each.indices(size)) for each, size in zip(slices, shape)]
     return tuple(each.start for each in ranges), tuple(len(each) for each in ranges)
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int, ...]:
+    """The sizes of the largest boxes of whole trailing dims that are at most `limit` bytes.
+
+    One element is never divided.
+    """
+    chunk = list(shape)
+    for dim in range(len(shape)):
+        row = math.prod(shape[dim + 1 :]) * itemsize
+        chunk[dim] = max(1, min(shape[dim], limit // max(row, 1)))
+        if row <= limit:
+            break
+    return tuple(max(size, 1) for size in chunk)
+
+
+def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """The boxes of at most the sizes `chunk` that make up an array."""
+    ranges = []
+    for size, step in zip(shape, chunk):
+        ranges.append([slice(at, min(at + step, size)) for at in range(0, size, step)])
+    return itertools.product(*ranges)
+
+
+def write_rows(file: BinaryIO, array: LazyArray, piece_bytes: int) -> None:
+    """Writes an array in row-major order, at most `piece_bytes` of it in memory at once."""
+    chunk = chunk_shape(array.shape, array.dtype.itemsize, piece_bytes)
+    for box in boxes(array.shape, chunk):
+        # Boxes of whole trailing dims are contiguous.
+        file.write(np.ascontiguousarray(array[box]).tobytes())
 
 
 def find_fault(shape: tuple[int, ...], placements: Sequence[Placement]) -> str | None:

@@ -6,7 +6,6 @@ renames it when it is written; so a conversion that was killed goes on with thos
 
 import concurrent.futures
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxscale.checkpoint import manifest, native
+from jaxscale.checkpoint.boxes import boxes, chunk_shape
 from jaxscale.checkpoint.handlers import CHUNK_BYTES
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.types import InputError, check_positive
@@ -114,28 +114,6 @@ def convert(
     chunks = {leaf.path: (leaf.array.shape, leaf.chunk) for leaf in plan}
     native.write_tree(state, chunks, destination.form)
     _commit(folder, destination)
-
-
-def chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int, ...]:
-    """The sizes of the largest boxes of whole trailing dims that are at most `limit` bytes.
-
-    One element is never divided.
-    """
-    chunk = list(shape)
-    for dim in range(len(shape)):
-        row = math.prod(shape[dim + 1 :]) * itemsize
-        chunk[dim] = max(1, min(shape[dim], limit // max(row, 1)))
-        if row <= limit:
-            break
-    return tuple(max(size, 1) for size in chunk)
-
-
-def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """The boxes of at most the sizes `chunk` that make up an array."""
-    ranges = []
-    for size, step in zip(shape, chunk):
-        ranges.append([slice(at, min(at + step, size)) for at in range(0, size, step)])
-    return itertools.product(*ranges)
 
 
 def _plan(leaves: Mapping[str, LazyArray], limit: int) -> list[_Leaf]:

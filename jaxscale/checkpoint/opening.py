@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from jaxscale.checkpoint import native, rank_files, steps
+from jaxscale.checkpoint import deepspeed, native, rank_files, steps, torch_distributed
 from jaxscale.checkpoint.patterns import Rule
 from jaxscale.checkpoint.source import Source
 from jaxscale.types import InputError
@@ -53,5 +53,13 @@ def open_checkpoint(path: Path, rules: tuple[Rule, ...] | None = None) -> Opened
         return Opened("jaxscale", path, native.NativeCheckpoint(path))
     if rank_files.is_rank_folder(path):
         return Opened("per-rank npz", path, rank_files.RankFiles(path, rules))
-    expected = "a step of jaxscale, a folder of steps, or per-rank .npz files"
+    tag = deepspeed.find_tag(path)
+    if tag is not None:
+        return Opened("DeepSpeed", tag, deepspeed.DeepSpeedCheckpoint(tag, rules))
+    if torch_distributed.is_distributed(path):
+        source = torch_distributed.DistributedCheckpoint(path)
+        return Opened("PyTorch distributed", path, source)
+    expected = (
+        "a step of jaxscale, a folder of steps, or a folder of a system in docs/checkpoints.md"
+    )
     raise InputError("checkpoint", str(path), expected)

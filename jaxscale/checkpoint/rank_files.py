@@ -12,17 +12,18 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxscale.checkpoint.boxes import Merged
+from jaxscale.checkpoint.boxes import Merged, write_rows
 from jaxscale.checkpoint.file_array import FileArray
 from jaxscale.checkpoint.patterns import Rule, load_rules
+from jaxscale.checkpoint.source import LazyArray
 from jaxscale.checkpoint.universal import Shard, merge
+from jaxscale.checkpoint.zipped import stored_members
 from jaxscale.types import InputError
 
 RULES = "rules.toml"
 ONLY_RANK = "all"
 RANKS = re.compile(r"[a-z_]+=\d+(,[a-z_]+=\d+)*")
 WITHOUT_RULES = (Rule(match="(?s).*"),)
-LOCAL_HEADER_BYTES = 30  # of a zip member; lengths of its name and extra field are its last 4
 # NumPy has no name for bfloat16 and writes it as two bytes without a type.
 UNTYPED = {np.dtype("V2"): np.dtype(ml_dtypes.bfloat16)}
 
@@ -74,8 +75,8 @@ def npz_arrays(path: Path) -> dict[str, FileArray]:
         InputError: the file is damaged or compressed, or holds Python objects.
     """
     arrays = {}
-    for member, offset in stored_members(path):
-        name = member.filename.removesuffix(".npy")
+    for member, (offset, _) in stored_members(path).items():
+        name = member.removesuffix(".npy")
         with path.open("rb") as file:
             file.seek(offset)
             try:
@@ -96,32 +97,24 @@ def npz_arrays(path: Path) -> dict[str, FileArray]:
     return arrays
 
 
-def stored_members(path: Path) -> list[tuple[zipfile.ZipInfo, int]]:
-    """The members of a zip file that are not compressed, each with the offset of its bytes.
+def write_npz(leaves: Mapping[str, LazyArray], path: Path, *, piece_bytes: int) -> None:
+    """Writes arrays as one uncompressed `.npz` file, of which NumPy reads any part.
 
-    Raises:
-        InputError: it is no zip file, is cut short, or a member is compressed.
+    Args:
+        leaves: arrays by name.
+        path: of the file, which must not exist.
+        piece_bytes: of an array in memory at once.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise InputError("checkpoint", str(path), f"a sound zip file ({error})") from error
-    found = []
-    with path.open("rb") as file:
-        for member in members:
-            if member.compress_type != zipfile.ZIP_STORED:
-                expected = "an uncompressed member, of which parts can be read"
-                raise InputError(str(path), member.filename, expected)
-            file.seek(member.header_offset)
-            header = file.read(LOCAL_HEADER_BYTES)
-            if len(header) < LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
-                raise InputError(str(path), member.filename, "a sound zip file")
-            num_name = int.from_bytes(header[26:28], "little")
-            num_extra = int.from_bytes(header[28:30], "little")
-            begin = member.header_offset + LOCAL_HEADER_BYTES + num_name + num_extra
-            found.append((member, begin))
-    return found
+    with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in leaves.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(array.dtype),
+                    "fortran_order": False,
+                    "shape": tuple(array.shape),
+                }
+                np.lib.format.write_array_header_1_0(member, header)
+                write_rows(member, array, piece_bytes)
 
 
 def _is_rank(path: Path) -> bool:

@@ -12,18 +12,21 @@ from tqdm import tqdm
 
 from jaxscale import tree
 from jaxscale.checkpoint import conversion, manifest, native
+from jaxscale.checkpoint.boxes import boxes, chunk_shape
+from jaxscale.checkpoint.deepspeed_writer import write_universal
 from jaxscale.checkpoint.matching import check_leaves
 from jaxscale.checkpoint.opening import Opened, open_checkpoint
 from jaxscale.checkpoint.patterns import load_rules
+from jaxscale.checkpoint.rank_files import write_npz
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.checkpoint.steps import committed_steps
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.run import load_run
-from jaxscale.types import InputError, RunError
+from jaxscale.types import InputError, RunError, check_choice
 
 PIECE_BYTES = 1 << 26  # of an array that is compared or verified
-BUDGET_BYTES = 1 << 32
+KINDS = ("jaxscale", "deepspeed", "npz")
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -80,7 +83,7 @@ def verify(path: str, rules: str | None = None) -> None:
     leaves = opened.source.leaves()
     with _bar("verify", leaves) as bar:
         for array in leaves.values():
-            for box in conversion.boxes(array.shape, _chunk(array)):
+            for box in boxes(array.shape, _chunk(array)):
                 bar.update(array[box].nbytes)
     print(f"{opened.path}: {len(leaves)} arrays are sound")
 
@@ -89,16 +92,18 @@ def convert(
     path: str,
     destination: str,
     *,
+    to: str = "jaxscale",
     rules: str | None = None,
     run: str | None = None,
     step: int = 0,
     budget: str = "4GiB",
 ) -> None:
-    """Writes a checkpoint of any system as one of ours; goes on where a killed one stopped.
+    """Writes a checkpoint of any system as one of ours or of another; ours goes on after a kill.
 
     Args:
         path: of the checkpoint.
         destination: folder of checkpoints.
+        to: "jaxscale"; "deepspeed", a universal folder; "npz", one uncompressed file.
         rules: as `show`.
         run: gin file of the run that is to start from it; its state says which arrays there must
             be. Without one the arrays are written under the names that they have.
@@ -107,24 +112,23 @@ def convert(
     Raises:
         InputError: it is damaged, does not fit the run, or the step exists.
     """
+    check_choice("to", to, KINDS)
     budget_bytes = _parsed(budget)
     opened = _open(path, rules)
     leaves = opened.source.leaves()
     directory = Path(destination).expanduser()
-    target = conversion.Destination(directory, step)
-    if run is not None:
-        target = _of_run(target, leaves, run)
-    elif isinstance(opened.source, native.NativeCheckpoint):
-        target = conversion.Destination(directory, step, form=opened.source.form)
-    with _bar("convert", leaves) as bar:
-        conversion.convert(
-            leaves,
-            target,
-            identity=opened.identity(),
-            budget_bytes=budget_bytes,
-            progress=lambda done, total: bar.update(done - bar.n),
-        )
-    print(f"{target.path}: {len(leaves)} arrays")
+    if to == "jaxscale":
+        _to_ours(opened, leaves, directory, step, run, budget_bytes)
+    elif run is not None:
+        raise InputError("run", run, f"none with to={to!r}")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        piece_bytes = budget_bytes // conversion.MAX_COPIES
+        if to == "deepspeed":
+            write_universal(leaves, directory, step=step, piece_bytes=piece_bytes)
+        else:
+            write_npz(leaves, directory / "all.npz", piece_bytes=piece_bytes)
+    print(f"{directory}: {len(leaves)} arrays")
 
 
 def diff(path: str, other: str, rules: str | None = None) -> None:
@@ -152,6 +156,29 @@ def diff(path: str, other: str, rules: str | None = None) -> None:
 def _open(path: str, rules: str | None) -> Opened:
     given = None if rules is None else load_rules(Path(rules).expanduser())
     return open_checkpoint(Path(path).expanduser(), given)
+
+
+def _to_ours(
+    opened: Opened,
+    leaves: Mapping[str, LazyArray],
+    directory: Path,
+    step: int,
+    run: str | None,
+    budget_bytes: int,
+) -> None:
+    target = conversion.Destination(directory, step)
+    if run is not None:
+        target = _of_run(target, leaves, run)
+    elif isinstance(opened.source, native.NativeCheckpoint):
+        target = conversion.Destination(directory, step, form=opened.source.form)
+    with _bar("convert", leaves) as bar:
+        conversion.convert(
+            leaves,
+            target,
+            identity=opened.identity(),
+            budget_bytes=budget_bytes,
+            progress=lambda done, total: bar.update(done - bar.n),
+        )
 
 
 def _of_run(
@@ -185,7 +212,7 @@ def _difference(one: LazyArray | None, two: LazyArray | None) -> str | None:
     if (one.shape, one.dtype) != (two.shape, two.dtype):
         return f"{one.dtype}{list(one.shape)} and {two.dtype}{list(two.shape)}"
     largest, num_differing = 0.0, 0
-    for box in conversion.boxes(one.shape, _chunk(one)):
+    for box in boxes(one.shape, _chunk(one)):
         first, second = one[box], two[box]
         if first.tobytes() == second.tobytes():
             continue
@@ -199,7 +226,7 @@ def _difference(one: LazyArray | None, two: LazyArray | None) -> str | None:
 
 
 def _chunk(array: LazyArray) -> tuple[int, ...]:
-    return conversion.chunk_shape(array.shape, array.dtype.itemsize, PIECE_BYTES)
+    return chunk_shape(array.shape, array.dtype.itemsize, PIECE_BYTES)
 
 
 def _bar(verb: str, leaves: Mapping[str, LazyArray]) -> tqdm:

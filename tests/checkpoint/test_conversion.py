@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxscale.checkpoint import conversion, manifest
-from jaxscale.checkpoint.conversion import Destination, chunk_shape, convert
+from jaxscale.checkpoint import manifest
+from jaxscale.checkpoint.boxes import boxes, chunk_shape
+from jaxscale.checkpoint.conversion import Destination, convert
 from jaxscale.checkpoint.native import NativeCheckpoint, TreeForm
 from jaxscale.checkpoint.rank_files import RankFiles, npz_arrays
 from jaxscale.types import InputError
@@ -64,7 +65,7 @@ def test_chunks_are_within_the_limit_and_cover_the_array(shape, limit):
     chunk = chunk_shape(shape, 4, limit)
     assert 4 * np.prod(chunk) <= max(limit, 4)
     count = np.zeros(shape, int)
-    for box in conversion.boxes(shape, chunk):
+    for box in boxes(shape, chunk):
         count[box] += 1
     assert (count == 1).all()
 
@@ -190,7 +191,7 @@ def no_array(folder):
     [
         (python_objects, "object.*an array of numbers"),
         (compressed, "an uncompressed member"),
-        (cut_short, "a sound zip file"),
+        (cut_short, "a sound zip archive"),
         (column_major, "row-major"),
         (no_array, "an array"),
     ],
