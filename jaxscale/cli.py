@@ -81,6 +81,11 @@ ACTIONS = {
     "convert": "write it as a checkpoint of jaxscale or of another system",
     "diff": "compare two array by array; exit 1 if they differ",
 }
+CONVERT_OPTIONS = {
+    "to": "jaxscale (the default), deepspeed or npz",
+    "run": "gin file of the run that is to start from it",
+    "budget": "host memory, such as 512MiB; 4GiB when not given",
+}
 
 EXAMPLES = """\
 examples:
@@ -228,11 +233,9 @@ def _add_checkpoint(verbs: Any) -> None:
             parser.add_argument("other", metavar="OTHER", help="what to compare it with")
         if name == "convert":
             parser.add_argument("destination", metavar="DESTINATION", help="folder of checkpoints")
-            parser.add_argument(
-                "--run", metavar="FILE.gin", help="the run that is to start from it"
-            )
+            for option, help_text in CONVERT_OPTIONS.items():
+                parser.add_argument(f"--{option}", help=help_text)
             parser.add_argument("--step", type=int, help="number of the new checkpoint")
-            parser.add_argument("--budget", help="host memory, such as 512MiB; 4GiB when not given")
         parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
 
 

@@ -1,7 +1,8 @@
-"""Checkpoints that DeepSpeed itself writes on CPUs, for tests/checkpoint/fixtures/deepspeed.
+r"""Checkpoints that DeepSpeed itself writes on CPUs, for tests/checkpoint/fixtures/deepspeed.
 
 Needs torch and deepspeed (0.19.8 was used) and no GPU:
-    DS_ACCELERATOR=cpu python experiments/checkpoints/deepspeed_fixtures.py tests/checkpoint/fixtures/deepspeed
+    DS_ACCELERATOR=cpu python experiments/checkpoints/deepspeed_fixtures.py \
+        tests/checkpoint/fixtures/deepspeed
 Of each ZeRO stage it keeps what `save_checkpoint` wrote on 3 ranks, and in `oracle.npz` what
 DeepSpeed's own conversion to a universal folder makes of it; that of stages 1 and 3 is kept.
 """

@@ -4,7 +4,14 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from jaxscale.checkpoint import deepspeed, native, rank_files, steps, torch_distributed
+from jaxscale.checkpoint import (
+    deepspeed,
+    megatron,
+    native,
+    rank_files,
+    steps,
+    torch_distributed,
+)
 from jaxscale.checkpoint.patterns import Rule
 from jaxscale.checkpoint.source import Source
 from jaxscale.types import InputError
@@ -56,6 +63,9 @@ def open_checkpoint(path: Path, rules: tuple[Rule, ...] | None = None) -> Opened
     tag = deepspeed.find_tag(path)
     if tag is not None:
         return Opened("DeepSpeed", tag, deepspeed.DeepSpeedCheckpoint(tag, rules))
+    iteration = megatron.find_iteration(path)
+    if iteration is not None:
+        return Opened("Megatron-LM", iteration, megatron.MegatronCheckpoint(iteration, rules))
     if torch_distributed.is_distributed(path):
         source = torch_distributed.DistributedCheckpoint(path)
         return Opened("PyTorch distributed", path, source)

@@ -57,7 +57,11 @@ def merge(shards: Iterable[Shard], rules: Sequence[Rule]) -> dict[str, Merged]:
     """
     grouped: dict[str, dict[tuple, list]] = {}
     used: set[int] = set()
+    # Counted over all tensors: one of which a rank has lost its part must not look whole.
+    sizes: dict[str, int] = {}
     for shard in shards:
+        for axis, number in shard.ranks.items():
+            sizes[axis] = max(sizes.get(axis, 0), number + 1)
         number, found = _only_match(shard, rules)
         used.add(number)
         rule = rules[number]
@@ -69,7 +73,7 @@ def merge(shards: Iterable[Shard], rules: Sequence[Rule]) -> dict[str, Merged]:
             raise InputError("rules", rule.match, "a rule that matches some tensor")
     merged = {}
     for path, by_index in grouped.items():
-        elements = {index: _join(path, parts) for index, parts in by_index.items()}
+        elements = {index: _join(path, parts, sizes) for index, parts in by_index.items()}
         merged[path] = elements[()] if () in elements else _stacked(path, elements)
         if () in elements and len(elements) > 1:
             raise InputError(path, "tensors with and without a number", "one kind of rule")
@@ -124,14 +128,18 @@ def _number(shard: Shard, rule: Rule, group: str, text: str) -> str | int:
     return int(text) + offset.firsts[rank]
 
 
-def _join(path: str, parts: list[tuple[Rule, Shard]]) -> Merged:
+def _join(
+    path: str,
+    parts: list[tuple[Rule, Shard]],
+    sizes: Mapping[str, int],
+) -> Merged:
     """One parameter, or one element of a stack, from all shards of it."""
     by_name: dict[str, list[tuple[Rule, Shard]]] = collections.defaultdict(list)
     for rule, shard in parts:
         by_name[shard.name].append((rule, shard))
     copies: list[_Part] = []
     for named in by_name.values():
-        copies += _joined_by_cuts([shard for _, shard in named], named[0][0])
+        copies += _joined_by_cuts([shard for _, shard in named], named[0][0], sizes)
     rules = list(dict.fromkeys(rule.match for rule, _ in parts))
     kinds = {rule.kind for rule, _ in parts}
     if len(kinds) > 1:
@@ -153,14 +161,23 @@ def _join(path: str, parts: list[tuple[Rule, Shard]]) -> Merged:
     )
 
 
-def _joined_by_cuts(shards: list[Shard], rule: Rule) -> list[_Part]:
+def _joined_by_cuts(
+    shards: list[Shard],
+    rule: Rule,
+    sizes: Mapping[str, int],
+) -> list[_Part]:
     parts = [_Part(dict(shard.ranks), shard.array, shard.origin) for shard in shards]
     for cut in rule.cuts:
-        parts = [_joined(cut, rule, group) for group in _groups(cut, rule, parts)]
+        parts = [_joined(cut, rule, group) for group in _groups(cut, rule, parts, sizes)]
     return parts
 
 
-def _groups(cut: Cut, rule: Rule, parts: list[_Part]) -> Iterator[list[_Part]]:
+def _groups(
+    cut: Cut,
+    rule: Rule,
+    parts: list[_Part],
+    sizes: Mapping[str, int],
+) -> Iterator[list[_Part]]:
     """Parts that differ in their rank on the cut's axis alone, in its order, all of them."""
     groups: dict[tuple, dict[int, _Part]] = collections.defaultdict(dict)
     for part in parts:
@@ -173,7 +190,7 @@ def _groups(cut: Cut, rule: Rule, parts: list[_Part]) -> Iterator[list[_Part]]:
         if number in group:
             raise InputError(part.origin, group[number].origin, "one tensor for each rank")
         group[number] = part
-    num_ranks = 1 + max(part.ranks[cut.axis] for part in parts)
+    num_ranks = sizes[cut.axis]
     for group in groups.values():
         missing = sorted(set(range(num_ranks)) - set(group))
         if missing:

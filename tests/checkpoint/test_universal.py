@@ -187,6 +187,13 @@ def test_a_missing_rank_is_named():
         merge(parts, [Rule("w", cuts=(Cut("tensor", 0),))])
 
 
+def test_a_part_that_the_last_rank_lost_is_named():
+    """What is left looks whole; that there are two ranks is known from another tensor."""
+    shards = [*shards_of("v", [normal(2), normal(2)]), Shard("w", {"tensor": 0}, normal(2))]
+    with pytest.raises(InputError, match=r"all of 2 ranks of rule 'v.w'; missing are \[1\]"):
+        merge(shards, [Rule("v|w", cuts=(Cut("tensor", 0),))])
+
+
 def test_a_missing_layer_is_named():
     shards = [Shard(f"layers.{layer}", {}, normal(2)) for layer in (0, 2)]
     rule = Rule(r"layers\.(?P<layer>\d+)", to="layers", stack=("layer",))
