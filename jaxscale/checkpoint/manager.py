@@ -19,9 +19,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxscale.checkpoint import handlers, manifest, matching, steps
+from jaxscale.checkpoint.changes import Changes, load_changed
 from jaxscale.types import InputError, check_positive, check_types
 
 logger = logging.getLogger(__name__)
+
+BUDGET_BYTES = 1 << 32  # of host memory, while leaves are read one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +226,27 @@ class Checkpoints:
         wanted = handlers.state_to_restore({"params": abstract_params}, is_partial=True)
         return self._read(path, state=wanted).state["params"]
 
+    def restore_changed(
+        self, abstract_state: Any, changes: Changes, *, budget_bytes: int = BUDGET_BYTES
+    ) -> tuple[Any, dict[str, Any]]:
+        """Returns the newest state but for what is drawn anew, and the loader's position.
+
+        The recorded facts of the model may differ; that is logged. Shapes may not.
+
+        Args:
+            abstract_state: as `restore`.
+            changes: what may differ.
+            budget_bytes: of host memory beyond the arrays.
+        Returns:
+            The state, with None for what is to be drawn.
+
+        Raises:
+            InputError: as `restore`, or something differs that `changes` does not name.
+        """
+        path = self._sound_path(None, lambda name: True, is_changed=True)
+        state = load_changed(path, abstract_state, changes, budget_bytes=budget_bytes)
+        return state, self._read(path, data=ocp.args.JsonRestore()).data
+
     def data_state(self, step: int | None = None) -> dict[str, Any]:
         """Returns the loader's position alone; arguments and errors as `restore_params`."""
         path = self._sound_path(step, lambda name: name.startswith("data/"))
@@ -280,17 +304,24 @@ class Checkpoints:
         self._damaged.clear()
         return True
 
-    def _sound_path(self, step: int | None, is_wanted: Callable[[str], bool]) -> pathlib.Path:
+    def _sound_path(
+        self,
+        step: int | None,
+        is_wanted: Callable[[str], bool],
+        *,
+        is_changed: bool = False,
+    ) -> pathlib.Path:
         """Returns the folder of the newest sound step, not above `step`.
 
-        A step is sound when its wanted files are as they were written.
+        A step is sound when its wanted files are as they were written. `is_changed` says that it
+        may be of another model.
         """
         self.wait()
         for candidate in self._candidates(step):
             path = self._path(candidate)
             damage = self._find_damage(path, lambda name: name.startswith("meta/"))
             if damage is None:
-                self._check_model(path)
+                self._check_model(path, is_changed)
                 damage = self._find_damage(path, is_wanted)
             if damage is None:
                 return path
@@ -329,10 +360,15 @@ class Checkpoints:
                 return damage or "another process names the file"
         return damage
 
-    def _check_model(self, path: pathlib.Path) -> None:
+    def _check_model(self, path: pathlib.Path, is_changed: bool) -> None:
         meta = self._read(path, meta=ocp.args.JsonRestore()).meta
         saved = self._upgrade(meta["fingerprint"])
-        matching.check_fingerprint(saved, self._fingerprint, self._defaults, str(path))
+        try:
+            matching.check_fingerprint(saved, self._fingerprint, self._defaults, str(path))
+        except InputError as error:
+            if not is_changed:
+                raise
+            logger.warning("%s", error)
 
     def _saved_leaves(self, path: pathlib.Path) -> Any:
         return self._leaves.metadata(epath.Path(path) / "state").tree

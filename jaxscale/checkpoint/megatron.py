@@ -24,6 +24,8 @@ AXES = ("tensor", "pipeline", "expert")
 MODEL = re.compile(r"model(\d*)")  # one a chunk where stages have several
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
+# Dense weights are on all expert ranks, and tied embeddings on two stages.
+KIND = "replicated"
 COLUMN, ROW = Cut("tensor", 0), Cut("tensor", 1)
 IN_LAYER = r"decoder\.layers\.(?P<layer>\d+)\."
 TO_LAYER = "decoder.layers.{layer}."
@@ -76,38 +78,45 @@ def megatron_rules(shards: list[Shard], arguments: Named | None) -> tuple[Rule, 
         shards: of all ranks.
         arguments: the program's, of which `padded_vocab_size`, `vocab_size` and `swiglu` are read.
     """
-    given = arguments.state if isinstance(arguments, Named) and arguments.state else {}
+    given = {}
+    if isinstance(arguments, Named):
+        given = arguments.state or given
     vocabulary = Cut("tensor", 0, size=given.get("vocab_size"))
-    is_gated = given.get("swiglu", False)
     offsets = {"layer": Offset("virtual", _first_layers(shards))}
-    experts = offsets | {"expert": Offset("expert", _first_experts(shards))}
-    rules = [
-        Rule(r"embedding\.word_embeddings\.weight", cuts=(vocabulary,), kind="replicated"),
-        Rule(r"output_layer\.weight", cuts=(vocabulary,), kind="replicated"),
-        Rule(r"embedding\.position_embeddings\.weight", kind="replicated"),
-        Rule(r"decoder\.final_(layer)?norm\.(weight|bias)", kind="replicated"),
-    ]
+    of_experts = offsets | {"expert": Offset("expert", _first_experts(shards))}
 
-    def of_layers(names: str, *cuts: Cut) -> None:
+    def first_matrix(prefix: str) -> Cut:
+        """Gate and up are fused where the model has a gate."""
+        if not given.get("swiglu", False):
+            return COLUMN
+        return _gated(shards, rf"{prefix}linear_fc1\.weight")
+
+    rules = []
+    for names, cuts in {
+        r"embedding\.word_embeddings\.weight|output_layer\.weight": (vocabulary,),
+        r"embedding\.position_embeddings\.weight": (),
+        r"decoder\.final_(layer)?norm\.(weight|bias)": (),
+    }.items():
+        rules.append(Rule(names, cuts=cuts, kind=KIND))
+    for names, cuts in {
+        r"self_attention\.linear_qkv\.(weight|bias)": (COLUMN,),
+        r"self_attention\.linear_proj\.weight": (ROW,),
+        r"mlp\.linear_fc1\.(weight|bias)": (first_matrix(rf"{IN_LAYER}mlp\."),),
+        r"mlp\.linear_fc2\.weight": (ROW,),
+        r"(self_attention\.linear_proj|mlp\.linear_fc2)\.bias": (),
+        r".*norm(\.|_)(weight|bias)": (),
+        r"mlp\.router\.(weight|expert_bias)": (),
+    }.items():
         match = f"{IN_LAYER}(?P<name>{names})"
         to = f"{TO_LAYER}{{name}}"
-        rules.append(Rule(match, to, cuts, "replicated", offsets=offsets))
-
-    def of_experts(name: str, *cuts: Cut) -> None:
+        rules.append(Rule(match, to, cuts, KIND, offsets=offsets))
+    for name, cut in {
+        r"linear_fc1\.weight": first_matrix(f"{IN_LAYER}{EXPERT}"),
+        r"linear_fc2\.weight": ROW,
+    }.items():
         match = f"{IN_LAYER}{EXPERT}(?P<name>{name})"
         to = f"{TO_LAYER}{TO_EXPERT}{{name}}"
-        rules.append(Rule(match, to, cuts, "replicated", offsets=experts))
-
-    first = _gated(shards, IN_LAYER + r"mlp\.linear_fc1\.weight") if is_gated else COLUMN
-    of_layers(r"self_attention\.linear_qkv\.(weight|bias)", COLUMN)
-    of_layers(r"self_attention\.linear_proj\.weight", ROW)
-    of_layers(r"mlp\.linear_fc1\.(weight|bias)", first)
-    of_layers(r"mlp\.linear_fc2\.weight", ROW)
-    of_layers(r"(self_attention\.linear_proj|mlp\.linear_fc2)\.bias")
-    of_layers(r".*norm(\.|_)(weight|bias)|mlp\.router\.(weight|expert_bias)")
-    of_first = _gated(shards, IN_LAYER + EXPERT + r"linear_fc1\.weight") if is_gated else COLUMN
-    of_experts(r"linear_fc1\.weight", of_first)
-    of_experts(r"linear_fc2\.weight", ROW)
+        rules.append(Rule(match, to, (cut,), KIND, offsets=of_experts))
     return tuple(rules)
 
 
@@ -120,20 +129,19 @@ def _ranks_of(path: Path) -> dict[str, int]:
 
 def _shards(ranks: dict[str, int], content: dict[str, Any], num_stages: int) -> Iterator[Shard]:
     """The weights of one rank; "virtual" numbers its chunks of layers in the model's order."""
+    # The stage is in the number of its chunk.
+    stage = ranks["pipeline"]
+    others = {axis: number for axis, number in ranks.items() if axis != "pipeline"}
     for key, weights in content.items():
         found = MODEL.fullmatch(key)
         if found is None or not isinstance(weights, dict):
             continue
-        virtual = int(found[1] or 0) * num_stages + ranks["pipeline"]
+        chunk = int(found[1] or 0)
+        own = others | {"virtual": chunk * num_stages + stage}
         for name, tensor in weights.items():
             # "_extra_state" is bytes of another library and no weight.
             if isinstance(tensor, Tensor):
-                yield Shard(name, _known(ranks) | {"virtual": virtual}, tensor)
-
-
-def _known(ranks: dict[str, int]) -> dict[str, int]:
-    """The axes along which a weight may differ; the stage is in the number of its chunk."""
-    return {axis: number for axis, number in ranks.items() if axis != "pipeline"}
+                yield Shard(name, own, tensor)
 
 
 def _first_layers(shards: list[Shard]) -> tuple[int, ...]:
@@ -142,17 +150,24 @@ def _first_layers(shards: list[Shard]) -> tuple[int, ...]:
     for shard in shards:
         chunk = shard.ranks["virtual"]
         found = LAYER.match(shard.name)
-        number = 1 + int(found[1]) if found else 0
-        counts[chunk] = max(counts.get(chunk, 0), number)
-    return tuple(sum(counts[before] for before in range(chunk)) for chunk in range(len(counts)))
+        own = 1 + int(found[1]) if found else 0
+        counts[chunk] = max(counts.get(chunk, 0), own)
+    firsts, total = [], 0
+    for chunk in range(len(counts)):
+        firsts.append(total)
+        total += counts[chunk]
+    return tuple(firsts)
 
 
 def _first_experts(shards: list[Shard]) -> tuple[int, ...]:
     """The first expert of each expert rank; all have the same number of them."""
-    pattern = re.compile(IN_LAYER + EXPERT + ".*")
-    found = [pattern.fullmatch(shard.name) for shard in shards]
-    num_own = 1 + max((int(match["expert"]) for match in found if match), default=0)
-    num_ranks = 1 + max(shard.ranks["expert"] for shard in shards)
+    pattern = re.compile(f"{IN_LAYER}{EXPERT}.*")
+    num_own, num_ranks = 1, 1
+    for shard in shards:
+        num_ranks = max(num_ranks, 1 + shard.ranks["expert"])
+        found = pattern.fullmatch(shard.name)
+        if found:
+            num_own = max(num_own, 1 + int(found["expert"]))
     return tuple(rank * num_own for rank in range(num_ranks))
 
 
@@ -169,4 +184,9 @@ def _gated(shards: list[Shard], pattern: str) -> Cut:
 def _used(rules: tuple[Rule, ...], shards: list[Shard]) -> tuple[Rule, ...]:
     """The rules of what the model has: not every model has experts or biases."""
     names = {shard.name for shard in shards}
-    return tuple(rule for rule in rules if any(re.fullmatch(rule.match, name) for name in names))
+    used = []
+    for rule in rules:
+        pattern = re.compile(rule.match)
+        if any(map(pattern.fullmatch, names)):
+            used.append(rule)
+    return tuple(used)
