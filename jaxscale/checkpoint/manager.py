@@ -37,6 +37,9 @@ class CheckpointConfig:
         keep_last: how many of the newest checkpoints to keep.
         keep_every: keep also, for ever, the steps that are multiples of this; a multiple of
             `save_every`.
+        keep_hours: keep also those written in the last hours.
+        keep_closest: keep also, of each multiple of this, the closest step; also where steps are
+            saved at other numbers, as at a signal.
         is_async: write while training goes on.
         use_previous: when the newest checkpoint is damaged, restore the one before instead of
             stopping.
@@ -46,6 +49,8 @@ class CheckpointConfig:
     save_every: int
     keep_last: int
     keep_every: int | None = None
+    keep_hours: float | None = None
+    keep_closest: int | None = None
     is_async: bool = True
     use_previous: bool = False
 
@@ -53,6 +58,9 @@ class CheckpointConfig:
         check_types(self)
         check_positive("CheckpointConfig.save_every", self.save_every)
         check_positive("CheckpointConfig.keep_last", self.keep_last)
+        for name in ("keep_hours", "keep_closest"):
+            if getattr(self, name) is not None:
+                check_positive(f"CheckpointConfig.{name}", getattr(self, name))
         if self.keep_every is not None:
             is_multiple = self.keep_every > 0 and self.keep_every % self.save_every == 0
             if not is_multiple:
@@ -61,6 +69,11 @@ class CheckpointConfig:
         if not self.directory or "://" in self.directory:
             expected = "the path of a local or mounted folder"
             raise InputError("CheckpointConfig.directory", self.directory, expected)
+
+    @property
+    def keeping(self) -> steps.Keeping:
+        """Which steps are kept."""
+        return steps.Keeping(self.keep_last, self.keep_every, self.keep_hours, self.keep_closest)
 
     def within(self, run: str | pathlib.Path) -> "CheckpointConfig":
         """This configuration with its directory taken relative to that of a run.
@@ -180,11 +193,7 @@ class Checkpoints:
         finally:
             self._saving = None
         if jax.process_index() == 0:
-            steps.keep_only(
-                self._directory,
-                keep_last=self._config.keep_last,
-                keep_every=self._config.keep_every,
-            )
+            steps.keep_only(self._directory, self._config.keeping)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Returns the state, placed as asked, and the loader's position.
