@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxscale.checkpoint import handlers, manifest, matching, steps
 from jaxscale.checkpoint.changes import Changes, load_changed
+from jaxscale.checkpoint.writer import Writer
 from jaxscale.types import InputError, check_positive, check_types
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ class CheckpointConfig:
         keep_closest: keep also, of each multiple of this, the closest step; also where steps are
             saved at other numbers, as at a signal.
         is_async: write while training goes on.
+        use_snapshot: an asynchronous save copies the state in device memory, which frees the step
+            at once, and that copy to the host during the next steps. None: where there is room for
+            it; what is chosen is logged.
         use_previous: when the newest checkpoint is damaged, restore the one before instead of
             stopping.
     """
@@ -52,6 +55,7 @@ class CheckpointConfig:
     keep_hours: float | None = None
     keep_closest: int | None = None
     is_async: bool = True
+    use_snapshot: bool | None = None
     use_previous: bool = False
 
     def __post_init__(self):
@@ -115,14 +119,10 @@ class Checkpoints:
             raise self._input_error("a folder; this is a file")
         self._saving: int | None = None
         self._damaged: list[int] = []
-        handlers.silence_tracebacks()
-        self._leaves = handlers.LeafFolders()
-        self._checkpointer = ocp.AsyncCheckpointer(
-            handlers.make_handler(self._leaves),
-            async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._write_manifest,
-                create_directories_asynchronously=False,
-            ),
+        self._writer = Writer(
+            self._write_manifest,
+            is_async=config.is_async,
+            use_snapshot=config.use_snapshot,
         )
 
     def check_writable(self) -> None:
@@ -167,13 +167,9 @@ class Checkpoints:
         if not self._make_room(step):
             return False
         self._saving = step
-        items = ocp.args.Composite(
-            state=handlers.state_to_save(state),
-            data=ocp.args.JsonSave(data_state),
-            meta=ocp.args.JsonSave({"fingerprint": self._fingerprint}),
-        )
+        meta = {"fingerprint": self._fingerprint}
         with self._write_errors_named(f"a folder in which step {step} can be written"):
-            self._checkpointer.save(self._path(step), args=items)
+            self._writer.save(self._path(step), state, data=data_state, meta=meta)
         if not self._config.is_async:
             self.wait()
         return True
@@ -189,7 +185,7 @@ class Checkpoints:
         step = self._saving
         try:
             with self._write_errors_named(f"a folder in which step {step} can be written"):
-                self._wait_for_writer()
+                self._writer.wait()
         finally:
             self._saving = None
         if jax.process_index() == 0:
@@ -208,9 +204,9 @@ class Checkpoints:
                 another model.
         """
         path = self._sound_path(step, lambda name: True)
-        saved = self._saved_leaves(path)
+        saved = self._writer.leaves(path)
         matching.check_leaves(saved, abstract_state, str(path), is_cast_allowed=False)
-        restored = self._read(
+        restored = self._writer.read(
             path,
             state=handlers.state_to_restore(abstract_state),
             data=ocp.args.JsonRestore(),
@@ -230,10 +226,10 @@ class Checkpoints:
             InputError: as `restore`.
         """
         path = self._sound_path(step, manifest.is_for_params)
-        saved = self._saved_leaves(path)["params"]
+        saved = self._writer.leaves(path)["params"]
         matching.check_leaves(saved, abstract_params, str(path), is_cast_allowed=True)
         wanted = handlers.state_to_restore({"params": abstract_params}, is_partial=True)
-        return self._read(path, state=wanted).state["params"]
+        return self._writer.read(path, state=wanted).state["params"]
 
     def restore_changed(
         self, abstract_state: Any, changes: Changes, *, budget_bytes: int = BUDGET_BYTES
@@ -254,25 +250,22 @@ class Checkpoints:
         """
         path = self._sound_path(None, lambda name: True, is_changed=True)
         state = load_changed(path, abstract_state, changes, budget_bytes=budget_bytes)
-        return state, self._read(path, data=ocp.args.JsonRestore()).data
+        return state, self._writer.read(path, data=ocp.args.JsonRestore()).data
 
     def data_state(self, step: int | None = None) -> dict[str, Any]:
         """Returns the loader's position alone; arguments and errors as `restore_params`."""
         path = self._sound_path(step, lambda name: name.startswith("data/"))
-        return self._read(path, data=ocp.args.JsonRestore()).data
+        return self._writer.read(path, data=ocp.args.JsonRestore()).data
 
     def close(self) -> None:
         """Waits and releases the writer's threads."""
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            self._writer.close()
 
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / str(step)
-
-    def _read(self, path: pathlib.Path, **items: Any) -> Any:
-        return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
 
     def _write_manifest(self) -> None:
         """Called by orbax on the primary process when every file is written.
@@ -282,13 +275,6 @@ class Checkpoints:
         """
         temporary = f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
         manifest.write_manifest(self._directory / temporary)
-
-    def _wait_for_writer(self) -> None:
-        try:
-            self._checkpointer.wait_until_finished()
-        finally:
-            # After an error orbax's writer of metadata is still at work: wait for it too.
-            self._checkpointer.wait_until_finished()
 
     def _committed(self) -> list[int]:
         committed = steps.committed_steps(self._directory)
@@ -370,7 +356,7 @@ class Checkpoints:
         return damage
 
     def _check_model(self, path: pathlib.Path, is_changed: bool) -> None:
-        meta = self._read(path, meta=ocp.args.JsonRestore()).meta
+        meta = self._writer.read(path, meta=ocp.args.JsonRestore()).meta
         saved = self._upgrade(meta["fingerprint"])
         try:
             matching.check_fingerprint(saved, self._fingerprint, self._defaults, str(path))
@@ -378,9 +364,6 @@ class Checkpoints:
             if not is_changed:
                 raise
             logger.warning("%s", error)
-
-    def _saved_leaves(self, path: pathlib.Path) -> Any:
-        return self._leaves.metadata(epath.Path(path) / "state").tree
 
     def _input_error(self, expected: str) -> InputError:
         return InputError("checkpoint.directory", str(self._directory), expected)
