@@ -1,5 +1,6 @@
 """A run as one value, and the verbs that take it; a gin file can name all parts of a run here."""
 
+from jaxscale.checkpoint.changes import Changes
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import JsonLinesSource, StandardLibrary, TextSource
@@ -37,6 +38,7 @@ __all__ = [
     "AttentionConfig",
     "BitsPerByte",
     "ByChunk",
+    "Changes",
     "CheckpointConfig",
     "DataConfig",
     "DenseMixerRouter",

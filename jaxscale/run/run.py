@@ -19,6 +19,7 @@ from jaxscale.models.parameters import Table, parameter_table
 from jaxscale.ops.attention import DETERMINISTIC, AttentionContext, check_backend
 from jaxscale.ops.attention.chunked import QUERY_CHUNK
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.elastic import shrink
 from jaxscale.parallel.mesh import MeshConfig, check_batch, nearest_divisors
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.train.config import TrainConfig
@@ -118,6 +119,32 @@ class Run:
         )
         check_fit(run)
         return setup
+
+    def on(self, num_devices: int) -> "Run":
+        """The run; if its mesh is elastic, on as many devices as there are.
+
+        Raises:
+            InputError: it fits no fewer devices, with meshes that do.
+        """
+        if not self.mesh.is_elastic:
+            return self
+        shrunk = shrink(
+            self.mesh,
+            num_devices,
+            batch_size=self.data.batch_size,
+            num_microbatches=self.train.num_microbatches,
+        )
+        if shrunk.mesh == self.mesh:
+            return self
+        logger.warning(
+            "%d devices instead of %d: data = %d and num_microbatches = %d",
+            num_devices,
+            math.prod(self.mesh.sizes),
+            shrunk.mesh.data,
+            shrunk.num_microbatches,
+        )
+        train = dataclasses.replace(self.train, num_microbatches=shrunk.num_microbatches)
+        return dataclasses.replace(self, mesh=shrunk.mesh, train=train)
 
     def deterministic(self) -> "Run":
         """The run; if it is to be deterministic, with an attention that gives the same bits again.
