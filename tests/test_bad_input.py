@@ -302,6 +302,16 @@ def test_a_prompt_with_a_stray_byte(shared, capsys):
     assert message.startswith(r"jaxscale generate: text: given 'a\udcff', expected text of whole")
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin"])
+def test_a_token_cache_with_flipped_bytes(root, capsys, name):
+    shutil.rmtree(root / "cache")
+    assert cli.main(["data", str(root / "run.gin")]) == 0
+    (path,) = (root / "cache").glob(f"*/{name}")
+    path.write_bytes(bytes(byte ^ 255 for byte in path.read_bytes()))
+    message = refused(capsys, root)
+    assert "DataConfig.cache_directory: given" in message and f"{name} has changed" in message
+
+
 def test_a_missing_corpus(root, capsys):
     shutil.rmtree(root / "corpus")
     message = refused(capsys, root)
