@@ -291,6 +291,13 @@ def test_a_name_that_no_file_can_have(root, capsys, name):
     assert "nnn" in message and "File name too long" in message
 
 
+def test_a_pipe_for_a_file(root, capsys):
+    (root / "run.gin").unlink()
+    os.mkfifo(root / "run.gin")
+    assert cli.main(["pretrain", str(root / "run.gin")]) == 2
+    assert "a gin file; this is a pipe or device" in capsys.readouterr().err
+
+
 def test_a_file_whose_name_no_file_can_have(root, capsys):
     assert cli.main(["pretrain", str(root / ("n" * 300))]) == 2
     assert "nnn: File name too long" in capsys.readouterr().err
