@@ -71,6 +71,12 @@ VERBS = {
         " exit 1 if it does not fit",
         option=("topology", "MACHINE:HOSTSxGPUS_PER_HOST, such as h200:16x8"),
     ),
+    "plan": Verb(
+        "jaxscale.run.plan:plan",
+        "find the fastest mesh for a run on devices that need not be here, say why others are"
+        " slower, and write a file for pretrain",
+        option=("devices", "DEVICE:HOSTSxDEVICES_PER_HOST, such as h200:2x8"),
+    ),
 }
 
 EXAMPLES = """\
@@ -78,6 +84,8 @@ examples:
   jaxscale inspect experiments/configs/runs/main_job.gin
   jaxscale compile experiments/configs/runs/llama_1b.gin --topology h200:16x8 \\
       --set mesh.data=128 --set data.batch_size=512
+  jaxscale plan experiments/configs/runs/llama_1b.gin --devices h200:2x8 \\
+      --set data.batch_size=512
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
