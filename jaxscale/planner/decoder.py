@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxscale.models.config import ExpertsConfig, LayerConfig, ModelConfig
+from jaxscale.parallel.mesh import MeshConfig
 
 # Elements of what a layer keeps are read and written so often, forward and backward; from the
 # profile in experiments/results/2026-11-23_h200_train_step.md: 16.7 ms of passes over memory.
@@ -38,7 +39,7 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class LayerWork:
-    """One layer, or the head, for one token.
+    """One layer, for one token.
 
     Args:
         matmul_flops: of the forward, in matmuls with weights.
@@ -46,9 +47,13 @@ class LayerWork:
         attention_flops: of the forward; its backward takes 2.5 times that.
         all, dots, full: what is kept when the backward recomputes nothing, what is elementwise, or
             everything.
-        exchanged_kv: elements of queries, keys, values and outputs that Ulysses exchanges.
-        ring_kv: elements of keys and values that a ring passes on.
+        staged: what a pipeline keeps when nothing is recomputed but activations, which its backward
+            makes again, see `parallel.pipeline.programs`.
+        heads: elements of attention's output.
+        exchanged: elements of queries, keys, values and outputs, which Ulysses exchanges.
+        passed: elements of keys and values, which a ring passes on.
         choices: experts a token is sent to; 0 in a dense layer.
+        num_experts: E of a mixture.
     """
 
     matmul_flops: float
@@ -57,13 +62,23 @@ class LayerWork:
     all: Kept = Kept()
     dots: Kept = Kept()
     full: Kept = Kept()
-    exchanged_kv: float = 0.0
-    ring_kv: float = 0.0
+    staged: Kept = Kept()
+    heads: float = 0.0
+    exchanged: float = 0.0
+    passed: float = 0.0
     choices: int = 0
+    num_experts: int = 0
 
-    def kept(self, remat: str) -> Kept:
-        """What a rematerialisation keeps; "names" is counted as "dots", of which it is a part."""
-        return {"none": self.all, "full": self.full}.get(remat, self.dots)
+    def rows(self, mesh: MeshConfig, *, is_stored: bool) -> float:
+        """Rows of experts on a device for each token: used ones, or room for the worst case.
+
+        Args:
+            mesh: how experts are spread.
+            is_stored: count the room where rows are stored, not what is sent.
+        """
+        if mesh.expert == 1 or (mesh.expert_exchange == "ragged" and not is_stored):
+            return self.choices
+        return mesh.expert * min(self.choices, self.num_experts // mesh.expert)
 
 
 def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork:
@@ -80,8 +95,9 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
     gathered = min(num_norms, 1 if layer.is_parallel else 2) * dim
     shared = dict(
         attention_flops=4 * seen * heads,
-        exchanged_kv=qkvo,
-        ring_kv=2 * kv_heads,
+        heads=heads,
+        exchanged=qkvo,
+        passed=2 * kv_heads,
     )
     attention_matmuls = 2 * dim * qkvo
     feed_forward = layer.feed_forward
@@ -93,21 +109,19 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
             matmul_flops=attention_matmuls + 2 * dim * feed_forward.num_experts,
             expert_flops=2 * active * dim * hidden * (num_in + 1),
             all=Kept(own, gathered, qkvo + normed, rows + active * hidden * (num_in + 1)),
-            dots=Kept(own + dim, 0.0, qkvo, active * hidden * num_in + active * dim),
+            dots=Kept(own, 0.0, qkvo, active * hidden * num_in + active * dim),
             full=Kept(own=dim),
+            staged=Kept(own, gathered, qkvo + normed, rows + active * hidden * num_in),
             choices=active,
+            num_experts=feed_forward.num_experts,
             **shared,
         )
     hidden = feed_forward.dim
     return LayerWork(
         matmul_flops=attention_matmuls + 2 * dim * hidden * (num_in + 1),
         all=Kept(own, gathered, qkvo + normed + hidden * (num_in + 1)),
-        dots=Kept(own + dim, 0.0, qkvo + hidden * num_in),
+        dots=Kept(own, 0.0, qkvo + hidden * num_in),
         full=Kept(own=dim),
+        staged=Kept(own, gathered, qkvo + normed + hidden * num_in),
         **shared,
     )
-
-
-def head_work(model: ModelConfig) -> LayerWork:
-    """The unembedding and the loss for one token."""
-    return LayerWork(matmul_flops=2 * model.model_dim * model.vocab_size)

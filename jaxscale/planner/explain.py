@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from jaxscale.parallel.mesh import AXES, TENSOR
 from jaxscale.planner.job import Layout
 from jaxscale.planner.search import Candidate
 
@@ -15,7 +16,7 @@ def layout_text(layout: Layout) -> str:
     words = [*axes, f"zero {mesh.zero}"] if mesh.data * mesh.sequence > 1 else axes
     if mesh.ring > 1:
         words.append("ring")
-    if mesh.expert_axis == "tensor":
+    if mesh.expert_axis == TENSOR:
         words.append("experts by tensor")
     if mesh.pipeline > 1:
         words.append(mesh.schedule)
@@ -28,7 +29,9 @@ def layout_text(layout: Layout) -> str:
 
 def _axes(layout: Layout) -> list[tuple[str, int]]:
     mesh = layout.mesh
-    return [(name, getattr(mesh, name)) for name in ("pipeline", "data", "expert", "sequence", "tensor")]
+    return [
+        (name, getattr(mesh, name)) for name in ("pipeline", "data", "expert", "sequence", "tensor")
+    ]
 
 
 def why(candidate: Candidate, best: Candidate) -> str:
@@ -46,8 +49,7 @@ def why(candidate: Candidate, best: Candidate) -> str:
     slower = candidate.time.total / best.time.total - 1
     names = {**best.time.parts, **candidate.time.parts}
     grown = {
-        name: candidate.time.parts.get(name, 0.0) - best.time.parts.get(name, 0.0)
-        for name in names
+        name: candidate.time.parts.get(name, 0.0) - best.time.parts.get(name, 0.0) for name in names
     }
     name = max(grown, key=grown.__getitem__)
     if grown[name] <= 0:

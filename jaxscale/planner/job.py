@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 
+import numpy as np
+
 from jaxscale.models.config import LayerConfig, ModelConfig
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.parameters import Table, parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.pipeline.stages import StageLayout
-from jaxscale.planner.decoder import LayerWork, head_work, layer_work
+from jaxscale.planner.decoder import LayerWork, layer_work
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
 
@@ -56,10 +58,25 @@ class Job:
         """The layers before the first period."""
         return tuple(self._work[layer] for layer in self.model.prefix)
 
+    @property
+    def head_flops(self) -> float:
+        """FLOPs of the unembedding's forward for one token."""
+        return 2.0 * self.model.model_dim * self.model.vocab_size
+
     @functools.cached_property
-    def head_work(self) -> LayerWork:
-        """The unembedding."""
-        return head_work(self.model)
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return np.dtype(self.policy.compute).itemsize
+
+    @functools.cached_property
+    def parameter_width(self) -> int:
+        """Bytes of a stored parameter."""
+        return np.dtype(self.policy.parameters).itemsize
+
+    @functools.cached_property
+    def reduction_width(self) -> int:
+        """Bytes of a gradient where gradients add up."""
+        return np.dtype(self.policy.reduction).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +95,11 @@ class Layout:
     remat: str
     is_scanned: bool
 
+    @property
+    def family(self) -> tuple:
+        """What a ranking shows once: axis sizes and how sequence and experts are spread."""
+        return self.mesh.sizes, self.mesh.ring, self.mesh.expert_axis
+
     def rows(self, job: Job) -> int:
         """Rows of a micro-batch on one device."""
         return job.batch_size // (self.mesh.num_batch_shards * self.num_microbatches)
@@ -89,6 +111,7 @@ class Layout:
     def stages(self, job: Job) -> StageLayout:
         """Which periods each pipeline stage has."""
         mesh = self.mesh
-        return StageLayout(
-            job.model.num_periods, mesh.pipeline, mesh.num_chunks, mesh.stage_periods
-        )
+        return _stages(job.model.num_periods, mesh.pipeline, mesh.num_chunks, mesh.stage_periods)
+
+
+_stages = functools.cache(StageLayout)

@@ -1,13 +1,26 @@
-"""The modelled memory of a step on one device: state, stashed activations, workspace."""
+"""The modelled memory of a step on one device: state, what is kept for the backward, workspace.
+
+What XLA lays out beside the state is not a sum of tensors that one could count: it depends on the
+order in which XLA runs the step. The factors below were fitted to steps that jax 0.11 compiled for
+H200s, see docs/planner.md for how far off they are. `jaxscale compile` gives the compiler's figure.
+"""
 
 import dataclasses
+import functools
 
-import numpy as np
-
-from jaxscale.parallel.pipeline.schedule import Schedule
-from jaxscale.planner.decoder import LayerWork
+from jaxscale.planner.decoder import Kept, LayerWork
 from jaxscale.planner.job import Job, Layout
+from jaxscale.planner.pipeline import num_in_flight
 from jaxscale.planner.state import StateBytes
+
+# What is really kept, over what `decoder` counts, when nothing is recomputed: a loop over layers
+# stacks an activation's intermediate results too.
+KEPT_UNROLLED, KEPT_SCANNED = 1.115, 1.75
+# Of what unrolled layers should recompute, XLA keeps so much anyway: it starts early to recompute.
+KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
+# A layer at work, over what it keeps when nothing is recomputed.
+WORKSPACE, WORKSPACE_IN_PIPELINE = 1.35, 1.25
+NUM_SLOTS_BETWEEN_STAGES = 4  # activations and cotangents that wait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +30,9 @@ class StepMemory:
     Args:
         parameters, moments: between steps.
         gradients: as they add up.
-        copies: the parameters in the compute type.
+        copies: parameters in the compute type, or gathered.
         stashed: what forwards keep for backwards, of all micro-batches in flight.
-        workspace: of the layer or the head that is at work.
+        workspace: of the layer, the head or the update that is at work.
         host: in the host's memory, not in the sum.
     """
 
@@ -31,88 +44,172 @@ class StepMemory:
     workspace: float
     host: float = 0.0
 
-    @property
+    @functools.cached_property
     def total(self) -> float:
         """Bytes on the device."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
         """Bytes on the device by name."""
-        return {name: size for name, size in vars(self).items() if name != "host"}
+        names = ("parameters", "moments", "gradients", "copies", "stashed", "workspace")
+        return {name: getattr(self, name) for name in names}
 
 
-def step_memory(
-    job: Job,
-    layout: Layout,
-    state: StateBytes,
-    schedule: Schedule | None,
-) -> StepMemory:
+def step_memory(job: Job, layout: Layout, state: StateBytes) -> StepMemory:
     """The memory of a step.
 
     Args:
         job: what is trained.
         layout: how it is spread.
         state: its parameters under the layout's mesh.
-        schedule: of the pipeline; None without one.
     """
-    mesh = layout.mesh
-    width = np.dtype(job.policy.compute).itemsize
-    stages = layout.stages(job)
-    tokens = layout.tokens(job)
-    num_in_flight = schedule.num_residual_slots if schedule else 1
-    kept = sum(_kept(job, layout, work, layout.remat) for work in job.period_work)
-    period = tokens * kept * width
-    stashed = num_in_flight * stages.num_slots * period
-    stashed += tokens * width * sum(
-        _kept(job, layout, work, layout.remat) for work in job.prefix_work
-    )
-    largest = max(_kept(job, layout, work, "none") for work in job.period_work)
-    layer = tokens * width * largest
-    workspace = layer * (0.8 if layout.remat == "none" else 1.7)
-    is_converted = job.policy.parameters != job.policy.compute
-    copies = 0.0
-    if mesh.zero == 3:
-        kept_periods = state.gathered if layout.remat == "none" else 2 * state.largest
-        copies = (kept_periods + state.outside) * width
-    elif is_converted:
-        copies = state.whole * width
-    is_summed = layout.num_microbatches > 1
-    gradients = state.gradients if is_summed else state.held * width
+    needs = _Needs(job, layout, state)
     moments, host = state.moments, 0.0
-    if mesh.is_optimizer_on_host:
+    if layout.mesh.is_optimizer_on_host:
         moments, host = state.moments / 8, state.moments
-    return StepMemory(
-        parameters=state.parameters,
-        moments=moments,
-        gradients=gradients,
-        copies=copies,
-        stashed=stashed,
-        workspace=workspace + _head(job, layout, tokens, width),
-        host=host,
-    )
+    if layout.mesh.pipeline > 1:
+        temporaries = needs.of_pipeline()
+    elif layout.is_scanned:
+        temporaries = needs.of_loop()
+    else:
+        temporaries = needs.of_unrolled()
+    return StepMemory(state.parameters, moments, host=host, **temporaries)
 
 
-def _kept(
-    job: Job,
-    layout: Layout,
-    work: LayerWork,
-    remat: str,
-) -> float:
-    """Elements that a layer keeps of one token on one device."""
-    mesh, rows = layout.mesh, 1.0
-    if work.choices and mesh.expert > 1:
-        # Buffers have room for the worst case.
-        most = mesh.expert * min(work.choices, job.model.num_experts // mesh.expert)
-        rows = most / work.choices
-    return work.kept(remat).on_device(mesh.tensor, rows)
+@dataclasses.dataclass(frozen=True)
+class _Needs:
+    """The temporaries of one layout, by how its layers run."""
 
+    job: Job
+    layout: Layout
+    state: StateBytes
 
-def _head(
-    job: Job,
-    layout: Layout,
-    tokens: float,
-    width: int,
-) -> float:
-    """Logits and their gradient of one chunk."""
-    chunk = tokens / job.execution.num_loss_chunks
-    return 2 * width * chunk * job.model.vocab_size / layout.mesh.tensor
+    def of_pipeline(self) -> dict[str, float]:
+        """Sums of gradients, prepared parameters, slots, and one layer at work."""
+        mesh, job = self.layout.mesh, self.job
+        in_flight = num_in_flight(mesh, self.layout.num_microbatches)
+        stashed = in_flight * self.layout.stages(job).num_slots * self._kept_by_period
+        between = NUM_SLOTS_BETWEEN_STAGES * self._bytes(job.model.model_dim / mesh.tensor)
+        return {
+            "gradients": self.state.gradients,
+            "copies": self._converted(self.state.gathered)
+            + self.state.outside * job.parameter_width,
+            "stashed": stashed + between,
+            "workspace": WORKSPACE_IN_PIPELINE * self._largest_layer + self._head,
+        }
+
+    def of_loop(self) -> dict[str, float]:
+        """Sums of gradients lie there all the time, and one layer at a time is at work."""
+        update = self._update if self.layout.num_microbatches == 1 else 0.0
+        work = max(self._head, WORKSPACE * self._largest_layer) + update
+        return {
+            "gradients": self._gradients,
+            "copies": self._gathered_at_once,
+            "stashed": self.job.model.num_periods * self._kept_by_period + self._prefix,
+            "workspace": work,
+        }
+
+    def of_unrolled(self) -> dict[str, float]:
+        """The larger of two moments: the head's backward, and the update."""
+        state, job = self.state, self.job
+        stashed = job.model.num_periods * self._kept_by_period + self._prefix
+        copies = self._converted(state.whole)
+        outside = state.outside * job.reduction_width
+        sums = self._sums_of_microbatches
+        begin = stashed + outside + self._head
+        end = self._gradients - sums + WORKSPACE * self._largest_layer + self._update
+        if begin >= end:
+            found = {"gradients": sums + outside, "stashed": stashed, "workspace": self._head}
+        else:
+            workspace = end - self._gradients + sums
+            found = {"gradients": self._gradients, "stashed": 0.0, "workspace": workspace}
+        return found | {"copies": copies}
+
+    @property
+    def _sums_of_microbatches(self) -> float:
+        """Gradients of the micro-batches before, which add up beside those that are being made."""
+        return self.state.gradients if self.layout.num_microbatches > 1 else 0.0
+
+    @property
+    def _gradients(self) -> float:
+        """All gradients of one micro-batch, and the sums of those before."""
+        state, job = self.state, self.job
+        one = state.gradients
+        if self.layout.mesh.zero == 3:
+            # What is in no layer, and one layer, have whole gradients for a time.
+            one += (state.outside + state.largest) * job.reduction_width
+        return one + self._sums_of_microbatches
+
+    @property
+    def _update(self) -> float:
+        """ZeRO's share of the sums, and the largest parameter as it is made whole."""
+        mesh, state = self.layout.mesh, self.state
+        if mesh.zero not in (1, 2) or mesh.data * mesh.sequence == 1:
+            return 0.0
+        share = state.gradients / (mesh.data * mesh.sequence)
+        return share + state.largest_leaf * self.job.parameter_width
+
+    @property
+    def _gathered_at_once(self) -> float:
+        """Parameters that a loop over layers has in another form at a time."""
+        state, job = self.state, self.job
+        if self.layout.mesh.zero < 3:
+            return 0.0
+        kept = state.gathered if self.layout.remat == "none" else 0.0
+        return kept * job.width + state.outside * job.parameter_width
+
+    def _converted(self, elements: float) -> float:
+        """Bytes of parameters in the compute type, where they are stored in another or in parts."""
+        is_other = self.job.policy.parameters != self.job.policy.compute
+        return elements * self.job.width * (is_other or self.layout.mesh.zero == 3)
+
+    @property
+    def _kept_by_period(self) -> float:
+        """Bytes that a period keeps of one micro-batch."""
+        return self._bytes(sum(map(self._kept, self.job.period_work)))
+
+    @property
+    def _prefix(self) -> float:
+        """Bytes that the layers before the first period keep."""
+        return self._bytes(sum(map(self._kept, self.job.prefix_work)))
+
+    @property
+    def _largest_layer(self) -> float:
+        """Bytes that the largest layer keeps when nothing is recomputed."""
+        return self._bytes(max(self._on_device(each, each.all) for each in self.job.period_work))
+
+    @property
+    def _head(self) -> float:
+        """Bytes of the logits of one chunk."""
+        tokens = self.layout.tokens(self.job) / self.job.execution.num_loss_chunks
+        return tokens * self.job.model.vocab_size / self.layout.mesh.tensor * self.job.width
+
+    def _kept(self, work: LayerWork) -> float:
+        """Elements that a layer keeps of one token on this device."""
+        layout = self.layout
+        is_pipelined = layout.mesh.pipeline > 1
+        everything = work.staged if is_pipelined and not layout.is_scanned else work.all
+        kept = self._on_device(work, everything)
+        if layout.is_scanned:
+            kept *= KEPT_SCANNED
+        elif not is_pipelined:
+            kept *= KEPT_UNROLLED
+        mesh = layout.mesh
+        if mesh.sequence > 1:
+            kept += work.heads / mesh.tensor  # attention's output before its exchange
+        if mesh.tensor > 1:
+            kept += self.job.model.model_dim / mesh.tensor  # what the group exchanged
+        if layout.remat == "none":
+            return kept
+        wanted = self._on_device(work, work.dots if layout.remat == "dots" else work.full)
+        is_exact = layout.is_scanned or is_pipelined
+        anyway = 0.0 if is_exact else KEPT_ANYWAY[layout.remat]
+        return wanted + anyway * (kept - wanted)
+
+    def _on_device(self, work: LayerWork, kept: Kept) -> float:
+        rows = work.rows(self.layout.mesh, is_stored=True) / max(work.choices, 1)
+        return kept.on_device(self.layout.mesh.tensor, rows)
+
+    def _bytes(self, elements: float) -> float:
+        """Of so many elements for each token of a micro-batch."""
+        return self.layout.tokens(self.job) * elements * self.job.width

@@ -1,7 +1,6 @@
 """Bytes of parameters, gradients and optimizer state on one device, by the sharding rules."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxscale import tree
-from jaxscale.models.parameters import Parameter, abstract_params
+from jaxscale.models.parameters import abstract_params
 from jaxscale.parallel.mesh import DATA, SEQUENCE, MeshConfig
 from jaxscale.parallel.rules import all_axes_of, make_specs, mirror
 from jaxscale.planner.job import Job
@@ -29,6 +28,7 @@ class StateBytes:
         whole: elements of all parameters of a stage, gathered over ZeRO's axes.
         gathered: elements of its layers, gathered over ZeRO's axes.
         largest: elements of the largest period, gathered.
+        largest_leaf: elements of the largest parameter of a stage, gathered.
         outside: elements of what is in no layer, gathered.
     """
 
@@ -40,6 +40,7 @@ class StateBytes:
     whole: float = 0.0
     gathered: float = 0.0
     largest: float = 0.0
+    largest_leaf: float = 0.0
     outside: float = 0.0
 
 
@@ -50,7 +51,7 @@ class StateCounter:
         self.job = job
         self.flat = tree.flatten(job.table)
         self.moments = self._moment_bytes()
-        self._count = functools.cache(self._count)
+        self._counted: dict[tuple, StateBytes] = {}
 
     def __call__(self, mesh: MeshConfig) -> StateBytes:
         """The state under a mesh.
@@ -58,18 +59,15 @@ class StateCounter:
         Raises:
             InputError: a dim does not divide over its axis, with the equation.
         """
-        # Nothing of the state depends on these.
-        plain = dataclasses.replace(
-            mesh,
-            ring=1,
-            schedule="interleaved" if mesh.num_chunks > 1 else "1f1b",
-            expert_exchange="dense",
-            is_optimizer_on_host=False,
-        )
-        return self._count(plain)
+        # All of a mesh that the state depends on.
+        sharding = (mesh.zero, mesh.zero_axes, mesh.expert_axis)
+        key = (mesh.sizes, sharding, mesh.num_chunks, mesh.stage_periods)
+        if key not in self._counted:
+            self._counted[key] = self._count(mesh)
+        return self._counted[key]
 
     def _moment_bytes(self) -> dict[str, float]:
-        """Bytes of the optimizer's state an element of each parameter; 0 for what is not trained."""
+        """Bytes of the optimizer's state for an element of each parameter that is trained."""
         job = self.job
         params = abstract_params(job.table, job.policy.parameters)
         trained = tree.select(params, job.train.trainable)
@@ -108,6 +106,7 @@ class StateCounter:
             sums["whole"] += whole
             kind = "gathered" if entry.is_stacked else "outside"
             sums[kind] += whole
+            sums["largest_leaf"] = max(sums["largest_leaf"], whole)
         sums["largest"] = sums["gathered"] * mesh.pipeline / len(specs.layout.order)
         return StateBytes(**sums)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxscale.config import operative_config
-from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.explain import details, layout_text, table, why
 from jaxscale.planner.job import Job, Layout
@@ -18,8 +17,9 @@ from jaxscale.written import as_written, render
 
 # Of JAX's share; the rest is for what the model of the memory does not know.
 SHARE_OF_LIMIT = 0.95
-NUM_SHOWN = 10
-HEADER = "# A plan for {devices}: {layout}.\n# Modelled: {ms:.1f} ms a step, {gib:.1f} GiB a device.\n"
+HEADER = (
+    "# A plan for {devices}: {layout}.\n# Modelled: {ms:.1f} ms a step, {gib:.1f} GiB a device.\n"
+)
 
 
 def plan(
@@ -27,7 +27,7 @@ def plan(
     run: Run,
     devices: str,
     output: str = "plan.gin",
-    pinned: dict[str, Any] = {},
+    pinned: dict[str, Any] | None = None,
 ) -> Candidate:
     """Prints the fastest meshes for a run and writes the first as a file for `pretrain`.
 
@@ -37,7 +37,7 @@ def plan(
         run: the run; its own mesh is compared with the others.
         devices: such as "h200:2x8", 2 hosts of 8; "h200:2x8-3" if 3 of them are gone.
         output: the file that is written.
-        pinned: values that are given, such as {"tensor": 2}, see `planner.search.PINNABLE`.
+        pinned: values that are given, such as {"tensor": 2}, see `planner.space.PINNABLE`.
     Returns:
         The best.
     Raises:
@@ -47,14 +47,14 @@ def plan(
     cluster, share = Cluster.parse(devices), memory_share()
     planner = Planner(job_of(run), cluster, cluster.device.memory_bytes * share * SHARE_OF_LIMIT)
     began = time.perf_counter()
-    found = planner.search(pinned)
+    found = planner.search(pinned or {})
     seconds = time.perf_counter() - began
-    best = found[0]
-    print(f"{cluster.text}: {len(found):,} layouts in {seconds:.1f} s")
+    best = found.best
+    print(f"{cluster.text}: {found.num_layouts:,} layouts in {seconds:.1f} s")
     if not best.fits:
-        over = best.memory.total - best.limit_bytes
-        raise RunError(f"no layout fits; nearest by {over:,.0f} bytes: {layout_text(best.layout)}")
-    print(table(found[:NUM_SHOWN], best))
+        over = f"{best.excess_bytes:,.0f} bytes above {best.limit_bytes:,.0f}"
+        raise RunError(f"no layout fits; the nearest is {over}: {layout_text(best.layout)}")
+    print(table(found.ranked, best))
     print(f"\n{_own(planner, run, best)}\n\n{details(best)}")
     Path(output).write_text(planned_text(run, best, cluster.text))
     print(f"\nwritten: {output}")
@@ -111,4 +111,5 @@ def _own(planner: Planner, run: Run, best: Candidate) -> str:
         own = planner.estimate(layout)
     except InputError as error:
         return f"the file's own mesh is impossible: {error}"
-    return f"the file's own mesh: {own.time.total * 1e3:.1f} ms, {layout_text(layout)}: {why(own, best)}"
+    milliseconds = own.time.total * 1e3
+    return f"the file's own mesh: {milliseconds:.1f} ms, {layout_text(layout)}: {why(own, best)}"
