@@ -12,7 +12,7 @@ GIB = 2**30
 def layout_text(layout: Layout) -> str:
     """A layout in one line: the axes above 1, then how they are used."""
     mesh = layout.mesh
-    axes = [f"{name} {size}" for name, size in _axes(layout) if size > 1]
+    axes = [f"{name} {size}" for name, size in zip(AXES, mesh.sizes) if size > 1]
     words = [*axes, f"zero {mesh.zero}"] if mesh.data * mesh.sequence > 1 else axes
     if mesh.ring > 1:
         words.append("ring")
@@ -25,13 +25,6 @@ def layout_text(layout: Layout) -> str:
     words.append(f"M {layout.num_microbatches}")
     words.append(f"remat {layout.remat}{', scanned' if layout.is_scanned else ''}")
     return ", ".join(words)
-
-
-def _axes(layout: Layout) -> list[tuple[str, int]]:
-    mesh = layout.mesh
-    return [
-        (name, getattr(mesh, name)) for name in ("pipeline", "data", "expert", "sequence", "tensor")
-    ]
 
 
 def why(candidate: Candidate, best: Candidate) -> str:
