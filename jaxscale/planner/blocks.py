@@ -41,16 +41,22 @@ class _Coarsening:
 
     def __init__(self, costs: ModelledCosts, bandwidth: float):
         self.costs, self.bandwidth = costs, bandwidth
-        self.parts: dict[int, Part] = dict(enumerate(costs.atoms))
-        self.seconds = {number: costs.seconds(part) for number, part in self.parts.items()}
-        self.order = list(self.parts)
-        self.place = {number: number for number in self.order}
-        self.after = dict(enumerate(map(set, costs.components.successors)))
-        self.before: dict[int, set[int]] = {number: set() for number in self.order}
-        for number, others in self.after.items():
+        atoms = costs.atoms
+        self.order = list(range(len(atoms)))
+        self.next_number = len(atoms)
+        self.parts: dict[int, Part] = dict(enumerate(atoms))
+        self.seconds: dict[int, float] = {}
+        self.place: dict[int, int] = {}
+        self.after: dict[int, set[int]] = {}
+        self.before: dict[int, set[int]] = {}
+        for number, part in enumerate(atoms):
+            self.seconds[number] = costs.seconds(part)
+            self.place[number] = number
+            self.before[number] = set()
+        for number, others in enumerate(costs.components.successors):
+            self.after[number] = set(others)
             for other in others:
                 self.before[other].add(number)
-        self.next_number = len(self.order)
 
     def match(self, num_blocks: int) -> None:
         """One level: each part, the cheapest first, joins the follower that gains most by it."""
@@ -59,32 +65,49 @@ class _Coarsening:
         for number in sorted(self.order, key=self.seconds.__getitem__):
             if len(self.place) <= num_blocks:
                 break
-            if number in fresh or number not in self.parts:
-                continue
-            gains = []
-            for other in self.after[number] - fresh:
-                joined = self.costs.merged([self.parts[number], self.parts[other]])
-                gain = self._gain(number, other, joined, limit)
-                if gain >= 0:
-                    gains.append((gain, -self.place[other], other, joined))
-            gains.sort(key=lambda each: each[:2], reverse=True)
-            for _, _, other, joined in gains:
-                if (between := self._between(number, other)) is not None:
-                    fresh.add(self._join(number, other, joined, between))
-                    break
+            if number in self.parts:
+                new = self._join_best(number, fresh, limit)
+                fresh.add(new)
         self.order = sorted(self.place, key=self.place.__getitem__)
+
+    def _join_best(
+        self,
+        number: int,
+        fresh: set[int],
+        limit: float,
+    ) -> int:
+        """Joins a part with the follower that gains most, if there is one; returns what it is."""
+        gains = []
+        for other in self.after[number] - fresh:
+            joined = self._joined(number, other)
+            gain = self._gain(number, other, joined, limit)
+            if gain >= 0:
+                # Of equal gains the one that stands first.
+                gains.append((gain, -self.place[other], other, joined))
+        gains.sort(key=lambda each: each[:2], reverse=True)
+        for _, _, other, joined in gains:
+            between = self._between(number, other)
+            if between is not None:
+                return self._join(number, other, joined, between)
+        return number
+
+    def _joined(self, number: int, other: int) -> Part:
+        pair = [self.parts[number], self.parts[other]]
+        return self.costs.merged(pair)
 
     def merge_smallest(self, num_blocks: int) -> None:
         """Joins the cheapest part with its cheaper neighbour in the order until few are left."""
         while len(self.order) > num_blocks:
-            cheapest = min(range(len(self.order)), key=lambda i: self.seconds[self.order[i]])
-            sides = [i for i in (cheapest - 1, cheapest + 1) if 0 <= i < len(self.order)]
-            side = min(sides, key=lambda i: self.seconds[self.order[i]])
-            first, second = sorted((cheapest, side))
-            number, other = self.order[first], self.order[second]
-            joined = self.costs.merged([self.parts[number], self.parts[other]])
+            seconds = [self.seconds[number] for number in self.order]
+            cheapest = seconds.index(min(seconds))
+            sides = range(max(cheapest - 1, 0), min(cheapest + 2, len(seconds)))
+            others = [side for side in sides if side != cheapest]
+            side = min(others, key=seconds.__getitem__)
+            first = min(cheapest, side)
+            number, other = self.order[first : first + 2]
+            joined = self._joined(number, other)
             new = self._join(number, other, joined, [])
-            self.order[first : second + 1] = [new]
+            self.order[first : first + 2] = [new]
 
     def _limit(self) -> float:
         seconds = [self.seconds[number] for number in self.order]
@@ -92,13 +115,21 @@ class _Coarsening:
         variance = sum((each - mean) ** 2 for each in seconds) / len(seconds)
         return mean + MAX_DEVIATIONS * math.sqrt(variance)
 
-    def _gain(self, number: int, other: int, joined: Part, limit: float) -> float:
+    def _gain(
+        self,
+        number: int,
+        other: int,
+        joined: Part,
+        limit: float,
+    ) -> float:
         """Seconds that joining saves, among them those of sending; negative if it is too large."""
+        one, another = self.seconds[number], self.seconds[other]
         seconds = self.costs.seconds(joined)
-        if seconds > max(limit, self.seconds[number], self.seconds[other]):
+        if seconds > max(limit, one, another):
             return -1.0
-        sent = self.costs.bytes_of(self.parts[number].outputs & self.parts[other].inputs)
-        apart = self.seconds[number] + self.seconds[other]
+        passed = self.parts[number].outputs & self.parts[other].inputs
+        sent = self.costs.bytes_of(passed)
+        apart = one + another
         return apart + sent / self.bandwidth - seconds
 
     def _between(self, number: int, other: int) -> list[int] | None:
@@ -136,8 +167,9 @@ class _Coarsening:
         places = sorted([first, *(self.place[each] for each in inside), last])
         # One place becomes free.
         self.place |= dict(zip([*stay, new, *between], places))
-        for gone in (number, other):
-            del self.place[gone], self.parts[gone], self.seconds[gone]
+        for by_number in (self.place, self.parts, self.seconds):
+            del by_number[number]
+            del by_number[other]
         self.parts[new] = joined
         self.seconds[new] = self.costs.seconds(joined)
         self._reconnect(number, other, new)

@@ -111,7 +111,9 @@ class ModelledCosts:
             flops=sum(part.flops for part in parts),
             num_kernels=sum(part.num_kernels for part in parts),
             inputs=frozenset[int]().union(*(part.inputs for part in parts)) - made,
-            outputs=frozenset(each for each in made if not members.issuperset(values[each].consumers)),
+            outputs=frozenset(
+                each for each in made if not members.issuperset(values[each].consumers)
+            ),
             params=frozenset[Var]().union(*(part.params for part in parts)),
             made_bytes=sum(part.made_bytes for part in parts),
         )
@@ -133,7 +135,9 @@ class ModelledCosts:
         moved = input_bytes + output_bytes + params_bytes
         forward = part.flops / (device.matmul_flops * device.matmul_share)
         forward += moved / self._bandwidth + part.num_kernels * LAUNCH_S
-        return PartCost(forward, 2 * forward, params_bytes, input_bytes, output_bytes, part.made_bytes)
+        return PartCost(
+            forward, 2 * forward, params_bytes, input_bytes, output_bytes, part.made_bytes
+        )
 
 
 def flops_of(equation: JaxprEqn) -> float:

@@ -3,11 +3,13 @@
 import dataclasses
 
 from jaxscale.models.config import ExpertsConfig, LayerConfig, ModelConfig
-from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.mesh import TENSOR, MeshConfig
 
 # Elements of what a layer keeps are read and written so often, forward and backward; from the
 # profile in experiments/results/2026-11-23_h200_train_step.md: 16.7 ms of passes over memory.
 FORWARD_PASSES, BACKWARD_PASSES = 1.2, 2.2
+# Of what experts keep, with the buffers of an exchange; fitted to compiled steps as in `memory`.
+ROOM_OF_EXCHANGE = {"dense": 1.45, "ragged": 0.8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,23 +20,26 @@ class Kept:
         own: of the residual's width, on one member of a tensor group only.
         gathered: of the residual's width, on all members of a tensor group.
         sharded: heads and hidden vectors, of which each member has its share.
-        expert: of each choice of an expert: its rows, and its share of hidden vectors.
+        rows: of the residual's width, of all choices of experts.
+        hidden: hidden vectors of all choices of experts.
     """
 
     own: float = 0.0
     gathered: float = 0.0
     sharded: float = 0.0
-    expert: float = 0.0
+    rows: float = 0.0
+    hidden: float = 0.0
 
-    def on_device(self, tensor: int, expert_rows: float = 1.0) -> float:
-        """Elements on one device of a tensor group, a token of the group.
+    def on_device(self, mesh: MeshConfig, room: float) -> float:
+        """Elements on one device, a token of its tensor group.
 
         Args:
-            tensor: members of the group.
-            expert_rows: rows of experts that a device has room for, over its tokens' choices.
+            mesh: how the layer is spread.
+            room: rows of experts that a device has room for, over its tokens' choices.
         """
-        whole = self.gathered + expert_rows * self.expert
-        return whole + (self.own + self.sharded) / tensor
+        hidden = self.hidden if mesh.expert_axis == TENSOR else self.hidden / mesh.tensor
+        shares = (self.own + self.sharded) / mesh.tensor
+        return self.gathered + shares + room * (self.rows + hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +74,16 @@ class LayerWork:
     choices: int = 0
     num_experts: int = 0
 
-    def rows(self, mesh: MeshConfig, *, is_stored: bool) -> float:
-        """Rows of experts on a device for each token: used ones, or room for the worst case.
-
-        Args:
-            mesh: how experts are spread.
-            is_stored: count the room where rows are stored, not what is sent.
-        """
-        if mesh.expert == 1 or (mesh.expert_exchange == "ragged" and not is_stored):
-            return self.choices
+    def most_rows(self, mesh: MeshConfig) -> int:
+        """Rows of experts that a device may get for each of its tokens."""
         return mesh.expert * min(self.choices, self.num_experts // mesh.expert)
+
+    def kept(self, kept: Kept, mesh: MeshConfig) -> float:
+        """Elements on one device of what is kept of a token, with room for the worst case."""
+        room = 1.0
+        if self.choices and mesh.expert > 1:
+            room = self.most_rows(mesh) / self.choices * ROOM_OF_EXCHANGE[mesh.expert_exchange]
+        return kept.on_device(mesh, room)
 
 
 def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork:
@@ -104,14 +109,14 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
     num_in = 1 + feed_forward.is_gated
     if isinstance(feed_forward, ExpertsConfig):
         active, hidden = feed_forward.num_active, feed_forward.dim
-        rows = active * 2 * dim
+        rows, hidden = active * 2 * dim, active * hidden
         return LayerWork(
             matmul_flops=attention_matmuls + 2 * dim * feed_forward.num_experts,
-            expert_flops=2 * active * dim * hidden * (num_in + 1),
-            all=Kept(own, gathered, qkvo + normed, rows + active * hidden * (num_in + 1)),
-            dots=Kept(own, 0.0, qkvo, active * hidden * num_in + active * dim),
+            expert_flops=2 * dim * hidden * (num_in + 1),
+            all=Kept(own, gathered, qkvo + normed, rows, hidden * (num_in + 1)),
+            dots=Kept(own, 0.0, qkvo, rows / 2, hidden * num_in),
             full=Kept(own=dim),
-            staged=Kept(own, gathered, qkvo + normed, rows + active * hidden * num_in),
+            staged=Kept(own, gathered, qkvo + normed, rows, hidden * num_in),
             choices=active,
             num_experts=feed_forward.num_experts,
             **shared,

@@ -47,6 +47,10 @@ class StageProgram:
     forward: Callable
     backward: Callable
 
+    def place(self, values: dict[Var, jax.Array]) -> list[jax.Array]:
+        """The stage's parameters, whole on each of its devices."""
+        return [self.put(values[var], is_by_row=False) for var in self.params]
+
     def put(self, value: jax.Array, *, is_by_row: bool) -> jax.Array:
         """A value on this stage's devices, its rows shared out where they divide."""
         rows = value.shape[0] if is_by_row and value.ndim else 0
@@ -96,17 +100,18 @@ class StagedGradient:
         """(loss, gradient of params); each leaf on the devices of the first stage that reads it."""
         leaves, structure = jax.tree.flatten(params)
         values = dict(zip(self._traced.param_vars, leaves, strict=True))
-        placed = [
-            [stage.put(values[var], is_by_row=False) for var in stage.params]
-            for stage in self.stages
-        ]
-        passes = _Passes(self, placed, self._parts_of(batch))
-        passes.forward()
-        gradients = passes.backward()
-        return passes.loss(), jax.tree.unflatten(
-            structure,
-            [gradients.get(var, jnp.zeros_like(values[var])) for var in self._traced.param_vars],
+        passes = _Passes(
+            owner=self,
+            placed=[stage.place(values) for stage in self.stages],
+            parts=self._parts_of(batch),
         )
+        passes.forward()
+        found = passes.backward()
+        gradients = []
+        for var, value in values.items():
+            is_read = var in found
+            gradients.append(found[var] if is_read else jnp.zeros_like(value))
+        return passes.loss(), jax.tree.unflatten(structure, gradients)
 
     def _shape_of_part(self, leaf: Any) -> jax.ShapeDtypeStruct:
         rows, rest = divmod(leaf.shape[0], self.num_microbatches)
@@ -117,33 +122,40 @@ class StagedGradient:
 
     def _parts_of(self, batch: Any) -> list[dict[Var, jax.Array]]:
         """The leaves of each micro-batch: consecutive rows."""
-        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(batch)]
-        variables = self._traced.batch_vars
         num = self.num_microbatches
-        cut = [leaf.reshape(num, -1, *leaf.shape[1:]) for leaf in leaves]
-        return [{var: leaf[m] for var, leaf in zip(variables, cut)} for m in range(num)]
+        parts: list[dict[Var, jax.Array]] = [{} for _ in range(num)]
+        leaves = jax.tree.leaves(batch)
+        for var, leaf in zip(self._traced.batch_vars, leaves, strict=True):
+            cut = jnp.asarray(leaf).reshape(num, -1, *leaf.shape[1:])
+            for number, part in enumerate(parts):
+                part[var] = cut[number]
+        return parts
 
     def _make_stages(
         self,
         components: Components,
         devices: Sequence[jax.Device],
     ) -> list[StageProgram]:
-        first, found = 0, []
+        rest, found = list(devices), []
         equations = self._traced.program.jaxpr.eqns
         for stage in self.plan.stages:
-            own = devices[first : first + stage.num_replicas]
-            first += stage.num_replicas
-            numbers = {n for each in stage.part.members for n in components.equations[each]}
-            read = {var for n in numbers for var in inputs_of(equations[n])}
-            made = {var for n in numbers for var in equations[n].outvars}
-            found.append(_Reads(own, read, made))
+            own, rest = rest[: stage.num_replicas], rest[stage.num_replicas :]
+            reads = _Reads(own, set(), set())
+            for component in stage.part.members:
+                for number in components.equations[component]:
+                    reads.read.update(inputs_of(equations[number]))
+                    reads.made.update(equations[number].outvars)
+            found.append(reads)
         return [self._program(index, found) for index in range(len(found))]
 
     def _program(self, index: int, stages: "list[_Reads]") -> StageProgram:
         """The programs of one stage, given what each stage reads and makes."""
         traced, here = self._traced, stages[index]
-        later = set[Var]().union(*(each.read for each in stages[index + 1 :]))
-        before = set[Var]().union(*(each.made for each in stages[:index]))
+        before, later = set[Var](), set[Var]()
+        for each in stages[:index]:
+            before |= each.made
+        for each in stages[index + 1 :]:
+            later |= each.read
         # Constants that were cloned are made by several stages; each makes its own.
         inputs = _in_order(traced, here.read & before - here.made)
         wanted = here.made & (later | {self._loss})
@@ -178,8 +190,16 @@ class _Reads:
 class _Passes:
     """The values of one step as they come."""
 
-    def __init__(self, owner: StagedGradient, placed: list[list], parts: list[dict]):
-        self.owner, self.placed, self.parts = owner, placed, parts
+    def __init__(
+        self,
+        *,
+        owner: StagedGradient,
+        placed: list[list],
+        parts: list[dict],
+    ):
+        self.owner = owner
+        self.placed = placed
+        self.parts = parts
         num = owner.num_microbatches
         self.arguments: list[list] = [[None] * len(owner.stages) for _ in range(num)]
         self.values: list[dict[Var, jax.Array]] = [{} for _ in range(num)]
@@ -188,11 +208,13 @@ class _Passes:
     def forward(self) -> None:
         """All forwards: stage s has micro-batch m in tick s + m."""
         for s, m in self._ticks(range(len(self.owner.stages))):
-            stage, values = self.owner.stages[s], self.values[m]
-            batch = [stage.put(self.parts[m][var], is_by_row=True) for var in stage.batch]
+            stage, part, values = self.owner.stages[s], self.parts[m], self.values[m]
+            batch = [stage.put(part[var], is_by_row=True) for var in stage.batch]
             inputs = [stage.put(values[var], is_by_row=True) for var in stage.inputs]
-            self.arguments[m][s] = (self.placed[s], batch, inputs)
-            values.update(zip(stage.outputs, stage.forward(*self.arguments[m][s]), strict=True))
+            arguments = (self.placed[s], batch, inputs)
+            outputs = stage.forward(*arguments)
+            values.update(zip(stage.outputs, outputs, strict=True))
+            self.arguments[m][s] = arguments
 
     def backward(self) -> dict[Var, jax.Array]:
         """All backwards, the last stage first: the gradients by parameter."""
@@ -200,7 +222,8 @@ class _Passes:
         stages = self.owner.stages
         for s, m in self._ticks(reversed(range(len(stages)))):
             stage = stages[s]
-            given = [self._cotangent(stage, m, var) for var in stage.outputs if _is_float(var)]
+            outputs = filter(_is_float, stage.outputs)
+            given = [self._cotangent(stage, m, var) for var in outputs]
             of_params, of_inputs = stage.backward(*self.arguments[m][s], given)
             for var, gradient in zip(stage.params, of_params, strict=True):
                 _add(gradients, var, gradient)
@@ -224,14 +247,14 @@ class _Passes:
 
     def _ticks(self, stages: Any) -> list[tuple[int, int]]:
         """(stage, micro-batch) in the order of ticks."""
-        order = list(stages)
+        order, found = list(stages), []
         num = self.owner.num_microbatches
-        return [
-            (s, tick - place)
-            for tick in range(num + len(order) - 1)
-            for place, s in enumerate(order)
-            if 0 <= tick - place < num
-        ]
+        for tick in range(num + len(order) - 1):
+            for place, stage in enumerate(order):
+                microbatch = tick - place
+                if 0 <= microbatch < num:
+                    found.append((stage, microbatch))
+        return found
 
 
 def _add(sums: dict[Var, jax.Array], var: Var, value: jax.Array) -> None:
@@ -271,10 +294,12 @@ def _backward(
     is_float = [_is_float(var) for var in inputs]
 
     def differentiated(params: Sequence, floats: Sequence) -> list:
-        rest = iter(floats)
-        merged = [next(rest) if flag else value for flag, value in zip(is_float, values)]
+        rest, merged = iter(floats), []
+        for flag, value in zip(is_float, values, strict=True):
+            merged.append(next(rest) if flag else value)
         found = run(params, batch, merged)
-        return [value for var, value in zip(outputs, found) if _is_float(var)]
+        pairs = zip(outputs, found, strict=True)
+        return [value for var, value in pairs if _is_float(var)]
 
     floats = [value for flag, value in zip(is_float, values) if flag]
     _, pullback = jax.vjp(differentiated, params, floats)
@@ -294,7 +319,10 @@ def _in_order(traced: Traced, variables: set[Var]) -> tuple[Var, ...]:
 def _depends(traced: Traced, var: Var) -> bool:
     """Whether an equation that is in no component as a clone makes a variable."""
     pairs = zip(traced.program.jaxpr.eqns, traced.depends_on_batch, strict=True)
-    return any(depends for equation, depends in pairs if var in equation.outvars)
+    for equation, depends in pairs:
+        if var in equation.outvars:
+            return depends
+    return False
 
 
 def _check_same(whole: Components, part: Components) -> None:

@@ -65,7 +65,7 @@ class LayerClock:
         matmul += experts / (device.matmul_flops * device.expert_share)
         attention = tokens * work.attention_flops * share
         attention /= device.matmul_flops * device.attention_share
-        kept = tokens * work.all.on_device(mesh.tensor) * self.job.width
+        kept = tokens * work.all.on_device(mesh, 1.0) * self.job.width
         memory = kept / self.memory_bandwidth
         output = tokens * work.heads * share * self.job.width / self.memory_bandwidth
         ring = output if mesh.ring > 1 else 0.0
@@ -110,6 +110,8 @@ class LayerClock:
             seconds[IN_SEQUENCE] += max(0.0, ring - attention)
         if work.choices and mesh.expert > 1:
             group = group_of(self.cluster, mesh, (EXPERT,))
-            buffer = tokens * work.rows(mesh, is_stored=False) * dim * width
+            is_ragged = mesh.expert_exchange == "ragged"
+            rows = work.choices if is_ragged else work.most_rows(mesh)
+            buffer = tokens * rows * dim * width
             seconds[IN_EXPERT] = 2 * group.all_to_all_s(buffer)
         return seconds

@@ -116,10 +116,11 @@ class _Needs:
         copies = self._converted(state.whole)
         outside = state.outside * job.reduction_width
         sums = self._sums_of_microbatches
-        begin = stashed + outside + self._head
+        work = self._head + WORKSPACE * self._largest_experts
+        begin = stashed + outside + work
         end = self._gradients - sums + WORKSPACE * self._largest_layer + self._update
         if begin >= end:
-            found = {"gradients": sums + outside, "stashed": stashed, "workspace": self._head}
+            found = {"gradients": sums + outside, "stashed": stashed, "workspace": work}
         else:
             workspace = end - self._gradients + sums
             found = {"gradients": self._gradients, "stashed": 0.0, "workspace": workspace}
@@ -179,6 +180,15 @@ class _Needs:
         return self._bytes(max(self._on_device(each, each.all) for each in self.job.period_work))
 
     @property
+    def _largest_experts(self) -> float:
+        """Bytes that the experts of a layer keep; its backward begins while logits are there."""
+        experts = (
+            Kept(rows=each.all.rows, hidden=each.all.hidden) for each in self.job.period_work
+        )
+        pairs = zip(self.job.period_work, experts, strict=True)
+        return self._bytes(max(self._on_device(*pair) for pair in pairs))
+
+    @property
     def _head(self) -> float:
         """Bytes of the logits of one chunk."""
         tokens = self.layout.tokens(self.job) / self.job.execution.num_loss_chunks
@@ -207,8 +217,7 @@ class _Needs:
         return wanted + anyway * (kept - wanted)
 
     def _on_device(self, work: LayerWork, kept: Kept) -> float:
-        rows = work.rows(self.layout.mesh, is_stored=True) / max(work.choices, 1)
-        return kept.on_device(self.layout.mesh.tensor, rows)
+        return work.kept(kept, self.layout.mesh)
 
     def _bytes(self, elements: float) -> float:
         """Of so many elements for each token of a micro-batch."""

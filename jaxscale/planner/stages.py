@@ -178,7 +178,10 @@ class StagePlanner:
 
     def _num_microbatches(self) -> list[int]:
         powers = [2**k for k in range(MAX_MICROBATCHES.bit_length())]
-        return [num for num in powers if self.num_rows % num == 0]
+        fitting = [num for num in powers if self.num_rows % num == 0]
+        # With a single row JAX may trace other equations than the plan's: what it would broadcast
+        # has its shape already.
+        return [num for num in fitting if num == 1 or self.num_rows // num > 1]
 
     def _table(self, num_microbatches: int) -> Table:
         num, devices = len(self.blocks), self.cluster.num_devices

@@ -1,6 +1,7 @@
 """A plan of a model that is not ours computes what the undivided function does."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ def plan_of(case, replicas, num_microbatches):
     costs = ModelledCosts(make_components(trace(loss, params, batch)), DEVICES["h200"])
     blocks = make_blocks(costs, 2e11, 8)
     cuts = np.linspace(0, len(blocks), len(replicas) + 1).astype(int)
-    parts = [costs.merged(blocks[i:j]) for i, j in zip(cuts, cuts[1:], strict=False)]
+    parts = [costs.merged(blocks[i:j]) for i, j in itertools.pairwise(cuts)]
     stages = (Stage(part, r, 1.0, 1.0) for part, r in zip(parts, replicas, strict=True))
     return StagePlan(tuple(stages), num_microbatches, 1.0)
 
