@@ -25,7 +25,7 @@ class Device:
         host_bandwidth: bytes/s to its host's memory, in one direction.
         matmul_share: of `matmul_flops`, in matmuls with weights.
         expert_share: of `matmul_flops`, in the grouped matmuls of experts.
-        attention_share: of `matmul_flops`.
+        attention_share: of `matmul_flops`, over long rows.
         memory_share: of `memory_bandwidth`.
         link_share: of `link_bandwidth` and `network_bandwidth`.
     """
@@ -40,15 +40,15 @@ class Device:
     host_bandwidth: float
     matmul_share: float = 0.70
     expert_share: float = 0.62
-    attention_share: float = 0.47
+    attention_share: float = 0.60
     memory_share: float = 0.80
     link_share: float = 0.50
 
 
-# Shares of the H200 are those of experiments/results/2026-11-23_h200_train_step.md and
-# 2026-11-27_two_h200_scaling.md: matmuls 674 to 724 of 989 TFLOP/s, attention 461 to 511, passes
-# over memory 3.3 to 4.3 of 4.8 TB/s, exchanges 170 to 235 of 450 GB/s. The others, which were not
-# measured, have the same.
+# Shares of the H200 are those of experiments/results/2026-11-23_h200_train_step.md,
+# 2026-11-27_two_h200_scaling.md and 2026-11-27_two_h200_long_sequences.md: matmuls 674 to 724 of
+# 989 TFLOP/s, attention 461 to 511 (574 over rows of 32K), passes over memory 3.3 to 4.3 of 4.8
+# TB/s, exchanges 170 to 235 of 450 GB/s. The others, which were not measured, have the same.
 _H100 = Device(
     name="h100",  # SXM5; source: NVIDIA H100 data sheet; network of a DGX H100, 400 Gb/s a GPU
     memory_bytes=81_559 * 2**20,

@@ -54,6 +54,8 @@ class LayerWork:
             everything.
         staged: what a pipeline keeps when nothing is recomputed but activations, which its backward
             makes again, see `parallel.pipeline.programs`.
+        split: what the backward leaves for a weight gradient that comes later: the gradients of
+            what matmuls with weights make.
         heads: elements of attention's output.
         exchanged: elements of queries, keys, values and outputs, which Ulysses exchanges.
         passed: elements of keys and values, which a ring passes on.
@@ -68,6 +70,7 @@ class LayerWork:
     dots: Kept = Kept()
     full: Kept = Kept()
     staged: Kept = Kept()
+    split: Kept = Kept()
     heads: float = 0.0
     exchanged: float = 0.0
     passed: float = 0.0
@@ -117,6 +120,7 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
             dots=Kept(own, 0.0, qkvo, rows / 2, hidden * num_in),
             full=Kept(own=dim),
             staged=Kept(own, gathered, qkvo + normed, rows, hidden * num_in),
+            split=Kept(2 * dim, 0.0, qkvo - heads, rows / 2, hidden * num_in),
             choices=active,
             num_experts=feed_forward.num_experts,
             **shared,
@@ -128,5 +132,6 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
         dots=Kept(own, 0.0, qkvo + hidden * num_in),
         full=Kept(own=dim),
         staged=Kept(own, gathered, qkvo + normed + hidden * num_in),
+        split=Kept(2 * dim, 0.0, qkvo - heads + hidden * num_in),
         **shared,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -99,6 +100,11 @@ class Layout:
     def family(self) -> tuple:
         """What a ranking shows once: axis sizes and how sequence and experts are spread."""
         return self.mesh.sizes, self.mesh.ring, self.mesh.expert_axis
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return math.prod(self.mesh.sizes)
 
     def rows(self, job: Job) -> int:
         """Rows of a micro-batch on one device."""

@@ -17,6 +17,7 @@ MATMUL, ATTENTION, MEMORY, RECOMPUTE, IN_TENSOR, IN_SEQUENCE, IN_EXPERT, IN_ZERO
 # experiments/results/2026-11-27_two_h200_scaling.md.
 EXPOSED_TENSOR, EXPOSED_TENSOR_IN_PIPELINE = 0.8, 1.0
 ATTENTION_BACKWARD = 2.5  # times the FLOPs of its forward (arXiv 2205.14135, section 4)
+HALF_RATE_LENGTH = 1130  # tokens of rows at which attention has half its rate; same pages
 SHORTEST_MATMUL = 512  # tokens; matmuls of fewer rows take as long
 # Passes of a ring over attention's output, to merge what its rounds bring, beside one device's;
 # from the ring's and Ulysses' times in 2026-11-27_two_h200_long_sequences.md.
@@ -44,6 +45,14 @@ class LayerClock:
         device = self.cluster.device
         return device.memory_bandwidth * device.memory_share
 
+    @property
+    def _attention_flops(self) -> float:
+        """FLOP/s of attention, which is slow where rows are short."""
+        length = self.job.length
+        device = self.cluster.device
+        rate = device.matmul_flops * device.attention_share
+        return rate * length / (length + HALF_RATE_LENGTH)
+
     def layer(
         self,
         work: LayerWork,
@@ -63,8 +72,7 @@ class LayerClock:
         matmul = max(tokens, SHORTEST_MATMUL) * work.matmul_flops * share / self.matmul_flops
         experts = tokens * work.expert_flops * share
         matmul += experts / (device.matmul_flops * device.expert_share)
-        attention = tokens * work.attention_flops * share
-        attention /= device.matmul_flops * device.attention_share
+        attention = tokens * work.attention_flops * share / self._attention_flops
         kept = tokens * work.all.on_device(mesh, 1.0) * self.job.width
         memory = kept / self.memory_bandwidth
         output = tokens * work.heads * share * self.job.width / self.memory_bandwidth

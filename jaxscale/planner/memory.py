@@ -49,6 +49,18 @@ class StepMemory:
         """Bytes on the device."""
         return sum(self.parts().values())
 
+    def corrected(self, total: float) -> "StepMemory":
+        """The same with the compiler's total; what lies beside the state is scaled to it."""
+        state = self.parameters + self.moments
+        scale = (total - state) / (self.total - state)
+        return dataclasses.replace(
+            self,
+            gradients=self.gradients * scale,
+            copies=self.copies * scale,
+            stashed=self.stashed * scale,
+            workspace=self.workspace * scale,
+        )
+
     def parts(self) -> dict[str, float]:
         """Bytes on the device by name."""
         names = ("parameters", "moments", "gradients", "copies", "stashed", "workspace")
@@ -88,6 +100,7 @@ class _Needs:
         """Sums of gradients, prepared parameters, slots, and one layer at work."""
         mesh, job = self.layout.mesh, self.job
         in_flight = num_in_flight(mesh, self.layout.num_microbatches)
+        in_flight += mesh.schedule == "gpipe"  # fitted
         stashed = in_flight * self.layout.stages(job).num_slots * self._kept_by_period
         between = NUM_SLOTS_BETWEEN_STAGES * self._bytes(job.model.model_dim / mesh.tensor)
         return {
@@ -202,16 +215,21 @@ class _Needs:
         kept = self._on_device(work, everything)
         if layout.is_scanned:
             kept *= KEPT_SCANNED
-        elif not is_pipelined:
+        elif is_pipelined:
+            kept += self.job.model.model_dim / layout.mesh.tensor  # what the chunk was sent
+        else:
             kept *= KEPT_UNROLLED
         mesh = layout.mesh
         if mesh.sequence > 1:
             kept += work.heads / mesh.tensor  # attention's output before its exchange
         if mesh.tensor > 1:
             kept += self.job.model.model_dim / mesh.tensor  # what the group exchanged
+        split = 0.0
+        if layout.mesh.schedule == "zero_bubble":
+            split = self._on_device(work, work.split)
         if layout.remat == "none":
-            return kept
-        wanted = self._on_device(work, work.dots if layout.remat == "dots" else work.full)
+            return kept + split
+        wanted = split + self._on_device(work, work.dots if layout.remat == "dots" else work.full)
         is_exact = layout.is_scanned or is_pipelined
         anyway = 0.0 if is_exact else KEPT_ANYWAY[layout.remat]
         return wanted + anyway * (kept - wanted)

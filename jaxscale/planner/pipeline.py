@@ -3,6 +3,8 @@
 The tables themselves take milliseconds each to make, too long for thousands of layouts.
 """
 
+import functools
+
 import numpy as np
 
 from jaxscale.parallel.mesh import MeshConfig
@@ -41,20 +43,27 @@ def closed_seconds(
     num_microbatches: int,
     passes: np.ndarray,
 ) -> float:
-    """Seconds of a table by its schedule's bubble, at the pace of the slowest stage.
+    """Seconds of a table: the slowest stage's work, and once through all others.
+
+    Exact for stages that differ in the head alone. A zero bubble of few micro-batches has no such
+    form, so its table is run.
 
     Args:
         mesh: names the schedule.
         num_microbatches: M.
         passes: seconds [chunks, stages, 3] of forward, backward and weight gradient.
     """
-    by_chunk = passes.sum(2)
-    chunk, stage = np.unravel_index(by_chunk.argmax(), by_chunk.shape)
-    ramp = by_chunk[chunk, stage]
-    if mesh.schedule == "zero_bubble":
-        ramp = ramp - 2 * passes[chunk, stage, WEIGHT]
-    steady = num_microbatches * by_chunk.sum(0).max()
-    return float(steady + (mesh.pipeline - 1) * max(0.0, ramp))
+    is_split = mesh.schedule == "zero_bubble"
+    if is_split and num_microbatches < 2 * (mesh.pipeline - 1):
+        return exact_seconds(mesh, num_microbatches, passes)
+    by_device = passes.sum((0, 2))
+    slowest = int(by_device.argmax())
+    others = np.delete(passes, slowest, axis=1)
+    ramp = others.sum() / mesh.num_chunks
+    if is_split:
+        # Weight gradients fill the ticks in which a stage would wait.
+        ramp = max(0.0, ramp - 2 * others[:, :, WEIGHT].sum())
+    return float(num_microbatches * by_device[slowest] + ramp)
 
 
 def exact_seconds(
@@ -63,5 +72,8 @@ def exact_seconds(
     passes: np.ndarray,
 ) -> float:
     """Seconds of a table, tick by tick; arguments as `closed_seconds`."""
-    schedule = make_schedule(mesh.schedule, mesh.pipeline, mesh.num_chunks, num_microbatches)
+    schedule = _made(mesh.schedule, mesh.pipeline, mesh.num_chunks, num_microbatches)
     return duration(schedule, *np.moveaxis(passes, 2, 0))
+
+
+_made = functools.cache(make_schedule)

@@ -61,16 +61,11 @@ class Found:
 
     Args:
         ranked: the best of each family, the best first.
-        num_layouts: that were estimated or ruled out by a bound.
+        num_layouts: that were estimated.
     """
 
     ranked: tuple[Candidate, ...]
     num_layouts: int
-
-    @property
-    def best(self) -> Candidate:
-        """The fastest that fits, or the smallest if none does."""
-        return self.ranked[0]
 
 
 class Planner:
@@ -117,8 +112,10 @@ class Planner:
         Args:
             pinned: fields of `MeshConfig`, `num_microbatches`, `remat` and `is_scanned` by name,
                 with the value that they must have.
+        Returns:
+            What was found: nothing if no layout has the pinned values.
         Raises:
-            InputError: a name cannot be pinned, or no layout has the pinned values.
+            InputError: a name cannot be pinned.
         """
         space = Space(self.job, self.cluster, pinned)
         bounds = [(self._clock.bound(core), core) for core in space.cores()]
@@ -137,9 +134,6 @@ class Planner:
                 else:
                     smallest.add(memory.total, layout)
         ranked = [self.estimate(layout) for layout in fastest.kept() or smallest.kept()]
-        if not ranked:
-            expected = f"values that the model and {self.cluster.num_devices} devices allow"
-            raise InputError("pinned", pinned, expected)
         return Found(tuple(sorted(ranked, key=lambda each: each.rank)), num_layouts)
 
     def _possible(self, space: Space, core: Layout) -> Iterator[Layout]:

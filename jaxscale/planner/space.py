@@ -15,6 +15,9 @@ from jaxscale.types import check_choice
 # in a loop over layers. Unrolled, XLA starts to recompute so early that it saves no memory.
 EXECUTIONS = (("none", False), ("dots", False), ("full", True))
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2))
+# Level 2 takes as long as 1 and as much memory: gradients add up whole, and XLA makes a
+# reduce-scatter of the sum of which each device needs its share. Pinned, it is taken.
+ZEROS = (0, 1, 3)
 GIVEN_ONLY = ("stage_periods", "is_optimizer_on_host")  # never tried unless they are pinned
 OF_LAYOUT = ("num_microbatches", "remat", "is_scanned")
 PINNABLE = (
@@ -138,17 +141,18 @@ def _variants(
 ) -> tuple[MeshConfig, ...]:
     """Meshes of the same axes with every ZeRO level and schedule that is not pinned."""
     given = dict(pinned)
-    zeros = (0, 1, 2, 3) if mesh.data * mesh.sequence > 1 else (0,)
+    zeros = ZEROS if mesh.data * mesh.sequence > 1 else (0,)
+    zeros = (given["zero"],) if "zero" in given else zeros
     schedules = SCHEDULES if mesh.pipeline > 1 else SCHEDULES[1:2]
     rest = {
         name: given[name] for name in ("stage_periods", "is_optimizer_on_host") if name in given
     }
     found = []
     for zero, (schedule, num_chunks) in itertools.product(zeros, schedules):
-        uses = {"zero": zero, "schedule": schedule, "num_chunks": num_chunks}
+        uses = {"schedule": schedule, "num_chunks": num_chunks}
         is_pinned = all(given.get(name, value) == value for name, value in uses.items())
         if is_pinned and mesh.pipeline * num_chunks <= num_periods:
-            found.append(dataclasses.replace(mesh, **uses, **rest))
+            found.append(dataclasses.replace(mesh, zero=zero, **uses, **rest))
     return tuple(found)
 
 

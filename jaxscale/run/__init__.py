@@ -27,6 +27,7 @@ from jaxscale.models.config import (
 from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.run.planned import PlannedMesh
 from jaxscale.run.run import Run
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
@@ -52,6 +53,7 @@ __all__ = [
     "ModelConfig",
     "NormConfig",
     "OptimizerConfig",
+    "PlannedMesh",
     "Policy",
     "ProcessesConfig",
     "RotaryConfig",

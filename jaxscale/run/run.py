@@ -49,7 +49,8 @@ class Run:
     Args:
         directory: of the run: its configuration, metrics, checkpoints and profile.
         model: the model.
-        mesh: axis sizes and ZeRO level.
+        mesh: axis sizes and ZeRO level; or a planner, run -> the same run with a mesh,
+            micro-batches and remat, called when the run is made, see `run.planned.PlannedMesh`.
         data: sources, tokenizer, sequence length and global batch size.
         optimizer: optimizer and schedule.
         train: steps, micro-batches, seed.
@@ -63,7 +64,7 @@ class Run:
 
     directory: str
     model: ModelConfig
-    mesh: MeshConfig
+    mesh: MeshConfig | Callable[["Run"], "Run"]
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -76,6 +77,10 @@ class Run:
 
     def __post_init__(self):
         check_types(self)
+        if not isinstance(self.mesh, MeshConfig):
+            planned = self.mesh(self)
+            for name in ("mesh", "train", "execution"):
+                object.__setattr__(self, name, getattr(planned, name))
 
     @property
     def path(self) -> Path:
