@@ -144,6 +144,8 @@ def _variants(
     zeros = ZEROS if mesh.data * mesh.sequence > 1 else (0,)
     zeros = (given["zero"],) if "zero" in given else zeros
     schedules = SCHEDULES if mesh.pipeline > 1 else SCHEDULES[1:2]
+    if given.get("num_chunks", 1) > 1:
+        schedules = (("interleaved", given["num_chunks"]),)
     rest = {
         name: given[name] for name in ("stage_periods", "is_optimizer_on_host") if name in given
     }
@@ -151,7 +153,9 @@ def _variants(
     for zero, (schedule, num_chunks) in itertools.product(zeros, schedules):
         uses = {"schedule": schedule, "num_chunks": num_chunks}
         is_pinned = all(given.get(name, value) == value for name, value in uses.items())
-        if is_pinned and mesh.pipeline * num_chunks <= num_periods:
+        # A stage with chunks of unequal length waits in every tick.
+        is_even = num_chunks == 1 or num_periods % (mesh.pipeline * num_chunks) == 0
+        if is_pinned and is_even:
             found.append(dataclasses.replace(mesh, zero=zero, **uses, **rest))
     return tuple(found)
 

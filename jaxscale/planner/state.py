@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxscale import tree
 from jaxscale.models.parameters import abstract_params
 from jaxscale.parallel.mesh import DATA, SEQUENCE, MeshConfig
-from jaxscale.parallel.rules import all_axes_of, make_specs, mirror
+from jaxscale.parallel.rules import Specs, all_axes_of, make_specs, mirror
 from jaxscale.planner.job import Job
 from jaxscale.train.optim import make_optimizer
 
@@ -52,6 +52,7 @@ class StateCounter:
         self.flat = tree.flatten(job.table)
         self.moments = self._moment_bytes()
         self._counted: dict[tuple, StateBytes] = {}
+        self._specs: dict[tuple, Specs] = {}
 
     def __call__(self, mesh: MeshConfig) -> StateBytes:
         """The state under a mesh.
@@ -60,11 +61,16 @@ class StateCounter:
             InputError: a dim does not divide over its axis, with the equation.
         """
         # All of a mesh that the state depends on.
-        sharding = (mesh.zero, mesh.zero_axes, mesh.expert_axis)
+        sharding = (mesh.zero_axes, mesh.expert_axis)
         key = (mesh.sizes, sharding, mesh.num_chunks, mesh.stage_periods)
-        if key not in self._counted:
-            self._counted[key] = self._count(mesh)
-        return self._counted[key]
+        # Without ZeRO all is as on level 1, but for the moments.
+        level = max(mesh.zero, 1)
+        if (key, level) not in self._specs:
+            leveled = mesh if mesh.zero else dataclasses.replace(mesh, zero=level)
+            self._specs[key, level] = make_specs(self.job.table, leveled)
+        if (key, mesh.zero) not in self._counted:
+            self._counted[key, mesh.zero] = self._count(mesh, self._specs[key, level])
+        return self._counted[key, mesh.zero]
 
     def _moment_bytes(self) -> dict[str, float]:
         """Bytes of the optimizer's state for an element of each parameter that is trained."""
@@ -82,10 +88,10 @@ class StateCounter:
                 found[owner] += leaf.dtype.itemsize
         return found
 
-    def _count(self, mesh: MeshConfig) -> StateBytes:
-        specs = make_specs(self.job.table, mesh)
+    def _count(self, mesh: MeshConfig, specs: Specs) -> StateBytes:
+        of_moments = specs.optimizer if mesh.zero else specs.parameters
         stored, held, optimizer = (
-            tree.flatten(each) for each in (specs.parameters, specs.held, specs.optimizer)
+            tree.flatten(each) for each in (specs.parameters, specs.held, of_moments)
         )
         padding = len(specs.layout.order) / specs.layout.num_periods
         width = np.dtype(self.job.policy.parameters).itemsize
