@@ -81,11 +81,24 @@ class LayerWork:
         """Rows of experts that a device may get for each of its tokens."""
         return mesh.expert * min(self.choices, self.num_experts // mesh.expert)
 
-    def kept(self, kept: Kept, mesh: MeshConfig) -> float:
-        """Elements on one device of what is kept of a token, with room for the worst case."""
+    def kept(
+        self,
+        kept: Kept,
+        mesh: MeshConfig,
+        *,
+        is_at_work: bool,
+    ) -> float:
+        """Elements on one device of what is kept of a token, with room for the worst case.
+
+        Args:
+            kept: one of the layer's.
+            mesh: how the layer is spread.
+            is_at_work: count the buffers of an exchange, too.
+        """
         room = 1.0
         if self.choices and mesh.expert > 1:
-            room = self.most_rows(mesh) / self.choices * ROOM_OF_EXCHANGE[mesh.expert_exchange]
+            room = self.most_rows(mesh) / self.choices
+            room *= ROOM_OF_EXCHANGE[mesh.expert_exchange] if is_at_work else 1.0
         return kept.on_device(mesh, room)
 
 

@@ -20,6 +20,8 @@ def layout_text(layout: Layout) -> str:
         words.append("experts by tensor")
     if mesh.pipeline > 1:
         words.append(mesh.schedule)
+    if mesh.stage_periods is not None:
+        words.append(f"periods {'-'.join(map(str, mesh.stage_periods))}")
     if mesh.is_optimizer_on_host:
         words.append("moments on the host")
     words.append(f"M {layout.num_microbatches}")

@@ -103,10 +103,14 @@ class _Needs:
         in_flight += mesh.schedule == "gpipe"  # fitted
         stashed = in_flight * self.layout.stages(job).num_slots * self._kept_by_period
         between = NUM_SLOTS_BETWEEN_STAGES * self._bytes(job.model.model_dim / mesh.tensor)
+        # A loop over layers stacks a micro-batch's gradients before they are added to the sums.
+        is_stacked = self.layout.is_scanned and mesh.zero < 3
+        stack = self.state.gathered * job.width if is_stacked else 0.0
+        is_by_layer = mesh.zero == 3 and self.layout.remat == "full"
+        layers = 2 * self.state.largest if is_by_layer else self.state.gathered
         return {
-            "gradients": self.state.gradients,
-            "copies": self._converted(self.state.gathered)
-            + self.state.outside * job.parameter_width,
+            "gradients": self.state.gradients + stack,
+            "copies": self._converted(layers) + self.state.outside * job.parameter_width,
             "stashed": stashed + between,
             "workspace": WORKSPACE_IN_PIPELINE * self._largest_layer + self._head,
         }
@@ -190,7 +194,9 @@ class _Needs:
     @property
     def _largest_layer(self) -> float:
         """Bytes that the largest layer keeps when nothing is recomputed."""
-        return self._bytes(max(self._on_device(each, each.all) for each in self.job.period_work))
+        mesh = self.layout.mesh
+        layers = self.job.period_work
+        return self._bytes(max(each.kept(each.all, mesh, is_at_work=True) for each in layers))
 
     @property
     def _largest_experts(self) -> float:
@@ -227,15 +233,16 @@ class _Needs:
         split = 0.0
         if layout.mesh.schedule == "zero_bubble":
             split = self._on_device(work, work.split)
-        if layout.remat == "none":
+        # What is recomputed in the backward is left for the weight gradient too.
+        if layout.remat == "none" or split:
             return kept + split
-        wanted = split + self._on_device(work, work.dots if layout.remat == "dots" else work.full)
+        wanted = self._on_device(work, work.dots if layout.remat == "dots" else work.full)
         is_exact = layout.is_scanned or is_pipelined
         anyway = 0.0 if is_exact else KEPT_ANYWAY[layout.remat]
         return wanted + anyway * (kept - wanted)
 
     def _on_device(self, work: LayerWork, kept: Kept) -> float:
-        return work.kept(kept, self.layout.mesh)
+        return work.kept(kept, self.layout.mesh, is_at_work=False)
 
     def _bytes(self, elements: float) -> float:
         """Of so many elements for each token of a micro-batch."""

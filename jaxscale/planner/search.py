@@ -133,8 +133,19 @@ class Planner:
                     fastest.add(candidate.time.total, layout)
                 else:
                     smallest.add(memory.total, layout)
-        ranked = [self.estimate(layout) for layout in fastest.kept() or smallest.kept()]
+        ranked = [self._refined(layout) for layout in fastest.kept() or smallest.kept()]
         return Found(tuple(sorted(ranked, key=lambda each: each.rank)), num_layouts)
+
+    def _refined(self, layout: Layout) -> Candidate:
+        """The exact estimate, with as many layers on each stage as makes the slowest fastest."""
+        even, mesh = self.estimate(layout), layout.mesh
+        if mesh.pipeline == 1 or mesh.num_chunks > 1 or mesh.stage_periods is not None:
+            return even
+        sizes = self._clock.balanced(layout)
+        changed = dataclasses.replace(mesh, stage_periods=sizes)
+        balanced = self.estimate(dataclasses.replace(layout, mesh=changed))
+        is_better = balanced.fits >= even.fits and balanced.time.total < 0.999 * even.time.total
+        return balanced if is_better else even
 
     def _possible(self, space: Space, core: Layout) -> Iterator[Layout]:
         """The layouts of a core whose dims divide over their axes."""

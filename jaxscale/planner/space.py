@@ -67,9 +67,10 @@ class Space:
     def variants(self, core: Layout) -> Iterator[Layout]:
         """The layouts of a core."""
         for mesh in self._meshes(core.mesh):
-            is_split = mesh.schedule == "zero_bubble"
+            # Split from its backward, a weight gradient needs what a remat would not keep.
+            is_in_vain = mesh.schedule == "zero_bubble" and core.remat != "none"
             is_uneven = mesh.num_chunks > 1 and core.num_microbatches % mesh.pipeline
-            if not (is_split and core.is_scanned) and not is_uneven:
+            if not is_in_vain and not is_uneven:
                 yield dataclasses.replace(core, mesh=mesh)
 
     def _meshes(self, mesh: MeshConfig) -> tuple[MeshConfig, ...]:

@@ -55,6 +55,20 @@ class Clock:
         seconds = self.job.model.num_periods * period.sum() + prefix.sum() + self._head(layout)
         return float(layout.num_microbatches * seconds / layout.mesh.pipeline)
 
+    def balanced(self, layout: Layout) -> tuple[int, ...]:
+        """Periods of each stage with which the slowest is fastest; the last also has the head."""
+        period, prefix = self._period_and_prefix(layout)
+        num_stages = layout.mesh.pipeline
+        loads = np.full(num_stages, period.sum())
+        loads[0] += prefix.sum()
+        loads[-1] += self._head(layout)
+        sizes = [1] * num_stages
+        for _ in range(self.job.model.num_periods - num_stages):
+            idlest = int(loads.argmin())
+            loads[idlest] += period.sum()
+            sizes[idlest] += 1
+        return tuple(sizes)
+
     def step(
         self,
         layout: Layout,

@@ -11,6 +11,7 @@ import jax
 from jaxscale.config import operative_config
 from jaxscale.launch.ahead_of_time import described_devices, memory_of
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
+from jaxscale.planner.calibration import measured
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.explain import details, layout_text, table, why
 from jaxscale.planner.job import Layout
@@ -32,6 +33,7 @@ def plan(
     devices: str,
     output: str = "plan.gin",
     pinned: dict[str, Any] | None = None,
+    measure: bool = False,
     num_compiled: int = 0,
     picture: str | None = None,
 ) -> Plan:
@@ -45,6 +47,8 @@ def plan(
         output: the file that is written, and beside it the same name with .json, which
             `planner.plan.Plan.load` reads.
         pinned: values that are given, such as {"tensor": 2}, see `planner.space.PINNABLE`.
+        measure: time matmuls, passes over memory and links on the devices that are here, in place
+            of the device table's shares.
         num_compiled: so many of the best are compiled for the devices, and the first that then fits
             is taken, whose memory is the compiler's.
         picture: a PNG file of time and memory by stage; None for none.
@@ -56,6 +60,9 @@ def plan(
         RunError: nothing fits; says what comes nearest and how many bytes are missing.
     """
     cluster, share = Cluster.parse(devices), memory_share()
+    if measure:
+        here = measured(cluster.device, jax.local_devices())
+        cluster = dataclasses.replace(cluster, device=here)
     began = time.perf_counter()
     found = search(job_of(run), cluster, pinned or {}, share)
     seconds = time.perf_counter() - began

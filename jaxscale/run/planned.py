@@ -55,26 +55,37 @@ def search(
         InputError: no layout has the pinned values.
         RunError: nothing fits.
     """
-    limit = cluster.device.memory_bytes * share * SHARE_OF_LIMIT
-    clusters = [cluster]
-    if cluster.num_gone:
-        most = cluster.num_devices // 2
-        clusters += [
-            dataclasses.replace(cluster, num_gone=cluster.num_gone + more)
-            for more in range(1, most + 1)
-        ]
-    found = [Planner(job, each, limit).search(pinned) for each in clusters]
-    possible = [each for each in found if each.ranked]
-    if not possible:
+    found = _search(job, cluster, pinned, share)
+    if found is None:
         expected = f"values that the model and {cluster.num_devices} devices allow"
         raise InputError("pinned", pinned, expected)
-    best = min(possible, key=lambda each: each.ranked[0].rank)
-    nearest = best.ranked[0]
+    if not found.ranked[0].fits and "is_optimizer_on_host" not in pinned:
+        # Moments on the host cost their way over the link in each step: only where they must.
+        found = _search(job, cluster, pinned | {"is_optimizer_on_host": True}, share) or found
+    nearest = found.ranked[0]
     if not nearest.fits:
         over = f"{nearest.excess_bytes:,.0f} bytes above {nearest.limit_bytes:,.0f}"
         text = layout_text(nearest.layout)
         raise RunError(f"no layout fits; the nearest needs {over}: {text}")
-    return best
+    return found
+
+
+def _search(
+    job: Job,
+    cluster: Cluster,
+    pinned: dict[str, Any],
+    share: float,
+) -> Found | None:
+    """The best of all numbers of devices that may be used; None if nothing is possible."""
+    limit = cluster.device.memory_bytes * share * SHARE_OF_LIMIT
+    clusters = [cluster]
+    if cluster.num_gone:
+        for more in range(1, cluster.num_devices // 2 + 1):
+            num_gone = cluster.num_gone + more
+            clusters.append(dataclasses.replace(cluster, num_gone=num_gone))
+    found = [Planner(job, each, limit).search(pinned) for each in clusters]
+    possible = [each for each in found if each.ranked]
+    return min(possible, key=lambda each: each.ranked[0].rank, default=None)
 
 
 def job_of(run: Run) -> Job:

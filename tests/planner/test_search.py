@@ -129,6 +129,21 @@ def test_large_models_are_searched_in_seconds(name, devices, num_parameters):
     planned(run, best.layout).deterministic()
 
 
+def test_the_stage_with_the_head_gets_fewer_layers():
+    """A head as large as three layers: of 24 layers the last of four stages has three less."""
+    run = run_of("runs/mixtral_4b", "data.batch_size=64", "model.vocab_size=400000")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, num_layers=24))
+    pinned = {"pipeline": 4, "schedule": "1f1b", "num_microbatches": 16, "data": 2}
+    planner = planner_of(run, "h200:1x8")
+    best = planner.search(pinned).ranked[0]
+    sizes = best.layout.mesh.stage_periods
+    assert sum(sizes) == 24 and sizes[-1] < min(sizes[:-1])
+    even = dataclasses.replace(best.layout.mesh, stage_periods=None)
+    slower = planner.estimate(dataclasses.replace(best.layout, mesh=even))
+    assert best.time.total < 0.95 * slower.time.total
+    assert max(best.time.stages) < max(slower.time.stages)
+
+
 def test_pinned_values_hold_and_misfits_are_refused():
     run = run_of("runs/llama_1b", "data.batch_size=64")
     pinned = {"tensor": 2, "schedule": "gpipe", "num_microbatches": 8, "pipeline": 2}

@@ -111,7 +111,19 @@ def test_a_model_too_large_says_what_is_nearest(folder, capsys):
     overrides = ("model.vocab_size=1000000", "model.model_dim=65536")
     assert plan_file(folder, *overrides, devices="v100_32gb:1x1") == 1
     error = capsys.readouterr().err
-    assert re.search(r"no layout fits; the nearest needs [\d,]+ bytes above [\d,]+: M", error)
+    assert re.search(
+        r"no layout fits; the nearest needs [\d,]+ bytes above [\d,]+: moments on the host, M",
+        error,
+    )
+
+
+def test_moments_go_to_the_host_only_where_they_must(folder, capsys):
+    for vocabulary, is_on_host in ((20_000, False), (36_000, True)):
+        overrides = (f"model.vocab_size={vocabulary}", "model.model_dim=65536")
+        assert plan_file(folder, *overrides, devices="v100_32gb:1x1") == 0
+        layout = Plan.load(folder / "plan.json").candidate.layout
+        assert layout.mesh.is_optimizer_on_host == is_on_host
+        assert ("moments on the host" in capsys.readouterr().out) == is_on_host
 
 
 def test_fewer_devices_may_be_faster_when_some_are_gone(folder, capsys):
