@@ -31,14 +31,14 @@ def compiled_gib(run, cluster, layout):
 
 
 def main():
-    """Plan and compile one configuration after the other."""
+    """Plan and compile configurations from all over the grid."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--count", type=int, default=100)
     options = parser.parse_args()
-    grid = itertools.product(LAYERS, LENGTHS, ROWS, DEVICES, options.files)
+    grid = list(itertools.product(LAYERS, LENGTHS, ROWS, DEVICES, options.files))
     errors, limit = [], Cluster.parse("h200:1x1").device.memory_bytes * memory_share() / GIB
-    for layers, length, rows, devices, file in itertools.islice(grid, options.count):
+    for layers, length, rows, devices, file in grid[:: max(1, len(grid) // options.count)]:
         cluster = Cluster.parse(f"h200:{devices}")
         sizes = f"model.num_layers={layers} model.max_length={length} data.sequence_length={length}"
         batch = f"data.batch_size={rows * cluster.num_devices}"

@@ -120,7 +120,7 @@ class _Needs:
         update = self._update if self.layout.num_microbatches == 1 else 0.0
         work = max(self._head, WORKSPACE * self._largest_layer) + update
         return {
-            "gradients": self._gradients,
+            "gradients": self._gradients(self.job.reduction_width) + self._sums_of_microbatches,
             "copies": self._gathered_at_once,
             "stashed": self.job.model.num_periods * self._kept_by_period + self._prefix,
             "workspace": work,
@@ -135,12 +135,18 @@ class _Needs:
         sums = self._sums_of_microbatches
         work = self._head + WORKSPACE * self._largest_experts
         begin = stashed + outside + work
-        end = self._gradients - sums + WORKSPACE * self._largest_layer + self._update
+        # Layers' gradients stay in the compute type until they are copied into stacks.
+        gradients = self._gradients(job.width)
+        stack = state.largest_leaf * job.width
+        end = gradients + stack + WORKSPACE * self._largest_layer + self._update
         if begin >= end:
             found = {"gradients": sums + outside, "stashed": stashed, "workspace": work}
         else:
-            workspace = end - self._gradients + sums
-            found = {"gradients": self._gradients, "stashed": 0.0, "workspace": workspace}
+            found = {
+                "gradients": sums + gradients,
+                "stashed": 0.0,
+                "workspace": end - gradients,
+            }
         return found | {"copies": copies}
 
     @property
@@ -148,15 +154,14 @@ class _Needs:
         """Gradients of the micro-batches before, which add up beside those that are being made."""
         return self.state.gradients if self.layout.num_microbatches > 1 else 0.0
 
-    @property
-    def _gradients(self) -> float:
-        """All gradients of one micro-batch, and the sums of those before."""
-        state, job = self.state, self.job
-        one = state.gradients
+    def _gradients(self, width: int) -> float:
+        """All gradients of one micro-batch, in a type of so many bytes."""
+        state = self.state
+        elements = state.held
         if self.layout.mesh.zero == 3:
             # What is in no layer, and one layer, have whole gradients for a time.
-            one += (state.outside + state.largest) * job.reduction_width
-        return one + self._sums_of_microbatches
+            elements += state.outside + state.largest
+        return elements * width
 
     @property
     def _update(self) -> float:
