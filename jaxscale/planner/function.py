@@ -1,17 +1,20 @@
 """Plans of any loss of JAX: traced, cut into components, blocks and stages."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxscale.planner.atomic import make_components
+from jaxscale.planner.atomic import Components, make_components
 from jaxscale.planner.blocks import MAX_BLOCKS, make_blocks
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.costs import ModelledCosts
 from jaxscale.planner.measure import MeasuredCosts
-from jaxscale.planner.stages import StagePlan, StagePlanner
+from jaxscale.planner.stages import Stage, StagePlan, StagePlanner
 from jaxscale.planner.trace import trace
 from jaxscale.types import InputError
 
@@ -20,8 +23,23 @@ class FunctionPlan(NamedTuple):
     """A plan, with the seconds that it took to trace the loss and to search."""
 
     stages: StagePlan
+    components: Components
     trace_s: float
     search_s: float
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON, with the hash of the program that it is for."""
+        stages = []
+        for stage in self.stages.stages:
+            members = sorted(stage.part.members)
+            stages.append([members, stage.num_replicas, stage.seconds, stage.num_bytes])
+        saved = {
+            "program": _hash(self.components),
+            "num_microbatches": self.stages.num_microbatches,
+            "seconds": self.stages.seconds,
+            "stages": stages,
+        }
+        Path(path).write_text(json.dumps(saved) + "\n")
 
 
 def plan_function(
@@ -70,4 +88,42 @@ def plan_function(
         limit_bytes=limit_bytes or device.memory_bytes,
     )
     plan = planner.search()
-    return FunctionPlan(plan, traced - began, time.perf_counter() - traced)
+    return FunctionPlan(plan, components, traced - began, time.perf_counter() - traced)
+
+
+def load_plan(
+    path: str | Path,
+    loss: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batch: Any,
+    *,
+    cluster: Cluster,
+) -> StagePlan:
+    """The plan that `FunctionPlan.save` wrote, for the same loss and shapes.
+
+    Raises:
+        InputError: the file is no plan, or it is for another program.
+    """
+    components = make_components(trace(loss, params, batch))
+    try:
+        saved = json.loads(Path(path).read_text())
+        program, rows = saved["program"], saved["stages"]
+        num_microbatches, seconds = saved["num_microbatches"], saved["seconds"]
+    except (ValueError, KeyError, TypeError) as error:
+        expected = f"a plan that `FunctionPlan.save` wrote ({error})"
+        raise InputError("path", str(path), expected) from None
+    if program != _hash(components):
+        expected = "a plan for this loss, with these shapes"
+        raise InputError("path", str(path), expected)
+    costs = ModelledCosts(components, cluster.device)
+    stages = []
+    for members, *figures in rows:
+        part = costs.merged(costs.atoms[each] for each in members)
+        stages.append(Stage(part, *figures))
+    return StagePlan(tuple(stages), num_microbatches, seconds)
+
+
+def _hash(components: Components) -> str:
+    """Of a program with its shapes."""
+    text = str(components.traced.program)
+    return hashlib.sha256(text.encode()).hexdigest()

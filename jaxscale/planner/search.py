@@ -1,6 +1,5 @@
 """The best layouts of a job on a cluster, by a best-first search."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -150,9 +149,11 @@ class Planner:
     def _possible(self, space: Space, core: Layout) -> Iterator[Layout]:
         """The layouts of a core whose dims divide over their axes."""
         for layout in space.variants(core):
-            with contextlib.suppress(InputError):
+            try:
                 self._state(layout.mesh)
-                yield layout
+            except InputError:
+                continue
+            yield layout
 
 
 class _Families:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.execute import StagedGradient
-from jaxscale.planner.function import plan_function
+from jaxscale.planner.function import load_plan, plan_function
 from jaxscale.planner.stages import smallest_maximum
 from jaxscale.types import InputError, RunError
 from tests.planner.functions import mlp, resnet
@@ -90,6 +90,22 @@ def test_a_function_is_planned_and_trained():
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted_gradient))
     for leaf, wanted_leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient)):
         np.testing.assert_allclose(leaf, wanted_leaf, rtol=0, atol=1e-6 * largest)
+
+
+def test_a_plan_is_saved_and_loaded(tmp_path):
+    case, cluster = mlp(num_layers=4, width=16), Cluster.parse("h200:1x4")
+    found = plan_function(*case, cluster=cluster, limit_bytes=1.3e4, num_blocks=6)
+    found.save(tmp_path / "plan.json")
+    loaded = load_plan(tmp_path / "plan.json", *case, cluster=cluster)
+    assert len(loaded.stages) > 1
+    assert [(s.part.members, s.num_replicas) for s in loaded.stages] == [
+        (s.part.members, s.num_replicas) for s in found.stages.stages
+    ]
+    with pytest.raises(InputError, match="a plan for this loss, with these shapes"):
+        load_plan(tmp_path / "plan.json", *mlp(num_layers=5, width=16), cluster=cluster)
+    (tmp_path / "no.json").write_text("[]")
+    with pytest.raises(InputError, match=r"a plan that `FunctionPlan.save` wrote"):
+        load_plan(tmp_path / "no.json", *case, cluster=cluster)
 
 
 def test_blocks_alike_are_measured_once(caplog):
