@@ -100,6 +100,12 @@ VERBS = {
         "write a checkpoint as a folder that Hugging Face loads",
         words=(("directory", "the new folder"),),
     ),
+    "plan": Verb(
+        "jaxscale.run.plan:plan",
+        "find the fastest mesh for a run on devices that need not be here, say why others are"
+        " slower, and write a file for pretrain",
+        option=("devices", "DEVICE:HOSTSxDEVICES_PER_HOST, such as h200:2x8"),
+    ),
 }
 
 CHECKPOINT = "jaxscale.run.checkpoint"
@@ -121,6 +127,8 @@ examples:
   jaxscale inspect experiments/configs/runs/main_job.gin
   jaxscale compile experiments/configs/runs/llama_1b.gin --topology h200:16x8 \\
       --set mesh.data=128 --set data.batch_size=512
+  jaxscale plan experiments/configs/runs/llama_1b.gin --devices h200:2x8 \\
+      --set data.batch_size=512
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate runs/main_job --set 'prompts="Once upon"'

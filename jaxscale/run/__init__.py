@@ -29,6 +29,7 @@ from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import huggingface_model
+from jaxscale.run.planned import PlannedMesh
 from jaxscale.run.run import Run
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
@@ -55,6 +56,7 @@ __all__ = [
     "ModelConfig",
     "NormConfig",
     "OptimizerConfig",
+    "PlannedMesh",
     "Policy",
     "ProcessesConfig",
     "RotaryConfig",

@@ -50,7 +50,8 @@ class Run:
     Args:
         directory: of the run: its configuration, metrics, checkpoints and profile.
         model: the model.
-        mesh: axis sizes and ZeRO level.
+        mesh: axis sizes and ZeRO level; or a planner, run -> the same run with a mesh,
+            micro-batches and remat, called when the run is made, see `run.planned.PlannedMesh`.
         data: sources, tokenizer, sequence length and global batch size.
         optimizer: optimizer and schedule.
         train: steps, micro-batches, seed.
@@ -64,7 +65,7 @@ class Run:
 
     directory: str
     model: ModelConfig
-    mesh: MeshConfig
+    mesh: MeshConfig | Callable[["Run"], "Run"]
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -79,6 +80,10 @@ class Run:
         check_types(self)
         if not self.directory.strip():
             raise InputError("Run.directory", self.directory, "the name of a folder")
+        if not isinstance(self.mesh, MeshConfig):
+            planned = self.mesh(self)
+            for name in ("mesh", "train", "execution"):
+                object.__setattr__(self, name, getattr(planned, name))
 
     @property
     def path(self) -> Path:
