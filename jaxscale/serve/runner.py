@@ -1,0 +1,140 @@
+"""Runs the steps of a plan on the device, whose state stays there."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence as List
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxscale.models.decoder import Decoder
+from jaxscale.ops.attention import paged
+from jaxscale.serve import packing
+from jaxscale.serve.packing import Buckets, StepShape
+from jaxscale.serve.programs import Seen, draw_program, forward_program, of_layers, write_seen
+from jaxscale.serve.requests import NO_PENALTIES, RequestConfig
+from jaxscale.serve.rows import HostRows, Writer
+from jaxscale.serve.sequences import Piece, Sequence
+from jaxscale.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A step that the device runs.
+
+    Args:
+        pieces: what it runs, in the order of its rows.
+        rows: the row of each piece.
+        tokens: [R] int32 drawn.
+        logprobs: as `drawing.log_probabilities`, or None.
+        weights_version: of the weights that it runs with.
+    """
+
+    pieces: tuple[Piece, ...]
+    rows: tuple[int, ...]
+    tokens: Array
+    logprobs: tuple[Array, Array, Array] | None
+    weights_version: int
+
+
+class Runner:
+    """The device's side of the engine: parameters, pages and what was drawn last.
+
+    All state is donated from step to step, so that it is updated in place. Besides it a step takes
+    one array from the host.
+
+    Args:
+        decoder: the model, with unrolled layers, so that each layer's pages are an array of their
+            own and are written in place.
+        params: the parameter tree.
+        buckets: sizes that are compiled.
+        num_blocks: pages, without the one for padding.
+        block_size: tokens a page.
+        cache_dtype: of keys and values.
+        num_tokens: only tokens below are drawn.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: Params,
+        *,
+        buckets: Buckets,
+        num_blocks: int,
+        block_size: int,
+        cache_dtype: str,
+        num_tokens: int,
+    ):
+        self._decoder = decoder
+        self._buckets = buckets
+        self._block_size = block_size
+        self._num_tokens = num_tokens
+        self.weights_version = 0
+        self._params: Params = jax.jit(decoder.prepared)(params)
+        pages = functools.partial(paged.empty_pages, num_blocks + 1, block_size, dtype=cache_dtype)
+        self._caches = of_layers(decoder, pages)
+        self._last_tokens = jnp.zeros(buckets.num_slots, jnp.int32)
+        self._seen: Seen | None = None
+        self._rows = HostRows(buckets, self._num_tokens)
+
+    def swap(self, params: Params) -> None:
+        """Takes other weights from the next step on."""
+        self._params = None  # so that both do not have to fit
+        self._params = jax.jit(self._decoder.prepared)(params)
+        self.weights_version += 1
+
+    def admit(self, sequence: Sequence, config: RequestConfig, index: int) -> None:
+        """Writes a sequence's settings to its slot; call it before the first step that runs it."""
+        slot = sequence.slot
+        self._rows.write(slot, config, index)
+        if config.penalties == NO_PENALTIES:
+            return
+        if self._seen is None:
+            shape = (self._buckets.num_slots, self._num_tokens)
+            self._seen = Seen(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
+        is_in_prompt = np.zeros(self._num_tokens, bool)
+        is_in_prompt[[token for token in sequence.prompt if token < self._num_tokens]] = True
+        counts = np.bincount(sequence.outputs, minlength=self._num_tokens).astype(np.int32)
+        self._seen = write_seen(self._seen, slot, is_in_prompt, counts)
+
+    def launch(self, pieces: tuple[Piece, ...], configs: List[RequestConfig]) -> Launched:
+        """Starts a step; nothing waits for the device.
+
+        Args:
+            pieces: what runs.
+            configs: of each piece's request.
+        """
+        shape, packed, rows = self._pack(pieces)
+        packed = jnp.asarray(packed)
+        forward = forward_program(self._decoder, shape)
+        logits, self._caches = forward(self._params, self._caches, self._last_tokens, packed)
+        is_penalised = any(config.penalties != NO_PENALTIES for config in configs)
+        has_logprobs = any(config.num_logprobs is not None for config in configs)
+        draw = draw_program(shape, self._num_tokens, has_logprobs)
+        seen = self._seen if is_penalised else None
+        state, tokens, logprobs = draw((self._last_tokens, seen), logits, packed)
+        self._last_tokens = state[0]
+        if is_penalised:
+            self._seen = state[1]
+        for array in jax.tree.leaves((tokens, logprobs)):
+            array.copy_to_host_async()
+        return Launched(pieces, rows, tokens, logprobs, self.weights_version)
+
+    def _pack(self, pieces: tuple[Piece, ...]) -> tuple[StepShape, np.ndarray, tuple[int, ...]]:
+        """(shape, packed array, the row of each piece)."""
+        single = [piece for piece in pieces if piece.count == 1]
+        longer = [piece for piece in pieces if piece.count > 1]
+        end = max(piece.start + piece.count for piece in pieces)
+        shape = self._buckets.shape(
+            num_tokens=sum(piece.count for piece in pieces),
+            num_single=len(single),
+            num_pages=-(-end // self._block_size),
+        )
+        packed, views = packing.empty(shape)
+        writer = Writer(views, self._rows, self._block_size, shape)
+        writer.add_single(single)
+        writer.add_prompts(longer)
+        order = {id(piece): row for row, piece in enumerate(single)}
+        order |= {id(piece): shape.num_single + row for row, piece in enumerate(longer)}
+        return shape, packed, tuple(order[id(piece)] for piece in pieces)

@@ -1,0 +1,105 @@
+"""Attention over pages against a sequence at a time in numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale.ops.attention import AttentionContext, paged
+
+PAGE, N, K, H = 4, 4, 2, 8
+# (tokens in the cache before, new tokens, pages); the first two decode.
+SEQUENCES = [(6, 1, [7, 2]), (0, 1, [5]), (3, 5, [1, 4]), (0, 7, [6, 3])]
+NUM_SINGLE, NUM_PAGES, TILE = 3, 9, 3
+T = 16  # 14 tokens, and 2 of padding
+
+
+def softmax_attention(q, k, v, *, window=None, softcap=None, scale=None):
+    """The last queries of one sequence, [t, N, H] over [s, K, H], in float64."""
+    first = len(k) - len(q)
+    out = np.zeros_like(q)
+    for i, query in enumerate(q):
+        low = 0 if window is None else max(first + i - window + 1, 0)
+        for head in range(N):
+            keys = k[low : first + i + 1, head // (N // K)]
+            values = v[low : first + i + 1, head // (N // K)]
+            logits = keys @ query[head] * (H**-0.5 if scale is None else scale)
+            if softcap is not None:
+                logits = softcap * np.tanh(logits / softcap)
+            weights = np.exp(logits - logits.max())
+            out[i, head] = weights @ values / weights.sum()
+    return out
+
+
+def layout():
+    """(rows, positions [T], the tokens of each sequence) of SEQUENCES."""
+    slots, positions = np.zeros(T, np.int32), np.full(T, -1, np.int32)
+    table = np.zeros((NUM_SINGLE + 2, 2), np.int32)
+    places, tiles, tile_rows, own, at = np.zeros(T, np.int32), [], [], [], 0
+    for number, (before, new, pages) in enumerate(SEQUENCES):
+        row = number if new == 1 else NUM_SINGLE + number - 2
+        table[row, : len(pages)] = pages
+        tokens = np.arange(at, at + new)
+        where = before + np.arange(new)
+        positions[tokens] = where
+        slots[tokens] = np.asarray(pages)[where // PAGE] * PAGE + where % PAGE
+        if new == 1:
+            places[tokens] = row
+        for first in range(0, new if new > 1 else 0, TILE):
+            part = tokens[first : first + TILE]
+            places[part] = NUM_SINGLE + len(tiles) * TILE + np.arange(len(part))
+            tiles.append(np.pad(part, (0, TILE - len(part)), constant_values=T))
+            tile_rows.append(row)
+        own.append(tokens)
+        at += new
+    tiles.append(np.full(TILE, T))
+    tile_rows.append(0)
+    arrays = (slots, table, np.asarray(tile_rows), np.asarray(tiles), places)
+    return paged.RaggedRows(*map(jnp.asarray, arrays), NUM_SINGLE), positions, own
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"window": 4}, {"softcap": 1.5, "scale": 0.6}],
+    ids=["full", "window", "soft-cap"],
+)
+def test_mixed_tokens_attend_to_their_own_sequence(settings):
+    rng = np.random.default_rng(0)
+    rows, positions, own = layout()
+    new = {name: rng.normal(size=(T, heads, H)) for name, heads in zip("qkv", (N, K, K))}
+    old = {name: rng.normal(size=(NUM_PAGES, PAGE, K, H)) for name in "kv"}
+    cache = paged.PagedCache(*(jnp.asarray(old[name], jnp.float32) for name in "kv"))
+    context = AttentionContext(jnp.asarray(positions)[None], **settings)
+    attend = jax.jit(functools.partial(paged.attend, rows=rows))
+    arrays = [jnp.asarray(new[name], jnp.float32)[None] for name in "qkv"]
+    o, cache = attend(*arrays, context, cache)
+    for (before, _, pages), tokens in zip(SEQUENCES, own, strict=True):
+        whole = {}
+        for name in "kv":
+            cached = old[name][pages].reshape(-1, K, H)[:before]
+            whole[name] = np.concatenate([cached, new[name][tokens]])
+            written = np.asarray(getattr(cache, name))[pages].reshape(-1, K, H)
+            np.testing.assert_allclose(written[: len(whole[name])], whole[name], rtol=1e-6)
+        wanted = softmax_attention(new["q"][tokens], whole["k"], whole["v"], **settings)
+        np.testing.assert_allclose(np.asarray(o)[0, tokens], wanted, atol=2e-6)
+    untouched = np.asarray(cache.k)[8]
+    np.testing.assert_array_equal(untouched, old["k"][8].astype(np.float32))
+
+
+def test_the_cache_is_written_in_place():
+    """A copy of it would stand among the temporaries."""
+    rows, *_ = layout()
+    shape = (4096, PAGE, K, H)
+    cache = paged.PagedCache(*(jax.ShapeDtypeStruct(shape, "float32"),) * 2)
+    arrays = [jax.ShapeDtypeStruct((1, T, heads, H), "float32") for heads in (N, K, K)]
+    context = AttentionContext(jax.ShapeDtypeStruct((1, T), "int32"))
+
+    def step(cache, q, k, v, context):
+        return paged.attend(q, k, v, context, cache, rows=rows)
+
+    lowered = jax.jit(step, donate_argnums=0).lower(cache, *arrays, context)
+    memory = lowered.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * np.prod(shape) / 2
+    assert memory.alias_size_in_bytes >= 2 * 4 * np.prod(shape)
