@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -15,6 +16,7 @@ import jaxscale
 from jaxscale import config
 from jaxscale.types import InputError, RunError
 
+RUN_FILE = "config.gin"  # in a run's directory
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -53,6 +55,10 @@ VERBS = {
         "jaxscale.run.generate:generate",
         "sample text from a checkpoint",
     ),
+    "serve": Verb(
+        "jaxscale.run.serve:serve",
+        "answer OpenAI's clients over HTTP with a checkpoint; the file may be a run's directory",
+    ),
     "evaluate": Verb(
         "jaxscale.run.evaluate:evaluate",
         "measure a checkpoint on held-out text",
@@ -81,6 +87,7 @@ examples:
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
+  jaxscale serve runs/main_job --set port=8000
 
 A run leaves the file that repeats it in its directory:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
@@ -130,16 +137,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> Any:
     function = load(VERBS[options.verb].function)
     with _log_on_stderr():
-        return config.run(function, [options.file], _overrides(options))
+        return config.run(function, [_gin_file(options)], _overrides(options))
+
+
+def _gin_file(options: argparse.Namespace) -> Path:
+    """The file; of a run's directory, the one that the run has written there."""
+    given = Path(options.file)
+    return given / RUN_FILE if given.is_dir() else given
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
     """What `--set` gives, and the verb's own option as if `--set` gave it."""
     option = VERBS[options.verb].option
-    if option is None:
-        return options.set
-    name, _ = option
-    return [*options.set, f"{name}={getattr(options, name)!r}"]
+    overrides = list(options.set)
+    if Path(options.file).is_dir():
+        # It may have been moved since the run wrote its file.
+        overrides.insert(0, f"directory={options.file!r}")
+    if option is not None:
+        name, _ = option
+        overrides.append(f"{name}={getattr(options, name)!r}")
+    return overrides
 
 
 class _Printer(logging.Handler):
@@ -202,7 +219,9 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("file", metavar="FILE.gin", help="says what the verb works on")
+    parser.add_argument(
+        "file", metavar="FILE.gin", help="says what the verb works on; or a run's directory"
+    )
     parser.add_argument(
         "--set",
         metavar="NAME.FIELD=VALUE",

@@ -185,6 +185,12 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._serialized = serialized
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens by their text, which `encode` never gives."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special}
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 

@@ -28,6 +28,7 @@ from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.run import Run
+from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
@@ -39,6 +40,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DenseMixerRouter",
+    "EngineConfig",
     "ExecutionConfig",
     "ExpertsConfig",
     "FeedForwardConfig",

@@ -73,8 +73,11 @@ class EngineConfig:
         smallest = min(self.tile_size, self.token_budget)
         return Buckets(
             singles=powers_up_to(self.max_sequences, factor=4),
+            mixed_singles=powers_up_to(
+                self.max_sequences, smallest=min(16, self.max_sequences), factor=16
+            ),
             tokens=powers_up_to(self.token_budget, smallest=smallest, factor=4),
-            pages=powers_up_to(num_pages, smallest=min(8, num_pages)),
+            pages=powers_up_to(num_pages, smallest=min(8, num_pages), factor=2),
             tile_size=self.tile_size,
             max_prompts=self.max_prompts,
             num_slots=self.max_sequences,

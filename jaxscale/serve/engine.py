@@ -110,13 +110,14 @@ class Engine:
         self._members: dict[Scheduled, _Member] = {}
         self._requests: dict[int, list[_Member]] = {}
         self._in_flight: Launched | None = None
+        self.is_paused = False
         self._num_requests = self._num_sequences = self._num_steps = 0
         self._num_prompt_tokens = self._num_cached_tokens = self._num_new_tokens = 0
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._scheduler.has_work or self._in_flight is not None
+        return not self.is_paused and (self._scheduler.has_work or self._in_flight is not None)
 
     def add(self, prompt: str | Sequence[int], config: RequestConfig = RequestConfig()) -> int:
         """Takes a request in; returns its number.
@@ -149,6 +150,22 @@ class Engine:
         self._num_sequences += len(members)
         return request
 
+    def add_all(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        config: RequestConfig,
+    ) -> list[int]:
+        """Takes in a request for each prompt; arguments and errors as `add`, and then none."""
+        requests: list[int] = []
+        try:
+            for prompt in prompts:
+                requests.append(self.add(prompt, config))
+        except InputError:
+            for request in requests:
+                self.cancel(request)
+            raise
+        return requests
+
     def cancel(self, request: int) -> None:
         """Ends a request in whatever state it is; its blocks are free at once."""
         for member in self._requests.pop(request, ()):
@@ -157,6 +174,8 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Launches the next step and returns what the one before it drew."""
+        if self.is_paused:
+            return []
         plan = self._scheduler.schedule(self._clock())
         for sequence in plan.admitted:
             self._admit(sequence)
@@ -177,11 +196,34 @@ class Engine:
         Returns:
             What the step in flight drew, by the old weights.
         """
-        before, self._in_flight = self._in_flight, None
-        deltas = self._collect(before)
-        self._scheduler.preempt_all()
+        deltas = self._stand_still()
         self._runner.swap(params)
         return deltas
+
+    def pause(self) -> list[Delta]:
+        """Gives the memory of the cache back; `step` does nothing until `resume`.
+
+        Returns:
+            What the step in flight drew.
+        """
+        deltas = [] if self.is_paused else self._stand_still()
+        self._runner.free_pages()
+        self.is_paused = True
+        return deltas
+
+    def resume(self) -> None:
+        """Goes on after `pause`: what was running is computed again from the tokens it has."""
+        if self.is_paused:
+            self._runner.take_pages()
+            self.is_paused = False
+
+    def warm_up(self) -> int:
+        """Compiles all that steps may need but penalties and log-probabilities.
+
+        Returns:
+            How many shapes of steps there are.
+        """
+        return self._runner.warm_up()
 
     def generate(
         self,
@@ -193,13 +235,7 @@ class Engine:
         Raises:
             InputError: as `add`; then none has been run.
         """
-        requests: list[int] = []
-        try:
-            requests += (self.add(prompt, config) for prompt in prompts)
-        except InputError:
-            for request in requests:
-                self.cancel(request)
-            raise
+        requests = self.add_all(prompts, config)
         found = {
             (request, index): Completion()
             for request in requests
@@ -227,6 +263,13 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             weights_version=self._runner.weights_version,
         )
+
+    def _stand_still(self) -> list[Delta]:
+        """Collects the step in flight and takes slots and blocks from all that run."""
+        before, self._in_flight = self._in_flight, None
+        deltas = self._collect(before)
+        self._scheduler.preempt_all()
+        return deltas
 
     def _admit(self, sequence: Scheduled) -> None:
         member = self._members[sequence]

@@ -131,7 +131,8 @@ class Buckets:
     """The sizes that steps are rounded up to, each ascending.
 
     Args:
-        singles: sequences of one token.
+        singles: sequences of one token, in a step without prompts.
+        mixed_singles: the same beside prompts.
         tokens: tokens of a step with prompts.
         pages: pages a sequence.
         tile_size: tokens of a tile.
@@ -140,6 +141,7 @@ class Buckets:
     """
 
     singles: tuple[int, ...]
+    mixed_singles: tuple[int, ...]
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
     tile_size: int
@@ -155,12 +157,36 @@ class Buckets:
     ) -> StepShape:
         """The smallest shape that holds a step; without prompts all its tokens are single."""
         pages = _round_up(num_pages, self.pages)
-        single = _round_up(num_single, self.singles)
         if num_tokens == num_single:
-            return self._make(single, single, 0, 0, pages)
-        tokens = max(_round_up(num_tokens, self.tokens), single)
-        num_tiles = -(-tokens // self.tile_size) + self.max_prompts
-        return self._make(tokens, single, self.max_prompts, num_tiles, pages)
+            return self._without_prompts(_round_up(num_single, self.singles), pages)
+        single = _round_up(num_single, self.mixed_singles)
+        return self._with_prompts(_round_up(num_tokens, self.tokens), single, pages)
+
+    def all_shapes(self) -> list[StepShape]:
+        """Every shape that `shape` may return, the smallest first."""
+        found = [
+            self._without_prompts(single, pages) for pages in self.pages for single in self.singles
+        ]
+        found += (
+            self._with_prompts(tokens, single, pages)
+            for pages in self.pages
+            for tokens in self.tokens
+            for single in self.mixed_singles
+        )
+        return list(dict.fromkeys(found))
+
+    def _without_prompts(self, num_single: int, num_pages: int) -> StepShape:
+        return self._make(num_single, num_single, 0, 0, num_pages)
+
+    def _with_prompts(
+        self,
+        num_tokens: int,
+        num_single: int,
+        num_pages: int,
+    ) -> StepShape:
+        num_tokens = max(num_tokens, num_single)
+        num_tiles = -(-num_tokens // self.tile_size) + self.max_prompts
+        return self._make(num_tokens, num_single, self.max_prompts, num_tiles, num_pages)
 
     def _make(
         self,

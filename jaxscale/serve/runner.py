@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence as List
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,22 @@ class Runner:
         self._params = jax.jit(self._decoder.prepared)(params)
         self.weights_version += 1
 
+    def free_pages(self) -> None:
+        """Gives the pages' memory back; `take_pages` comes before the next step."""
+        self._caches = None
+
+    def take_pages(self) -> None:
+        """Takes memory for pages that hold nothing."""
+        self._caches = self._empty_caches()
+
+    def warm_up(self) -> int:
+        """Compiles every step, by running it on padding; returns how many there are."""
+        shapes = self._buckets.all_shapes()
+        for shape in shapes:
+            self._launch(shape, packing.empty(shape)[0], is_penalised=False, has_logprobs=False)
+        jax.block_until_ready(self._last_tokens)
+        return len(shapes)
+
     def admit(self, sequence: Sequence, config: RequestConfig, index: int) -> None:
         """Writes a sequence's settings to its slot; call it before the first step that runs it."""
         slot = sequence.slot
@@ -106,20 +123,35 @@ class Runner:
             configs: of each piece's request.
         """
         shape, packed, rows = self._pack(pieces)
+        tokens, logprobs = self._launch(
+            shape,
+            packed,
+            is_penalised=any(config.penalties != NO_PENALTIES for config in configs),
+            has_logprobs=any(config.num_logprobs is not None for config in configs),
+        )
+        for array in jax.tree.leaves((tokens, logprobs)):
+            array.copy_to_host_async()
+        return Launched(pieces, rows, tokens, logprobs, self.weights_version)
+
+    def _launch(
+        self,
+        shape: StepShape,
+        packed: np.ndarray,
+        *,
+        is_penalised: bool,
+        has_logprobs: bool,
+    ) -> tuple[Array, Any]:
+        """(tokens, log-probabilities or None) of a step; the device's state is that after it."""
         packed = jnp.asarray(packed)
         forward = forward_program(self._decoder, shape)
         logits, self._caches = forward(self._params, self._caches, self._last_tokens, packed)
-        is_penalised = any(config.penalties != NO_PENALTIES for config in configs)
-        has_logprobs = any(config.num_logprobs is not None for config in configs)
         draw = draw_program(shape, self._num_tokens, has_logprobs)
         seen = self._seen if is_penalised else None
         state, tokens, logprobs = draw((self._last_tokens, seen), logits, packed)
         self._last_tokens = state[0]
         if is_penalised:
             self._seen = state[1]
-        for array in jax.tree.leaves((tokens, logprobs)):
-            array.copy_to_host_async()
-        return Launched(pieces, rows, tokens, logprobs, self.weights_version)
+        return tokens, logprobs
 
     def _pack(self, pieces: tuple[Piece, ...]) -> tuple[StepShape, np.ndarray, tuple[int, ...]]:
         """(shape, packed array, the row of each piece)."""
