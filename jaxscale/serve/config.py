@@ -27,7 +27,7 @@ class EngineConfig:
         block_size: tokens a page of the cache.
         num_blocks: pages; None takes `memory_fraction` of what the device has left.
         memory_fraction: of the device's memory that weights and cache may fill.
-        tile_size: tokens of a prompt whose attention is computed at once.
+        max_prompts: prompts of which a step runs a piece.
     """
 
     token_budget: int = 2048
@@ -38,30 +38,26 @@ class EngineConfig:
     block_size: int = 64
     num_blocks: int | None = None
     memory_fraction: float = 0.85
-    tile_size: int = 128
+    max_prompts: int = 64
 
     def __post_init__(self):
         check_types(self)
-        for name in ("block_size", "tile_size"):
-            check_positive(f"EngineConfig.{name}", getattr(self, name))
+        check_positive("EngineConfig.block_size", self.block_size)
         if self.num_blocks is not None:
             check_positive("EngineConfig.num_blocks", self.num_blocks)
         if not 0 < self.memory_fraction <= 1:
             expected = "0 < memory_fraction <= 1"
             raise InputError("EngineConfig.memory_fraction", self.memory_fraction, expected)
-        self.scheduler()
+        self.scheduler(max_length=1)
 
-    @property
-    def max_prompts(self) -> int:
-        """Prompts of which a step runs a piece."""
-        return -(-self.token_budget // self.tile_size)
-
-    def scheduler(self) -> SchedulerConfig:
-        """The part that the scheduler takes."""
+    def scheduler(self, max_length: int) -> SchedulerConfig:
+        """The part that the scheduler takes, for a model of `max_length` tokens."""
         return SchedulerConfig(
             token_budget=self.token_budget,
             max_sequences=self.max_sequences,
             max_prompts=self.max_prompts,
+            # The end of the longest prompt and a budget of shorter ones, which may be split too.
+            max_context=self._num_pages(max_length + 2 * self.token_budget) * self.block_size,
             policy=self.policy,
             admission=self.admission,
             use_prefix_cache=self.use_prefix_cache,
@@ -69,19 +65,21 @@ class EngineConfig:
 
     def buckets(self, max_length: int) -> Buckets:
         """The sizes that are compiled, for a model of `max_length` tokens."""
-        num_pages = -(-max_length // self.block_size)
-        smallest = min(self.tile_size, self.token_budget)
+        num_pages = self._num_pages(max_length)
+        context = self.scheduler(max_length).max_context // self.block_size
+        few = min(16, self.max_sequences)
         return Buckets(
             singles=powers_up_to(self.max_sequences, factor=4),
-            mixed_singles=powers_up_to(
-                self.max_sequences, smallest=min(16, self.max_sequences), factor=16
-            ),
-            tokens=powers_up_to(self.token_budget, smallest=smallest, factor=4),
+            mixed_singles=powers_up_to(self.max_sequences, smallest=few, factor=16),
+            tokens=powers_up_to(self.token_budget, smallest=-(-self.token_budget // 16), factor=4),
             pages=powers_up_to(num_pages, smallest=min(8, num_pages), factor=2),
-            tile_size=self.tile_size,
+            prompt_pages=powers_up_to(context, smallest=-(-context // 4), factor=4),
             max_prompts=self.max_prompts,
             num_slots=self.max_sequences,
         )
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
 
 
 def num_blocks_for(decoder: Decoder, params: Params, config: EngineConfig) -> int:

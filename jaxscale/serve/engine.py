@@ -97,7 +97,7 @@ class Engine:
         decoder = dataclasses.replace(decoder, execution=execution)
         num_blocks = config.num_blocks or num_blocks_for(decoder, params, config)
         self._blocks = BlockPool(num_blocks, config.block_size)
-        self._scheduler = Scheduler(config.scheduler(), self._blocks)
+        self._scheduler = Scheduler(config.scheduler(self.model.max_length), self._blocks)
         self._runner = Runner(
             decoder,
             params,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -43,19 +44,17 @@ class StepShape:
     Args:
         num_tokens: T.
         num_single: D, sequences of one token each.
+        num_pages: P, pages of each of them.
         num_prompts: further sequences.
-        num_tiles: M.
-        tile_size: Q.
-        num_pages: P, pages a sequence.
+        num_prompt_pages: C, pages of all of these together.
         num_slots: rows of the device's state.
     """
 
     num_tokens: int
     num_single: int
-    num_prompts: int
-    num_tiles: int
-    tile_size: int
     num_pages: int
+    num_prompts: int
+    num_prompt_pages: int
     num_slots: int
 
     @property
@@ -66,15 +65,16 @@ class StepShape:
     @functools.cached_property
     def fields(self) -> dict[str, Field]:
         """The fields of the packed array, in their order."""
-        tokens, rows, tiles = (self.num_tokens,), (self.num_rows,), (self.num_tiles,)
+        tokens, rows, pages = (self.num_tokens,), (self.num_rows,), (self.num_prompt_pages,)
         filled = {
             "tokens": Field(tokens, "int32", 0),
             "positions": Field(tokens, "int32", -1),
             "slot_mapping": Field(tokens, "int32", 0),
-            "places": Field(tokens, "int32", 0),
-            "tile_rows": Field(tiles, "int32", 0),
-            "tile_tokens": Field((*tiles, self.tile_size), "int32", self.num_tokens),
-            "block_table": Field((*rows, self.num_pages), "int32", 0),
+            "block_table": Field((self.num_single, self.num_pages), "int32", 0),
+            "segments": Field(tokens, "int32", 0),
+            "prompt_pages": Field(pages, "int32", 0),
+            "page_segments": Field(pages, "int32", 0),
+            "first_pages": Field((self.num_prompts + 1,), "int32", 0),
             "last_place": Field(rows, "int32", 0),
             "slot": Field(rows, "int32", self.num_slots),
             # A sequence that draws nothing keeps its row, whose result goes nowhere.
@@ -109,21 +109,23 @@ def unpack(shape: StepShape, packed: Array) -> dict[str, Array]:
     return fields
 
 
-def ragged_rows(shape: StepShape, fields: dict[str, Any]) -> RaggedRows:
+def ragged_rows(fields: dict[str, Any]) -> RaggedRows:
     """What attention needs of the fields."""
-    names = ("slot_mapping", "block_table", "tile_rows", "tile_tokens", "places")
-    return RaggedRows(**{name: fields[name] for name in names}, num_single=shape.num_single)
+    return RaggedRows(**{name: fields[name] for name in _names(RaggedRows)})
 
 
 def draw_rows(fields: dict[str, Any]) -> DrawRows:
     """How each sequence draws."""
-    return DrawRows(**{field.name: fields[field.name] for field in dataclasses.fields(DrawRows)})
+    return DrawRows(**{name: fields[name] for name in _names(DrawRows)})
 
 
 def penalty_rows(fields: dict[str, Any]) -> PenaltyRows:
     """The penalties of each sequence."""
-    names = (field.name for field in dataclasses.fields(PenaltyRows))
-    return PenaltyRows(**{name: fields[name] for name in names})
+    return PenaltyRows(**{name: fields[name] for name in _names(PenaltyRows)})
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +136,8 @@ class Buckets:
         singles: sequences of one token, in a step without prompts.
         mixed_singles: the same beside prompts.
         tokens: tokens of a step with prompts.
-        pages: pages a sequence.
-        tile_size: tokens of a tile.
+        pages: pages of a sequence of one token.
+        prompt_pages: pages of the prompts of a step together.
         max_prompts: prompts a step.
         num_slots: rows of the device's state.
     """
@@ -144,65 +146,68 @@ class Buckets:
     mixed_singles: tuple[int, ...]
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
-    tile_size: int
+    prompt_pages: tuple[int, ...]
     max_prompts: int
     num_slots: int
 
     def shape(
         self,
         *,
-        num_tokens: int,
         num_single: int,
         num_pages: int,
+        num_tokens: int,
+        num_prompt_pages: int,
     ) -> StepShape:
-        """The smallest shape that holds a step; without prompts all its tokens are single."""
+        """The smallest shape that holds a step.
+
+        Args:
+            num_single: sequences of one token.
+            num_pages: most pages of one of them.
+            num_tokens: of all sequences.
+            num_prompt_pages: of the other sequences together; 0 where there is none.
+        """
         pages = _round_up(num_pages, self.pages)
-        if num_tokens == num_single:
+        if not num_prompt_pages:
             return self._without_prompts(_round_up(num_single, self.singles), pages)
-        single = _round_up(num_single, self.mixed_singles)
-        return self._with_prompts(_round_up(num_tokens, self.tokens), single, pages)
+        return self._with_prompts(
+            _round_up(num_single, self.mixed_singles),
+            pages,
+            _round_up(num_tokens, self.tokens),
+            _round_up(num_prompt_pages, self.prompt_pages),
+        )
 
     def all_shapes(self) -> list[StepShape]:
-        """Every shape that `shape` may return, the smallest first."""
-        found = [
-            self._without_prompts(single, pages) for pages in self.pages for single in self.singles
-        ]
-        found += (
-            self._with_prompts(tokens, single, pages)
-            for pages in self.pages
-            for tokens in self.tokens
-            for single in self.mixed_singles
+        """Every shape that `shape` may return."""
+        found = itertools.starmap(
+            self._without_prompts, itertools.product(self.singles, self.pages)
         )
-        return list(dict.fromkeys(found))
+        mixed = (self.mixed_singles, self.pages, self.tokens, self.prompt_pages)
+        found_mixed = itertools.starmap(self._with_prompts, itertools.product(*mixed))
+        return list(dict.fromkeys([*found, *found_mixed]))
 
     def _without_prompts(self, num_single: int, num_pages: int) -> StepShape:
-        return self._make(num_single, num_single, 0, 0, num_pages)
+        return StepShape(
+            num_tokens=num_single,
+            num_single=num_single,
+            num_pages=num_pages,
+            num_prompts=0,
+            num_prompt_pages=0,
+            num_slots=self.num_slots,
+        )
 
     def _with_prompts(
         self,
-        num_tokens: int,
         num_single: int,
         num_pages: int,
-    ) -> StepShape:
-        num_tokens = max(num_tokens, num_single)
-        num_tiles = -(-num_tokens // self.tile_size) + self.max_prompts
-        return self._make(num_tokens, num_single, self.max_prompts, num_tiles, num_pages)
-
-    def _make(
-        self,
         num_tokens: int,
-        num_single: int,
-        num_prompts: int,
-        num_tiles: int,
-        num_pages: int,
+        num_prompt_pages: int,
     ) -> StepShape:
         return StepShape(
-            num_tokens=num_tokens,
+            num_tokens=max(num_tokens, num_single),
             num_single=num_single,
-            num_prompts=num_prompts,
-            num_tiles=num_tiles,
-            tile_size=self.tile_size,
             num_pages=num_pages,
+            num_prompts=self.max_prompts,
+            num_prompt_pages=num_prompt_pages,
             num_slots=self.num_slots,
         )
 

@@ -68,7 +68,7 @@ def forward_program(decoder: Decoder, shape: StepShape) -> Any:
         packed: Array,
     ) -> tuple[Array, Any]:
         fields = packing.unpack(shape, packed)
-        attend = functools.partial(paged.attend, rows=packing.ragged_rows(shape, fields))
+        attend = functools.partial(paged.attend, rows=packing.ragged_rows(fields))
         model, num = with_attention(decoder, attend), shape.num_single
         tokens = fields["tokens"]
         drawn = last_tokens.at[fields["slot"][:num]].get(mode="fill", fill_value=0)

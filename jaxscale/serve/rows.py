@@ -57,11 +57,12 @@ class Writer:
         self._block_size = block_size
         self._shape = shape
         self._num_tokens = 0
-        self._num_tiles = 0
+        self._num_pages = 0  # of prompts
 
     def add_single(self, pieces: List[Piece]) -> None:
         """Sequences of one token, the first ones."""
         slots = self._add_rows(0, pieces)
+        pages = self._rows.block_table[slots, : self._shape.num_pages]
         positions = _integers(piece.start for piece in pieces)
         here, place = slice(len(pieces)), np.arange(len(pieces))
         tokens = _integers(_token_at(piece.sequence, piece.start) for piece in pieces)
@@ -69,40 +70,38 @@ class Writer:
         views["tokens"][here] = tokens
         views["positions"][here] = positions
         views["slot_mapping"][here] = self._slots_of(slots, positions)
-        views["places"][here] = place
         views["last_place"][here] = place
+        views["block_table"][here] = pages
         self._num_tokens = len(pieces)
 
     def add_prompts(self, pieces: List[Piece]) -> None:
         """Sequences of several tokens, behind them."""
-        first = self._shape.num_single
-        slots = self._add_rows(first, pieces)
-        for number, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
-            self._add_prompt(piece, slot, first + number)
+        slots = self._add_rows(self._shape.num_single, pieces)
+        for segment, (piece, slot) in enumerate(zip(pieces, slots, strict=True), 1):
+            self._add_prompt(piece, slot, segment)
 
     def _add_prompt(
         self,
         piece: Piece,
         slot: int,
-        row: int,
+        segment: int,
     ) -> None:
-        views, size = self._views, self._shape.tile_size
-        start, count = self._num_tokens, piece.count
-        here = slice(start, start + count)
-        positions = piece.start + np.arange(count, dtype=np.int32)
-        views["tokens"][here] = piece.sequence.known()[piece.start : piece.start + count]
+        views, count = self._views, piece.count
+        start, end = piece.start, piece.start + count
+        here = slice(self._num_tokens, self._num_tokens + count)
+        positions = np.arange(start, end, dtype=np.int32)
+        views["tokens"][here] = piece.sequence.known()[start:end]
         views["positions"][here] = positions
         views["slot_mapping"][here] = self._slots_of(slot, positions)
-        views["last_place"][row] = start + count - 1
-        num_tiles = -(-count // size)
-        tiles = slice(self._num_tiles, self._num_tiles + num_tiles)
-        views["tile_rows"][tiles] = row
-        in_tiles = views["tile_tokens"][tiles].reshape(-1)  # a view, for they lie together
-        in_tiles[:count] = np.arange(start, start + count)
-        before = self._shape.num_single + self._num_tiles * size
-        views["places"][here] = before + np.arange(count)
-        self._num_tokens += count
-        self._num_tiles += num_tiles
+        views["segments"][here] = segment
+        row = self._shape.num_single + segment - 1
+        views["last_place"][row] = here.stop - 1
+        num_pages = -(-end // self._block_size)
+        pages = slice(self._num_pages, self._num_pages + num_pages)
+        views["prompt_pages"][pages] = self._rows.block_table[slot, :num_pages]
+        views["page_segments"][pages] = segment
+        views["first_pages"][segment] = pages.start
+        self._num_tokens, self._num_pages = here.stop, pages.stop
 
     def _add_rows(self, first: int, pieces: List[Piece]) -> np.ndarray:
         """Settings and pages of the rows from `first` on; the pieces' slots."""
@@ -113,7 +112,6 @@ class Writer:
         is_drawing = _integers(piece.is_drawing for piece in pieces)
         views, shape = self._views, self._shape
         here = slice(first, first + len(pieces))
-        views["block_table"][here] = self._rows.block_table[slots, : shape.num_pages]
         views["slot"][here] = slots
         views["slot_drawn"][here] = np.where(is_drawing, slots, shape.num_slots)
         views["position"][here] = ends

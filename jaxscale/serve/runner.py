@@ -157,11 +157,13 @@ class Runner:
         """(shape, packed array, the row of each piece)."""
         single = [piece for piece in pieces if piece.count == 1]
         longer = [piece for piece in pieces if piece.count > 1]
-        end = max(piece.start + piece.count for piece in pieces)
+        pages = [-(-(piece.start + piece.count) // self._block_size) for piece in longer]
+        last = max((piece.start for piece in single), default=0)
         shape = self._buckets.shape(
-            num_tokens=sum(piece.count for piece in pieces),
             num_single=len(single),
-            num_pages=-(-end // self._block_size),
+            num_pages=last // self._block_size + 1,
+            num_tokens=sum(piece.count for piece in pieces),
+            num_prompt_pages=sum(pages),
         )
         packed, views = packing.empty(shape)
         writer = Writer(views, self._rows, self._block_size, shape)

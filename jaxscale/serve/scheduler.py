@@ -20,6 +20,8 @@ class SchedulerConfig:
         token_budget: tokens a step, of decoding sequences and prompts together.
         max_sequences: sequences that run at a time.
         max_prompts: prompts of which a step runs a piece.
+        max_context: tokens of these prompts up to the ends of their pieces, together, in whole
+            blocks; what their attention reads.
         policy: "splitfuse" runs a token of every decoding sequence first and fills the budget up
             with pieces of prompts; "prefill_first" lets decoding wait while there are prompts, as
             engines did before, for comparison.
@@ -32,13 +34,14 @@ class SchedulerConfig:
     token_budget: int = 2048
     max_sequences: int = 256
     max_prompts: int = 16
+    max_context: int = 8192
     policy: Literal["splitfuse", "prefill_first"] = "splitfuse"
     admission: Literal["lifetime", "growth"] = "lifetime"
     use_prefix_cache: bool = True
 
     def __post_init__(self):
         check_types(self)
-        for name in ("token_budget", "max_sequences", "max_prompts"):
+        for name in ("token_budget", "max_sequences", "max_prompts", "max_context"):
             check_positive(f"SchedulerConfig.{name}", getattr(self, name))
         if self.max_sequences > self.token_budget:
             expected = (
@@ -118,7 +121,7 @@ class Scheduler:
     def schedule(self, now_s: float = 0.0) -> Step:
         """Plans a step; one without pieces if nothing can run."""
         expired = tuple(self._expire(now_s))
-        plan = _Plan(self.config.token_budget, self.config.max_prompts)
+        plan = _Plan(self.config, self.blocks.block_size)
         if self.config.policy == "splitfuse":
             self._decode(plan)
             self._continue_prompts(plan)
@@ -178,7 +181,9 @@ class Scheduler:
                 return
             is_prompt = sequence.num_missing > 0 and not sequence.is_decoding
             if is_prompt and not self._is_held_up(sequence):
-                plan.add(sequence, min(sequence.num_missing, plan.budget))
+                if not (count := plan.fitting(sequence)):
+                    return
+                plan.add(sequence, count)
 
     def _admit(self, plan: "_Plan") -> None:
         while not plan.is_full and self._slots:
@@ -193,7 +198,9 @@ class Scheduler:
             sequence.slot = self._slots.pop()
             bisect.insort(self.running, sequence, key=lambda each: each.rank)
             plan.admitted.append(sequence)
-            plan.add(sequence, min(sequence.num_missing, plan.budget))
+            if not (count := plan.fitting(sequence)):
+                return
+            plan.add(sequence, count)
 
     def _is_held_up(self, sequence: Sequence) -> bool:
         return sequence.is_synchronous and sequence.is_in_flight
@@ -297,13 +304,15 @@ class _Plan:
     """A step while it is planned.
 
     Args:
-        budget: tokens that are left.
-        max_prompts: pieces of prompts that are left.
+        config: limits.
+        block_size: tokens a block.
     """
 
-    def __init__(self, budget: int, max_prompts: int):
-        self.budget = budget
-        self.max_prompts = max_prompts
+    def __init__(self, config: SchedulerConfig, block_size: int):
+        self.budget = config.token_budget
+        self._max_prompts = config.max_prompts
+        self._context = config.max_context
+        self._block_size = block_size
         self.pieces: list[Piece] = []
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -311,7 +320,12 @@ class _Plan:
     @property
     def is_full(self) -> bool:
         """Whether no piece of a prompt has a place any more."""
-        return self.budget < 1 or self.max_prompts < 1
+        return self.budget < 1 or self._max_prompts < 1
+
+    def fitting(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that fit beside what is planned."""
+        room = self._context // self._block_size * self._block_size - sequence.num_computed
+        return max(min(sequence.num_missing, self.budget, room), 0)
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Plans the next `count` tokens of a sequence."""
@@ -322,4 +336,7 @@ class _Plan:
         piece = Piece(sequence, sequence.num_computed, count, is_decode, is_drawing)
         self.pieces.append(piece)
         self.budget -= count
-        self.max_prompts -= not is_decode
+        if not is_decode:
+            num_blocks = -(-(piece.start + count) // self._block_size)
+            self._context -= num_blocks * self._block_size
+            self._max_prompts -= 1

@@ -12,7 +12,7 @@ from jaxscale.ops.attention import AttentionContext, paged
 PAGE, N, K, H = 4, 4, 2, 8
 # (tokens in the cache before, new tokens, pages); the first two decode.
 SEQUENCES = [(6, 1, [7, 2]), (0, 1, [5]), (3, 5, [1, 4]), (0, 7, [6, 3])]
-NUM_SINGLE, NUM_PAGES, TILE = 3, 9, 3
+NUM_SINGLE, NUM_PAGES = 3, 9
 T = 16  # 14 tokens, and 2 of padding
 
 
@@ -36,28 +36,25 @@ def softmax_attention(q, k, v, *, window=None, softcap=None, scale=None):
 def layout():
     """(rows, positions [T], the tokens of each sequence) of SEQUENCES."""
     slots, positions = np.zeros(T, np.int32), np.full(T, -1, np.int32)
-    table = np.zeros((NUM_SINGLE + 2, 2), np.int32)
-    places, tiles, tile_rows, own, at = np.zeros(T, np.int32), [], [], [], 0
+    segments, table = np.zeros(T, np.int32), np.zeros((NUM_SINGLE, 2), np.int32)
+    prompt_pages, page_segments, first_pages, own, at = [], [], [0], [], 0
     for number, (before, new, pages) in enumerate(SEQUENCES):
-        row = number if new == 1 else NUM_SINGLE + number - 2
-        table[row, : len(pages)] = pages
-        tokens = np.arange(at, at + new)
-        where = before + np.arange(new)
+        tokens, where = np.arange(at, at + new), before + np.arange(new)
         positions[tokens] = where
         slots[tokens] = np.asarray(pages)[where // PAGE] * PAGE + where % PAGE
         if new == 1:
-            places[tokens] = row
-        for first in range(0, new if new > 1 else 0, TILE):
-            part = tokens[first : first + TILE]
-            places[part] = NUM_SINGLE + len(tiles) * TILE + np.arange(len(part))
-            tiles.append(np.pad(part, (0, TILE - len(part)), constant_values=T))
-            tile_rows.append(row)
+            table[number, : len(pages)] = pages
+        else:
+            segments[tokens] = segment = number - 1
+            first_pages.append(len(prompt_pages))
+            prompt_pages += pages
+            page_segments += [segment] * len(pages)
         own.append(tokens)
         at += new
-    tiles.append(np.full(TILE, T))
-    tile_rows.append(0)
-    arrays = (slots, table, np.asarray(tile_rows), np.asarray(tiles), places)
-    return paged.RaggedRows(*map(jnp.asarray, arrays), NUM_SINGLE), positions, own
+    margin = [0]
+    prompt_pages, page_segments = prompt_pages + margin, page_segments + margin
+    arrays = (slots, table, segments, prompt_pages, page_segments, first_pages)
+    return paged.RaggedRows(*(jnp.asarray(each, jnp.int32) for each in arrays)), positions, own
 
 
 @pytest.mark.parametrize(

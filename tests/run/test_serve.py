@@ -20,12 +20,12 @@ from tests.run.test_model import NEW, loaded, run  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingConfig(temperature=0)
-SMALL = EngineConfig(token_budget=16, max_sequences=4, block_size=8, tile_size=8, num_blocks=32)
+SMALL = EngineConfig(token_budget=16, max_sequences=4, block_size=8, max_prompts=4, num_blocks=32)
 SET_SMALL = [
     "engine.token_budget=16",
     "engine.max_sequences=4",
     "engine.block_size=8",
-    "engine.tile_size=8",
+    "engine.max_prompts=4",
     "engine.num_blocks=32",
 ]
 

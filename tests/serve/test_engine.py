@@ -15,7 +15,7 @@ from jaxscale.types import InputError
 from tests.serve.test_decoding import MODELS, decoder_of, full_logits, params_of
 
 GREEDY = SamplingConfig(temperature=0)
-SMALL = dict(token_budget=8, max_sequences=4, block_size=4, tile_size=4, num_blocks=32)
+SMALL = dict(token_budget=8, max_sequences=4, block_size=4, max_prompts=3, num_blocks=32)
 # Prompts of several lengths, of which some share a beginning and some are split over steps.
 PROMPTS = [[7, 3, 9, 37, 1, 5, 5, 2, 40, 11, 3], [5], [7, 3, 9, 37, 1, 8, 8], [2, 2, 8], [60] * 9]
 NEW = 8

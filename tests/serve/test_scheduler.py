@@ -11,7 +11,7 @@ from jaxscale.serve.sequences import FinishReason, Sequence, Status
 from jaxscale.types import InputError
 
 BLOCK = 4
-SMALL = SchedulerConfig(token_budget=8, max_sequences=4, max_prompts=3)
+SMALL = SchedulerConfig(token_budget=8, max_sequences=4, max_prompts=3, max_context=36)
 
 
 def next_token(tokens):
@@ -127,7 +127,9 @@ class Load:
         ]
         assert not stalled
         split = [piece for piece in prompts if not piece.is_drawing]
-        if split:
+        context = sum(-(-(each.start + each.count) // BLOCK) * BLOCK for each in prompts)
+        assert context <= self.config.max_context
+        if split and context < self.config.max_context:
             assert step.num_tokens == self.config.token_budget
         assert len(split) <= 1, "at most one prompt is cut a step"
 

@@ -57,7 +57,7 @@ def params():
 
 
 def make_engine():
-    sizes = dict(token_budget=16, max_sequences=8, block_size=8, tile_size=8, num_blocks=64)
+    sizes = dict(token_budget=16, max_sequences=8, block_size=8, max_prompts=4, num_blocks=64)
     config = EngineConfig(**sizes)
     return Engine(decoder(), params(), config=config, tokenizer=ByteTokenizer())
 

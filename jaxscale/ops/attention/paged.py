@@ -2,13 +2,22 @@
 
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from jaxscale.kernels.attention import api as kernel
 from jaxscale.ops.attention.cache import over_keys
 from jaxscale.ops.attention.context import AttentionContext
-from jaxscale.types import Array
+from jaxscale.ops.device import is_hopper
+from jaxscale.types import Array, InputError, check_choice
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "mosaic")
+QUERY_CHUNK = 256  # queries of prompts whose logits exist at a time in the reference
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
@@ -39,34 +48,42 @@ def empty_pages(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["slot_mapping", "block_table", "tile_rows", "tile_tokens", "places"],
-    meta_fields=["num_single"],
+    data_fields=[
+        "slot_mapping",
+        "block_table",
+        "segments",
+        "prompt_pages",
+        "page_segments",
+        "first_pages",
+    ],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class RaggedRows:
     """Which tokens of a flat row belong to which sequence.
 
-    The first D tokens are one each of D sequences. Those behind them come in tiles of Q tokens of
-    one sequence, so that the queries of a tile read the same keys.
+    The first tokens are one each of decoding sequences, at most D. Those behind them are pieces of
+    prompts. The pages of all prompts, from each one's first page to that of its last token here,
+    are listed one prompt after the other, and read once for all of its tokens.
 
     Args:
         slot_mapping: [T] int32, the slot of the cache that each token writes: page * page size +
             place in the page. Padding writes to a page that nobody reads.
-        block_table: [R, P] int32, the pages of each sequence in order; the first D sequences are
-            those of the first D tokens.
-        tile_rows: [M] int32, the sequence of each tile.
-        tile_tokens: [M, Q] int32, the tokens of each tile; T where there is none.
-        places: [T] int32, where the output of each token lies: i < D among the first tokens,
-            D + m * Q + q in the tiles.
-        num_single: D.
+        block_table: [D, P] int32, the pages of each decoding sequence in order.
+        segments: [T] int32, the prompt of a token, counted from 1; 0 for a token of a decoding
+            sequence and for padding.
+        prompt_pages: [C] int32, the pages of all prompts; none in a step without prompts.
+        page_segments: [C] int32, the prompt that each of them is of; 0 for padding.
+        first_pages: [prompts + 1] int32, where in `prompt_pages` a prompt begins; the first is not
+            used.
     """
 
     slot_mapping: Array
     block_table: Array
-    tile_rows: Array
-    tile_tokens: Array
-    places: Array
-    num_single: int
+    segments: Array
+    prompt_pages: Array
+    page_segments: Array
+    first_pages: Array
 
 
 def attend(
@@ -77,6 +94,7 @@ def attend(
     cache: PagedCache,
     *,
     rows: RaggedRows,
+    implementation: str | None = None,
 ) -> tuple[Array, PagedCache]:
     """Writes the new keys to the cache, and attends over the pages of each token's sequence.
 
@@ -92,27 +110,24 @@ def attend(
             layer's window, soft-cap, scale and layout; causal.
         cache: of the tokens before.
         rows: what belongs together.
+        implementation: of the prompts' attention, one of BACKENDS; None picks one and logs it.
     Returns:
         ([1, T, N, H], the cache with the new tokens).
+    Raises:
+        InputError: the named backend cannot do what is asked.
     """
     cache = PagedCache(
         k=_written(cache.k, k[0], rows.slot_mapping),
         v=_written(cache.v, v[0], rows.slot_mapping),
     )
-    q, positions = q[0], context.positions[0]
-    num = rows.num_single
-    outputs = []
-    if num:
-        table = rows.block_table[:num]
-        outputs += _over_pages(q[:num, None], positions[:num, None], table, cache, context)
-    if len(rows.tile_rows):
-        tiles = rows.tile_tokens
-        q_tiles = q.at[tiles].get(mode="fill", fill_value=0)
-        positions_of_tiles = positions.at[tiles].get(mode="fill", fill_value=-1)
-        table = rows.block_table[rows.tile_rows]
-        outputs += _over_pages(q_tiles, positions_of_tiles, table, cache, context)
-        return jnp.concatenate(outputs)[rows.places][None], cache
-    return outputs[0][None], cache
+    num = len(rows.block_table)
+    single = _over_block_table(q[0, :num], context, cache, rows.block_table)
+    if not len(rows.prompt_pages):
+        return single[None], cache
+    of_prompts = _over_prompts(q, context, cache, rows, implementation)
+    is_prompt = (rows.segments[:num] > 0)[:, None, None]
+    first = jnp.where(is_prompt, of_prompts[0, :num], single)
+    return of_prompts.at[0, :num].set(first), cache
 
 
 def _written(pages: Array, x: Array, slot_mapping: Array) -> Array:
@@ -121,25 +136,102 @@ def _written(pages: Array, x: Array, slot_mapping: Array) -> Array:
     return slots.at[slot_mapping].set(x.astype(pages.dtype)).reshape(pages.shape)
 
 
-def _over_pages(
+def _over_block_table(
     q: Array,
-    positions: Array,
-    block_table: Array,
-    cache: PagedCache,
     context: AttentionContext,
-) -> list[Array]:
-    """Attention of q [M, Q, N, H] over the pages of M sequences: [[M * Q, N, H]]."""
+    cache: PagedCache,
+    block_table: Array,
+) -> Array:
+    """Attention of q [D, N, H], a token of each sequence, over its pages."""
+    num = len(q)
     slots = jnp.arange(block_table.shape[1] * cache.k.shape[1], dtype=jnp.int32)
     own = dataclasses.replace(
         context,
-        positions=positions,
-        key_positions=jnp.broadcast_to(slots, (len(q), len(slots))),
+        positions=context.positions[0, :num, None],
+        key_positions=jnp.broadcast_to(slots, (num, len(slots))),
     )
 
     def gathered(pages: Array) -> Array:
-        found = pages[block_table]  # [M, P, S of a page, K, H]
-        rows = found.reshape(len(q), len(slots), *found.shape[3:])
-        return jnp.moveaxis(rows, 1, 2)
+        found = pages[block_table]  # [D, P, S of a page, K, H]
+        return jnp.moveaxis(found.reshape(num, len(slots), *found.shape[3:]), 1, 2)
 
-    o = over_keys(q, gathered(cache.k), gathered(cache.v), own)
-    return [o.reshape(-1, *o.shape[2:])]
+    return over_keys(q[:, None], gathered(cache.k), gathered(cache.v), own)[:, 0]
+
+
+def _over_prompts(
+    q: Array,
+    context: AttentionContext,
+    cache: PagedCache,
+    rows: RaggedRows,
+    implementation: str | None,
+) -> Array:
+    """Attention of q [1, T, N, H] over the pages of its prompts; whatever for other tokens."""
+    k, v = (
+        pages[rows.prompt_pages].reshape(1, -1, *pages.shape[2:]).astype(q.dtype)
+        for pages in (cache.k, cache.v)
+    )
+    reason = _refusal(q, k, context)
+    if implementation is None:
+        implementation = "mosaic" if is_hopper() and reason is None else "reference"
+        logger.info("paged attention: backend %s for q%s k%s", implementation, q.shape, k.shape)
+    check_choice("implementation", implementation, BACKENDS)
+    if implementation == "reference":
+        return _reference_over_prompts(q, k, v, context, rows)
+    if reason:
+        raise InputError("implementation", implementation, reason)
+    page_size = cache.k.shape[1]
+    first = (rows.first_pages * page_size)[rows.segments]
+    end = context.positions[0] + 1
+    low = 0 if context.window is None else jnp.maximum(end - context.window, 0)
+    # A token of no prompt sees nothing.
+    high = jnp.where(rows.segments > 0, first + end, 0)
+    o, _ = kernel.attention(
+        q,
+        k,
+        v,
+        (first + low)[None],
+        high[None],
+        scale=context.logits_scale(q.shape[3]),
+        softcap=context.softcap,
+        implementation="mosaic",
+    )
+    return o
+
+
+def _refusal(q: Array, k: Array, context: AttentionContext) -> str | None:
+    """What the kernel would need, as the text of an error; None when it can."""
+    if context.layout is not None:
+        return "a backend for prompts under a layout of blocks"
+    return kernel.mosaic_refusal(q, k)
+
+
+def _reference_over_prompts(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    rows: RaggedRows,
+) -> Array:
+    """`_over_prompts` with the logits of QUERY_CHUNK queries at a time."""
+    page_size = k.shape[1] // len(rows.prompt_pages)
+    numbers = jnp.arange(len(rows.prompt_pages)) - rows.first_pages[rows.page_segments]
+    places = numbers[:, None] * page_size + jnp.arange(page_size)
+    keyed = dataclasses.replace(
+        context,
+        key_positions=places.reshape(1, -1),
+        key_segments=jnp.repeat(rows.page_segments, page_size)[None],
+    )
+    # Of equal segments, but 0 is none.
+    segments = jnp.where(rows.segments > 0, rows.segments, -1)
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+
+    def of_chunk(chunk: tuple[Array, Array, Array]) -> Array:
+        q, positions, segments = chunk
+        own = dataclasses.replace(keyed, positions=positions[None], segments=segments[None])
+        return over_keys(q[None], k, v, own)[0]
+
+    chunks, length = (q[0], context.positions[0], segments), q.shape[1]
+    if length % QUERY_CHUNK:
+        return of_chunk(chunks)[None]
+    split = jax.tree.map(lambda x: x.reshape(-1, QUERY_CHUNK, *x.shape[1:]), chunks)
+    return lax.map(of_chunk, split).reshape(q.shape)
