@@ -69,7 +69,8 @@ class EngineConfig:
         context = self.scheduler(max_length).max_context // self.block_size
         few = min(16, self.max_sequences)
         return Buckets(
-            singles=powers_up_to(self.max_sequences, factor=4),
+            # XLA multiplies a single row by other and slower means than two.
+            singles=powers_up_to(self.max_sequences, smallest=min(2, self.max_sequences), factor=4),
             mixed_singles=powers_up_to(self.max_sequences, smallest=few, factor=16),
             tokens=powers_up_to(self.token_budget, smallest=-(-self.token_budget // 16), factor=4),
             pages=powers_up_to(num_pages, smallest=min(8, num_pages), factor=2),

@@ -85,6 +85,24 @@ def test_mixed_tokens_attend_to_their_own_sequence(settings):
     np.testing.assert_array_equal(untouched, old["k"][8].astype(np.float32))
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_intervals_of_the_kernel_are_the_keys_that_tokens_of_prompts_see(window):
+    rows, positions, own = layout()
+    context = AttentionContext(jnp.asarray(positions)[None], window=window)
+    low, high = map(np.asarray, paged.key_intervals(context, rows, PAGE))
+    places = np.asarray(rows.prompt_pages)
+    for (_, _, pages), tokens in zip(SEQUENCES, own, strict=True):
+        for token in tokens if len(tokens) > 1 else ():
+            seen = np.arange(low[token], high[token])
+            position = positions[token]
+            first = 0 if window is None else max(position - window + 1, 0)
+            wanted = np.arange(first, position + 1)
+            np.testing.assert_array_equal(places[seen // PAGE], np.asarray(pages)[wanted // PAGE])
+            np.testing.assert_array_equal(seen % PAGE, wanted % PAGE)
+    is_of_prompt = np.asarray(rows.segments) > 0
+    assert (high[~is_of_prompt] <= low[~is_of_prompt]).all()
+
+
 def test_the_cache_is_written_in_place():
     """A copy of it would stand among the temporaries."""
     rows, *_ = layout()

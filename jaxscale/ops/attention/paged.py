@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxscale.kernels.attention import api as kernel
+from jaxscale.kernels.attention.api import attention, mosaic_refusal
+from jaxscale.kernels.paged_attention import api as single_kernel
 from jaxscale.ops.attention.cache import over_keys
 from jaxscale.ops.attention.context import AttentionContext
 from jaxscale.ops.device import is_hopper
@@ -110,7 +111,7 @@ def attend(
             layer's window, soft-cap, scale and layout; causal.
         cache: of the tokens before.
         rows: what belongs together.
-        implementation: of the prompts' attention, one of BACKENDS; None picks one and logs it.
+        implementation: one of BACKENDS; None picks one and logs it.
     Returns:
         ([1, T, N, H], the cache with the new tokens).
     Raises:
@@ -120,14 +121,37 @@ def attend(
         k=_written(cache.k, k[0], rows.slot_mapping),
         v=_written(cache.v, v[0], rows.slot_mapping),
     )
-    num = len(rows.block_table)
-    single = _over_block_table(q[0, :num], context, cache, rows.block_table)
+    if implementation is None:
+        implementation = _choose(q, context, cache)
+    check_choice("implementation", implementation, BACKENDS)
+    if implementation == "mosaic" and (reason := _refusal(q, context, cache)):
+        raise InputError("implementation", implementation, reason)
+    is_fast = implementation == "mosaic"
+    over_table = _kernel_over_table if is_fast else _reference_over_table
+    single = over_table(q[0], context, cache, rows)
     if not len(rows.prompt_pages):
         return single[None], cache
-    of_prompts = _over_prompts(q, context, cache, rows, implementation)
+    num = len(single)
+    over_prompts = _kernel_over_prompts if is_fast else _reference_over_prompts
+    k, v = (pages[rows.prompt_pages].astype(q.dtype) for pages in (cache.k, cache.v))
+    of_prompts = over_prompts(q, k, v, context, rows)
     is_prompt = (rows.segments[:num] > 0)[:, None, None]
     first = jnp.where(is_prompt, of_prompts[0, :num], single)
     return of_prompts.at[0, :num].set(first), cache
+
+
+def _choose(q: Array, context: AttentionContext, cache: PagedCache) -> str:
+    is_fast = is_hopper() and _refusal(q, context, cache) is None
+    chosen = "mosaic" if is_fast else "reference"
+    logger.info("paged attention: backend %s for q%s %s", chosen, q.shape, q.dtype)
+    return chosen
+
+
+def _refusal(q: Array, context: AttentionContext, cache: PagedCache) -> str | None:
+    """What the kernels would need, as the text of an error; None when they can."""
+    if context.layout is not None:
+        return "a backend for a layout of blocks"
+    return single_kernel.mosaic_refusal(q[0], cache.k) or mosaic_refusal(q, q)
 
 
 def _written(pages: Array, x: Array, slot_mapping: Array) -> Array:
@@ -136,15 +160,15 @@ def _written(pages: Array, x: Array, slot_mapping: Array) -> Array:
     return slots.at[slot_mapping].set(x.astype(pages.dtype)).reshape(pages.shape)
 
 
-def _over_block_table(
+def _reference_over_table(
     q: Array,
     context: AttentionContext,
     cache: PagedCache,
-    block_table: Array,
+    rows: RaggedRows,
 ) -> Array:
-    """Attention of q [D, N, H], a token of each sequence, over its pages."""
-    num = len(q)
-    slots = jnp.arange(block_table.shape[1] * cache.k.shape[1], dtype=jnp.int32)
+    """Attention of the first D tokens of q [T, N, H], each over its sequence's pages: [D, N, H]."""
+    num, num_pages = rows.block_table.shape
+    slots = jnp.arange(num_pages * cache.k.shape[1], dtype=jnp.int32)
     own = dataclasses.replace(
         context,
         positions=context.positions[0, :num, None],
@@ -152,44 +176,54 @@ def _over_block_table(
     )
 
     def gathered(pages: Array) -> Array:
-        found = pages[block_table]  # [D, P, S of a page, K, H]
+        found = pages[rows.block_table]  # [D, P, S of a page, K, H]
         return jnp.moveaxis(found.reshape(num, len(slots), *found.shape[3:]), 1, 2)
 
-    return over_keys(q[:, None], gathered(cache.k), gathered(cache.v), own)[:, 0]
+    return over_keys(q[:num, None], gathered(cache.k), gathered(cache.v), own)[:, 0]
 
 
-def _over_prompts(
+def _kernel_over_table(
     q: Array,
     context: AttentionContext,
     cache: PagedCache,
     rows: RaggedRows,
-    implementation: str | None,
 ) -> Array:
-    """Attention of q [1, T, N, H] over the pages of its prompts; whatever for other tokens."""
-    k, v = (
-        pages[rows.prompt_pages].reshape(1, -1, *pages.shape[2:]).astype(q.dtype)
-        for pages in (cache.k, cache.v)
+    """As `_reference_over_table`; 0 for padding and for tokens of prompts."""
+    num = len(rows.block_table)
+    is_single = rows.segments[:num] == 0
+    high = jnp.where(is_single, context.positions[0, :num] + 1, 0)
+    low = jnp.zeros_like(high) if context.window is None else jnp.maximum(high - context.window, 0)
+    return single_kernel.paged_attention(
+        q[:num],
+        cache.k,
+        cache.v,
+        rows.block_table,
+        low,
+        high,
+        scale=context.logits_scale(q.shape[2]),
+        softcap=context.softcap,
+        implementation="mosaic",
     )
-    reason = _refusal(q, k, context)
-    if implementation is None:
-        implementation = "mosaic" if is_hopper() and reason is None else "reference"
-        logger.info("paged attention: backend %s for q%s k%s", implementation, q.shape, k.shape)
-    check_choice("implementation", implementation, BACKENDS)
-    if implementation == "reference":
-        return _reference_over_prompts(q, k, v, context, rows)
-    if reason:
-        raise InputError("implementation", implementation, reason)
-    page_size = cache.k.shape[1]
-    first = (rows.first_pages * page_size)[rows.segments]
-    end = context.positions[0] + 1
-    low = 0 if context.window is None else jnp.maximum(end - context.window, 0)
-    # A token of no prompt sees nothing.
-    high = jnp.where(rows.segments > 0, first + end, 0)
-    o, _ = kernel.attention(
+
+
+def _kernel_over_prompts(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    rows: RaggedRows,
+) -> Array:
+    """Attention of q [1, T, N, H] over the pages [C, S of a page, K, H] of its prompts.
+
+    0 for tokens of no prompt.
+    """
+    low, high = key_intervals(context, rows, k.shape[1])
+    k, v = (pages.reshape(1, -1, *pages.shape[2:]) for pages in (k, v))
+    o, _ = attention(
         q,
         k,
         v,
-        (first + low)[None],
+        low[None],
         high[None],
         scale=context.logits_scale(q.shape[3]),
         softcap=context.softcap,
@@ -198,11 +232,17 @@ def _over_prompts(
     return o
 
 
-def _refusal(q: Array, k: Array, context: AttentionContext) -> str | None:
-    """What the kernel would need, as the text of an error; None when it can."""
-    if context.layout is not None:
-        return "a backend for prompts under a layout of blocks"
-    return kernel.mosaic_refusal(q, k)
+def key_intervals(
+    context: AttentionContext,
+    rows: RaggedRows,
+    page_size: int,
+) -> tuple[Array, Array]:
+    """The slots of the listed pages that each token of a prompt sees: low <= s < high, [T] each."""
+    first = rows.first_pages[rows.segments] * page_size
+    end = context.positions[0] + 1
+    low = jnp.zeros_like(end) if context.window is None else jnp.maximum(end - context.window, 0)
+    # A token of no prompt sees nothing.
+    return first + low, jnp.where(rows.segments > 0, first + end, 0)
 
 
 def _reference_over_prompts(
@@ -212,18 +252,18 @@ def _reference_over_prompts(
     context: AttentionContext,
     rows: RaggedRows,
 ) -> Array:
-    """`_over_prompts` with the logits of QUERY_CHUNK queries at a time."""
-    page_size = k.shape[1] // len(rows.prompt_pages)
-    numbers = jnp.arange(len(rows.prompt_pages)) - rows.first_pages[rows.page_segments]
+    """As `_kernel_over_prompts`, with the logits of QUERY_CHUNK queries at a time."""
+    num_pages, page_size = k.shape[:2]
+    numbers = jnp.arange(num_pages) - rows.first_pages[rows.page_segments]
     places = numbers[:, None] * page_size + jnp.arange(page_size)
     keyed = dataclasses.replace(
         context,
         key_positions=places.reshape(1, -1),
         key_segments=jnp.repeat(rows.page_segments, page_size)[None],
     )
-    # Of equal segments, but 0 is none.
+    # The pages of padding have the segment 0, and nobody sees them.
     segments = jnp.where(rows.segments > 0, rows.segments, -1)
-    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    k, v = (jnp.moveaxis(pages.reshape(1, -1, *pages.shape[2:]), 1, 2) for pages in (k, v))
 
     def of_chunk(chunk: tuple[Array, Array, Array]) -> Array:
         q, positions, segments = chunk
