@@ -137,22 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> Any:
     function = load(VERBS[options.verb].function)
     with _log_on_stderr():
-        return config.run(function, [_gin_file(options)], _overrides(options))
-
-
-def _gin_file(options: argparse.Namespace) -> Path:
-    """The file; of a run's directory, the one that the run has written there."""
-    given = Path(options.file)
-    return given / RUN_FILE if given.is_dir() else given
+        return config.run(function, [options.file], _overrides(options))
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
     """What `--set` gives, and the verb's own option as if `--set` gave it."""
     option = VERBS[options.verb].option
     overrides = list(options.set)
-    if Path(options.file).is_dir():
+    if options.directory is not None:
         # It may have been moved since the run wrote its file.
-        overrides.insert(0, f"directory={options.file!r}")
+        overrides.insert(0, f"directory={options.directory!r}")
     if option is not None:
         name, _ = option
         overrides.append(f"{name}={getattr(options, name)!r}")
@@ -220,8 +214,12 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "file", metavar="FILE.gin", help="says what the verb works on; or a run's directory"
+        "file",
+        metavar="FILE.gin",
+        action=_File,
+        help="says what the verb works on; or a run's directory",
     )
+    parser.set_defaults(directory=None)
     parser.add_argument(
         "--set",
         metavar="NAME.FIELD=VALUE",
@@ -233,6 +231,21 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
         option, meaning = verb.option
         parser.add_argument(f"--{option}", required=True, help=meaning)
     parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
+
+
+class _File(argparse.Action):
+    """Takes a run's directory for the file that the run has written there."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        given: str,
+        option_string: str | None = None,
+    ) -> None:
+        is_run = Path(given).is_dir()
+        namespace.directory = given if is_run else None
+        namespace.file = str(Path(given) / RUN_FILE) if is_run else given
 
 
 def load(function: str) -> Callable:

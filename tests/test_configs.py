@@ -69,7 +69,7 @@ def test_the_verbs_parameters_are_complete(path):
     if left_open(bindings):
         pytest.skip("left open for another file or --set: " + ", ".join(left_open(bindings)))
     for verb in cli.VERBS.values():
-        function = cli._load(verb.function)
+        function = cli.load(verb.function)
         if bindings.of(function, ()):
             assert config.load(function, [path]).arguments
 

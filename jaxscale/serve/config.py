@@ -73,7 +73,7 @@ class EngineConfig:
             singles=powers_up_to(self.max_sequences, smallest=min(2, self.max_sequences), factor=4),
             mixed_singles=powers_up_to(self.max_sequences, smallest=few, factor=16),
             tokens=powers_up_to(self.token_budget, smallest=-(-self.token_budget // 16), factor=4),
-            pages=powers_up_to(num_pages, smallest=min(8, num_pages), factor=2),
+            pages=powers_up_to(num_pages, smallest=-(-num_pages // 4), factor=4),
             prompt_pages=powers_up_to(context, smallest=-(-context // 4), factor=4),
             max_prompts=self.max_prompts,
             num_slots=self.max_sequences,
