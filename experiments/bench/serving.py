@@ -1,9 +1,7 @@
 """Requests a second of the engine: the three workloads of vLLM's figures, and decoding alone.
 
 The 1.1B Llama shape, bfloat16 weights and cache, random weights, greedy, no end token, no shared
-prefixes; lengths Normal(mean, 0.3 mean). The first of two runs compiles and is not counted.
-python experiments/bench/serving.py [--tiny]
-"""
+prefixes; lengths Normal(mean, 0.3 mean). The first of two runs compiles and is not counted."""
 
 import argparse
 import dataclasses
@@ -43,14 +41,13 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = vars(parser.parse_args())
     is_tiny = options.pop("tiny")
-    model = make_model((TINY if is_tiny else FULL).shape)
-    model = dataclasses.replace(model, max_length=8192)  # for the longest that are drawn
+    model = dataclasses.replace(make_model((TINY if is_tiny else FULL).shape), max_length=8192)
     config = EngineConfig(**options, use_prefix_cache=False)
     engine = Engine(Decoder(model, policy=BFLOAT16), draw_params(model), config=config)
     print(f"{jax.devices()[0].device_kind}, {config}\n| workload | requests/s | new tokens/s |")
     for workload in WORKLOADS:
         rng = np.random.default_rng(0)
-        prompt, new, count = (prompt // 32, 8, 8) if is_tiny else workload
+        prompt, new, count = (workload[0] // 32, 8, 8) if is_tiny else workload
         prompts, lengths = (
             np.clip(rng.normal(mean, 0.3 * mean, count), 4, 2.5 * mean).astype(int)
             for mean in (prompt, new)

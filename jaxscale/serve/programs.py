@@ -81,7 +81,16 @@ def forward_program(decoder: Decoder, shape: StepShape) -> Any:
         h = model.hidden(params, x[:, fields["last_place"]])
         return model.unembed(params, h)[0], caches
 
-    return jax.jit(forward, donate_argnums=1)
+    return jax.jit(forward, donate_argnums=1, compiler_options=_options())
+
+
+def _options() -> dict[str, bool]:
+    """Flags of these programs, whatever those of the process are.
+
+    On an H200 XLA's own matmuls decode 7 to 16 % faster than cuBLAS; and before one of cuBLAS the
+    weights of several projections would be copied together in every step.
+    """
+    return {"xla_gpu_enable_triton_gemm": True} if jax.default_backend() == "gpu" else {}
 
 
 @functools.cache

@@ -74,7 +74,8 @@ class Runner:
         self.weights_version = 0
         self._params: Params = jax.jit(decoder.prepared)(params)
         pages = functools.partial(paged.empty_pages, num_blocks + 1, block_size, dtype=cache_dtype)
-        self._caches = of_layers(decoder, pages)
+        self._empty_caches = functools.partial(of_layers, decoder, pages)
+        self._caches: Any = self._empty_caches()
         self._last_tokens = jnp.zeros(buckets.num_slots, jnp.int32)
         self._seen: Seen | None = None
         self._rows = HostRows(buckets, self._num_tokens)

@@ -179,6 +179,33 @@ def test_other_weights_take_over_in_the_middle_and_no_cached_prefix_of_the_old_i
     assert request == 0
 
 
+def test_a_pause_gives_the_cache_back_and_what_ran_goes_on_after_it():
+    engine, config = shared(), RequestConfig(GREEDY, max_new_tokens=NEW)
+    requests, found = [engine.add(prompt, config) for prompt in PROMPTS], {}
+
+    def take(deltas):
+        for delta in deltas:
+            found.setdefault(delta.request, []).extend(delta.tokens)
+
+    for _ in range(5):
+        take(engine.step())
+    before = sum(array.nbytes for array in jax.live_arrays())
+    take(engine.pause())
+    assert before - sum(array.nbytes for array in jax.live_arrays()) >= cache_bytes(GROUPED)
+    assert not engine.has_work and engine.step() == []
+    engine.resume()
+    while engine.has_work:
+        take(engine.step())
+    assert [found[request] for request in requests] == alone(GROUPED)
+
+
+def cache_bytes(name):
+    """Of float32 keys and values."""
+    heads = [layer.attention for layer in MODELS[name].layers]
+    width = sum(each.num_kv_heads * each.head_dim for each in heads)
+    return 2 * 4 * SMALL["num_blocks"] * SMALL["block_size"] * width
+
+
 def test_a_request_times_out_wherever_it_is():
     now = [0.0]
     model = MODELS[GROUPED]
