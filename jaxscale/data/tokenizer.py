@@ -186,6 +186,11 @@ class HuggingFaceTokenizer:
         self._serialized = serialized
 
     @property
+    def serialized(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._serialized
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         """The special tokens by their text, which `encode` never gives."""
         added = self._tokenizer.get_added_tokens_decoder()
@@ -225,6 +230,14 @@ class SentencePieceTokenizer:
             raise InputError("TokenizerConfig.path", given, "one that has it")
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
         self._serialized = serialized
+
+    def pieces(self) -> list[str]:
+        """Each token as the model spells it; nothing for one that spells no text."""
+        model = self._processor
+        spells_none = [
+            model.is_control(id) or model.is_unknown(id) for id in range(self.vocab_size)
+        ]
+        return ["" if none else model.id_to_piece(id) for id, none in enumerate(spells_none)]
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)

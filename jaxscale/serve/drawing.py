@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxscale.ops.precision import accumulator
 from jaxscale.serve import sampling
+from jaxscale.serve.grammar import WORD
 from jaxscale.serve.requests import MAX_LOGPROBS
 from jaxscale.types import Array
 
@@ -120,6 +121,13 @@ def penalise(
     logits = jnp.where(is_in_prompt | is_drawn, repeated, logits)
     logits = logits - penalties.presence[:, None] * is_drawn
     return logits - penalties.frequency[:, None] * counts
+
+
+def only_allowed(logits: Array, masks: Array) -> Array:
+    """Logits [R, V], -inf where a token's bit in masks [R, words] int32 is not set."""
+    token = jnp.arange(logits.shape[-1])
+    bits = (masks[:, token // WORD] >> (token % WORD)) & 1
+    return jnp.where(bits == 1, logits, sampling.NEVER)
 
 
 def log_probabilities(logits: Array, drawn: Array) -> tuple[Array, Array, Array]:

@@ -12,6 +12,7 @@ from jaxscale.models.execution import ExecutionConfig
 from jaxscale.serve.blocks import BlockPool
 from jaxscale.serve.config import EngineConfig, num_blocks_for
 from jaxscale.serve.decoding import check_prompts
+from jaxscale.serve.grammar import Grammars, Matcher
 from jaxscale.serve.requests import Completion, Delta, RequestConfig, TokenLogprobs
 from jaxscale.serve.runner import Launched, Runner
 from jaxscale.serve.scheduler import Scheduler
@@ -57,7 +58,12 @@ class _Member:
     config: RequestConfig
     sequence: Scheduled
     text: TextStream | None
+    matcher: Matcher | None = None
     weights_version: int = 0
+
+    def mask(self, piece: Piece) -> np.ndarray | None:
+        """What its grammar allows behind a piece."""
+        return self.matcher.mask() if self.matcher and piece.is_drawing else None
 
 
 class Engine:
@@ -91,6 +97,7 @@ class Engine:
         self.config = config
         self.model = decoder.config
         self.tokenizer = tokenizer
+        self.grammars = Grammars(tokenizer) if tokenizer else None
         self._clock = clock
         # Unrolled, so that each layer's pages are an array of their own and written in place.
         execution = ExecutionConfig(is_scanned=False, remat="none")
@@ -128,6 +135,9 @@ class Engine:
         """
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompts([tokens], self.model, config.max_new_tokens)
+        needs_text = [name for name in ("stop", "grammar") if getattr(config, name)]
+        if needs_text and self.tokenizer is None:
+            raise InputError(needs_text[0], getattr(config, needs_text[0]), "an engine with texts")
         request = self._num_requests
         timeout_s = config.timeout_s
         deadline_s = None if timeout_s is None else self._clock() + timeout_s
@@ -139,9 +149,11 @@ class Engine:
                 max_new_tokens=config.max_new_tokens,
                 priority=config.priority,
                 deadline_s=deadline_s,
+                is_synchronous=config.grammar is not None,
             )
             text = TextStream(self.tokenizer, config.stop) if self.tokenizer else None
-            members.append(_Member(request, index, config, sequence, text))
+            matcher = self.grammars.begin(config.grammar) if config.grammar else None
+            members.append(_Member(request, index, config, sequence, text, matcher))
         for member in members:
             self._scheduler.add(member.sequence)
             self._members[member.sequence] = member
@@ -181,8 +193,11 @@ class Engine:
             self._admit(sequence)
         launched = None
         if plan.pieces:
-            configs = [self._members[piece.sequence].config for piece in plan.pieces]
-            launched = self._runner.launch(plan.pieces, configs)
+            members = [self._members[piece.sequence] for piece in plan.pieces]
+            pairs = zip(members, plan.pieces, strict=True)
+            masks = [member.mask(piece) for member, piece in pairs]
+            configs = [member.config for member in members]
+            launched = self._runner.launch(plan.pieces, configs, masks)
             self._num_steps += 1
         expired = [self._last_delta(self._members[sequence]) for sequence in plan.expired]
         before, self._in_flight = self._in_flight, launched
@@ -309,6 +324,9 @@ class Engine:
         text = ""
         if member.text and not is_end:
             text = member.text.add(token)
+        if member.matcher:
+            member.matcher.accept(token)
+            is_end |= member.matcher.is_stuck
         if is_end or (member.text and member.text.is_stopped):
             self._scheduler.finish(sequence, FinishReason.STOP)
             sequence.finish_reason = FinishReason.STOP  # also at the longest length
@@ -318,7 +336,8 @@ class Engine:
 
     def _is_end(self, token: int, config: RequestConfig) -> bool:
         is_eos = self.tokenizer is not None and token == self.tokenizer.eos_id
-        return (is_eos and not config.ignore_eos) or token in config.stop_ids
+        goes_on = config.ignore_eos and config.grammar is None
+        return (is_eos and not goes_on) or token in config.stop_ids
 
     def _last_delta(
         self,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxscale.data.tokenizer import Tokenizer
+from jaxscale.serve.grammar import GrammarConfig, choice_grammar, json_grammar
 from jaxscale.serve.requests import Completion, Delta, Penalties, RequestConfig, TokenLogprobs
 from jaxscale.serve.sampling import MAX_SEED, SamplingConfig
 from jaxscale.serve.sequences import FinishReason
@@ -35,6 +36,29 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class JsonSchema(BaseModel):
+    """A schema with its name."""
+
+    name: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What an answer looks like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's more general form of it; one of its fields."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class GenerationRequest(BaseModel):
     """What both kinds of requests have; unknown fields are ignored, as OpenAI's clients expect."""
 
@@ -50,6 +74,7 @@ class GenerationRequest(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None
     # vLLM's
     top_k: int | None = None
@@ -58,6 +83,7 @@ class GenerationRequest(BaseModel):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
     priority: int | None = 0
+    structured_outputs: StructuredOutputs | None = None
     # Named, so that they are refused and not ignored.
     logit_bias: dict[str, float] | None = None
 
@@ -102,9 +128,40 @@ class GenerationRequest(BaseModel):
             ignore_eos=bool(self.ignore_eos),
             penalties=penalties,
             num_logprobs=num_logprobs,
+            grammar=self.grammar(),
             priority=_or(self.priority, 0),
             timeout_s=timeout_s,
         )
+
+    def grammar(self) -> GrammarConfig | None:
+        """The grammar of the answer.
+
+        Raises:
+            InputError: a schema is missing, or several grammars are given.
+        """
+        asked, found = self.response_format, []
+        if asked and asked.type == "json_object":
+            found.append(json_grammar({"type": "object"}))
+        if asked and asked.type == "json_schema":
+            if asked.json_schema is None:
+                raise InputError("response_format", "json_schema", "a schema with it")
+            found.append(json_grammar(asked.json_schema.schema_))
+        if more := self.structured_outputs:
+            if more.json_ is not None:
+                schema = more.json_
+                is_text = isinstance(schema, str)
+                found.append(
+                    GrammarConfig("json_schema", schema) if is_text else json_grammar(schema)
+                )
+            if more.regex is not None:
+                found.append(GrammarConfig("regex", more.regex))
+            if more.choice is not None:
+                found.append(choice_grammar(more.choice))
+            if more.grammar is not None:
+                found.append(GrammarConfig("lark", more.grammar))
+        if len(found) > 1:
+            raise InputError("structured_outputs", f"{len(found)} grammars", "one at most")
+        return found[0] if found else None
 
 
 class CompletionRequest(GenerationRequest):

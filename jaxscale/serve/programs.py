@@ -95,12 +95,16 @@ def _options() -> dict[str, bool]:
 
 @functools.cache
 def draw_program(shape: StepShape, num_tokens: int, has_logprobs: bool) -> Any:
-    """((last tokens, seen or None), logits, packed) -> (the same, tokens [R], logprobs or None)."""
+    """((last tokens, seen or None), logits, packed, masks) -> (the same, tokens [R], logprobs).
+
+    Masks are those of grammars, [R, words] int32, or None; logprobs None where nobody asks.
+    """
 
     def draw(
         state: tuple[Array, Seen | None],
         logits: Array,
         packed: Array,
+        masks: Array | None,
     ) -> tuple[tuple[Array, Seen | None], Array, tuple | None]:
         fields = packing.unpack(shape, packed)
         (last_tokens, seen), logits = state, logits[:, :num_tokens]
@@ -109,6 +113,8 @@ def draw_program(shape: StepShape, num_tokens: int, has_logprobs: bool) -> Any:
             here = jnp.minimum(fields["slot"], shape.num_slots - 1)
             rows = packing.penalty_rows(fields)
             changed = drawing.penalise(logits, rows, seen.is_in_prompt[here], seen.counts[here])
+        if masks is not None:
+            changed = drawing.only_allowed(changed, masks)
         tokens = drawing.draw(changed, packing.draw_rows(fields))
         to = fields["slot_drawn"]
         last_tokens = last_tokens.at[to].set(tokens, mode="drop")

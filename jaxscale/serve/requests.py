@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from jaxscale.serve.grammar import GrammarConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.serve.sequences import FinishReason
 from jaxscale.types import InputError, check_not_negative, check_positive, check_types
@@ -53,6 +54,7 @@ class RequestConfig:
         num_logprobs: how many of the most probable tokens are reported with their log-probability
             beside the one drawn; None reports nothing. They are the model's own, before
             temperature, filters and penalties.
+        grammar: that the continuation has to follow; it needs a tokenizer.
         priority: higher ones come first.
         timeout_s: after which the request is ended; None for never.
     """
@@ -65,6 +67,7 @@ class RequestConfig:
     ignore_eos: bool = False
     penalties: Penalties = NO_PENALTIES
     num_logprobs: int | None = None
+    grammar: GrammarConfig | None = None
     priority: int = 0
     timeout_s: float | None = None
 

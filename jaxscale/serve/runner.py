@@ -116,17 +116,30 @@ class Runner:
         counts = np.bincount(sequence.outputs, minlength=self._num_tokens).astype(np.int32)
         self._seen = write_seen(self._seen, slot, is_in_prompt, counts)
 
-    def launch(self, pieces: tuple[Piece, ...], configs: List[RequestConfig]) -> Launched:
+    def launch(
+        self,
+        pieces: tuple[Piece, ...],
+        configs: List[RequestConfig],
+        masks: List[np.ndarray | None],
+    ) -> Launched:
         """Starts a step; nothing waits for the device.
 
         Args:
             pieces: what runs.
             configs: of each piece's request.
+            masks: what each piece's grammar allows, [words] int32; None for all tokens.
         """
         shape, packed, rows = self._pack(pieces)
+        of_rows = None
+        if any(mask is not None for mask in masks):
+            num_words = max(len(mask) for mask in masks if mask is not None)
+            of_rows = np.full((shape.num_rows, num_words), -1, np.int32)
+            for row, mask in zip(rows, masks, strict=True):
+                of_rows[row] = -1 if mask is None else mask
         tokens, logprobs = self._launch(
             shape,
             packed,
+            masks=of_rows,
             is_penalised=any(config.penalties != NO_PENALTIES for config in configs),
             has_logprobs=any(config.num_logprobs is not None for config in configs),
         )
@@ -139,6 +152,7 @@ class Runner:
         shape: StepShape,
         packed: np.ndarray,
         *,
+        masks: np.ndarray | None = None,
         is_penalised: bool,
         has_logprobs: bool,
     ) -> tuple[Array, Any]:
@@ -148,7 +162,7 @@ class Runner:
         logits, self._caches = forward(self._params, self._caches, self._last_tokens, packed)
         draw = draw_program(shape, self._num_tokens, has_logprobs)
         seen = self._seen if is_penalised else None
-        state, tokens, logprobs = draw((self._last_tokens, seen), logits, packed)
+        state, tokens, logprobs = draw((self._last_tokens, seen), logits, packed, masks)
         self._last_tokens = state[0]
         if is_penalised:
             self._seen = state[1]

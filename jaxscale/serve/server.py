@@ -95,6 +95,7 @@ class Handler:
         self.service = service
         self.metrics = Metrics(service.model)
         self._model, self._tokenizer = engine.model, engine.tokenizer
+        self._grammars = engine.grammars
         self._frontend = Frontend(engine)
 
     @property
@@ -155,6 +156,9 @@ class Handler:
 
     async def submit(self, asked: Asked) -> Answers:
         """Has the engine continue what is asked; Raises as `Frontend.submit`."""
+        if asked.config.grammar:
+            # It may take a second, for which neither the loop nor the engine should wait.
+            await asyncio.to_thread(self._grammars.begin, asked.config.grammar)
         return await self._frontend.submit(asked.prompts, asked.config)
 
     async def observed(self, answers: Answers) -> AsyncIterator[tuple[int, Delta]]:

@@ -7,65 +7,26 @@ import json
 import threading
 import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxscale.data.tokenizer import ByteTokenizer
-from jaxscale.models.config.facts import from_flat
-from jaxscale.models.decoder import Decoder
-from jaxscale.models.execution import ExecutionConfig
-from jaxscale.models.parameters import abstract_params, parameter_table
-from jaxscale.ops.precision import Policy
 from jaxscale.serve.decoding import generate_tokens
-from jaxscale.serve.engine import Engine, EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
+from tests.serve.examples import byte_decoder, byte_engine, byte_params
 
 httpx = pytest.importorskip("httpx", reason="the extra `test`")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve`")
 from jaxscale.data.chat import ChatTemplate  # noqa: E402
 from jaxscale.serve.server import Service, make_app  # noqa: E402
 
-MODEL = from_flat(
-    vocab_size=258,
-    num_layers=1,
-    model_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    ffn_dim=32,
-    max_length=128,
-)
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 KEY = "a-key-of-this-test"
-
-
-@functools.cache
-def decoder():
-    execution = ExecutionConfig(is_scanned=False, remat="none")
-    return Decoder(MODEL, policy=Policy(compute="float32"), execution=execution)
-
-
-@functools.cache
-def params():
-    rng = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype),
-        abstract_params(parameter_table(MODEL), "float32"),
-    )
-
-
-def make_engine():
-    sizes = dict(token_budget=16, max_sequences=8, block_size=8, max_prompts=4, num_blocks=64)
-    config = EngineConfig(**sizes)
-    return Engine(decoder(), params(), config=config, tokenizer=ByteTokenizer())
 
 
 @contextlib.contextmanager
 def running(**settings):
     """(address, engine) of a server in a thread."""
-    engine = make_engine()
+    engine = byte_engine()
     template = ChatTemplate(TEMPLATE, ByteTokenizer())
     app = make_app(lambda: engine, Service("tiny", chat_template=template, **settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
@@ -98,8 +59,8 @@ def continued(prompt, max_new_tokens):
     """Text, number of tokens and reason of the end of a greedy continuation."""
     greedy = SamplingConfig(temperature=0)
     tokens = generate_tokens(
-        decoder(),
-        params(),
+        byte_decoder(),
+        byte_params(),
         [list(prompt.encode())],
         sampling=greedy,
         max_new_tokens=max_new_tokens,
@@ -191,6 +152,18 @@ def test_a_chat_is_a_completion_of_its_template(client):
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == text
 
 
+def test_an_answer_follows_its_schema(client):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    found = complete(client, response_format=form, max_tokens=100, temperature=1.0).json()
+    choice = found["choices"][0]
+    if choice["finish_reason"] == "stop":  # a random model may write spaces
+        assert json.loads(choice["text"])["a"] in (1, 2)
+    fields = dict(structured_outputs={"choice": ["red", "blue"]}, max_tokens=9)
+    assert complete(client, **fields).json()["choices"][0]["text"] in ("red", "blue")
+
+
 def test_openais_client_works(served):
     openai = pytest.importorskip("openai", reason="the extra `test`")
     text = continued("def f", 9)[0]
@@ -231,6 +204,8 @@ def test_openais_client_works(served):
         (dict(echo=True), 400, "echo", "not supported"),
         (dict(logit_bias={"5": 1}), 400, "logit_bias", "not supported"),
         (dict(stop=["x", ""]), 400, "stop", "at least one character"),
+        (dict(structured_outputs={"regex": "(a"}), 400, "grammar", "can be compiled"),
+        (dict(response_format={"type": "json_schema"}), 400, "response_format", "a schema"),
     ],
     ids=str,
 )
