@@ -20,11 +20,17 @@ def make_engine(
     *,
     config: EngineConfig = EngineConfig(),
     step: int | None = None,
+    tensor: int = 1,
 ) -> Engine:
     """An engine with a run's model; arguments and errors as `run.model.load`."""
-    model = load(run, step=step)
-    params = model.pure_params()
-    return Engine(model.decoder, params, config=config, tokenizer=model.tokenizer)
+    model = load(run, step=step, tensor=tensor)
+    return Engine(
+        model.decoder,
+        model.pure_params(),
+        config=config,
+        tokenizer=model.tokenizer,
+        region=model.region,
+    )
 
 
 class Pipeline:
@@ -65,6 +71,7 @@ def pipeline(
     *,
     config: EngineConfig = EngineConfig(),
     step: int | None = None,
+    tensor: int = 1,
 ) -> Pipeline:
     """Continues prompts with a run's model.
 
@@ -72,7 +79,8 @@ def pipeline(
         run: the run, or its directory.
         config: sizes and policies of the engine.
         step: which checkpoint; the newest when None.
+        tensor: devices over which the model is spread.
     Raises:
         InputError: as `run.model.load`.
     """
-    return Pipeline(make_engine(run, config=config, step=step))
+    return Pipeline(make_engine(run, config=config, step=step, tensor=tensor))

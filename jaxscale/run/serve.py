@@ -26,6 +26,7 @@ def serve(
     api_key_file: str | None = None,
     engine: EngineConfig = EngineConfig(),
     step: int | None = None,
+    tensor: int = 1,
     timeout_s: float | None = None,
     drain_s: int = 30,
     warm_up: bool = True,
@@ -40,6 +41,7 @@ def serve(
         api_key_file: a file with a key a line, of which a client must send one; None for no keys.
         engine: sizes and policies.
         step: which checkpoint; the newest when None.
+        tensor: devices over which the model is spread.
         timeout_s: after which a request is ended; None for never.
         drain_s: seconds that running requests are given after SIGTERM.
         warm_up: whether all steps are compiled before the first request.
@@ -67,7 +69,7 @@ def serve(
         api_keys=read_keys(api_key_file) if api_key_file else (),
         timeout_s=timeout_s,
     )
-    made = make_engine(run, config=engine, step=step)
+    made = make_engine(run, config=engine, step=step, tensor=tensor)
     if warm_up:
         logger.info("compiled %d shapes of steps", made.warm_up())
     settings = uvicorn.Config(

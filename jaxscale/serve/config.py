@@ -7,8 +7,8 @@ from typing import Literal
 
 import jax
 
-from jaxscale.models.decoder import Decoder
 from jaxscale.serve.packing import Buckets, powers_up_to
+from jaxscale.serve.placement import Placement
 from jaxscale.serve.scheduler import SchedulerConfig
 from jaxscale.types import InputError, Params, check_positive, check_types
 
@@ -83,11 +83,13 @@ class EngineConfig:
         return -(-num_tokens // self.block_size)
 
 
-def num_blocks_for(decoder: Decoder, params: Params, config: EngineConfig) -> int:
+def num_blocks_for(placement: Placement, params: Params, config: EngineConfig) -> int:
     """Pages for which the device has room, and no more than its sequences can fill."""
+    decoder = placement.decoder
     itemsize = jax.numpy.dtype(decoder.policy.compute).itemsize
     heads = [layer.attention for layer in decoder.config.layers]
-    width = sum(each.num_kv_heads * each.head_dim for each in heads)
+    # Of one member, which has a kv head at least.
+    width = sum(max(each.num_kv_heads // placement.tensor, 1) * each.head_dim for each in heads)
     page_bytes = 2 * itemsize * config.block_size * width
     most = config.max_sequences * -(-decoder.config.max_length // config.block_size)
     stats = jax.tree.leaves(params)[0].devices().pop().memory_stats()

@@ -9,10 +9,12 @@ import numpy as np
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
+from jaxscale.parallel.region import Region
 from jaxscale.serve.blocks import BlockPool
 from jaxscale.serve.config import EngineConfig, num_blocks_for
 from jaxscale.serve.decoding import check_prompts
 from jaxscale.serve.grammar import Grammars, Matcher
+from jaxscale.serve.placement import Placement
 from jaxscale.serve.requests import Completion, Delta, RequestConfig, TokenLogprobs
 from jaxscale.serve.runner import Launched, Runner
 from jaxscale.serve.scheduler import Scheduler
@@ -74,10 +76,12 @@ class Engine:
 
     Source: Holmes et al. 2024, DeepSpeed-FastGen (arXiv 2401.08671).
     Args:
-        decoder: the model, on one device.
+        decoder: the model.
         params: its parameters.
         config: sizes and policies.
         tokenizer: of texts; None for an engine that is given tokens and returns them.
+        region: of a mesh over whose tensor axis the model is spread, see
+            `parallel.region.make_serving_operations`; None for one device.
         clock: seconds, for timeouts.
     Raises:
         InputError: the model is not causal, or the device has no room for a page.
@@ -90,6 +94,7 @@ class Engine:
         *,
         config: EngineConfig = EngineConfig(),
         tokenizer: Tokenizer | None = None,
+        region: Region | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         if not decoder.config.is_causal:
@@ -102,11 +107,12 @@ class Engine:
         # Unrolled, so that each layer's pages are an array of their own and written in place.
         execution = ExecutionConfig(is_scanned=False, remat="none")
         decoder = dataclasses.replace(decoder, execution=execution)
-        num_blocks = config.num_blocks or num_blocks_for(decoder, params, config)
+        placement = Placement(decoder, region)
+        num_blocks = config.num_blocks or num_blocks_for(placement, params, config)
         self._blocks = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(config.scheduler(self.model.max_length), self._blocks)
         self._runner = Runner(
-            decoder,
+            placement,
             params,
             buckets=config.buckets(self.model.max_length),
             num_blocks=num_blocks,

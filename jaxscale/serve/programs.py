@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxscale.models.decoder import Decoder
 from jaxscale.ops.attention import paged
 from jaxscale.serve import drawing, packing
 from jaxscale.serve.decoding import with_attention
 from jaxscale.serve.packing import StepShape
+from jaxscale.serve.placement import Placement
 from jaxscale.types import Array, Params
 
 
@@ -45,20 +45,8 @@ def write_seen(
     )
 
 
-def of_layers(decoder: Decoder, pages: Any) -> dict[str, Any]:
-    """Caches for `Decoder.run_layers` with unrolled layers."""
-    config = decoder.config
-
-    def of(layers: Any) -> dict[str, Any]:
-        heads = (layer.attention for layer in layers)
-        return {str(i): pages(each.num_kv_heads, each.head_dim) for i, each in enumerate(heads)}
-
-    periods = tuple(of(config.pattern) for _ in range(config.num_periods))
-    return {"prefix": of(config.prefix), "layers": periods}
-
-
 @functools.cache
-def forward_program(decoder: Decoder, shape: StepShape) -> Any:
+def forward_program(placement: Placement, shape: StepShape) -> Any:
     """(params, caches, last tokens, packed) -> (logits [R, V], caches)."""
 
     def forward(
@@ -69,7 +57,7 @@ def forward_program(decoder: Decoder, shape: StepShape) -> Any:
     ) -> tuple[Array, Any]:
         fields = packing.unpack(shape, packed)
         attend = functools.partial(paged.attend, rows=packing.ragged_rows(fields))
-        model, num = with_attention(decoder, attend), shape.num_single
+        model, num = with_attention(placement.decoder, attend), shape.num_single
         tokens = fields["tokens"]
         drawn = last_tokens.at[fields["slot"][:num]].get(mode="fill", fill_value=0)
         tokens = tokens.at[:num].set(jnp.where(tokens[:num] < 0, drawn, tokens[:num]))
@@ -81,7 +69,8 @@ def forward_program(decoder: Decoder, shape: StepShape) -> Any:
         h = model.hidden(params, x[:, fields["last_place"]])
         return model.unembed(params, h)[0], caches
 
-    return jax.jit(forward, donate_argnums=1, compiler_options=_options())
+    spread = placement.spread(forward)
+    return jax.jit(spread, donate_argnums=1, compiler_options=_options())
 
 
 def _options() -> dict[str, bool]:

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscale.models.decoder import Decoder
-from jaxscale.ops.attention import paged
 from jaxscale.serve import packing
 from jaxscale.serve.packing import Buckets, StepShape
-from jaxscale.serve.programs import Seen, draw_program, forward_program, of_layers, write_seen
+from jaxscale.serve.placement import Placement
+from jaxscale.serve.programs import Seen, draw_program, forward_program, write_seen
 from jaxscale.serve.requests import NO_PENALTIES, RequestConfig
 from jaxscale.serve.rows import HostRows, Writer
 from jaxscale.serve.sequences import Piece, Sequence
@@ -46,8 +45,7 @@ class Runner:
     one array from the host.
 
     Args:
-        decoder: the model, with unrolled layers, so that each layer's pages are an array of their
-            own and are written in place.
+        placement: the model, and where it runs.
         params: the parameter tree.
         buckets: sizes that are compiled.
         num_blocks: pages, without the one for padding.
@@ -58,7 +56,7 @@ class Runner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        placement: Placement,
         params: Params,
         *,
         buckets: Buckets,
@@ -67,23 +65,24 @@ class Runner:
         cache_dtype: str,
         num_tokens: int,
     ):
-        self._decoder = decoder
+        self._placement = placement
         self._buckets = buckets
         self._block_size = block_size
         self._num_tokens = num_tokens
         self.weights_version = 0
-        self._params: Params = jax.jit(decoder.prepared)(params)
-        pages = functools.partial(paged.empty_pages, num_blocks + 1, block_size, dtype=cache_dtype)
-        self._empty_caches = functools.partial(of_layers, decoder, pages)
+        self._params: Params = placement.prepare(params)
+        self._empty_caches = functools.partial(
+            placement.empty_caches, num_blocks + 1, block_size, cache_dtype
+        )
         self._caches: Any = self._empty_caches()
-        self._last_tokens = jnp.zeros(buckets.num_slots, jnp.int32)
+        self._last_tokens = placement.everywhere((buckets.num_slots,), jnp.int32)
         self._seen: Seen | None = None
         self._rows = HostRows(buckets, self._num_tokens)
 
     def swap(self, params: Params) -> None:
         """Takes other weights from the next step on."""
         self._params = None  # so that both do not have to fit
-        self._params = jax.jit(self._decoder.prepared)(params)
+        self._params = self._placement.prepare(params)
         self.weights_version += 1
 
     def free_pages(self) -> None:
@@ -110,7 +109,8 @@ class Runner:
             return
         if self._seen is None:
             shape = (self._buckets.num_slots, self._num_tokens)
-            self._seen = Seen(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
+            everywhere = self._placement.everywhere
+            self._seen = Seen(everywhere(shape, bool), everywhere(shape, jnp.int32))
         is_in_prompt = np.zeros(self._num_tokens, bool)
         is_in_prompt[[token for token in sequence.prompt if token < self._num_tokens]] = True
         counts = np.bincount(sequence.outputs, minlength=self._num_tokens).astype(np.int32)
@@ -158,7 +158,7 @@ class Runner:
     ) -> tuple[Array, Any]:
         """(tokens, log-probabilities or None) of a step; the device's state is that after it."""
         packed = jnp.asarray(packed)
-        forward = forward_program(self._decoder, shape)
+        forward = forward_program(self._placement, shape)
         logits, self._caches = forward(self._params, self._caches, self._last_tokens, packed)
         draw = draw_program(shape, self._num_tokens, has_logprobs)
         seen = self._seen if is_penalised else None

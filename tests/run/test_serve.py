@@ -37,6 +37,8 @@ def test_a_pipeline_continues_as_generate_does(run, loaded):  # noqa: F811
     found = answer(prompts, sampling=GREEDY, max_new_tokens=NEW)
     assert [each.text for (each,) in found] == wanted
     assert answer("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
+    spread = pipeline(run.directory, config=SMALL, tensor=2)
+    assert spread("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
 
 
 def test_keys_are_read_from_a_file(tmp_path):

@@ -27,12 +27,19 @@ def make(name=GROUPED, **changes):
     return Engine(decoder_of(model), params_of(model), config=EngineConfig(**SMALL | changes))
 
 
+def prompts_of(name):
+    """PROMPTS, as far as they fit the model."""
+    model = MODELS[name]
+    cut = [prompt[: model.max_length - NEW] for prompt in PROMPTS]
+    return [[token % model.vocab_size for token in prompt] for prompt in cut]
+
+
 @functools.cache
 def alone(name, sampling=GREEDY, index=0):
     """What `generate_tokens` continues each prompt with, which is the same in any batch of it."""
     settings = dict(sampling=sampling, max_new_tokens=NEW, sequences=[index] * len(PROMPTS))
     model = MODELS[name]
-    return generate_tokens(decoder_of(model), params_of(model), PROMPTS, **settings)
+    return generate_tokens(decoder_of(model), params_of(model), prompts_of(name), **settings)
 
 
 def tokens_of(completions):
@@ -63,7 +70,8 @@ LONG = pytest.mark.long
 )
 def test_greedy_tokens_are_those_of_a_sequence_alone(name, changes):
     engine = make(name, **changes)
-    found = tokens_of(engine.generate(PROMPTS, RequestConfig(GREEDY, max_new_tokens=NEW)))
+    config = RequestConfig(GREEDY, max_new_tokens=NEW)
+    found = tokens_of(engine.generate(prompts_of(name), config))
     assert found == alone(name)
     assert (engine.figures().num_preemptions > 0) == ("admission" in changes)
     assert engine.figures().num_held == 0
