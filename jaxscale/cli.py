@@ -63,6 +63,10 @@ VERBS = {
         "jaxscale.run.generate:generate",
         "sample text from a checkpoint",
     ),
+    "serve": Verb(
+        "jaxscale.run.serve:serve",
+        "answer OpenAI's clients over HTTP with a checkpoint; the file may be a run's directory",
+    ),
     "evaluate": Verb(
         "jaxscale.run.evaluate:evaluate",
         "measure a checkpoint on held-out text",
@@ -136,6 +140,7 @@ examples:
   jaxscale chat runs/phi3 --set sampling.temperature=0.7
   jaxscale export runs/phi3 models/phi3_tuned
   jaxscale checkpoint show runs/main_job/checkpoints
+  jaxscale serve runs/main_job --set port=8000
 
 A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again

@@ -109,8 +109,6 @@ class HuggingFaceTokenizer:
         ending = tokenizers.AddedToken(eos_token, normalized=False, special=True)
         self._tokenizer.add_special_tokens([ending])
         self._tokenizer.encode_special_tokens = True
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self.special_tokens = tuple(token.content for token in added if token.special)
         if self.eos_id in self.encode(eos_token):
             expected = "a token that no text encodes to; this one is a word of the vocabulary"
             raise InputError("TokenizerConfig.eos_token", eos_token, expected)
@@ -119,6 +117,17 @@ class HuggingFaceTokenizer:
         identity = f"{eos_token}\n{serialized}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._serialized = serialized
+
+    @property
+    def serialized(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._serialized
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens by their text, which `encode` never gives."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
         check_characters("text", text[:NUM_SHOWN], text)
@@ -193,6 +202,14 @@ class SentencePieceTokenizer:
             raise InputError("TokenizerConfig.path", path, expected)
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
         self._serialized = serialized
+
+    def pieces(self) -> list[str]:
+        """Each token as the model spells it; nothing for one that spells no text."""
+        model = self._processor
+        spells_none = [
+            model.is_control(id) or model.is_unknown(id) for id in range(self.vocab_size)
+        ]
+        return ["" if none else model.id_to_piece(id) for id, none in enumerate(spells_none)]
 
     def encode(self, text: str) -> list[int]:
         check_characters("text", text[:NUM_SHOWN], text)

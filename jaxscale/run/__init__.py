@@ -31,6 +31,7 @@ from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
 from jaxscale.run.run import Run
+from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
@@ -43,6 +44,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DenseMixerRouter",
+    "EngineConfig",
     "ExecutionConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
