@@ -133,17 +133,6 @@ class HuggingFaceTokenizer:
         check_characters("text", text[:NUM_SHOWN], text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_special(self, text: str) -> list[int]:
-        """The token ids of a text in which the special tokens that it spells are tokens.
-
-        For text of a chat's template, in which nothing of a user's may spell one.
-        """
-        self._tokenizer.encode_special_tokens = False
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        finally:
-            self._tokenizer.encode_special_tokens = True
-
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]

@@ -30,7 +30,7 @@ from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
-from jaxscale.run.run import Run
+from jaxscale.run.run import Run, masked_token_loss, next_token_loss
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
@@ -74,4 +74,6 @@ __all__ = [
     "Whole",
     "YarnScaling",
     "huggingface_model",
+    "masked_token_loss",
+    "next_token_loss",
 ]

@@ -15,6 +15,7 @@ from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.execution import ByChunk, ExecutionConfig
 from jaxscale.models.losses import NextTokenLoss
+from jaxscale.models.masked import MaskedTokenLoss
 from jaxscale.models.parameters import Table, parameter_table
 from jaxscale.ops.attention import DETERMINISTIC, AttentionContext, check_backend
 from jaxscale.ops.attention.chunked import QUERY_CHUNK
@@ -40,6 +41,18 @@ def next_token_loss(run: "Run") -> LossFn:
         execution=run.execution,
         z_loss=run.train.z_loss,
         embedding_noise=run.train.embedding_noise / math.sqrt(width),
+    )
+
+
+def masked_token_loss(run: "Run", *, mask_id: int, fraction: float = 0.15) -> LossFn:
+    """The loss of a bidirectional model, see `models.masked.MaskedTokenLoss`."""
+    return MaskedTokenLoss(
+        model=run.model,
+        policy=run.policy,
+        execution=run.execution,
+        z_loss=run.train.z_loss,
+        mask_id=mask_id,
+        fraction=fraction,
     )
 
 

@@ -4,7 +4,6 @@ import logging
 import socket
 from pathlib import Path
 
-from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
@@ -53,7 +52,7 @@ def serve(
     try:
         import uvicorn
 
-        from jaxscale.data.chat import find_chat_template
+        from jaxscale.data.chat_template import read_chat_template
         from jaxscale.serve.server import Service, make_app
     except ImportError as error:
         expected = "the extra: pip install 'jaxscale[serve]'"
@@ -62,7 +61,8 @@ def serve(
     template = None
     config = run.data.tokenizer
     if config.path is not None:
-        template = find_chat_template(config.path, load_tokenizer(config))
+        path = Path(config.path).expanduser()
+        template = read_chat_template(path if path.is_dir() else path.parent)
     service = Service(
         model=model_name or run.path.resolve().name,
         chat_template=template,

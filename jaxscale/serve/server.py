@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from jaxscale.data.chat import ChatTemplate
+from jaxscale.data.chat_template import ChatTemplate
 from jaxscale.serve.decoding import check_prompts
 from jaxscale.serve.engine import Engine
 from jaxscale.serve.metrics import Metrics, SequenceClock
@@ -127,7 +127,7 @@ class Handler:
             raise InputError("messages", "a chat", "a model whose tokenizer has a chat template")
         messages = [message.plain() for message in body.messages]
         tools = None if body.tool_choice == "none" else body.tools
-        prompt = self.service.chat_template.encode(messages, tools=tools)
+        prompt = self.service.chat_template.encode(messages, self._tokenizer, tools=tools)
         room = max(self._model.max_length - len(prompt), 1)
         wanted = body.max_completion_tokens or body.max_tokens or room
         return self._asked(body, [prompt], wanted, body.num_logprobs(), is_chat=True)
