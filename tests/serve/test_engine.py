@@ -240,7 +240,7 @@ def test_a_request_times_out_wherever_it_is():
     [
         ([], "at least one token"),
         ([61], "0 <= token < vocab_size = 61"),
-        ([1] * 30, r"prompt \+ max_new_tokens <= model.max_length = 32, here 30 \+ 8 = 38"),
+        ([1] * 30, r"new_tokens - 1 <= model.max_length = 32, here 30 \+ 8 - 1 = 37"),
         ([1] * 20, "blocks needed <= blocks, here 7 <= 6"),
     ],
 )
