@@ -5,6 +5,7 @@ import contextlib
 import errno
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from tqdm import tqdm
 
 import jaxscale
 from jaxscale import config
+from jaxscale.launch.preemption import Preemption
+from jaxscale.train.run_directory import CONFIG
 from jaxscale.types import InputError, RunError
 
-RUN_FILE = "config.gin"  # in a run's directory
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
 
 # The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps
 # its traceback.
@@ -31,6 +34,8 @@ REFUSALS = {
     errno.EROFS,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 
 
@@ -38,12 +43,15 @@ class Verb(NamedTuple):
     """Where a verb's function is, imported only when the verb is used, and a line of help.
 
     `option` is a parameter of the function that has an option of its own on the command line, with
-    its help.
+    its help; `words` are parameters that stand on it without a name. `has_file` says whether a gin
+    file or a run's directory comes before them.
     """
 
     function: str
     help: str
     option: tuple[str, str] | None = None
+    words: tuple[tuple[str, str], ...] = ()
+    has_file: bool = True
 
 
 VERBS = {
@@ -57,7 +65,7 @@ VERBS = {
     ),
     "serve": Verb(
         "jaxscale.run.serve:serve",
-        "answer OpenAI's clients over HTTP with a checkpoint; the file may be a run's directory",
+        "answer OpenAI's clients over HTTP with a checkpoint",
     ),
     "evaluate": Verb(
         "jaxscale.run.evaluate:evaluate",
@@ -66,6 +74,10 @@ VERBS = {
     "tokenizer": Verb(
         "jaxscale.data.tokenizer:train_tokenizer",
         "train a tokenizer",
+    ),
+    "data": Verb(
+        "jaxscale.run.data:show_data",
+        "show what a run will be trained on: counts, how full its rows are, a batch as text",
     ),
     "inspect": Verb(
         "jaxscale.run.inspect:inspect",
@@ -77,6 +89,21 @@ VERBS = {
         " exit 1 if it does not fit",
         option=("topology", "MACHINE:HOSTSxGPUS_PER_HOST, such as h200:16x8"),
     ),
+    "import": Verb(
+        "jaxscale.run.huggingface:import_model",
+        "make a run's directory of a folder of Hugging Face",
+        words=(("source", "the folder: config.json, safetensors, tokenizer"),),
+        has_file=False,
+    ),
+    "chat": Verb(
+        "jaxscale.run.chat:chat",
+        "talk to an imported model in the terminal",
+    ),
+    "export": Verb(
+        "jaxscale.run.huggingface:export_model",
+        "write a checkpoint as a folder that Hugging Face loads",
+        words=(("directory", "the new folder"),),
+    ),
 }
 
 EXAMPLES = """\
@@ -86,10 +113,13 @@ examples:
       --set mesh.data=128 --set data.batch_size=512
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
-  jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
-  jaxscale serve runs/main_job --set port=8000
+  jaxscale generate runs/main_job --set 'prompts="Once upon"'
+  jaxscale import models/phi3 --set directory=runs/phi3
+  jaxscale chat runs/phi3 --set sampling.temperature=0.7
+  jaxscale serve runs/phi3 --set port=8000
+  jaxscale export runs/phi3 models/phi3_tuned
 
-A run leaves the file that repeats it in its directory:
+A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
 
 --set FIELD=VALUE             a parameter of the verb, such as prompts, or a field of the run,
@@ -104,7 +134,8 @@ exit status:
   0           done
   1           the run failed
   2           bad input: one line says what was given and what was expected
-  143 or 130  stopped by SIGTERM or SIGINT; a training run saves everything first
+  143 or 130  stopped by SIGTERM or SIGINT; a training run ends after its step and saves
+              everything, before its first step it ends at once
   75 or 134   another process of the run is stuck or dead: start it again
 """
 
@@ -115,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         outcome = _run(options)
     except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            return _leave_closed_pipe()
         is_fault_of_ours = isinstance(error, OSError) and error.errno not in REFUSALS
         if options.debug or is_fault_of_ours:
             raise
@@ -134,23 +167,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return getattr(outcome, "exit_status", 0)
 
 
+def _leave_closed_pipe() -> int:
+    """Whoever read our output has closed it, as `head` does; Python would write to it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_CLOSED_PIPE
+
+
 def _run(options: argparse.Namespace) -> Any:
-    function = load(VERBS[options.verb].function)
-    with _log_on_stderr():
-        return config.run(function, [options.file], _overrides(options))
+    with Preemption(), _log_on_stderr():
+        verb = VERBS[options.verb]
+        function = load(verb.function)
+        if not verb.has_file:
+            return config.run(function, [], _overrides(options))
+        path = Path(options.file)
+        if path.is_dir():
+            return _run_saved(function, path, options)
+        return config.run(function, [path], _overrides(options), options.admit)
+
+
+def _run_saved(function: Callable, directory: Path, options: argparse.Namespace) -> Any:
+    """Calls a verb with what a run has saved in its directory, wherever that lies by now."""
+    overrides = [f"run.directory={str(directory)!r}", *_overrides(options)]
+    return config.run(function, [directory / CONFIG], overrides, options.admit or ())
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
-    """What `--set` gives, and the verb's own option as if `--set` gave it."""
-    option = VERBS[options.verb].option
-    overrides = list(options.set)
-    if options.directory is not None:
-        # It may have been moved since the run wrote its file.
-        overrides.insert(0, f"directory={options.directory!r}")
-    if option is not None:
-        name, _ = option
-        overrides.append(f"{name}={getattr(options, name)!r}")
-    return overrides
+    """What `--set` gives, and the verb's own option and words as if `--set` gave them."""
+    verb = VERBS[options.verb]
+    own = [name for name, _ in (*verb.words, *filter(None, [verb.option]))]
+    return [*options.set, *(f"{name}={getattr(options, name)!r}" for name in own)]
 
 
 class _Printer(logging.Handler):
@@ -205,21 +250,22 @@ def _parser() -> argparse.ArgumentParser:
 def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
     function = verb.function.replace(":", ".")
     does = f"{verb.help[0].upper()}{verb.help[1:]}."
+    if verb.has_file:
+        does += f" The file binds the run and other parameters of {function}."
+    else:
+        does += f" `--set` gives other parameters of {function}."
     parser = verbs.add_parser(
         name,
         help=verb.help,
-        description=f"{does} The file binds the run and other parameters of {function}.",
+        description=does,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "file",
-        metavar="FILE.gin",
-        action=_File,
-        help="says what the verb works on; or a run's directory",
-    )
-    parser.set_defaults(directory=None)
+    if verb.has_file:
+        _add_file(parser)
+    for name, meaning in verb.words:
+        parser.add_argument(name, metavar=name.upper(), help=meaning)
     parser.add_argument(
         "--set",
         metavar="NAME.FIELD=VALUE",
@@ -233,19 +279,19 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
 
 
-class _File(argparse.Action):
-    """Takes a run's directory for the file that the run has written there."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        given: str,
-        option_string: str | None = None,
-    ) -> None:
-        is_run = Path(given).is_dir()
-        namespace.directory = given if is_run else None
-        namespace.file = str(Path(given) / RUN_FILE) if is_run else given
+def _add_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        metavar="FILE.gin",
+        help="says what the verb works on; or a run's directory, whose saved configuration does",
+    )
+    parser.add_argument(
+        "--admit",
+        metavar="MODULE",
+        action="append",
+        help="for a file that is not yours: it may name only what jaxscale and this module define"
+        " (repeatable); so it is, without any module, for a run's saved configuration",
+    )
 
 
 def load(function: str) -> Callable:
@@ -266,7 +312,3 @@ def _one_line(error: InputError | OSError) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'writing'}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

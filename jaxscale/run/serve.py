@@ -3,9 +3,11 @@
 import logging
 import socket
 from pathlib import Path
+from typing import Any
 
-from jaxscale.data.tokenizer import load_tokenizer
+from jaxscale.convert.fields import read_json
 from jaxscale.launch.runtime import apply_runtime
+from jaxscale.run.huggingface import KEPT, TOKENIZER_CONFIG, stop_ids
 from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
@@ -53,19 +55,18 @@ def serve(
     try:
         import uvicorn
 
-        from jaxscale.data.chat import find_chat_template
+        from jaxscale.data.chat_template import TEMPLATE, read_chat_template
         from jaxscale.serve.server import Service, make_app
     except ImportError as error:
         expected = "the extra: pip install 'jaxscale[serve]'"
         raise InputError("serve", f"no module {error.name}", expected) from error
     listening = listen(host, port)
-    template = None
-    config = run.data.tokenizer
-    if config.path is not None:
-        template = find_chat_template(config.path, load_tokenizer(config))
+    folder = chat_folder(run)
+    has_template = (folder / TEMPLATE).exists() or "chat_template" in settings_of(folder)
     service = Service(
         model=model_name or run.path.resolve().name,
-        chat_template=template,
+        chat_template=read_chat_template(folder) if has_template else None,
+        stop_ids=stop_ids(folder),
         api_keys=read_keys(api_key_file) if api_key_file else (),
         timeout_s=timeout_s,
     )
@@ -80,6 +81,21 @@ def serve(
     address = "{}:{}".format(*listening.getsockname())
     print(f"serving {service.model} at http://{address}/v1", flush=True)
     uvicorn.Server(settings).run(sockets=[listening])
+
+
+def chat_folder(run: Run) -> Path:
+    """Where a chat template may lie: with an imported model, or beside the tokenizer's file."""
+    kept, tokenizer = run.path / KEPT, run.data.tokenizer.path
+    if kept.is_dir() or tokenizer is None:
+        return kept
+    path = Path(tokenizer).expanduser()
+    return path if path.is_dir() else path.parent
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The tokenizer's settings in a folder, as Hugging Face writes them; empty where none are."""
+    file = folder / TOKENIZER_CONFIG
+    return read_json(file) if file.exists() else {}
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -65,7 +65,12 @@ def forward_program(placement: Placement, shape: StepShape) -> Any:
         batch = {"tokens": tokens[None], "positions": positions[None]}
         batch["weights"] = (positions >= 0).astype(jnp.float32)[None]
         x = model.embed(params, batch)
-        x, caches, _ = model.run_layers(params, x, model.tokens(batch), caches)
+        known = model.tokens(batch)
+        if known.context.lengths is not None:
+            # Of whole sequences, of which the row has pieces.
+            context = dataclasses.replace(known.context, lengths=fields["lengths"][None])
+            known = known._replace(context=context)
+        x, caches, _ = model.run_layers(params, x, known, caches)
         h = model.hidden(params, x[:, fields["last_place"]])
         return model.unembed(params, h)[0], caches
 

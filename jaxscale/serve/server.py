@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from jaxscale.data.chat import ChatTemplate
+from jaxscale.data.chat_template import ChatTemplate
 from jaxscale.serve.decoding import check_prompts
 from jaxscale.serve.engine import Engine
 from jaxscale.serve.metrics import Metrics, SequenceClock
@@ -45,12 +45,14 @@ class Service:
         model: the name under which clients ask for it.
         chat_template: of the tokenizer; None refuses chats.
         api_keys: of which a client must send one; empty for none.
+        stop_ids: tokens that end an answer, beside the tokenizer's end token.
         timeout_s: after which a request is ended; None for never.
     """
 
     model: str
     chat_template: ChatTemplate | None = None
     api_keys: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     timeout_s: float | None = None
 
 
@@ -127,10 +129,35 @@ class Handler:
             raise InputError("messages", "a chat", "a model whose tokenizer has a chat template")
         messages = [message.plain() for message in body.messages]
         tools = None if body.tool_choice == "none" else body.tools
-        prompt = self.service.chat_template.encode(messages, tools=tools)
+        prompt = self._encode(messages, tools)
         room = max(self._model.max_length - len(prompt), 1)
         wanted = body.max_completion_tokens or body.max_tokens or room
         return self._asked(body, [prompt], wanted, body.num_logprobs(), is_chat=True)
+
+    def _encode(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+    ) -> list[int]:
+        """The tokens of a chat, up to where the assistant answers.
+
+        Raises:
+            InputError: a message spells a special token, which would end it or speak for another;
+                or the template refuses the chat.
+        """
+        special = getattr(self._tokenizer, "special_tokens", ())
+        asked = json.dumps([messages, tools], ensure_ascii=False)
+        if spelt := [token for token in special if token in asked]:
+            raise InputError("messages", spelt[0], "text that spells no special token")
+        render = self.service.chat_template.render
+        try:
+            text = render(messages, is_reply_next=True, tools=tools)
+        except InputError as error:  # which names the template's file, no business of a client
+            roles = [message["role"] for message in messages]
+            expected = "a chat that the model's template takes"
+            raise InputError("messages", roles, expected) from error
+        encode = getattr(self._tokenizer, "encode_special", self._tokenizer.encode)
+        return encode(text)
 
     def _asked(
         self,
@@ -148,6 +175,9 @@ class Handler:
             random_seed=secrets.randbelow(MAX_SEED + 1),
             timeout_s=self.service.timeout_s,
         )
+        if not config.ignore_eos:
+            stop_ids = (*config.stop_ids, *self.service.stop_ids)
+            config = dataclasses.replace(config, stop_ids=stop_ids)
         return Asked(prompts, config, Form(self.service.model, is_chat, self._tokenizer))
 
     def _check_model(self, body: GenerationRequest) -> None:

@@ -69,7 +69,7 @@ def test_a_port_that_is_taken_and_a_directory_without_a_run_exit_2(
 def test_the_command_serves_a_directory_and_finishes_what_runs_when_it_is_ended(run):  # noqa: F811
     pytest.importorskip("uvicorn", reason="the extra `serve`")
     overrides = [f"--set={each}" for each in (*SET_SMALL, "port=0", "warm_up=False")]
-    command = [sys.executable, "-m", "jaxscale.cli", "serve", run.directory, *overrides]
+    command = [sys.executable, "-m", "jaxscale", "serve", run.directory, *overrides]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             line = server.stdout.readline()
@@ -88,6 +88,6 @@ def test_the_command_serves_a_directory_and_finishes_what_runs_when_it_is_ended(
             assert first.startswith(b"data: ")
             assert rest.count('"finish_reason": "length"') == 4
             assert rest.endswith("data: [DONE]\n\n")
-            assert server.wait(timeout=30) == -signal.SIGTERM
+            assert server.wait(timeout=30) == 128 + signal.SIGTERM
         finally:
             server.kill()
