@@ -3,7 +3,7 @@
 import logging
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxscale.convert.fields import read_json
 from jaxscale.launch.runtime import apply_runtime
@@ -12,6 +12,9 @@ from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
 from jaxscale.types import InputError
+
+if TYPE_CHECKING:
+    from jaxscale.serve.server import Service
 
 logger = logging.getLogger(__name__)
 
@@ -55,18 +58,14 @@ def serve(
     try:
         import uvicorn
 
-        from jaxscale.data.chat_template import TEMPLATE, read_chat_template
-        from jaxscale.serve.server import Service, make_app
+        from jaxscale.serve.server import make_app
     except ImportError as error:
         expected = "the extra: pip install 'jaxscale[serve]'"
         raise InputError("serve", f"no module {error.name}", expected) from error
     listening = listen(host, port)
-    folder = chat_folder(run)
-    has_template = (folder / TEMPLATE).exists() or "chat_template" in settings_of(folder)
-    service = Service(
-        model=model_name or run.path.resolve().name,
-        chat_template=read_chat_template(folder) if has_template else None,
-        stop_ids=stop_ids(folder),
+    service = make_service(
+        run,
+        model_name=model_name,
         api_keys=read_keys(api_key_file) if api_key_file else (),
         timeout_s=timeout_s,
     )
@@ -81,6 +80,28 @@ def serve(
     address = "{}:{}".format(*listening.getsockname())
     print(f"serving {service.model} at http://{address}/v1", flush=True)
     uvicorn.Server(settings).run(sockets=[listening])
+
+
+def make_service(
+    run: Run,
+    *,
+    model_name: str | None = None,
+    api_keys: tuple[str, ...] = (),
+    timeout_s: float | None = None,
+) -> "Service":
+    """What of a run is served; Args and Raises as `serve`."""
+    from jaxscale.data.chat_template import TEMPLATE, read_chat_template
+    from jaxscale.serve.server import Service
+
+    folder = chat_folder(run)
+    has_template = (folder / TEMPLATE).exists() or "chat_template" in settings_of(folder)
+    return Service(
+        model=model_name or run.path.resolve().name,
+        chat_template=read_chat_template(folder) if has_template else None,
+        api_keys=api_keys,
+        stop_ids=stop_ids(folder),
+        timeout_s=timeout_s,
+    )
 
 
 def chat_folder(run: Run) -> Path:
