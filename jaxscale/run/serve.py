@@ -14,7 +14,7 @@ from jaxscale.serve.config import EngineConfig
 from jaxscale.types import InputError
 
 if TYPE_CHECKING:
-    from jaxscale.serve.server import Service
+    from jaxscale.serve.handler import Service
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def make_service(
 ) -> "Service":
     """What of a run is served; Args and Raises as `serve`."""
     from jaxscale.data.chat_template import TEMPLATE, read_chat_template
-    from jaxscale.serve.server import Service
+    from jaxscale.serve.handler import Service
 
     folder = chat_folder(run)
     has_template = (folder / TEMPLATE).exists() or "chat_template" in settings_of(folder)

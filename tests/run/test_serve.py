@@ -23,8 +23,8 @@ from tests.run.test_huggingface import with_tokenizer
 from tests.run.test_model import NEW, loaded, run  # noqa: F401
 
 pytest.importorskip("fastapi", reason="the extra `serve`")
+from jaxscale.serve.handler import Handler
 from jaxscale.serve.openai import ChatRequest
-from jaxscale.serve.server import Handler
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingConfig(temperature=0)
