@@ -65,7 +65,7 @@ VERBS = {
     ),
     "serve": Verb(
         "jaxscale.run.serve:serve",
-        "answer OpenAI's clients over HTTP with a checkpoint; the file may be a run's directory",
+        "answer OpenAI's clients over HTTP with a checkpoint",
     ),
     "evaluate": Verb(
         "jaxscale.run.evaluate:evaluate",
@@ -138,9 +138,9 @@ examples:
   jaxscale generate runs/main_job --set 'prompts="Once upon"'
   jaxscale import models/phi3 --set directory=runs/phi3
   jaxscale chat runs/phi3 --set sampling.temperature=0.7
+  jaxscale serve runs/phi3 --set port=8000
   jaxscale export runs/phi3 models/phi3_tuned
   jaxscale checkpoint show runs/main_job/checkpoints
-  jaxscale serve runs/main_job --set port=8000
 
 A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again

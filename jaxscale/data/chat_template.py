@@ -85,15 +85,15 @@ class ChatTemplate:
 
         Args:
             messages: each with a `role` ("system", "user" or "assistant") and its `content`.
+            tools: what the model may call, as JSON describes it; None for nothing.
             is_reply_next: whether the text ends where the assistant's next answer begins.
-            tools: that the model may call, as JSON schemas of functions; None for none.
         Raises:
             InputError: the template refuses the chat, is wrong or tries what it may not.
         """
         values = {
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": is_reply_next,
-            "tools": tools,
+            "tools": None if tools is None else [dict(tool) for tool in tools],
             "documents": None,
             "range": _Range(),
             **self._tokens,
