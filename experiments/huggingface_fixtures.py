@@ -1,6 +1,6 @@
-"""Write tests/models/fixtures: tiny models of Hugging Face with their logits; tests need no torch.
+"""Write the tests' fixtures: folders of tiny models of Hugging Face with their logits.
 
-Needs torch and transformers. Weights are random, with values of float16; logits are float32.
+Needs torch and transformers; the tests need neither. Weights are random bfloat16, logits float32.
 
 python experiments/huggingface_fixtures.py
 """
@@ -13,33 +13,35 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-FOLDER = Path(__file__).resolve().parents[1] / "tests" / "models" / "fixtures"
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+FAMILIES, ROTARY = TESTS / "convert" / "fixtures", TESTS / "models" / "fixtures"
+AROUND = {"vocab_size": 97, "attn_implementation": "eager", "experts_implementation": "eager"}
 SHAPE = {
-    "vocab_size": 97,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 24,
     "max_position_embeddings": 64,
-    "attn_implementation": "eager",
-    "experts_implementation": "eager",
 }
 
 
-def write_logits(name, kind, fields):
-    """The state of a model, no weight at a value that would hide it, and logits of two rows."""
+def write_model(folder, kind, fields, packed=False, is_bare=False, length=24, lengths=()):
+    """A folder, no weight at a value that would hide it; logits of two rows and of prefixes."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SHAPE | fields)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    config = getattr(transformers, f"{kind}Config")(**AROUND | ({} if is_bare else SHAPE) | fields)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for path, parameter in model.named_parameters():
-        mean = float("norm" in path and path.endswith("weight"))
-        parameter.data = (mean + 0.2 * torch.randn(parameter.shape)).half().float()
-    tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (2, 24))
+        mean = float(("norm" in path or "ln_" in path) and path.endswith("weight"))
+        parameter.data = (mean + 0.2 * torch.randn(parameter.shape)).bfloat16().float()
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 97, (2, length)))
     with torch.no_grad():
-        logits = model(torch.from_numpy(tokens)).logits.numpy()
-    state = {path: p.numpy().astype("float16") for path, p in model.state_dict().items()}
-    np.savez_compressed(FOLDER / f"{name}.npz", tokens=tokens, logits=logits, **state)
+        logits = {f"logits_{n}": model(tokens[:, :n]).logits.numpy() for n in (*lengths, length)}
+    greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": min(8, length - 12)}
+    logits["greedy"] = model.generate(tokens[:1, :12], **greedy).numpy()
+    model.bfloat16().save_pretrained(folder, save_original_format=not packed)
+    (folder / "generation_config.json").unlink()
+    np.savez_compressed(folder / "logits.npz", tokens=tokens.numpy(), **logits)
 
 
 def frequencies(head_dim, rope_parameters):
@@ -51,8 +53,8 @@ def frequencies(head_dim, rope_parameters):
 
 
 if __name__ == "__main__":
-    for name, family in json.loads((FOLDER / "families.json").read_text()).items():
-        write_logits(name, family["class"], family["fields"])
-    cases = json.loads((FOLDER / "rotary.json").read_text())
+    for name, family in json.loads((FAMILIES / "families.json").read_text()).items():
+        write_model(FAMILIES / name, family.pop("class"), **family)
+    cases = json.loads((ROTARY / "rotary.json").read_text())
     found = {name: frequencies(**case) for name, case in cases.items()}
-    np.savez_compressed(FOLDER / "rotary.npz", **found)
+    np.savez_compressed(ROTARY / "rotary.npz", **found)

@@ -5,19 +5,24 @@ import contextlib
 import errno
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 import jaxscale
 from jaxscale import config
+from jaxscale.launch.preemption import Preemption
+from jaxscale.train.run_directory import CONFIG
 from jaxscale.types import InputError, RunError
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
 
 # The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps
 # its traceback.
@@ -29,6 +34,8 @@ REFUSALS = {
     errno.EROFS,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 
 
@@ -36,12 +43,15 @@ class Verb(NamedTuple):
     """Where a verb's function is, imported only when the verb is used, and a line of help.
 
     `option` is a parameter of the function that has an option of its own on the command line, with
-    its help.
+    its help; `words` are parameters that stand on it without a name. `has_file` says whether a gin
+    file or a run's directory comes before them.
     """
 
     function: str
     help: str
     option: tuple[str, str] | None = None
+    words: tuple[tuple[str, str], ...] = ()
+    has_file: bool = True
 
 
 VERBS = {
@@ -61,6 +71,10 @@ VERBS = {
         "jaxscale.data.tokenizer:train_tokenizer",
         "train a tokenizer",
     ),
+    "data": Verb(
+        "jaxscale.run.data:show_data",
+        "show what a run will be trained on: counts, how full its rows are, a batch as text",
+    ),
     "inspect": Verb(
         "jaxscale.run.inspect:inspect",
         "print a run's configuration, parameters, shardings and bytes; allocates nothing",
@@ -70,6 +84,21 @@ VERBS = {
         "compile a run's step for GPUs that are not here and print its memory and collectives;"
         " exit 1 if it does not fit",
         option=("topology", "MACHINE:HOSTSxGPUS_PER_HOST, such as h200:16x8"),
+    ),
+    "import": Verb(
+        "jaxscale.run.huggingface:import_model",
+        "make a run's directory of a folder of Hugging Face",
+        words=(("source", "the folder: config.json, safetensors, tokenizer"),),
+        has_file=False,
+    ),
+    "chat": Verb(
+        "jaxscale.run.chat:chat",
+        "talk to an imported model in the terminal",
+    ),
+    "export": Verb(
+        "jaxscale.run.huggingface:export_model",
+        "write a checkpoint as a folder that Hugging Face loads",
+        words=(("directory", "the new folder"),),
     ),
 }
 
@@ -82,7 +111,7 @@ ACTIONS = {
     "diff": "compare two array by array; exit 1 if they differ",
 }
 CONVERT_OPTIONS = {
-    "to": "jaxscale (the default), deepspeed or npz",
+    "to": "jaxscale (the default), deepspeed, safetensors or npz",
     "run": "gin file of the run that is to start from it",
     "budget": "host memory, such as 512MiB; 4GiB when not given",
 }
@@ -94,10 +123,13 @@ examples:
       --set mesh.data=128 --set data.batch_size=512
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
-  jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
+  jaxscale generate runs/main_job --set 'prompts="Once upon"'
+  jaxscale import models/phi3 --set directory=runs/phi3
+  jaxscale chat runs/phi3 --set sampling.temperature=0.7
+  jaxscale export runs/phi3 models/phi3_tuned
   jaxscale checkpoint show runs/main_job/checkpoints
 
-A run leaves the file that repeats it in its directory:
+A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
 
 --set FIELD=VALUE             a parameter of the verb, such as prompts, or a field of the run,
@@ -112,7 +144,8 @@ exit status:
   0           done
   1           the run failed
   2           bad input: one line says what was given and what was expected
-  143 or 130  stopped by SIGTERM or SIGINT; a training run saves everything first
+  143 or 130  stopped by SIGTERM or SIGINT; a training run ends after its step and saves
+              everything, before its first step it ends at once
   75 or 134   another process of the run is stuck or dead: start it again
 """
 
@@ -123,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         outcome = _run(options)
     except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            return _leave_closed_pipe()
         is_fault_of_ours = isinstance(error, OSError) and error.errno not in REFUSALS
         if options.debug or is_fault_of_ours:
             raise
@@ -142,12 +177,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return getattr(outcome, "exit_status", 0)
 
 
+def _leave_closed_pipe() -> int:
+    """Whoever read our output has closed it, as `head` does; Python would write to it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_CLOSED_PIPE
+
+
 def _run(options: argparse.Namespace) -> Any:
     if options.verb == "checkpoint":
         return _run_action(options)
-    function = load(VERBS[options.verb].function)
-    with _log_on_stderr():
-        return config.run(function, [options.file], _overrides(options))
+    with Preemption(), _log_on_stderr():
+        verb = VERBS[options.verb]
+        function = load(verb.function)
+        if not verb.has_file:
+            return config.run(function, [], _overrides(options))
+        path = Path(options.file)
+        if path.is_dir():
+            return _run_saved(function, path, options)
+        return config.run(function, [path], _overrides(options), options.admit)
+
+
+def _run_saved(function: Callable, directory: Path, options: argparse.Namespace) -> Any:
+    """Calls a verb with what a run has saved in its directory, wherever that lies by now."""
+    overrides = [f"run.directory={str(directory)!r}", *_overrides(options)]
+    return config.run(function, [directory / CONFIG], overrides, options.admit or ())
 
 
 def _run_action(options: argparse.Namespace) -> None:
@@ -161,12 +214,10 @@ def _run_action(options: argparse.Namespace) -> None:
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
-    """What `--set` gives, and the verb's own option as if `--set` gave it."""
-    option = VERBS[options.verb].option
-    if option is None:
-        return options.set
-    name, _ = option
-    return [*options.set, f"{name}={getattr(options, name)!r}"]
+    """What `--set` gives, and the verb's own option and words as if `--set` gave them."""
+    verb = VERBS[options.verb]
+    own = [name for name, _ in (*verb.words, *filter(None, [verb.option]))]
+    return [*options.set, *(f"{name}={getattr(options, name)!r}" for name in own)]
 
 
 class _Printer(logging.Handler):
@@ -242,15 +293,22 @@ def _add_checkpoint(verbs: Any) -> None:
 def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
     function = verb.function.replace(":", ".")
     does = f"{verb.help[0].upper()}{verb.help[1:]}."
+    if verb.has_file:
+        does += f" The file binds the run and other parameters of {function}."
+    else:
+        does += f" `--set` gives other parameters of {function}."
     parser = verbs.add_parser(
         name,
         help=verb.help,
-        description=f"{does} The file binds the run and other parameters of {function}.",
+        description=does,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("file", metavar="FILE.gin", help="says what the verb works on")
+    if verb.has_file:
+        _add_file(parser)
+    for name, meaning in verb.words:
+        parser.add_argument(name, metavar=name.upper(), help=meaning)
     parser.add_argument(
         "--set",
         metavar="NAME.FIELD=VALUE",
@@ -262,6 +320,21 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
         option, meaning = verb.option
         parser.add_argument(f"--{option}", required=True, help=meaning)
     parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
+
+
+def _add_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        metavar="FILE.gin",
+        help="says what the verb works on; or a run's directory, whose saved configuration does",
+    )
+    parser.add_argument(
+        "--admit",
+        metavar="MODULE",
+        action="append",
+        help="for a file that is not yours: it may name only what jaxscale and this module define"
+        " (repeatable); so it is, without any module, for a run's saved configuration",
+    )
 
 
 def load(function: str) -> Callable:
@@ -282,7 +355,3 @@ def _one_line(error: InputError | OSError) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'writing'}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

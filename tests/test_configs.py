@@ -69,7 +69,7 @@ def test_the_verbs_parameters_are_complete(path):
     if left_open(bindings):
         pytest.skip("left open for another file or --set: " + ", ".join(left_open(bindings)))
     for verb in cli.VERBS.values():
-        function = cli._load(verb.function)
+        function = cli.load(verb.function)
         if bindings.of(function, ()):
             assert config.load(function, [path]).arguments
 
@@ -113,7 +113,7 @@ def check_shapes(built) -> None:
     The constructors of other configurations check all that they can.
     """
     if isinstance(built, ModelConfig):
-        assert count_parameters(built)[0] == sum(
+        assert count_parameters(parameter_table(built))[0] == sum(
             leaf.size
             for leaf in jax.tree.leaves(abstract_params(parameter_table(built), "float32"))
         )
@@ -123,7 +123,7 @@ def test_grin_has_the_parameters_of_its_paper():
     """Those that multiply a token and those that look it up."""
     file = CONFIGS / "papers" / "grin_moe.gin"
     model = config.load(pretrain, [file]).arguments["run"].model
-    total, active = count_parameters(model)
+    total, active = count_parameters(parameter_table(model))
     assert round(total / 1e9, 3) == 41.873
     assert round((active + model.vocab_size * model.model_dim) / 1e9, 3) == 6.641
 

@@ -181,6 +181,15 @@ def test_the_snippets_run_up_to_the_verbs_calls(code, monkeypatch):
     assert calls or "model" in names or isinstance(names["Lines"]("x"), Source)
 
 
+def test_the_source_of_ones_own_yields_the_lines_of_a_file(tmp_path):
+    names = {}
+    exec(next(block for block in blocks("python") if "class Lines" in block), names)
+    path = tmp_path / "a.txt"
+    path.write_text("one\u2028two\nthree\x85\n\x0cfour", encoding="utf-8")
+    documents = list(names["Lines"](str(path)).documents())
+    assert documents == [("0", "one\u2028two"), ("1", "three\x85"), ("2", "\x0cfour")]
+
+
 @pytest.mark.parametrize(("numbers", "place"), paper_rows(), ids=lambda value: str(value))
 def test_a_module_cites_its_papers(numbers, place):
     if place == "planned":

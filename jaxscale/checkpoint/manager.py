@@ -95,7 +95,6 @@ class Checkpoints:
     Args:
         config: where and how often.
         fingerprint: JSON-able facts of the model; a checkpoint with others is not restored.
-        defaults: the values of those facts in checkpoints from before they were recorded.
         upgrade: makes facts of the present form out of those that a checkpoint has recorded.
 
     Raises:
@@ -107,12 +106,10 @@ class Checkpoints:
         config: CheckpointConfig,
         *,
         fingerprint: dict[str, Any],
-        defaults: dict[str, Any] | None = None,
         upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda facts: facts,
     ):
         self._config = config
         self._fingerprint = fingerprint
-        self._defaults = defaults or {}
         self._upgrade = upgrade
         self._directory = pathlib.Path(config.directory).expanduser().absolute()
         if self._directory.exists() and not self._directory.is_dir():
@@ -359,7 +356,7 @@ class Checkpoints:
         meta = self._writer.read(path, meta=ocp.args.JsonRestore()).meta
         saved = self._upgrade(meta["fingerprint"])
         try:
-            matching.check_fingerprint(saved, self._fingerprint, self._defaults, str(path))
+            matching.check_fingerprint(saved, self._fingerprint, str(path))
         except InputError as error:
             if not is_changed:
                 raise

@@ -13,6 +13,7 @@ from jaxscale.checkpoint import (
     torch_distributed,
 )
 from jaxscale.checkpoint.patterns import Rule
+from jaxscale.checkpoint.safetensors import INDEX, SINGLE, SafetensorsSource
 from jaxscale.checkpoint.source import Source
 from jaxscale.types import InputError
 
@@ -60,6 +61,8 @@ def open_checkpoint(path: Path, rules: tuple[Rule, ...] | None = None) -> Opened
         return Opened("jaxscale", path, native.NativeCheckpoint(path))
     if rank_files.is_rank_folder(path):
         return Opened("per-rank npz", path, rank_files.RankFiles(path, rules))
+    if (path / INDEX).is_file() or (path / SINGLE).is_file():
+        return Opened("safetensors", path, SafetensorsSource(path))
     tag = deepspeed.find_tag(path)
     if tag is not None:
         return Opened("DeepSpeed", tag, deepspeed.DeepSpeedCheckpoint(tag, rules))

@@ -21,6 +21,7 @@ from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import EMBEDDING, Draws
 from jaxscale.ops.loss import Head
 from jaxscale.ops.precision import Policy, cast
+from jaxscale.ops.rotary import document_lengths
 from jaxscale.types import Array, Batch, Params, Role
 
 # A router in low precision picks other experts (GRIN keeps it in float32). A scale next to 1 has
@@ -93,9 +94,14 @@ class Decoder:
 
     def tokens(self, batch: Batch) -> Tokens:
         """What is known of a batch's tokens; without `segments` a row is one document."""
+        positions, segments, lengths = batch["positions"], batch.get("segments"), None
+        if self.config.switch_lengths:
+            whole_rows = self.operations.collectives.whole_rows
+            lengths = document_lengths(positions, segments, whole_rows)
         context = AttentionContext(
-            positions=batch["positions"],
-            segments=batch.get("segments"),
+            positions=positions,
+            segments=segments,
+            lengths=lengths,
             is_causal=self.config.is_causal,
         )
         weights = batch.get("weights")
@@ -116,6 +122,8 @@ class Decoder:
         gather = self.operations.collectives.gather_parameters
         embedding = gather("embedding", params["embedding"])
         x = self.operations.backends.embed(embedding["tokens"], batch["tokens"])
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if self.config.use_learned_positions:
             own_positions = self.operations.collectives.own_tokens(batch["positions"])
             x = x + embedding["positions"][own_positions]

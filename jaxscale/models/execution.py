@@ -85,10 +85,10 @@ class ByChunk:
     ) -> tuple[Array, Any, Choices | None]:
         """As `LayerStrategy`; for one device in a tensor group, so that own tokens are all."""
 
-        def project(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-            x, positions = chunk
+        def project(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array]:
+            x, positions, lengths = chunk
             _, h = layer.enter_attention(x)
-            return layer.qkv(h, positions)
+            return layer.qkv(h, positions, lengths)
 
         def finish(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Choices | None]:
             x, o, keys = chunk
@@ -96,7 +96,7 @@ class ByChunk:
             drawn = None if keys is None else dataclasses.replace(draws, keys=keys)
             return layer.finish(x, h, layer.output(o), drawn)
 
-        q, k, v = self._over_chunks(project, (x, context.positions))
+        q, k, v = self._over_chunks(project, (x, context.positions, context.lengths))
         o, cache = layer.attend(q, k, v, context, cache)
         keys = None if draws is None else draws.keys
         x, choices = self._over_chunks(finish, (x, o, keys))
@@ -115,7 +115,8 @@ class ByChunk:
         def join(x: Array) -> Array:
             return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
-        once = jax.checkpoint(f, prevent_cse=False)
+        policy = jax.checkpoint_policies.save_only_these_names(ROUTER)
+        once = jax.checkpoint(f, policy=policy, prevent_cse=False)
         return jax.tree.map(join, lax.map(once, jax.tree.map(split, arrays)))
 
 
@@ -150,6 +151,10 @@ class ExecutionConfig:
         check_choice("ExecutionConfig.remat", self.remat, ("none", "full", "dots", "names"))
         check_choice("ExecutionConfig.attention", self.attention, (None, *BACKENDS))
         check_positive("ExecutionConfig.num_loss_chunks", self.num_loss_chunks)
+        if isinstance(self.strategy, type):
+            name = self.strategy.__name__
+            expected = f"a strategy: @{name}() with brackets builds it"
+            raise InputError("ExecutionConfig.strategy", self.strategy, expected)
         for field in ("saved_names", "offloaded_names"):
             for name in getattr(self, field):
                 check_choice(f"ExecutionConfig.{field}", name, NAMES)

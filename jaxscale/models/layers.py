@@ -21,7 +21,7 @@ from jaxscale.ops.linear import linear, linear_heads
 from jaxscale.ops.norm import layer_norm, residual_norm, rms_norm
 from jaxscale.ops.precision import accumulator
 from jaxscale.ops.rotary import rotate
-from jaxscale.types import Array, Params
+from jaxscale.types import Array, InputError, Params
 
 
 def normalise(
@@ -30,9 +30,17 @@ def normalise(
     config: NormConfig,
 ) -> Array:
     """The configured norm over the last dim of `x`."""
+    scale = norm_scale(params, config)
     if config.kind == "rmsnorm":
-        return rms_norm(x, params["scale"], epsilon=config.epsilon)
-    return layer_norm(x, params["scale"], params.get("bias"), epsilon=config.epsilon)
+        return rms_norm(x, scale, epsilon=config.epsilon)
+    return layer_norm(x, scale, params.get("bias"), epsilon=config.epsilon)
+
+
+def norm_scale(params: Params, config: NormConfig) -> Array:
+    """The scale of a norm; with an offset in at least float32, in which a small one counts."""
+    if not config.scale_offset:
+        return params["scale"]
+    return accumulator(params["scale"]) + config.scale_offset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Layer:
         """
 
         def project_and_attend(h: Array, context: AttentionContext) -> tuple[Array, Any]:
-            q, k, v = self.qkv(h, context.positions)
+            q, k, v = self.qkv(h, context.positions, context.lengths)
             return self.attend(q, k, v, context, cache)
 
         x, h = self.enter_attention(x)
@@ -101,12 +109,18 @@ class Layer:
             return x, x
         return self._residual_and_norm("attention", x)
 
-    def qkv(self, h: Array, positions: Array) -> tuple[Array, Array, Array]:
+    def qkv(
+        self,
+        h: Array,
+        positions: Array,
+        lengths: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
         """Projections, norm of queries and keys, rotary positions.
 
         Args:
             h: what `enter_attention` returned, of all tokens, [B, T, D].
             positions: [B, T].
+            lengths: as in `AttentionContext`.
         Returns:
             q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]; on a mesh the local heads.
         """
@@ -132,8 +146,8 @@ class Layer:
             q = self._normalise_all_heads(params["q_norm"], q)
             k = self._normalise_all_heads(scales, k)
         if config.rotary is not None:
-            q = rotate(q, positions, config.rotary)
-            k = rotate(k, positions, config.rotary)
+            q = rotate(q, positions, config.rotary, lengths)
+            k = rotate(k, positions, config.rotary, lengths)
         return self._name("q", q), self._name("k", k), self._name("v", v)
 
     def attend(
@@ -146,6 +160,7 @@ class Layer:
     ) -> tuple[Array, Any]:
         """The only step in which tokens meet: ([B, T, N, H], cache)."""
         config = self.config.attention
+        self._check_layout(q.shape[2])
         context = dataclasses.replace(
             context,
             window=config.window,
@@ -155,6 +170,22 @@ class Layer:
         )
         o, cache = self.operations.backends.attention(q, k, v, context, cache)
         return self._name("attention", o), cache
+
+    def _check_layout(self, num_local: int) -> None:
+        """Raises InputError unless local heads have the layout of blocks of the model's heads.
+
+        A head's blocks depend on its number modulo the stride.
+        """
+        config = self.config.attention
+        if config.layout is None or num_local == config.num_heads:
+            return
+        stride = config.layout.stride
+        if rest := num_local % stride:
+            expected = (
+                f"num_heads % (tensor * stride) == 0 for a layout of blocks of stride {stride}, "
+                f"but of the {num_local} heads of a member {rest} are left over"
+            )
+            raise InputError("MeshConfig.tensor", config.num_heads // num_local, expected)
 
     def output(self, o: Array) -> Array:
         """Output projection of [B, T, N, H]; on a mesh partial sums of [B, T, D]."""
@@ -230,7 +261,7 @@ class Layer:
         """The residual `x`, to go on with, and the norm of it that a branch takes."""
         params = self.params[branch]["norm"]
         if self.norm.kind == "rmsnorm":
-            return residual_norm(x, params["scale"], epsilon=self.norm.epsilon)
+            return residual_norm(x, norm_scale(params, self.norm), epsilon=self.norm.epsilon)
         return x, normalise(params, x, self.norm)
 
     def _normalise_after(self, params: Params, y: Array) -> Array:
@@ -246,7 +277,11 @@ class Layer:
         if self.norm.kind == "layernorm":
             x32 = x32 - total(x32.sum((2, 3), keepdims=True)) / count
         mean_square = total((x32 * x32).sum((2, 3), keepdims=True)) / count
-        y = x32 * lax.rsqrt(mean_square + self.norm.epsilon) * accumulator(params["scale"])
+        y = (
+            x32
+            * lax.rsqrt(mean_square + self.norm.epsilon)
+            * accumulator(norm_scale(params, self.norm))
+        )
         if "bias" in params:
             y = y + accumulator(params["bias"])
         return y.astype(x.dtype)

@@ -78,6 +78,7 @@ class Collectives:
         gather_tokens: residual [B, own T, D] -> [B, T, D], the input of column-parallel matmuls.
         reduce_scatter_tokens: partial sums [B, T, D] of row-parallel matmuls -> [B, own T, D].
         column_then_row: see `ColumnThenRow`.
+        whole_rows: [B, T] -> the tokens of the same rows on all devices, in any order.
         own_tokens: [B, T, ...] known to the whole tensor group -> [B, own T, ...]. The own tokens
             are a share of all B T tokens in the order of rows, so its rows are not the batch's:
             only what treats tokens alike may read it.
@@ -96,6 +97,7 @@ class Collectives:
     gather_tokens: Callable[[Array], Array] = _identity
     reduce_scatter_tokens: Callable[[Array], Array] = _identity
     column_then_row: ColumnThenRow = _column_then_row
+    whole_rows: Callable[[Array], Array] = _identity
     own_tokens: Callable[[Array], Array] = _identity
     first_column: Callable[[int], Array | int] = _first_column
     kv_heads: Callable[[Array, int, int], Array] = _kv_heads

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -137,26 +139,47 @@ class LongRopeScaling:
     """Each frequency divided by a factor of its own, found by a search.
 
     A released model has two lists of factors, one for documents up to the original length and one
-    for longer ones. This holds the list that a run uses for all its documents.
+    for longer ones. Without the second, all documents use the first.
 
     Source: Ding et al. 2024, LongRoPE (arXiv 2402.13753), equation 1.
     Args:
         factors: one for each pair of the rotated dims.
         magnitude: factor on queries and keys.
+        long_factors: of documents longer than `original_length`; () for none.
+        long_magnitude: of those documents.
+        original_length: L0, tokens that the model was trained with before; given with
+            `long_factors`.
     """
 
     factors: tuple[float, ...]
     magnitude: float = 1.0
+    long_factors: tuple[float, ...] = ()
+    long_magnitude: float = 1.0
+    original_length: int | None = None
 
     def __post_init__(self):
         check_types(self)
-        for factor in self.factors:
-            check_positive("LongRopeScaling.factors", factor)
-        check_positive("LongRopeScaling.magnitude", self.magnitude)
+        for name in ("factors", "long_factors"):
+            for factor in getattr(self, name):
+                check_positive(f"LongRopeScaling.{name}", factor)
+        for name in ("magnitude", "long_magnitude"):
+            check_positive(f"LongRopeScaling.{name}", getattr(self, name))
+        if bool(self.long_factors) != (self.original_length is not None):
+            expected = "tokens where there are long_factors, None where there are none"
+            raise InputError("LongRopeScaling.original_length", self.original_length, expected)
+        if self.long_factors and len(self.long_factors) != len(self.factors):
+            given = f"{len(self.long_factors)} factors"
+            expected = f"{len(self.factors)}, as many as `factors`"
+            raise InputError("LongRopeScaling.long_factors", given, expected)
 
     def frequencies(self, plain: np.ndarray, theta: float) -> np.ndarray:
         """The frequencies in place of the `plain` ones of base `theta`."""
         return plain / np.array(self.factors)
+
+    @property
+    def of_long(self) -> "LongRopeScaling":
+        """The scaling of documents longer than `original_length`."""
+        return LongRopeScaling(self.long_factors, self.long_magnitude)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +187,7 @@ class RotaryConfig:
     """Rotary positions of queries and keys.
 
     Args:
-        theta: base of the frequencies.
+        theta: base of the frequencies, above 1.
         fraction: share of the head dim that is rotated, its first elements; the rest has no
             position (partial rotary, as in GPT-NeoX and Phi-2).
         scaling: how the frequencies are stretched for a longer context; None for not at all.
@@ -176,9 +199,20 @@ class RotaryConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_positive("RotaryConfig.theta", self.theta)
+        if not self.theta > 1:
+            expected = "above 1, so that each pair rotates more slowly than the one before it"
+            raise InputError("RotaryConfig.theta", self.theta, expected)
         if not 0 < self.fraction <= 1:
             raise InputError("RotaryConfig.fraction", self.fraction, "0 < fraction <= 1")
+
+    @property
+    def switch_length(self) -> int | None:
+        """Longest document that has the first of two lists of factors; None with one list."""
+        return getattr(self.scaling, "original_length", None) if self._has_two_lists else None
+
+    @property
+    def _has_two_lists(self) -> bool:
+        return isinstance(self.scaling, LongRopeScaling) and bool(self.scaling.long_factors)
 
     def num_rotated(self, head_dim: int) -> int:
         """How many elements of a head are rotated."""
@@ -211,6 +245,7 @@ def rotate(
     x: Array,
     positions: Array,
     config: RotaryConfig,
+    lengths: Array | None = None,
 ) -> Array:
     """Rotates pairs (i, i + R/2) of the first R elements of each head by position * frequency.
 
@@ -219,30 +254,85 @@ def rotate(
         x: [B, T, N, H].
         positions: [B, T] integers.
         config: frequencies, and R as a share of H.
+        lengths: [B, T] tokens of each token's document; only where LongRoPE has two lists.
     Returns:
         [B, T, N, H] in the type of `x`; angles are taken in at least float32.
     """
-    num_rotated = config.num_rotated(x.shape[-1])
-    if num_rotated == x.shape[-1]:
-        return _rotate_whole(x, positions, config)
-    rotated = _rotate_whole(x[..., :num_rotated], positions, config, head_dim=x.shape[-1])
+    head_dim = x.shape[-1]
+    num_rotated = config.num_rotated(head_dim)
+    dtype = accumulator(x).dtype
+    turn = _turn(config, head_dim, dtype, lengths)
+    if num_rotated == head_dim:
+        return _rotate_whole(x, positions, turn)
+    rotated = _rotate_whole(x[..., :num_rotated], positions, turn)
     return jnp.concatenate([rotated, x[..., num_rotated:]], -1)
+
+
+def document_lengths(
+    positions: Array,
+    segments: Array | None,
+    whole_rows: Callable[[Array], Array],
+) -> Array:
+    """How many tokens the document of each token has, by the largest position in it.
+
+    Args:
+        positions: [B, T] int32 within the document.
+        segments: [B, T] int32 document number, at most as many as tokens of a whole row; None where
+            a row is one document.
+        whole_rows: [B, T] -> the tokens of the same rows on all devices, in any order.
+    Returns:
+        [B, T] int32.
+    """
+    ends = whole_rows(positions) + 1
+    if segments is None:
+        return jnp.broadcast_to(ends.max(1, keepdims=True), positions.shape)
+    rows = jnp.arange(ends.shape[0])[:, None]
+    longest = jnp.zeros((ends.shape[0], ends.shape[1] + 1), ends.dtype)
+    longest = longest.at[rows, whole_rows(segments)].max(ends)
+    return longest[rows, segments]
+
+
+class _Turn(NamedTuple):
+    """What a position does to pairs.
+
+    Args:
+        frequencies: radians a position, [pairs], or [B, T, 1, 1, pairs] where documents differ.
+        magnitude: factor on the result, likewise.
+    """
+
+    frequencies: Array | np.ndarray
+    magnitude: Array | float
+
+
+def _turn(
+    config: RotaryConfig,
+    head_dim: int,
+    dtype: np.dtype,
+    lengths: Array | None,
+) -> _Turn:
+    magnitude = 1.0 if config.scaling is None else config.scaling.magnitude
+    turn = _Turn(config.frequencies(head_dim).astype(dtype), magnitude)
+    if config.switch_length is None:
+        return turn
+    scaling = config.scaling.of_long
+    long = _turn(dataclasses.replace(config, scaling=scaling), head_dim, dtype, None)
+    is_long = (lengths > config.switch_length)[..., None, None, None]
+    return _Turn(*(jnp.where(is_long, *both) for both in zip(long, turn, strict=True)))
 
 
 def _rotate_whole(
     x: Array,
     positions: Array,
-    config: RotaryConfig,
-    head_dim: int | None = None,
+    turn: _Turn,
 ) -> Array:
     half = x.shape[-1] // 2
     pairs = accumulator(x).reshape(*x.shape[:-1], 2, half)
-    frequencies = config.frequencies(head_dim or x.shape[-1]).astype(pairs.dtype)
-    angles = positions[..., None, None, None].astype(pairs.dtype) * frequencies
-    magnitude = 1 if config.scaling is None else config.scaling.magnitude
+    angles = positions[..., None, None, None].astype(pairs.dtype) * turn.frequencies
+    magnitude = turn.magnitude
+    is_scaled = not (isinstance(magnitude, float) and magnitude == 1)
 
     def scaled(x: Array) -> Array:
-        return x if magnitude == 1 else x * magnitude
+        return x * jnp.asarray(magnitude, x.dtype) if is_scaled else x
 
     along = pairs * scaled(jnp.cos(angles))
     # Reversing swaps the halves. Slicing them and joining them again would make XLA pad two halves

@@ -28,6 +28,7 @@ from jaxscale.models.config import (
 from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.run import Run
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
@@ -68,4 +69,5 @@ __all__ = [
     "TrainConfig",
     "Whole",
     "YarnScaling",
+    "huggingface_model",
 ]

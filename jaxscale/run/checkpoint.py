@@ -18,6 +18,7 @@ from jaxscale.checkpoint.matching import check_leaves
 from jaxscale.checkpoint.opening import Opened, open_checkpoint
 from jaxscale.checkpoint.patterns import load_rules
 from jaxscale.checkpoint.rank_files import write_npz
+from jaxscale.checkpoint.safetensors import CODES, NewTensor, write_safetensors
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.checkpoint.steps import committed_steps
 from jaxscale.models.config.facts import checkpoint_facts
@@ -26,7 +27,8 @@ from jaxscale.run.run import load_run
 from jaxscale.types import InputError, RunError, check_choice
 
 PIECE_BYTES = 1 << 26  # of an array that is compared or verified
-KINDS = ("jaxscale", "deepspeed", "npz")
+KINDS = ("jaxscale", "deepspeed", "safetensors", "npz")
+MAX_SHARD_BYTES = 5_000_000_000
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -103,7 +105,9 @@ def convert(
     Args:
         path: of the checkpoint.
         destination: folder of checkpoints.
-        to: "jaxscale"; "deepspeed", a universal folder; "npz", one uncompressed file.
+        to: "jaxscale"; "deepspeed", a universal folder; "safetensors", of which one whole tensor is
+            in memory, under the names that the arrays have (`export` writes those of a family of
+            Hugging Face); "npz", one uncompressed file.
         rules: as `show`.
         run: gin file of the run that is to start from it; its state says which arrays there must
             be. Without one the arrays are written under the names that they have.
@@ -126,6 +130,9 @@ def convert(
         piece_bytes = budget_bytes // conversion.MAX_COPIES
         if to == "deepspeed":
             write_universal(leaves, directory, step=step, piece_bytes=piece_bytes)
+        elif to == "safetensors":
+            tensors = [_new_tensor(name, array) for name, array in leaves.items()]
+            write_safetensors(directory, tensors, max_shard_bytes=MAX_SHARD_BYTES)
         else:
             write_npz(leaves, directory / "all.npz", piece_bytes=piece_bytes)
     print(f"{directory}: {len(leaves)} arrays")
@@ -156,6 +163,14 @@ def diff(path: str, other: str, rules: str | None = None) -> None:
 def _open(path: str, rules: str | None) -> Opened:
     given = None if rules is None else load_rules(Path(rules).expanduser())
     return open_checkpoint(Path(path).expanduser(), given)
+
+
+def _new_tensor(name: str, array: LazyArray) -> NewTensor:
+    if array.dtype not in CODES:
+        raise InputError(
+            name, str(array.dtype), f"a type of safetensors: {', '.join(CODES.values())}"
+        )
+    return NewTensor(name, tuple(array.shape), array.dtype, lambda: array[()])
 
 
 def _to_ours(

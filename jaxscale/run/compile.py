@@ -56,9 +56,8 @@ class Topology:
 def compile_step(*, run: Run, topology: str) -> None:
     """Compiles the step that `pretrain` would run; prints memory, collectives and compile time.
 
-    Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know
-    without
-    a GPU is left out: cuDNN's workspaces, NCCL's buffers, and the matmul kernels that tuning would
+    Nothing is allocated, no data is read and no GPU is needed. Left out is what the compiler cannot
+    know without a GPU: cuDNN's workspaces, NCCL's buffers, and the matmul kernels that tuning would
     choose.
 
     Args:

@@ -77,6 +77,8 @@ class Run:
 
     def __post_init__(self):
         check_types(self)
+        if not self.directory.strip():
+            raise InputError("Run.directory", self.directory, "the name of a folder")
 
     @property
     def path(self) -> Path:
@@ -169,12 +171,17 @@ class Run:
         return dataclasses.replace(self, execution=execution)
 
 
-def load_run(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Run:
+def load_run(
+    files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    admitted: Sequence[str] | None = None,
+) -> Run:
     """The run that gin files and overrides bind; nothing of it is started.
 
     Args:
         files: gin files; later ones override earlier ones.
         overrides: as of the command line's `--set`.
+        admitted: as `config.run`.
     Raises:
         InputError: a name, type or file is wrong, or a required value is missing.
     """
@@ -182,7 +189,7 @@ def load_run(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Run:
     def the_run(*, run: Run) -> Run:
         return run
 
-    return config.run(the_run, files, overrides)
+    return config.run(the_run, files, overrides, admitted)
 
 
 def check_fit(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,11 +56,64 @@ def generate_tokens(
         InputError: a prompt is empty, too long for the model, or has a token that the model does
             not know.
     Cost: compiles once per number of prompts, prompt length rounded up to a power of two, and
-        `max_new_tokens`.
+        `max_new_tokens`. A text that outgrows LongRoPE's original length begins a prefill of all
+        texts, with a compilation of its own.
     """
     check_prompts(prompts, decoder.config, max_new_tokens)
+    numbers = list(range(len(prompts)) if sequences is None else sequences)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    rows, left = list(range(len(prompts))), max_new_tokens
+    while rows and left:
+        texts = [[*prompts[row], *outputs[row]] for row in rows]
+        num = min(left, _until_switch(texts, decoder.config))
+        new = _generate(
+            decoder,
+            params,
+            texts,
+            sampling=sampling,
+            max_new_tokens=num,
+            eos_id=eos_id,
+            numbers=[numbers[row] for row in rows],
+            num_tokens=num_tokens,
+            region=region,
+        )
+        for row, tokens in zip(rows, new, strict=True):
+            outputs[row] += tokens
+        rows = [row for row in rows if eos_id is None or eos_id not in outputs[row]]
+        left -= num
+    return outputs
+
+
+def _until_switch(texts: Sequence[Sequence[int]], config: ModelConfig) -> float:
+    """How many tokens all texts can be continued by until one needs other rotary positions.
+
+    The keys in the cache are then of the old ones, and so is all that they were made of from the
+    second layer on: the cache is filled anew.
+    """
+    lengths = [len(text) for text in texts]
+    rest = [
+        switch - length + 1
+        for switch in config.switch_lengths
+        for length in lengths
+        if length <= switch
+    ]
+    return min(rest, default=math.inf)
+
+
+def _generate(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: SamplingConfig,
+    max_new_tokens: int,
+    eos_id: int | None,
+    numbers: Sequence[int],
+    num_tokens: int | None,
+    region: Region | None,
+) -> list[list[int]]:
+    """One prefill and one loop; `numbers` are the sequences, the rest is as `generate_tokens`."""
     tokens, positions = _pad_left(prompts)
-    numbers = np.asarray(range(len(prompts)) if sequences is None else sequences, np.int32)
     loop = _Loop(
         decoder,
         dataclasses.replace(sampling, seed=0),  # the seed is data: another one compiles nothing
@@ -68,7 +122,8 @@ def generate_tokens(
         num_tokens,
     )
     compiled = _compiled(loop, region)
-    output = compiled(params, tokens, positions, numbers, jax.random.key(sampling.seed))
+    sequences = np.asarray(numbers, np.int32)
+    output = compiled(params, tokens, positions, sequences, jax.random.key(sampling.seed))
     return [_until(row, eos_id) for row in np.asarray(output).tolist()]
 
 
@@ -241,8 +296,10 @@ def check_prompts(
     config: ModelConfig,
     max_new_tokens: int,
 ) -> None:
-    """Raises InputError for an empty or too long prompt, or a token unknown to the model."""
+    """Raises InputError for a model without order, an unknown token, an empty or long prompt."""
     check_positive("max_new_tokens", max_new_tokens)
+    if not config.is_causal:
+        raise InputError("ModelConfig.is_causal", False, "True for a model that continues prompts")
     if not prompts:
         raise InputError("prompts", prompts, "at least one prompt")
     for i, prompt in enumerate(prompts):
@@ -252,11 +309,11 @@ def check_prompts(
         if unknown := [token for token in prompt if not 0 <= token < config.vocab_size]:
             expected = f"tokens with 0 <= token < vocab_size = {config.vocab_size}"
             raise InputError(name, unknown[0], expected)
-        if length + max_new_tokens > config.max_length:
-            equation = f"{length} + {max_new_tokens} = {length + max_new_tokens}"
+        total = length + max_new_tokens - 1  # the last token drawn is not run
+        if total > config.max_length:
             expected = (
-                f"prompt + max_new_tokens <= model.max_length = {config.max_length}, "
-                f"here {equation}"
+                f"prompt + max_new_tokens - 1 <= model.max_length = {config.max_length}, "
+                f"here {length} + {max_new_tokens} - 1 = {total}"
             )
             raise InputError(name, f"{length} tokens", expected)
 

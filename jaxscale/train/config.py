@@ -7,6 +7,7 @@ from jaxscale.checkpoint.changes import Changes
 from jaxscale.types import InputError, check_not_negative, check_positive, check_types
 
 MAX_SEED = 2**32 - 1
+MAX_STEPS = 2**31 - 1  # the state counts them in int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class TrainConfig:
         check_types(self)
         for name in ("steps", "num_microbatches", "evaluate_every"):
             check_positive(f"TrainConfig.{name}", getattr(self, name))
+        if self.steps > MAX_STEPS:
+            raise InputError("TrainConfig.steps", self.steps, f"at most {MAX_STEPS}")
         if self.profile_steps:
             first, second = self.profile_steps
             if not 0 <= first < second <= self.steps:

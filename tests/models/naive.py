@@ -70,7 +70,8 @@ class Naive:
         sees = segments[:, None] == segments
         if self.config.is_causal:
             sees = sees & (t[:, None] >= t) & (t[:, None] - t < (config.window or len(h)))
-        q, k, v = (self.heads(p, config, name, h, positions) for name in "qkv")
+        lengths = np.array([(segments == each).sum() for each in segments])
+        q, k, v = (self.heads(p, config, name, h, positions, lengths) for name in "qkv")
         y = p["o_bias"] if "o" in config.biases else 0
         scale = config.scale or 1 / np.sqrt(config.head_dim)
         for n in range(config.num_heads):
@@ -79,7 +80,7 @@ class Naive:
             y = y + weights / weights.sum(-1, keepdims=True) @ v[kv] @ p["o"][n]
         return y
 
-    def heads(self, p, config, name, h, positions):
+    def heads(self, p, config, name, h, positions, lengths):
         """Queries, keys or values, [heads, T, H]."""
         y = np.stack([h @ p[name][:, n] for n in range(p[name].shape[1])])
         if name in config.biases:
@@ -93,7 +94,7 @@ class Naive:
             joined = np.concatenate(list(y), -1)
             joined = self.norm({n: s.ravel() for n, s in p[f"{name}_norm"].items()}, joined)
             y = joined.reshape(length, num_heads, head_dim).swapaxes(0, 1)
-        return y if config.rotary is None else rotated(y, positions, config.rotary)
+        return y if config.rotary is None else rotated(y, positions, config.rotary, lengths)
 
     def feed_forward(self, p, config, h):
         if not isinstance(config, ExpertsConfig):
@@ -110,12 +111,19 @@ def softcapped(x, cap):
     return x if cap is None else cap * np.tanh(x / cap)
 
 
-def rotated(x, positions, rotary):
+def rotated(x, positions, rotary, lengths):
     """Pairs of the first elements as complex numbers, turned by position times frequency."""
     size = int(x.shape[-1] * rotary.fraction)
     half = size // 2
-    angles = positions[:, None] * rotary.theta ** (-np.arange(half) / half)
-    z = (x[..., :half] + 1j * x[..., half:size]) * np.exp(1j * angles)
+    frequencies = rotary.theta ** (-np.arange(half) / half)
+    magnitude = 1
+    if scaling := rotary.scaling:  # LongRoPE
+        is_long = (lengths > scaling.original_length)[:, None]
+        factors = np.where(is_long, scaling.long_factors, scaling.factors)
+        frequencies = frequencies / factors
+        magnitude = np.where(is_long, scaling.long_magnitude, scaling.magnitude)
+    angles = positions[:, None] * frequencies
+    z = (x[..., :half] + 1j * x[..., half:size]) * np.exp(1j * angles) * magnitude
     return np.concatenate([z.real, z.imag, x[..., size:]], -1)
 
 

@@ -24,11 +24,13 @@ class NormConfig:
         kind: "rmsnorm" or "layernorm".
         epsilon: added to the mean square, or to the variance.
         use_bias: whether a LayerNorm has a bias.
+        scale_offset: added to the learned scale; 1 in Gemma, whose scales start at 0.
     """
 
     kind: str = "rmsnorm"
     epsilon: float = 1e-5
     use_bias: bool = False
+    scale_offset: float = 0.0
 
     def __post_init__(self):
         check_types(self)
@@ -93,6 +95,7 @@ class ModelConfig:
         norm: the norm of all layers and of the end.
         is_causal: whether a token sees no later token.
         use_learned_positions: whether a learned vector a position is added to the embeddings.
+        embedding_scale: factor on the embeddings of tokens; sqrt(D) in Gemma.
         is_tied: whether the unembedding is the embedding.
         use_head_bias: whether the logits have a bias.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
@@ -108,6 +111,7 @@ class ModelConfig:
     norm: NormConfig = NormConfig()
     is_causal: bool = True
     use_learned_positions: bool = False
+    embedding_scale: float = 1.0
     is_tied: bool = False
     use_head_bias: bool = False
     logit_softcap: float | None = None
@@ -118,6 +122,7 @@ class ModelConfig:
         for name in ("vocab_size", "num_layers", "model_dim", "max_length"):
             check_positive(f"ModelConfig.{name}", getattr(self, name))
         check_not_negative("ModelConfig.init_std", self.init_std)
+        check_positive("ModelConfig.embedding_scale", self.embedding_scale)
         if self.logit_softcap is not None:
             check_positive("ModelConfig.logit_softcap", self.logit_softcap)
         self._check_layers()
@@ -161,6 +166,13 @@ class ModelConfig:
     def layers(self) -> tuple[LayerConfig, ...]:
         """Every layer in order."""
         return self.prefix + self.pattern * self.num_periods
+
+    @property
+    def switch_lengths(self) -> tuple[int, ...]:
+        """Lengths of a document beyond which some layer's rotary positions are others."""
+        rotaries = [layer.attention.rotary for layer in self.layers]
+        lengths = {rotary.switch_length for rotary in rotaries if rotary is not None}
+        return tuple(sorted(lengths - {None}))
 
     @property
     def num_experts(self) -> int:

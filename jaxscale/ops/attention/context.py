@@ -17,7 +17,7 @@ NEVER = -1e30
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "segments", "key_positions", "key_segments"],
+    data_fields=["positions", "segments", "key_positions", "key_segments", "lengths"],
     meta_fields=["window", "softcap", "scale", "is_causal", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,8 @@ class AttentionContext:
         key_positions: [B, S] positions of the keys, negative where a slot is empty; None when the
             keys are the queries' own tokens in the same order, which backends may rely on.
         key_segments: [B, S] or None, as `segments`.
+        lengths: [B, T] tokens of each query's whole document, for rotary positions that depend on
+            it; None where none do.
         window: number of keys that a query of a causal mask sees, its own included; None for all.
         softcap: c in c * tanh(logits / c); None for none.
         scale: factor on the logits; None for 1 / sqrt(H).
@@ -43,6 +45,7 @@ class AttentionContext:
     segments: Array | None = None
     key_positions: Array | None = None
     key_segments: Array | None = None
+    lengths: Array | None = None
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None

@@ -87,13 +87,13 @@ V1 = SparseMixerRouter(version="v1")
         (DENSE, {"dim": -3}, "FeedForwardConfig.dim: given -3"),
         (
             DENSE,
-            {"activation": "relu"},
-            "FeedForwardConfig.activation: given 'relu', expected one of 'swiglu', 'geglu', 'gelu'",
+            {"activation": "tanh"},
+            "FeedForwardConfig.activation: given 'tanh', expected one of 'swiglu', 'geglu', 'gelu'",
         ),
         (DENSE, {"use_bias": 1}, "FeedForwardConfig.use_bias: given 1, expected a value of type"),
         (EXPERTS, {"num_experts": 0}, "ExpertsConfig.num_experts: given 0"),
         (EXPERTS, {"dim": 0}, "ExpertsConfig.dim: given 0"),
-        (EXPERTS, {"activation": "relu"}, "ExpertsConfig.activation: given 'relu'"),
+        (EXPERTS, {"activation": "tanh"}, "ExpertsConfig.activation: given 'tanh'"),
         (
             EXPERTS,
             {"num_active": 5},

@@ -1,0 +1,125 @@
+"""Qwen3, dense and mixture of experts: Llama with a norm of each head's queries and keys.
+
+Source: Yang et al. 2025 (arXiv 2505.09388).
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from jaxscale.convert.families import llama
+from jaxscale.convert.families.qwen2 import write_switched_windows
+from jaxscale.convert.family import (
+    EVERY_BIAS,
+    GATED,
+    Family,
+    read_around,
+    read_attention,
+    read_windows,
+)
+from jaxscale.convert.fields import Fields
+from jaxscale.convert.places import Layout
+from jaxscale.convert.rotary import read_rotary
+from jaxscale.models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    ModelConfig,
+    TopKRouter,
+)
+from jaxscale.types import InputError
+
+EXPERTS = {
+    "moe/norm": "post_attention_layernorm",
+    "moe/router": "mlp.gate",
+    "moe/experts/gate": ("mlp.experts.{expert}.gate_proj", "mlp.experts.gate_up_proj"),
+    "moe/experts/up": ("mlp.experts.{expert}.up_proj", "mlp.experts.gate_up_proj"),
+    "moe/experts/down": ("mlp.experts.{expert}.down_proj", "mlp.experts.down_proj"),
+}
+NUM_EXPERTS = ("num_experts", "num_local_experts")  # in transformers 4 and 5
+
+
+def read(fields: Fields, names: Collection[str]) -> ModelConfig:
+    """The model of a dense model's config.json."""
+    around = read_around(fields, names)
+    attentions = _attentions(fields, around)
+    feed_forward = llama.read_feed_forward(fields)
+    layers = [LayerConfig(each, feed_forward) for each in attentions]
+    return llama.of_layers(layers, fields, around)
+
+
+def _attentions(fields: Fields, around: dict[str, Any]) -> list[AttentionConfig]:
+    """The attention of each layer."""
+    attention = read_attention(
+        fields,
+        around["model_dim"],
+        rotary=read_rotary(fields, max_length=around["max_length"]),
+        biases=EVERY_BIAS if fields.take("attention_bias", bool) else (),
+        qk_norm="head",
+    )
+    windows = read_windows(fields, around["num_layers"], has_switch=True)
+    return llama.with_windows(attention, windows)
+
+
+def read_moe(fields: Fields, names: Collection[str]) -> ModelConfig:
+    """The model of a mixture's config.json; layers that it lists are dense."""
+    around = read_around(fields, names)
+    attentions = _attentions(fields, around)
+    activation = fields.choose("hidden_act", GATED)
+    dense = FeedForwardConfig(fields.take("intermediate_size", int), activation)
+    experts = ExpertsConfig(
+        num_experts=read_num_experts(fields),
+        num_active=fields.take("num_experts_per_tok", int),
+        dim=fields.take("moe_intermediate_size", int),
+        activation=activation,
+        router=TopKRouter(fields.take("norm_topk_prob", bool)),
+    )
+    step = fields.take("decoder_sparse_step", int, 1)
+    listed = fields.take("mlp_only_layers", tuple, ())
+    layers = []
+    for number, attention in enumerate(attentions):
+        is_moe = number not in listed and (number + 1) % step == 0
+        layers.append(LayerConfig(attention, experts if is_moe else dense))
+    return llama.of_layers(layers, fields, around)
+
+
+def read_num_experts(fields: Fields) -> int:
+    """The number of experts, under the name of either version."""
+    older, newer = (fields.take(name, int, 0) for name in NUM_EXPERTS)
+    if not (older or newer) or (older and newer and older != newer):
+        expected = f"one number in {' or '.join(NUM_EXPERTS)}"
+        raise InputError(fields.place(NUM_EXPERTS[0]), older, expected)
+    return older or newer
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a dense model."""
+    has_biases = bool(config.layers[0].attention.biases)
+    fields = llama.write_dense(config) | write_switched_windows(config)
+    return fields | {"attention_bias": has_biases}
+
+
+def write_moe(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a mixture."""
+    dense = [number for number, layer in enumerate(config.layers) if not layer.is_moe]
+    experts = next((layer.feed_forward for layer in config.layers if layer.is_moe), None)
+    first = config.layers[dense[0] if dense else 0].feed_forward
+    return write(config) | {
+        "intermediate_size": first.dim,
+        "moe_intermediate_size": getattr(experts, "dim", 0),
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": getattr(experts, "num_active", 0),
+        "norm_topk_prob": getattr(getattr(experts, "router", None), "is_renormalised", None),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense,
+    }
+
+
+QWEN3 = Family(("qwen3",), "Qwen3ForCausalLM", read, write, Layout(llama.NAMES))
+QWEN3_MOE = Family(
+    ("qwen3_moe",),
+    "Qwen3MoeForCausalLM",
+    read_moe,
+    write_moe,
+    Layout(llama.NAMES | EXPERTS),
+)

@@ -1,0 +1,189 @@
+"""A model as a folder of Hugging Face: config.json and safetensors, read and written."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxscale import tree
+from jaxscale.checkpoint.safetensors import SafetensorsSource, write_safetensors
+from jaxscale.convert.families import BY_MODEL_TYPE, FAMILIES
+from jaxscale.convert.family import Family
+from jaxscale.convert.fields import IGNORED, Fields, read_json
+from jaxscale.convert.weights import export_tensors, import_params
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.types import InputError, Params, one_of
+
+CONFIG = "config.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A folder that has been opened: its configuration is read, its weights are not.
+
+    Args:
+        path: of the folder.
+        values: config.json.
+        family: of its `model_type`.
+        config: the model.
+        source: the weights.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    family: Family
+    config: ModelConfig
+    source: SafetensorsSource
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The widest type of a weight."""
+        dtypes = {leaf.dtype for leaf in self.source.leaves().values()}
+        return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+    def params(self, stored: Params) -> Params:
+        """The parameters, placed and cast as `stored` says; see `convert.weights.import_params`."""
+        return import_params(
+            self.config,
+            self.family.layout,
+            self.source.leaves(),
+            stored=stored,
+            where=str(self.path),
+        )
+
+
+def open_folder(directory: str | Path) -> Folder:
+    """Reads a folder's config.json and the headers of its weights.
+
+    Raises:
+        InputError: a file is missing or damaged, or config.json has an unknown architecture or a
+            field that is missing, unknown or contradicts another; it names the file and the field.
+    """
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise InputError("source", str(path), "a folder of Hugging Face")
+    values = read_json(path / CONFIG)
+    source = SafetensorsSource(path)
+    family = _family(values, path / CONFIG)
+    config = read_config(family, values, str(path / CONFIG), source.leaves().keys())
+    return Folder(path, values, family, config, source)
+
+
+def read_config(
+    family: Family,
+    values: dict[str, Any],
+    where: str,
+    names: Any,
+) -> ModelConfig:
+    """The model of a config.json; Raises as `open_folder`.
+
+    Args:
+        family: of its `model_type`.
+        values: of the file.
+        where: the file, for messages.
+        names: of the weights, which say what a file may leave out.
+    """
+    fields = Fields(values, where, IGNORED)
+    config = family.read(fields, names)
+    fields.finish()
+    return config
+
+
+def write_folder(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: np.dtype,
+    family: str | None = None,
+    like: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes config.json and the weights, so that Hugging Face loads them.
+
+    Args:
+        directory: a folder without a config.json; made if need be.
+        config: the model.
+        params: its parameters, in the canonical order of the layers.
+        dtype: of the weights.
+        family: `model_type` to write; None for the first that has all that the model has.
+        like: a config.json of the same model, which is kept with all its fields.
+        max_shard_bytes: largest file of weights.
+    Raises:
+        InputError: no family, or not the one asked for, has all that the model has; or the folder
+            has a model already.
+    """
+    path = Path(directory).expanduser()
+    if (path / CONFIG).exists():
+        raise InputError("directory", str(path), f"a folder without a {CONFIG}")
+    chosen, values = _values(config, family, like)
+    values = values | {"dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name}
+    tensors = export_tensors(config, chosen.layout, params, dtype=dtype)
+    path.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, tensors, max_shard_bytes=max_shard_bytes)
+    # Last, so that a folder with it is whole.
+    (path / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _family(values: dict[str, Any], file: Path) -> Family:
+    kind = values.get("model_type")
+    if kind not in BY_MODEL_TYPE:
+        raise InputError(f"{file}: model_type", kind, one_of(str(kind), BY_MODEL_TYPE))
+    return BY_MODEL_TYPE[kind]
+
+
+def _values(
+    config: ModelConfig,
+    model_type: str | None,
+    like: Path | None,
+) -> tuple[Family, dict[str, Any]]:
+    """The family of an export, and its config.json."""
+    if like is not None and like.exists():
+        values = read_json(like)
+        family = _family(values, like)
+        if model_type in (None, *family.model_types) and not _differences(family, values, config):
+            # What is written beside it is in the form of transformers 4, which 5 reads too.
+            values.pop("rope_parameters", None)
+            return family, values | family.write(config)
+    if model_type is not None and model_type not in BY_MODEL_TYPE:
+        raise InputError("family", model_type, one_of(model_type, BY_MODEL_TYPE))
+    families = FAMILIES if model_type is None else (BY_MODEL_TYPE[model_type],)
+    for family in families:
+        values = _written(family, config)
+        differences = _differences(family, values, config)
+        if not differences:
+            return family, values
+    if len(families) == 1:
+        expected = f"a family that has {', '.join(differences)}"
+        raise InputError("family", model_type, expected)
+    expected = f"one of {', '.join(sorted(BY_MODEL_TYPE))}; none of them has all that it has"
+    raise InputError("family", "the model", expected)
+
+
+def _written(family: Family, config: ModelConfig) -> dict[str, Any]:
+    about = {"model_type": family.model_types[0], "architectures": [family.architecture]}
+    return about | family.write(config)
+
+
+def _differences(family: Family, values: dict[str, Any], config: ModelConfig) -> list[str]:
+    """What a reader of a config.json would not find of the model, as `name = value`."""
+    tensors = () if config.is_tied else ("lm_head.weight",)
+    try:
+        read = read_config(family, values, CONFIG, tensors)
+    except InputError as error:
+        return [str(error)]
+    wanted, found = (_flat(each) for each in (config, read))
+    names = dict.fromkeys([*wanted, *found])
+    differing = [name for name in names if wanted.get(name) != found.get(name)]
+    return [f"{name} = {wanted.get(name)}" for name in differing]
+
+
+def _flat(config: ModelConfig) -> dict[str, Any]:
+    """What a model computes, layer by layer, so that equal layers in other patterns are equal."""
+    by_layer = dataclasses.replace(config, pattern=config.layers, prefix=())
+    facts = checkpoint_facts(by_layer)["fingerprint"]
+    return tree.flatten(facts | {"max_length": config.max_length})

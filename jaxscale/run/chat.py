@@ -1,0 +1,131 @@
+"""`chat`: a conversation with a model in the terminal, by the template of its tokenizer."""
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from jaxscale.data.chat_template import ChatTemplate, Message, read_chat_template
+from jaxscale.launch.runtime import apply_runtime
+from jaxscale.run.huggingface import KEPT, stop_ids
+from jaxscale.run.model import LanguageModel, load
+from jaxscale.run.run import Run
+from jaxscale.serve.decoding import generate_tokens
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import InputError, check_positive
+
+STREAMED = 16  # tokens between two writes
+UNFINISHED = "\ufffd"  # bytes that are not yet a character
+
+
+def chat(
+    *,
+    run: Run,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    sampling: SamplingConfig = SamplingConfig(),
+    step: int | None = None,
+    tensor: int = 1,
+) -> list[Message]:
+    """Answers each line of standard input until it ends, and prints answers as they come.
+
+    Args:
+        run: of an imported model, beside whose checkpoint the template and the stop ids are.
+        system: instruction that stands before the chat; None for none.
+        max_new_tokens: longest answer.
+        sampling: how tokens are drawn.
+        step: which checkpoint; the newest when None.
+        tensor: devices over which the model is spread.
+    Returns:
+        The whole chat.
+    Raises:
+        InputError: the model has no template, the template fails, a line spells a special token,
+            or the chat has become too long for the model.
+    """
+    apply_runtime(run.runtime, str(run.path))
+    check_positive("max_new_tokens", max_new_tokens)
+    folder = run.path / KEPT
+    template = read_chat_template(folder)
+    model = load(run, step=step, tensor=tensor)
+    stops = set(stop_ids(folder)) or {model.tokenizer.eos_id}
+    messages: list[Message] = []
+    if system is not None:
+        messages.append({"role": "system", "content": system})
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        prompt = encode_chat(model, template, messages)
+        answer = ""
+        for text in stream(model, prompt, stops, max_new_tokens, sampling):
+            print(text[len(answer) :], end="", flush=True)
+            answer = text
+        print()
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def encode_chat(
+    model: LanguageModel,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+) -> list[int]:
+    """The tokens of a chat that ends where the next answer begins.
+
+    Raises:
+        InputError: a message spells a special token, which would end it or speak for another; or
+            the template fails.
+    """
+    for message in messages:
+        for token in model.tokenizer.special_tokens:
+            if token in message["content"]:
+                expected = f"text that does not spell the special token {token!r}"
+                raise InputError(f"the {message['role']}'s message", message["content"], expected)
+    return model.tokenizer.encode_special(template.render(messages, is_reply_next=True))
+
+
+def stream(
+    model: LanguageModel,
+    prompt: list[int],
+    stops: set[int],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+) -> Iterator[str]:
+    """The answer's text so far, again and again as it grows.
+
+    Draws depend on the place of a token alone, so the answer is the same however it is cut. Each
+    part is decoded anew from a prefill, which costs little beside its steps.
+
+    Args:
+        model: the model.
+        prompt: its tokens.
+        stops: tokens that end the answer.
+        max_new_tokens: longest answer.
+        sampling: how tokens are drawn.
+    """
+    answer: list[int] = []
+    while len(answer) < max_new_tokens:
+        (new,) = generate_tokens(
+            model.decoder,
+            model.pure_params(),
+            [prompt + answer],
+            sampling=sampling,
+            max_new_tokens=min(STREAMED, max_new_tokens - len(answer)),
+            num_tokens=model.tokenizer.vocab_size,
+            region=model.region,
+        )
+        end = next((i for i, token in enumerate(new) if token in stops), None)
+        answer += new[:end]
+        is_last = end is not None or len(answer) >= max_new_tokens
+        text = model.tokenizer.decode(answer)
+        yield text if is_last else text.rstrip(UNFINISHED)
+        if is_last:
+            return
+
+
+def _lines() -> Iterator[str]:
+    """The lines of standard input, with a sign for a person to type one."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")

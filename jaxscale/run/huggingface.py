@@ -1,0 +1,208 @@
+"""`import` and `export`: folders of Hugging Face to run directories of ours, and back."""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by it
+import numpy as np
+
+from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.convert.fields import read_json
+from jaxscale.convert.folder import CONFIG, MAX_SHARD_BYTES, Folder, open_folder, write_folder
+from jaxscale.data.loader import DataConfig
+from jaxscale.data.sources import StandardLibrary
+from jaxscale.data.tokenizer import (
+    HUGGING_FACE_FILE,
+    SENTENCE_PIECE_FILE,
+    TokenizerConfig,
+    check_vocabulary,
+    load_tokenizer,
+)
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.ops.precision import FLOAT_TYPES, Policy
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.rules import make_specs
+from jaxscale.run.model import restore_model
+from jaxscale.run.run import Run
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.run_directory import CONFIG as RUN_CONFIG
+from jaxscale.train.state import stored_params
+from jaxscale.types import InputError
+from jaxscale.written import as_written, render
+
+logger = logging.getLogger(__name__)
+
+KEPT = "huggingface"  # folder of a run with the files beside the weights
+CHECKPOINTS = "checkpoints"
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+FILES = (
+    CONFIG,
+    GENERATION_CONFIG,
+    HUGGING_FACE_FILE,
+    SENTENCE_PIECE_FILE,
+    TOKENIZER_CONFIG,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "vocab.json",
+)
+
+
+def import_model(*, source: str, directory: str | None = None) -> Run:
+    """Makes a run directory of a folder of Hugging Face, for `load`, `generate` and fine-tuning.
+
+    Args:
+        source: the folder, with config.json, safetensors and a tokenizer.
+        directory: of the new run: configuration, checkpoint of step 0 and tokenizer. The
+            checkpoint's parameters have the weights' type. None for runs/NAME of the folder's name.
+    Returns:
+        The run. Another run starts from its weights by `TrainConfig.init_from`.
+    Raises:
+        InputError: the folder has something missing, unknown or contradictory, which is named, or
+            `directory` exists.
+    """
+    folder = open_folder(source)
+    directory = directory or f"runs/{folder.path.resolve().name}"
+    path = Path(directory).expanduser()
+    if path.exists():
+        raise InputError("directory", str(path), "a folder that does not exist yet")
+    tokenizer = tokenizer_config(folder)
+    run = _run(folder, directory, tokenizer)
+    loaded = load_tokenizer(tokenizer)
+    check_vocabulary(loaded, run.model.vocab_size)
+    devices = make_mesh(run.mesh, jax.devices()[:1])
+    specs = make_specs(run.table(), run.mesh)
+    stored = stored_params(run.table(), devices, specs, run.policy.parameters)
+    params = folder.params(stored)
+    position = {"depends_on": {"tokenizer": loaded.fingerprint}}
+    facts = checkpoint_facts(run.model)
+    with contextlib.closing(Checkpoints(run.checkpoint.within(path), **facts)) as checkpoints:
+        checkpoints.save(0, {"params": params}, position, force=True)
+    _keep_files(folder.path, path / KEPT)
+    # Last, so that a directory with it is whole.
+    (path / RUN_CONFIG).write_text(gin_text(run))
+    logger.info("imported %s (%s) to %s", folder.path, folder.values["model_type"], path)
+    return run
+
+
+def export_model(
+    *,
+    run: Run,
+    directory: str,
+    step: int | None = None,
+    family: str | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a checkpoint as a folder that Hugging Face loads, with its tokenizer.
+
+    Args:
+        run: the run.
+        directory: the new folder.
+        step: which checkpoint; the newest when None.
+        family: `model_type` to write; None for that of the import, or else the first that has all
+            that the model has.
+        dtype: of the weights; None for that of the run's parameters.
+        max_shard_bytes: largest file of weights.
+    Raises:
+        InputError: no such checkpoint, no family has all that the model has, or the folder has a
+            model already.
+    """
+    restored = restore_model(run, step=step)
+    kept = run.path / KEPT
+    path = Path(directory).expanduser()
+    write_folder(
+        path,
+        run.model,
+        restored.params,
+        dtype=np.dtype(dtype or run.policy.parameters),
+        family=family,
+        like=kept / CONFIG,
+        max_shard_bytes=max_shard_bytes,
+    )
+    _keep_files(kept, path)
+    if not kept.is_dir():
+        load_tokenizer(run.data.tokenizer).save(path)
+
+
+def huggingface_model(*, directory: str) -> ModelConfig:
+    """The model of a folder of Hugging Face, for a gin file to name: `@run.huggingface_model()`."""
+    return open_folder(directory).config
+
+
+def tokenizer_config(folder: Folder) -> TokenizerConfig:
+    """The tokenizer of a folder.
+
+    Raises:
+        InputError: it has none, or its end of a document is none of config.json's.
+    """
+    if not (folder.path / HUGGING_FACE_FILE).exists():
+        if (folder.path / SENTENCE_PIECE_FILE).exists():
+            return TokenizerConfig("sentencepiece", str(folder.path))
+        expected = f"a folder with {HUGGING_FACE_FILE} or {SENTENCE_PIECE_FILE}"
+        raise InputError("source", str(folder.path), expected)
+    file = folder.path / TOKENIZER_CONFIG
+    token = read_json(file).get("eos_token") if file.exists() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str):
+        raise InputError(f"{file}: eos_token", token, "the token that ends a document")
+    config = TokenizerConfig("huggingface", str(folder.path), token)
+    ends, end = stop_ids(folder.path), load_tokenizer(config).eos_id
+    if ends and end not in ends:
+        expected = f"the token of one of {CONFIG}'s or {GENERATION_CONFIG}'s eos_token_id, {ends}"
+        raise InputError(f"{file}: eos_token", f"{token} ({end})", expected)
+    return config
+
+
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens that end an answer, by config.json and generation_config.json."""
+    found: list[int] = []
+    for name in (CONFIG, GENERATION_CONFIG):
+        values = read_json(folder / name) if (folder / name).exists() else {}
+        ids = values.get("eos_token_id")
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(found))
+
+
+def gin_text(run: Run) -> str:
+    """The gin file that binds a run."""
+    reference, fields = as_written(run, ())
+    return render({((), reference.target): {}} | fields)
+
+
+def _run(folder: Folder, directory: str, tokenizer: TokenizerConfig) -> Run:
+    """A run of an imported model; what is of the training waits to be said by another file."""
+    dtype = str(folder.dtype)
+    if dtype not in FLOAT_TYPES:
+        raise InputError(f"{folder.path}: dtype", dtype, f"weights of {', '.join(FLOAT_TYPES)}")
+    kept = dataclasses.replace(tokenizer, path=str(Path(directory) / KEPT))
+    return Run(
+        directory=directory,
+        model=folder.config,
+        mesh=MeshConfig(),
+        data=DataConfig(
+            sources=(StandardLibrary(),),
+            sequence_length=folder.config.max_length,
+            batch_size=1,
+            tokenizer=kept,
+        ),
+        optimizer=OptimizerConfig(),
+        train=TrainConfig(steps=1),
+        checkpoint=CheckpointConfig(CHECKPOINTS, save_every=1, keep_last=1, is_async=False),
+        policy=Policy(parameters=dtype, compute=dtype),
+    )
+
+
+def _keep_files(source: Path, target: Path) -> None:
+    """Copies what stands beside the weights; a config.json that is there stays."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (source / name).is_file() and not (target / name).exists():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,178 @@
+"""Each family: Hugging Face's own logits and greedy tokens, and the same bytes after a round trip.
+
+experiments/huggingface_fixtures.py has made the folders in fixtures/.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from jaxscale import tree
+from jaxscale.convert.families import BY_MODEL_TYPE
+from jaxscale.convert.folder import CONFIG, open_folder, read_config, write_folder
+from jaxscale.convert.weights import export_tensors, import_params
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.parameters import abstract_params, parameter_table
+from jaxscale.ops.precision import Policy
+from jaxscale.serve.decoding import generate_tokens
+from jaxscale.serve.sampling import SamplingConfig
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = sorted(json.loads((FIXTURES / "families.json").read_text()))
+PACKED = "mixtral_packed"
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+MAX_ERROR = 2e-5  # relative to the largest logit; both compute in float32
+# The other families decode by the same code; their tokens are compared in long runs.
+DECODED = ("gpt2", "gemma2", "phi3_long")
+LONG = pytest.mark.long
+
+
+@functools.cache
+def folder(name):
+    return open_folder(FIXTURES / name)
+
+
+def placed(config, dtype):
+    """The parameters of a model as shapes on this device."""
+    device = SingleDeviceSharding(jax.devices()[0])
+
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+    return jax.tree.map(place, abstract_params(parameter_table(config), dtype))
+
+
+@functools.cache
+def params(name):
+    return folder(name).params(placed(folder(name).config, "float32"))
+
+
+@functools.cache
+def arrays(name):
+    with np.load(FIXTURES / name / "logits.npz") as file:
+        return dict(file)
+
+
+def decoder(name):
+    execution = ExecutionConfig(remat="none")
+    return Decoder(folder(name).config, policy=Policy(compute="float32"), execution=execution)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal(name):
+    tokens = arrays(name)["tokens"]
+    assert_close(logits_of(name, tokens), arrays(name)[f"logits_{tokens.shape[1]}"])
+
+
+def logits_of(name, tokens):
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    batch = {"tokens": tokens, "positions": positions}
+    return jax.jit(decoder(name).logits)(params(name), batch)[0]
+
+
+def assert_close(got, wanted):
+    assert np.abs(got - wanted).max() <= MAX_ERROR * np.abs(wanted).max()
+
+
+BOUNDARY = [("phi3_long", 15), ("phi3_long", 16), ("phi3_long", 17), ("phimoe_long", 15)]
+
+
+@pytest.mark.parametrize(("name", "length"), BOUNDARY)
+def test_logits_equal_around_the_original_length_of_16(name, length):
+    tokens = arrays(name)["tokens"][:, :length]
+    assert_close(logits_of(name, tokens), arrays(name)[f"logits_{length}"])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=() if each in DECODED else LONG) for each in NAMES]
+)
+def test_greedy_tokens_equal(name):
+    tokens = arrays(name)["greedy"][0].tolist()
+    sampling = SamplingConfig(temperature=0.0)
+    got = generate_tokens(
+        decoder(name),
+        params(name),
+        [tokens[:12]],
+        sampling=sampling,
+        max_new_tokens=len(tokens) - 12,
+    )
+    assert got[0] == tokens[12:]
+
+
+def unread(name, tensor):
+    """Elements of a tensor that no token reads, and that are lost therefore: OPT's first rows."""
+    is_lost = name == "opt" and tensor.endswith("embed_positions.weight")
+    return 2 if is_lost else 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != PACKED])
+def test_import_then_export_gives_the_same_bytes(name):
+    opened = folder(name)
+    tensors = export_tensors(opened.config, opened.family.layout, params(name), dtype=BFLOAT16)
+    leaves = opened.source.leaves()
+    assert {tensor.name for tensor in tensors} == set(leaves)
+    for tensor in tensors:
+        skipped = unread(name, tensor.name)
+        got, wanted = (array[skipped:] for array in (tensor.make(), leaves[tensor.name][()]))
+        np.testing.assert_array_equal(got.view(np.uint16), wanted.view(np.uint16), tensor.name)
+
+
+def test_packed_experts_are_those_of_the_same_model_one_by_one():
+    got, wanted = (tree.flatten(params(name)) for name in (PACKED, "mixtral"))
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(got[path], leaf)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configuration_that_is_written_is_read_as_the_same_model(name):
+    opened = folder(name)
+    written = opened.family.write(opened.config)
+    names = opened.source.leaves().keys()
+    assert read_config(opened.family, written, "config.json", names) == opened.config
+
+
+@pytest.mark.parametrize("name", ["llama", "phimoe", "qwen3_moe"])
+def test_an_export_without_its_import_finds_the_family(name, tmp_path):
+    opened = folder(name)
+    write_folder(tmp_path, opened.config, params(name), dtype=BFLOAT16, max_shard_bytes=9000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = open_folder(tmp_path)
+    assert (again.config, again.family) == (opened.config, opened.family)
+    got = again.params(placed(again.config, "float32"))
+    jax.tree.map(np.testing.assert_array_equal, got, params(name))
+
+
+def test_parameters_take_the_type_that_is_asked_for():
+    got = folder("llama").params(placed(folder("llama").config, "bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {BFLOAT16}
+
+
+def test_every_family_has_a_fixture():
+    models = {json.loads((FIXTURES / name / CONFIG).read_text())["model_type"] for name in NAMES}
+    assert models == {family.model_types[0] for family in BY_MODEL_TYPE.values()}
+
+
+def test_an_import_reads_each_tensor_once_and_one_at_a_time():
+    """So host memory is bounded by the largest tensor, besides leaves that lie on the host."""
+    opened = folder("llama")
+    held = []
+
+    class Counting:
+        def __init__(self, leaf):
+            self.shape, self.dtype, self._leaf = leaf.shape, leaf.dtype, leaf
+
+        def __getitem__(self, index):
+            held.append(self._leaf[index].nbytes)
+            return self._leaf[index]
+
+    leaves = {name: Counting(leaf) for name, leaf in opened.source.leaves().items()}
+    stored = placed(opened.config, "float32")
+    import_params(opened.config, opened.family.layout, leaves, stored=stored, where="llama")
+    assert len(held) == len(leaves) and max(held) == 97 * 32 * 2

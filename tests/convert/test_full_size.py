@@ -1,0 +1,44 @@
+"""Released models at full size: their config.json is read and has the published parameter count.
+
+fixtures/full_size.json holds what their config.json (of transformers 4) says of the model, the
+searched factors of LongRoPE replaced by others, and the count that Hugging Face publishes of their
+weights. Nothing is allocated.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxscale import config
+from jaxscale.convert.families import BY_MODEL_TYPE
+from jaxscale.convert.folder import read_config
+from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.models.parameters import count_parameters
+from jaxscale.run.run import Run
+
+MODELS = json.loads((Path(__file__).parent / "fixtures" / "full_size.json").read_text())
+PAPERS = Path(__file__).parents[2] / "experiments" / "configs" / "papers"
+IN_GIN = {"phi3_mini.gin": "Phi-3-mini 4K", "phi3_medium.gin": "Phi-3-medium 4K"}
+
+
+def model_of(name):
+    values = MODELS[name]["config"]
+    tensors = () if values["tie_word_embeddings"] else ("lm_head.weight",)
+    return read_config(BY_MODEL_TYPE[values["model_type"]], values, name, tensors)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_as_many_as_published(name):
+    model = model_of(name)
+    unread = 2 * model.model_dim if name.startswith("OPT") else 0  # positions that no token has
+    assert count_parameters(model)[0] + unread == MODELS[name]["parameters"]
+
+
+@pytest.mark.parametrize("file", IN_GIN)
+def test_the_gin_file_of_a_paper_is_the_released_model(file):
+    def the_run(*, run: Run) -> Run:
+        return run
+
+    model = config.run(the_run, [PAPERS / file]).model
+    assert checkpoint_facts(model) == checkpoint_facts(model_of(IN_GIN[file]))

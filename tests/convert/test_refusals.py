@@ -1,0 +1,126 @@
+"""What a folder has missing, unknown or contradictory is refused, with the file and the field."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxscale.convert.folder import open_folder, write_folder
+from jaxscale.models.config.facts import from_flat
+from jaxscale.types import InputError
+from tests.convert.test_families import BFLOAT16, FIXTURES, folder, params, placed
+
+
+def copy(name, target, **changes):
+    """A fixture with other fields; None removes one."""
+    path = Path(shutil.copytree(FIXTURES / name, target / name))
+    values = json.loads((path / "config.json").read_text())
+    values |= changes
+    values = {field: value for field, value in values.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(values))
+    return path
+
+
+def refused(path, message):
+    with pytest.raises(InputError, match=message):
+        opened = open_folder(path)
+        opened.params(placed(opened.config, "float32"))
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
+FIELDS = {
+    "unknown": ("llama", {"sandwich_norm": True}, "config.json: sandwich_norm: given True"),
+    "quantised": ("llama", {"quantization_config": {}}, "config.json: quantization_config"),
+    "missing": ("llama", {"hidden_size": None}, "config.json: hidden_size: given None.*no default"),
+    "no default": ("qwen3", {"attention_bias": None}, "config.json: attention_bias"),
+    "type": ("llama", {"hidden_size": "32"}, "config.json: hidden_size: given '32'"),
+    "activation": ("llama", {"hidden_act": "relu"}, "config.json: hidden_act: given 'relu'"),
+    "architecture": (
+        "llama",
+        {"model_type": "lama"},
+        "model_type: given 'lama'.*closest is 'llama'",
+    ),
+    "no rope_theta": ("mistral", {"rope_parameters": None}, "rope_parameters: rope_theta"),
+    "theta": ("llama", {"rope_theta": 5e5}, "config.json: rope_theta: given 10000.0, expected 500"),
+    "scaling": (
+        "llama3",
+        {"rope_scaling": {"type": "llama3", "factor": 4.0}},
+        "config.json: factor: given 8.0, expected 4.0",
+    ),
+    "incomplete": ("llama", {"rope_parameters": LLAMA3}, "rope_parameters: low_freq_factor"),
+    "nested": (
+        "llama",
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        "rope_parameters: full_attention",
+    ),
+    "rope_type": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+        "rope_type: given 'dynamic'",
+    ),
+    "longrope": (
+        "phi3_long",
+        {"original_max_position_embeddings": 32},
+        "original_max_position_embeddings: given 16, expected 32",
+    ),
+    "partial": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: given 0.5"),
+    "tied": ("llama", {"tie_word_embeddings": True}, "tie_word_embeddings.*lm_head.weight"),
+    "untied": ("qwen3", {"tie_word_embeddings": False}, "lm_head.weight: given None"),
+    "layer_types": ("gemma2", {"layer_types": ["sliding_attention"]}, "config.json: layer_types"),
+    "window": ("gemma2", {"sliding_window": None}, "config.json: layer_types"),
+    "experts": ("qwen3_moe", {"num_experts": 8}, "config.json: num_experts"),
+    "heads": ("qwen2", {"num_attention_heads": 5}, "num_attention_heads.*hidden_size = 32"),
+    "post-norm": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before: given False"),
+    "layers": ("llama", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight: given"),
+    "fewer layers": ("llama", {"num_hidden_layers": 1}, "model.layers.1.*no such tensor"),
+    "width": ("llama", {"intermediate_size": 20}, r"mlp.gate_proj.weight: given \(24, 32\)"),
+    "biases": ("llama", {"attention_bias": True}, "q_proj.bias: given None"),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_that_does_not_fit_is_named(tmp_path, name):
+    fixture, changes, message = FIELDS[name]
+    refused(copy(fixture, tmp_path, **changes), message)
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    path = copy("llama", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"] = np.ones(32, np.int8)
+    save_file(tensors, path / "model.safetensors")
+    refused(path, "model.norm.weight: given 'int8', expected floating-point")
+
+
+def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
+    refused(tmp_path / "absent", "a folder of Hugging Face")
+    path = copy("llama", tmp_path)
+    (path / "config.json").write_text("{")
+    refused(path, "config.json: given None, expected a JSON object")
+    (path / "config.json").unlink()
+    refused(path, "config.json: given None")
+
+
+def test_rotary_fields_of_both_versions_may_stand_side_by_side(tmp_path):
+    path = copy("llama3", tmp_path, rope_theta=100.0, rope_scaling={"type": "llama3"})
+    assert open_folder(path).config == folder("llama3").config
+
+
+def test_a_model_of_no_family_is_not_exported(tmp_path):
+    sizes = dict(num_heads=2, num_kv_heads=2, head_dim=4, num_layers=2, ffn_dim=8, max_length=8)
+    odd = from_flat(vocab_size=9, model_dim=8, windows=(4, 2), **sizes)
+    with pytest.raises(InputError, match="none of them has all that it has"):
+        write_folder(tmp_path, odd, {}, dtype=BFLOAT16)
+    with pytest.raises(InputError, match="has pattern/1/attention/window = 2"):
+        write_folder(tmp_path, odd, {}, dtype=BFLOAT16, family="mistral")
+    with pytest.raises(InputError, match="closest is 'mistral'"):
+        write_folder(tmp_path, odd, {}, dtype=BFLOAT16, family="mistal")
+
+
+def test_a_folder_with_a_model_is_not_overwritten(tmp_path):
+    with pytest.raises(InputError, match=r"a folder without a config\.json"):
+        path = copy("llama", tmp_path)
+        write_folder(path, folder("llama").config, params("llama"), dtype=BFLOAT16)

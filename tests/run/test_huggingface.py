@@ -1,0 +1,123 @@
+"""From a folder of Hugging Face to a run that generates and trains on, and back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file
+
+from jaxscale import cli, config
+from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.run.huggingface import import_model
+from jaxscale.run.model import load
+from jaxscale.run.run import load_run
+from jaxscale.types import InputError
+
+FIXTURES = Path(__file__).parents[1] / "convert" / "fixtures"
+END = "<|endoftext|>"
+
+
+def with_tokenizer(target, name="phi3", **fields):
+    """A fixture with a tokenizer of single characters, whose end token is 94."""
+    path = Path(shutil.copytree(FIXTURES / name, target / "model"))
+    vocabulary = {chr(33 + i): i for i in range(94)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary | {END: 94}, []))
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": END}}))
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(values | {"eos_token_id": [94, 96]} | fields))
+    return path
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """(the folder, the directory of the run that the command line made of it)."""
+    root = tmp_path_factory.mktemp("imported")
+    source, directory = with_tokenizer(root), root / "run"
+    assert cli.main(["import", str(source), "--set", f"directory={directory}"]) == 0
+    return source, directory
+
+
+def test_an_imported_model_generates(imported, capsys):
+    _, directory = imported
+    settings = ["--set", "prompts=hello", "--set", "max_new_tokens=5"]
+    assert cli.main(["generate", str(directory), *settings]) == 0
+    assert capsys.readouterr().out.startswith("hello")
+
+
+def test_an_export_is_the_folder_that_was_imported(imported, tmp_path):
+    source, directory = imported
+    assert cli.main(["export", str(directory), str(tmp_path / "out")]) == 0
+    got, wanted = (load_file(path / "model.safetensors") for path in (tmp_path / "out", source))
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(got[name].view(np.uint16), tensor.view(np.uint16), name)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    values, before = (
+        json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", source)
+    )
+    assert values["model_type"] == "phi3" and values["eos_token_id"] == before["eos_token_id"]
+
+
+def test_the_weights_and_the_type_are_those_of_the_folder(imported):
+    source, directory = imported
+    run = load_run([directory / "config.gin"])
+    assert (run.policy.parameters, run.policy.compute) == ("bfloat16", "bfloat16")
+    tokens = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    got = np.asarray(load(directory).pure_params()["embedding"]["tokens"])
+    np.testing.assert_array_equal(got.view(np.uint16), tokens.view(np.uint16))
+
+
+def test_a_gin_file_names_a_folder_as_its_model(imported, tmp_path):
+    source, directory = imported
+    file = tmp_path / "tuned.gin"
+    file.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from jaxscale import run\n"
+        f"include '{directory}/config.gin'\n"
+        "run.Run.model = @run.huggingface_model()\n"
+        f"run.huggingface_model.directory = '{source}'\n"
+    )
+    model = load_run([file]).model
+    assert checkpoint_facts(model) == checkpoint_facts(load_run([directory / "config.gin"]).model)
+
+
+def test_an_existing_directory_is_kept(imported):
+    source, directory = imported
+    with pytest.raises(InputError, match=r"directory: given .* does not exist yet"):
+        import_model(source=str(source), directory=str(directory))
+
+
+def without(path, name):
+    (path / name).unlink()
+
+
+TOKENIZERS = {
+    "none": (lambda path: without(path, "tokenizer.json"), "a folder with tokenizer.json or"),
+    "no end": (lambda path: without(path, "tokenizer_config.json"), "eos_token: given None"),
+    "absent end": (
+        lambda path: (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'),
+        "eos_token: given '</s>'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_folder_without_a_whole_tokenizer_is_refused(tmp_path, name):
+    change, message = TOKENIZERS[name]
+    path = with_tokenizer(tmp_path)
+    change(path)
+    with pytest.raises(InputError, match=message):
+        import_model(source=str(path), directory=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_disagrees_with_the_configuration_is_refused(tmp_path):
+    path = with_tokenizer(tmp_path, eos_token_id=7)
+    with pytest.raises(InputError, match=r"tokenizer_config.json: eos_token: .*\(94\)'.*\(7,\)"):
+        config.run(import_model, [], [f"source={str(path)!r}", "directory='absent'"])
