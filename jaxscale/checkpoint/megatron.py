@@ -109,14 +109,14 @@ def megatron_rules(shards: list[Shard], arguments: Named | None) -> tuple[Rule, 
     }.items():
         match = f"{IN_LAYER}(?P<name>{names})"
         to = f"{TO_LAYER}{{name}}"
-        rules.append(Rule(match, to, cuts, KIND, offsets=offsets))
+        rules.append(Rule(match, to, cuts, kind=KIND, offsets=offsets))
     for name, cut in {
         r"linear_fc1\.weight": first_matrix(f"{IN_LAYER}{EXPERT}"),
         r"linear_fc2\.weight": ROW,
     }.items():
         match = f"{IN_LAYER}{EXPERT}(?P<name>{name})"
         to = f"{TO_LAYER}{TO_EXPERT}{{name}}"
-        rules.append(Rule(match, to, (cut,), KIND, offsets=of_experts))
+        rules.append(Rule(match, to, (cut,), kind=KIND, offsets=of_experts))
     return tuple(rules)
 
 

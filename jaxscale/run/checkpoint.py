@@ -23,10 +23,13 @@ from jaxscale.checkpoint.source import LazyArray
 from jaxscale.checkpoint.steps import committed_steps
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.run.run import load_run
+from jaxscale.run.run import Run, load_run
+from jaxscale.train.state import TrainState, run_key
 from jaxscale.types import InputError, RunError, check_choice
 
 PIECE_BYTES = 1 << 26  # of an array that is compared or verified
+MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # of other systems, as optax calls them
+WEIGHTS = "fp32"
 KINDS = ("jaxscale", "deepspeed", "safetensors", "npz")
 MAX_SHARD_BYTES = 5_000_000_000
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -183,7 +186,8 @@ def _to_ours(
 ) -> None:
     target = conversion.Destination(directory, step)
     if run is not None:
-        target = _of_run(target, leaves, run)
+        leaves = of_run(leaves, run, step)
+        target = _described(target, leaves, run)
     elif isinstance(opened.source, native.NativeCheckpoint):
         target = conversion.Destination(directory, step, form=opened.source.form)
     with _bar("convert", leaves) as bar:
@@ -196,7 +200,60 @@ def _to_ours(
         )
 
 
-def _of_run(
+def of_run(leaves: Mapping[str, LazyArray], file: str, step: int) -> dict[str, LazyArray]:
+    """A source's arrays under the paths of a run's state.
+
+    Arrays are called "params/..." or, of another system, "fp32/params/..." with moments of Adam
+    under "exp_avg/params/..." and "exp_avg_sq/params/...". Where there are moments, the rest of the
+    state comes with them: finished steps, which count the moments' updates too, and the run's key.
+
+    Raises:
+        InputError: an array is neither.
+    """
+    renamed: dict[str, LazyArray] = {}
+    run, state = _state_of(file)
+    wanted = tree.flatten(state)
+    for name, array in leaves.items():
+        first, _, path = name.partition("/")
+        if first in MOMENTS:
+            renamed[_moment_path(wanted, MOMENTS[first], path)] = array
+        else:
+            renamed[path if first == WEIGHTS else name] = array
+    if any(name.partition("/")[0] in MOMENTS for name in leaves):
+        renamed |= _counters(run, wanted, step)
+    return renamed
+
+
+def _moment_path(wanted: Mapping[str, Any], moment: str, path: str) -> str:
+    """The path of a parameter's moment in a run's optimizer state."""
+    end = f"/{moment}/{path.removeprefix('params/')}"
+    found = [name for name in wanted if name.startswith("opt_state/") and name.endswith(end)]
+    if len(found) != 1:
+        expected = f"an optimizer with one state {moment!r} of each parameter, such as adamw"
+        raise InputError("run", path, expected)
+    return found[0]
+
+
+def _counters(run: Run, wanted: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
+    """What a state has beside parameters and moments, after so many steps."""
+    found = {}
+    for path, leaf in wanted.items():
+        if path == "key":
+            found[path] = np.asarray(jax.random.key_data(run_key(run.train.seed)))
+        elif path == "is_finite":
+            found[path] = np.array(True)
+        elif not leaf.shape and np.issubdtype(leaf.dtype, np.integer):
+            found[path] = np.array(step, leaf.dtype)
+    return found
+
+
+def _state_of(file: str) -> tuple[Run, TrainState]:
+    """A run on one device, and its state as shapes."""
+    run = dataclasses.replace(load_run([file]), mesh=MeshConfig())
+    return run, run.setup(jax.devices()[:1]).canonical_state
+
+
+def _described(
     target: conversion.Destination,
     leaves: Mapping[str, LazyArray],
     file: str,
@@ -206,9 +263,7 @@ def _of_run(
     Raises:
         InputError: the arrays are neither the run's whole state nor its parameters.
     """
-    run = dataclasses.replace(load_run([file]), mesh=MeshConfig())
-    devices = jax.devices()[:1]
-    state = run.setup(devices).canonical_state
+    run, state = _state_of(file)
     wanted: Any = state
     if all(name.startswith("params/") for name in leaves):
         wanted = {"params": state.params}

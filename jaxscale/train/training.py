@@ -176,8 +176,8 @@ def _other_state(
     """The state of another run's newest checkpoint, but for what the changes name."""
     with contextlib.closing(_open_other(config.init_from, facts)) as checkpoints:
         saved, data_state = checkpoints.restore_changed(setup.canonical_state, config.init_changes)
-    # None where it is to be drawn.
-    if saved.step is not None:
+    # None where it is to be drawn; another system's checkpoint has no position in the data.
+    if saved.step is not None and data_state:
         loader.restore(data_state)
     state = setup.from_canonical(setup.draw_missing(config.seed, saved))
     _check_seed(state, config)
