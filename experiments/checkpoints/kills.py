@@ -21,19 +21,19 @@ from tests.checkpoint.test_kill import run_kills
 
 
 def kill_conversions(folder: Path, num_kills: int) -> tuple[int, int]:
-    """(kills that came before the commit, conversions that were whole in the end)."""
+    """(processes that SIGKILL ended, conversions that were whole in the end)."""
     wanted = write_ranks(folder / "ranks")
-    draw, num_early, num_whole = np.random.default_rng(0), 0, 0
+    draw, num_killed, num_whole = np.random.default_rng(0), 0, 0
     for number in range(num_kills):
         directory = folder / str(num_whole)
-        num_early += not kill_while_converting(folder / "ranks", directory, draw.uniform(0, 0.2))
+        num_killed += not kill_while_converting(folder / "ranks", directory, draw.uniform(0, 0.2))
         if (directory / "1").exists() or number + 1 == num_kills:
             if not (directory / "1").exists():
                 leaves = RankFiles(folder / "ranks").leaves()
                 convert(leaves, Destination(directory, 1), identity="", budget_bytes=40_000)
             assert_equal(read(directory / "1"), wanted)
             num_whole += 1
-    return num_early, num_whole
+    return num_killed, num_whole
 
 
 def main() -> None:
@@ -43,9 +43,11 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
     began = time.perf_counter()
-    num_early, num_whole = kill_conversions(options.folder, options.kills)
-    print(f"convert: {options.kills} kills, {num_early} before the commit, {num_whole} whole")
-    run_kills(options.folder / "saves", options.kills)
+    num_killed, num_whole = kill_conversions(options.folder, options.kills)
+    print(f"convert: {num_killed} of {options.kills} killed, {num_whole} whole", flush=True)
+    saves = options.folder / "saves"
+    saves.mkdir()
+    run_kills(saves, options.kills)
     print(f"save: {options.kills} kills, each newest step sound")
     print(f"{time.perf_counter() - began:.0f} s")
 
