@@ -81,6 +81,7 @@ def train(
         # Closed before the directory's lock is given up, for until then a save may be written.
         on_exit(opened.pop_all().close)
     watchdog.watch("the restore or first draw of the state", is_slow=True)
+    checkpoints.fetch()
     if checkpoints.latest_step() is None:
         check_new(run, checkpoint.directory)
         changed = []
