@@ -63,6 +63,10 @@ VERBS = {
         "jaxscale.run.generate:generate",
         "sample text from a checkpoint",
     ),
+    "serve": Verb(
+        "jaxscale.run.serve:serve",
+        "answer OpenAI's clients over HTTP with a checkpoint; the file may be a run's directory",
+    ),
     "evaluate": Verb(
         "jaxscale.run.evaluate:evaluate",
         "measure a checkpoint on held-out text",
@@ -100,6 +104,12 @@ VERBS = {
         "write a checkpoint as a folder that Hugging Face loads",
         words=(("directory", "the new folder"),),
     ),
+    "plan": Verb(
+        "jaxscale.run.plan:plan",
+        "find the fastest mesh for a run on devices that need not be here, say why others are"
+        " slower, and write a file for pretrain",
+        option=("devices", "DEVICE:HOSTSxDEVICES_PER_HOST, such as h200:2x8"),
+    ),
 }
 
 CHECKPOINT = "jaxscale.run.checkpoint"
@@ -121,6 +131,8 @@ examples:
   jaxscale inspect experiments/configs/runs/main_job.gin
   jaxscale compile experiments/configs/runs/llama_1b.gin --topology h200:16x8 \\
       --set mesh.data=128 --set data.batch_size=512
+  jaxscale plan experiments/configs/runs/llama_1b.gin --devices h200:2x8 \\
+      --set data.batch_size=512
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate runs/main_job --set 'prompts="Once upon"'
@@ -128,6 +140,7 @@ examples:
   jaxscale chat runs/phi3 --set sampling.temperature=0.7
   jaxscale export runs/phi3 models/phi3_tuned
   jaxscale checkpoint show runs/main_job/checkpoints
+  jaxscale serve runs/main_job --set port=8000
 
 A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
@@ -184,9 +197,9 @@ def _leave_closed_pipe() -> int:
 
 
 def _run(options: argparse.Namespace) -> Any:
-    if options.verb == "checkpoint":
-        return _run_action(options)
     with Preemption(), _log_on_stderr():
+        if options.verb == "checkpoint":
+            return _run_action(options)
         verb = VERBS[options.verb]
         function = load(verb.function)
         if not verb.has_file:
@@ -208,9 +221,7 @@ def _run_action(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if value is not None}
     for name in ("verb", "action", "debug"):
         del given[name]
-    function = load(f"{CHECKPOINT}:{options.action}")
-    with _log_on_stderr():
-        function(**given)
+    load(f"{CHECKPOINT}:{options.action}")(**given)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

@@ -30,7 +30,9 @@ from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import huggingface_model
-from jaxscale.run.run import Run
+from jaxscale.run.planned import PlannedMesh
+from jaxscale.run.run import Run, masked_token_loss, next_token_loss
+from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
@@ -43,6 +45,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DenseMixerRouter",
+    "EngineConfig",
     "ExecutionConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "ModelConfig",
     "NormConfig",
     "OptimizerConfig",
+    "PlannedMesh",
     "Policy",
     "ProcessesConfig",
     "RotaryConfig",
@@ -72,4 +76,6 @@ __all__ = [
     "Whole",
     "YarnScaling",
     "huggingface_model",
+    "masked_token_loss",
+    "next_token_loss",
 ]

@@ -15,6 +15,7 @@ from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.execution import ByChunk, ExecutionConfig
 from jaxscale.models.losses import NextTokenLoss
+from jaxscale.models.masked import MaskedTokenLoss
 from jaxscale.models.parameters import Table, parameter_table
 from jaxscale.ops.attention import DETERMINISTIC, AttentionContext, check_backend
 from jaxscale.ops.attention.chunked import QUERY_CHUNK
@@ -43,6 +44,18 @@ def next_token_loss(run: "Run") -> LossFn:
     )
 
 
+def masked_token_loss(run: "Run", *, mask_id: int, fraction: float = 0.15) -> LossFn:
+    """The loss of a bidirectional model, see `models.masked.MaskedTokenLoss`."""
+    return MaskedTokenLoss(
+        model=run.model,
+        policy=run.policy,
+        execution=run.execution,
+        z_loss=run.train.z_loss,
+        mask_id=mask_id,
+        fraction=fraction,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Everything that a run is.
@@ -50,7 +63,8 @@ class Run:
     Args:
         directory: of the run: its configuration, metrics, checkpoints and profile.
         model: the model.
-        mesh: axis sizes and ZeRO level.
+        mesh: axis sizes and ZeRO level; or a planner, run -> the same run with a mesh,
+            micro-batches and remat, called when the run is made, see `run.planned.PlannedMesh`.
         data: sources, tokenizer, sequence length and global batch size.
         optimizer: optimizer and schedule.
         train: steps, micro-batches, seed.
@@ -64,7 +78,7 @@ class Run:
 
     directory: str
     model: ModelConfig
-    mesh: MeshConfig
+    mesh: MeshConfig | Callable[["Run"], "Run"]
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -79,6 +93,10 @@ class Run:
         check_types(self)
         if not self.directory.strip():
             raise InputError("Run.directory", self.directory, "the name of a folder")
+        if not isinstance(self.mesh, MeshConfig):
+            planned = self.mesh(self)
+            for name in ("mesh", "train", "execution"):
+                object.__setattr__(self, name, getattr(planned, name))
 
     @property
     def path(self) -> Path:

@@ -168,6 +168,13 @@ def _restore_or_start(
     return dataclasses.replace(state, params=_other_params(setup, config.init_from, facts))
 
 
+def _check_step(state: TrainState, folder: int) -> None:
+    """Refuses a folder that does not bear the step in it: the next save could be in its way."""
+    if int(state.step) != folder:
+        expected = f"the name {state.step}, of the step in it: the folder was renamed"
+        raise InputError("checkpoint.directory", f"a folder {folder}", expected)
+
+
 def _other_state(
     setup: Setup,
     loader: ResumableLoader,
@@ -191,13 +198,6 @@ def _check_seed(state: TrainState, config: TrainConfig) -> None:
     if (saved != jax.random.key_data(run_key(config.seed))).any():
         expected = "the seed with which the run was begun"
         raise InputError("TrainConfig.seed", config.seed, expected)
-
-
-def _check_step(state: TrainState, folder: int) -> None:
-    """Refuses a folder that does not bear the step in it: the next save could be in its way."""
-    if int(state.step) != folder:
-        expected = f"the name {state.step}, of the step in it: the folder was renamed"
-        raise InputError("checkpoint.directory", f"a folder {folder}", expected)
 
 
 def _other_params(

@@ -263,7 +263,7 @@ def test_files_that_are_reached_twice_are_told(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("a")
     source = TextSource((str(tmp_path), str(tmp_path / "a.txt")))
     assert len(source.version()) == 1
-    assert "TextSource.paths: 1 files are reached more than once and read once" in caplog.text
+    assert "TextSource.paths: 1 of 2 files are others again" in caplog.text
 
 
 def test_a_run_that_held_out_by_keys_goes_on_only_so(make_config, caplog):
