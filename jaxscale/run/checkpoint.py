@@ -13,12 +13,10 @@ from tqdm import tqdm
 from jaxscale import tree
 from jaxscale.checkpoint import conversion, manifest, native
 from jaxscale.checkpoint.boxes import boxes, chunk_shape
-from jaxscale.checkpoint.deepspeed_writer import write_universal
+from jaxscale.checkpoint.exports import KINDS, export
 from jaxscale.checkpoint.matching import check_leaves
 from jaxscale.checkpoint.opening import Opened, open_checkpoint
 from jaxscale.checkpoint.patterns import load_rules
-from jaxscale.checkpoint.rank_files import write_npz
-from jaxscale.checkpoint.safetensors import CODES, NewTensor, write_safetensors
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.checkpoint.steps import committed_steps
 from jaxscale.models.config.facts import checkpoint_facts
@@ -30,8 +28,6 @@ from jaxscale.types import InputError, RunError, check_choice
 PIECE_BYTES = 1 << 26  # of an array that is compared or verified
 MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # of other systems, as optax calls them
 WEIGHTS = "fp32"
-KINDS = ("jaxscale", "deepspeed", "safetensors", "npz")
-MAX_SHARD_BYTES = 5_000_000_000
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -119,7 +115,7 @@ def convert(
     Raises:
         InputError: it is damaged, does not fit the run, or the step exists.
     """
-    check_choice("to", to, KINDS)
+    check_choice("to", to, ("jaxscale", *KINDS))
     budget_bytes = _parsed(budget)
     opened = _open(path, rules)
     leaves = opened.source.leaves()
@@ -129,15 +125,7 @@ def convert(
     elif run is not None:
         raise InputError("run", run, f"none with to={to!r}")
     else:
-        directory.mkdir(parents=True, exist_ok=True)
-        piece_bytes = budget_bytes // conversion.MAX_COPIES
-        if to == "deepspeed":
-            write_universal(leaves, directory, step=step, piece_bytes=piece_bytes)
-        elif to == "safetensors":
-            tensors = [_new_tensor(name, array) for name, array in leaves.items()]
-            write_safetensors(directory, tensors, max_shard_bytes=MAX_SHARD_BYTES)
-        else:
-            write_npz(leaves, directory / "all.npz", piece_bytes=piece_bytes)
+        export(leaves, directory, kind=to, step=step, budget_bytes=budget_bytes)
     print(f"{directory}: {len(leaves)} arrays")
 
 
@@ -166,14 +154,6 @@ def diff(path: str, other: str, rules: str | None = None) -> None:
 def _open(path: str, rules: str | None) -> Opened:
     given = None if rules is None else load_rules(Path(rules).expanduser())
     return open_checkpoint(Path(path).expanduser(), given)
-
-
-def _new_tensor(name: str, array: LazyArray) -> NewTensor:
-    if array.dtype not in CODES:
-        raise InputError(
-            name, str(array.dtype), f"a type of safetensors: {', '.join(CODES.values())}"
-        )
-    return NewTensor(name, tuple(array.shape), array.dtype, lambda: array[()])
 
 
 def _to_ours(

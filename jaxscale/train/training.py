@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.exports import export
+from jaxscale.checkpoint.manager import BUDGET_BYTES, CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.checkpoint.restore import restore_params
 from jaxscale.launch.memory import check_fits
 from jaxscale.parallel.batch import place
@@ -119,7 +121,21 @@ def train(
     )
     for resource in (*loop.reporters, loop.profiler):
         on_exit(resource.close)
-    return loop.run(state)
+    outcome = loop.run(state)
+    if config.export is not None and outcome.step == config.steps and jax.process_index() == 0:
+        checkpoints.wait()
+        _export(Path(checkpoint.within(run).directory), run, config)
+    return outcome
+
+
+def _export(checkpoints: Path, run: Path, config: TrainConfig) -> None:
+    """Writes the last checkpoint as another system's, too."""
+    leaves = NativeCheckpoint(checkpoints / str(config.steps)).leaves()
+    if config.export == "safetensors":
+        leaves = {path: leaf for path, leaf in leaves.items() if path.startswith("params/")}
+    folder = run / config.export
+    export(leaves, folder, kind=config.export, step=config.steps, budget_bytes=BUDGET_BYTES)
+    logger.info("the last checkpoint is also in %s", folder)
 
 
 @dataclasses.dataclass(frozen=True)
