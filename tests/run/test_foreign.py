@@ -146,22 +146,31 @@ def foreign(step, tmp_path):
     return folder.parent
 
 
-def test_it_is_the_same_state_and_the_run_goes_on(foreign, step, gin_file, tmp_path, capsys):
-    rules, run_file = tmp_path / "rules.toml", tmp_path / "run.gin"
+@pytest.fixture
+def converted(foreign, gin_file, tmp_path):
+    """The foreign checkpoint as one of the run in `run.gin`."""
+    run_file = tmp_path / "run.gin"
     run_file.write_text(
         "from __gin__ import dynamic_registration\nfrom jaxscale import run\n"
         f"include '{gin_file}'\nDIRECTORY = '{tmp_path}/new'\n"
         f"run.TrainConfig.init_from = '{tmp_path}/converted'\n"
         f"run.TrainConfig.init_changes = @run.Changes()\nrun.TrainConfig.steps = {runs.STEPS + 1}\n"
     )
-    converted = tmp_path / "converted"
-    options = ["--rules", rules, "--run", run_file, "--step", runs.STEPS]
-    convert = ["checkpoint", "convert", foreign, converted, *options]
+    options = ["--rules", tmp_path / "rules.toml", "--run", run_file, "--step", runs.STEPS]
+    convert = ["checkpoint", "convert", foreign, tmp_path / "converted", *options]
     assert cli.main(list(map(str, convert))) == 0
-    # Parameters, moments, counts, step and key: bit by bit those of the run that was laid out.
+    return tmp_path / "converted"
+
+
+def test_it_is_the_same_state(converted, step, capsys):
+    """Parameters, moments, counts, step and key: bit by bit those of the run that was laid out."""
     assert cli.main(["checkpoint", "diff", str(step), str(converted)]) == 0
     assert "38 arrays are equal" in capsys.readouterr().out
-    runs.train(run_file, tmp_path / "new")
+
+
+@pytest.mark.long
+def test_a_run_goes_on_from_it(converted, tmp_path):
+    runs.train(tmp_path / "run.gin", tmp_path / "new")
     history = runs.read_history(tmp_path / "new" / "metrics.jsonl")
     (line,) = [line for line in history if "loss" in line]
     assert line["step"] == runs.STEPS + 1 and line["loss"] < 3  # a draw's is 5.6
