@@ -121,7 +121,7 @@ ACTIONS = {
     "diff": "compare two array by array; exit 1 if they differ",
 }
 CONVERT_OPTIONS = {
-    "to": "jaxscale (the default), deepspeed or npz",
+    "to": "jaxscale (the default), deepspeed, safetensors or npz",
     "run": "gin file of the run that is to start from it",
     "budget": "host memory, such as 512MiB; 4GiB when not given",
 }

@@ -2,6 +2,7 @@
 
 from jaxscale.checkpoint.changes import Changes
 from jaxscale.checkpoint.manager import CheckpointConfig
+from jaxscale.checkpoint.mirror import MirrorConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import JsonLinesSource, StandardLibrary, TextSource
 from jaxscale.data.tokenizer import TokenizerConfig
@@ -55,6 +56,7 @@ __all__ = [
     "LongRopeScaling",
     "MaskedSamplingRouter",
     "MeshConfig",
+    "MirrorConfig",
     "ModelConfig",
     "NormConfig",
     "OptimizerConfig",
