@@ -158,7 +158,8 @@ class StagePlanner:
         """The plan whose step is estimated to be shortest, over all stages and micro-batches.
 
         Raises:
-            RunError: no plan fits; says how many bytes the nearest is above the limit.
+            RunError: no plan fits; says how many bytes the nearest is above the limit, or that a
+                block could not be measured.
         """
         found, nearest = [], math.inf
         for num_microbatches in self._num_microbatches():
@@ -171,6 +172,8 @@ class StagePlanner:
                 elif not found:
                     least, _ = smallest_maximum(table.num_bytes, num_stages)
                     nearest = min(nearest, least)
+        if not found and nearest <= self.limit_bytes:
+            raise RunError("no plan fits: a block ran out of memory when it was measured")
         if not found:
             over = f"{nearest - self.limit_bytes:,.0f} bytes above {self.limit_bytes:,.0f}"
             raise RunError(f"no plan fits; the nearest is {over} on its fullest device")
