@@ -217,9 +217,15 @@ class StagePlanner:
         """Of a micro-batch through a stage, forward and backward."""
         again = cost.forward_s if num_microbatches > 1 else 0.0
         computing = share * (cost.forward_s + cost.backward_s + again)
-        device = self.cluster.device
         sent = 2 * share * (cost.input_bytes + cost.output_bytes)
-        return computing + sent / (device.link_bandwidth * device.link_share)
+        return computing + sent / self._bandwidth
+
+    @property
+    def _bandwidth(self) -> float:
+        """Bytes/s between devices: over the network where there are hosts, as any two may be apart."""
+        device, is_one_host = self.cluster.device, self.cluster.num_hosts == 1
+        peak = device.link_bandwidth if is_one_host else device.network_bandwidth
+        return peak * device.link_share
 
     def _plan(
         self,
@@ -228,7 +234,6 @@ class StagePlanner:
         table: Table,
     ) -> StagePlan:
         stages, begin, longest_sum = [], 0, 0.0
-        device = self.cluster.device
         for end, replicas in cut.stages:
             place = begin, end, replicas
             stages.append(
@@ -241,8 +246,7 @@ class StagePlanner:
             )
             if replicas > 1:
                 moved = 2 * (replicas - 1) / replicas * self._costs[begin, end].params_bytes
-                seconds = LATENCY_S + moved / (device.link_bandwidth * device.link_share)
-                longest_sum = max(longest_sum, seconds)
+                longest_sum = max(longest_sum, LATENCY_S + moved / self._bandwidth)
             begin = end
         num_ticks = num_microbatches + len(stages) - 1
         seconds = num_ticks * cut.largest + longest_sum
