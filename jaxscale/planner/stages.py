@@ -222,7 +222,7 @@ class StagePlanner:
 
     @property
     def _bandwidth(self) -> float:
-        """Bytes/s between devices: over the network where there are hosts, as any two may be apart."""
+        """Bytes/s between devices; with several hosts any two may have the network between them."""
         device, is_one_host = self.cluster.device, self.cluster.num_hosts == 1
         peak = device.link_bandwidth if is_one_host else device.network_bandwidth
         return peak * device.link_share
