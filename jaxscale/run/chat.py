@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxscale.data.chat_template import ChatTemplate, Message, read_chat_template
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.run.huggingface import KEPT, stop_ids
+from jaxscale.run.huggingface import files_beside, stop_ids
 from jaxscale.run.model import LanguageModel, load
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import generate_tokens
@@ -42,7 +42,7 @@ def chat(
     """
     apply_runtime(run.runtime, str(run.path))
     check_positive("max_new_tokens", max_new_tokens)
-    folder = run.path / KEPT
+    folder = files_beside(run)
     template = read_chat_template(folder)
     model = load(run, step=step, tensor=tensor)
     stops = set(stop_ids(folder)) or {model.tokenizer.eos_id}
