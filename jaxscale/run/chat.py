@@ -10,7 +10,7 @@ from jaxscale.data.chat_template import (
     read_chat_template,
 )
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.run.huggingface import KEPT, stop_ids
+from jaxscale.run.huggingface import files_beside, stop_ids
 from jaxscale.run.model import LanguageModel, load
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import generate_tokens
@@ -47,7 +47,7 @@ def chat(
     """
     apply_runtime(run.runtime, str(run.path))
     check_positive("max_new_tokens", max_new_tokens)
-    folder = run.path / KEPT
+    folder = files_beside(run)
     template = read_chat_template(folder)
     if template is None:
         expected = f"a template, here or in {TEMPLATE}"
