@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxscale.data.sources import Document, Source, num_bytes
+from jaxscale.data.sources import ChatDocument, Document, Source, num_bytes
 from jaxscale.data.split import hash_key
-from jaxscale.data.tokenizer import Tokenizer
+from jaxscale.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from jaxscale.types import InputError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+TRAINED = "trained.bin"  # empty unless the documents are chats
+_NONE = np.zeros(0, bool)
 CHARACTERS_PER_ENCODE = 1 << 22
 
 
@@ -38,6 +40,7 @@ class TokenCache:
             read.
         tokenizer: the tokenizer's fingerprint.
         directory: where the files are.
+        trained: bool [num_tokens], which tokens are learned to be predicted; None for all.
     """
 
     tokens: np.ndarray
@@ -48,6 +51,7 @@ class TokenCache:
     content: str
     tokenizer: str
     directory: Path
+    trained: np.ndarray | None = None
 
     def keys(self) -> list[str]:
         """The documents' keys, in order."""
@@ -141,11 +145,13 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     with (
         _appending(folder / "tokens.bin") as append_tokens,
         _appending(folder / "keys.jsonl") as append_keys,
+        _appending(folder / TRAINED) as append_trained,
     ):
         for documents in _groups(source.documents()):
             sizes += [num_bytes(document) for document in documents]
             hashes += [hash_key(document.key) for document in documents]
-            encoded = tokenizer.encode_batch([document.text for document in documents])
+            encoded, trained = _encoded(documents, tokenizer)
+            append_trained(np.concatenate(trained).tobytes())
             ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
             lengths += [len(ids) for ids in ended]
             flat = np.concatenate(ended).tobytes()
@@ -153,6 +159,7 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             append_tokens(flat)
             lines = [json.dumps(document.key) + "\n" for document in documents]
             append_keys("".join(lines).encode())
+    content.update((folder / TRAINED).read_bytes())
     if not lengths:
         expected = "at least one document with text: the corpus is empty"
         raise InputError("DataConfig.sources", source, expected)
@@ -166,6 +173,19 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             append(array.tobytes())
         content.update(array.tobytes())
     _write_manifest(folder, np.dtype(dtype).name, content.hexdigest())
+
+
+def _encoded(
+    documents: list[Document] | list[ChatDocument],
+    tokenizer: Tokenizer,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The tokens of documents; and of chats which are trained, the one that ends them not."""
+    if not isinstance(documents[0], ChatDocument):
+        return tokenizer.encode_batch([document.text for document in documents]), [_NONE]
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise InputError("TokenizerConfig.kind", type(tokenizer), "'huggingface' for chats")
+    pairs = [tokenizer.encode_trained(each.text, each.trained) for each in documents]
+    return [ids for ids, _ in pairs], [np.append(mask, False) for _, mask in pairs]
 
 
 def _write_manifest(folder: Path, tokens_dtype: str, content: str) -> None:
@@ -192,8 +212,10 @@ def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
     arrays = {}
     for name, dtype in dtypes.items():
         arrays[name] = np.memmap(folder / f"{name}.bin", dtype, mode="r")
+    is_of_chats = manifest["sizes_bytes"].get(TRAINED, 0) > 0
     return TokenCache(
         **arrays,
+        trained=np.memmap(folder / TRAINED, bool, mode="r") if is_of_chats else None,
         fingerprint=folder.name,
         content=manifest["content"],
         tokenizer=tokenizer.fingerprint,

@@ -20,7 +20,21 @@ class Document(NamedTuple):
     text: str
 
 
-def num_bytes(document: Document) -> int:
+class ChatDocument(NamedTuple):
+    """A document in whose text special tokens that it spells are tokens, as in a chat's.
+
+    Args:
+        key: as of a `Document`.
+        text: what is read.
+        trained: first and last character, the latter excluded, of each span that is trained.
+    """
+
+    key: str
+    text: str
+    trained: tuple[tuple[int, int], ...]
+
+
+def num_bytes(document: Document | ChatDocument) -> int:
     """Bytes of the text in UTF-8.
 
     Raises:
@@ -37,8 +51,8 @@ def num_bytes(document: Document) -> int:
 class Source(Protocol):
     """A frozen dataclass that names a collection of documents."""
 
-    def documents(self) -> Iterator[Document]:
-        """The documents, in the same order every time."""
+    def documents(self) -> Iterator[Document | ChatDocument]:
+        """The documents, all of one kind and in the same order every time."""
         ...
 
     def version(self) -> list[Any]:

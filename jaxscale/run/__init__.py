@@ -1,6 +1,7 @@
 """A run as one value, and the verbs that take it; a gin file can name all parts of a run here."""
 
 from jaxscale.checkpoint.manager import CheckpointConfig
+from jaxscale.data.chats import ChatSource
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import JsonLinesSource, StandardLibrary, TextSource
 from jaxscale.data.tokenizer import TokenizerConfig
@@ -38,6 +39,7 @@ __all__ = [
     "AttentionConfig",
     "BitsPerByte",
     "ByChunk",
+    "ChatSource",
     "CheckpointConfig",
     "DataConfig",
     "DenseMixerRouter",
