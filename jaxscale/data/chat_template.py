@@ -129,7 +129,20 @@ def _broken_up(value: Any, special: Iterable[str]) -> Any:
     return value
 
 
-def read_chat_template(folder: Path) -> ChatTemplate | None:
+def read_chat_template(folder: Path) -> ChatTemplate:
+    """As `find_chat_template`.
+
+    Raises:
+        InputError: the folder has no template, or it is no jinja template.
+    """
+    template = find_chat_template(folder)
+    if template is None:
+        expected = f"a template, here or in {TEMPLATE}"
+        raise InputError(f"{folder / TOKENIZER_CONFIG}: chat_template", None, expected)
+    return template
+
+
+def find_chat_template(folder: Path) -> ChatTemplate | None:
     """The template of a folder of Hugging Face: a file of its own, or a tokenizer's field.
 
     Returns:

@@ -89,13 +89,13 @@ def make_service(
     timeout_s: float | None = None,
 ) -> "Service":
     """What of a run is served; Args and Raises as `serve`."""
-    from jaxscale.data.chat_template import read_chat_template
+    from jaxscale.data.chat_template import find_chat_template
     from jaxscale.serve.handler import Service
 
     folder = chat_folder(run)
     return Service(
         model=model_name or run.path.resolve().name,
-        chat_template=read_chat_template(folder),
+        chat_template=find_chat_template(folder),
         api_keys=api_keys,
         stop_ids=stop_ids(folder),
         timeout_s=timeout_s,
