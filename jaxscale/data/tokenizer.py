@@ -60,11 +60,13 @@ class TokenizerConfig:
         kind: `byte`, `huggingface` (a tokenizer.json) or `sentencepiece` (a tokenizer.model).
         path: the file, or the folder that holds it under its usual name; None for `byte`.
         eos_token: the token that ends a document, for `huggingface`.
+        bos_token: the token with which every text begins, for `huggingface`; None for none.
     """
 
     kind: Literal["byte", "huggingface", "sentencepiece"] = "byte"
     path: str | None = None
     eos_token: str = END_OF_TEXT
+    bos_token: str | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -84,8 +86,18 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return ByteTokenizer()
     if config.kind == "huggingface":
         content = _read(config.path, HUGGING_FACE_FILE)
-        return HuggingFaceTokenizer(_text(config.path, content), config.eos_token)
+        text = _text(config.path, content)
+        return HuggingFaceTokenizer(text, config.eos_token, config.bos_token)
     return SentencePieceTokenizer(_read(config.path, SENTENCE_PIECE_FILE))
+
+
+def parse(serialized: str) -> tokenizers.Tokenizer:
+    """The tokenizer that the text of a tokenizer.json is; raises InputError if it is none."""
+    try:
+        return tokenizers.Tokenizer.from_str(serialized)
+    except Exception as error:  # the library raises bare Exception
+        expected = f"a tokenizer.json ({error})"
+        raise InputError("TokenizerConfig.path", serialized[:40], expected) from error
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -164,14 +176,16 @@ class HuggingFaceTokenizer:
     Args:
         serialized: the text of its tokenizer.json.
         eos_token: the token that ends a document.
+        bos_token: the token with which every text begins; None for none.
     """
 
-    def __init__(self, serialized: str, eos_token: str = END_OF_TEXT):
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
-        except Exception as error:  # the library raises bare Exception
-            expected = f"a tokenizer.json ({error})"
-            raise InputError("TokenizerConfig.path", serialized[:40], expected) from error
+    def __init__(
+        self,
+        serialized: str,
+        eos_token: str = END_OF_TEXT,
+        bos_token: str | None = None,
+    ):
+        self._tokenizer = parse(serialized)
         # Text that spells a special token must not become one, least of all the end of a document.
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder().values()
@@ -181,17 +195,24 @@ class HuggingFaceTokenizer:
         self.eos_id = self._tokenizer.token_to_id(eos_token)
         if self.eos_id is None:
             raise InputError("TokenizerConfig.eos_token", eos_token, "a token of the vocabulary")
+        self._begin = [] if bos_token is None else [self._tokenizer.token_to_id(bos_token)]
+        if None in self._begin:
+            raise InputError("TokenizerConfig.bos_token", bos_token, "a token of the vocabulary")
         # Ids may have gaps, and a model needs a row for the largest.
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         identity = f"{eos_token}\n{serialized}"
+        if bos_token is not None:
+            identity = f"{bos_token}\n{identity}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._serialized = serialized
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._begin + self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_special(self, text: str) -> list[int]:
         """The token ids of a text in which the special tokens that it spells are tokens.
+
+        None is put before it.
 
         For text of a chat's template, in which nothing of a user's may spell one.
         """
@@ -227,7 +248,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return [np.array(self._begin + encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)

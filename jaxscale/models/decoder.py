@@ -243,6 +243,8 @@ class Decoder:
         """Final norm: residual [B, own T, D] to the unembedding's input [B, T, D]."""
         norm = self._use("final_norm", params["final_norm"])
         h = normalise(norm, x, self.config.norm)
+        if self.config.unembedding_scale != 1:
+            h = h * self.config.unembedding_scale
         h = self.operations.collectives.gather_tokens(h)
         return self.operations.backends.name("final_norm", h)
 

@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Iterator, Sequence
 
+from jaxscale.convert.tokenizer import stop_ids
 from jaxscale.data.chat_template import ChatTemplate, Message, read_chat_template
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.run.huggingface import files_beside, stop_ids
+from jaxscale.run.huggingface import files_beside
 from jaxscale.run.model import LanguageModel, load
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import generate_tokens

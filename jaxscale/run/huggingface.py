@@ -11,8 +11,8 @@ import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by it
 import numpy as np
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
-from jaxscale.convert.fields import read_json
 from jaxscale.convert.folder import CONFIG, MAX_SHARD_BYTES, Folder, open_folder, write_folder
+from jaxscale.convert.tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG, tokenizer_config
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import StandardLibrary
 from jaxscale.data.tokenizer import (
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 KEPT = "huggingface"  # folder of a run with the files beside the weights
 CHECKPOINTS = "checkpoints"
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 FILES = (
     CONFIG,
     GENERATION_CONFIG,
@@ -74,7 +73,7 @@ def import_model(*, source: str, directory: str | None = None) -> Run:
     path = Path(directory).expanduser()
     if path.exists():
         raise InputError("directory", str(path), "a folder that does not exist yet")
-    tokenizer = tokenizer_config(folder)
+    tokenizer = tokenizer_config(folder.path)
     run = _run(folder, directory, tokenizer)
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, run.model.vocab_size)
@@ -140,43 +139,9 @@ def huggingface_model(*, directory: str) -> ModelConfig:
     return open_folder(directory).config
 
 
-def tokenizer_config(folder: Folder) -> TokenizerConfig:
-    """The tokenizer of a folder.
-
-    Raises:
-        InputError: it has none, or its end of a document is none of config.json's.
-    """
-    if not (folder.path / HUGGING_FACE_FILE).exists():
-        if (folder.path / SENTENCE_PIECE_FILE).exists():
-            return TokenizerConfig("sentencepiece", str(folder.path))
-        expected = f"a folder with {HUGGING_FACE_FILE} or {SENTENCE_PIECE_FILE}"
-        raise InputError("source", str(folder.path), expected)
-    file = folder.path / TOKENIZER_CONFIG
-    token = read_json(file).get("eos_token") if file.exists() else None
-    token = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(token, str):
-        raise InputError(f"{file}: eos_token", token, "the token that ends a document")
-    config = TokenizerConfig("huggingface", str(folder.path), token)
-    ends, end = stop_ids(folder.path), load_tokenizer(config).eos_id
-    if ends and end not in ends:
-        expected = f"the token of one of {CONFIG}'s or {GENERATION_CONFIG}'s eos_token_id, {ends}"
-        raise InputError(f"{file}: eos_token", f"{token} ({end})", expected)
-    return config
-
-
 def files_beside(run: Run) -> Path:
     """The folder of a run's tokenizer, where an import keeps what stood beside the weights."""
     return Path(run.data.tokenizer.path or run.path).expanduser()
-
-
-def stop_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end an answer, by config.json and generation_config.json."""
-    found: list[int] = []
-    for name in (CONFIG, GENERATION_CONFIG):
-        values = read_json(folder / name) if (folder / name).exists() else {}
-        ids = values.get("eos_token_id")
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(found))
 
 
 def gin_text(run: Run) -> str:

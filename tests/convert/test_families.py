@@ -156,7 +156,8 @@ def test_parameters_take_the_type_that_is_asked_for():
 
 def test_every_family_has_a_fixture():
     models = {json.loads((FIXTURES / name / CONFIG).read_text())["model_type"] for name in NAMES}
-    assert models == {family.model_types[0] for family in BY_MODEL_TYPE.values()}
+    # test_phi3_small.py has the oracle of the one that Hugging Face does not have.
+    assert models | {"phi3small"} == {each.model_types[0] for each in BY_MODEL_TYPE.values()}
 
 
 def test_an_import_reads_each_tensor_once_and_one_at_a_time():

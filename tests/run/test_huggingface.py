@@ -10,6 +10,7 @@ import tokenizers
 from safetensors.numpy import load_file
 
 from jaxscale import cli, config, tree
+from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.run.huggingface import import_model
 from jaxscale.run.model import load
@@ -93,13 +94,29 @@ def test_an_existing_directory_is_kept(imported):
         import_model(source=str(source), directory=str(directory))
 
 
+def test_texts_begin_as_hugging_faces_tokenizer_begins_them(tmp_path):
+    path = with_tokenizer(tmp_path)
+    (path / "tokenizer_config.json").write_text("{}")  # as that of GPT-2 says no end
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    pair = [("!", 0)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("! $A", None, pair)
+    tokenizer.save(str(path / "tokenizer.json"))
+    run = import_model(source=str(path), directory=str(tmp_path / "run"))
+    assert (run.data.tokenizer.bos_token, run.data.tokenizer.eos_token) == ("!", END)
+    ours = load_tokenizer(run.data.tokenizer)
+    assert ours.encode("bc") == tokenizer.encode("bc").ids == ours.encode_batch(["bc"])[0].tolist()
+
+
 def without(path, name):
     (path / name).unlink()
 
 
 TOKENIZERS = {
     "none": (lambda path: without(path, "tokenizer.json"), "a folder with tokenizer.json or"),
-    "no end": (lambda path: without(path, "tokenizer_config.json"), "eos_token: given None"),
+    "no end": (
+        lambda path: (path / "tokenizer_config.json").write_text('{"eos_token": 3}'),
+        "eos_token: given 3",
+    ),
     "absent end": (
         lambda path: (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'),
         "eos_token: given '</s>'",
