@@ -3,6 +3,7 @@
 experiments/huggingface_fixtures.py has made the folders in fixtures/.
 """
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -23,6 +24,7 @@ from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.decoding import generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
+from tests.models.naive import Naive
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(json.loads((FIXTURES / "families.json").read_text()))
@@ -104,6 +106,32 @@ def test_greedy_tokens_equal(name):
         max_new_tokens=len(tokens) - 12,
     )
     assert got[0] == tokens[12:]
+
+
+@pytest.mark.parametrize("name", ["phi3_long", "phimoe_long"])
+def test_rows_of_both_sides_of_the_original_length_share_a_batch(name):
+    """By formulas: Hugging Face gives all rows the factors of the longest, and PhiMoE the short."""
+    config = with_paper_mask(folder(name).config)
+    tokens = np.random.default_rng(3).integers(0, 97, (2, 24))
+    segments = np.repeat([[1] * 24, [1] * 16 + [0] * 8], 1, 0)
+    positions = np.where(segments > 0, np.arange(24), 0)
+    batch = {"tokens": tokens, "positions": positions, "segments": segments}
+    model = dataclasses.replace(decoder(name), config=config)
+    got = jax.jit(model.logits)(params(name), batch)[0]
+    wanted = Naive(params(name), config).logits(batch)
+    assert_close(np.asarray(got)[segments > 0], wanted[segments > 0])
+
+
+def with_paper_mask(config):
+    """The model with the form of its router's mask that the formulas have."""
+    layers = []
+    for layer in config.pattern:
+        experts = layer.feed_forward
+        if layer.is_moe:
+            router = dataclasses.replace(experts.router, mask="paper")
+            experts = dataclasses.replace(experts, router=router)
+        layers.append(dataclasses.replace(layer, feed_forward=experts))
+    return dataclasses.replace(config, pattern=tuple(layers))
 
 
 def unread(name, tensor):
