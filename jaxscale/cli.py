@@ -158,17 +158,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> Any:
-    verb = VERBS[options.verb]
-    function = load(verb.function)
-    files = [_file(options.file)] if verb.has_file else []
+    function = load(VERBS[options.verb].function)
     with _log_on_stderr():
-        return config.run(function, files, _overrides(options))
+        return config.run(function, _files(options), _overrides(options))
 
 
-def _file(given: str) -> Path:
-    """The gin file, or that of a run's directory."""
-    path = Path(given)
-    return path / RUN_FILE if (path / RUN_FILE).is_file() else path
+def _files(options: argparse.Namespace) -> list[Path]:
+    """The verb's gin file, or that of a run's directory; none where the verb takes none."""
+    if not VERBS[options.verb].has_file:
+        return []
+    path = Path(options.file)
+    return [path / RUN_FILE if (path / RUN_FILE).is_file() else path]
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

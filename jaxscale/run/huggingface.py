@@ -135,7 +135,11 @@ def export_model(
 
 
 def huggingface_model(*, directory: str) -> ModelConfig:
-    """The model of a folder of Hugging Face, for a gin file to name: `@run.huggingface_model()`."""
+    """The model of a folder of Hugging Face, for a gin file to name: `@run.huggingface_model()`.
+
+    Args:
+        directory: the folder, with config.json and safetensors; the weights are not read.
+    """
     return open_folder(directory).config
 
 
