@@ -20,6 +20,9 @@ from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.lora import merged, without_adapters
+from jaxscale.models.parameters import parameter_table
+from jaxscale.models.quantised import QuantisedConfig, quantised
 from jaxscale.ops.attention import cache
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_serving_operations
@@ -29,7 +32,7 @@ from jaxscale.serve.decoding import check_prompts, generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.run_directory import CONFIG
 from jaxscale.train.state import stored_params
-from jaxscale.types import Array, Params
+from jaxscale.types import Array, InputError, Params
 
 
 class LanguageModel(nnx.Module):
@@ -109,6 +112,7 @@ def load(
     *,
     step: int | None = None,
     tensor: int = 1,
+    quantisation: QuantisedConfig | None = None,
     prompts: Sequence[str] = (),
     max_new_tokens: int = 1,
 ) -> LanguageModel:
@@ -118,6 +122,7 @@ def load(
         run: the run, or its directory, whose saved configuration is read.
         step: which checkpoint; the newest when None.
         tensor: devices over which the model is spread.
+        quantisation: of the matrices of layers, on one device; None keeps them as they are.
         prompts: checked before anything large is read, with `max_new_tokens`.
         max_new_tokens: longest continuation.
     Raises:
@@ -135,7 +140,13 @@ def load(
     devices = make_mesh(mesh, jax.devices()[:tensor])
     specs = make_specs(run.table(), mesh)
     check = functools.partial(check_tokenizer, tokenizer=tokenizer)
-    restored = restore_model(run, step=step, tensor=tensor, check=check)
+    if quantisation is not None and tensor > 1:
+        raise InputError("tensor", tensor, "1 with quantised weights")
+    params = restore_model(run, step=step, tensor=tensor, check=check).params
+    config = run.model
+    if quantisation is not None:
+        params, config = merged(params, config.lora), without_adapters(config)
+        params = quantised(params, parameter_table(config), quantisation)
     if tensor == 1:
         operations, region = run.execution.operations(), None
     else:
@@ -144,8 +155,8 @@ def load(
     execution = ExecutionConfig(
         is_scanned=run.execution.is_scanned, remat="none", attention=run.execution.attention
     )
-    decoder = Decoder(run.model, operations, run.policy, execution)
-    return LanguageModel(decoder, restored.params, tokenizer, region)
+    decoder = Decoder(config, operations, run.policy, execution)
+    return LanguageModel(decoder, params, tokenizer, region)
 
 
 def restore_model(

@@ -43,9 +43,10 @@ def imported(tmp_path_factory):
     return source, directory
 
 
-def test_an_imported_model_generates(imported, capsys):
+@pytest.mark.parametrize("more", [[], ["--set=quantisation.bits=8"]], ids=["whole", "integers"])
+def test_an_imported_model_generates(imported, capsys, more):
     _, directory = imported
-    settings = ["--set", "prompts=hello", "--set", "max_new_tokens=5"]
+    settings = ["--set", "prompts=hello", "--set", "max_new_tokens=5", *more]
     assert cli.main(["generate", str(directory), *settings]) == 0
     assert capsys.readouterr().out.startswith("hello")
 
