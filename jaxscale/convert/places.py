@@ -93,10 +93,10 @@ class Share:
         part = box.transpose(np.argsort(self._order()))
         by_turn[self._part()] = part.reshape(by_turn[self._part()].shape)
 
-    @property
-    def size(self) -> int:
-        """Number of its elements."""
-        return math.prod(self._shape())
+    def outputs(self, rows: np.ndarray) -> np.ndarray:
+        """The view of the share's outputs in an array whose first dim is the tensor's `axis`."""
+        by_turn = rows.reshape(self.num_turns, -1, *rows.shape[1:])
+        return by_turn[:, self._part()[-1]]
 
     def _letters(self) -> str:
         letters = self.parameter.dims.removeprefix("L")

@@ -11,7 +11,15 @@ import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by it
 import numpy as np
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
-from jaxscale.convert.folder import CONFIG, MAX_SHARD_BYTES, Folder, open_folder, write_folder
+from jaxscale.convert.folder import (
+    CONFIG,
+    MAX_SHARD_BYTES,
+    Folder,
+    family_of,
+    open_folder,
+    write_folder,
+)
+from jaxscale.convert.peft import write_adapters
 from jaxscale.convert.tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG, tokenizer_config
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import StandardLibrary
@@ -100,6 +108,7 @@ def export_model(
     family: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    is_peft: bool = False,
 ) -> None:
     """Writes a checkpoint as a folder that Hugging Face loads, with its tokenizer.
 
@@ -113,12 +122,18 @@ def export_model(
             that the model has.
         dtype: of the weights; None for that of the run's parameters.
         max_shard_bytes: largest file of weights.
+        is_peft: writes the adapters alone, as a folder of PEFT.
     Raises:
         InputError: no such checkpoint, no family has all that the model has, or the folder has a
             model already.
     """
-    params = merged(restore_model(run, step=step).params, run.model.lora)
+    params = restore_model(run, step=step).params
     kept = files_beside(run)
+    if is_peft:
+        layout = family_of(without_adapters(run.model), kept).layout
+        write_adapters(directory, run.model, layout, params)
+        return
+    params = merged(params, run.model.lora)
     path = Path(directory).expanduser()
     write_folder(
         path,
