@@ -1,6 +1,6 @@
 """Write the tests' fixtures of adapters: folders of PEFT, with the logits of adapted models.
 
-Needs torch, transformers and peft; the tests need none. huggingface_fixtures.py has made the models.
+Needs torch, transformers and peft; the tests need none. The models are huggingface_fixtures.py's.
 
 python experiments/peft_fixtures.py
 """

@@ -5,6 +5,7 @@ experiments/huggingface_fixtures.py has made the folders in fixtures/.
 
 import dataclasses
 import functools
+import importlib
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
+from safetensors.numpy import load_file
 
 from jaxscale import tree
 from jaxscale.convert.families import BY_MODEL_TYPE
@@ -180,6 +182,23 @@ def test_an_export_without_its_import_finds_the_family(name, tmp_path):
 def test_parameters_take_the_type_that_is_asked_for():
     got = folder("llama").params(placed(folder("llama").config, "bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {BFLOAT16}
+
+
+@pytest.mark.long
+def test_the_fixtures_can_be_made_again(tmp_path):
+    """Where torch and transformers are installed: the same weights, and logits but for rounding."""
+    pytest.importorskip("torch")
+    maker = importlib.import_module("experiments.huggingface_fixtures")
+    families = json.loads((FIXTURES / "families.json").read_text())
+    for name, family in families.items():
+        maker.write_model(tmp_path / name, family.pop("class"), **family)
+        again, before = (load_file(at / name / "model.safetensors") for at in (tmp_path, FIXTURES))
+        assert again.keys() == before.keys()
+        for tensor, values in before.items():
+            np.testing.assert_array_equal(again[tensor].view("u2"), values.view("u2"), tensor)
+        with np.load(tmp_path / name / "logits.npz") as file:
+            for array, values in arrays(name).items():
+                np.testing.assert_allclose(file[array], values, atol=1e-4)
 
 
 def test_every_family_has_a_fixture():

@@ -158,6 +158,21 @@ def test_new_adapters_are_exported_as_the_model_that_was_imported(imported, adap
         np.testing.assert_array_equal(got[name].view(np.uint16), tensor.view(np.uint16), name)
 
 
+def test_adapters_of_peft_come_in_and_go_out(imported, tmp_path):
+    source, given = FIXTURES / "peft_phi3", tmp_path / "adapted"
+    words = [str(imported[1]), str(given), f"--set=adapters={source}"]
+    assert cli.main(["adapt", *words]) == 0
+    assert cli.main(["export", str(given), str(tmp_path / "out"), "--set=is_peft=True"]) == 0
+    got, wanted = (load_file(at / "adapter_model.safetensors") for at in (tmp_path / "out", source))
+    assert got.keys() == wanted.keys()
+
+
+def test_new_and_given_adapters_exclude_each_other(imported, tmp_path, capsys):
+    words = [str(imported[1]), str(tmp_path / "adapted")]
+    assert cli.main(["adapt", *words]) == 2
+    assert "a folder of PEFT, or else lora.rank of new ones" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_only_adapters_are_trained_and_an_export_has_them_merged(imported, adapted, tmp_path):
     source, tuned = imported[0], tmp_path / "tuned"
