@@ -61,6 +61,8 @@ class ChatTemplate:
         Raises as `render`.
         """
         special = getattr(tokenizer, "special_tokens", {})
+        # Nothing is put before a text: the template writes what begins it.
+        encode = getattr(tokenizer, "encode_part", tokenizer.encode)
         hidden = _broken_up((messages, tools), special)
         rest = self.render(hidden[0], is_reply_next=True, tools=hidden[1])
         tokens = []
@@ -68,7 +70,7 @@ class ChatTemplate:
             found = [(rest.find(each), -len(each), each) for each in special if each in rest]
             start, _, name = min(found, default=(len(rest), 0, ""))
             if start:
-                tokens += tokenizer.encode(rest[:start].replace(BREAK, ""))
+                tokens += encode(rest[:start].replace(BREAK, ""))
             if name:
                 tokens.append(special[name])
             rest = rest[start + len(name) :]

@@ -56,34 +56,39 @@ def _product(adapter: Params, matrix: Array) -> Array:
     return product.astype(matrix.dtype)
 
 
+def new_adapters(
+    config: ModelConfig,
+    key: Array,
+    dtype: str,
+) -> dict[str, Array]:
+    """New adapters of a model, which change nothing yet, by path; `key` is a typed PRNG key."""
+    table = tree.flatten(parameter_table(config))
+    adapters = {path: parameter for path, parameter in table.items() if f"{ADAPTER}/" in path}
+    return init_params(adapters, key, dtype)
+
+
 def with_adapters(
     params: Params,
     config: ModelConfig,
-    key: Array,
+    adapters: dict[str, Any],
 ) -> Params:
-    """The parameters of a model without adapters, with new ones that change nothing yet.
+    """The parameters of a model without adapters, with these.
 
     Args:
         params: of `without_adapters(config)`.
         config: the model with adapters.
-        key: typed PRNG key of their first values.
+        adapters: by path, as `new_adapters` returns them.
     """
-    dtype = jax.tree.leaves(params)[0].dtype
-    table = parameter_table(config)
-    adapters = {
-        path: parameter for path, parameter in tree.flatten(table).items() if f"{ADAPTER}/" in path
-    }
-    drawn = init_params(adapters, key, dtype)
 
     def filled(table: Any, params: Any, path: str) -> Any:
         if not isinstance(table, dict):
-            return drawn.get(path, params)
+            return adapters.get(path, params)
         return {
             name: filled(part, params.get(name, {}), f"{path}/{name}" if path else name)
             for name, part in table.items()
         }
 
-    return filled(table, params, "")
+    return filled(parameter_table(config), params, "")
 
 
 def without_adapters(config: ModelConfig) -> ModelConfig:

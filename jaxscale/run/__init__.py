@@ -29,6 +29,7 @@ from jaxscale.models.config import (
     YarnScaling,
 )
 from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
+from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import huggingface_model
@@ -67,6 +68,7 @@ __all__ = [
     "PlannedMesh",
     "Policy",
     "ProcessesConfig",
+    "QuantisedConfig",
     "RotaryConfig",
     "Run",
     "RuntimeConfig",

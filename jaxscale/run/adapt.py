@@ -5,14 +5,17 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxscale.checkpoint.manager import Checkpoints
+from jaxscale.convert.folder import family_of
+from jaxscale.convert.peft import read_adapters
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.models.config import LoraConfig
 from jaxscale.models.config.facts import checkpoint_facts
-from jaxscale.models.lora import TRAINABLE, with_adapters
+from jaxscale.models.lora import TRAINABLE, new_adapters, with_adapters
 from jaxscale.ops.precision import cast
-from jaxscale.run.huggingface import gin_text
+from jaxscale.run.huggingface import files_beside, gin_text
 from jaxscale.run.model import restore_model
 from jaxscale.run.run import Run
 from jaxscale.train.run_directory import CONFIG
@@ -25,7 +28,8 @@ def adapt(
     *,
     run: Run,
     directory: str,
-    lora: LoraConfig,
+    lora: LoraConfig | None = None,
+    adapters: str | None = None,
     step: int | None = None,
     seed: int = 0,
 ) -> Run:
@@ -34,13 +38,15 @@ def adapt(
     Args:
         run: of the trained model, which has no adapters.
         directory: of the new run. `pretrain` with another directory trains its adapters.
-        lora: the adapters.
+        lora: of new adapters; or
+        adapters: a folder of PEFT with trained ones.
         step: which checkpoint of `run`; the newest when None.
         seed: of the adapters' first values.
     Returns:
         The new run; its parameters are float32.
     Raises:
-        InputError: the model has adapters already, there is no such checkpoint, or `directory`
+        InputError: both or none of `lora` and `adapters` are given, the model has adapters already,
+            those of the folder do not fit it, there is no such checkpoint, or `directory`
             exists.
     """
     path = Path(directory).expanduser()
@@ -48,9 +54,18 @@ def adapt(
         raise InputError("directory", str(path), "a folder that does not exist yet")
     if run.model.lora is not None:
         raise InputError("ModelConfig.lora", run.model.lora, "None: `export` merges adapters")
+    if (lora is None) == (adapters is None):
+        raise InputError("adapters", adapters, "a folder of PEFT, or else lora.rank of new ones")
     params = cast(restore_model(run, step=step).params, PARAMETERS)
-    adapted = adapted_run(run, directory, lora)
-    params = with_adapters(params, adapted.model, jax.random.key(seed))
+    if adapters is None:
+        adapted = adapted_run(run, directory, lora)
+        leaves = new_adapters(adapted.model, jax.random.key(seed), PARAMETERS)
+    else:
+        family = family_of(run.model, files_beside(run))
+        found = read_adapters(adapters, run.model, family.layout)
+        adapted = adapted_run(run, directory, found.lora)
+        leaves = jax.tree.map(jnp.asarray, found.leaves)
+    params = with_adapters(params, adapted.model, leaves)
     position = {"depends_on": {"tokenizer": load_tokenizer(run.data.tokenizer).fingerprint}}
     facts = checkpoint_facts(adapted.model)
     checkpoints = Checkpoints(adapted.checkpoint.within(path), **facts)

@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Iterator
 
+from jaxscale.convert.tokenizer import stop_ids
 from jaxscale.data.chat_template import Message, read_chat_template
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.run.huggingface import files_beside, stop_ids
+from jaxscale.models.quantised import QuantisedConfig
+from jaxscale.run.huggingface import files_beside
 from jaxscale.run.model import LanguageModel, load
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import generate_tokens
@@ -24,6 +26,7 @@ def chat(
     sampling: SamplingConfig = SamplingConfig(),
     step: int | None = None,
     tensor: int = 1,
+    quantisation: QuantisedConfig | None = None,
 ) -> list[Message]:
     """Answers each line of standard input until it ends, and prints answers as they come.
 
@@ -34,6 +37,7 @@ def chat(
         sampling: how tokens are drawn.
         step: which checkpoint; the newest when None.
         tensor: devices over which the model is spread.
+        quantisation: of the matrices of layers, on one device; None keeps them as they are.
     Returns:
         The whole chat.
     Raises:
@@ -44,7 +48,7 @@ def chat(
     check_positive("max_new_tokens", max_new_tokens)
     folder = files_beside(run)
     template = read_chat_template(folder)
-    model = load(run, step=step, tensor=tensor)
+    model = load(run, step=step, tensor=tensor, quantisation=quantisation)
     stops = set(stop_ids(folder)) or {model.tokenizer.eos_id}
     messages: list[Message] = []
     if system is not None:

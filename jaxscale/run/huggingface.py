@@ -11,8 +11,16 @@ import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by it
 import numpy as np
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
-from jaxscale.convert.fields import read_json
-from jaxscale.convert.folder import CONFIG, MAX_SHARD_BYTES, Folder, open_folder, write_folder
+from jaxscale.convert.folder import (
+    CONFIG,
+    MAX_SHARD_BYTES,
+    Folder,
+    family_of,
+    open_folder,
+    write_folder,
+)
+from jaxscale.convert.peft import write_adapters
+from jaxscale.convert.tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG, tokenizer_config
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import StandardLibrary
 from jaxscale.data.tokenizer import (
@@ -41,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 KEPT = "huggingface"  # folder of a run with the files beside the weights
 CHECKPOINTS = "checkpoints"
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 FILES = (
     CONFIG,
     GENERATION_CONFIG,
@@ -74,7 +81,7 @@ def import_model(*, source: str, directory: str | None = None) -> Run:
     path = Path(directory).expanduser()
     if path.exists():
         raise InputError("directory", str(path), "a folder that does not exist yet")
-    tokenizer = tokenizer_config(folder)
+    tokenizer = tokenizer_config(folder.path)
     run = _run(folder, directory, tokenizer)
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, run.model.vocab_size)
@@ -101,6 +108,7 @@ def export_model(
     family: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    is_peft: bool = False,
 ) -> None:
     """Writes a checkpoint as a folder that Hugging Face loads, with its tokenizer.
 
@@ -114,12 +122,18 @@ def export_model(
             that the model has.
         dtype: of the weights; None for that of the run's parameters.
         max_shard_bytes: largest file of weights.
+        is_peft: writes the adapters alone, as a folder of PEFT.
     Raises:
         InputError: no such checkpoint, no family has all that the model has, or the folder has a
             model already.
     """
-    params = merged(restore_model(run, step=step).params, run.model.lora)
+    params = restore_model(run, step=step).params
     kept = files_beside(run)
+    if is_peft:
+        layout = family_of(without_adapters(run.model), kept).layout
+        write_adapters(directory, run.model, layout, params)
+        return
+    params = merged(params, run.model.lora)
     path = Path(directory).expanduser()
     write_folder(
         path,
@@ -136,47 +150,17 @@ def export_model(
 
 
 def huggingface_model(*, directory: str) -> ModelConfig:
-    """The model of a folder of Hugging Face, for a gin file to name: `@run.huggingface_model()`."""
-    return open_folder(directory).config
+    """The model of a folder of Hugging Face, for a gin file to name: `@run.huggingface_model()`.
 
-
-def tokenizer_config(folder: Folder) -> TokenizerConfig:
-    """The tokenizer of a folder.
-
-    Raises:
-        InputError: it has none, or its end of a document is none of config.json's.
+    Args:
+        directory: the folder, with config.json and safetensors; the weights are not read.
     """
-    if not (folder.path / HUGGING_FACE_FILE).exists():
-        if (folder.path / SENTENCE_PIECE_FILE).exists():
-            return TokenizerConfig("sentencepiece", str(folder.path))
-        expected = f"a folder with {HUGGING_FACE_FILE} or {SENTENCE_PIECE_FILE}"
-        raise InputError("source", str(folder.path), expected)
-    file = folder.path / TOKENIZER_CONFIG
-    token = read_json(file).get("eos_token") if file.exists() else None
-    token = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(token, str):
-        raise InputError(f"{file}: eos_token", token, "the token that ends a document")
-    config = TokenizerConfig("huggingface", str(folder.path), token)
-    ends, end = stop_ids(folder.path), load_tokenizer(config).eos_id
-    if ends and end not in ends:
-        expected = f"the token of one of {CONFIG}'s or {GENERATION_CONFIG}'s eos_token_id, {ends}"
-        raise InputError(f"{file}: eos_token", f"{token} ({end})", expected)
-    return config
+    return open_folder(directory).config
 
 
 def files_beside(run: Run) -> Path:
     """The folder of a run's tokenizer, where an import keeps what stood beside the weights."""
     return Path(run.data.tokenizer.path or run.path).expanduser()
-
-
-def stop_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end an answer, by config.json and generation_config.json."""
-    found: list[int] = []
-    for name in (CONFIG, GENERATION_CONFIG):
-        values = read_json(folder / name) if (folder / name).exists() else {}
-        ids = values.get("eos_token_id")
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(found))
 
 
 def gin_text(run: Run) -> str:

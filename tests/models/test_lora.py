@@ -13,7 +13,7 @@ from jaxscale.models.config import LoraConfig
 from jaxscale.models.config.facts import from_flat
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
-from jaxscale.models.lora import TRAINABLE, merged, with_adapters, without_adapters
+from jaxscale.models.lora import TRAINABLE, merged, new_adapters, with_adapters, without_adapters
 from jaxscale.models.parameters import count_parameters, init_params, parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.decoding import generate_tokens
@@ -34,7 +34,7 @@ def base_params():
 
 def trained():
     """The parameters with adapters whose product is not 0."""
-    params = with_adapters(base_params(), MODEL, KEY)
+    params = with_adapters(base_params(), MODEL, new_adapters(MODEL, KEY, "float32"))
 
     def one(path, leaf):
         return leaf + 0.1 if path.endswith("_lora/b") else leaf
@@ -55,7 +55,7 @@ def logits_of(model):
 
 
 def test_new_adapters_change_nothing():
-    params = with_adapters(base_params(), MODEL, KEY)
+    params = with_adapters(base_params(), MODEL, new_adapters(MODEL, KEY, "float32"))
     assert jax.tree.structure(params) == jax.tree.structure(parameter_table(MODEL))
     got, wanted = logits_of(MODEL)(params), logits_of(BASE)(base_params())
     np.testing.assert_allclose(got, wanted, atol=1e-6)

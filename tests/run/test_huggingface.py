@@ -10,6 +10,7 @@ import tokenizers
 from safetensors.numpy import load_file
 
 from jaxscale import cli, config, tree
+from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.run.huggingface import import_model
 from jaxscale.run.model import load
@@ -42,9 +43,10 @@ def imported(tmp_path_factory):
     return source, directory
 
 
-def test_an_imported_model_generates(imported, capsys):
+@pytest.mark.parametrize("more", [[], ["--set=quantisation.bits=8"]], ids=["whole", "integers"])
+def test_an_imported_model_generates(imported, capsys, more):
     _, directory = imported
-    settings = ["--set", "prompts=hello", "--set", "max_new_tokens=5"]
+    settings = ["--set", "prompts=hello", "--set", "max_new_tokens=5", *more]
     assert cli.main(["generate", str(directory), *settings]) == 0
     assert capsys.readouterr().out.startswith("hello")
 
@@ -94,13 +96,29 @@ def test_an_existing_directory_is_kept(imported):
         import_model(source=str(source), directory=str(directory))
 
 
+def test_texts_begin_as_hugging_faces_tokenizer_begins_them(tmp_path):
+    path = with_tokenizer(tmp_path)
+    (path / "tokenizer_config.json").write_text("{}")  # as that of GPT-2 says no end
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    pair = [("!", 0)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("! $A", None, pair)
+    tokenizer.save(str(path / "tokenizer.json"))
+    run = import_model(source=str(path), directory=str(tmp_path / "run"))
+    assert (run.data.tokenizer.bos_token, run.data.tokenizer.eos_token) == ("!", END)
+    ours = load_tokenizer(run.data.tokenizer)
+    assert ours.encode("bc") == tokenizer.encode("bc").ids == ours.encode_batch(["bc"])[0].tolist()
+
+
 def without(path, name):
     (path / name).unlink()
 
 
 TOKENIZERS = {
     "none": (lambda path: without(path, "tokenizer.json"), "a folder with tokenizer.json or"),
-    "no end": (lambda path: without(path, "tokenizer_config.json"), "eos_token: given None"),
+    "no end": (
+        lambda path: (path / "tokenizer_config.json").write_text('{"eos_token": 3}'),
+        "eos_token: given 3",
+    ),
     "absent end": (
         lambda path: (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'),
         "eos_token: given '</s>'",
@@ -139,6 +157,21 @@ def test_new_adapters_are_exported_as_the_model_that_was_imported(imported, adap
     assert got.keys() == wanted.keys()
     for name, tensor in wanted.items():
         np.testing.assert_array_equal(got[name].view(np.uint16), tensor.view(np.uint16), name)
+
+
+def test_adapters_of_peft_come_in_and_go_out(imported, tmp_path):
+    source, given = FIXTURES / "peft_phi3", tmp_path / "adapted"
+    words = [str(imported[1]), str(given), f"--set=adapters={source}"]
+    assert cli.main(["adapt", *words]) == 0
+    assert cli.main(["export", str(given), str(tmp_path / "out"), "--set=is_peft=True"]) == 0
+    got, wanted = (load_file(at / "adapter_model.safetensors") for at in (tmp_path / "out", source))
+    assert got.keys() == wanted.keys()
+
+
+def test_new_and_given_adapters_exclude_each_other(imported, tmp_path, capsys):
+    words = [str(imported[1]), str(tmp_path / "adapted")]
+    assert cli.main(["adapt", *words]) == 2
+    assert "a folder of PEFT, or else lora.rank of new ones" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -97,6 +97,8 @@ class ModelConfig:
         is_causal: whether a token sees no later token.
         use_learned_positions: whether a learned vector a position is added to the embeddings.
         embedding_scale: factor on the embeddings of tokens; sqrt(D) in Gemma.
+        unembedding_scale: factor on what the unembedding takes, 1 / width in muP
+            (arXiv 2203.03466, table 8).
         is_tied: whether the unembedding is the embedding.
         use_head_bias: whether the logits have a bias.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
@@ -114,6 +116,7 @@ class ModelConfig:
     is_causal: bool = True
     use_learned_positions: bool = False
     embedding_scale: float = 1.0
+    unembedding_scale: float = 1.0
     is_tied: bool = False
     use_head_bias: bool = False
     logit_softcap: float | None = None
@@ -126,6 +129,7 @@ class ModelConfig:
             check_positive(f"ModelConfig.{name}", getattr(self, name))
         check_not_negative("ModelConfig.init_std", self.init_std)
         check_positive("ModelConfig.embedding_scale", self.embedding_scale)
+        check_positive("ModelConfig.unembedding_scale", self.unembedding_scale)
         if self.logit_softcap is not None:
             check_positive("ModelConfig.logit_softcap", self.logit_softcap)
         self._check_layers()
