@@ -32,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 def next_token_loss(run: "Run") -> LossFn:
-    """The loss of pretraining, see `models.losses.NextTokenLoss`."""
+    """The loss of pretraining, see `models.losses.NextTokenLoss`.
+
+    Args:
+        run: whose model is trained.
+    """
     # NEFTune's width is alpha / sqrt(T D).
     width = run.data.sequence_length * run.model.model_dim
     return NextTokenLoss(
@@ -45,7 +49,13 @@ def next_token_loss(run: "Run") -> LossFn:
 
 
 def masked_token_loss(run: "Run", *, mask_id: int, fraction: float = 0.15) -> LossFn:
-    """The loss of a bidirectional model, see `models.masked.MaskedTokenLoss`."""
+    """The loss of a bidirectional model, see `models.masked.MaskedTokenLoss`.
+
+    Args:
+        run: whose model is trained.
+        mask_id: the token that stands for a hidden one.
+        fraction: of the tokens that are hidden in training.
+    """
     return MaskedTokenLoss(
         model=run.model,
         policy=run.policy,

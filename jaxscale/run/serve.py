@@ -5,8 +5,9 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxscale.convert.tokenizer import stop_ids
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.run.huggingface import KEPT, stop_ids
+from jaxscale.run.huggingface import KEPT
 from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
