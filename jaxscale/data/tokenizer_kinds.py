@@ -133,6 +133,30 @@ class HuggingFaceTokenizer:
         check_characters("text", text[:NUM_SHOWN], text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_trained(
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text in which the special tokens that it spells are tokens.
+
+        Args:
+            text: of a chat, made by a template; in its messages nothing may spell one.
+            spans: first and last character, the latter excluded, of what is trained.
+        Returns:
+            (uint32 ids, bool of the same length: whether all of a token is in a span).
+        """
+        self._tokenizer.encode_special_tokens = False
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        is_trained = [
+            any(first <= begin and end <= last for first, last in spans)
+            for begin, end in encoding.offsets
+        ]
+        return np.array(encoding.ids, np.uint32), np.array(is_trained, bool)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]

@@ -3,6 +3,7 @@
 from jaxscale.checkpoint.changes import Changes
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.checkpoint.mirror import MirrorConfig
+from jaxscale.data.chats import ChatSource
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import JsonLinesSource, StandardLibrary, TextSource
 from jaxscale.data.tokenizer import TokenizerConfig
@@ -18,6 +19,7 @@ from jaxscale.models.config import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    LoraConfig,
     MaskedSamplingRouter,
     ModelConfig,
     NormConfig,
@@ -42,6 +44,7 @@ __all__ = [
     "BitsPerByte",
     "ByChunk",
     "Changes",
+    "ChatSource",
     "CheckpointConfig",
     "DataConfig",
     "DenseMixerRouter",
@@ -54,6 +57,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "LoraConfig",
     "MaskedSamplingRouter",
     "MeshConfig",
     "MirrorConfig",

@@ -3,19 +3,14 @@
 import sys
 from collections.abc import Iterator
 
-from jaxscale.data.chat_template import (
-    TEMPLATE,
-    TOKENIZER_CONFIG,
-    Message,
-    read_chat_template,
-)
+from jaxscale.data.chat_template import Message, read_chat_template
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.run.huggingface import KEPT, stop_ids
+from jaxscale.run.huggingface import files_beside, stop_ids
 from jaxscale.run.model import LanguageModel, load
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
-from jaxscale.types import InputError, check_positive
+from jaxscale.types import check_positive
 
 STREAMED = 16  # tokens between two writes
 UNFINISHED = "\ufffd"  # bytes that are not yet a character
@@ -47,11 +42,8 @@ def chat(
     """
     apply_runtime(run.runtime, str(run.path))
     check_positive("max_new_tokens", max_new_tokens)
-    folder = run.path / KEPT
+    folder = files_beside(run)
     template = read_chat_template(folder)
-    if template is None:
-        expected = f"a template, here or in {TEMPLATE}"
-        raise InputError(f"{folder / TOKENIZER_CONFIG}: chat_template", None, expected)
     model = load(run, step=step, tensor=tensor)
     stops = set(stop_ids(folder)) or {model.tokenizer.eos_id}
     messages: list[Message] = []

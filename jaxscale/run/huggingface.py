@@ -24,6 +24,7 @@ from jaxscale.data.tokenizer import (
 )
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.models.lora import merged, without_adapters
 from jaxscale.ops.precision import FLOAT_TYPES, Policy
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.rules import make_specs
@@ -63,7 +64,7 @@ def import_model(*, source: str, directory: str | None = None) -> Run:
         directory: of the new run: configuration, checkpoint of step 0 and tokenizer. The
             checkpoint's parameters have the weights' type. None for runs/NAME of the folder's name.
     Returns:
-        The run. Another run starts from its weights by `TrainConfig.init_from`.
+        The run. `pretrain` with another directory starts from its weights.
     Raises:
         InputError: the folder has something missing, unknown or contradictory, which is named, or
             `directory` exists.
@@ -103,6 +104,8 @@ def export_model(
 ) -> None:
     """Writes a checkpoint as a folder that Hugging Face loads, with its tokenizer.
 
+    Low-rank adapters are merged into their matrices.
+
     Args:
         run: the run.
         directory: the new folder.
@@ -115,20 +118,20 @@ def export_model(
         InputError: no such checkpoint, no family has all that the model has, or the folder has a
             model already.
     """
-    restored = restore_model(run, step=step)
-    kept = run.path / KEPT
+    params = merged(restore_model(run, step=step).params, run.model.lora)
+    kept = files_beside(run)
     path = Path(directory).expanduser()
     write_folder(
         path,
-        run.model,
-        restored.params,
+        without_adapters(run.model),
+        params,
         dtype=np.dtype(dtype or run.policy.parameters),
         family=family,
         like=kept / CONFIG,
         max_shard_bytes=max_shard_bytes,
     )
     _keep_files(kept, path)
-    if not kept.is_dir():
+    if not any((path / name).exists() for name in (HUGGING_FACE_FILE, SENTENCE_PIECE_FILE)):
         load_tokenizer(run.data.tokenizer).save(path)
 
 
@@ -161,6 +164,11 @@ def tokenizer_config(folder: Folder) -> TokenizerConfig:
     return config
 
 
+def files_beside(run: Run) -> Path:
+    """The folder of a run's tokenizer, where an import keeps what stood beside the weights."""
+    return Path(run.data.tokenizer.path or run.path).expanduser()
+
+
 def stop_ids(folder: Path) -> tuple[int, ...]:
     """The tokens that end an answer, by config.json and generation_config.json."""
     found: list[int] = []
@@ -172,9 +180,20 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 def gin_text(run: Run) -> str:
-    """The gin file that binds a run."""
-    reference, fields = as_written(run, ())
-    return render({((), reference.target): {}} | fields)
+    """The gin file that binds a run; its parts are in no scope, so that another file binds more."""
+    values, fields = {}, {}
+    for field in dataclasses.fields(run):
+        value = getattr(run, field.name)
+        scopes = () if dataclasses.is_dataclass(value) else (field.name,)
+        values[field.name], more = as_written(value, scopes)
+        fields |= more
+    for index, source in enumerate(run.data.sources):
+        fields.pop(((f"sources_{index}",), type(source)), None)
+    sources = [as_written(source, ()) for source in run.data.sources]
+    fields[(), DataConfig]["sources"] = tuple(reference for reference, _ in sources)
+    for _, more in sources:
+        fields |= more
+    return render({((), Run): values} | fields)
 
 
 def _run(folder: Folder, directory: str, tokenizer: TokenizerConfig) -> Run:
@@ -194,7 +213,7 @@ def _run(folder: Folder, directory: str, tokenizer: TokenizerConfig) -> Run:
             tokenizer=kept,
         ),
         optimizer=OptimizerConfig(),
-        train=TrainConfig(steps=1),
+        train=TrainConfig(steps=1, init_from=str(Path(directory) / CHECKPOINTS)),
         checkpoint=CheckpointConfig(CHECKPOINTS, save_every=1, keep_last=1, is_async=False),
         policy=Policy(parameters=dtype, compute=dtype),
     )

@@ -3,12 +3,17 @@
 import logging
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxscale.launch.runtime import apply_runtime
+from jaxscale.run.huggingface import KEPT, stop_ids
 from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
 from jaxscale.types import InputError
+
+if TYPE_CHECKING:
+    from jaxscale.serve.handler import Service
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +57,14 @@ def serve(
     try:
         import uvicorn
 
-        from jaxscale.data.chat_template import read_chat_template
-        from jaxscale.serve.server import Service, make_app
+        from jaxscale.serve.server import make_app
     except ImportError as error:
         expected = "the extra: pip install 'jaxscale[serve]'"
         raise InputError("serve", f"no module {error.name}", expected) from error
     listening = listen(host, port)
-    template = None
-    config = run.data.tokenizer
-    if config.path is not None:
-        path = Path(config.path).expanduser()
-        template = read_chat_template(path if path.is_dir() else path.parent)
-    service = Service(
-        model=model_name or run.path.resolve().name,
-        chat_template=template,
+    service = make_service(
+        run,
+        model_name=model_name,
         api_keys=read_keys(api_key_file) if api_key_file else (),
         timeout_s=timeout_s,
     )
@@ -80,6 +79,36 @@ def serve(
     address = "{}:{}".format(*listening.getsockname())
     print(f"serving {service.model} at http://{address}/v1", flush=True)
     uvicorn.Server(settings).run(sockets=[listening])
+
+
+def make_service(
+    run: Run,
+    *,
+    model_name: str | None = None,
+    api_keys: tuple[str, ...] = (),
+    timeout_s: float | None = None,
+) -> "Service":
+    """What of a run is served; Args and Raises as `serve`."""
+    from jaxscale.data.chat_template import find_chat_template
+    from jaxscale.serve.handler import Service
+
+    folder = chat_folder(run)
+    return Service(
+        model=model_name or run.path.resolve().name,
+        chat_template=find_chat_template(folder),
+        api_keys=api_keys,
+        stop_ids=stop_ids(folder),
+        timeout_s=timeout_s,
+    )
+
+
+def chat_folder(run: Run) -> Path:
+    """Where a chat template may lie: with an imported model, or beside the tokenizer's file."""
+    kept, tokenizer = run.path / KEPT, run.data.tokenizer.path
+    if kept.is_dir() or tokenizer is None:
+        return kept
+    path = Path(tokenizer).expanduser()
+    return path if path.is_dir() else path.parent
 
 
 def listen(host: str, port: int) -> socket.socket:

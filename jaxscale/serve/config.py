@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 
+from jaxscale.ops.device import is_hopper
 from jaxscale.serve.packing import Buckets, powers_up_to
 from jaxscale.serve.placement import Placement
 from jaxscale.serve.scheduler import SchedulerConfig
@@ -67,16 +68,22 @@ class EngineConfig:
         """The sizes that are compiled, for a model of `max_length` tokens."""
         num_pages = self._num_pages(max_length)
         context = self.scheduler(max_length).max_context // self.block_size
-        few = min(16, self.max_sequences)
+        most = self.max_sequences
+        # Our kernels pass over rows and pages of padding, which XLA's gathers read.
+        is_free = is_hopper()
         return Buckets(
             # XLA multiplies a single row by other and slower means than two.
-            singles=powers_up_to(self.max_sequences, smallest=min(2, self.max_sequences), factor=4),
-            mixed_singles=powers_up_to(self.max_sequences, smallest=few, factor=16),
+            singles=powers_up_to(most, smallest=min(2, most), factor=4),
+            mixed_singles=powers_up_to(
+                most, smallest=most if is_free else min(16, most), factor=16
+            ),
             tokens=powers_up_to(self.token_budget, smallest=-(-self.token_budget // 16), factor=4),
-            pages=powers_up_to(num_pages, smallest=-(-num_pages // 4), factor=4),
+            pages=powers_up_to(
+                num_pages, smallest=num_pages if is_free else -(-num_pages // 4), factor=4
+            ),
             prompt_pages=powers_up_to(context, smallest=-(-context // 4), factor=4),
             max_prompts=self.max_prompts,
-            num_slots=self.max_sequences,
+            num_slots=most,
         )
 
     def _num_pages(self, num_tokens: int) -> int:

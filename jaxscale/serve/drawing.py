@@ -17,6 +17,7 @@ FIELDS = [
     "temperature",
     "top_k",
     "top_p",
+    "top_p_rest",
     "min_p",
     "seed",
     "index",
@@ -33,6 +34,7 @@ class DrawRows:
         temperature: [R] float32.
         top_k: [R] int32; the size of the vocabulary keeps all.
         top_p: [R] float32.
+        top_p_rest: [R] float32, 1 - top_p, of which float32's top_p has lost digits.
         min_p: [R] float32.
         seed: [R] uint32.
         index: [R] int32, which of its request's sequences.
@@ -42,6 +44,7 @@ class DrawRows:
     temperature: Array
     top_k: Array
     top_p: Array
+    top_p_rest: Array
     min_p: Array
     seed: Array
     index: Array
@@ -83,7 +86,8 @@ def _filter(logits: Array, rows: DrawRows) -> Array:
     """The filters of `sampling`, in their order; one that keeps all changes nothing."""
     kept = sampling.top_k(logits, rows.top_k[:, None])
     top_p, min_p = rows.top_p[:, None], rows.min_p[:, None]
-    kept = jnp.where(top_p < 1, sampling.top_p(kept, top_p), kept)
+    nucleus = sampling.top_p(kept, top_p, rows.top_p_rest[:, None])
+    kept = jnp.where(top_p < 1, nucleus, kept)
     return jnp.where(min_p > 0, sampling.min_p(kept, min_p), kept)
 
 

@@ -156,6 +156,7 @@ class Engine:
                 priority=config.priority,
                 deadline_s=deadline_s,
                 is_synchronous=config.grammar is not None,
+                switch_lengths=self.model.switch_lengths,
             )
             text = TextStream(self.tokenizer, config.stop) if self.tokenizer else None
             matcher = self.grammars.begin(config.grammar) if config.grammar else None

@@ -8,7 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxscale.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from jaxscale.data.tokenizer_kinds import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 from jaxscale.types import InputError, check_types
 
 WORD = 32  # tokens in a word of a mask

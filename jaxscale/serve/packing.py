@@ -28,6 +28,7 @@ SETTINGS = {
     "temperature": ("float32", 0),
     "top_k": ("int32", np.iinfo(np.int32).max),
     "top_p": ("float32", 1),
+    "top_p_rest": ("float32", 0),
     "min_p": ("float32", 0),
     "seed": ("uint32", 0),
     "index": ("int32", 0),
@@ -35,6 +36,36 @@ SETTINGS = {
     "presence": ("float32", 0),
     "frequency": ("float32", 0),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """What a compiled draw depends on.
+
+    Args:
+        num_rows: R, sequences.
+        num_slots: rows of the device's state.
+    """
+
+    num_rows: int
+    num_slots: int
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Field]:
+        """The end of the packed array: what is known of each sequence."""
+        rows = (self.num_rows,)
+        settings = {name: Field(rows, *setting) for name, setting in SETTINGS.items()}
+        return settings | {
+            # A sequence that draws nothing keeps its row, whose result goes nowhere.
+            "slot": Field(rows, "int32", self.num_slots),
+            "slot_drawn": Field(rows, "int32", self.num_slots),
+            "position": Field(rows, "int32", 0),
+        }
+
+    @property
+    def num_words(self) -> int:
+        """Of all these fields."""
+        return len(self.fields) * self.num_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,32 +89,27 @@ class StepShape:
     num_slots: int
 
     @property
-    def num_rows(self) -> int:
-        """R, all sequences."""
-        return self.num_single + self.num_prompts
+    def rows(self) -> RowShape:
+        """Of all sequences."""
+        return RowShape(self.num_single + self.num_prompts, self.num_slots)
 
     @functools.cached_property
     def fields(self) -> dict[str, Field]:
         """The fields of the packed array, in their order."""
-        tokens, rows, pages = (self.num_tokens,), (self.num_rows,), (self.num_prompt_pages,)
+        tokens, pages = (self.num_tokens,), (self.num_prompt_pages,)
         filled = {
             "tokens": Field(tokens, "int32", 0),
             "positions": Field(tokens, "int32", -1),
             "slot_mapping": Field(tokens, "int32", 0),
             "block_table": Field((self.num_single, self.num_pages), "int32", 0),
+            "lengths": Field(tokens, "int32", 0),
             "segments": Field(tokens, "int32", 0),
             "prompt_pages": Field(pages, "int32", 0),
             "page_segments": Field(pages, "int32", 0),
             "first_pages": Field((self.num_prompts + 1,), "int32", 0),
-            "last_place": Field(rows, "int32", 0),
-            "slot": Field(rows, "int32", self.num_slots),
-            # A sequence that draws nothing keeps its row, whose result goes nowhere.
-            "slot_drawn": Field(rows, "int32", self.num_slots),
-            "position": Field(rows, "int32", 0),
+            "last_place": Field((self.rows.num_rows,), "int32", 0),
         }
-        return filled | {
-            name: Field(rows, dtype, filling) for name, (dtype, filling) in SETTINGS.items()
-        }
+        return filled | self.rows.fields
 
 
 def empty(shape: StepShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -98,7 +124,7 @@ def empty(shape: StepShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return packed, views
 
 
-def unpack(shape: StepShape, packed: Array) -> dict[str, Array]:
+def unpack(shape: StepShape | RowShape, packed: Array) -> dict[str, Array]:
     """The fields of a packed array on the device."""
     fields, start = {}, 0
     for name, field in shape.fields.items():

@@ -58,7 +58,7 @@ class Placement:
         return jax.device_put(caches, NamedSharding(self.region.mesh, PAGES))
 
     def spread(self, forward: Callable) -> Callable:
-        """`forward(params, caches, last tokens, packed) -> (logits, caches)` on all members."""
+        """`forward(params, caches, last tokens, packed) -> (logits, rows, caches)` on all."""
         if self.region is None:
             return forward
         pages = self._of_layers(lambda *_: PagedCache(PAGES, PAGES))
@@ -66,7 +66,7 @@ class Placement:
             forward,
             mesh=self.region.mesh,
             in_specs=(self._param_specs(), pages, EVERYWHERE, EVERYWHERE),
-            out_specs=(EVERYWHERE, pages),
+            out_specs=(EVERYWHERE, EVERYWHERE, pages),
             check_vma=False,
         )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxscale.ops.attention import paged
 from jaxscale.serve import drawing, packing
 from jaxscale.serve.decoding import with_attention
-from jaxscale.serve.packing import StepShape
+from jaxscale.serve.packing import RowShape, StepShape
 from jaxscale.serve.placement import Placement
 from jaxscale.types import Array, Params
 
@@ -47,14 +47,14 @@ def write_seen(
 
 @functools.cache
 def forward_program(placement: Placement, shape: StepShape) -> Any:
-    """(params, caches, last tokens, packed) -> (logits [R, V], caches)."""
+    """(params, caches, last tokens, packed) -> (logits [R, V], the packed rows, caches)."""
 
     def forward(
         params: Params,
         caches: Any,
         last_tokens: Array,
         packed: Array,
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, Array, Any]:
         fields = packing.unpack(shape, packed)
         attend = functools.partial(paged.attend, rows=packing.ragged_rows(fields))
         model, num = with_attention(placement.decoder, attend), shape.num_single
@@ -65,9 +65,14 @@ def forward_program(placement: Placement, shape: StepShape) -> Any:
         batch = {"tokens": tokens[None], "positions": positions[None]}
         batch["weights"] = (positions >= 0).astype(jnp.float32)[None]
         x = model.embed(params, batch)
-        x, caches, _ = model.run_layers(params, x, model.tokens(batch), caches)
+        known = model.tokens(batch)
+        if known.context.lengths is not None:
+            # Of whole sequences, of which the row has pieces.
+            context = dataclasses.replace(known.context, lengths=fields["lengths"][None])
+            known = known._replace(context=context)
+        x, caches, _ = model.run_layers(params, x, known, caches)
         h = model.hidden(params, x[:, fields["last_place"]])
-        return model.unembed(params, h)[0], caches
+        return model.unembed(params, h)[0], packed[-shape.rows.num_words :], caches
 
     spread = placement.spread(forward)
     return jax.jit(spread, donate_argnums=1, compiler_options=_options())
@@ -83,8 +88,8 @@ def _options() -> dict[str, bool]:
 
 
 @functools.cache
-def draw_program(shape: StepShape, num_tokens: int, has_logprobs: bool) -> Any:
-    """((last tokens, seen or None), logits, packed, masks) -> (the same, tokens [R], logprobs).
+def draw_program(shape: RowShape, num_tokens: int, has_logprobs: bool) -> Any:
+    """((last tokens, seen or None), logits, rows, masks) -> (the same, tokens [R], logprobs).
 
     Masks are those of grammars, [R, words] int32, or None; logprobs None where nobody asks.
     """
@@ -92,10 +97,10 @@ def draw_program(shape: StepShape, num_tokens: int, has_logprobs: bool) -> Any:
     def draw(
         state: tuple[Array, Seen | None],
         logits: Array,
-        packed: Array,
+        packed_rows: Array,
         masks: Array | None,
     ) -> tuple[tuple[Array, Seen | None], Array, tuple | None]:
-        fields = packing.unpack(shape, packed)
+        fields = packing.unpack(shape, packed_rows)
         (last_tokens, seen), logits = state, logits[:, :num_tokens]
         changed = logits
         if seen is not None:

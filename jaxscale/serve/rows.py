@@ -30,6 +30,7 @@ class HostRows:
         sampling = config.sampling
         values = dataclasses.asdict(sampling) | dataclasses.asdict(config.penalties)
         values |= {"index": index, "top_k": sampling.top_k or self.num_tokens}
+        values["top_p_rest"] = 1 - sampling.top_p
         for name, array in self.settings.items():
             array[slot] = values[name]
         self.num_blocks[slot] = 0
@@ -71,6 +72,7 @@ class Writer:
         views["positions"][here] = positions
         views["slot_mapping"][here] = self._slots_of(slots, positions)
         views["last_place"][here] = place
+        views["lengths"][here] = _integers(piece.sequence.length for piece in pieces)
         views["block_table"][here] = pages
         self._num_tokens = len(pieces)
 
@@ -94,6 +96,7 @@ class Writer:
         views["positions"][here] = positions
         views["slot_mapping"][here] = self._slots_of(slot, positions)
         views["segments"][here] = segment
+        views["lengths"][here] = piece.sequence.length
         row = self._shape.num_single + segment - 1
         views["last_place"][row] = here.stop - 1
         num_pages = -(-end // self._block_size)

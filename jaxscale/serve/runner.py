@@ -133,7 +133,7 @@ class Runner:
         of_rows = None
         if any(mask is not None for mask in masks):
             num_words = max(len(mask) for mask in masks if mask is not None)
-            of_rows = np.full((shape.num_rows, num_words), -1, np.int32)
+            of_rows = np.full((shape.rows.num_rows, num_words), -1, np.int32)
             for row, mask in zip(rows, masks, strict=True):
                 of_rows[row] = -1 if mask is None else mask
         tokens, logprobs = self._launch(
@@ -159,10 +159,11 @@ class Runner:
         """(tokens, log-probabilities or None) of a step; the device's state is that after it."""
         packed = jnp.asarray(packed)
         forward = forward_program(self._placement, shape)
-        logits, self._caches = forward(self._params, self._caches, self._last_tokens, packed)
-        draw = draw_program(shape, self._num_tokens, has_logprobs)
+        state = self._caches, self._last_tokens
+        logits, rows, self._caches = forward(self._params, *state, packed)
+        draw = draw_program(shape.rows, self._num_tokens, has_logprobs)
         seen = self._seen if is_penalised else None
-        state, tokens, logprobs = draw((self._last_tokens, seen), logits, packed, masks)
+        state, tokens, logprobs = draw((self._last_tokens, seen), logits, rows, masks)
         self._last_tokens = state[0]
         if is_penalised:
             self._seen = state[1]

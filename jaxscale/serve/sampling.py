@@ -114,22 +114,29 @@ def top_k(logits: Array, k: int) -> Array:
     return jnp.where(_ranks(logits) < k, logits, NEVER)
 
 
-def top_p(logits: Array, p: float) -> Array:
+def top_p(
+    logits: Array,
+    p: float | Array,
+    rest: float | Array | None = None,
+) -> Array:
     """Keeps the smallest set of most probable tokens with total probability >= p.
 
     Of equal ones the lowest comes first.
 
     Source: Holtzman et al. 2019 (arXiv 1904.09751), equation 2.
+    Args:
+        logits: [B, V].
+        p: of all rows, or [B, 1].
+        rest: 1 - p, where p is an array of float32, from which it could not be taken exactly.
     """
     probabilities = jax.nn.softmax(logits)
     descending = -jnp.sort(-probabilities, -1)
     # A token stays if those before it hold less than p: if it and those after it hold more than
     # 1 - p. A float32 sum near 1 loses small numbers, so the sum that is far from 1 is taken.
-    if p <= 0.5:
-        is_kept = jnp.cumsum(descending, -1) - descending < p
-    else:
-        rest = jnp.flip(jnp.cumsum(jnp.flip(descending, -1), -1), -1)
-        is_kept = rest > (1 - p) * rest[..., :1]
+    before = jnp.cumsum(descending, -1) - descending
+    after = jnp.flip(jnp.cumsum(jnp.flip(descending, -1), -1), -1)
+    of_rest = after > (1 - p if rest is None else rest) * after[..., :1]
+    is_kept = jnp.where(p <= 0.5, before < p, of_rest)
     return jnp.where(jnp.take_along_axis(is_kept, _ranks(logits), -1), logits, NEVER)
 
 

@@ -101,7 +101,6 @@ class Scheduler:
                 f"{wanted} <= {self.blocks.num_blocks}"
             )
             raise InputError("prompt", f"{len(sequence.prompt)} tokens", expected)
-        sequence.chain = PrefixChain(self.blocks.block_size, sequence.salt)
         self._wait(sequence)
         if sequence.deadline_s is not None:
             heapq.heappush(self._deadlines, (sequence.deadline_s, sequence.number, sequence))
@@ -171,6 +170,10 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING or not sequence.is_decoding:
                 continue  # it may have lost its blocks to one before it
+            if sequence.side != sequence.admitted_side:
+                self._preempt(sequence)  # all of its keys are others from here on
+                plan.preempted.append(sequence)
+                continue
             if self._is_held_up(sequence) or not self._grow(sequence, plan):
                 continue
             plan.add(sequence, 1)
@@ -208,6 +211,10 @@ class Scheduler:
     def _hold_blocks(self, sequence: Sequence) -> bool:
         """Whether the sequence could be given the blocks with which it is admitted."""
         tokens = sequence.known()
+        if sequence.chain is None or sequence.side != sequence.admitted_side:
+            salt = f"{sequence.salt}/{sequence.side}"
+            sequence.chain = PrefixChain(self.blocks.block_size, salt)
+            sequence.admitted_side = sequence.side
         shared = []
         if self.config.use_prefix_cache:
             # The last token has to run, for something to be drawn behind it.

@@ -36,11 +36,13 @@ class Sequence:
         is_synchronous: no step is planned while a token of it is being drawn, for what the step
             computes depends on it (a grammar).
         salt: what else its cached prefix depends on.
+        switch_lengths: lengths above which all of its keys are others (LongRoPE).
         outputs: the tokens drawn, as far as they are known.
         num_drawn: tokens drawn or being drawn.
         num_computed: tokens whose keys are in the cache once the steps planned so far have run.
         num_cached: prompt tokens that a prefix in the cache has spared, at its first admission.
         blocks: of the cache, in order of the tokens.
+        admitted_side: the side that its keys in the cache are of.
         slot: its row in the device's state while it runs.
     """
 
@@ -51,6 +53,7 @@ class Sequence:
     deadline_s: float | None = None
     is_synchronous: bool = False
     salt: str = ""
+    switch_lengths: tuple[int, ...] = ()
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     outputs: list[int] = dataclasses.field(default_factory=list)
@@ -61,6 +64,7 @@ class Sequence:
     num_preemptions: int = 0
     blocks: list[int] = dataclasses.field(default_factory=list)
     slot: int | None = None
+    admitted_side: int = 0
     chain: PrefixChain | None = None
 
     @property
@@ -72,6 +76,11 @@ class Sequence:
     def length(self) -> int:
         """Tokens of the prompt and of what is drawn or being drawn."""
         return len(self.prompt) + self.num_drawn
+
+    @property
+    def side(self) -> int:
+        """How many switch lengths it has outgrown."""
+        return sum(self.length > switch for switch in self.switch_lengths)
 
     @property
     def num_missing(self) -> int:

@@ -2,10 +2,7 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import hmac
-import json
-import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,198 +11,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from jaxscale.data.chat_template import ChatTemplate
-from jaxscale.serve.decoding import check_prompts
+from jaxscale.serve.answers import error_json
 from jaxscale.serve.engine import Engine
-from jaxscale.serve.metrics import Metrics, SequenceClock
-from jaxscale.serve.openai import (
-    ChatRequest,
-    CompletionRequest,
-    Form,
-    GenerationRequest,
-    Usage,
-    error_json,
-)
-from jaxscale.serve.requests import Completion, Delta, RequestConfig
-from jaxscale.serve.sampling import MAX_SEED
-from jaxscale.serve.worker import Answers, Frontend
+from jaxscale.serve.handler import Asked, Handler, Service
+from jaxscale.serve.openai import ChatRequest, CompletionRequest, GenerationRequest
 from jaxscale.types import InputError, RunError
 
 METRICS_TYPE = "text/plain; version=0.0.4"
 DISCONNECT_POLL_S = 0.1
 CLIENT_CLOSED = 499  # nobody sees it; nginx's number for a client that has gone
 OPEN_PATHS = ("/health", "/metrics")  # for a balancer and a monitor, which have no key
-
-
-@dataclasses.dataclass(frozen=True)
-class Service:
-    """What is served.
-
-    Args:
-        model: the name under which clients ask for it.
-        chat_template: of the tokenizer; None refuses chats.
-        api_keys: of which a client must send one; empty for none.
-        timeout_s: after which a request is ended; None for never.
-    """
-
-    model: str
-    chat_template: ChatTemplate | None = None
-    api_keys: tuple[str, ...] = ()
-    timeout_s: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A request as the engine takes it.
-
-    Args:
-        prompts: tokens of each prompt.
-        config: how each is continued.
-        form: of the answer.
-    """
-
-    prompts: list[list[int]]
-    config: RequestConfig
-    form: Form
-
-    @property
-    def num_choices(self) -> int:
-        """Continuations of all prompts."""
-        return len(self.prompts) * self.config.num_sequences
-
-    def usage(self, choices: list[Completion]) -> Usage:
-        """The tokens of the request; a prompt counts once for all of its choices."""
-        firsts = choices[:: self.config.num_sequences]
-        return Usage(
-            prompt=sum(map(len, self.prompts)),
-            cached=sum(choice.num_cached for choice in firsts),
-            new=sum(len(choice.tokens) for choice in choices),
-        )
-
-
-class Handler:
-    """Answers requests with an engine.
-
-    Args:
-        engine: the server's alone.
-        service: what is served.
-    """
-
-    def __init__(self, engine: Engine, service: Service):
-        self.service = service
-        self.metrics = Metrics(service.model)
-        self._model, self._tokenizer = engine.model, engine.tokenizer
-        self._grammars = engine.grammars
-        self._frontend = Frontend(engine)
-
-    @property
-    def failure(self) -> BaseException | None:
-        """What ended the engine, if anything did."""
-        return self._frontend.failure
-
-    async def figures(self) -> str:
-        """The metrics in Prometheus' text format."""
-        return self.metrics.text(await self._frontend.call(lambda engine: engine.figures()))
-
-    def completion(self, body: CompletionRequest) -> Asked:
-        """What a completion asks of the engine.
-
-        Raises:
-            InputError: something in it is wrong.
-        """
-        self._check_model(body)
-        prompts = [
-            self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            for prompt in body.prompts()
-        ]
-        return self._asked(body, prompts, body.max_tokens or 16, body.logprobs)
-
-    def chat(self, body: ChatRequest) -> Asked:
-        """What a chat asks of the engine; Raises as `completion`."""
-        self._check_model(body)
-        if self.service.chat_template is None:
-            raise InputError("messages", "a chat", "a model whose tokenizer has a chat template")
-        messages = [message.plain() for message in body.messages]
-        tools = None if body.tool_choice == "none" else body.tools
-        prompt = self.service.chat_template.encode(messages, self._tokenizer, tools=tools)
-        room = max(self._model.max_length - len(prompt), 1)
-        wanted = body.max_completion_tokens or body.max_tokens or room
-        return self._asked(body, [prompt], wanted, body.num_logprobs(), is_chat=True)
-
-    def _asked(
-        self,
-        body: GenerationRequest,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        num_logprobs: int | None,
-        *,
-        is_chat: bool = False,
-    ) -> Asked:
-        check_prompts(prompts, self._model, max_new_tokens)
-        config = body.config(
-            max_new_tokens=max_new_tokens,
-            num_logprobs=num_logprobs,
-            random_seed=secrets.randbelow(MAX_SEED + 1),
-            timeout_s=self.service.timeout_s,
-        )
-        return Asked(prompts, config, Form(self.service.model, is_chat, self._tokenizer))
-
-    def _check_model(self, body: GenerationRequest) -> None:
-        if body.model != self.service.model:
-            raise InputError("model", body.model, f"{self.service.model!r}")
-
-    async def submit(self, asked: Asked) -> Answers:
-        """Has the engine continue what is asked; Raises as `Frontend.submit`."""
-        if asked.config.grammar:
-            # It may take a second, for which neither the loop nor the engine should wait.
-            await asyncio.to_thread(self._grammars.begin, asked.config.grammar)
-        return await self._frontend.submit(asked.prompts, asked.config)
-
-    async def observed(self, answers: Answers) -> AsyncIterator[tuple[int, Delta]]:
-        """`Answers.deltas`, of which the metrics take note."""
-        clocks = [SequenceClock() for _ in range(answers.num_choices)]
-        try:
-            async with contextlib.aclosing(answers.deltas()) as deltas:
-                async for choice, delta in deltas:
-                    self.metrics.observe(clocks[choice], delta)
-                    yield choice, delta
-        finally:
-            self.metrics.count_cancelled(answers.num_open)
-
-    async def whole(self, asked: Asked, answers: Answers) -> dict[str, Any]:
-        """The answer as a whole."""
-        choices = [Completion() for _ in range(asked.num_choices)]
-        async with contextlib.aclosing(self.observed(answers)) as deltas:
-            async for choice, delta in deltas:
-                choices[choice].add(delta)
-        return asked.form.whole(choices, asked.usage(choices))
-
-    async def events(
-        self,
-        asked: Asked,
-        answers: Answers,
-        has_usage: bool,
-    ) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
-        form, choices = asked.form, [Completion() for _ in range(asked.num_choices)]
-        for fields in form.first(asked.num_choices):
-            yield _event(fields)
-        try:
-            async with contextlib.aclosing(self.observed(answers)) as deltas:
-                async for choice, delta in deltas:
-                    choices[choice].add(delta)
-                    if fields := form.chunk(choice, delta):
-                        yield _event(fields)
-        except RunError as error:
-            yield _event(error_json(str(error), status=500))
-            return
-        if has_usage:
-            yield _event(form.last(asked.usage(choices)))
-        yield "data: [DONE]\n\n"
-
-    def close(self) -> None:
-        """Ends the engine's thread."""
-        self._frontend.close()
 
 
 def make_app(make_engine: Callable[[], Engine], service: Service) -> FastAPI:
@@ -227,7 +42,8 @@ def make_app(make_engine: Callable[[], Engine], service: Service) -> FastAPI:
     # Without pages of documentation, which load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, openapi_url=None, title="jaxscale")
     _add_errors(app)
-    _add_keys(app, service.api_keys)
+    if service.api_keys:
+        app.add_middleware(_KeyCheck, keys=service.api_keys)
     _add_models(app, service)
     _add_state(app)
 
@@ -294,19 +110,31 @@ def _add_state(app: FastAPI) -> None:
         return PlainTextResponse(text, media_type=METRICS_TYPE)
 
 
-def _add_keys(app: FastAPI, api_keys: tuple[str, ...]) -> None:
-    """Asks for a key, where there are keys."""
-    if not api_keys:
-        return
-    keys = [key.encode() for key in api_keys]
+class _KeyCheck:
+    """Asks for a key before anything else is looked at.
 
-    @app.middleware("http")
-    async def check_key(request: Request, call_next: Callable) -> Response:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        is_known = [hmac.compare_digest(given.encode(), key) for key in keys]  # all of them
-        if request.url.path not in OPEN_PATHS and not (scheme == "Bearer" and any(is_known)):
-            return _error(401, "the API key is missing or wrong", code="invalid_api_key")
-        return await call_next(request)
+    Args:
+        app: what is behind it.
+        keys: of which one has to be sent.
+    """
+
+    def __init__(self, app: Any, keys: tuple[str, ...]):
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """As ASGI has it."""
+        is_open = scope["type"] != "http" or scope["path"] in OPEN_PATHS
+        if not is_open and not self._knows(dict(scope["headers"]).get(b"authorization", b"")):
+            refusal = _error(401, "the API key is missing or wrong", code="invalid_api_key")
+            await refusal(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _knows(self, header: bytes) -> bool:
+        scheme, _, given = header.partition(b" ")
+        is_equal = [hmac.compare_digest(given, key) for key in self._keys]  # all of them
+        return scheme.lower() == b"bearer" and any(is_equal)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -349,7 +177,3 @@ def _error(
 ) -> Response:
     fields = error_json(message, status=status, param=param, code=code)
     return JSONResponse(fields, status_code=status)
-
-
-def _event(fields: dict[str, Any]) -> str:
-    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
-from jaxscale import cli, config
+from jaxscale import cli, config, tree
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.run.huggingface import import_model
 from jaxscale.run.model import load
@@ -122,3 +122,56 @@ def test_a_tokenizer_that_disagrees_with_the_configuration_is_refused(tmp_path):
     path = with_tokenizer(tmp_path, eos_token_id=7)
     with pytest.raises(InputError, match=r"tokenizer_config.json: eos_token: .*\(94\)'.*\(7,\)"):
         config.run(import_model, [], [f"source={str(path)!r}", "directory='absent'"])
+
+
+@pytest.fixture(scope="module")
+def adapted(imported, tmp_path_factory):
+    """The directory of a run with new adapters of the imported model."""
+    path = tmp_path_factory.mktemp("adapted") / "run"
+    assert cli.main(["adapt", str(imported[1]), str(path), "--set", "lora.rank=2"]) == 0
+    return path
+
+
+def test_new_adapters_are_exported_as_the_model_that_was_imported(imported, adapted, tmp_path):
+    words = [str(adapted), str(tmp_path / "out"), "--set=dtype=bfloat16"]
+    assert cli.main(["export", *words]) == 0
+    got, wanted = (load_file(at / "model.safetensors") for at in (tmp_path / "out", imported[0]))
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(got[name].view(np.uint16), tensor.view(np.uint16), name)
+
+
+@pytest.mark.long
+def test_only_adapters_are_trained_and_an_export_has_them_merged(imported, adapted, tmp_path):
+    source, tuned = imported[0], tmp_path / "tuned"
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text("abcdefgh" * (number % 3 + 1))
+    file = tmp_path / "tuned.gin"
+    file.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from jaxscale import run\n"
+        f"include '{adapted}/config.gin'\n"
+        "run.DataConfig.sources = (@run.TextSource(),)\n"
+        f"run.TextSource.paths = ('{tmp_path}/text',)\n"
+    )
+    settings = {
+        "directory": tuned,
+        "data.cache_directory": tmp_path / "cache",
+        "data.sequence_length": 24,
+        "data.batch_size": 8,
+        "mesh.data": 8,
+        "train.steps": 3,
+        "optimizer.learning_rate": 0.1,
+    }
+    words = [f"--set={name}={value}" for name, value in settings.items()]
+    assert cli.main(["pretrain", str(file), *words]) == 0
+    before, after = (load(path).pure_params() for path in (adapted, tuned))
+    for path, leaf in tree.flatten(before).items():
+        is_same = np.array_equal(leaf, tree.flatten(after)[path])
+        assert is_same != ("_lora/" in path), path
+    assert cli.main(["export", str(tuned), str(tmp_path / "out"), "--set=dtype=float32"]) == 0
+    got, wanted = (load_file(path / "model.safetensors") for path in (tmp_path / "out", source))
+    assert got.keys() == wanted.keys()
+    changed = {name for name in wanted if not np.array_equal(got[name], wanted[name])}
+    assert changed == {name for name in wanted if "_proj" in name}

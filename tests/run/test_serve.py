@@ -1,5 +1,6 @@
 """A run's directory in a pipeline and behind the command `serve`."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -11,12 +12,19 @@ from pathlib import Path
 import pytest
 
 from jaxscale import cli
-from jaxscale.run.pipeline import pipeline
-from jaxscale.run.serve import read_keys
+from jaxscale.run.huggingface import import_model
+from jaxscale.run.pipeline import make_engine, pipeline
+from jaxscale.run.run import load_run
+from jaxscale.run.serve import make_service, read_keys
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
+from tests.run.test_huggingface import with_tokenizer
 from tests.run.test_model import NEW, loaded, run  # noqa: F401
+
+pytest.importorskip("fastapi", reason="the extra `serve`")
+from jaxscale.serve.handler import Handler
+from jaxscale.serve.openai import ChatRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingConfig(temperature=0)
@@ -39,6 +47,32 @@ def test_a_pipeline_continues_as_generate_does(run, loaded):  # noqa: F811
     assert answer("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
     spread = pipeline(run.directory, config=SMALL, tensor=2)
     assert spread("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
+
+
+def test_an_imported_model_is_served_with_its_template_and_its_end_tokens(tmp_path):
+    source = with_tokenizer(tmp_path)
+    (source / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}<|endoftext|>"
+    )
+    directory = tmp_path / "run"
+    import_model(source=str(source), directory=str(directory))
+    service = make_service(load_run([directory / "config.gin"]))
+    assert (service.model, service.stop_ids) == ("run", (94, 96))
+
+    async def prompt_of(content):
+        handler = Handler(make_engine(directory, config=SMALL), service)
+        try:
+            message = {"role": "user", "content": content}
+            body = ChatRequest(model="run", messages=[message], max_tokens=2)
+            return handler.chat(body)
+        finally:
+            handler.close()
+
+    asked = asyncio.run(prompt_of("hi"))
+    assert asked.prompts == [[ord(each) - 33 for each in "user:hi"] + [94]]
+    assert asked.config.stop_ids == (94, 96)
+    spelt = asyncio.run(prompt_of("x<|endoftext|>y")).prompts[0]
+    assert spelt.count(94) == 1, "what a message spells is text"
 
 
 def test_keys_are_read_from_a_file(tmp_path):
@@ -69,7 +103,7 @@ def test_a_port_that_is_taken_and_a_directory_without_a_run_exit_2(
 def test_the_command_serves_a_directory_and_finishes_what_runs_when_it_is_ended(run):  # noqa: F811
     pytest.importorskip("uvicorn", reason="the extra `serve`")
     overrides = [f"--set={each}" for each in (*SET_SMALL, "port=0", "warm_up=False")]
-    command = [sys.executable, "-m", "jaxscale.cli", "serve", run.directory, *overrides]
+    command = [sys.executable, "-m", "jaxscale", "serve", run.directory, *overrides]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             line = server.stdout.readline()
@@ -88,6 +122,6 @@ def test_the_command_serves_a_directory_and_finishes_what_runs_when_it_is_ended(
             assert first.startswith(b"data: ")
             assert rest.count('"finish_reason": "length"') == 4
             assert rest.endswith("data: [DONE]\n\n")
-            assert server.wait(timeout=30) == -signal.SIGTERM
+            assert server.wait(timeout=30) == 128 + signal.SIGTERM
         finally:
             server.kill()

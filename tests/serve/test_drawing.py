@@ -16,6 +16,7 @@ SETTINGS = [
     SamplingConfig(temperature=0.5, top_k=5, seed=2**32 - 1),
     SamplingConfig(temperature=2.0, top_p=0.6, seed=3),
     SamplingConfig(min_p=0.2, seed=4),
+    SamplingConfig(top_p=0.3, seed=8),
     SamplingConfig(temperature=1.5, top_k=9, top_p=0.8, min_p=0.05, seed=5),
 ]
 
@@ -32,6 +33,7 @@ def rows_of(settings, index, position):
         name: np.asarray([getattr(each, name) or 0 for each in settings], kind)
         for name, kind in fields.items()
     }
+    arrays["top_p_rest"] = np.asarray([1 - each.top_p for each in settings], np.float32)
     arrays["top_k"] = np.where(arrays["top_k"] == 0, V, arrays["top_k"]).astype(np.int32)
     own = dict(index=np.asarray(index), position=np.asarray(position))
     return drawing.DrawRows(**arrays, **own)
@@ -40,9 +42,9 @@ def rows_of(settings, index, position):
 def test_each_row_draws_what_it_draws_alone():
     draw = jax.jit(drawing.draw)
     rng = np.random.default_rng(0)
-    index, position = np.arange(6), np.arange(6) * 3 + 1
+    index, position = np.arange(7), np.arange(7) * 3 + 1
     for _ in range(5):
-        logits = jnp.asarray(rng.normal(size=(6, V)) * 2, jnp.float32)
+        logits = jnp.asarray(rng.normal(size=(7, V)) * 2, jnp.float32)
         found = draw(logits, rows_of(SETTINGS, index, position))
         for row, config in enumerate(SETTINGS):
             one = slice(row, row + 1)

@@ -12,6 +12,7 @@ from jaxscale.serve.requests import Completion, Penalties, RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.serve.sequences import FinishReason
 from jaxscale.types import InputError
+from tests.models import test_long_rope as long_rope
 from tests.serve.test_decoding import MODELS, decoder_of, full_logits, params_of
 
 GREEDY = SamplingConfig(temperature=0)
@@ -75,6 +76,19 @@ def test_greedy_tokens_are_those_of_a_sequence_alone(name, changes):
     assert found == alone(name)
     assert (engine.figures().num_preemptions > 0) == ("admission" in changes)
     assert engine.figures().num_held == 0
+
+
+def test_a_sequence_that_outgrows_longropes_first_factors_is_computed_again_with_the_others():
+    """Beside one that does not, one that was longer from the start, and an equal prefix."""
+    prompts = [[7, 3, 9, 30, 1, 5], [7, 3, 9, 30], [7, 3, 9, 30, 1, 5, 5, 2, 4, 11, 3, 8]]
+    sizes = EngineConfig(**SMALL)
+    engine = Engine(long_rope.DECODER, long_rope.params(), config=sizes)
+    config = RequestConfig(GREEDY, max_new_tokens=NEW)
+    run = functools.partial(generate_tokens, long_rope.DECODER, long_rope.params())
+    wanted = [run([each], sampling=GREEDY, max_new_tokens=NEW)[0] for each in prompts]
+    for _ in range(2):
+        assert tokens_of(engine.generate(prompts, config)) == wanted
+    assert engine.figures().num_preemptions == 4
 
 
 def test_a_cached_prefix_changes_nothing_and_is_counted():
@@ -240,7 +254,7 @@ def test_a_request_times_out_wherever_it_is():
     [
         ([], "at least one token"),
         ([61], "0 <= token < vocab_size = 61"),
-        ([1] * 30, r"prompt \+ max_new_tokens <= model.max_length = 32, here 30 \+ 8 = 38"),
+        ([1] * 30, "<= model.max_length = 32, here 30"),
         ([1] * 20, "blocks needed <= blocks, here 7 <= 6"),
     ],
 )

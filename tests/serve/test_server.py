@@ -17,7 +17,8 @@ from tests.serve.examples import byte_decoder, byte_engine, byte_params
 httpx = pytest.importorskip("httpx", reason="the extra `test`")
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve`")
 from jaxscale.data.chat_template import ChatTemplate  # noqa: E402
-from jaxscale.serve.server import Service, make_app  # noqa: E402
+from jaxscale.serve.handler import Service  # noqa: E402
+from jaxscale.serve.server import make_app  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 KEY = "a-key-of-this-test"
@@ -27,7 +28,7 @@ KEY = "a-key-of-this-test"
 def running(**settings):
     """(address, engine) of a server in a thread."""
     engine = byte_engine()
-    template = ChatTemplate(TEMPLATE, "template", {})
+    template = ChatTemplate(TEMPLATE, "of the test", {})
     app = make_app(lambda: engine, Service("tiny", chat_template=template, **settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)

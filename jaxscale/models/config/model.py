@@ -5,6 +5,7 @@ import dataclasses
 from jaxscale.models.config.attention import AttentionConfig
 from jaxscale.models.config.experts import ExpertsConfig
 from jaxscale.models.config.feed_forward import FeedForwardConfig
+from jaxscale.models.config.lora import LoraConfig
 from jaxscale.types import (
     InputError,
     check_choice,
@@ -99,6 +100,7 @@ class ModelConfig:
         is_tied: whether the unembedding is the embedding.
         use_head_bias: whether the logits have a bias.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
+        lora: low-rank adapters beside the matrices; None for none.
         init_std: standard deviation of initial weights; output projections divide it by sqrt(2 L).
     """
 
@@ -115,6 +117,7 @@ class ModelConfig:
     is_tied: bool = False
     use_head_bias: bool = False
     logit_softcap: float | None = None
+    lora: LoraConfig | None = None
     init_std: float = 0.02
 
     def __post_init__(self):

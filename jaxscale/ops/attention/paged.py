@@ -143,7 +143,7 @@ def attend(
 def _choose(q: Array, context: AttentionContext, cache: PagedCache) -> str:
     is_fast = is_hopper() and _refusal(q, context, cache) is None
     chosen = "mosaic" if is_fast else "reference"
-    logger.info("paged attention: backend %s for q%s %s", chosen, q.shape, q.dtype)
+    logger.info("paged attention: backend %s for %s", chosen, q.dtype)
     return chosen
 
 

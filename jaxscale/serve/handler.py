@@ -1,0 +1,217 @@
+"""Requests in OpenAI's form, answered by an engine; the server is around it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+from jaxscale.data.chat_template import ChatTemplate
+from jaxscale.serve.answers import Form, Usage, error_json
+from jaxscale.serve.decoding import check_prompts
+from jaxscale.serve.engine import Engine
+from jaxscale.serve.metrics import Metrics, SequenceClock
+from jaxscale.serve.openai import ChatRequest, CompletionRequest, GenerationRequest
+from jaxscale.serve.requests import Completion, Delta, RequestConfig
+from jaxscale.serve.sampling import MAX_SEED
+from jaxscale.serve.worker import Answers, Frontend
+from jaxscale.types import InputError, RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """What is served.
+
+    Args:
+        model: the name under which clients ask for it.
+        chat_template: of the tokenizer; None refuses chats.
+        api_keys: of which a client must send one; empty for none.
+        stop_ids: tokens that end an answer, beside the tokenizer's end token.
+        timeout_s: after which a request is ended; None for never.
+    """
+
+    model: str
+    chat_template: ChatTemplate | None = None
+    api_keys: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    timeout_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request as the engine takes it.
+
+    Args:
+        prompts: tokens of each prompt.
+        config: how each is continued.
+        form: of the answer.
+    """
+
+    prompts: list[list[int]]
+    config: RequestConfig
+    form: Form
+
+    @property
+    def num_choices(self) -> int:
+        """Continuations of all prompts."""
+        return len(self.prompts) * self.config.num_sequences
+
+    def usage(self, choices: list[Completion]) -> Usage:
+        """The tokens of the request; a prompt counts once for all of its choices."""
+        firsts = choices[:: self.config.num_sequences]
+        return Usage(
+            prompt=sum(map(len, self.prompts)),
+            cached=sum(choice.num_cached for choice in firsts),
+            new=sum(len(choice.tokens) for choice in choices),
+        )
+
+
+class Handler:
+    """Answers requests with an engine.
+
+    Args:
+        engine: the server's alone.
+        service: what is served.
+    """
+
+    def __init__(self, engine: Engine, service: Service):
+        self.service = service
+        self.metrics = Metrics(service.model)
+        self._model, self._tokenizer = engine.model, engine.tokenizer
+        self._grammars = engine.grammars
+        self._frontend = Frontend(engine)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine, if anything did."""
+        return self._frontend.failure
+
+    async def figures(self) -> str:
+        """The metrics in Prometheus' text format."""
+        return self.metrics.text(await self._frontend.call(lambda engine: engine.figures()))
+
+    def completion(self, body: CompletionRequest) -> Asked:
+        """What a completion asks of the engine.
+
+        Raises:
+            InputError: something in it is wrong.
+        """
+        self._check_model(body)
+        prompts = [
+            self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            for prompt in body.prompts()
+        ]
+        return self._asked(body, prompts, body.max_tokens or 16, body.logprobs)
+
+    def chat(self, body: ChatRequest) -> Asked:
+        """What a chat asks of the engine; Raises as `completion`."""
+        self._check_model(body)
+        if self.service.chat_template is None:
+            raise InputError("messages", "a chat", "a model whose tokenizer has a chat template")
+        messages = [message.plain() for message in body.messages]
+        tools = None if body.tool_choice == "none" else body.tools
+        prompt = self._encode(messages, tools)
+        room = max(self._model.max_length - len(prompt), 1)
+        wanted = body.max_completion_tokens or body.max_tokens or room
+        return self._asked(body, [prompt], wanted, body.num_logprobs(), is_chat=True)
+
+    def _encode(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+    ) -> list[int]:
+        """The tokens of a chat, up to where the assistant answers.
+
+        Raises:
+            InputError: the template refuses the chat.
+        """
+        try:
+            return self.service.chat_template.encode(messages, self._tokenizer, tools=tools)
+        except InputError as error:  # which names the template's file, no business of a client
+            roles = [message["role"] for message in messages]
+            expected = "a chat that the model's template takes"
+            raise InputError("messages", roles, expected) from error
+
+    def _asked(
+        self,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        num_logprobs: int | None,
+        *,
+        is_chat: bool = False,
+    ) -> Asked:
+        check_prompts(prompts, self._model, max_new_tokens)
+        config = body.config(
+            max_new_tokens=max_new_tokens,
+            num_logprobs=num_logprobs,
+            random_seed=secrets.randbelow(MAX_SEED + 1),
+            timeout_s=self.service.timeout_s,
+        )
+        if not config.ignore_eos:
+            stop_ids = (*config.stop_ids, *self.service.stop_ids)
+            config = dataclasses.replace(config, stop_ids=stop_ids)
+        return Asked(prompts, config, Form(self.service.model, is_chat, self._tokenizer))
+
+    def _check_model(self, body: GenerationRequest) -> None:
+        if body.model != self.service.model:
+            raise InputError("model", body.model, f"{self.service.model!r}")
+
+    async def submit(self, asked: Asked) -> Answers:
+        """Has the engine continue what is asked; Raises as `Frontend.submit`."""
+        if asked.config.grammar:
+            # It may take a second, for which neither the loop nor the engine should wait.
+            await asyncio.to_thread(self._grammars.begin, asked.config.grammar)
+        return await self._frontend.submit(asked.prompts, asked.config)
+
+    async def observed(self, answers: Answers) -> AsyncIterator[tuple[int, Delta]]:
+        """`Answers.deltas`, of which the metrics take note."""
+        clocks = [SequenceClock() for _ in range(answers.num_choices)]
+        try:
+            async with contextlib.aclosing(answers.deltas()) as deltas:
+                async for choice, delta in deltas:
+                    self.metrics.observe(clocks[choice], delta)
+                    yield choice, delta
+        finally:
+            self.metrics.count_cancelled(answers.num_open)
+
+    async def whole(self, asked: Asked, answers: Answers) -> dict[str, Any]:
+        """The answer as a whole."""
+        choices = [Completion() for _ in range(asked.num_choices)]
+        async with contextlib.aclosing(self.observed(answers)) as deltas:
+            async for choice, delta in deltas:
+                choices[choice].add(delta)
+        return asked.form.whole(choices, asked.usage(choices))
+
+    async def events(
+        self,
+        asked: Asked,
+        answers: Answers,
+        has_usage: bool,
+    ) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+        form, choices = asked.form, [Completion() for _ in range(asked.num_choices)]
+        for fields in form.first(asked.num_choices):
+            yield _event(fields)
+        try:
+            async with contextlib.aclosing(self.observed(answers)) as deltas:
+                async for choice, delta in deltas:
+                    choices[choice].add(delta)
+                    if fields := form.chunk(choice, delta):
+                        yield _event(fields)
+        except RunError as error:
+            yield _event(error_json(str(error), status=500))
+            return
+        if has_usage:
+            yield _event(form.last(asked.usage(choices)))
+        yield "data: [DONE]\n\n"
+
+    def close(self) -> None:
+        """Ends the engine's thread."""
+        self._frontend.close()
+
+
+def _event(fields: dict[str, Any]) -> str:
+    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
