@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxscale.checkpoint import manifest, native
 from jaxscale.checkpoint.boxes import boxes, chunk_shape
+from jaxscale.checkpoint.file_array import is_plain_name
 from jaxscale.checkpoint.handlers import CHUNK_BYTES, is_os_error
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.types import InputError, check_positive
@@ -156,6 +157,8 @@ def _plan(leaves: Mapping[str, LazyArray], limit: int) -> list[_Leaf]:
     plan, folders = [], {}
     for path, array in leaves.items():
         folder = native.leaf_folder(path)
+        if not is_plain_name(folder):
+            raise InputError("leaves", path, "paths that can be a folder's name")
         if folder in folders:
             raise InputError(
                 "leaves", [path, folders[folder]], "paths that differ in more than a '.'"

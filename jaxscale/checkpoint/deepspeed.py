@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxscale.checkpoint.boxes import Merged, Placement, flat_boxes
 from jaxscale.checkpoint.deepspeed_patterns import rules_of
-from jaxscale.checkpoint.file_array import FileArray
+from jaxscale.checkpoint.file_array import FileArray, is_plain_name
 from jaxscale.checkpoint.patterns import Rule
 from jaxscale.checkpoint.pickled import Named
 from jaxscale.checkpoint.source import LazyArray
@@ -47,7 +47,7 @@ def find_tag(folder: Path) -> Path | None:
     for name in LATEST:
         if (folder / name).is_file():
             tag = (folder / name).read_text().strip()
-            if Path(tag).name != tag:  # it could lead out of the folder
+            if not is_plain_name(tag):
                 raise InputError(str(folder / name), tag, "the name of a folder beside it")
             folder = folder / tag
             break

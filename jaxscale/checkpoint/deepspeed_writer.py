@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxscale.checkpoint.file_array import is_plain_name
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.checkpoint.torch_writer import save_torch
 from jaxscale.types import InputError
@@ -47,6 +48,9 @@ def write_universal(
         raise InputError("destination", str(folder / tag), "a folder that does not exist yet")
     root = folder / tag / "zero"
     names = [name for state, name in states if state == WEIGHTS]
+    for name in names:
+        if not is_plain_name(name):
+            raise InputError("checkpoint", name, "names of parameters that can be a folder's")
     for (state, name), array in states.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         content = {"param": array, "cat_dim": 0}

@@ -9,6 +9,11 @@ import numpy as np
 from jaxscale.types import InputError
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name from a file can name an entry of a folder, and cannot lead out of it."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\0"}
+
+
 @dataclasses.dataclass(frozen=True)
 class FileArray:
     """An array in row-major order at a place in a file; a `LazyArray`.

@@ -11,6 +11,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxscale.checkpoint import manifest
+from jaxscale.checkpoint.file_array import is_plain_name
 from jaxscale.types import InputError
 
 STATE = "state"
@@ -103,8 +104,8 @@ class NativeCheckpoint:
         for entry in listed:
             keys = entry["key_metadata"]
             names = [key["key"] for key in keys]
-            if any(SEPARATOR in name for name in names):  # it could lead out of the folder
-                raise InputError("checkpoint", names, f"names without {SEPARATOR!r}")
+            if not all(map(is_plain_name, names)):
+                raise InputError("checkpoint", names, "names that cannot lead out of the folder")
             for end, key in enumerate(keys, 1):
                 if key["key_type"] == ITEM:
                     items.add(SEPARATOR.join(names[:end]))

@@ -110,6 +110,13 @@ def test_another_source_does_not_go_on_with_a_half_done_conversion(tmp_path):
         convert(leaves, destination, identity="a", budget_bytes=100_000)
 
 
+@pytest.mark.parametrize("name", ["..", ".", ""])
+def test_a_name_cannot_lead_out_of_the_step(tmp_path, name):
+    with pytest.raises(InputError, match="paths that can be a folder's name"):
+        convert({name: np.zeros(2)}, Destination(tmp_path, 1), identity="", budget_bytes=1000)
+    assert not list(tmp_path.iterdir())
+
+
 def interrupt(done, total):
     raise KeyboardInterrupt
 

@@ -91,9 +91,10 @@ def test_a_file_that_is_not_read_is_refused(tmp_path):
 
 
 def test_latest_cannot_lead_out_of_its_folder(tmp_path):
-    (tmp_path / "latest").write_text("../../elsewhere")
-    with pytest.raises(InputError, match="the name of a folder beside it"):
-        find_tag(tmp_path)
+    for tag in ("../../elsewhere", "..", "/etc"):
+        (tmp_path / "latest").write_text(tag)
+        with pytest.raises(InputError, match="the name of a folder beside it"):
+            find_tag(tmp_path)
 
 
 # Tensor and pipeline ranks, in files that this test lays out as DeepSpeed does
@@ -275,6 +276,13 @@ def test_what_has_no_weights_or_half_its_moments_is_no_universal_folder(tmp_path
     half = {"fp32/a": w, "fp32/b": w, "exp_avg/a": w}
     with pytest.raises(InputError, match="'b', expected exp_avg of every parameter, or of none"):
         write_universal(half, tmp_path, step=0, piece_bytes=100)
+
+
+def test_a_name_cannot_lead_out_of_the_folder_that_is_written(tmp_path):
+    for name in ("../w", "..", "a/b", "/w"):
+        with pytest.raises(InputError, match="names of parameters that can be a folder's"):
+            write_universal({f"fp32/{name}": normal(2)}, tmp_path, step=0, piece_bytes=100)
+    assert not list(tmp_path.iterdir())
 
 
 def test_rules_of_ones_own_replace_the_patterns(tmp_path):

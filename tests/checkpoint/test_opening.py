@@ -48,3 +48,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(InputError, match="a step of jaxscale, a folder of steps"):
             open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["..", "a/../../b"])
+def test_our_own_list_of_leaves_cannot_lead_out_of_the_step(tmp_path, saved_steps, name):
+    saved_steps(tmp_path, 1)
+    file = tmp_path / "1" / "state" / "_METADATA"
+    file.write_text(file.read_text().replace('"key": "step"', f'"key": "{name}"'))
+    with pytest.raises(InputError, match="names that cannot lead out of the folder"):
+        open_checkpoint(tmp_path)
