@@ -137,7 +137,7 @@ def is_full_run(session: pytest.Session) -> bool:
     """Whether all default tests ran and passed: no paths, no -k, no other -m, nothing left out."""
     config = session.config
     option = config.option
-    is_unselected = not (option.keyword or option.deselect or option.lf)
+    is_unselected = not (option.keyword or option.deselect or getattr(option, "lf", False))
     return (
         session.exitstatus == pytest.ExitCode.OK
         and config.args_source == pytest.Config.ArgsSource.TESTPATHS
