@@ -16,7 +16,7 @@ from jaxscale.types import InputError, RunError, check_types
 logger = logging.getLogger(__name__)
 
 # Of JAX's share; the rest is for what the model of the memory does not know.
-SHARE_OF_LIMIT = 0.92
+SHARE_OF_LIMIT = 0.90
 
 
 @dataclasses.dataclass(frozen=True)
