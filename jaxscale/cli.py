@@ -65,7 +65,7 @@ VERBS = {
     ),
     "serve": Verb(
         "jaxscale.run.serve:serve",
-        "answer OpenAI's clients over HTTP with a checkpoint",
+        "answer OpenAI's clients over HTTP with a checkpoint; the file may be a run's directory",
     ),
     "evaluate": Verb(
         "jaxscale.run.evaluate:evaluate",
@@ -104,6 +104,26 @@ VERBS = {
         "write a checkpoint as a folder that Hugging Face loads",
         words=(("directory", "the new folder"),),
     ),
+    "plan": Verb(
+        "jaxscale.run.plan:plan",
+        "find the fastest mesh for a run on devices that need not be here, say why others are"
+        " slower, and write a file for pretrain",
+        option=("devices", "DEVICE:HOSTSxDEVICES_PER_HOST, such as h200:2x8"),
+    ),
+}
+
+CHECKPOINT = "jaxscale.run.checkpoint"
+ACTIONS = {
+    "ls": "list the checkpoints in a folder",
+    "show": "print each array's type, shape and bytes",
+    "verify": "check the whole by its checksums, or that all of it can be read",
+    "convert": "write it as a checkpoint of jaxscale or of another system",
+    "diff": "compare two array by array; exit 1 if they differ",
+}
+CONVERT_OPTIONS = {
+    "to": "jaxscale (the default), deepspeed or npz",
+    "run": "gin file of the run that is to start from it",
+    "budget": "host memory, such as 512MiB; 4GiB when not given",
 }
 
 EXAMPLES = """\
@@ -111,13 +131,16 @@ examples:
   jaxscale inspect experiments/configs/runs/main_job.gin
   jaxscale compile experiments/configs/runs/llama_1b.gin --topology h200:16x8 \\
       --set mesh.data=128 --set data.batch_size=512
+  jaxscale plan experiments/configs/runs/llama_1b.gin --devices h200:2x8 \\
+      --set data.batch_size=512
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate runs/main_job --set 'prompts="Once upon"'
   jaxscale import models/phi3 --set directory=runs/phi3
   jaxscale chat runs/phi3 --set sampling.temperature=0.7
-  jaxscale serve runs/phi3 --set port=8000
   jaxscale export runs/phi3 models/phi3_tuned
+  jaxscale checkpoint show runs/main_job/checkpoints
+  jaxscale serve runs/main_job --set port=8000
 
 A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
@@ -175,6 +198,8 @@ def _leave_closed_pipe() -> int:
 
 def _run(options: argparse.Namespace) -> Any:
     with Preemption(), _log_on_stderr():
+        if options.verb == "checkpoint":
+            return _run_action(options)
         verb = VERBS[options.verb]
         function = load(verb.function)
         if not verb.has_file:
@@ -189,6 +214,14 @@ def _run_saved(function: Callable, directory: Path, options: argparse.Namespace)
     """Calls a verb with what a run has saved in its directory, wherever that lies by now."""
     overrides = [f"run.directory={str(directory)!r}", *_overrides(options)]
     return config.run(function, [directory / CONFIG], overrides, options.admit or ())
+
+
+def _run_action(options: argparse.Namespace) -> None:
+    """Calls what looks at a checkpoint; it takes paths and has no gin file."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    for name in ("verb", "action", "debug"):
+        del given[name]
+    load(f"{CHECKPOINT}:{options.action}")(**given)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -244,7 +277,28 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
         _add_verb(verbs, name, verb)
+    _add_checkpoint(verbs)
     return parser
+
+
+def _add_checkpoint(verbs: Any) -> None:
+    """The verb that takes paths instead of a gin file."""
+    meaning = "look at a checkpoint of any system, check, convert or compare it"
+    actions = verbs.add_parser("checkpoint", help=meaning, description=f"{meaning.capitalize()}.")
+    actions = actions.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, does in ACTIONS.items():
+        parser = actions.add_parser(name, help=does, description=f"{does.capitalize()}.")
+        parser.add_argument("path", metavar="PATH", help="a step, a folder of steps, or another's")
+        if name != "ls":
+            parser.add_argument("--rules", help="TOML file: which parameter each tensor is part of")
+        if name == "diff":
+            parser.add_argument("other", metavar="OTHER", help="what to compare it with")
+        if name == "convert":
+            parser.add_argument("destination", metavar="DESTINATION", help="folder of checkpoints")
+            for option, help_text in CONVERT_OPTIONS.items():
+                parser.add_argument(f"--{option}", help=help_text)
+            parser.add_argument("--step", type=int, help="number of the new checkpoint")
+        parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
 
 
 def _add_verb(verbs: Any, name: str, verb: Verb) -> None:

@@ -230,8 +230,9 @@ def _bind(statement: Any, names: _Names, bindings: Bindings, location: str) -> N
 
 def _statements(path: Path, names: _Names, label: str) -> Iterator[Any]:
     """gin's statements in a file, in order; what cannot be opened or parsed raises InputError."""
-    if path.is_dir():
-        raise InputError(label, str(path), "a gin file; this is a folder")
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        kind = "folder" if path.is_dir() else "pipe or device"
+        raise InputError(label, str(path), f"a gin file; this is a {kind}")
     if not path.is_file():
         siblings = [other.name for other in path.parent.glob("*.gin")]
         expected = f"an existing gin file{closest(path.name, siblings)}"

@@ -291,6 +291,13 @@ def test_a_name_that_no_file_can_have(root, capsys, name):
     assert "nnn" in message and "File name too long" in message
 
 
+def test_a_pipe_for_a_file(root, capsys):
+    (root / "run.gin").unlink()
+    os.mkfifo(root / "run.gin")
+    assert cli.main(["pretrain", str(root / "run.gin")]) == 2
+    assert "a gin file; this is a pipe or device" in capsys.readouterr().err
+
+
 def test_a_file_whose_name_no_file_can_have(root, capsys):
     assert cli.main(["pretrain", str(root / ("n" * 300))]) == 2
     assert "nnn: File name too long" in capsys.readouterr().err
@@ -300,6 +307,16 @@ def test_a_prompt_with_a_stray_byte(shared, capsys):
     assert cli.main(["generate", str(shared / "run.gin"), "--set=prompts=a\udcff"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(r"jaxscale generate: text: given 'a\udcff', expected text of whole")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin"])
+def test_a_token_cache_with_flipped_bytes(root, capsys, name):
+    shutil.rmtree(root / "cache")
+    assert cli.main(["data", str(root / "run.gin")]) == 0
+    (path,) = (root / "cache").glob(f"*/{name}")
+    path.write_bytes(bytes(byte ^ 255 for byte in path.read_bytes()))
+    message = refused(capsys, root)
+    assert "DataConfig.cache_directory: given" in message and f"{name} has changed" in message
 
 
 def test_a_missing_corpus(root, capsys):

@@ -131,7 +131,10 @@ def _without_repeats(parameter: str, files: list[tuple[str, Path]]) -> list[tupl
     kept = list(seen.values())
     if num_repeats := len(files) - len(kept):
         logger.warning(
-            "%s: %d files are reached more than once and read once", parameter, num_repeats
+            "%s: %d of %d files are others again, by a link or under two paths; each is read once",
+            parameter,
+            num_repeats,
+            len(files),
         )
     return kept
 

@@ -255,18 +255,22 @@ class TrainLoader:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at `state`, whatever the number of hosts that wrote it.
 
+        With another batch size it goes on with the row after the last one that was served.
+
         Raises:
-            InputError: the state is of other data or of another configuration; names the field.
+            InputError: the state is of other data or of another configuration, or the rows served
+                are no whole number of batches of the new size; names the field.
         """
         defaults = EARLIER | {"tokenizer": self._facts["tokenizer"]}
         if not self._config.held_out_fraction:
             defaults["held_out_by"] = self._config.held_out_by  # nothing was, either way
         saved = defaults | state.get("depends_on", {})
         for name, value in self._facts.items():
-            if saved.get(name) != value:
+            is_number_of_rows = name == "batch_size" and name in saved
+            if saved.get(name) != value and not is_number_of_rows:
                 expected = f"{saved.get(name)!r}, with which the run was begun"
                 raise InputError(f"DataConfig.{name}", value, expected)
-        batch = state["batch"]
+        batch = self._batch_after(state["batch"] * saved["batch_size"])
         positions = state["positions"]
         served = self.served_before(batch)
         if positions != served:
@@ -274,6 +278,15 @@ class TrainLoader:
             raise InputError("data state positions", positions, expected)
         self._next = batch
         self._batches.set_state({"next_index": batch})
+
+    def _batch_after(self, num_rows: int) -> int:
+        """The batch that begins with the row after the first `num_rows`."""
+        size = self._config.batch_size
+        batch, rest = divmod(num_rows, size)
+        if rest:
+            expected = f"rows served % batch_size == 0, here {num_rows} % {size} = {rest}"
+            raise InputError("DataConfig.batch_size", size, expected)
+        return batch
 
     def served_before(self, batch: int) -> list[int]:
         """How many rows each source serves before global batch `batch`."""

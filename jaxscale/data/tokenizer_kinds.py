@@ -1,6 +1,7 @@
 """What a tokenizer does, and its kinds: bytes, a tokenizer.json, a SentencePiece model."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 HUGGING_FACE_FILE = "tokenizer.json"
 SENTENCE_PIECE_FILE = "tokenizer.model"
 NEW = "a new tokenizer"
+NEVER = -1e4  # as log-probability of a piece: any other way to spell a text is better
 NUM_SHOWN = 80  # characters of a text that an error quotes
 
 
@@ -93,7 +95,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, serialized: str, eos_token: str = END_OF_TEXT, *, path: str = NEW):
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+            self._tokenizer = tokenizers.Tokenizer.from_str(_guarded(serialized, eos_token))
         except Exception as error:  # the library raises bare Exception
             expected = f"a tokenizer.json ({error})"
             raise InputError("TokenizerConfig.path", path, expected) from error
@@ -107,8 +109,6 @@ class HuggingFaceTokenizer:
         ending = tokenizers.AddedToken(eos_token, normalized=False, special=True)
         self._tokenizer.add_special_tokens([ending])
         self._tokenizer.encode_special_tokens = True
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self.special_tokens = tuple(token.content for token in added if token.special)
         if self.eos_id in self.encode(eos_token):
             expected = "a token that no text encodes to; this one is a word of the vocabulary"
             raise InputError("TokenizerConfig.eos_token", eos_token, expected)
@@ -123,20 +123,15 @@ class HuggingFaceTokenizer:
         """The text of its tokenizer.json."""
         return self._serialized
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens by their text, which `encode` never gives."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special}
+
     def encode(self, text: str) -> list[int]:
         check_characters("text", text[:NUM_SHOWN], text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_special(self, text: str) -> list[int]:
-        """The token ids of a text in which the special tokens that it spells are tokens.
-
-        For text of a chat's template, in which nothing of a user's may spell one.
-        """
-        self._tokenizer.encode_special_tokens = False
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        finally:
-            self._tokenizer.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -155,6 +150,24 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: str | Path) -> None:
         _write(Path(directory).expanduser(), HUGGING_FACE_FILE, self._serialized.encode())
+
+
+def _guarded(serialized: str, eos_token: str) -> str:
+    """A tokenizer.json whose unigram model, if it has one, takes no special token from a text.
+
+    Such a model has special tokens among its pieces, often with the best score of all.
+
+    Raises:
+        ValueError, LookupError, TypeError: it is no tokenizer.json.
+    """
+    if '"Unigram"' not in serialized:
+        return serialized
+    content = json.loads(serialized)
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    for piece in content["model"]["vocab"]:
+        if piece[0] in special | {eos_token}:
+            piece[1] = NEVER
+    return json.dumps(content)
 
 
 class SentencePieceTokenizer:

@@ -44,6 +44,8 @@ class MeshConfig:
         expert_exchange: "dense", worst-case buffers; "ragged", only the rows there are (GPU).
         is_optimizer_on_host: the optimizer's moments rest in host memory between updates. A step
             moves them to the device and back, an eighth or one parameter's at a time.
+        is_elastic: a training that finds fewer devices than the axes ask for goes on with fewer
+            data ranks and more micro-batches, see `parallel.elastic`.
     """
 
     pipeline: int = 1
@@ -60,6 +62,7 @@ class MeshConfig:
     expert_axis: str = EXPERT
     expert_exchange: str = "dense"
     is_optimizer_on_host: bool = False
+    is_elastic: bool = False
 
     def __post_init__(self):
         check_types(self)

@@ -1,5 +1,6 @@
 """A run as one value, and the verbs that take it; a gin file can name all parts of a run here."""
 
+from jaxscale.checkpoint.changes import Changes
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import JsonLinesSource, StandardLibrary, TextSource
@@ -28,7 +29,8 @@ from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import huggingface_model
-from jaxscale.run.run import Run
+from jaxscale.run.planned import PlannedMesh
+from jaxscale.run.run import Run, masked_token_loss, next_token_loss
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
@@ -38,6 +40,7 @@ __all__ = [
     "AttentionConfig",
     "BitsPerByte",
     "ByChunk",
+    "Changes",
     "CheckpointConfig",
     "DataConfig",
     "DenseMixerRouter",
@@ -55,6 +58,7 @@ __all__ = [
     "ModelConfig",
     "NormConfig",
     "OptimizerConfig",
+    "PlannedMesh",
     "Policy",
     "ProcessesConfig",
     "RotaryConfig",
@@ -70,4 +74,6 @@ __all__ = [
     "Whole",
     "YarnScaling",
     "huggingface_model",
+    "masked_token_loss",
+    "next_token_loss",
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,10 @@ def pretrain(*, run: Run) -> Outcome:
     """
     run = run.deterministic()
     with surroundings(run.path, run.runtime) as around:
-        setup = run.setup()
+        run = run.on(jax.device_count())
+        # Those that a smaller mesh has no use for are left idle.
+        devices = jax.devices()[: math.prod(run.mesh.sizes)] if run.mesh.is_elastic else None
+        setup = run.setup(devices)
         check_vocabulary(load_tokenizer(run.data.tokenizer), run.model.vocab_size)
         evaluate = _make_evaluate(setup, run)
         index, count = batch_share(setup.mesh)

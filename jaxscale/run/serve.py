@@ -3,11 +3,10 @@
 import logging
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jaxscale.convert.fields import read_json
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.run.huggingface import KEPT, TOKENIZER_CONFIG, stop_ids
+from jaxscale.run.huggingface import KEPT, stop_ids
 from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
@@ -90,14 +89,13 @@ def make_service(
     timeout_s: float | None = None,
 ) -> "Service":
     """What of a run is served; Args and Raises as `serve`."""
-    from jaxscale.data.chat_template import TEMPLATE, read_chat_template
+    from jaxscale.data.chat_template import read_chat_template
     from jaxscale.serve.handler import Service
 
     folder = chat_folder(run)
-    has_template = (folder / TEMPLATE).exists() or "chat_template" in settings_of(folder)
     return Service(
         model=model_name or run.path.resolve().name,
-        chat_template=read_chat_template(folder) if has_template else None,
+        chat_template=read_chat_template(folder),
         api_keys=api_keys,
         stop_ids=stop_ids(folder),
         timeout_s=timeout_s,
@@ -111,12 +109,6 @@ def chat_folder(run: Run) -> Path:
         return kept
     path = Path(tokenizer).expanduser()
     return path if path.is_dir() else path.parent
-
-
-def settings_of(folder: Path) -> dict[str, Any]:
-    """The tokenizer's settings in a folder, as Hugging Face writes them; empty where none are."""
-    file = folder / TOKENIZER_CONFIG
-    return read_json(file) if file.exists() else {}
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -125,22 +125,15 @@ class Handler:
         """The tokens of a chat, up to where the assistant answers.
 
         Raises:
-            InputError: a message spells a special token, which would end it or speak for another;
-                or the template refuses the chat.
+            InputError: the template refuses the chat.
         """
-        special = getattr(self._tokenizer, "special_tokens", ())
-        asked = json.dumps([messages, tools], ensure_ascii=False)
-        if spelt := [token for token in special if token in asked]:
-            raise InputError("messages", spelt[0], "text that spells no special token")
-        render = self.service.chat_template.render
+        encode = self.service.chat_template.encode
         try:
-            text = render(messages, is_reply_next=True, tools=tools)
+            return encode(messages, self._tokenizer, tools=tools)
         except InputError as error:  # which names the template's file, no business of a client
             roles = [message["role"] for message in messages]
             expected = "a chat that the model's template takes"
             raise InputError("messages", roles, expected) from error
-        encode = getattr(self._tokenizer, "encode_special", self._tokenizer.encode)
-        return encode(text)
 
     def _asked(
         self,

@@ -91,13 +91,27 @@ class Setup:
         specs = self.region.specs
 
         def first() -> TrainState:
-            key = jax.random.fold_in(jax.random.key(seed), 0)
-            params = specs.layout.store(init_params(self.table, key, self.dtype), specs.dims)
+            state = self._first(seed)
+            params = specs.layout.store(state.params, specs.dims)
             opt_state = self.optimizer.init(tree.select(params, self.region.trainable))
-            return TrainState(jnp.int32(0), params, opt_state, run_key(seed), jnp.bool_(True))
+            return dataclasses.replace(state, params=params, opt_state=opt_state)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(first, out_shardings=shardings, compiler_options=RUNS_ONCE)()
+
+    def draw_missing(self, seed: int, state: TrainState) -> TrainState:
+        """A canonical state with what `init` draws for each leaf that is None; draws no other."""
+        wanted = tree.flatten(self.canonical_state)
+        missing = [path for path in wanted if path not in tree.flatten(state)]
+
+        def draw() -> list[jax.Array]:
+            drawn = tree.flatten(self._first(seed))
+            return [drawn[path] for path in missing]
+
+        shardings = [wanted[path].sharding for path in missing]
+        drawn = jax.jit(draw, out_shardings=shardings, compiler_options=RUNS_ONCE)()
+        leaves = tree.flatten(state) | dict(zip(missing, drawn))
+        return tree.map_with_path(lambda path, _: leaves[path], self.canonical_state)
 
     @property
     def canonical_state(self) -> TrainState:
@@ -111,6 +125,13 @@ class Setup:
     def from_canonical(self, state: TrainState) -> TrainState:
         """A state from disk as this run's pipeline stores it."""
         return self._convert(from_canonical, state, self.state)
+
+    def _first(self, seed: int) -> TrainState:
+        """The first state in the order of the layers, as it is on disk."""
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        params = init_params(self.table, key, self.dtype)
+        opt_state = self.optimizer.init(tree.select(params, self.region.trainable))
+        return TrainState(jnp.int32(0), params, opt_state, run_key(seed), jnp.bool_(True))
 
     def _convert(
         self,

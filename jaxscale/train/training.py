@@ -156,12 +156,11 @@ def _restore_or_start(
         state = setup.from_canonical(saved)
         _check_step(state, checkpoints.latest_step())
         loader.restore(data_state)
-        saved_key = jax.random.key_data(state.key)
-        if (saved_key != jax.random.key_data(run_key(config.seed))).any():
-            expected = "the seed with which the run was begun"
-            raise InputError("TrainConfig.seed", config.seed, expected)
+        _check_seed(state, config)
         logger.info("resumed after step %d", int(state.step))
         return state
+    if config.init_changes is not None:
+        return _other_state(setup, loader, config, facts)
     state = setup.init(config.seed)
     if config.init_from is None:
         return state
@@ -175,28 +174,62 @@ def _check_step(state: TrainState, folder: int) -> None:
         raise InputError("checkpoint.directory", f"a folder {folder}", expected)
 
 
+def _other_state(
+    setup: Setup,
+    loader: ResumableLoader,
+    config: TrainConfig,
+    facts: dict[str, Any],
+) -> TrainState:
+    """The state of another run's newest checkpoint, but for what the changes name."""
+    with contextlib.closing(_open_other(config.init_from, facts)) as checkpoints:
+        saved, data_state = checkpoints.restore_changed(setup.canonical_state, config.init_changes)
+    # None where it is to be drawn.
+    if saved.step is not None:
+        loader.restore(data_state)
+    state = setup.from_canonical(setup.draw_missing(config.seed, saved))
+    _check_seed(state, config)
+    logger.info("goes on from %s after step %d", config.init_from, int(state.step))
+    return state
+
+
+def _check_seed(state: TrainState, config: TrainConfig) -> None:
+    saved = jax.random.key_data(state.key)
+    if (saved != jax.random.key_data(run_key(config.seed))).any():
+        expected = "the seed with which the run was begun"
+        raise InputError("TrainConfig.seed", config.seed, expected)
+
+
 def _other_params(
     setup: Setup,
     directory: str,
     facts: dict[str, Any],
 ) -> Params:
     """The parameters in another run's newest checkpoint."""
-    source = CheckpointConfig(directory=directory, save_every=1, keep_last=1)
-    with contextlib.closing(Checkpoints(source, **facts)) as checkpoints:
-        is_empty = checkpoints.latest_step() is None
-    if is_empty:
-        below = Path(directory).expanduser().glob("*/[0-9]*")
-        hints = [f"; {path.parent} has" for path in below][:1]
-        expected = f"a folder with a checkpoint; there is none{''.join(hints)}"
-        raise InputError("TrainConfig.init_from", directory, expected)
+    _open_other(directory, facts).close()
     restored = restore_params(
-        source,
+        _of_other(directory),
         facts,
         setup.state.params,
         dims=setup.dims.params,
         layout=setup.region.specs.layout,
     )
     return restored.params
+
+
+def _open_other(directory: str, facts: dict[str, Any]) -> Checkpoints:
+    """The checkpoints of another run, of which there is one at least."""
+    checkpoints = Checkpoints(_of_other(directory), **facts)
+    if checkpoints.latest_step() is None:
+        checkpoints.close()
+        below = Path(directory).expanduser().glob("*/[0-9]*")
+        hints = [f"; {path.parent} has" for path in below][:1]
+        expected = f"a folder with a checkpoint; there is none{''.join(hints)}"
+        raise InputError("TrainConfig.init_from", directory, expected)
+    return checkpoints
+
+
+def _of_other(directory: str) -> CheckpointConfig:
+    return CheckpointConfig(directory=directory, save_every=1, keep_last=1)
 
 
 def _make_reporters(

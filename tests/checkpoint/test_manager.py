@@ -1,10 +1,12 @@
 """Saving and restoring: what comes back, what is kept, damage, and checkpoints of another model."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxscale.checkpoint.manager import CheckpointConfig
+from jaxscale.checkpoint.steps import keep_only
 from jaxscale.types import InputError
 from tests.checkpoint.states import (
     FINGERPRINT,
@@ -133,6 +136,19 @@ def test_keep_last_and_keep_every(tmp_path):
         checkpoints.save(step, small_state(), {})
     checkpoints.close()
     assert committed(tmp_path) == [4, 8, 12, 14]
+
+
+def test_by_time_and_by_distance_in_steps(tmp_path):
+    for step in (4, 9, 12, 19, 23, 27, 28, 31):
+        (tmp_path / str(step)).mkdir()
+        written = time.time() - 3600 * (1 if step > 20 else 5)
+        os.utime(tmp_path / str(step), (written, written))
+    config = CheckpointConfig(str(tmp_path), save_every=1, keep_last=1, keep_hours=2.0)
+    # 4, 9, 19 and 31 are closest to 0, 10, 20 and 30.
+    keep_only(tmp_path, dataclasses.replace(config, keep_closest=10).keeping)
+    assert committed(tmp_path) == [4, 9, 19, 23, 27, 28, 31]
+    keep_only(tmp_path, config.keeping)
+    assert committed(tmp_path) == [23, 27, 28, 31]
 
 
 def test_a_committed_step_is_not_written_again(tmp_path, saved_steps):

@@ -263,7 +263,7 @@ def test_files_that_are_reached_twice_are_told(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("a")
     source = TextSource((str(tmp_path), str(tmp_path / "a.txt")))
     assert len(source.version()) == 1
-    assert "TextSource.paths: 1 files are reached more than once and read once" in caplog.text
+    assert "TextSource.paths: 1 of 2 files are others again" in caplog.text
 
 
 def test_a_run_that_held_out_by_keys_goes_on_only_so(make_config, caplog):
@@ -317,7 +317,6 @@ def test_seed_shuffles(make_config):
     [
         ("seed", 1),
         ("sequence_length", 64),
-        ("batch_size", 4),
         ("weights", (1.0, 1.0)),
         ("is_packed", False),
     ],
@@ -326,6 +325,26 @@ def test_state_of_another_configuration_is_refused(make_config, field, value):
     state = make_loader(make_config()).state()
     with pytest.raises(InputError, match=rf"DataConfig\.{field}.*with which the run was begun"):
         make_loader(make_config(**{field: value})).restore(state)
+
+
+def test_another_batch_size_goes_on_with_the_next_row(make_config):
+    loader = make_loader(make_config())
+    take(loader, 3)
+    state = loader.state()
+    for size, first in ((4, 6), (12, 2), (24, 1)):  # 24 rows of 3 batches of 8
+        other = make_loader(make_config(batch_size=size))
+        other.restore(state)
+        assert_equal(next(other), make_loader(make_config(batch_size=size)).batch_at(first))
+        tokens = other.batch_at(first)["tokens"][:4]
+        np.testing.assert_array_equal(tokens, next_rows(loader, 24, 4))
+    with pytest.raises(InputError, match=r"here 24 % 16 = 8"):
+        make_loader(make_config(batch_size=16)).restore(state)
+
+
+def next_rows(loader, first, number):
+    """Rows of the stream, from its batches of 8."""
+    batches = [loader.batch_at(n)["tokens"] for n in range((first + number) // 8 + 1)]
+    return np.concatenate(batches)[first : first + number]
 
 
 def test_state_of_as_many_other_documents_is_refused(make_config, folders, tmp_path):

@@ -141,6 +141,25 @@ def test_no_text_ends_a_document_whatever_the_file_says_of_the_token(tmp_path, i
     assert tokenizer.decode([0, 1]) == "a"
 
 
+def test_a_unigram_model_takes_no_special_token_from_a_text(tmp_path):
+    """Its special tokens are pieces with the best score, as in files made of SentencePiece."""
+    special = {"<unk>": 0.0, "</s>": 0.0, "<mask>": 0.0}
+    pieces = special | dict.fromkeys("▁</>abkmsx", -3.0)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(list(pieces.items()), unk_id=0))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens(["<mask>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = TokenizerConfig("huggingface", str(tmp_path), eos_token="</s>")
+    tokenizer = load_tokenizer(config)
+    ids = tokenizer.encode("a</s>b <mask> é")
+    assert not {1, 2} & set(ids) and 0 in ids
+    assert tokenizer.decode([id for id in ids if id]) == "a</s>b <mask> "
+    tokenizer.save(tmp_path / "copy")
+    written = (tmp_path / "copy" / "tokenizer.json").read_bytes()
+    assert written == (tmp_path / "tokenizer.json").read_bytes()
+
+
 def test_an_end_that_text_can_spell_is_refused(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "end": 1}, unk_token="a"))
     words.save(str(tmp_path / "tokenizer.json"))

@@ -71,8 +71,8 @@ def test_an_imported_model_is_served_with_its_template_and_its_end_tokens(tmp_pa
     asked = asyncio.run(prompt_of("hi"))
     assert asked.prompts == [[ord(each) - 33 for each in "user:hi"] + [94]]
     assert asked.config.stop_ids == (94, 96)
-    with pytest.raises(InputError, match="text that spells no special token"):
-        asyncio.run(prompt_of("x<|endoftext|>y"))
+    spelt = asyncio.run(prompt_of("x<|endoftext|>y")).prompts[0]
+    assert spelt.count(94) == 1, "a message cannot end the document"
 
 
 def test_keys_are_read_from_a_file(tmp_path):
