@@ -65,7 +65,7 @@ VERBS = {
     ),
     "serve": Verb(
         "jaxscale.run.serve:serve",
-        "answer OpenAI's clients over HTTP with a checkpoint; the file may be a run's directory",
+        "answer OpenAI's clients over HTTP with a checkpoint",
     ),
     "evaluate": Verb(
         "jaxscale.run.evaluate:evaluate",
@@ -95,6 +95,11 @@ VERBS = {
         words=(("source", "the folder: config.json, safetensors, tokenizer"),),
         has_file=False,
     ),
+    "adapt": Verb(
+        "jaxscale.run.adapt:adapt",
+        "make a run's directory in which new low-rank adapters of a model are trained",
+        words=(("directory", "of the new run"),),
+    ),
     "chat": Verb(
         "jaxscale.run.chat:chat",
         "talk to an imported model in the terminal",
@@ -121,7 +126,7 @@ ACTIONS = {
     "diff": "compare two array by array; exit 1 if they differ",
 }
 CONVERT_OPTIONS = {
-    "to": "jaxscale (the default), deepspeed or npz",
+    "to": "jaxscale (the default), deepspeed, safetensors or npz",
     "run": "gin file of the run that is to start from it",
     "budget": "host memory, such as 512MiB; 4GiB when not given",
 }
@@ -137,10 +142,12 @@ examples:
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate runs/main_job --set 'prompts="Once upon"'
   jaxscale import models/phi3 --set directory=runs/phi3
+  jaxscale adapt runs/phi3 runs/phi3_lora --set lora.rank=8
+  jaxscale pretrain runs/phi3_lora --set directory=runs/phi3_tuned --set train.steps=100
   jaxscale chat runs/phi3 --set sampling.temperature=0.7
+  jaxscale serve runs/phi3 --set port=8000
   jaxscale export runs/phi3 models/phi3_tuned
   jaxscale checkpoint show runs/main_job/checkpoints
-  jaxscale serve runs/main_job --set port=8000
 
 A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again

@@ -118,9 +118,14 @@ def test_the_make_targets_exist():
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("jaxscale ")])
 def test_the_commands_load(line, repository):
     """Everything up to the verb's call."""
+    left = (repository / "runs" / "main_job" / "config.gin").read_text()
+    for name in ("phi3", "phi3_lora", "phi3_tuned"):
+        (repository / "runs" / name).mkdir()
+        (repository / "runs" / name / "config.gin").write_text(left)
+    (repository / "tuned.gin").write_text(gin_snippet("ChatSource"))
     options = cli._parser().parse_args(shlex.split(line)[1:])
     function = cli.load(cli.VERBS[options.verb].function)
-    assert config.load(function, [options.file], cli._overrides(options)).arguments
+    assert config.load(function, cli._files(options), cli._overrides(options)).arguments
 
 
 @pytest.mark.long

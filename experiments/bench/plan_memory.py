@@ -3,13 +3,13 @@
 JAX_PLATFORMS=cpu python experiments/bench/plan_memory.py experiments/configs/runs/llama_1b.gin \\
     experiments/configs/runs/mixtral_4b.gin --count 100
 
-No GPU is needed. One JSON line a plan: GiB modelled and compiled, and whether an H200 has room for
-it; then the mean of how far off the model is.
+No GPU is needed. One JSON line a plan: GiB modelled and compiled, and whether it fits an H200.
 """
 
 import argparse
 import itertools
 import json
+import random
 
 from jaxscale.launch.ahead_of_time import described_devices, memory_of
 from jaxscale.planner.cluster import Cluster
@@ -38,7 +38,7 @@ def main():
     options = parser.parse_args()
     grid = list(itertools.product(LAYERS, LENGTHS, ROWS, DEVICES, options.files))
     errors, limit = [], Cluster.parse("h200:1x1").device.memory_bytes * memory_share() / GIB
-    for layers, length, rows, devices, file in grid[:: max(1, len(grid) // options.count)]:
+    for layers, length, rows, devices, file in random.Random(0).sample(grid, options.count):
         cluster = Cluster.parse(f"h200:{devices}")
         sizes = f"model.num_layers={layers} model.max_length={length} data.sequence_length={length}"
         batch = f"data.batch_size={rows * cluster.num_devices}"

@@ -26,7 +26,7 @@ class Changes:
             checkpoint has others of that name, or has none.
         left_out: regular expression over whole paths of the checkpoint's state: leaves that are not
             read, such as a head that is dropped.
-        is_cast: leaves may be of another type; they are cast.
+        is_cast: leaves may be of any other type; they are cast. A wider one needs no asking.
     """
 
     drawn: str | None = None

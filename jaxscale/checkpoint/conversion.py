@@ -5,7 +5,9 @@ renames it when it is written; so a conversion that was killed goes on with thos
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from typing import Any
 
 from jaxscale.checkpoint import manifest, native
 from jaxscale.checkpoint.boxes import boxes, chunk_shape
-from jaxscale.checkpoint.handlers import CHUNK_BYTES
+from jaxscale.checkpoint.handlers import CHUNK_BYTES, is_os_error
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.types import InputError, check_positive
 
@@ -94,26 +96,60 @@ def convert(
         num_workers: pieces at once; the number of cores when None.
         progress: called with the bytes done and those of all leaves.
     Raises:
-        InputError: the step exists, another conversion is half done there, or the source is
-            damaged.
+        InputError: the step exists, another conversion is at work or half done there, the source is
+            damaged, or the disk refuses.
     """
     num_workers = num_workers or os.cpu_count() or 1
     check_positive("budget_bytes", budget_bytes)
     limit = min(CHUNK_BYTES, budget_bytes // (MAX_COPIES * num_workers))
     plan = _plan(leaves, limit)
-    if destination.path.exists():
-        raise InputError("destination", str(destination.path), "a step that does not exist yet")
     folder = destination.unfinished
-    state = folder / native.STATE
-    _begin(folder, plan, identity)
+    with _write_errors_named(destination), _held(destination):
+        if destination.path.exists():
+            expected = "a step that does not exist yet"
+            raise InputError("destination", str(destination.path), expected)
+        _begin(folder, plan, identity)
+        _write_all(folder / native.STATE, plan, num_workers, progress)
+        chunks = {leaf.path: (leaf.array.shape, leaf.chunk) for leaf in plan}
+        native.write_tree(folder / native.STATE, chunks, destination.form)
+        _commit(folder, destination)
+
+
+@contextlib.contextmanager
+def _held(destination: Destination) -> Iterator[None]:
+    """Keeps other conversions out of the folder; the system lets go when this process ends."""
+    destination.directory.mkdir(parents=True, exist_ok=True)
+    folder = os.open(destination.directory, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        expected = "a folder into which no other process is converting"
+        raise InputError("destination", str(destination.directory), expected) from None
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _write_errors_named(destination: Destination) -> Iterator[None]:
+    """Turns the file system's refusal to write into InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        if not is_os_error(error):
+            raise
+        expected = f"a folder in which {destination.path} can be written ({error})"
+        raise InputError("destination", str(destination.directory), expected) from error
+
+
+def _write_all(state: Path, plan: list[_Leaf], num_workers: int, progress: Progress) -> None:
     total = sum(_num_bytes(leaf.array) for leaf in plan)
     done = 0
     for num_bytes in _written(state, plan, num_workers):
         done += num_bytes
         progress(done, total)
-    chunks = {leaf.path: (leaf.array.shape, leaf.chunk) for leaf in plan}
-    native.write_tree(state, chunks, destination.form)
-    _commit(folder, destination)
 
 
 def _plan(leaves: Mapping[str, LazyArray], limit: int) -> list[_Leaf]:

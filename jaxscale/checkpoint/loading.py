@@ -4,11 +4,11 @@ There is no save and load between: a source may as well be arrays of another mes
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxscale import tree
@@ -18,6 +18,7 @@ from jaxscale.types import InputError
 
 # Of a piece there are at once what is read, its copy in the wanted type, and the transfer's.
 MAX_COPIES = 4
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # first element and sizes
 
 
 def load(leaves: Mapping[str, LazyArray], abstract: Any, *, budget_bytes: int) -> Any:
@@ -63,55 +64,70 @@ def _placed(
         raise InputError(path, tuple(array.shape), f"shape {tuple(wanted.shape)}")
     own = wanted.sharding.addressable_devices_indices_map(wanted.shape)
     kind = wanted.sharding.memory_kind
-    shares: dict[tuple, jax.Array] = {}
-    shards = []
+    shares: dict[Box, _Share] = {}
+    places = []
     for device, index in own.items():
-        box = box_of(index, wanted.shape)
         target = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
-        if box not in shares:
-            shares[box] = _share(array, *box, wanted.dtype, target, piece_bytes)
-        # Replicas are copied from the device that has read, not read again.
-        shard = jax.device_put(shares[box], target)
-        shards.append(shard)
+        box = box_of(index, wanted.shape)
+        shares.setdefault(box, _Share(box, target, wanted.dtype))
+        places.append((box, target))
+    _fill(array, list(shares.values()), piece_bytes)
+    # Replicas are copied from the device that has read, not read again.
     return jax.make_array_from_single_device_arrays(
         wanted.shape,
         wanted.sharding,
-        shards,
+        [jax.device_put(shares[box].values, target) for box, target in places],
     )
 
 
-def _share(
-    array: LazyArray,
-    corner: tuple[int, ...],
-    sizes: tuple[int, ...],
-    dtype: Any,
-    target: jax.sharding.Sharding,
-    piece_bytes: int,
-) -> jax.Array:
-    """One device's box of an array, in pieces where it is larger than one."""
-    itemsize = max(
-        array.dtype.itemsize,
-        np.dtype(dtype).itemsize,
-    )
+class _Share:
+    """The box of an array that a device holds, as it fills."""
 
-    def read(start: tuple[int, ...], size: tuple[int, ...]) -> jax.Array:
-        index = tuple(slice(a, a + n) for a, n in zip(start, size))
-        values = np.asarray(array[index])
-        return jax.device_put(values.astype(dtype), target)
+    def __init__(self, box: Box, target: jax.sharding.Sharding, dtype: Any):
+        self._corner, self._sizes = box
+        self._target = target
+        self._dtype = dtype
+        self.values: jax.Array | None = None
+        if 0 in self._sizes:
+            self.values = jax.device_put(np.empty(self._sizes, dtype), target)
 
-    if math.prod(sizes) * itemsize <= piece_bytes:
-        return read(corner, sizes)
-    zeros = functools.partial(jax.numpy.zeros, sizes, dtype)
-    share = jax.jit(zeros, out_shardings=target)()
-    chunk = chunk_shape(sizes, itemsize, piece_bytes)
-    for box in boxes(sizes, chunk):
-        offsets, size = box_of(box, sizes)
-        start = tuple(map(sum, zip(corner, offsets)))
-        piece = read(start, size)
-        share = _write(share, piece, offsets)
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Its first and one past its last element, by dim."""
+        return [(a, a + n) for a, n in zip(self._corner, self._sizes)]
+
+    def write(self, piece: np.ndarray, first: list[int]) -> None:
+        """Takes what is its own of a piece whose first element is `first` and which it meets."""
+        own = piece.astype(self._dtype)
+        if own.shape == self._sizes:
+            self.values = jax.device_put(own, self._target)
+            return
+        if self.values is None:
+            zeros = functools.partial(jnp.zeros, self._sizes, self._dtype)
+            self.values = jax.jit(zeros, out_shardings=self._target)()
+        offsets = tuple(at - start for at, start in zip(first, self._corner))
+        self.values = _write(self.values, jax.device_put(own, self._target), offsets)
+
+
+def _fill(array: LazyArray, shares: list[_Share], piece_bytes: int) -> None:
+    """Reads an array once, in pieces, whatever boxes the devices hold."""
+    shape = tuple(array.shape)
+    chunk = chunk_shape(shape, array.dtype.itemsize, piece_bytes)
+    for box in boxes(shape, chunk):
+        meeting = []
+        for share in shares:
+            bounds = zip(box, share.bounds)
+            overlap = [(max(part.start, a), min(part.stop, b)) for part, (a, b) in bounds]
+            if all(a < b for a, b in overlap):
+                meeting.append((share, overlap))
+        if not meeting:
+            continue  # another process holds it
+        values = np.asarray(array[box])
+        for share, overlap in meeting:
+            own = [slice(a - part.start, b - part.start) for part, (a, b) in zip(box, overlap)]
+            share.write(values[tuple(own)], [a for a, _ in overlap])
         # So that no second piece waits in host memory.
-        share.block_until_ready()
-    return share
+        jax.block_until_ready([share.values for share, _ in meeting])
 
 
 @functools.partial(jax.jit, donate_argnums=0)

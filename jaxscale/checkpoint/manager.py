@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from jaxscale.checkpoint import handlers, manifest, matching, steps
 from jaxscale.checkpoint.changes import Changes, load_changed
+from jaxscale.checkpoint.mirror import Mirror, MirrorConfig
 from jaxscale.checkpoint.writer import Writer
 from jaxscale.types import InputError, check_positive, check_types
 
@@ -41,9 +42,9 @@ class CheckpointConfig:
         keep_closest: keep also, of each multiple of this, the closest step; also where steps are
             saved at other numbers, as at a signal.
         is_async: write while training goes on.
-        use_snapshot: an asynchronous save copies the state in device memory, which frees the step
-            at once, and that copy to the host during the next steps. None: where there is room for
-            it; what is chosen is logged.
+        use_snapshot: copy the state in device memory first, which frees the step at once; None:
+            where there is room for it, which is logged.
+        mirror: an object store that gets each committed step, and gives back the newest.
         use_previous: when the newest checkpoint is damaged, restore the one before instead of
             stopping.
     """
@@ -56,6 +57,7 @@ class CheckpointConfig:
     keep_closest: int | None = None
     is_async: bool = True
     use_snapshot: bool | None = None
+    mirror: MirrorConfig | None = None
     use_previous: bool = False
 
     def __post_init__(self):
@@ -71,7 +73,7 @@ class CheckpointConfig:
                 expected = f"keep_every % save_every == 0, with save_every = {self.save_every}"
                 raise InputError("CheckpointConfig.keep_every", self.keep_every, expected)
         if not self.directory or "://" in self.directory:
-            expected = "the path of a local or mounted folder"
+            expected = "the path of a local or mounted folder; `mirror` names an object store"
             raise InputError("CheckpointConfig.directory", self.directory, expected)
 
     @property
@@ -116,6 +118,9 @@ class Checkpoints:
             raise self._input_error("a folder; this is a file")
         self._saving: int | None = None
         self._damaged: list[int] = []
+        self._mirror: Mirror | None = None
+        if config.mirror is not None and jax.process_index() == 0:
+            self._mirror = Mirror(config.mirror, self._directory)
         self._writer = Writer(
             self._write_manifest,
             is_async=config.is_async,
@@ -137,6 +142,17 @@ class Checkpoints:
             # Processes may see different listings of a shared folder for a while.
             newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
         return None if newest < 0 else newest
+
+    def fetch(self) -> None:
+        """Brings the newest step of the mirror, where the directory has none as new.
+
+        Raises:
+            InputError: the mirror cannot be read, or the step is damaged.
+        """
+        if self._mirror is not None:
+            self._mirror.fetch_newer(self._committed())
+        if self._config.mirror is not None and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints are fetched")
 
     def save(
         self, step: int, state: Any, data_state: dict[str, Any], *, force: bool = False
@@ -167,6 +183,8 @@ class Checkpoints:
         meta = {"fingerprint": self._fingerprint}
         with self._write_errors_named(f"a folder in which step {step} can be written"):
             self._writer.save(self._path(step), state, data=data_state, meta=meta)
+        if self._mirror is not None:
+            self._mirror.follow(step, self._config.keeping)
         if not self._config.is_async:
             self.wait()
         return True
@@ -179,12 +197,15 @@ class Checkpoints:
         """
         if self._saving is None:
             return
-        step = self._saving
+        step, is_committed = self._saving, False
         try:
             with self._write_errors_named(f"a folder in which step {step} can be written"):
                 self._writer.wait()
+            is_committed = True
         finally:
             self._saving = None
+            if self._mirror is not None:
+                self._mirror.wait(is_committed=is_committed)
         if jax.process_index() == 0:
             steps.keep_only(self._directory, self._config.keeping)
 
@@ -260,6 +281,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._writer.close()
+            if self._mirror is not None:
+                self._mirror.close()
 
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / str(step)

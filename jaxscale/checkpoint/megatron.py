@@ -33,21 +33,26 @@ EXPERT = r"(?P<rest>mlp\.experts\.local_experts)\.(?P<expert>\d+)\."
 TO_EXPERT = "{rest}.{expert}."
 
 
-def find_iteration(folder: Path) -> Path | None:
-    """The folder of an iteration: `folder`, or the one that its file of the latest names."""
-    if (folder / LATEST).is_file():
-        number = (folder / LATEST).read_text().strip()
-        if not number.isdecimal():
-            raise InputError(str(folder / LATEST), number, "the number of an iteration")
-        folder = folder / f"iter_{int(number):07d}"
-    return folder if any(folder.glob(f"mp_rank_*/{FILE}")) else None
+def latest_iteration(folder: Path) -> Path:
+    """The folder of the iteration that the folder's file of the latest names, or `folder`."""
+    if not (folder / LATEST).is_file():
+        return folder
+    number = (folder / LATEST).read_text().strip()
+    if not number.isdecimal():
+        raise InputError(str(folder / LATEST), number, "the number of an iteration")
+    return folder / f"iter_{int(number):07d}"
+
+
+def is_megatron(folder: Path) -> bool:
+    """Whether a folder is an iteration by ranks."""
+    return any(folder.glob(f"mp_rank_*/{FILE}"))
 
 
 class MegatronCheckpoint:
     """The weights of a checkpoint of Megatron-LM; a `Source`.
 
     Args:
-        folder: as `find_iteration` returns it.
+        folder: of an iteration.
         rules: in place of those of megatron-core's names.
     """
 
@@ -109,14 +114,14 @@ def megatron_rules(shards: list[Shard], arguments: Named | None) -> tuple[Rule, 
     }.items():
         match = f"{IN_LAYER}(?P<name>{names})"
         to = f"{TO_LAYER}{{name}}"
-        rules.append(Rule(match, to, cuts, KIND, offsets=offsets))
+        rules.append(Rule(match, to, cuts, kind=KIND, offsets=offsets))
     for name, cut in {
         r"linear_fc1\.weight": first_matrix(f"{IN_LAYER}{EXPERT}"),
         r"linear_fc2\.weight": ROW,
     }.items():
         match = f"{IN_LAYER}{EXPERT}(?P<name>{name})"
         to = f"{TO_LAYER}{TO_EXPERT}{{name}}"
-        rules.append(Rule(match, to, (cut,), KIND, offsets=of_experts))
+        rules.append(Rule(match, to, (cut,), kind=KIND, offsets=of_experts))
     return tuple(rules)
 
 

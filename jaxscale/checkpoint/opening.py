@@ -13,6 +13,7 @@ from jaxscale.checkpoint import (
     torch_distributed,
 )
 from jaxscale.checkpoint.patterns import Rule
+from jaxscale.checkpoint.safetensors import INDEX, SINGLE, SafetensorsSource
 from jaxscale.checkpoint.source import Source
 from jaxscale.types import InputError
 
@@ -56,16 +57,19 @@ def open_checkpoint(path: Path, rules: tuple[Rule, ...] | None = None) -> Opened
     numbers = steps.committed_steps(path)
     if numbers:
         path = path / str(numbers[-1])
+    path = megatron.latest_iteration(path)
     if native.is_native(path):
         return Opened("jaxscale", path, native.NativeCheckpoint(path))
     if rank_files.is_rank_folder(path):
         return Opened("per-rank npz", path, rank_files.RankFiles(path, rules))
+    # Trainers write safetensors of the weights beside DeepSpeed's own files, which have it all.
     tag = deepspeed.find_tag(path)
     if tag is not None:
         return Opened("DeepSpeed", tag, deepspeed.DeepSpeedCheckpoint(tag, rules))
-    iteration = megatron.find_iteration(path)
-    if iteration is not None:
-        return Opened("Megatron-LM", iteration, megatron.MegatronCheckpoint(iteration, rules))
+    if (path / INDEX).is_file() or (path / SINGLE).is_file():
+        return Opened("safetensors", path, SafetensorsSource(path))
+    if megatron.is_megatron(path):
+        return Opened("Megatron-LM", path, megatron.MegatronCheckpoint(path, rules))
     if torch_distributed.is_distributed(path):
         source = torch_distributed.DistributedCheckpoint(path)
         return Opened("PyTorch distributed", path, source)

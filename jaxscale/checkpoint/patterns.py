@@ -71,13 +71,37 @@ class Offset:
 
 
 @dataclasses.dataclass(frozen=True)
+class Target:
+    """A parameter that a tensor, or some rows of it, becomes.
+
+    Args:
+        to: path of the parameter; "{group}" stands for what a group matched, "{0}" for the name.
+        rows: how many rows of dim 0 it has of the joined tensor; None for all.
+        axes: for each dim of the parameter, which dim of the tensor it is, as a matrix of torch is
+            [out, in]; empty for the same order.
+        shape: sizes of the parameter where dims are divided, such as (D, N, H) of [D, N H]; empty
+            where none is.
+    """
+
+    to: str
+    rows: int | None = None
+    axes: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        check_types(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rule:
     """Where tensors of one kind belong.
 
     Args:
         match: regular expression of whole names, with named groups.
-        to: path of the parameter; "{group}" stands for what a group matched, "{0}" for the name.
+        to, axes, shape: of the one parameter, see `Target`.
         cuts: from the innermost one on: the parts that the first cut made are joined first.
+        targets: in place of `to`, where the joined tensor is several parameters one after the
+            other, such as q, k and v.
         kind: what several copies are that remain after the cuts, on ranks of other axes or under
             tied names: "unique" refuses them, "replicated" wants equal ones, "average" means them.
         stack: groups whose numbers are the first dims of the parameter.
@@ -87,6 +111,9 @@ class Rule:
     match: str
     to: str = "{0}"
     cuts: tuple[Cut, ...] = ()
+    axes: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    targets: tuple[Target, ...] = ()
     kind: Kind = "unique"
     stack: tuple[str, ...] = ()
     offsets: dict[str, Offset] = dataclasses.field(default_factory=dict)
@@ -97,6 +124,11 @@ class Rule:
         for name in (*self.stack, *self.offsets):
             if name not in groups:
                 raise InputError("Rule.stack, offsets", name, f"a named group of {self.match!r}")
+
+    @property
+    def becomes(self) -> tuple[Target, ...]:
+        """The parameters that a tensor becomes."""
+        return self.targets or (Target(self.to, None, self.axes, self.shape),)
 
 
 def load_rules(path: Path) -> tuple[Rule, ...]:
@@ -118,6 +150,7 @@ def load_rules(path: Path) -> tuple[Rule, ...]:
 def _rule(table: Any) -> Rule:
     fields = _frozen(table)
     fields["cuts"] = tuple(_built(Cut, cut) for cut in table.get("cuts", ()))
+    fields["targets"] = tuple(_built(Target, target) for target in table.get("targets", ()))
     offsets = table.get("offsets", {})
     fields["offsets"] = {group: _built(Offset, offset) for group, offset in offsets.items()}
     return _built(Rule, fields)

@@ -17,6 +17,7 @@ from jaxscale.checkpoint.file_array import FileArray
 from jaxscale.checkpoint.patterns import Rule, load_rules
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.checkpoint.universal import Shard, merge
+from jaxscale.checkpoint.views import Permuted
 from jaxscale.checkpoint.zipped import stored_members
 from jaxscale.types import InputError
 
@@ -68,13 +69,13 @@ class RankFiles:
                 yield Shard(name, ranks, array)
 
 
-def npz_arrays(path: Path) -> dict[str, FileArray]:
+def npz_arrays(path: Path) -> dict[str, LazyArray]:
     """The arrays of an uncompressed `.npz` file by name.
 
     Raises:
         InputError: the file is damaged or compressed, or holds Python objects.
     """
-    arrays = {}
+    arrays: dict[str, LazyArray] = {}
     for member, (offset, _) in stored_members(path).items():
         name = member.removesuffix(".npy")
         with path.open("rb") as file:
@@ -92,8 +93,11 @@ def npz_arrays(path: Path) -> dict[str, FileArray]:
         if dtype.hasobject or (dtype.kind == "V" and dtype not in UNTYPED.values()):
             raise InputError(f"{path}: {name}", str(dtype), "an array of numbers")
         if is_column_major and len(shape) > 1:
-            raise InputError(f"{path}: {name}", "column-major order", "an array in row-major order")
-        arrays[name] = FileArray(path, begin, shape, dtype)
+            backwards = tuple(reversed(range(len(shape))))
+            stored = FileArray(path, begin, shape[::-1], dtype)
+            arrays[name] = Permuted(stored, backwards)
+        else:
+            arrays[name] = FileArray(path, begin, shape, dtype)
     return arrays
 
 

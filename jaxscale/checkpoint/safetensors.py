@@ -167,12 +167,12 @@ def write_safetensors(
     folder = Path(directory).expanduser()
     shards = list(_shards(tensors, max_shard_bytes))
     if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0])
+        write_file(folder / SINGLE, shards[0])
         return
     places = {}
     for number, shard in enumerate(shards, 1):
         name = SHARD.format(number=number, count=len(shards))
-        _write_file(folder / name, shard)
+        write_file(folder / name, shard)
         places |= {tensor.name: name for tensor in shard}
     total = sum(tensor.num_bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -277,7 +277,8 @@ def _shards(tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[list[NewTe
     yield shard
 
 
-def _write_file(file: Path, tensors: list[NewTensor]) -> None:
+def write_file(file: Path, tensors: Sequence[NewTensor]) -> None:
+    """Writes tensors in their order to one file, which is there whole or not at all."""
     header: dict[str, Any] = {METADATA: {"format": "pt"}}  # which transformers asks for
     offset = 0
     for tensor in tensors:

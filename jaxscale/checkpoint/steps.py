@@ -10,11 +10,13 @@ import datetime
 import pathlib
 import re
 import shutil
+from collections.abc import Mapping
 
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 UNCOMMITTED = re.compile(r"\d+\.orbax-checkpoint-tmp")
 DELETED = re.compile(r"\d+\.deleted")
+HALF_FETCHED = re.compile(r"\d+\.download")
 
 
 def committed_steps(directory: pathlib.Path) -> list[int]:
@@ -29,9 +31,10 @@ def committed_steps(directory: pathlib.Path) -> list[int]:
 
 
 def remove_leftovers(directory: pathlib.Path) -> None:
-    """Removes what a killed process left behind: steps half written or half deleted."""
+    """Removes what a killed process left behind: steps half written, deleted or fetched."""
     for path in directory.iterdir():
-        if UNCOMMITTED.fullmatch(path.name) or DELETED.fullmatch(path.name):
+        leftovers = (UNCOMMITTED, DELETED, HALF_FETCHED)
+        if any(pattern.fullmatch(path.name) for pattern in leftovers):
             shutil.rmtree(path)
 
 
@@ -52,17 +55,17 @@ class Keeping:
     hours: float | None = None
     closest: int | None = None
 
-    def is_kept(self, directory: pathlib.Path, steps: list[int]) -> list[bool]:
-        """Says of each step whether it is kept."""
+    def is_kept(self, written: Mapping[int, datetime.datetime]) -> list[bool]:
+        """Says of each step, in ascending order and with its time, whether it is kept."""
         policies: list[policy.PreservationPolicy] = [policy.LatestN(self.last)]
         if self.hours is not None:
             policies.append(policy.LatestDuration(datetime.timedelta(hours=self.hours)))
         if self.closest is not None:
             policies.append(policy.EveryNStepsClosest(self.closest))
         if self.every is not None:
-            multiples = [step for step in steps if step % self.every == 0]
+            multiples = [step for step in written if step % self.every == 0]
             policies.append(policy.CustomSteps(multiples))
-        infos = [_Info(step, _written_at(directory / str(step))) for step in steps]
+        infos = [_Info(step, time) for step, time in written.items()]
         kept = policy.AnyPreservationPolicy(policies)
         return list(kept.should_preserve(infos, context=policy.PreservationContext()))
 
@@ -84,7 +87,8 @@ def _written_at(path: pathlib.Path) -> datetime.datetime:
 def keep_only(directory: pathlib.Path, keeping: Keeping) -> None:
     """Deletes the committed steps that are not to be kept."""
     steps = committed_steps(directory)
-    for step, is_kept in zip(steps, keeping.is_kept(directory, steps)):
+    written = {step: _written_at(directory / str(step)) for step in steps}
+    for step, is_kept in zip(steps, keeping.is_kept(written)):
         if not is_kept:
             # Rename before deleting: if this process is killed halfway, what is left must not look
             # like a damaged step.

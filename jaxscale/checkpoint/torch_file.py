@@ -4,7 +4,6 @@ Such a file is a zip archive of one pickle, `data.pkl`, and one uncompressed mem
 tensors become arrays that are read where they are indexed.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxscale.checkpoint.boxes import box_of
 from jaxscale.checkpoint.file_array import FileArray
 from jaxscale.checkpoint.pickled import Build, Named, read_pickle
+from jaxscale.checkpoint.views import Permuted
 from jaxscale.checkpoint.zipped import stored_members
 from jaxscale.types import InputError
 
@@ -46,37 +45,6 @@ STORAGES = {
     "Bool": "bool",
     "Untyped": "uint8",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Permuted:
-    """An array whose dims lie in a file in another order; a `LazyArray`.
-
-    Args:
-        array: as it lies in the file.
-        axes: for each dim, which of the array's it is.
-    """
-
-    array: FileArray
-    axes: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
-        return tuple(self.array.shape[axis] for axis in self.axes)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Its type."""
-        return self.array.dtype
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads one box."""
-        corner, sizes = box_of(index, self.shape)
-        stored = [slice(None)] * len(self.axes)
-        for axis, start, size in zip(self.axes, corner, sizes):
-            stored[axis] = slice(start, start + size)
-        return np.transpose(self.array[tuple(stored)], self.axes)
 
 
 Tensor = FileArray | Permuted

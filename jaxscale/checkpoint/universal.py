@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxscale.checkpoint.boxes import Copies, Merged, Placement
-from jaxscale.checkpoint.patterns import Cut, Kind, Rule
+from jaxscale.checkpoint.patterns import Cut, Kind, Rule, Target
 from jaxscale.checkpoint.source import LazyArray
+from jaxscale.checkpoint.views import Divided, Permuted, Rows
 from jaxscale.types import InputError
 
 Ranks = Mapping[str, int]
@@ -48,6 +49,15 @@ class _Part:
     origin: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Claim:
+    """A shard that is part of the parameter which one target of its rule names."""
+
+    rule: Rule
+    place: int
+    shard: Shard
+
+
 def merge(shards: Iterable[Shard], rules: Sequence[Rule]) -> dict[str, Merged]:
     """The parameters by path, from what the ranks hold; nothing is read yet.
 
@@ -65,9 +75,10 @@ def merge(shards: Iterable[Shard], rules: Sequence[Rule]) -> dict[str, Merged]:
         number, found = _only_match(shard, rules)
         used.add(number)
         rule = rules[number]
-        path, index = _target(shard, rule, found)
-        parts = grouped.setdefault(path, {}).setdefault(index, [])
-        parts.append((rule, shard))
+        for place, target in enumerate(rule.becomes):
+            path, index = _place(shard, rule, target, found)
+            parts = grouped.setdefault(path, {}).setdefault(index, [])
+            parts.append(_Claim(rule, place, shard))
     for number, rule in enumerate(rules):
         if number not in used:
             raise InputError("rules", rule.match, "a rule that matches some tensor")
@@ -99,15 +110,20 @@ def _only_match(shard: Shard, rules: Sequence[Rule]) -> tuple[int, re.Match]:
     return found[0]
 
 
-def _target(shard: Shard, rule: Rule, found: re.Match) -> tuple[str, tuple[int, ...]]:
+def _place(
+    shard: Shard,
+    rule: Rule,
+    target: Target,
+    found: re.Match,
+) -> tuple[str, tuple[int, ...]]:
     """The path of the tensor's parameter and its index in the parameter's first dims."""
     groups: dict[str, Any] = {
         name: _number(shard, rule, name, text) for name, text in found.groupdict().items()
     }
     try:
-        path = rule.to.format(shard.name, **groups)
+        path = target.to.format(shard.name, **groups)
     except (KeyError, IndexError, ValueError) as error:
-        raise InputError("Rule.to", rule.to, f"names of groups of {rule.match!r}") from error
+        raise InputError("Rule.to", target.to, f"names of groups of {rule.match!r}") from error
     index = tuple(groups[name] for name in rule.stack)
     return f"{shard.state}/{path}" if shard.state else path, index
 
@@ -130,18 +146,18 @@ def _number(shard: Shard, rule: Rule, group: str, text: str) -> str | int:
 
 def _join(
     path: str,
-    parts: list[tuple[Rule, Shard]],
+    claims: list[_Claim],
     sizes: Mapping[str, int],
 ) -> Merged:
     """One parameter, or one element of a stack, from all shards of it."""
-    by_name: dict[str, list[tuple[Rule, Shard]]] = collections.defaultdict(list)
-    for rule, shard in parts:
-        by_name[shard.name].append((rule, shard))
+    by_name: dict[tuple[str, int], list[_Claim]] = collections.defaultdict(list)
+    for claim in claims:
+        by_name[claim.shard.name, claim.place].append(claim)
     copies: list[_Part] = []
     for named in by_name.values():
-        copies += _joined_by_cuts([shard for _, shard in named], named[0][0], sizes)
-    rules = list(dict.fromkeys(rule.match for rule, _ in parts))
-    kinds = {rule.kind for rule, _ in parts}
+        copies += _joined_by_cuts(named, sizes)
+    rules = list(dict.fromkeys(claim.rule.match for claim in claims))
+    kinds = {claim.rule.kind for claim in claims}
     if len(kinds) > 1:
         raise InputError(path, f"rules {rules}", f"one kind of copies, not {sorted(kinds)}")
     (kind,) = kinds
@@ -161,15 +177,33 @@ def _join(
     )
 
 
-def _joined_by_cuts(
-    shards: list[Shard],
-    rule: Rule,
-    sizes: Mapping[str, int],
-) -> list[_Part]:
-    parts = [_Part(dict(shard.ranks), shard.array, shard.origin) for shard in shards]
+def _joined_by_cuts(claims: list[_Claim], sizes: Mapping[str, int]) -> list[_Part]:
+    """The copies of one tensor's share of a parameter."""
+    rule, place = claims[0].rule, claims[0].place
+    parts = []
+    for claim in claims:
+        shard = claim.shard
+        parts.append(_Part(dict(shard.ranks), shard.array, shard.origin))
     for cut in rule.cuts:
         parts = [_joined(cut, rule, group) for group in _groups(cut, rule, parts, sizes)]
-    return parts
+    return [dataclasses.replace(part, array=_seen(rule, place, part)) for part in parts]
+
+
+def _seen(rule: Rule, place: int, part: _Part) -> LazyArray:
+    """Of a joined tensor the rows of one target, with the dims of its parameter."""
+    array, target = part.array, rule.becomes[place]
+    if rule.targets:
+        rows = [each.rows or 0 for each in rule.targets]
+        if not array.shape or sum(rows) != array.shape[0]:
+            expected = f"{' + '.join(map(str, rows))} rows, the targets of rule {rule.match!r}"
+            raise InputError(part.origin, tuple(array.shape), expected)
+        array = Rows(array, sum(rows[:place]), rows[place])
+    if target.axes:
+        if sorted(target.axes) != list(range(len(array.shape))):
+            given = f"axes {target.axes} in rule {rule.match!r}"
+            raise InputError(part.origin, given, f"each of the {len(array.shape)} dims once")
+        array = Permuted(array, target.axes)
+    return Divided(array, target.shape) if target.shape else array
 
 
 def _groups(

@@ -129,6 +129,11 @@ def write_folder(
     (path / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
+def family_of(config: ModelConfig, kept: Path) -> Family:
+    """The family of a model: that of the config.json in `kept`, or else the first that has it."""
+    return _values(config, None, kept / CONFIG)[0]
+
+
 def _family(values: dict[str, Any], file: Path) -> Family:
     kind = values.get("model_type")
     if kind not in BY_MODEL_TYPE:

@@ -29,12 +29,15 @@ class Layout:
             or "moe", and their modules' names with `layer`.
         layer: beginning of the names of a layer's modules, with "{layer}" for its number.
         is_input_first: whether matrices are [in, out] (GPT-2) instead of [out, in].
+        interleaved: modules that are fused in turns, with the letter of the dim that counts the
+            turns: each has the parts of one kv head, or of one hidden element (Phi-3-small).
         num_unread_positions: rows of a learned position table before that of position 0 (OPT).
     """
 
     names: Names
     layer: str = "model.layers.{layer}."
     is_input_first: bool = False
+    interleaved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     num_unread_positions: int = 0
 
 
@@ -52,6 +55,7 @@ class Share:
         axis: axis of the tensor along which it may be fused.
         start: where the share begins along `axis`.
         total: size of the tensor along `axis`.
+        num_turns: in how many turns the shares of the tensor lie along `axis`.
     """
 
     leaf: str
@@ -63,6 +67,7 @@ class Share:
     axis: int
     start: int
     total: int
+    num_turns: int = 1
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -79,37 +84,48 @@ class Share:
 
     def read(self, tensor: np.ndarray) -> np.ndarray:
         """The box of the leaf, out of the tensor's values."""
-        part = tensor[self._part()].reshape(self._letter_sizes())
+        part = tensor.reshape(self._turns())[self._part()].reshape(self._letter_sizes())
         return part.transpose(self._order())
 
     def write(self, box: np.ndarray, tensor: np.ndarray) -> None:
         """Puts the box of the leaf into the tensor."""
+        by_turn = tensor.reshape(self._turns())  # a view
         part = box.transpose(np.argsort(self._order()))
-        tensor[self._part()] = part.reshape(self._shape())
+        by_turn[self._part()] = part.reshape(by_turn[self._part()].shape)
 
-    @property
-    def size(self) -> int:
-        """Number of its elements."""
-        return math.prod(self._shape())
+    def outputs(self, rows: np.ndarray) -> np.ndarray:
+        """The view of the share's outputs in an array whose first dim is the tensor's `axis`."""
+        by_turn = rows.reshape(self.num_turns, -1, *rows.shape[1:])
+        return by_turn[:, self._part()[-1]]
 
     def _letters(self) -> str:
         letters = self.parameter.dims.removeprefix("L")
         return letters if self.expert is None else letters.removeprefix("E")
 
-    def _sizes(self) -> dict[str, int]:
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By letter of the leaf's dims."""
         return dict(zip(self.parameter.dims, self.parameter.shape, strict=True))
 
     def _letter_sizes(self) -> list[int]:
-        sizes = self._sizes()
+        sizes = self.sizes
         return [sizes[letter] for letter in "".join(self.groups)]
 
     def _shape(self) -> list[int]:
-        sizes = self._sizes()
+        sizes = self.sizes
         return [math.prod(sizes[letter] for letter in group) for group in self.groups]
 
+    def _turns(self) -> list[int]:
+        """The tensor's shape with its turns apart."""
+        shape = list(self.tensor_shape)
+        shape[self.axis : self.axis + 1] = [self.num_turns, self.total // self.num_turns]
+        return shape
+
     def _part(self) -> tuple[slice, ...]:
-        before = (slice(None),) * self.axis
-        return (*before, slice(self.start, self.start + self._shape()[self.axis]))
+        """The box of the share in a tensor with its turns apart."""
+        before = (slice(None),) * (self.axis + 1)
+        end = self.start + self._shape()[self.axis]
+        return (*before, slice(self.start // self.num_turns, end // self.num_turns))
 
     def _order(self) -> list[int]:
         """The axis of the tensor's letters for each of the leaf's."""
@@ -242,4 +258,13 @@ def _fused(shares: list[Share], layout: Layout) -> list[Share]:
         share = dataclasses.replace(share, axis=axis, start=start)
         placed.append(share)
         start += share._shape()[axis]
-    return [dataclasses.replace(share, total=start) for share in placed]
+    num_turns = _num_turns(shares, layout)
+    return [dataclasses.replace(share, total=start, num_turns=num_turns) for share in placed]
+
+
+def _num_turns(shares: list[Share], layout: Layout) -> int:
+    for module, letter in layout.interleaved.items():
+        if f".{module}." in shares[0].tensor:
+            by_letter = [share.sizes[letter] for share in shares if letter in share.sizes]
+            return by_letter[0]
+    return 1

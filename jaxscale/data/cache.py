@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 
 from jaxscale.data.checksums import BlockHashes, damaged_bytes
-from jaxscale.data.sources import Document, Source, read_documents
+from jaxscale.data.sources import ChatDocument, Document, Source, read_documents
 from jaxscale.data.split import hash_text
-from jaxscale.data.tokenizer import Tokenizer
+from jaxscale.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from jaxscale.types import InputError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+TRAINED = "trained.bin"  # empty unless the documents are chats
+_NONE = np.zeros(0, bool)
 CHARACTERS_PER_ENCODE = 1 << 22
 TOKENS = "tokens.bin"
 KEYS = "keys.jsonl"
@@ -46,6 +48,7 @@ class TokenCache:
             read.
         tokenizer: the tokenizer's fingerprint.
         directory: where the files are.
+        trained: bool [num_tokens], which tokens are learned to be predicted; None for all.
     """
 
     tokens: np.ndarray
@@ -58,6 +61,7 @@ class TokenCache:
     content: str
     tokenizer: str
     directory: Path
+    trained: np.ndarray | None = None
 
     def keys(self) -> list[str]:
         """The documents' keys, in order."""
@@ -169,12 +173,14 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     with (
         _appending(folder / TOKENS, hashes) as append_tokens,
         _appending(folder / KEYS, hashes) as append_keys,
+        _appending(folder / TRAINED, hashes) as append_trained,
     ):
         for documents in _groups(read_documents(source)):
             sizes += [len(document.text.encode()) for document in documents]
             key_hashes += [hash_text(document.key) for document in documents]
             text_hashes += [hash_text(document.text) for document in documents]
-            encoded = tokenizer.encode_batch([document.text for document in documents])
+            encoded, trained = _encoded(documents, tokenizer)
+            append_trained(np.concatenate(trained).tobytes())
             ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
             lengths += [len(ids) for ids in ended]
             scored_sizes += map(_num_scored_bytes, repeat(tokenizer), documents, ended)
@@ -183,6 +189,7 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
             append_tokens(flat)
             lines = [json.dumps(document.key) + "\n" for document in documents]
             append_keys("".join(lines).encode())
+    content.update((folder / TRAINED).read_bytes())
     if not lengths:
         expected = "at least one document with text: the corpus is empty"
         raise InputError("DataConfig.sources", source, expected)
@@ -208,6 +215,19 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     }
     with _appending(folder / MANIFEST, {}) as append:
         append(json.dumps(facts | {"sha256": _sha256(facts)}, indent=1).encode())
+
+
+def _encoded(
+    documents: list[Document] | list[ChatDocument],
+    tokenizer: Tokenizer,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The tokens of documents; and of chats which are trained, the one that ends them not."""
+    if not isinstance(documents[0], ChatDocument):
+        return tokenizer.encode_batch([document.text for document in documents]), [_NONE]
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise InputError("TokenizerConfig.kind", type(tokenizer), "'huggingface' for chats")
+    pairs = [tokenizer.encode_trained(each.text, each.trained) for each in documents]
+    return [ids for ids, _ in pairs], [np.append(mask, False) for _, mask in pairs]
 
 
 def _num_scored_bytes(tokenizer: Tokenizer, document: Document, ids: np.ndarray) -> int:
@@ -264,8 +284,10 @@ def _open(folder: Path, tokenizer: Tokenizer, *, is_verified: bool) -> TokenCach
     arrays = {}
     for name, dtype in dtypes.items():
         arrays[name] = np.memmap(folder / f"{name}.bin", dtype, mode="r")
+    is_of_chats = manifest["sizes_bytes"].get(TRAINED, 0) > 0
     return TokenCache(
         **arrays,
+        trained=np.memmap(folder / TRAINED, bool, mode="r") if is_of_chats else None,
         fingerprint=folder.name,
         content=manifest["content"],
         tokenizer=tokenizer.fingerprint,

@@ -61,6 +61,8 @@ class ChatTemplate:
         Raises as `render`.
         """
         special = getattr(tokenizer, "special_tokens", {})
+        # Nothing is put before a text: the template writes what begins it.
+        encode = getattr(tokenizer, "encode_part", tokenizer.encode)
         hidden = _broken_up((messages, tools), special)
         rest = self.render(hidden[0], is_reply_next=True, tools=hidden[1])
         tokens = []
@@ -68,7 +70,7 @@ class ChatTemplate:
             found = [(rest.find(each), -len(each), each) for each in special if each in rest]
             start, _, name = min(found, default=(len(rest), 0, ""))
             if start:
-                tokens += tokenizer.encode(rest[:start].replace(BREAK, ""))
+                tokens += encode(rest[:start].replace(BREAK, ""))
             if name:
                 tokens.append(special[name])
             rest = rest[start + len(name) :]
@@ -85,15 +87,15 @@ class ChatTemplate:
 
         Args:
             messages: each with a `role` ("system", "user" or "assistant") and its `content`.
+            tools: what the model may call, as JSON describes it; None for nothing.
             is_reply_next: whether the text ends where the assistant's next answer begins.
-            tools: that the model may call, as JSON schemas of functions; None for none.
         Raises:
             InputError: the template refuses the chat, is wrong or tries what it may not.
         """
         values = {
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": is_reply_next,
-            "tools": tools,
+            "tools": None if tools is None else [dict(tool) for tool in tools],
             "documents": None,
             "range": _Range(),
             **self._tokens,
@@ -129,7 +131,20 @@ def _broken_up(value: Any, special: Iterable[str]) -> Any:
     return value
 
 
-def read_chat_template(folder: Path) -> ChatTemplate | None:
+def read_chat_template(folder: Path) -> ChatTemplate:
+    """As `find_chat_template`.
+
+    Raises:
+        InputError: the folder has no template, or it is no jinja template.
+    """
+    template = find_chat_template(folder)
+    if template is None:
+        expected = f"a template, here or in {TEMPLATE}"
+        raise InputError(f"{folder / TOKENIZER_CONFIG}: chat_template", None, expected)
+    return template
+
+
+def find_chat_template(folder: Path) -> ChatTemplate | None:
     """The template of a folder of Hugging Face: a file of its own, or a tokenizer's field.
 
     Returns:

@@ -85,7 +85,12 @@ def concatenate_rows(offsets: np.ndarray, lengths: np.ndarray, sequence_length: 
 
 
 def read_rows(
-    tokens: np.ndarray, packing: Packing, rows: np.ndarray, *, is_packed: bool
+    tokens: np.ndarray,
+    packing: Packing,
+    rows: np.ndarray,
+    *,
+    is_packed: bool,
+    trained: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The rows of a batch.
 
@@ -95,6 +100,7 @@ def read_rows(
         rows: int64 [b], rows of the packing; a row of -1 is padding.
         is_packed: each piece is a segment of its own; otherwise a row is one segment and attention
             crosses documents. The labels are the same: none crosses a document.
+        trained: bool, of each token whether it is learned to be predicted; None for all.
 
     Returns:
         tokens, labels, segments, positions int32 [b, T] and weights float32 [b, T]; all 0 where
@@ -116,7 +122,9 @@ def read_rows(
     ends_piece = place_in_piece == np.repeat(lengths - 1, lengths)
     ends_document = ends_piece & np.repeat(packing.is_last[piece], lengths)
     has_label = ~ends_document
-    labels = tokens[np.where(has_label, index + 1, index)] * has_label
+    following = np.where(has_label, index + 1, index)
+    labels = tokens[following] * has_label
+    has_weight = has_label if trained is None else has_label & trained[following]
 
     num_used = np.bincount(row, lengths, minlength=len(rows)).astype(np.int64)
     if is_packed:
@@ -132,7 +140,7 @@ def read_rows(
     return {
         "tokens": _scattered(tokens[index], is_used, np.int32),
         "labels": _scattered(labels, is_used, np.int32),
-        "weights": _scattered(has_label, is_used, np.float32),
+        "weights": _scattered(has_weight, is_used, np.float32),
         "segments": _scattered(segments, is_used, np.int32),
         "positions": _scattered(positions, is_used, np.int32),
     }

@@ -22,13 +22,20 @@ class CorpusRows:
     def __init__(self, corpus: Corpus, sequence_length: int, *, is_packed: bool):
         pack = pack_rows if is_packed else concatenate_rows
         self._tokens = corpus.cache.tokens
+        self._trained = corpus.cache.trained
         self._packing = pack(corpus.offsets, corpus.lengths, sequence_length)
         self._is_packed = is_packed
         self.num_rows = self._packing.num_rows
 
     def read(self, rows: np.ndarray) -> Batch:
         """The rows with these numbers, numpy [len(rows), T]; a number of -1 gives padding."""
-        batch = read_rows(self._tokens, self._packing, rows, is_packed=self._is_packed)
+        batch = read_rows(
+            self._tokens,
+            self._packing,
+            rows,
+            is_packed=self._is_packed,
+            trained=self._trained,
+        )
         if not self._is_packed:
             # A row is one document to attention. Without segments it takes a plain causal backend,
             # which is faster.

@@ -21,6 +21,20 @@ class Document(NamedTuple):
     text: str
 
 
+class ChatDocument(NamedTuple):
+    """A document in whose text special tokens that it spells are tokens, as in a chat's.
+
+    Args:
+        key: as of a `Document`.
+        text: what is read.
+        trained: first and last character, the latter excluded, of each span that is trained.
+    """
+
+    key: str
+    text: str
+    trained: tuple[tuple[int, int], ...]
+
+
 def check_characters(parameter: str, given: str, text: str) -> None:
     """Checks that a text has no half of a surrogate pair.
 
@@ -43,18 +57,20 @@ def read_documents(source: "Source") -> Iterator[Document]:
         InputError: as the source does, or a text has half a character.
     """
     for document in source.documents():
-        text = document.text.removeprefix("\ufeff")
+        text = document.text
+        if not isinstance(document, ChatDocument):  # whose spans count its characters
+            text = text.removeprefix("\ufeff")
         check_characters("sources", document.key, text)
         if text:
-            yield Document(document.key, text)
+            yield document._replace(text=text)
 
 
 @runtime_checkable
 class Source(Protocol):
     """A frozen dataclass that names a collection of documents."""
 
-    def documents(self) -> Iterator[Document]:
-        """The documents, in the same order every time."""
+    def documents(self) -> Iterator[Document | ChatDocument]:
+        """The documents, all of one kind and in the same order every time."""
         ...
 
     def version(self) -> list[Any]:

@@ -43,11 +43,13 @@ class TokenizerConfig:
         kind: `byte`, `huggingface` (a tokenizer.json) or `sentencepiece` (a tokenizer.model).
         path: the file, or the folder that holds it under its usual name; None for `byte`.
         eos_token: the token that ends a document, for `huggingface`.
+        bos_token: the token with which every text begins, for `huggingface`; None for none.
     """
 
     kind: Literal["byte", "huggingface", "sentencepiece"] = "byte"
     path: str | None = None
     eos_token: str = END_OF_TEXT
+    bos_token: str | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -67,7 +69,9 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return ByteTokenizer()
     if config.kind == "huggingface":
         file = _find(config.path, HUGGING_FACE_FILE)
-        return HuggingFaceTokenizer(_read_text(file), config.eos_token, path=str(file))
+        return HuggingFaceTokenizer(
+            _read_text(file), config.eos_token, config.bos_token, path=str(file)
+        )
     file = _find(config.path, SENTENCE_PIECE_FILE)
     return SentencePieceTokenizer(_read(file), path=str(file))
 

@@ -84,21 +84,34 @@ class ByteTokenizer:
         """Writes nothing: there is nothing to know."""
 
 
+def parse(serialized: str, eos_token: str, path: str) -> tokenizers.Tokenizer:
+    """The tokenizer that the text of a tokenizer.json is; raises InputError if it is none."""
+    try:
+        return tokenizers.Tokenizer.from_str(_guarded(serialized, eos_token))
+    except Exception as error:  # the library raises bare Exception
+        expected = f"a tokenizer.json ({error})"
+        raise InputError("TokenizerConfig.path", path, expected) from error
+
+
 class HuggingFaceTokenizer:
     """A tokenizer of the `tokenizers` library.
 
     Args:
         serialized: the text of its tokenizer.json.
         eos_token: the token that ends a document.
+        bos_token: the token with which every text begins; None for none.
         path: where it comes from, for errors.
     """
 
-    def __init__(self, serialized: str, eos_token: str = END_OF_TEXT, *, path: str = NEW):
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(_guarded(serialized, eos_token))
-        except Exception as error:  # the library raises bare Exception
-            expected = f"a tokenizer.json ({error})"
-            raise InputError("TokenizerConfig.path", path, expected) from error
+    def __init__(
+        self,
+        serialized: str,
+        eos_token: str = END_OF_TEXT,
+        bos_token: str | None = None,
+        *,
+        path: str = NEW,
+    ):
+        self._tokenizer = parse(serialized, eos_token, path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eos_id = self._tokenizer.token_to_id(eos_token)
@@ -109,12 +122,17 @@ class HuggingFaceTokenizer:
         ending = tokenizers.AddedToken(eos_token, normalized=False, special=True)
         self._tokenizer.add_special_tokens([ending])
         self._tokenizer.encode_special_tokens = True
-        if self.eos_id in self.encode(eos_token):
+        if self.eos_id in self.encode_part(eos_token):
             expected = "a token that no text encodes to; this one is a word of the vocabulary"
             raise InputError("TokenizerConfig.eos_token", eos_token, expected)
         # Ids may have gaps, and a model needs a row for the largest.
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self._begin = [] if bos_token is None else [self._tokenizer.token_to_id(bos_token)]
+        if None in self._begin:
+            raise InputError("TokenizerConfig.bos_token", bos_token, "a token of the vocabulary")
         identity = f"{eos_token}\n{serialized}"
+        if bos_token is not None:
+            identity = f"{bos_token}\n{identity}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._serialized = serialized
 
@@ -130,12 +148,40 @@ class HuggingFaceTokenizer:
         return {token.content: id for id, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
+        return self._begin + self.encode_part(text)
+
+    def encode_part(self, text: str) -> list[int]:
+        """The ids of a part of a text, before which nothing is put."""
         check_characters("text", text[:NUM_SHOWN], text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_trained(
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text in which the special tokens that it spells are tokens.
+
+        Args:
+            text: of a chat, made by a template; in its messages nothing may spell one.
+            spans: first and last character, the latter excluded, of what is trained.
+        Returns:
+            (uint32 ids, bool of the same length: whether all of a token is in a span).
+        """
+        self._tokenizer.encode_special_tokens = False
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        is_trained = [
+            any(first <= begin and end <= last for first, last in spans)
+            for begin, end in encoding.offsets
+        ]
+        return np.array(encoding.ids, np.uint32), np.array(is_trained, bool)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return [np.array(self._begin + encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)

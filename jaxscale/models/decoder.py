@@ -13,8 +13,10 @@ from jaxscale import tree
 from jaxscale.models.config import LayerConfig, ModelConfig
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.layers import Layer, normalise
+from jaxscale.models.lora import merged
 from jaxscale.models.moe import RouterSums, no_router, router_sums
 from jaxscale.models.parameters import in_order_of_use, parameter_table
+from jaxscale.models.quantised import dequantised
 from jaxscale.models.unroll import periods_of, unrolled
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.backends import Operations
@@ -242,6 +244,8 @@ class Decoder:
         """Final norm: residual [B, own T, D] to the unembedding's input [B, T, D]."""
         norm = self._use("final_norm", params["final_norm"])
         h = normalise(norm, x, self.config.norm)
+        if self.config.unembedding_scale != 1:
+            h = h * self.config.unembedding_scale
         h = self.operations.collectives.gather_tokens(h)
         return self.operations.backends.name("final_norm", h)
 
@@ -280,6 +284,7 @@ class Decoder:
         Every forward converts what is not yet in the compute type, so that it computes the same.
         """
         ready = {name: self.to_compute(name, part) for name, part in params.items()}
+        ready = merged(ready, self.config.lora)
         if self.config.use_learned_positions:
             ready["embedding"] = params["embedding"]  # both vectors are added in their own type
         if not self.execution.is_scanned:
@@ -309,7 +314,9 @@ class Decoder:
     ) -> tuple[Array, Any, RouterSums]:
         """One layer: residual [B, own T, D], cache and its router's sums."""
         operations = self._named(section)
-        layer = Layer(self._use(section, params), config, self.config.norm, operations)
+        params = merged(self._use(section, params), self.config.lora)
+        params = dequantised(params, self.policy.compute)
+        layer = Layer(params, config, self.config.norm, operations)
         run = self.execution.strategy
         x, cache, choices = run(layer, x, tokens.context, cache, tokens.draws)
         if choices is None:

@@ -145,7 +145,7 @@ class _Builder:
         out["o"] = self(stack + "NHD", Role.MATRIX, self.output_std(), **sizes)
         if "o" in config.biases:
             out["o_bias"] = self(stack + "D", Role.BIAS)
-        return out
+        return self.with_adapters(out, stack, sizes)
 
     def feed_forward(self, config: FeedForwardConfig, stack: str) -> Table:
         sizes, out = {"F": config.dim}, {}
@@ -156,7 +156,7 @@ class _Builder:
         out["down"] = self(stack + "FD", Role.MATRIX, self.output_std(), **sizes)
         if config.use_bias:
             out["down_bias"] = self(stack + "D", Role.BIAS)
-        return out
+        return self.with_adapters(out, stack, sizes)
 
     def experts(self, config: ExpertsConfig, stack: str) -> Table:
         sizes, std = {"E": config.num_experts, "F": config.dim}, self.config.init_std
@@ -168,6 +168,27 @@ class _Builder:
         if config.has_output_scale:
             out["omega"] = self(stack + "D", Role.NORM, mean=1.0)
         return out
+
+    def with_adapters(
+        self,
+        matrices: Table,
+        stack: str,
+        sizes: dict[str, int],
+    ) -> Table:
+        """The matrices with the adapters beside them; the sum begins with a product of 0."""
+        lora = self.config.lora
+        targets = [] if lora is None else [name for name in lora.targets if name in matrices]
+        for name in targets:
+            dims = matrices[name].dims.removeprefix(stack)
+            num_inputs = len(dims) - 1 if name == "o" else 1  # dims, of which "o" has the heads'
+            inputs, outputs = dims[:num_inputs], dims[num_inputs:]
+            ranked = sizes | {"R": lora.rank}
+            first = self(stack + inputs + "R", Role.MATRIX, 1.0, **ranked)
+            std = math.prod(first.shape[len(stack) : -1]) ** -0.5
+            a = dataclasses.replace(first, std=std)
+            b = self(stack + "R" + outputs, Role.MATRIX, **ranked)
+            matrices[f"{name}_lora"] = {"a": a, "b": b}
+        return matrices
 
     def output_std(self) -> float:
         return self.config.init_std / math.sqrt(2 * self.config.num_layers)

@@ -29,6 +29,7 @@ class Job:
         optimizer: whose moments are counted.
         execution: how layers run; a layout has its own `remat` and `is_scanned`.
         train: what is trained; a layout has its own number of micro-batches.
+        is_staged: whether a pipeline can run the loss.
     """
 
     model: ModelConfig
@@ -38,6 +39,7 @@ class Job:
     optimizer: OptimizerConfig
     execution: ExecutionConfig
     train: TrainConfig
+    is_staged: bool = True
 
     @functools.cached_property
     def table(self) -> Table:

@@ -8,6 +8,8 @@ H200s, see docs/planner.md for how far off they are. `jaxscale compile` gives th
 import dataclasses
 import functools
 
+import jax
+
 from jaxscale.planner.decoder import Kept, LayerWork
 from jaxscale.planner.job import Job, Layout
 from jaxscale.planner.pipeline import num_in_flight
@@ -20,6 +22,8 @@ KEPT_UNROLLED, KEPT_SCANNED = 1.115, 1.75
 KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
 # A layer at work, over what it keeps when nothing is recomputed.
 WORKSPACE, WORKSPACE_IN_PIPELINE = 1.35, 1.25
+# Compiled by jax 0.10, a pipeline's step has its slots twice.
+COPIES_OF_SLOTS = 1 if jax.__version_info__ >= (0, 11) else 2
 NUM_SLOTS_BETWEEN_STAGES = 4  # activations and cotangents that wait
 
 
@@ -111,7 +115,7 @@ class _Needs:
         return {
             "gradients": self.state.gradients + stack,
             "copies": self._converted(layers) + self.state.outside * job.parameter_width,
-            "stashed": stashed + between,
+            "stashed": COPIES_OF_SLOTS * stashed + between,
             "workspace": WORKSPACE_IN_PIPELINE * self._largest_layer + self._head,
         }
 

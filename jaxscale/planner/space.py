@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from jaxscale.models.execution import ByChunk
 from jaxscale.parallel.mesh import AXES, EXPERT, TENSOR, MeshConfig
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.job import Job, Layout
@@ -92,16 +93,19 @@ class Space:
             return False
         if sizes["expert"] > 1 and (not num_experts or num_experts % sizes["expert"]):
             return False
-        if sizes["pipeline"] > model.num_periods:
+        if sizes["pipeline"] > (model.num_periods if self.job.is_staged else 1):
+            return False
+        if isinstance(self.job.execution.strategy, ByChunk) and sizes["tensor"] > 1:
             return False
         num_rows = self.job.batch_size % (sizes["data"] * sizes["expert"])
-        num_tokens = tokens % (sizes["sequence"] * sizes["tensor"])
+        num_shares = sizes["sequence"] * sizes["tensor"]
+        num_tokens = tokens % (num_shares * self.job.execution.num_loss_chunks)
         return not num_rows and not num_tokens
 
     def _uses(self, sizes: dict[str, int]) -> Iterator[tuple[int, str, str]]:
         """Ring or Ulysses, where experts lie and how tokens reach them."""
         ring = sizes["sequence"]
-        rings = [1] if ring == 1 or self.job.length % (2 * ring) else [1, ring]
+        rings = [1, ring] if ring > 1 and self._may_be_rings(ring) else [1]
         expert_axes = [EXPERT]
         if self.job.model.num_experts and sizes["expert"] == 1 and sizes["tensor"] > 1:
             expert_axes.append(TENSOR)
@@ -111,6 +115,13 @@ class Space:
             self._given("expert_axis", expert_axes),
             self._given("expert_exchange", [exchange]),
         )
+
+    def _may_be_rings(self, size: int) -> bool:
+        """Whether a ring's attention, which is causal, does what the layers ask of theirs."""
+        model, execution = self.job.model, self.job.execution
+        has_layouts = any(layer.attention.layout for layer in model.layers)
+        is_plain = model.is_causal and not has_layouts and execution.attention is None
+        return is_plain and self.job.length % (2 * size) == 0
 
     def _given(self, name: str, choices: list) -> list:
         return [self.pinned[name]] if name in self.pinned else choices

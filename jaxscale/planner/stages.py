@@ -74,22 +74,35 @@ class Table:
         return np.where(self.num_bytes <= limit_bytes, self.seconds, np.inf)
 
 
-def smallest_maximum(costs: np.ndarray, num_stages: int) -> tuple[float, list[tuple[int, int]]]:
-    """The cut into consecutive stages whose largest cost is smallest.
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Consecutive stages.
+
+    Args:
+        largest: the largest of their costs; infinite if no cut is possible.
+        stages: of each the block after its last, and its devices.
+    """
+
+    largest: float
+    stages: list[tuple[int, int]]
+
+
+def smallest_maxima(costs: np.ndarray, max_stages: int) -> list[Cut]:
+    """For every number of stages the cut whose largest cost is smallest.
 
     Args:
         costs: [L + 1, L + 1, D + 1] of blocks i to j - 1 on r devices.
-        num_stages: S.
+        max_stages: S.
     Returns:
-        (the largest cost, [(the block after a stage's last, its devices)]). Not all devices need be
-        used. Infinite and empty if it is impossible.
+        The cuts into 1 to S stages, in which not all devices need be used.
     Cost: S D steps over [L, L, D].
     """
     num_ends, num_counts = costs.shape[1:]
     best = np.full((num_ends, num_counts), np.inf)
     best[0, 0] = 0.0
-    steps = []
-    for _ in range(num_stages):
+    steps: list[tuple[np.ndarray, np.ndarray]] = []
+    found = []
+    for _ in range(max_stages):
         following = np.full_like(best, np.inf)
         begin = np.zeros(best.shape, int)
         count = np.zeros(best.shape, int)
@@ -103,11 +116,12 @@ def smallest_maximum(costs: np.ndarray, num_stages: int) -> tuple[float, list[tu
             count[:, r:] = np.where(is_better, r, count[:, r:])
         steps.append((begin, count))
         best = following
-    num_used = int(best[-1].argmin())
-    value = float(best[-1, num_used])
-    if not math.isfinite(value):
-        return value, []
-    return value, _followed_back(steps, num_ends - 1, num_used)
+        num_used = int(best[-1].argmin())
+        value = float(best[-1, num_used])
+        is_possible = math.isfinite(value)
+        stages = _followed_back(steps, num_ends - 1, num_used) if is_possible else []
+        found.append(Cut(value, stages))
+    return found
 
 
 def _followed_back(
@@ -158,19 +172,22 @@ class StagePlanner:
         """The plan whose step is estimated to be shortest, over all stages and micro-batches.
 
         Raises:
-            RunError: no plan fits; says how many bytes the nearest is above the limit.
+            RunError: no plan fits; says how many bytes the nearest is above the limit, or that a
+                block could not be measured.
         """
         found, nearest = [], math.inf
         for num_microbatches in self._num_microbatches():
             table = self._table(num_microbatches)
             seconds = table.within(self.limit_bytes)
-            for num_stages in range(1, min(len(self.blocks), self.cluster.num_devices) + 1):
-                slowest, cut = smallest_maximum(seconds, num_stages)
-                if cut:
-                    found.append(self._plan(slowest, cut, num_microbatches, table))
-                elif not found:
-                    least, _ = smallest_maximum(table.num_bytes, num_stages)
-                    nearest = min(nearest, least)
+            max_stages = min(len(self.blocks), self.cluster.num_devices)
+            for cut in smallest_maxima(seconds, max_stages):
+                if cut.stages:
+                    found.append(self._plan(cut, num_microbatches, table))
+            if not found:
+                by_memory = smallest_maxima(table.num_bytes, max_stages)
+                nearest = min(nearest, *(cut.largest for cut in by_memory))
+        if not found and nearest <= self.limit_bytes:
+            raise RunError("no plan fits: a block ran out of memory when it was measured")
         if not found:
             over = f"{nearest - self.limit_bytes:,.0f} bytes above {self.limit_bytes:,.0f}"
             raise RunError(f"no plan fits; the nearest is {over} on its fullest device")
@@ -200,20 +217,24 @@ class StagePlanner:
         """Of a micro-batch through a stage, forward and backward."""
         again = cost.forward_s if num_microbatches > 1 else 0.0
         computing = share * (cost.forward_s + cost.backward_s + again)
-        device = self.cluster.device
         sent = 2 * share * (cost.input_bytes + cost.output_bytes)
-        return computing + sent / (device.link_bandwidth * device.link_share)
+        return computing + sent / self._bandwidth
+
+    @property
+    def _bandwidth(self) -> float:
+        """Bytes/s between devices; with several hosts any two may have the network between them."""
+        device, is_one_host = self.cluster.device, self.cluster.num_hosts == 1
+        peak = device.link_bandwidth if is_one_host else device.network_bandwidth
+        return peak * device.link_share
 
     def _plan(
         self,
-        slowest: float,
-        cut: list[tuple[int, int]],
+        cut: Cut,
         num_microbatches: int,
         table: Table,
     ) -> StagePlan:
         stages, begin, longest_sum = [], 0, 0.0
-        device = self.cluster.device
-        for end, replicas in cut:
+        for end, replicas in cut.stages:
             place = begin, end, replicas
             stages.append(
                 Stage(
@@ -225,11 +246,11 @@ class StagePlanner:
             )
             if replicas > 1:
                 moved = 2 * (replicas - 1) / replicas * self._costs[begin, end].params_bytes
-                seconds = LATENCY_S + moved / (device.link_bandwidth * device.link_share)
-                longest_sum = max(longest_sum, seconds)
+                longest_sum = max(longest_sum, LATENCY_S + moved / self._bandwidth)
             begin = end
-        num_ticks = num_microbatches + len(cut) - 1
-        return StagePlan(tuple(stages), num_microbatches, num_ticks * slowest + longest_sum)
+        num_ticks = num_microbatches + len(stages) - 1
+        seconds = num_ticks * cut.largest + longest_sum
+        return StagePlan(tuple(stages), num_microbatches, seconds)
 
 
 def _bytes(cost: PartCost, share: float, num_microbatches: int) -> float:

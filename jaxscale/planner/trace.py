@@ -169,19 +169,27 @@ def _num_heavy(program: ClosedJaxpr) -> int:
 
 def _unrolled(equation: JaxprEqn, arguments: list) -> list:
     """The outputs of a scan, round after round."""
-    params = equation.params
-    num_consts, num_carry, length = params["num_consts"], params["num_carry"], params["length"]
-    consts = arguments[:num_consts]
-    carry = arguments[num_consts : num_consts + num_carry]
-    stacks = arguments[num_consts + num_carry :]
+    body, length = program_inside(equation), equation.params["length"]
+    num_carry = _num_alike(equation.outvars, body.jaxpr.outvars)
+    # Constants and carry come first, in the shapes that a round has.
+    num_whole = _num_alike(equation.invars, body.jaxpr.invars)
+    consts = arguments[: num_whole - num_carry]
+    carry = arguments[num_whole - num_carry : num_whole]
+    stacks = arguments[num_whole:]
     rounds = range(length)
-    rows: list[list | None] = [None] * length
-    for index in reversed(rounds) if params["reverse"] else rounds:
+    rows: list[list] = [[] for _ in rounds]
+    for index in reversed(rounds) if equation.params["reverse"] else rounds:
         items = [jax.lax.index_in_dim(stack, index, keepdims=False) for stack in stacks]
-        outputs = _write_out(params["jaxpr"], *consts, *carry, *items)
+        outputs = _write_out(body, *consts, *carry, *items)
         carry, rows[index] = outputs[:num_carry], outputs[num_carry:]
     stacked = [jax.numpy.stack(column) for column in zip(*rows, strict=True)]
     return [*carry, *stacked]
+
+
+def _num_alike(outside: Sequence, inside: Sequence) -> int:
+    """Of a scan's variables those that have no dim of rounds."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(outer.aval.ndim == inner.aval.ndim for outer, inner in pairs)
 
 
 def bytes_of(var: Any) -> int:

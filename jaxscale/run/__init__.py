@@ -2,6 +2,8 @@
 
 from jaxscale.checkpoint.changes import Changes
 from jaxscale.checkpoint.manager import CheckpointConfig
+from jaxscale.checkpoint.mirror import MirrorConfig
+from jaxscale.data.chats import ChatSource
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import JsonLinesSource, StandardLibrary, TextSource
 from jaxscale.data.tokenizer import TokenizerConfig
@@ -17,6 +19,7 @@ from jaxscale.models.config import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    LoraConfig,
     MaskedSamplingRouter,
     ModelConfig,
     NormConfig,
@@ -26,6 +29,7 @@ from jaxscale.models.config import (
     YarnScaling,
 )
 from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
+from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import huggingface_model
@@ -41,6 +45,7 @@ __all__ = [
     "BitsPerByte",
     "ByChunk",
     "Changes",
+    "ChatSource",
     "CheckpointConfig",
     "DataConfig",
     "DenseMixerRouter",
@@ -53,14 +58,17 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "LoraConfig",
     "MaskedSamplingRouter",
     "MeshConfig",
+    "MirrorConfig",
     "ModelConfig",
     "NormConfig",
     "OptimizerConfig",
     "PlannedMesh",
     "Policy",
     "ProcessesConfig",
+    "QuantisedConfig",
     "RotaryConfig",
     "Run",
     "RuntimeConfig",

@@ -3,19 +3,16 @@
 import sys
 from collections.abc import Iterator
 
-from jaxscale.data.chat_template import (
-    TEMPLATE,
-    TOKENIZER_CONFIG,
-    Message,
-    read_chat_template,
-)
+from jaxscale.convert.tokenizer import stop_ids
+from jaxscale.data.chat_template import Message, read_chat_template
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.run.huggingface import KEPT, stop_ids
+from jaxscale.models.quantised import QuantisedConfig
+from jaxscale.run.huggingface import files_beside
 from jaxscale.run.model import LanguageModel, load
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
-from jaxscale.types import InputError, check_positive
+from jaxscale.types import check_positive
 
 STREAMED = 16  # tokens between two writes
 UNFINISHED = "\ufffd"  # bytes that are not yet a character
@@ -29,6 +26,7 @@ def chat(
     sampling: SamplingConfig = SamplingConfig(),
     step: int | None = None,
     tensor: int = 1,
+    quantisation: QuantisedConfig | None = None,
 ) -> list[Message]:
     """Answers each line of standard input until it ends, and prints answers as they come.
 
@@ -39,6 +37,7 @@ def chat(
         sampling: how tokens are drawn.
         step: which checkpoint; the newest when None.
         tensor: devices over which the model is spread.
+        quantisation: of the matrices of layers, on one device; None keeps them as they are.
     Returns:
         The whole chat.
     Raises:
@@ -47,12 +46,9 @@ def chat(
     """
     apply_runtime(run.runtime, str(run.path))
     check_positive("max_new_tokens", max_new_tokens)
-    folder = run.path / KEPT
+    folder = files_beside(run)
     template = read_chat_template(folder)
-    if template is None:
-        expected = f"a template, here or in {TEMPLATE}"
-        raise InputError(f"{folder / TOKENIZER_CONFIG}: chat_template", None, expected)
-    model = load(run, step=step, tensor=tensor)
+    model = load(run, step=step, tensor=tensor, quantisation=quantisation)
     stops = set(stop_ids(folder)) or {model.tokenizer.eos_id}
     messages: list[Message] = []
     if system is not None:

@@ -13,20 +13,21 @@ from tqdm import tqdm
 from jaxscale import tree
 from jaxscale.checkpoint import conversion, manifest, native
 from jaxscale.checkpoint.boxes import boxes, chunk_shape
-from jaxscale.checkpoint.deepspeed_writer import write_universal
+from jaxscale.checkpoint.exports import KINDS, export
 from jaxscale.checkpoint.matching import check_leaves
 from jaxscale.checkpoint.opening import Opened, open_checkpoint
 from jaxscale.checkpoint.patterns import load_rules
-from jaxscale.checkpoint.rank_files import write_npz
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.checkpoint.steps import committed_steps
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.parallel.mesh import MeshConfig
-from jaxscale.run.run import load_run
+from jaxscale.run.run import Run, load_run
+from jaxscale.train.state import TrainState, run_key
 from jaxscale.types import InputError, RunError, check_choice
 
 PIECE_BYTES = 1 << 26  # of an array that is compared or verified
-KINDS = ("jaxscale", "deepspeed", "npz")
+MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # of other systems, as optax calls them
+WEIGHTS = "fp32"
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -103,7 +104,9 @@ def convert(
     Args:
         path: of the checkpoint.
         destination: folder of checkpoints.
-        to: "jaxscale"; "deepspeed", a universal folder; "npz", one uncompressed file.
+        to: "jaxscale"; "deepspeed", a universal folder; "safetensors", of which one whole tensor is
+            in memory, under the names that the arrays have (`export` writes those of a family of
+            Hugging Face); "npz", one uncompressed file.
         rules: as `show`.
         run: gin file of the run that is to start from it; its state says which arrays there must
             be. Without one the arrays are written under the names that they have.
@@ -112,7 +115,7 @@ def convert(
     Raises:
         InputError: it is damaged, does not fit the run, or the step exists.
     """
-    check_choice("to", to, KINDS)
+    check_choice("to", to, ("jaxscale", *KINDS))
     budget_bytes = _parsed(budget)
     opened = _open(path, rules)
     leaves = opened.source.leaves()
@@ -122,12 +125,7 @@ def convert(
     elif run is not None:
         raise InputError("run", run, f"none with to={to!r}")
     else:
-        directory.mkdir(parents=True, exist_ok=True)
-        piece_bytes = budget_bytes // conversion.MAX_COPIES
-        if to == "deepspeed":
-            write_universal(leaves, directory, step=step, piece_bytes=piece_bytes)
-        else:
-            write_npz(leaves, directory / "all.npz", piece_bytes=piece_bytes)
+        export(leaves, directory, kind=to, step=step, budget_bytes=budget_bytes)
     print(f"{directory}: {len(leaves)} arrays")
 
 
@@ -168,7 +166,8 @@ def _to_ours(
 ) -> None:
     target = conversion.Destination(directory, step)
     if run is not None:
-        target = _of_run(target, leaves, run)
+        leaves = of_run(leaves, run, step)
+        target = _described(target, leaves, run)
     elif isinstance(opened.source, native.NativeCheckpoint):
         target = conversion.Destination(directory, step, form=opened.source.form)
     with _bar("convert", leaves) as bar:
@@ -181,7 +180,60 @@ def _to_ours(
         )
 
 
-def _of_run(
+def of_run(leaves: Mapping[str, LazyArray], file: str, step: int) -> dict[str, LazyArray]:
+    """A source's arrays under the paths of a run's state.
+
+    Arrays are called "params/..." or, of another system, "fp32/params/..." with moments of Adam
+    under "exp_avg/params/..." and "exp_avg_sq/params/...". Where there are moments, the rest of the
+    state comes with them: finished steps, which count the moments' updates too, and the run's key.
+
+    Raises:
+        InputError: an array is neither.
+    """
+    renamed: dict[str, LazyArray] = {}
+    run, state = _state_of(file)
+    wanted = tree.flatten(state)
+    for name, array in leaves.items():
+        first, _, path = name.partition("/")
+        if first in MOMENTS:
+            renamed[_moment_path(wanted, MOMENTS[first], path)] = array
+        else:
+            renamed[path if first == WEIGHTS else name] = array
+    if any(name.partition("/")[0] in MOMENTS for name in leaves):
+        renamed |= _counters(run, wanted, step)
+    return renamed
+
+
+def _moment_path(wanted: Mapping[str, Any], moment: str, path: str) -> str:
+    """The path of a parameter's moment in a run's optimizer state."""
+    end = f"/{moment}/{path.removeprefix('params/')}"
+    found = [name for name in wanted if name.startswith("opt_state/") and name.endswith(end)]
+    if len(found) != 1:
+        expected = f"an optimizer with one state {moment!r} of each parameter, such as adamw"
+        raise InputError("run", path, expected)
+    return found[0]
+
+
+def _counters(run: Run, wanted: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
+    """What a state has beside parameters and moments, after so many steps."""
+    found = {}
+    for path, leaf in wanted.items():
+        if path == "key":
+            found[path] = np.asarray(jax.random.key_data(run_key(run.train.seed)))
+        elif path == "is_finite":
+            found[path] = np.array(True)
+        elif not leaf.shape and np.issubdtype(leaf.dtype, np.integer):
+            found[path] = np.array(step, leaf.dtype)
+    return found
+
+
+def _state_of(file: str) -> tuple[Run, TrainState]:
+    """A run on one device, and its state as shapes."""
+    run = dataclasses.replace(load_run([file]), mesh=MeshConfig())
+    return run, run.setup(jax.devices()[:1]).canonical_state
+
+
+def _described(
     target: conversion.Destination,
     leaves: Mapping[str, LazyArray],
     file: str,
@@ -191,9 +243,7 @@ def _of_run(
     Raises:
         InputError: the arrays are neither the run's whole state nor its parameters.
     """
-    run = dataclasses.replace(load_run([file]), mesh=MeshConfig())
-    devices = jax.devices()[:1]
-    state = run.setup(devices).canonical_state
+    run, state = _state_of(file)
     wanted: Any = state
     if all(name.startswith("params/") for name in leaves):
         wanted = {"params": state.params}

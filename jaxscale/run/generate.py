@@ -1,6 +1,7 @@
 """`generate`: continues prompts with a run's checkpoint."""
 
 from jaxscale.launch.runtime import apply_runtime
+from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.run.model import load
 from jaxscale.run.run import Run
 from jaxscale.serve.sampling import SamplingConfig
@@ -14,6 +15,7 @@ def generate(
     sampling: SamplingConfig = SamplingConfig(),
     step: int | None = None,
     tensor: int = 1,
+    quantisation: QuantisedConfig | None = None,
 ) -> list[str]:
     """Continues prompts with a trained model, and prints each with its continuation.
 
@@ -25,6 +27,7 @@ def generate(
         sampling: how tokens are drawn.
         step: which checkpoint; the newest when None.
         tensor: devices over which the model is spread.
+        quantisation: of the matrices of layers, on one device; None keeps them as they are.
     Returns:
         The continuations, without the prompts.
     Raises:
@@ -33,7 +36,14 @@ def generate(
     """
     apply_runtime(run.runtime, str(run.path))
     prompts = (prompts,) if isinstance(prompts, str) else prompts
-    model = load(run, step=step, tensor=tensor, prompts=prompts, max_new_tokens=max_new_tokens)
+    model = load(
+        run,
+        step=step,
+        tensor=tensor,
+        quantisation=quantisation,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+    )
     texts = model.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}\n")

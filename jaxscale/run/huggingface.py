@@ -11,8 +11,16 @@ import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by it
 import numpy as np
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
-from jaxscale.convert.fields import read_json
-from jaxscale.convert.folder import CONFIG, MAX_SHARD_BYTES, Folder, open_folder, write_folder
+from jaxscale.convert.folder import (
+    CONFIG,
+    MAX_SHARD_BYTES,
+    Folder,
+    family_of,
+    open_folder,
+    write_folder,
+)
+from jaxscale.convert.peft import write_adapters
+from jaxscale.convert.tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG, tokenizer_config
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import StandardLibrary
 from jaxscale.data.tokenizer import (
@@ -24,6 +32,7 @@ from jaxscale.data.tokenizer import (
 )
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.models.lora import merged, without_adapters
 from jaxscale.ops.precision import FLOAT_TYPES, Policy
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.rules import make_specs
@@ -40,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 KEPT = "huggingface"  # folder of a run with the files beside the weights
 CHECKPOINTS = "checkpoints"
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 FILES = (
     CONFIG,
     GENERATION_CONFIG,
@@ -63,7 +71,7 @@ def import_model(*, source: str, directory: str | None = None) -> Run:
         directory: of the new run: configuration, checkpoint of step 0 and tokenizer. The
             checkpoint's parameters have the weights' type. None for runs/NAME of the folder's name.
     Returns:
-        The run. Another run starts from its weights by `TrainConfig.init_from`.
+        The run. `pretrain` with another directory starts from its weights.
     Raises:
         InputError: the folder has something missing, unknown or contradictory, which is named, or
             `directory` exists.
@@ -73,7 +81,7 @@ def import_model(*, source: str, directory: str | None = None) -> Run:
     path = Path(directory).expanduser()
     if path.exists():
         raise InputError("directory", str(path), "a folder that does not exist yet")
-    tokenizer = tokenizer_config(folder)
+    tokenizer = tokenizer_config(folder.path)
     run = _run(folder, directory, tokenizer)
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, run.model.vocab_size)
@@ -100,8 +108,11 @@ def export_model(
     family: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    is_peft: bool = False,
 ) -> None:
     """Writes a checkpoint as a folder that Hugging Face loads, with its tokenizer.
+
+    Low-rank adapters are merged into their matrices.
 
     Args:
         run: the run.
@@ -111,70 +122,62 @@ def export_model(
             that the model has.
         dtype: of the weights; None for that of the run's parameters.
         max_shard_bytes: largest file of weights.
+        is_peft: writes the adapters alone, as a folder of PEFT.
     Raises:
         InputError: no such checkpoint, no family has all that the model has, or the folder has a
             model already.
     """
-    restored = restore_model(run, step=step)
-    kept = run.path / KEPT
+    params = restore_model(run, step=step).params
+    kept = files_beside(run)
+    if is_peft:
+        layout = family_of(without_adapters(run.model), kept).layout
+        write_adapters(directory, run.model, layout, params)
+        return
+    params = merged(params, run.model.lora)
     path = Path(directory).expanduser()
     write_folder(
         path,
-        run.model,
-        restored.params,
+        without_adapters(run.model),
+        params,
         dtype=np.dtype(dtype or run.policy.parameters),
         family=family,
         like=kept / CONFIG,
         max_shard_bytes=max_shard_bytes,
     )
     _keep_files(kept, path)
-    if not kept.is_dir():
+    if not any((path / name).exists() for name in (HUGGING_FACE_FILE, SENTENCE_PIECE_FILE)):
         load_tokenizer(run.data.tokenizer).save(path)
 
 
 def huggingface_model(*, directory: str) -> ModelConfig:
-    """The model of a folder of Hugging Face, for a gin file to name: `@run.huggingface_model()`."""
+    """The model of a folder of Hugging Face, for a gin file to name: `@run.huggingface_model()`.
+
+    Args:
+        directory: the folder, with config.json and safetensors; the weights are not read.
+    """
     return open_folder(directory).config
 
 
-def tokenizer_config(folder: Folder) -> TokenizerConfig:
-    """The tokenizer of a folder.
-
-    Raises:
-        InputError: it has none, or its end of a document is none of config.json's.
-    """
-    if not (folder.path / HUGGING_FACE_FILE).exists():
-        if (folder.path / SENTENCE_PIECE_FILE).exists():
-            return TokenizerConfig("sentencepiece", str(folder.path))
-        expected = f"a folder with {HUGGING_FACE_FILE} or {SENTENCE_PIECE_FILE}"
-        raise InputError("source", str(folder.path), expected)
-    file = folder.path / TOKENIZER_CONFIG
-    token = read_json(file).get("eos_token") if file.exists() else None
-    token = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(token, str):
-        raise InputError(f"{file}: eos_token", token, "the token that ends a document")
-    config = TokenizerConfig("huggingface", str(folder.path), token)
-    ends, end = stop_ids(folder.path), load_tokenizer(config).eos_id
-    if ends and end not in ends:
-        expected = f"the token of one of {CONFIG}'s or {GENERATION_CONFIG}'s eos_token_id, {ends}"
-        raise InputError(f"{file}: eos_token", f"{token} ({end})", expected)
-    return config
-
-
-def stop_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end an answer, by config.json and generation_config.json."""
-    found: list[int] = []
-    for name in (CONFIG, GENERATION_CONFIG):
-        values = read_json(folder / name) if (folder / name).exists() else {}
-        ids = values.get("eos_token_id")
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(found))
+def files_beside(run: Run) -> Path:
+    """The folder of a run's tokenizer, where an import keeps what stood beside the weights."""
+    return Path(run.data.tokenizer.path or run.path).expanduser()
 
 
 def gin_text(run: Run) -> str:
-    """The gin file that binds a run."""
-    reference, fields = as_written(run, ())
-    return render({((), reference.target): {}} | fields)
+    """The gin file that binds a run; its parts are in no scope, so that another file binds more."""
+    values, fields = {}, {}
+    for field in dataclasses.fields(run):
+        value = getattr(run, field.name)
+        scopes = () if dataclasses.is_dataclass(value) else (field.name,)
+        values[field.name], more = as_written(value, scopes)
+        fields |= more
+    for index, source in enumerate(run.data.sources):
+        fields.pop(((f"sources_{index}",), type(source)), None)
+    sources = [as_written(source, ()) for source in run.data.sources]
+    fields[(), DataConfig]["sources"] = tuple(reference for reference, _ in sources)
+    for _, more in sources:
+        fields |= more
+    return render({((), Run): values} | fields)
 
 
 def _run(folder: Folder, directory: str, tokenizer: TokenizerConfig) -> Run:
@@ -194,7 +197,7 @@ def _run(folder: Folder, directory: str, tokenizer: TokenizerConfig) -> Run:
             tokenizer=kept,
         ),
         optimizer=OptimizerConfig(),
-        train=TrainConfig(steps=1),
+        train=TrainConfig(steps=1, init_from=str(Path(directory) / CHECKPOINTS)),
         checkpoint=CheckpointConfig(CHECKPOINTS, save_every=1, keep_last=1, is_async=False),
         policy=Policy(parameters=dtype, compute=dtype),
     )

@@ -23,6 +23,9 @@ from jaxscale.launch.memory import check_fits
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.lora import merged, without_adapters
+from jaxscale.models.parameters import parameter_table
+from jaxscale.models.quantised import QuantisedConfig, quantised
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_serving_operations
 from jaxscale.parallel.rules import make_specs
@@ -31,7 +34,7 @@ from jaxscale.serve.decoding import check_prompts, generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.run_directory import CONFIG
 from jaxscale.train.state import stored_params
-from jaxscale.types import Array, Batch, Params
+from jaxscale.types import Array, Batch, InputError, Params
 
 
 class LanguageModel(nnx.Module):
@@ -129,6 +132,7 @@ def load(
     *,
     step: int | None = None,
     tensor: int = 1,
+    quantisation: QuantisedConfig | None = None,
     prompts: Sequence[str] = (),
     max_new_tokens: int = 1,
     admitted: Sequence[str] = (),
@@ -140,6 +144,7 @@ def load(
             one in that directory, wherever it was when the run trained.
         step: which checkpoint; the newest when None.
         tensor: devices over which the model is spread.
+        quantisation: of the matrices of layers, on one device; None keeps them as they are.
         prompts: checked before anything large is read, with `max_new_tokens`.
         max_new_tokens: longest continuation.
         admitted: modules beside jaxscale that a saved configuration may name, see `config.run`.
@@ -159,7 +164,13 @@ def load(
     devices = make_mesh(mesh, jax.devices()[:tensor])
     specs = make_specs(run.table(), mesh)
     check = functools.partial(check_tokenizer, tokenizer=tokenizer)
-    restored = restore_model(run, step=step, tensor=tensor, check=check)
+    if quantisation is not None and tensor > 1:
+        raise InputError("tensor", tensor, "1 with quantised weights")
+    params = restore_model(run, step=step, tensor=tensor, check=check).params
+    config = run.model
+    if quantisation is not None:
+        params, config = merged(params, config.lora), without_adapters(config)
+        params = quantised(params, parameter_table(config), quantisation)
     # Not as in training: its attention may be of a device or of lengths that are not here, and a
     # loop over layers decodes at half the rate of unrolled ones.
     backend = "reference" if run.runtime.is_deterministic else None
@@ -169,8 +180,8 @@ def load(
         attention = operations.backends.attention
         operations = make_serving_operations(mesh, specs, attention=attention)
         region = Region(devices, specs, operations)
-    decoder = Decoder(run.model, operations, run.policy, execution)
-    return LanguageModel(decoder, restored.params, tokenizer, region)
+    decoder = Decoder(config, operations, run.policy, execution)
+    return LanguageModel(decoder, params, tokenizer, region)
 
 
 def restore_model(

@@ -60,7 +60,12 @@ def plan(
         RunError: nothing fits; says what comes nearest and how many bytes are missing.
     """
     cluster, share = Cluster.parse(devices), memory_share()
+    for name, file in (("output", output), ("picture", picture)):
+        if file is not None and not Path(file).parent.is_dir():
+            raise InputError(name, file, "a file in a folder that exists")
     if measure:
+        if jax.default_backend() == "cpu":
+            raise InputError("measure", True, "False where there is only a CPU to measure")
         here = measured(cluster.device, jax.local_devices())
         cluster = dataclasses.replace(cluster, device=here)
     began = time.perf_counter()

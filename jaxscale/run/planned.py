@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
+from jaxscale.parallel.pipeline.loss import StagedLoss
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.explain import layout_text
 from jaxscale.planner.job import Job, Layout
@@ -15,7 +16,7 @@ from jaxscale.types import InputError, RunError, check_types
 logger = logging.getLogger(__name__)
 
 # Of JAX's share; the rest is for what the model of the memory does not know.
-SHARE_OF_LIMIT = 0.95
+SHARE_OF_LIMIT = 0.92
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,7 @@ def job_of(run: Run) -> Job:
         optimizer=run.optimizer,
         execution=run.execution,
         train=run.train,
+        is_staged=isinstance(run.loss(run), StagedLoss),
     )
 
 

@@ -5,8 +5,9 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxscale.convert.tokenizer import stop_ids
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.run.huggingface import KEPT, stop_ids
+from jaxscale.run.huggingface import KEPT
 from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
@@ -89,13 +90,13 @@ def make_service(
     timeout_s: float | None = None,
 ) -> "Service":
     """What of a run is served; Args and Raises as `serve`."""
-    from jaxscale.data.chat_template import read_chat_template
+    from jaxscale.data.chat_template import find_chat_template
     from jaxscale.serve.handler import Service
 
     folder = chat_folder(run)
     return Service(
         model=model_name or run.path.resolve().name,
-        chat_template=read_chat_template(folder),
+        chat_template=find_chat_template(folder),
         api_keys=api_keys,
         stop_ids=stop_ids(folder),
         timeout_s=timeout_s,

@@ -127,9 +127,8 @@ class Handler:
         Raises:
             InputError: the template refuses the chat.
         """
-        encode = self.service.chat_template.encode
         try:
-            return encode(messages, self._tokenizer, tools=tools)
+            return self.service.chat_template.encode(messages, self._tokenizer, tools=tools)
         except InputError as error:  # which names the template's file, no business of a client
             roles = [message["role"] for message in messages]
             expected = "a chat that the model's template takes"

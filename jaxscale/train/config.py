@@ -1,6 +1,7 @@
 """How long and how to train."""
 
 import dataclasses
+from typing import Literal
 
 from jaxscale import tree
 from jaxscale.checkpoint.changes import Changes
@@ -31,6 +32,9 @@ class TrainConfig:
             and position in the data included, but for what the changes name. Where they draw
             `step`, the data begins anew, too. None for the parameters alone.
         profile_steps: the profiler records from the first number of finished steps to the second.
+        export: "deepspeed", a universal folder with Adam's moments, or "safetensors", parameters
+            alone: what the last checkpoint is also written as, in the run's directory, when the
+            run is finished; None for nothing.
     """
 
     steps: int
@@ -42,6 +46,7 @@ class TrainConfig:
     evaluate_every: int = 100
     init_from: str | None = None
     init_changes: Changes | None = None
+    export: Literal["deepspeed", "safetensors"] | None = None
     profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self):

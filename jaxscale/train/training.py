@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.exports import export
+from jaxscale.checkpoint.manager import BUDGET_BYTES, CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.checkpoint.restore import restore_params
 from jaxscale.launch.memory import check_fits
 from jaxscale.parallel.batch import place
@@ -81,6 +83,7 @@ def train(
         # Closed before the directory's lock is given up, for until then a save may be written.
         on_exit(opened.pop_all().close)
     watchdog.watch("the restore or first draw of the state", is_slow=True)
+    checkpoints.fetch()
     if checkpoints.latest_step() is None:
         check_new(run, checkpoint.directory)
         changed = []
@@ -118,7 +121,21 @@ def train(
     )
     for resource in (*loop.reporters, loop.profiler):
         on_exit(resource.close)
-    return loop.run(state)
+    outcome = loop.run(state)
+    if config.export is not None and outcome.step == config.steps and jax.process_index() == 0:
+        checkpoints.wait()
+        _export(Path(checkpoint.within(run).directory), run, config)
+    return outcome
+
+
+def _export(checkpoints: Path, run: Path, config: TrainConfig) -> None:
+    """Writes the last checkpoint as another system's, too."""
+    leaves = NativeCheckpoint(checkpoints / str(config.steps)).leaves()
+    if config.export == "safetensors":
+        leaves = {path: leaf for path, leaf in leaves.items() if path.startswith("params/")}
+    folder = run / config.export
+    export(leaves, folder, kind=config.export, step=config.steps, budget_bytes=BUDGET_BYTES)
+    logger.info("the last checkpoint is also in %s", folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +200,8 @@ def _other_state(
     """The state of another run's newest checkpoint, but for what the changes name."""
     with contextlib.closing(_open_other(config.init_from, facts)) as checkpoints:
         saved, data_state = checkpoints.restore_changed(setup.canonical_state, config.init_changes)
-    # None where it is to be drawn.
-    if saved.step is not None:
+    # None where it is to be drawn; another system's checkpoint has no position in the data.
+    if saved.step is not None and data_state:
         loader.restore(data_state)
     state = setup.from_canonical(setup.draw_missing(config.seed, saved))
     _check_seed(state, config)

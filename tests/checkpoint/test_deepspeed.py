@@ -1,7 +1,10 @@
 """DeepSpeed's own checkpoints, those of tensor and pipeline ranks, damage, and what we write."""
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +206,41 @@ def test_replicas_that_differ_are_named_with_their_ranks(tmp_path):
     message = "0.norm.weight of rank pipeline=0, tensor=0 and .* pipeline=0, tensor=1"
     with pytest.raises(InputError, match=message):
         leaves["fp32/0.norm.weight"][:]
+
+
+def test_a_rank_that_owns_nothing_is_no_hole(tmp_path):
+    """Of two numbers over three ranks the last has padding alone."""
+    w = np.float32([1, 2])
+    (tmp_path / "step").mkdir()
+    for data, flat in enumerate((w[:1], w[1:], np.float32([0]))):
+        states = {"exp_avg": flat * 2}
+        optimizer = {
+            "partition_count": 3,
+            "fp32_flat_groups": [flat],
+            "optimizer_state_dict": {"state": {0: states}},
+        }
+        name = f"zero_pp_rank_{data}_mp_rank_00"
+        content = {"optimizer_state_dict": optimizer}
+        save_torch(tmp_path / "step" / f"{name}_optim_states.pt", content, piece_bytes=100)
+        model = {"param_shapes": [{"w": (2,)}]}
+        save_torch(tmp_path / "step" / f"{name}_model_states.pt", model, piece_bytes=100)
+    leaves = open_checkpoint(tmp_path / "step").source.leaves()
+    np.testing.assert_array_equal(leaves["fp32/w"][:], w)
+    np.testing.assert_array_equal(leaves["exp_avg/w"][:], 2 * w)
+
+
+@pytest.mark.long
+@pytest.mark.processes
+def test_the_fixtures_are_what_deepspeed_writes_today(tmp_path):
+    pytest.importorskip("deepspeed")
+    root = Path(__file__).resolve().parents[2]
+    script = root / "experiments" / "checkpoints" / "deepspeed_fixtures.py"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, script, tmp_path / "new"], env=environment, check=True)
+    for stage in (1, 2, 3):
+        leaves = open_checkpoint(tmp_path / "new" / f"zero_{stage}" / "step3").source.leaves()
+        wanted = dict(np.load(tmp_path / "new" / f"zero_{stage}" / "oracle.npz"))
+        assert_equal(leaves, wanted)
 
 
 # What we write. That DeepSpeed loads it is seen by experiments/checkpoints/deepspeed_loads.py.

@@ -99,17 +99,19 @@ def test_only_what_is_named_may_differ(tmp_path, saved_steps):
     assert set(got["params"]) == {"layers"}
 
 
-def test_another_type_must_be_asked_for(tmp_path, saved_steps):
+def test_a_narrower_type_must_be_asked_for(tmp_path, saved_steps):
     states = saved_steps(tmp_path, 1)
     wanted = abstract(states[1], mesh_of(1, 1))
-    embed = wanted["params"]["embed"]
-    wanted["params"]["embed"] = jax.ShapeDtypeStruct(embed.shape, "f2", sharding=embed.sharding)
+    attention = wanted["params"]["layers"]["0"]["attention"]
+    q = attention["q"]
+    attention["q"] = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16, sharding=q.sharding)
     checkpoints = open_at(tmp_path)
-    with pytest.raises(InputError, match="params/embed as float16"):
+    with pytest.raises(InputError, match="params/layers/0/attention/q as bfloat16"):
         checkpoints.restore_changed(wanted, Changes())
     got, _ = checkpoints.restore_changed(wanted, Changes(is_cast=True))
-    wanted_embed = np.asarray(states[1]["params"]["embed"]).astype(np.float16)
-    np.testing.assert_array_equal(np.asarray(got["params"]["embed"]), wanted_embed)
+    whole = states[1]["params"]["layers"]["0"]["attention"]["q"]
+    cast = np.asarray(whole).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(got["params"]["layers"]["0"]["attention"]["q"], cast)
 
 
 def test_a_pattern_in_vain_and_a_changed_shape_are_refused(tmp_path, saved_steps):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxscale.checkpoint.changes import Changes
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.checkpoint.steps import keep_only
 from jaxscale.types import InputError
@@ -53,6 +54,18 @@ def test_same_mesh_is_bit_identical(tmp_path, is_async):
     checkpoints.close()
     assert_same(restored, state)
     assert data_state == {"sources": {"a": [1, 2]}, "step": 7}
+
+
+def test_a_state_may_hold_several_models_under_names(tmp_path):
+    models = {name: make_state(mesh_of(4, 2), seed=n) for n, name in enumerate(("actor", "critic"))}
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, {"params": models}, {})
+    wanted = {name: abstract(state, mesh_of(2, 2)) for name, state in models.items()}
+    assert_same(checkpoints.restore({"params": wanted})[0], {"params": models})
+    without_critic = Changes(left_out="params/critic/.*")
+    actor, _ = checkpoints.restore_changed({"params": {"actor": wanted["actor"]}}, without_critic)
+    checkpoints.close()
+    assert_same(actor["params"]["actor"], models["actor"])
 
 
 def test_every_mesh_gives_the_same_values_in_the_placement_asked_for(tmp_path):

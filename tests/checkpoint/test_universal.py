@@ -1,10 +1,13 @@
 """The pattern language: each pattern against slices that numpy takes, and each violation named."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from jaxscale.checkpoint.patterns import Cut, Offset, Rule, load_rules
+from jaxscale.checkpoint.patterns import Cut, Offset, Rule, Target, load_rules
 from jaxscale.checkpoint.universal import Shard, merge
+from jaxscale.checkpoint.views import Divided
 from jaxscale.types import InputError
 
 
@@ -246,7 +249,7 @@ def test_rules_are_read_from_a_file(tmp_path):
         ("[[rule]]\nto = 'w'", "a table with match"),
         ("[[rule]]\nmatch = 'w'\nkind = 'shared'", "Rule.kind"),
         ("[[rule]]\nmatch = 'w'\nstack = ['layer']", "a named group of 'w'"),
-        ("[[rule]]\nmatch = 'w'\ndim = 0", "one of cuts, kind, match"),
+        ("[[rule]]\nmatch = 'w'\ndim = 0", "one of axes, cuts, kind, match"),
         ("[[rule]]\nmatch = 'w'\ncuts = [{axis = 'tensor'}]", "a table with dim"),
         ("[[rule", "a TOML file"),
     ],
@@ -256,3 +259,50 @@ def test_a_file_that_is_wrong_is_refused(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(InputError, match=message):
         load_rules(file)
+
+
+def test_a_matrix_of_torch_becomes_one_with_heads():
+    whole = normal(5, 4, 3)  # [D, N, H], in torch [N H, D]
+    stored = whole.reshape(5, 12).T
+    rule = Rule("q", cuts=(Cut("tensor", 0),), axes=(1, 0), shape=(5, 4, 3))
+    (merged_whole,) = merge(shards_of("q", np.split(stored, 2)), [rule]).values()
+    np.testing.assert_array_equal(merged_whole[()], whole)
+    np.testing.assert_array_equal(merged_whole[1:4, 1:3, 2:], whole[1:4, 1:3, 2:])
+    wrong = Rule("q", cuts=(Cut("tensor", 0),), axes=(1, 0), shape=(5, 3, 3))
+    with pytest.raises(InputError, match=r"products are the dims \(5, 12\)"):
+        merge(shards_of("q", np.split(stored, 2)), [wrong])
+    wrong = Rule("q", cuts=(Cut("tensor", 0),), axes=(0, 0))
+    with pytest.raises(InputError, match="each of the 2 dims once"):
+        merge(shards_of("q", np.split(stored, 2)), [wrong])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (6, 2, 2, 5), (1, 6, 4, 1, 5), (6, 4, 5)])
+def test_any_box_of_divided_dims(shape):
+    whole = normal(6, 4, 5)
+    divided = Divided(whole, shape)
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        ends = [sorted(draw.integers(0, size + 1, 2)) for size in shape]
+        box = tuple(slice(int(a), int(b)) for a, b in ends)
+        np.testing.assert_array_equal(divided[box], whole.reshape(shape)[box])
+
+
+def test_one_fused_tensor_becomes_several_parameters():
+    q, k, v = normal(8, 6), normal(4, 6, seed=1), normal(4, 6, seed=2)
+    rule = Rule(
+        r"layers\.(?P<layer>\d+)\.qkv",
+        stack=("layer",),
+        cuts=(Cut("tensor", 0, blocks=(8, 4, 4)),),
+        targets=(
+            Target("layers/q", rows=8, axes=(1, 0), shape=(6, 4, 2)),
+            Target("layers/k", rows=4),
+            Target("layers/v", rows=4, axes=(1, 0)),
+        ),
+    )
+    got = merged(shards_of("layers.0.qkv", fused(q, k, v, 2)), rule)
+    np.testing.assert_array_equal(got["layers/q"][0], q.T.reshape(6, 4, 2))
+    np.testing.assert_array_equal(got["layers/k"][0], k)
+    np.testing.assert_array_equal(got["layers/v"][0], v.T)
+    short = dataclasses.replace(rule, targets=rule.targets[:2])
+    with pytest.raises(InputError, match=r"8 \+ 4 rows, the targets of rule"):
+        merge(shards_of("layers.0.qkv", fused(q, k, v, 2)), [short])

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from jaxscale.data.chat_template import ChatTemplate, read_chat_template
+from jaxscale.data.chat_template import ChatTemplate, find_chat_template, read_chat_template
 from jaxscale.data.tokenizer import HuggingFaceTokenizer
 from jaxscale.types import InputError
 
@@ -109,7 +109,9 @@ def test_a_template_is_read_from_either_place(tmp_path):
 
 def test_a_folder_without_a_template_has_none(tmp_path):
     write(tmp_path, None)
-    assert read_chat_template(tmp_path) is None
+    assert find_chat_template(tmp_path) is None
+    with pytest.raises(InputError, match=r"chat_template: given None, expected a template, here"):
+        read_chat_template(tmp_path)
 
 
 def test_a_message_cannot_write_a_special_token():

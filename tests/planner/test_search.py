@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import time
 
+import jax
 import pytest
 
+from jaxscale.models.execution import ByChunk
 from jaxscale.parallel.mesh import DATA, TENSOR, MeshConfig
 from jaxscale.parallel.pipeline.schedule import make_schedule
 from jaxscale.parallel.rules import make_specs
@@ -17,7 +19,7 @@ from jaxscale.planner.search import Planner
 from jaxscale.planner.space import Space
 from jaxscale.run.inspect import bytes_per_device
 from jaxscale.run.planned import job_of, planned
-from jaxscale.run.run import load_run
+from jaxscale.run.run import check_fit, load_run
 from jaxscale.types import InputError
 from tests.run.runs import ROOT
 
@@ -73,7 +75,8 @@ def test_time_and_memory_are_those_of_real_steps():
         run = run_of(name, *overrides.split())
         found = planner_of(run, f"h200:1x{num_devices}").estimate(layout_of(run))
         of_time.append(abs(found.time.total * 1e3 / milliseconds - 1))
-        of_memory.append(abs(found.memory.total / GIB / gib - 1))
+        if run.mesh.pipeline == 1 or jax.__version_info__ >= (0, 11):  # by which they were measured
+            of_memory.append(abs(found.memory.total / GIB / gib - 1))
     assert sum(of_time) / len(of_time) < 0.04 and max(of_time) < 0.08
     assert sum(of_memory) / len(of_memory) < 0.04 and max(of_memory) < 0.10
 
@@ -126,7 +129,8 @@ def test_large_models_are_searched_in_seconds(name, devices, num_parameters):
     one = dataclasses.replace(best.layout, mesh=MeshConfig(), num_microbatches=1)
     parameters = counted.estimate(one).memory.parameters
     assert parameters / planner.job.parameter_width == pytest.approx(num_parameters, rel=0.02)
-    planned(run, best.layout).deterministic()
+    for each in found.ranked:
+        check_fit(planned(run, each.layout))
 
 
 def test_the_stage_with_the_head_gets_fewer_layers():
@@ -155,6 +159,24 @@ def test_pinned_values_hold_and_misfits_are_refused():
     assert not planner_of(run, "h200:1x8").search({"data": 3}).ranked
     with pytest.raises(InputError, match="pinned: given 'rows', expected one of 'pipeline'"):
         planner_of(run, "h200:1x8").search({"rows": 3})
+
+
+def test_what_a_run_would_refuse_is_not_planned():
+    run = run_of("runs/llama_1b", "data.batch_size=16", "execution.num_loss_chunks=1024")
+    shares = {mesh.sequence * mesh.tensor for mesh in meshes(run)}
+    assert shares == {1, 2, 4}  # 4,096 tokens in 1,024 chunks
+    by_chunk = dataclasses.replace(run.execution, num_loss_chunks=1, strategy=ByChunk(4))
+    assert {m.tensor for m in meshes(dataclasses.replace(run, execution=by_chunk))} == {1}
+    whole = dataclasses.replace(job_of(run), is_staged=False)
+    cores = Space(whole, Cluster.parse("h200:1x8"), {}).cores()
+    assert {core.mesh.pipeline for core in cores} == {1}
+    bert = run_of("papers/rannc_bert")
+    assert {mesh.ring for mesh in meshes(bert)} == {1}  # a ring is causal
+
+
+def meshes(run):
+    """The meshes of all cores on eight devices."""
+    return [core.mesh for core in Space(job_of(run), Cluster.parse("h200:1x8"), {}).cores()]
 
 
 def test_a_loser_is_told_why():

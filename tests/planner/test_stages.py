@@ -2,15 +2,17 @@
 
 import itertools
 import math
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from jaxscale.planner import measure
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.execute import StagedGradient
 from jaxscale.planner.function import load_plan, plan_function
-from jaxscale.planner.stages import smallest_maximum
+from jaxscale.planner.stages import smallest_maxima
 from jaxscale.types import InputError, RunError
 from tests.planner.functions import mlp, resnet
 
@@ -39,15 +41,15 @@ def test_equals_brute_force_on_random_graphs():
         is_stage = np.triu(np.ones(shape[:2], bool), 1)
         costs[~is_stage] = math.inf
         costs[:, :, 0] = math.inf
-        for num_stages in range(1, min(num_blocks, num_devices) + 1):
-            value, cut = smallest_maximum(costs, num_stages)
-            assert value == brute_force(costs, num_stages)
-            num_impossible += not cut
-            if cut:
-                ends, replicas = zip(*cut)
+        max_stages = min(num_blocks, num_devices)
+        for num_stages, cut in enumerate(smallest_maxima(costs, max_stages), 1):
+            assert cut.largest == brute_force(costs, num_stages)
+            num_impossible += not cut.stages
+            if cut.stages:
+                ends, replicas = zip(*cut.stages)
                 begins = (0, *ends[:-1])
                 found = max(costs[place] for place in zip(begins, ends, replicas))
-                assert (len(cut), ends[-1], found) == (num_stages, num_blocks, value)
+                assert (len(ends), ends[-1], found) == (num_stages, num_blocks, cut.largest)
                 assert sum(replicas) <= num_devices
     assert num_impossible > 0
 
@@ -108,6 +110,16 @@ def test_a_plan_is_saved_and_loaded(tmp_path):
         load_plan(tmp_path / "no.json", *case, cluster=cluster)
 
 
+def test_a_deep_model_is_planned_for_many_devices_in_seconds():
+    """A thousand components, 32 blocks, 32 devices; RaNNC needs minutes and more."""
+    case = mlp(num_layers=96, width=64, rows=64)
+    cluster = Cluster.parse("h200:4x8")
+    began = time.process_time()
+    plan = plan_function(*case, cluster=cluster, limit_bytes=4e5).stages
+    assert time.process_time() - began < 10
+    assert 4 < len(plan.stages) <= 32 and plan.num_devices <= 32
+
+
 def test_blocks_alike_are_measured_once(caplog):
     caplog.set_level("INFO", "jaxscale.planner.measure")
     case = mlp(num_layers=12, width=16, rows=8)
@@ -117,6 +129,25 @@ def test_blocks_alike_are_measured_once(caplog):
     assert plan.stages.seconds > 0
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("measured 6 blocks") and int(message.split()[3]) > 0
+
+
+def test_a_block_without_memory_is_in_no_plan(monkeypatch):
+    """Running out of memory is never a cost."""
+
+    def exhausted(function, values):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr(measure, "_median_s", exhausted)
+    cluster = Cluster.parse("h200:1x2")
+    with pytest.raises(RunError, match="a block ran out of memory when it was measured"):
+        plan_function(*mlp(), cluster=cluster, num_blocks=3, measure_on=jax.devices()[0])
+
+    def broken(function, values):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(measure, "_median_s", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        plan_function(*mlp(), cluster=cluster, num_blocks=3, measure_on=jax.devices()[0])
 
 
 def test_bad_input():

@@ -24,6 +24,7 @@ def write(folder, gin_file, whole, fields):
     return file
 
 
+@pytest.mark.long
 def test_a_head_is_added_and_all_else_goes_on(gin_file, whole, tmp_path):
     head = ".*head.*"
     fields = {"ModelConfig.is_tied": False, "Changes.drawn": head}

@@ -5,6 +5,7 @@ import pytest
 
 from jaxscale import cli
 from jaxscale.checkpoint.native import NativeCheckpoint
+from jaxscale.checkpoint.opening import open_checkpoint
 from tests.run import runs
 
 RULES = r"""
@@ -107,3 +108,17 @@ def test_a_source_that_is_not_the_runs_model_is_refused(ranks, gin_file, tmp_pat
     assert run("convert", ranks, tmp_path / "converted", "--run", run_file) == 2
     assert "leaf params/layers/0/" in capsys.readouterr().err
     assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "deepspeed"])
+def test_parameters_become_those_of_another_system(ranks, params, tmp_path, capsys, kind):
+    """Read back they are the same; DeepSpeed's names have dots, and the state before them."""
+    folder = tmp_path / kind
+    assert run("convert", ranks, folder, "--to", kind, "--step", 3, "--budget", 20_000) == 0
+    leaves = open_checkpoint(folder).source.leaves()
+    assert len(leaves) == len(params)
+    for path, whole in params.items():
+        name = path
+        if kind == "deepspeed":
+            name = f"fp32/{path.removeprefix('params/').replace('/', '.')}"
+        np.testing.assert_array_equal(leaves[name][()], whole, err_msg=path)

@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
-from jaxscale import cli, config
+from jaxscale import cli, config, tree
+from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.run.huggingface import import_model
 from jaxscale.run.model import load
@@ -42,9 +43,10 @@ def imported(tmp_path_factory):
     return source, directory
 
 
-def test_an_imported_model_generates(imported, capsys):
+@pytest.mark.parametrize("more", [[], ["--set=quantisation.bits=8"]], ids=["whole", "integers"])
+def test_an_imported_model_generates(imported, capsys, more):
     _, directory = imported
-    settings = ["--set", "prompts=hello", "--set", "max_new_tokens=5"]
+    settings = ["--set", "prompts=hello", "--set", "max_new_tokens=5", *more]
     assert cli.main(["generate", str(directory), *settings]) == 0
     assert capsys.readouterr().out.startswith("hello")
 
@@ -94,13 +96,29 @@ def test_an_existing_directory_is_kept(imported):
         import_model(source=str(source), directory=str(directory))
 
 
+def test_texts_begin_as_hugging_faces_tokenizer_begins_them(tmp_path):
+    path = with_tokenizer(tmp_path)
+    (path / "tokenizer_config.json").write_text("{}")  # as that of GPT-2 says no end
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    pair = [("!", 0)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("! $A", None, pair)
+    tokenizer.save(str(path / "tokenizer.json"))
+    run = import_model(source=str(path), directory=str(tmp_path / "run"))
+    assert (run.data.tokenizer.bos_token, run.data.tokenizer.eos_token) == ("!", END)
+    ours = load_tokenizer(run.data.tokenizer)
+    assert ours.encode("bc") == tokenizer.encode("bc").ids == ours.encode_batch(["bc"])[0].tolist()
+
+
 def without(path, name):
     (path / name).unlink()
 
 
 TOKENIZERS = {
     "none": (lambda path: without(path, "tokenizer.json"), "a folder with tokenizer.json or"),
-    "no end": (lambda path: without(path, "tokenizer_config.json"), "eos_token: given None"),
+    "no end": (
+        lambda path: (path / "tokenizer_config.json").write_text('{"eos_token": 3}'),
+        "eos_token: given 3",
+    ),
     "absent end": (
         lambda path: (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'),
         "eos_token: given '</s>'",
@@ -122,3 +140,71 @@ def test_a_tokenizer_that_disagrees_with_the_configuration_is_refused(tmp_path):
     path = with_tokenizer(tmp_path, eos_token_id=7)
     with pytest.raises(InputError, match=r"tokenizer_config.json: eos_token: .*\(94\)'.*\(7,\)"):
         config.run(import_model, [], [f"source={str(path)!r}", "directory='absent'"])
+
+
+@pytest.fixture(scope="module")
+def adapted(imported, tmp_path_factory):
+    """The directory of a run with new adapters of the imported model."""
+    path = tmp_path_factory.mktemp("adapted") / "run"
+    assert cli.main(["adapt", str(imported[1]), str(path), "--set", "lora.rank=2"]) == 0
+    return path
+
+
+def test_new_adapters_are_exported_as_the_model_that_was_imported(imported, adapted, tmp_path):
+    words = [str(adapted), str(tmp_path / "out"), "--set=dtype=bfloat16"]
+    assert cli.main(["export", *words]) == 0
+    got, wanted = (load_file(at / "model.safetensors") for at in (tmp_path / "out", imported[0]))
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(got[name].view(np.uint16), tensor.view(np.uint16), name)
+
+
+def test_adapters_of_peft_come_in_and_go_out(imported, tmp_path):
+    source, given = FIXTURES / "peft_phi3", tmp_path / "adapted"
+    words = [str(imported[1]), str(given), f"--set=adapters={source}"]
+    assert cli.main(["adapt", *words]) == 0
+    assert cli.main(["export", str(given), str(tmp_path / "out"), "--set=is_peft=True"]) == 0
+    got, wanted = (load_file(at / "adapter_model.safetensors") for at in (tmp_path / "out", source))
+    assert got.keys() == wanted.keys()
+
+
+def test_new_and_given_adapters_exclude_each_other(imported, tmp_path, capsys):
+    words = [str(imported[1]), str(tmp_path / "adapted")]
+    assert cli.main(["adapt", *words]) == 2
+    assert "a folder of PEFT, or else lora.rank of new ones" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_only_adapters_are_trained_and_an_export_has_them_merged(imported, adapted, tmp_path):
+    source, tuned = imported[0], tmp_path / "tuned"
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text("abcdefgh" * (number % 3 + 1))
+    file = tmp_path / "tuned.gin"
+    file.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from jaxscale import run\n"
+        f"include '{adapted}/config.gin'\n"
+        "run.DataConfig.sources = (@run.TextSource(),)\n"
+        f"run.TextSource.paths = ('{tmp_path}/text',)\n"
+    )
+    settings = {
+        "directory": tuned,
+        "data.cache_directory": tmp_path / "cache",
+        "data.sequence_length": 24,
+        "data.batch_size": 8,
+        "mesh.data": 8,
+        "train.steps": 3,
+        "optimizer.learning_rate": 0.1,
+    }
+    words = [f"--set={name}={value}" for name, value in settings.items()]
+    assert cli.main(["pretrain", str(file), *words]) == 0
+    before, after = (load(path).pure_params() for path in (adapted, tuned))
+    for path, leaf in tree.flatten(before).items():
+        is_same = np.array_equal(leaf, tree.flatten(after)[path])
+        assert is_same != ("_lora/" in path), path
+    assert cli.main(["export", str(tuned), str(tmp_path / "out"), "--set=dtype=float32"]) == 0
+    got, wanted = (load_file(path / "model.safetensors") for path in (tmp_path / "out", source))
+    assert got.keys() == wanted.keys()
+    changed = {name for name in wanted if not np.array_equal(got[name], wanted[name])}
+    assert changed == {name for name in wanted if "_proj" in name}

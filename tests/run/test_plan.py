@@ -100,6 +100,11 @@ def test_bad_input(folder, capsys):
         ("h200",): "DEVICE:HOSTSxDEVICES_PER_HOST",
         ("h200:1x1-1",): "at least one device that is left",
         ("h200:1x8", "pinned={'tensors': 2}"): "pinned: given 'tensors', expected one of",
+        ("h200:1x8", "output='none/plan.gin'"): "output: given 'none/plan.gin', expected a file in",
+        (
+            "h200:1x8",
+            "measure=True",
+        ): "measure: given True, expected False where there is only a CPU",
         ("h200:1x8", "pinned={'tensor': 3}"): "values that the model and 8 devices allow",
     }
     for (devices, *overrides), message in cases.items():

@@ -72,7 +72,7 @@ def test_an_imported_model_is_served_with_its_template_and_its_end_tokens(tmp_pa
     assert asked.prompts == [[ord(each) - 33 for each in "user:hi"] + [94]]
     assert asked.config.stop_ids == (94, 96)
     spelt = asyncio.run(prompt_of("x<|endoftext|>y")).prompts[0]
-    assert spelt.count(94) == 1, "a message cannot end the document"
+    assert spelt.count(94) == 1, "what a message spells is text"
 
 
 def test_keys_are_read_from_a_file(tmp_path):

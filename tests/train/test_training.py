@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from jaxscale import tree
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.opening import open_checkpoint
 from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.parallel.mesh import BATCH_SPEC, MeshConfig
 from jaxscale.train.config import TrainConfig
@@ -114,6 +115,22 @@ def test_the_directory_is_locked_until_its_checkpoints_are_closed(tmp_path, monk
     monkeypatch.setattr(Checkpoints, "close", close_locked)
     run(tmp_path, MeshConfig(), config=TrainConfig(steps=1))
     assert len(num_closed) == 1
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "safetensors"])
+def test_the_last_checkpoint_is_also_written_for_another_system(tmp_path, kind):
+    config = TrainConfig(steps=STEPS, evaluate_every=STOP, export=kind)
+    assert run(tmp_path, MESH, config=config) == Outcome(STEPS, None)
+    state, _ = final_state(tmp_path, MESH)
+    exported = open_checkpoint(tmp_path / kind).source.leaves()
+    num_states = 3 if kind == "deepspeed" else 1
+    params = {path: leaf for path, leaf in state.items() if path.startswith("params/")}
+    assert len(exported) == num_states * len(params)
+    for path, leaf in params.items():
+        name = path
+        if kind == "deepspeed":
+            name = f"fp32/{path.removeprefix('params/').replace('/', '.')}"
+        np.testing.assert_array_equal(exported[name][()], leaf, err_msg=path)
 
 
 def test_its_checkpoint_is_refused_to_another_network(on_one_device):

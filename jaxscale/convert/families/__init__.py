@@ -9,6 +9,7 @@ from jaxscale.convert.families.olmo import OLMO2, OLMOE
 from jaxscale.convert.families.opt import OPT
 from jaxscale.convert.families.phi import PHI
 from jaxscale.convert.families.phi3 import PHI3
+from jaxscale.convert.families.phi3small import PHI3_SMALL
 from jaxscale.convert.families.phimoe import PHIMOE
 from jaxscale.convert.families.qwen2 import QWEN2
 from jaxscale.convert.families.qwen3 import QWEN3, QWEN3_MOE
@@ -26,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     OLMO2,
     OLMOE,
     PHI3,
+    PHI3_SMALL,
     PHIMOE,
     PHI,
     GPT2,

@@ -10,6 +10,7 @@ from jaxscale.models.config.experts import (
     TopKRouter,
 )
 from jaxscale.models.config.feed_forward import FeedForwardConfig
+from jaxscale.models.config.lora import LoraConfig
 from jaxscale.models.config.model import LayerConfig, ModelConfig, NormConfig
 from jaxscale.ops.rotary import (
     LinearScaling,
@@ -28,6 +29,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "LoraConfig",
     "MaskedSamplingRouter",
     "ModelConfig",
     "NormConfig",

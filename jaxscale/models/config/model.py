@@ -5,6 +5,7 @@ import dataclasses
 from jaxscale.models.config.attention import AttentionConfig
 from jaxscale.models.config.experts import ExpertsConfig
 from jaxscale.models.config.feed_forward import FeedForwardConfig
+from jaxscale.models.config.lora import LoraConfig
 from jaxscale.types import (
     InputError,
     check_choice,
@@ -96,9 +97,12 @@ class ModelConfig:
         is_causal: whether a token sees no later token.
         use_learned_positions: whether a learned vector a position is added to the embeddings.
         embedding_scale: factor on the embeddings of tokens; sqrt(D) in Gemma.
+        unembedding_scale: factor on what the unembedding takes, 1 / width in muP
+            (arXiv 2203.03466, table 8).
         is_tied: whether the unembedding is the embedding.
         use_head_bias: whether the logits have a bias.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
+        lora: low-rank adapters beside the matrices; None for none.
         init_std: standard deviation of initial weights; output projections divide it by sqrt(2 L).
     """
 
@@ -112,9 +116,11 @@ class ModelConfig:
     is_causal: bool = True
     use_learned_positions: bool = False
     embedding_scale: float = 1.0
+    unembedding_scale: float = 1.0
     is_tied: bool = False
     use_head_bias: bool = False
     logit_softcap: float | None = None
+    lora: LoraConfig | None = None
     init_std: float = 0.02
 
     def __post_init__(self):
@@ -123,6 +129,7 @@ class ModelConfig:
             check_positive(f"ModelConfig.{name}", getattr(self, name))
         check_not_negative("ModelConfig.init_std", self.init_std)
         check_positive("ModelConfig.embedding_scale", self.embedding_scale)
+        check_positive("ModelConfig.unembedding_scale", self.unembedding_scale)
         if self.logit_softcap is not None:
             check_positive("ModelConfig.logit_softcap", self.logit_softcap)
         self._check_layers()

@@ -7,10 +7,11 @@ from jaxscale.ops.attention.api import (
     attention,
     check_backend,
 )
-from jaxscale.ops.attention.context import AttentionContext, BlockLayout
+from jaxscale.ops.attention.context import BLOCK, AttentionContext, BlockLayout
 
 __all__ = [
     "BACKENDS",
+    "BLOCK",
     "DETERMINISTIC",
     "KERNEL_OUTPUT",
     "AttentionContext",

@@ -1,0 +1,96 @@
+"""Low-rank adapters: made beside a trained model, and merged into its matrices.
+
+A forward merges a layer's adapters into its matrices before it uses them. That costs r / T of the
+forward's matmuls with T tokens, and gradients of whole matrices, which are not kept.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxscale import tree
+from jaxscale.models.config import LoraConfig, ModelConfig
+from jaxscale.models.parameters import init_params, parameter_table
+from jaxscale.types import Array, Params
+
+ADAPTER = "_lora"
+TRAINABLE = rf".*{ADAPTER}/[ab]"  # paths of adapters, for `TrainConfig.trainable`
+
+
+def merged(params: Params, lora: LoraConfig | None) -> Params:
+    """A tree in which each matrix W with an adapter is W + (alpha / r) a b, and none has one.
+
+    Args:
+        params: the tree of a model or of a part, of one layer or stacked.
+        lora: of the model; None returns the tree.
+    """
+    if lora is None:
+        return params
+    if isinstance(params, tuple):
+        return tuple(merged(part, lora) for part in params)
+    found = {}
+    for name, part in params.items():
+        if name.endswith(ADAPTER):
+            continue
+        if isinstance(part, dict):
+            found[name] = merged(part, lora)
+        elif adapter := params.get(f"{name}{ADAPTER}"):
+            found[name] = part + lora.scale * _product(adapter, part)
+        else:
+            found[name] = part
+    return found
+
+
+def _product(adapter: Params, matrix: Array) -> Array:
+    """a b in the shape and type of the matrix; its inputs are in `a`, its outputs in `b`."""
+    a, b = adapter["a"], adapter["b"]
+    # A stack of layers adds a leading dim to both.
+    is_stacked = a.ndim + b.ndim - 2 > matrix.ndim
+
+    def one(a: Array, b: Array) -> Array:
+        return jnp.tensordot(a, b, 1)
+
+    product = jax.vmap(one)(a, b) if is_stacked else one(a, b)
+    return product.astype(matrix.dtype)
+
+
+def new_adapters(
+    config: ModelConfig,
+    key: Array,
+    dtype: str,
+) -> dict[str, Array]:
+    """New adapters of a model, which change nothing yet, by path; `key` is a typed PRNG key."""
+    table = tree.flatten(parameter_table(config))
+    adapters = {path: parameter for path, parameter in table.items() if f"{ADAPTER}/" in path}
+    return init_params(adapters, key, dtype)
+
+
+def with_adapters(
+    params: Params,
+    config: ModelConfig,
+    adapters: dict[str, Any],
+) -> Params:
+    """The parameters of a model without adapters, with these.
+
+    Args:
+        params: of `without_adapters(config)`.
+        config: the model with adapters.
+        adapters: by path, as `new_adapters` returns them.
+    """
+
+    def filled(table: Any, params: Any, path: str) -> Any:
+        if not isinstance(table, dict):
+            return adapters.get(path, params)
+        return {
+            name: filled(part, params.get(name, {}), f"{path}/{name}" if path else name)
+            for name, part in table.items()
+        }
+
+    return filled(parameter_table(config), params, "")
+
+
+def without_adapters(config: ModelConfig) -> ModelConfig:
+    """The model into which `merged` makes a tree."""
+    return dataclasses.replace(config, lora=None)

@@ -1,0 +1,115 @@
+"""Weights in 8 and 4 bits: what they round to, what they cost, and that a model runs on them."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale import config, tree
+from jaxscale.models.config import ExpertsConfig, ModelConfig
+from jaxscale.models.config.facts import from_flat
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.parameters import abstract_params, init_params, parameter_table
+from jaxscale.models.quantised import (
+    QuantisedConfig,
+    dequantised,
+    num_bytes,
+    quantise,
+    quantised,
+)
+from jaxscale.ops.precision import Policy
+from jaxscale.run.run import Run
+from jaxscale.serve.decoding import generate_tokens
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import InputError
+
+SIZES = dict(vocab_size=31, num_layers=2, model_dim=16, max_length=32, ffn_dim=24)
+DENSE = from_flat(num_heads=4, num_kv_heads=2, head_dim=8, **SIZES)
+LAYER = dataclasses.replace(DENSE.pattern[0], feed_forward=ExpertsConfig(num_experts=4, dim=12))
+MODELS = {"dense": DENSE, "mixture": dataclasses.replace(DENSE, pattern=(LAYER,))}
+PHI3 = Path(__file__).parents[2] / "experiments/configs/papers/phi3_mini.gin"
+
+
+@functools.cache
+def params(name):
+    model = dataclasses.replace(MODELS[name], init_std=0.3)
+    return init_params(parameter_table(model), jax.random.key(0), "float32")
+
+
+def decoder(name, is_scanned=True):
+    execution = ExecutionConfig(remat="none", is_scanned=is_scanned)
+    return Decoder(MODELS[name], policy=Policy(compute="float32"), execution=execution)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_group_is_rounded_to_multiples_of_its_own_scale(bits):
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(3, 12, 5)).astype(np.float32)
+    matrix[:, 4:8] *= 100  # another group's range
+    matrix[:, 8:] = 0
+    found = quantise(jnp.asarray(matrix), 1, QuantisedConfig(bits, group=4))
+    assert found["values"].dtype == {8: jnp.int8, 4: jnp.int4}[bits]
+    assert found["scales"].shape == (3, 3, 5)
+    got = dequantised({"w": found}, "float32")["w"]
+    scale = np.abs(matrix.reshape(3, 3, 4, 5)).max(2) / (2 ** (bits - 1) - 1)
+    bound = np.repeat(scale / 2, 4, 1) * 1.0001
+    assert (np.abs(got - matrix) <= bound).all()
+    np.testing.assert_array_equal(got[:, 8:], 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_on_integers_is_the_model_on_what_they_stand_for(name):
+    small = quantised(params(name), parameter_table(MODELS[name]), QuantisedConfig(4, group=8))
+    whole = dequantised(small, "float32")
+    changed = {path for path, leaf in tree.flatten(whole).items() if is_changed(name, path, leaf)}
+    roles = {
+        path: entry.role for path, entry in tree.flatten(parameter_table(MODELS[name])).items()
+    }
+    assert changed == {path for path in roles if roles[path] in ("matrix", "expert")}
+    tokens = np.random.default_rng(0).integers(0, 31, (2, 12))
+    batch = {"tokens": tokens, "positions": np.broadcast_to(np.arange(12), (2, 12))}
+    run = jax.jit(lambda params: decoder(name).logits(params, batch)[0])
+    np.testing.assert_allclose(run(small), run(whole), atol=1e-5)
+
+
+def is_changed(name, path, leaf):
+    return not np.array_equal(leaf, tree.flatten(params(name))[path])
+
+
+@pytest.mark.parametrize("is_scanned", [True, False])
+def test_decoding_on_integers(is_scanned):
+    small = quantised(params("dense"), parameter_table(DENSE), QuantisedConfig(8))
+
+    def greedy(params):
+        return generate_tokens(
+            decoder("dense", is_scanned),
+            params,
+            [[1, 2, 3]],
+            sampling=SamplingConfig(temperature=0.0),
+            max_new_tokens=5,
+        )
+
+    assert greedy(small) == greedy(dequantised(small, "float32"))
+
+
+@pytest.mark.parametrize(("bits", "gigabytes"), [(4, 2.28), (8, 4.1)])
+def test_the_bytes_of_phi3_mini(bits, gigabytes):
+    """With embedding and unembedding in bfloat16."""
+
+    def the_model(*, run: Run) -> ModelConfig:
+        return run.model
+
+    table = parameter_table(config.run(the_model, [PHI3]))
+    quantise_all = functools.partial(quantised, table=table, config=QuantisedConfig(bits))
+    shapes = jax.eval_shape(quantise_all, abstract_params(table, "bfloat16"))
+    assert num_bytes(shapes) <= gigabytes * 1e9
+
+
+def test_other_bits_are_refused():
+    with pytest.raises(InputError, match=r"QuantisedConfig\.bits: given 3, expected one of 8, 4"):
+        QuantisedConfig(3)
