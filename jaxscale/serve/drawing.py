@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import lax
 from jaxscale.ops.precision import accumulator
 from jaxscale.serve import sampling
 from jaxscale.serve.grammar import WORD
-from jaxscale.serve.requests import MAX_LOGPROBS
+from jaxscale.serve.requests import MAX_LOGPROBS, RequestConfig
 from jaxscale.types import Array
 
 FIELDS = [
@@ -51,29 +52,50 @@ class DrawRows:
     position: Array
 
 
-def draw(logits: Array, rows: DrawRows) -> Array:
+@dataclasses.dataclass(frozen=True)
+class DrawKind:
+    """What the settings of a batch need, so that nothing else is computed.
+
+    It is static: a GPU that chose by itself would have the host wait for its choice.
+
+    Args:
+        has_noise: whether a row has a temperature above 0.
+        has_filters: whether such a row has a filter.
+        has_logprobs: whether log-probabilities are asked for.
+    """
+
+    has_noise: bool = False
+    has_filters: bool = False
+    has_logprobs: bool = False
+
+    @classmethod
+    def of(cls, configs: Iterable[RequestConfig]) -> "DrawKind":
+        """That of a batch of requests."""
+        configs = list(configs)
+        drawn = [each.sampling for each in configs if each.sampling.temperature > 0]
+        filters = (each.top_k is not None or each.top_p < 1 or each.min_p > 0 for each in drawn)
+        has_logprobs = any(each.num_logprobs is not None for each in configs)
+        return cls(bool(drawn), any(filters), has_logprobs)
+
+
+def draw(logits: Array, rows: DrawRows, kind: DrawKind) -> Array:
     """Draws one token a row, the same that `sampling.sample` draws of it alone.
 
     Args:
         logits: [R, V].
         rows: how.
+        kind: of the batch.
     Returns:
         [R] int32; the lowest of equal maxima where the temperature is 0.
-    Cost: rows that only take the maximum are spared the noise, rows without filters the sort, as
-        long as all of the batch are such.
     """
     logits = accumulator(logits)
-
-    def with_noise(logits: Array) -> Array:
+    if kind.has_noise:
         temperature = jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
-        scaled = (logits - logits.max(-1, keepdims=True)) / temperature
-        is_filtered = (rows.top_k < logits.shape[-1]) | (rows.top_p < 1) | (rows.min_p > 0)
-        kept = lax.cond(is_filtered.any(), lambda x: _filter(x, rows), lambda x: x, scaled)
+        kept = (logits - logits.max(-1, keepdims=True)) / temperature
+        kept = _filter(kept, rows) if kind.has_filters else kept
         keys = jax.vmap(_key)(rows.seed, rows.index, rows.position)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
-        return jnp.where(rows.temperature[:, None] > 0, kept + noise, logits)
-
-    logits = lax.cond((rows.temperature > 0).any(), with_noise, lambda x: x, logits)
+        logits = jnp.where(rows.temperature[:, None] > 0, kept + noise, logits)
     return jnp.argmax(logits, -1).astype(jnp.int32)
 
 

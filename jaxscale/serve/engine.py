@@ -240,7 +240,7 @@ class Engine:
             self.is_paused = False
 
     def warm_up(self) -> int:
-        """Compiles all that steps may need but penalties and log-probabilities.
+        """Compiles all that steps may need but filters, penalties and log-probabilities.
 
         Returns:
             How many shapes of steps there are.

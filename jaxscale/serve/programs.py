@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxscale.ops.attention import paged
 from jaxscale.serve import drawing, packing
 from jaxscale.serve.decoding import with_attention
+from jaxscale.serve.drawing import DrawKind
 from jaxscale.serve.packing import RowShape, StepShape
 from jaxscale.serve.placement import Placement
 from jaxscale.types import Array, Params
@@ -88,7 +89,7 @@ def _options() -> dict[str, bool]:
 
 
 @functools.cache
-def draw_program(shape: RowShape, num_tokens: int, has_logprobs: bool) -> Any:
+def draw_program(shape: RowShape, num_tokens: int, kind: DrawKind) -> Any:
     """((last tokens, seen or None), logits, rows, masks) -> (the same, tokens [R], logprobs).
 
     Masks are those of grammars, [R, words] int32, or None; logprobs None where nobody asks.
@@ -109,13 +110,13 @@ def draw_program(shape: RowShape, num_tokens: int, has_logprobs: bool) -> Any:
             changed = drawing.penalise(logits, rows, seen.is_in_prompt[here], seen.counts[here])
         if masks is not None:
             changed = drawing.only_allowed(changed, masks)
-        tokens = drawing.draw(changed, packing.draw_rows(fields))
+        tokens = drawing.draw(changed, packing.draw_rows(fields), kind)
         to = fields["slot_drawn"]
         last_tokens = last_tokens.at[to].set(tokens, mode="drop")
         if seen is not None:
             counts = seen.counts.at[to, tokens].add(1, mode="drop")
             seen = dataclasses.replace(seen, counts=counts)
-        logprobs = drawing.log_probabilities(logits, tokens) if has_logprobs else None
+        logprobs = drawing.log_probabilities(logits, tokens) if kind.has_logprobs else None
         return (last_tokens, seen), tokens, logprobs
 
     return jax.jit(draw, donate_argnums=0)

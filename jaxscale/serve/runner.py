@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence as List
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxscale.serve import packing
+from jaxscale.serve.drawing import DrawKind
 from jaxscale.serve.packing import Buckets, StepShape
 from jaxscale.serve.placement import Placement
 from jaxscale.serve.programs import Seen, draw_program, forward_program, write_seen
@@ -96,8 +98,9 @@ class Runner:
     def warm_up(self) -> int:
         """Compiles every step, by running it on padding; returns how many there are."""
         shapes = self._buckets.all_shapes()
-        for shape in shapes:
-            self._launch(shape, packing.empty(shape)[0], is_penalised=False, has_logprobs=False)
+        kinds = DrawKind(), DrawKind(has_noise=True)
+        for shape, kind in itertools.product(shapes, kinds):
+            self._launch(shape, packing.empty(shape)[0], is_penalised=False, kind=kind)
         jax.block_until_ready(self._last_tokens)
         return len(shapes)
 
@@ -141,7 +144,7 @@ class Runner:
             packed,
             masks=of_rows,
             is_penalised=any(config.penalties != NO_PENALTIES for config in configs),
-            has_logprobs=any(config.num_logprobs is not None for config in configs),
+            kind=DrawKind.of(configs),
         )
         for array in jax.tree.leaves((tokens, logprobs)):
             array.copy_to_host_async()
@@ -154,14 +157,14 @@ class Runner:
         *,
         masks: np.ndarray | None = None,
         is_penalised: bool,
-        has_logprobs: bool,
+        kind: DrawKind,
     ) -> tuple[Array, Any]:
         """(tokens, log-probabilities or None) of a step; the device's state is that after it."""
         packed = jnp.asarray(packed)
         forward = forward_program(self._placement, shape)
         state = self._caches, self._last_tokens
         logits, rows, self._caches = forward(self._params, *state, packed)
-        draw = draw_program(shape.rows, self._num_tokens, has_logprobs)
+        draw = draw_program(shape.rows, self._num_tokens, kind)
         seen = self._seen if is_penalised else None
         state, tokens, logprobs = draw((self._last_tokens, seen), logits, rows, masks)
         self._last_tokens = state[0]

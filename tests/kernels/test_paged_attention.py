@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.kernels.paged_attention import pallas
 from jaxscale.kernels.paged_attention.api import BACKENDS, mosaic_refusal, paged_attention
 from tests.kernels.interpretation import INTERPRET, assert_norm_close, long_but, lower_for_gpu
 
@@ -15,6 +16,7 @@ CASES = {
     "grouped heads": (3, 9, 4, 64, 4, 2, 64, "bfloat16", None, None),
     "window and soft-cap": (2, 5, 2, 64, 2, 1, 128, "float16", 1.5, 50),
     "one sequence, streams": (1, 7, 6, 64, 8, 1, 64, "bfloat16", None, None),
+    "long stream": (2, 11, 8, 64, 2, 1, 128, "bfloat16", None, None),
     "pages of 128": (2, 5, 2, 128, 2, 2, 64, "bfloat16", None, None),
 }
 
@@ -65,6 +67,15 @@ def test_attention_over_pages(case, implementation):
     interpret = INTERPRET if implementation == "mosaic" else False
     o = paged_attention(*arrays, **settings, implementation=implementation, interpret=interpret)
     assert o.dtype == arrays[0].dtype
+    assert_norm_close(o, expected(arrays, **settings), TOLERANCE)
+
+
+@pytest.mark.skipif(not IS_NEW, reason="the kernel needs jax 0.11")
+def test_a_stream_of_more_pages_than_shared_memory_holds(monkeypatch):
+    """As when there are many sequences: then each has one stream, which fetches as it goes."""
+    monkeypatch.setattr(pallas, "NUM_SMS", 1)
+    arrays, settings = draw("long stream")
+    o = paged_attention(*arrays, **settings, implementation="mosaic", interpret=INTERPRET)
     assert_norm_close(o, expected(arrays, **settings), TOLERANCE)
 
 

@@ -1,12 +1,15 @@
 """Rows with settings of their own draw what each would draw alone."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxscale.serve import drawing, sampling
+from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
 
 V = 50
@@ -40,7 +43,9 @@ def rows_of(settings, index, position):
 
 
 def test_each_row_draws_what_it_draws_alone():
-    draw = jax.jit(drawing.draw)
+    kind = drawing.DrawKind.of(RequestConfig(each) for each in SETTINGS)
+    assert kind == drawing.DrawKind(has_noise=True, has_filters=True)
+    draw = jax.jit(functools.partial(drawing.draw, kind=kind))
     rng = np.random.default_rng(0)
     index, position = np.arange(7), np.arange(7) * 3 + 1
     for _ in range(5):
@@ -52,6 +57,17 @@ def test_each_row_draws_what_it_draws_alone():
             plain = dataclasses.replace(config, seed=0)
             assert found[row] == sampling.sample(logits[one], keys, plain)[0]
         position = position + 1
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 2)], ids=["greedy", "noise"])
+def test_what_a_batch_does_not_need_changes_nothing(rows):
+    some = SETTINGS[rows]
+    kinds = [drawing.DrawKind.of(RequestConfig(each) for each in of) for of in (some, SETTINGS)]
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(len(some), V)), jnp.float32)
+    of_rows = rows_of(some, np.arange(len(some)), np.arange(len(some)))
+    less, more = (jax.jit(functools.partial(drawing.draw, kind=kind)) for kind in kinds)
+    assert kinds[0] != kinds[1]
+    np.testing.assert_array_equal(less(logits, of_rows), more(logits, of_rows))
 
 
 def test_penalties_are_those_of_their_definitions():
