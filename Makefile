@@ -11,8 +11,9 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 # A file's tests share what they compile, so they stay on one worker.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 # What computes through JAX's newer or internal interfaces, or reads what it compiles to.
-VERSIONED := tests/kernels tests/ops tests/models tests/parallel tests/test_golden.py \
-	tests/launch/test_ahead_of_time.py tests/run/test_compile.py tests/train/test_step.py \
+VERSIONED := tests/kernels tests/test_golden.py tests/launch/test_ahead_of_time.py \
+	tests/launch/test_collectives.py tests/run/test_compile.py tests/train/test_step.py \
+	tests/parallel/pipeline/test_programs.py tests/parallel/test_composition.py \
 	tests/checkpoint/test_manager.py
 
 .PHONY: train test long versions faults docs lint clean

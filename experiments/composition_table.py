@@ -24,7 +24,10 @@ def describe(sizes):
 
 
 def table(lines):
-    """Markdown, one row per mesh: the worst error of both models' losses and gradients."""
+    """Markdown, one row per mesh: the worst error of both models' losses and gradients.
+
+    A mesh that was tried with one of them has an empty cell for the other.
+    """
     cases = {}
     for line in lines:
         if line["model"] in ("dense", "moe"):
@@ -34,7 +37,8 @@ def table(lines):
     for name, models in cases.items():
         cells = [name]
         for dtype in ("float64", "float32"):
-            cells += [f"{models[model][dtype]:.0e}" for model in ("dense", "moe")]
+            for model in ("dense", "moe"):
+                cells.append(f"{models[model][dtype]:.0e}" if model in models else "")
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 

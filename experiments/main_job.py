@@ -22,7 +22,7 @@ def jaxscale(verb, *overrides):
     """Start `jaxscale VERB FILE --set ...` as a process of its own."""
     arguments = [verb, FILE, *(f"--set={override}" for override in overrides)]
     print("\n$ jaxscale", *arguments, flush=True)
-    command = [sys.executable, "-m", "jaxscale.cli", *arguments]
+    command = [sys.executable, "-m", "jaxscale", *arguments]
     return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 

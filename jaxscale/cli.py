@@ -5,6 +5,7 @@ import contextlib
 import errno
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from tqdm import tqdm
 
 import jaxscale
 from jaxscale import config
+from jaxscale.launch.preemption import Preemption
+from jaxscale.train.run_directory import CONFIG
 from jaxscale.types import InputError, RunError
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-RUN_FILE = "config.gin"  # in a run's directory
+EXIT_CLOSED_PIPE = 141
 
 # The file system's refusals that a user can mend; any other OSError is a fault of ours and keeps
 # its traceback.
@@ -31,6 +34,8 @@ REFUSALS = {
     errno.EROFS,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 
 
@@ -58,6 +63,10 @@ VERBS = {
         "jaxscale.run.generate:generate",
         "sample text from a checkpoint",
     ),
+    "serve": Verb(
+        "jaxscale.run.serve:serve",
+        "answer OpenAI's clients over HTTP with a checkpoint; the file may be a run's directory",
+    ),
     "evaluate": Verb(
         "jaxscale.run.evaluate:evaluate",
         "measure a checkpoint on held-out text",
@@ -65,6 +74,10 @@ VERBS = {
     "tokenizer": Verb(
         "jaxscale.data.tokenizer:train_tokenizer",
         "train a tokenizer",
+    ),
+    "data": Verb(
+        "jaxscale.run.data:show_data",
+        "show what a run will be trained on: counts, how full its rows are, a batch as text",
     ),
     "inspect": Verb(
         "jaxscale.run.inspect:inspect",
@@ -84,7 +97,7 @@ VERBS = {
     ),
     "adapt": Verb(
         "jaxscale.run.adapt:adapt",
-        "make a run's directory in which new low-rank adapters of a model are trained",
+        "make a run's directory in which low-rank adapters of a model are trained",
         words=(("directory", "of the new run"),),
     ),
     "chat": Verb(
@@ -96,6 +109,26 @@ VERBS = {
         "write a checkpoint as a folder that Hugging Face loads",
         words=(("directory", "the new folder"),),
     ),
+    "plan": Verb(
+        "jaxscale.run.plan:plan",
+        "find the fastest mesh for a run on devices that need not be here, say why others are"
+        " slower, and write a file for pretrain",
+        option=("devices", "DEVICE:HOSTSxDEVICES_PER_HOST, such as h200:2x8"),
+    ),
+}
+
+CHECKPOINT = "jaxscale.run.checkpoint"
+ACTIONS = {
+    "ls": "list the checkpoints in a folder",
+    "show": "print each array's type, shape and bytes",
+    "verify": "check the whole by its checksums, or that all of it can be read",
+    "convert": "write it as a checkpoint of jaxscale or of another system",
+    "diff": "compare two array by array; exit 1 if they differ",
+}
+CONVERT_OPTIONS = {
+    "to": "jaxscale (the default), deepspeed or npz",
+    "run": "gin file of the run that is to start from it",
+    "budget": "host memory, such as 512MiB; 4GiB when not given",
 }
 
 EXAMPLES = """\
@@ -103,14 +136,17 @@ examples:
   jaxscale inspect experiments/configs/runs/main_job.gin
   jaxscale compile experiments/configs/runs/llama_1b.gin --topology h200:16x8 \\
       --set mesh.data=128 --set data.batch_size=512
+  jaxscale plan experiments/configs/runs/llama_1b.gin --devices h200:2x8 \\
+      --set data.batch_size=512
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
-  jaxscale generate experiments/configs/runs/main_job.gin --set 'prompts="Once upon"'
+  jaxscale generate runs/main_job --set 'prompts="Once upon"'
   jaxscale import models/phi3 --set directory=runs/phi3
   jaxscale adapt runs/phi3 runs/phi3_lora --set lora.rank=8
-  jaxscale pretrain runs/phi3_lora --set directory=runs/phi3_tuned --set train.steps=100
   jaxscale chat runs/phi3 --set sampling.temperature=0.7
   jaxscale export runs/phi3 models/phi3_tuned
+  jaxscale checkpoint show runs/main_job/checkpoints
+  jaxscale serve runs/main_job --set port=8000
 
 A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
@@ -127,7 +163,8 @@ exit status:
   0           done
   1           the run failed
   2           bad input: one line says what was given and what was expected
-  143 or 130  stopped by SIGTERM or SIGINT; a training run saves everything first
+  143 or 130  stopped by SIGTERM or SIGINT; a training run ends after its step and saves
+              everything, before its first step it ends at once
   75 or 134   another process of the run is stuck or dead: start it again
 """
 
@@ -138,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         outcome = _run(options)
     except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            return _leave_closed_pipe()
         is_fault_of_ours = isinstance(error, OSError) and error.errno not in REFUSALS
         if options.debug or is_fault_of_ours:
             raise
@@ -157,18 +196,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return getattr(outcome, "exit_status", 0)
 
 
+def _leave_closed_pipe() -> int:
+    """Whoever read our output has closed it, as `head` does; Python would write to it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_CLOSED_PIPE
+
+
 def _run(options: argparse.Namespace) -> Any:
-    function = load(VERBS[options.verb].function)
-    with _log_on_stderr():
-        return config.run(function, _files(options), _overrides(options))
+    with Preemption(), _log_on_stderr():
+        if options.verb == "checkpoint":
+            return _run_action(options)
+        verb = VERBS[options.verb]
+        function = load(verb.function)
+        if not verb.has_file:
+            return config.run(function, [], _overrides(options))
+        path = Path(options.file)
+        if path.is_dir():
+            return _run_saved(function, path, options)
+        return config.run(function, [path], _overrides(options), options.admit)
 
 
-def _files(options: argparse.Namespace) -> list[Path]:
-    """The verb's gin file, or that of a run's directory; none where the verb takes none."""
-    if not VERBS[options.verb].has_file:
-        return []
-    path = Path(options.file)
-    return [path / RUN_FILE if (path / RUN_FILE).is_file() else path]
+def _run_saved(function: Callable, directory: Path, options: argparse.Namespace) -> Any:
+    """Calls a verb with what a run has saved in its directory, wherever that lies by now."""
+    overrides = [f"run.directory={str(directory)!r}", *_overrides(options)]
+    return config.run(function, [directory / CONFIG], overrides, options.admit or ())
+
+
+def _run_action(options: argparse.Namespace) -> None:
+    """Calls what looks at a checkpoint; it takes paths and has no gin file."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    for name in ("verb", "action", "debug"):
+        del given[name]
+    load(f"{CHECKPOINT}:{options.action}")(**given)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -224,7 +283,28 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
         _add_verb(verbs, name, verb)
+    _add_checkpoint(verbs)
     return parser
+
+
+def _add_checkpoint(verbs: Any) -> None:
+    """The verb that takes paths instead of a gin file."""
+    meaning = "look at a checkpoint of any system, check, convert or compare it"
+    actions = verbs.add_parser("checkpoint", help=meaning, description=f"{meaning.capitalize()}.")
+    actions = actions.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, does in ACTIONS.items():
+        parser = actions.add_parser(name, help=does, description=f"{does.capitalize()}.")
+        parser.add_argument("path", metavar="PATH", help="a step, a folder of steps, or another's")
+        if name != "ls":
+            parser.add_argument("--rules", help="TOML file: which parameter each tensor is part of")
+        if name == "diff":
+            parser.add_argument("other", metavar="OTHER", help="what to compare it with")
+        if name == "convert":
+            parser.add_argument("destination", metavar="DESTINATION", help="folder of checkpoints")
+            for option, help_text in CONVERT_OPTIONS.items():
+                parser.add_argument(f"--{option}", help=help_text)
+            parser.add_argument("--step", type=int, help="number of the new checkpoint")
+        parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
 
 
 def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
@@ -243,7 +323,7 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
         allow_abbrev=False,
     )
     if verb.has_file:
-        parser.add_argument("file", metavar="FILE.gin", help="says what the verb works on")
+        _add_file(parser)
     for name, meaning in verb.words:
         parser.add_argument(name, metavar=name.upper(), help=meaning)
     parser.add_argument(
@@ -257,6 +337,21 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
         option, meaning = verb.option
         parser.add_argument(f"--{option}", required=True, help=meaning)
     parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
+
+
+def _add_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        metavar="FILE.gin",
+        help="says what the verb works on; or a run's directory, whose saved configuration does",
+    )
+    parser.add_argument(
+        "--admit",
+        metavar="MODULE",
+        action="append",
+        help="for a file that is not yours: it may name only what jaxscale and this module define"
+        " (repeatable); so it is, without any module, for a run's saved configuration",
+    )
 
 
 def load(function: str) -> Callable:
@@ -277,7 +372,3 @@ def _one_line(error: InputError | OSError) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'writing'}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

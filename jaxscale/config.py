@@ -14,6 +14,9 @@ What a file may hold is a subset of gin, so that gin itself parses it too:
 - `scope/c.Class.field = value`, used where c.Class is built in that scope;
 - `MACRO = value`, and `%gin.REQUIRED` for a value that a later file or --set must give.
 
+A file is code: what it names is called. With `admitted` it may name only what jaxscale and the
+modules that the user names define.
+
 A field that takes one dataclass is built from the bindings of that class without being bound:
 always if it has no default, otherwise if something is bound for the class in the scope at hand.
 """
@@ -42,19 +45,26 @@ DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
 _operative_config = contextvars.ContextVar("operative_config", default="")
 
 
-def run(function: Callable, files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Any:
+def run(
+    function: Callable,
+    files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    admitted: Sequence[str] | None = None,
+) -> Any:
     """Calls `function` with the arguments that gin files and overrides give it.
 
     Args:
         function: keyword-only function, the verb.
         files: gin files; later ones override earlier ones.
         overrides: `NAME.FIELD=VALUE`, `FIELD=VALUE` or `MACRO=VALUE`, see `overrides.override`.
+        admitted: modules and packages beside jaxscale whose functions the files may name, for files
+            of somebody else; None admits all.
     Returns:
         What the function returns.
     Raises:
         InputError: a name, type or file is wrong, or a required value is missing.
     """
-    loaded = load(function, files, overrides)
+    loaded = load(function, files, overrides, admitted)
     token = _operative_config.set(loaded.text)
     try:
         return function(**loaded.arguments)
@@ -75,9 +85,14 @@ class Loaded:
     text: str
 
 
-def load(function: Callable, files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Loaded:
+def load(
+    function: Callable,
+    files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    admitted: Sequence[str] | None = None,
+) -> Loaded:
     """Builds the arguments of `function` without calling it; Args and Raises as in `run`."""
-    bindings = read(files)
+    bindings = read(files, admitted)
     for text in overrides:
         override(bindings, function, text)
     bindings.check_scopes()
@@ -87,11 +102,11 @@ def load(function: Callable, files: Sequence[str | Path], overrides: Sequence[st
     return Loaded(arguments, render(builder.used))
 
 
-def read(files: Sequence[str | Path]) -> Bindings:
+def read(files: Sequence[str | Path], admitted: Sequence[str] | None = None) -> Bindings:
     """All that the files bind, every name resolved and nothing built; Raises as in `run`."""
     bindings = Bindings()
     for file in files:
-        _read(Path(file), bindings)
+        _read(Path(file), bindings, admitted)
     return bindings
 
 
@@ -112,7 +127,8 @@ class _Delegate(config_parser.ParserDelegate):
 class _Names:
     """The modules that one file imports, and the objects in them."""
 
-    def __init__(self):
+    def __init__(self, admitted: Sequence[str] | None):
+        self.admitted = admitted
         self.modules: dict[str, types.ModuleType] = {}
         self.is_dynamic = False
 
@@ -122,6 +138,7 @@ class _Names:
         if name == DYNAMIC_REGISTRATION:
             self.is_dynamic = True
             return
+        self._check_admitted(name, _where(statement))
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -154,22 +171,37 @@ class _Names:
             found = getattr(found, name)
         if not callable(found):
             raise InputError(label, found, "a function or a class")
+        # A module of ours has others as attributes, with all that they can do.
+        self._check_admitted(found.__module__, location)
         if new_name and full_name(found) != given_name:
             # The old module may import the class from the new one.
             raise InputError(label, name, new_name)
         return found
 
+    def _check_admitted(self, module: str, location: str) -> None:
+        """Raises InputError for a module that a file of somebody else may not name."""
+        if self.admitted is None:
+            return
+        roots = ("jaxscale", *self.admitted)
+        if not any(f"{module}.".startswith(f"{root}.") for root in roots):
+            expected = (
+                f"something that {' or '.join(roots)} defines, for a file can call whatever it "
+                f"names; `--admit {module}` admits it"
+            )
+            raise InputError(location, module, expected)
+
 
 def _read(
     path: Path,
     bindings: Bindings,
+    admitted: Sequence[str] | None,
     including: tuple[Path, ...] = (),
     label: str = "FILE.gin",
 ) -> None:
     """Adds what a file and its includes bind; `label` names the file in an error."""
     if path.resolve() in including:
         raise InputError(label, str(path), "a file that does not include itself")
-    names = _Names()
+    names = _Names(admitted)
     for statement in _statements(path, names, label):
         location = _where(statement)
         match statement:
@@ -178,7 +210,7 @@ def _read(
             case config_parser.IncludeStatement():
                 included = path.parent / statement.filename
                 outer = (*including, path.resolve())
-                _read(included, bindings, outer, f"{location}: include")
+                _read(included, bindings, admitted, outer, f"{location}: include")
             case config_parser.BlockDeclaration():
                 names.resolve(statement.selector, location)
             case _:
@@ -198,8 +230,9 @@ def _bind(statement: Any, names: _Names, bindings: Bindings, location: str) -> N
 
 def _statements(path: Path, names: _Names, label: str) -> Iterator[Any]:
     """gin's statements in a file, in order; what cannot be opened or parsed raises InputError."""
-    if path.is_dir():
-        raise InputError(label, str(path), "a gin file; this is a folder")
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        kind = "folder" if path.is_dir() else "pipe or device"
+        raise InputError(label, str(path), f"a gin file; this is a {kind}")
     if not path.is_file():
         siblings = [other.name for other in path.parent.glob("*.gin")]
         expected = f"an existing gin file{closest(path.name, siblings)}"
@@ -208,7 +241,7 @@ def _statements(path: Path, names: _Names, label: str) -> Iterator[Any]:
     def resolve(selector: str) -> Callable:
         return names.resolve(selector, f"{path}:{parser.current_token.start[0]}")
 
-    with path.open(encoding="utf-8") as stream, _syntax_errors(path):
+    with path.open(encoding="utf-8-sig") as stream, _syntax_errors(path):
         parser = config_parser.ConfigParser(stream, _Delegate(resolve))
         yield from parser
 

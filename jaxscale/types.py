@@ -3,7 +3,8 @@
 Dimension legend, used in einsums, suffixes and the sharding rules:
     B batch, T query tokens, S key tokens, D model, N query heads, K kv heads, G queries per kv
     head, H head dim, F feed-forward, V vocabulary, E experts, A active experts per token,
-    C capacity, L layers, P pages, U learned positions, R rank of adapters.
+    C capacity, L layers (of a stack: its periods), P pages, U learned positions, R rank of
+    adapters.
 """
 
 import collections.abc
@@ -84,9 +85,10 @@ def check_choice(parameter: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def check_positive(parameter: str, value: int | float) -> None:
-    """Raises InputError unless `value` is above zero."""
-    if not value > 0:  # so that NaN fails too
-        raise InputError(parameter, value, "a number above 0")
+    """Raises InputError unless `value` is finite and above zero."""
+    if not 0 < value < math.inf:  # so that NaN fails too
+        finite = "a finite number" if value == math.inf else "a number"
+        raise InputError(parameter, value, f"{finite} above 0")
 
 
 def check_not_negative(parameter: str, value: int | float) -> None:

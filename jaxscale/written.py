@@ -187,6 +187,18 @@ def render(used: Fields) -> str:
     return "\n".join(lines) + "\n"
 
 
+def fields_of(text: str) -> dict[str, str]:
+    """The fields that a text of `render` binds: `scope/Class.field` -> value as text."""
+    found = {}
+    for line in text.splitlines():
+        name, is_binding, value = line.partition(" = ")
+        *scopes, selector = name.split("/")
+        owner_and_field = selector.split(".")[-2:]
+        if is_binding:
+            found["/".join([*scopes, ".".join(owner_and_field)])] = value
+    return found
+
+
 def _order(place: Place) -> tuple[str, Scopes]:
     scopes, target = place
     return full_name(target), scopes

@@ -221,6 +221,21 @@ FAULTS = (
         "tests/data/test_loader.py::test_batches_are_the_same_after_a_seek",
     ),
     Fault(
+        "copies of a held-out text are trained on",
+        "jaxscale/data/corpus.py",
+        'cache.text_hashes if held_out_by == "text" else cache.key_hashes',
+        "cache.key_hashes",
+        "tests/data/test_loader.py::test_no_text_is_in_both_splits_however_often_it_is_reached",
+        "copy_files",
+    ),
+    Fault(
+        "bits per byte count bytes that no model predicts",
+        "jaxscale/data/cache.py",
+        "return max(num_bytes - tokenizer.num_bytes(int(ids[0])), 0)",
+        "return num_bytes",
+        "tests/evaluate/test_perplexity.py::test_models_with_different_tokenizers_can_be_compared",
+    ),
+    Fault(
         "a decoded token has the position of the one before",
         "jaxscale/serve/decoding.py",
         "position = lengths + state.count - 1",

@@ -102,6 +102,20 @@ CASES = {
         "given 8.0, expected a value of type int",
     ),
     "unknown choice": (["optimizer.name='sgd'"], "OptimizerConfig.name", "'adamw', 'muon', 'lion'"),
+    "more steps than are counted": (["train.steps=10000000000"], "steps", "at most 2147483647"),
+    "infinite rate": (["optimizer.learning_rate=1e400"], "learning_rate", "a finite number above"),
+    "directory without a name": (["directory="], "Run.directory", "the name of a folder"),
+    "directory with a long name": ([f"directory={'x' * 300}"], "xxx", "File name too long"),
+    "model beyond memory": (
+        ["model.model_dim=1000000000"],
+        "model: given",
+        "GiB a device: ",
+    ),
+    "devices beyond reason": (
+        ["runtime.num_cpu_devices=100000"],
+        "RuntimeConfig.num_cpu_devices",
+        "at most 1024",
+    ),
     "no steps": (["train.steps=0"], "TrainConfig.steps", "given 0, expected a number above 0"),
     "warm-up": (
         ["optimizer.warmup_steps=99"],
@@ -262,6 +276,49 @@ def test_a_missing_file(root, capsys):
     )
 
 
+def test_a_file_with_a_byte_order_mark(root, capsys):
+    path = root / "run.gin"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert "TrainConfig.steps: given 0" in refused(capsys, root, "train.steps=0")
+
+
+@pytest.mark.parametrize("name", ["CACHE", "CORPUS", "DIRECTORY", "data.tokenizer.path"])
+def test_a_name_that_no_file_can_have(root, capsys, name):
+    path = str(root / ("n" * 300))
+    value = (path,) if name == "CORPUS" else path
+    kind = ["data.tokenizer.kind='sentencepiece'"] * name.startswith("data")
+    message = refused(capsys, root, *kind, f"{name}={value!r}")
+    assert "nnn" in message and "File name too long" in message
+
+
+def test_a_pipe_for_a_file(root, capsys):
+    (root / "run.gin").unlink()
+    os.mkfifo(root / "run.gin")
+    assert cli.main(["pretrain", str(root / "run.gin")]) == 2
+    assert "a gin file; this is a pipe or device" in capsys.readouterr().err
+
+
+def test_a_file_whose_name_no_file_can_have(root, capsys):
+    assert cli.main(["pretrain", str(root / ("n" * 300))]) == 2
+    assert "nnn: File name too long" in capsys.readouterr().err
+
+
+def test_a_prompt_with_a_stray_byte(shared, capsys):
+    assert cli.main(["generate", str(shared / "run.gin"), "--set=prompts=a\udcff"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(r"jaxscale generate: text: given 'a\udcff', expected text of whole")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin"])
+def test_a_token_cache_with_flipped_bytes(root, capsys, name):
+    shutil.rmtree(root / "cache")
+    assert cli.main(["data", str(root / "run.gin")]) == 0
+    (path,) = (root / "cache").glob(f"*/{name}")
+    path.write_bytes(bytes(byte ^ 255 for byte in path.read_bytes()))
+    message = refused(capsys, root)
+    assert "DataConfig.cache_directory: given" in message and f"{name} has changed" in message
+
+
 def test_a_missing_corpus(root, capsys):
     shutil.rmtree(root / "corpus")
     message = refused(capsys, root)
@@ -304,7 +361,7 @@ def test_a_checkpoint_of_another_model(shared, root, capsys):
 
 def test_a_checkpoint_of_another_optimizer(shared, root, capsys):
     shutil.copytree(shared / "run", root / "run")
-    assert "opt_state" in refused(capsys, root, "optimizer.name='lion'")
+    assert "OptimizerConfig.name" in refused(capsys, root, "optimizer.name='lion'")
 
 
 def test_other_data_than_the_run_was_begun_with(shared, root, capsys):
@@ -360,7 +417,7 @@ def test_a_disk_that_fills_up_harms_nothing(shared, root, small_disk):
     run = shutil.copytree(shared / "run", small_disk / "run")
     before = files(run / "checkpoints")
     fill(small_disk, but=96 * 1024)
-    command = [sys.executable, "-m", "jaxscale.cli", "pretrain", str(root / "run.gin")]
+    command = [sys.executable, "-m", "jaxscale", "pretrain", str(root / "run.gin")]
     for override in (f"directory={str(run)!r}", "train.steps=9", "checkpoint.save_every=3"):
         command.append(f"--set={override}")
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled")}

@@ -81,6 +81,26 @@ def test_an_option_of_its_own_is_a_parameter_of_the_verb(gin_file, capsys):
     assert capsys.readouterr().out == f"{run} h200:1x8 of another verb\n"
 
 
+def test_a_verb_takes_a_run_s_directory(gin_file, tmp_path, capsys):
+    """Its saved configuration, which may be somebody else's, and its place of today."""
+    (tmp_path / "moved").mkdir()
+    Path(gin_file).rename(tmp_path / "moved" / "config.gin")
+    arguments = ["compile", str(tmp_path / "moved"), "--topology", "h200:1x8"]
+    assert cli.main(arguments) == 2
+    assert "`--admit stub_verb` admits it" in capsys.readouterr().err
+    assert cli.main([*arguments, "--admit", "stub_verb"]) == 0
+    assert f"directory='{tmp_path / 'moved'}'" in capsys.readouterr().out
+
+
+def test_whoever_closes_our_output_sees_no_traceback(tmp_path):
+    """As `head` does."""
+    file = ROOT / "experiments" / "configs" / "runs" / "main_job.gin"
+    command = f"{sys.executable} -m jaxscale inspect {file} | head -1"
+    shell = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in shell.stderr and "Exception ignored" not in shell.stderr
+    assert shell.stdout == "from __gin__ import dynamic_registration\n"
+
+
 def test_a_failed_run_says_why_on_one_line(gin_file, capsys):
     assert cli.main(["pretrain", gin_file, "--set", "fault=not finite"]) == 1
     assert capsys.readouterr().err == "jaxscale pretrain: step 3: first non-finite: layers/0/q\n"

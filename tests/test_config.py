@@ -92,6 +92,36 @@ def run(house, tmp_path):
     return run
 
 
+@pytest.mark.parametrize(
+    ("text", "module"),
+    [
+        ("import os\nos.system.command = 'touch x'\n", "os"),
+        ("from jaxscale import cli\ncli.os.system.command = 'touch x'\n", "posix"),
+        ("import jaxscale.cli\nX = @jaxscale.cli.importlib.import_module()\n", "importlib"),
+        ("import house\n", "house"),
+        ("import jaxscaled\n", "jaxscaled"),
+    ],
+)
+def test_a_file_of_somebody_else_names_what_is_ours_and_what_is_admitted(
+    text, module, house, tmp_path
+):
+    file = tmp_path / "a.gin"
+    file.write_text("from __gin__ import dynamic_registration\n" + text)
+    with pytest.raises(InputError, match=f"given '{module}'.*`--admit {module}` admits it"):
+        config.load(house.build, [file], (), admitted=("other",))
+
+
+def test_an_admitted_module_is_used(house, tmp_path):
+    file = tmp_path / "a.gin"
+    file.write_text(SMALLEST)
+    loaded = config.load(house.build, [file], (), admitted=("house",))
+    assert loaded.arguments["room"] == house.Room(width=2)
+    file.write_text("include 'b.gin'\n")
+    (tmp_path / "b.gin").write_text(SMALLEST)
+    with pytest.raises(InputError, match="--admit house"):
+        config.load(house.build, [file], (), admitted=())
+
+
 def test_a_reference_builds_the_undecorated_class(run, house):
     given = run(SMALLEST)
     assert type(given["room"]) is house.Room

@@ -113,7 +113,7 @@ def check_shapes(built) -> None:
     The constructors of other configurations check all that they can.
     """
     if isinstance(built, ModelConfig):
-        assert count_parameters(built)[0] == sum(
+        assert count_parameters(parameter_table(built))[0] == sum(
             leaf.size
             for leaf in jax.tree.leaves(abstract_params(parameter_table(built), "float32"))
         )
@@ -123,7 +123,7 @@ def test_grin_has_the_parameters_of_its_paper():
     """Those that multiply a token and those that look it up."""
     file = CONFIGS / "papers" / "grin_moe.gin"
     model = config.load(pretrain, [file]).arguments["run"].model
-    total, active = count_parameters(model)
+    total, active = count_parameters(parameter_table(model))
     assert round(total / 1e9, 3) == 41.873
     assert round((active + model.vocab_size * model.model_dim) / 1e9, 3) == 6.641
 

@@ -77,7 +77,7 @@ def test_wheel(checkout, wheel_site, tmp_path):
 
 def test_the_console_script_is_declared(wheel_site):
     (entry_points,) = wheel_site.glob("*.dist-info/entry_points.txt")
-    assert "jaxscale = jaxscale.cli:main" in entry_points.read_text()
+    assert "jaxscale = jaxscale.__main__:main" in entry_points.read_text()
 
 
 def test_editable_install(checkout, tmp_path):

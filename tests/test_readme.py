@@ -125,7 +125,9 @@ def test_the_commands_load(line, repository):
     (repository / "tuned.gin").write_text(gin_snippet("ChatSource"))
     options = cli._parser().parse_args(shlex.split(line)[1:])
     function = cli.load(cli.VERBS[options.verb].function)
-    assert config.load(function, cli._files(options), cli._overrides(options)).arguments
+    files = [options.file] if cli.VERBS[options.verb].has_file else []
+    files = [Path(file) / "config.gin" if Path(file).is_dir() else file for file in files]
+    assert config.load(function, files, cli._overrides(options)).arguments
 
 
 @pytest.mark.long
@@ -184,6 +186,15 @@ def test_the_snippets_run_up_to_the_verbs_calls(code, monkeypatch):
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     assert calls or "model" in names or isinstance(names["Lines"]("x"), Source)
+
+
+def test_the_source_of_ones_own_yields_the_lines_of_a_file(tmp_path):
+    names = {}
+    exec(next(block for block in blocks("python") if "class Lines" in block), names)
+    path = tmp_path / "a.txt"
+    path.write_text("one\u2028two\nthree\x85\n\x0cfour", encoding="utf-8")
+    documents = list(names["Lines"](str(path)).documents())
+    assert documents == [("0", "one\u2028two"), ("1", "three\x85"), ("2", "\x0cfour")]
 
 
 @pytest.mark.parametrize(("numbers", "place"), paper_rows(), ids=lambda value: str(value))

@@ -31,7 +31,7 @@ def parse_arguments():
 def start(options, directory):
     """Start the run in `directory`, or resume it there."""
     settings = [f"directory='{directory}'", *options.set]
-    command = [sys.executable, "-m", "jaxscale.cli", "pretrain", options.file]
+    command = [sys.executable, "-m", "jaxscale", "pretrain", options.file]
     for setting in settings:
         command += ["--set", setting]
     return subprocess.Popen(command)

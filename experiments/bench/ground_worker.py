@@ -70,7 +70,7 @@ def steps_after(case, overrides):
 
 
 def steps_before(case, overrides):
-    """The steps of the earlier checkout, as its train_step.py made them."""
+    """The steps of the earlier checkout, whose run was not yet a value but arguments of a verb."""
     import numpy as np
 
     from jaxscale import config

@@ -25,7 +25,7 @@ from gin_run import make_parser, start_run, synthetic_batch
 
 from jaxscale.models.config import FeedForwardConfig
 from jaxscale.models.config.model import training_flops_per_token
-from jaxscale.models.parameters import count_parameters
+from jaxscale.models.parameters import count_parameters, parameter_table
 from jaxscale.run.run import Run
 from jaxscale.train.metrics import peak_flops
 from jaxscale.train.setup import Setup
@@ -135,7 +135,7 @@ def figures(prepared, times):
     model, data = prepared.run.model, prepared.run.data
     of_steps, of_updates = zip(*times, strict=True)
     step_ms, update_ms = statistics.median(of_steps), statistics.median(of_updates)
-    total, active = count_parameters(model)
+    total, active = count_parameters(parameter_table(model))
     num_tokens = data.batch_size * data.sequence_length
     flops = training_flops_per_token(model, active, data.sequence_length) * num_tokens
     memory = prepared.step.memory_analysis()

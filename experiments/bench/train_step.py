@@ -53,7 +53,7 @@ def profile_steps(step, state, batch, directory):
 def rates(run, ms):
     """Tokens and FLOPs per second, and MFU over all devices."""
     length = run.data.sequence_length
-    _, active = count_parameters(run.model)
+    _, active = count_parameters(run.table())
     num_tokens = run.data.batch_size * length
     flops = training_flops_per_token(run.model, active, length) * num_tokens
     peak = (peak_flops() or np.inf) * jax.device_count()

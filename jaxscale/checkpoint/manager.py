@@ -15,13 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxscale.checkpoint import handlers, manifest, matching, steps
+from jaxscale.checkpoint.changes import Changes, load_changed
+from jaxscale.checkpoint.writer import Writer
 from jaxscale.types import InputError, check_positive, check_types
 
 logger = logging.getLogger(__name__)
+
+BUDGET_BYTES = 1 << 32  # of host memory, while leaves are read one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,13 @@ class CheckpointConfig:
         keep_last: how many of the newest checkpoints to keep.
         keep_every: keep also, for ever, the steps that are multiples of this; a multiple of
             `save_every`.
+        keep_hours: keep also those written in the last hours.
+        keep_closest: keep also, of each multiple of this, the closest step; also where steps are
+            saved at other numbers, as at a signal.
         is_async: write while training goes on.
+        use_snapshot: an asynchronous save copies the state in device memory, which frees the step
+            at once, and that copy to the host during the next steps. None: where there is room for
+            it; what is chosen is logged.
         use_previous: when the newest checkpoint is damaged, restore the one before instead of
             stopping.
     """
@@ -43,13 +52,19 @@ class CheckpointConfig:
     save_every: int
     keep_last: int
     keep_every: int | None = None
+    keep_hours: float | None = None
+    keep_closest: int | None = None
     is_async: bool = True
+    use_snapshot: bool | None = None
     use_previous: bool = False
 
     def __post_init__(self):
         check_types(self)
         check_positive("CheckpointConfig.save_every", self.save_every)
         check_positive("CheckpointConfig.keep_last", self.keep_last)
+        for name in ("keep_hours", "keep_closest"):
+            if getattr(self, name) is not None:
+                check_positive(f"CheckpointConfig.{name}", getattr(self, name))
         if self.keep_every is not None:
             is_multiple = self.keep_every > 0 and self.keep_every % self.save_every == 0
             if not is_multiple:
@@ -58,6 +73,11 @@ class CheckpointConfig:
         if not self.directory or "://" in self.directory:
             expected = "the path of a local or mounted folder"
             raise InputError("CheckpointConfig.directory", self.directory, expected)
+
+    @property
+    def keeping(self) -> steps.Keeping:
+        """Which steps are kept."""
+        return steps.Keeping(self.keep_last, self.keep_every, self.keep_hours, self.keep_closest)
 
     def within(self, run: str | pathlib.Path) -> "CheckpointConfig":
         """This configuration with its directory taken relative to that of a run.
@@ -75,7 +95,6 @@ class Checkpoints:
     Args:
         config: where and how often.
         fingerprint: JSON-able facts of the model; a checkpoint with others is not restored.
-        defaults: the values of those facts in checkpoints from before they were recorded.
         upgrade: makes facts of the present form out of those that a checkpoint has recorded.
 
     Raises:
@@ -87,26 +106,20 @@ class Checkpoints:
         config: CheckpointConfig,
         *,
         fingerprint: dict[str, Any],
-        defaults: dict[str, Any] | None = None,
         upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda facts: facts,
     ):
         self._config = config
         self._fingerprint = fingerprint
-        self._defaults = defaults or {}
         self._upgrade = upgrade
         self._directory = pathlib.Path(config.directory).expanduser().absolute()
         if self._directory.exists() and not self._directory.is_dir():
             raise self._input_error("a folder; this is a file")
         self._saving: int | None = None
         self._damaged: list[int] = []
-        handlers.silence_tracebacks()
-        self._leaves = handlers.LeafFolders()
-        self._checkpointer = ocp.AsyncCheckpointer(
-            handlers.make_handler(self._leaves),
-            async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._write_manifest,
-                create_directories_asynchronously=False,
-            ),
+        self._writer = Writer(
+            self._write_manifest,
+            is_async=config.is_async,
+            use_snapshot=config.use_snapshot,
         )
 
     def check_writable(self) -> None:
@@ -151,13 +164,9 @@ class Checkpoints:
         if not self._make_room(step):
             return False
         self._saving = step
-        items = ocp.args.Composite(
-            state=handlers.state_to_save(state),
-            data=ocp.args.JsonSave(data_state),
-            meta=ocp.args.JsonSave({"fingerprint": self._fingerprint}),
-        )
+        meta = {"fingerprint": self._fingerprint}
         with self._write_errors_named(f"a folder in which step {step} can be written"):
-            self._checkpointer.save(self._path(step), args=items)
+            self._writer.save(self._path(step), state, data=data_state, meta=meta)
         if not self._config.is_async:
             self.wait()
         return True
@@ -173,15 +182,11 @@ class Checkpoints:
         step = self._saving
         try:
             with self._write_errors_named(f"a folder in which step {step} can be written"):
-                self._wait_for_writer()
+                self._writer.wait()
         finally:
             self._saving = None
         if jax.process_index() == 0:
-            steps.keep_only(
-                self._directory,
-                keep_last=self._config.keep_last,
-                keep_every=self._config.keep_every,
-            )
+            steps.keep_only(self._directory, self._config.keeping)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Returns the state, placed as asked, and the loader's position.
@@ -196,9 +201,9 @@ class Checkpoints:
                 another model.
         """
         path = self._sound_path(step, lambda name: True)
-        saved = self._saved_leaves(path)
+        saved = self._writer.leaves(path)
         matching.check_leaves(saved, abstract_state, str(path), is_cast_allowed=False)
-        restored = self._read(
+        restored = self._writer.read(
             path,
             state=handlers.state_to_restore(abstract_state),
             data=ocp.args.JsonRestore(),
@@ -218,28 +223,46 @@ class Checkpoints:
             InputError: as `restore`.
         """
         path = self._sound_path(step, manifest.is_for_params)
-        saved = self._saved_leaves(path)["params"]
+        saved = self._writer.leaves(path)["params"]
         matching.check_leaves(saved, abstract_params, str(path), is_cast_allowed=True)
         wanted = handlers.state_to_restore({"params": abstract_params}, is_partial=True)
-        return self._read(path, state=wanted).state["params"]
+        return self._writer.read(path, state=wanted).state["params"]
+
+    def restore_changed(
+        self, abstract_state: Any, changes: Changes, *, budget_bytes: int = BUDGET_BYTES
+    ) -> tuple[Any, dict[str, Any]]:
+        """Returns the newest state but for what is drawn anew, and the loader's position.
+
+        The recorded facts of the model may differ; that is logged. Shapes may not.
+
+        Args:
+            abstract_state: as `restore`.
+            changes: what may differ.
+            budget_bytes: of host memory beyond the arrays.
+        Returns:
+            The state, with None for what is to be drawn.
+
+        Raises:
+            InputError: as `restore`, or something differs that `changes` does not name.
+        """
+        path = self._sound_path(None, lambda name: True, is_changed=True)
+        state = load_changed(path, abstract_state, changes, budget_bytes=budget_bytes)
+        return state, self._writer.read(path, data=ocp.args.JsonRestore()).data
 
     def data_state(self, step: int | None = None) -> dict[str, Any]:
         """Returns the loader's position alone; arguments and errors as `restore_params`."""
         path = self._sound_path(step, lambda name: name.startswith("data/"))
-        return self._read(path, data=ocp.args.JsonRestore()).data
+        return self._writer.read(path, data=ocp.args.JsonRestore()).data
 
     def close(self) -> None:
         """Waits and releases the writer's threads."""
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            self._writer.close()
 
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / str(step)
-
-    def _read(self, path: pathlib.Path, **items: Any) -> Any:
-        return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
 
     def _write_manifest(self) -> None:
         """Called by orbax on the primary process when every file is written.
@@ -249,13 +272,6 @@ class Checkpoints:
         """
         temporary = f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
         manifest.write_manifest(self._directory / temporary)
-
-    def _wait_for_writer(self) -> None:
-        try:
-            self._checkpointer.wait_until_finished()
-        finally:
-            # After an error orbax's writer of metadata is still at work: wait for it too.
-            self._checkpointer.wait_until_finished()
 
     def _committed(self) -> list[int]:
         committed = steps.committed_steps(self._directory)
@@ -280,17 +296,24 @@ class Checkpoints:
         self._damaged.clear()
         return True
 
-    def _sound_path(self, step: int | None, is_wanted: Callable[[str], bool]) -> pathlib.Path:
+    def _sound_path(
+        self,
+        step: int | None,
+        is_wanted: Callable[[str], bool],
+        *,
+        is_changed: bool = False,
+    ) -> pathlib.Path:
         """Returns the folder of the newest sound step, not above `step`.
 
-        A step is sound when its wanted files are as they were written.
+        A step is sound when its wanted files are as they were written. `is_changed` says that it
+        may be of another model.
         """
         self.wait()
         for candidate in self._candidates(step):
             path = self._path(candidate)
             damage = self._find_damage(path, lambda name: name.startswith("meta/"))
             if damage is None:
-                self._check_model(path)
+                self._check_model(path, is_changed)
                 damage = self._find_damage(path, is_wanted)
             if damage is None:
                 return path
@@ -329,13 +352,15 @@ class Checkpoints:
                 return damage or "another process names the file"
         return damage
 
-    def _check_model(self, path: pathlib.Path) -> None:
-        meta = self._read(path, meta=ocp.args.JsonRestore()).meta
+    def _check_model(self, path: pathlib.Path, is_changed: bool) -> None:
+        meta = self._writer.read(path, meta=ocp.args.JsonRestore()).meta
         saved = self._upgrade(meta["fingerprint"])
-        matching.check_fingerprint(saved, self._fingerprint, self._defaults, str(path))
-
-    def _saved_leaves(self, path: pathlib.Path) -> Any:
-        return self._leaves.metadata(epath.Path(path) / "state").tree
+        try:
+            matching.check_fingerprint(saved, self._fingerprint, str(path))
+        except InputError as error:
+            if not is_changed:
+                raise
+            logger.warning("%s", error)
 
     def _input_error(self, expected: str) -> InputError:
         return InputError("checkpoint.directory", str(self._directory), expected)

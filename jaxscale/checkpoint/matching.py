@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -13,19 +14,18 @@ MAX_NAMED = 3
 ABSENT = "(absent)"
 
 
-def check_fingerprint(saved: dict, current: dict, defaults: dict, where: str) -> None:
+def check_fingerprint(saved: dict, current: dict, where: str) -> None:
     """Checks that a checkpoint is of the present model.
 
     Args:
         saved: fields as the checkpoint has them; those that `current` lacks no longer matter.
         current: fields of the present model.
-        defaults: what fields were before they existed.
         where: path of the checkpoint, for the message.
 
     Raises:
         InputError: fields differ; names the first of them.
     """
-    found = _flat_fields(defaults) | _flat_fields(saved)
+    found = _flat_fields(saved)
     wanted = _flat_fields(current)
     differing = [name for name in wanted if found.get(name, ABSENT) != wanted[name]]
     if differing:
@@ -46,7 +46,8 @@ def check_leaves(saved: Any, wanted: Any, where: str, *, is_cast_allowed: bool) 
         saved: tree of array metadata as the checkpoint has it.
         wanted: tree of jax.ShapeDtypeStruct with shardings.
         where: path of the checkpoint, for the message.
-        is_cast_allowed: whether dtypes may differ.
+        is_cast_allowed: whether dtypes may differ; else only by a wider type, which holds every
+            number of the saved one.
 
     Raises:
         InputError: a leaf is missing, not wanted or of another form; names the first.
@@ -62,7 +63,7 @@ def check_leaves(saved: Any, wanted: Any, where: str, *, is_cast_allowed: bool) 
     for name, leaf in wanted.items():
         saved_shape, saved_dtype = _form(saved[name])
         shape, dtype = _form(leaf)
-        is_right_dtype = is_cast_allowed or saved_dtype == dtype
+        is_right_dtype = is_cast_allowed or saved_dtype == dtype or _widens(saved_dtype, dtype)
         if saved_shape != shape or not is_right_dtype:
             right = _describe(shape, dtype)
             wrong = _describe(saved_shape, saved_dtype)
@@ -90,6 +91,12 @@ def _form(leaf: Any) -> tuple[tuple[int, ...], str]:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)  # a key is stored as its words
     return tuple(leaf.shape), np.dtype(leaf.dtype).name
+
+
+def _widens(saved: str, wanted: str) -> bool:
+    """Whether a floating-point type holds every number of the saved one."""
+    is_float = all(jnp.issubdtype(name, jnp.floating) for name in (saved, wanted))
+    return is_float and jnp.promote_types(saved, wanted) == wanted
 
 
 def _describe(shape: tuple[int, ...], dtype: str) -> str:

@@ -1,5 +1,6 @@
 """The tokenised corpus on disk: built once for a source and a tokenizer, then memory-mapped."""
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -9,21 +10,25 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxscale.data.sources import ChatDocument, Document, Source, num_bytes
-from jaxscale.data.split import hash_key
-from jaxscale.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from jaxscale.data.checksums import BlockHashes, damaged_bytes
+from jaxscale.data.sources import ChatDocument, Document, Source, read_documents
+from jaxscale.data.split import hash_text
+from jaxscale.data.tokenizer_kinds import HuggingFaceTokenizer, Tokenizer
 from jaxscale.types import InputError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TRAINED = "trained.bin"  # empty unless the documents are chats
 _NONE = np.zeros(0, bool)
 CHARACTERS_PER_ENCODE = 1 << 22
+TOKENS = "tokens.bin"
+KEYS = "keys.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,10 @@ class TokenCache:
         tokens: uint16 or uint32 [num_tokens], memory-mapped.
         offsets: int64 [num_documents + 1]; document d is tokens[offsets[d]:offsets[d + 1]].
         num_bytes: int64 [num_documents], UTF-8 bytes of the text.
-        key_hashes: uint64 [num_documents].
+        num_scored_bytes: int64 [num_documents], the same without the document's first token, which
+            no model predicts.
+        key_hashes: uint64 [num_documents], the hash_text of each key.
+        text_hashes: uint64 [num_documents], the hash_text of each text.
         fingerprint: names source, tokenizer and the state of the source's files on this machine.
         content: names the tokens, the documents' ends and their keys; the same wherever they were
             read.
@@ -46,7 +54,9 @@ class TokenCache:
     tokens: np.ndarray
     offsets: np.ndarray
     num_bytes: np.ndarray
+    num_scored_bytes: np.ndarray
     key_hashes: np.ndarray
+    text_hashes: np.ndarray
     fingerprint: str
     content: str
     tokenizer: str
@@ -55,25 +65,39 @@ class TokenCache:
 
     def keys(self) -> list[str]:
         """The documents' keys, in order."""
-        lines = (self.directory / "keys.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return list(_read_keys(self.directory / KEYS))
 
 
-def open_cache(source: Source, tokenizer: Tokenizer, directory: str | Path) -> TokenCache:
+def open_cache(
+    source: Source,
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    *,
+    is_verified: bool = False,
+) -> TokenCache:
     """Opens the cache of `source` under `directory`, after building it if it is not there.
 
     The cache is built in a folder of another name, which is renamed at the end. So it is there
-    whole or not at all, even if another process builds it too or is killed while building.
+    whole or not at all, even if another process builds it too or is killed while building. It is
+    compared with its hashes from then: a sample of the tokens' blocks, and the rest that is read.
+
+    Args:
+        source: where the documents come from.
+        tokenizer: how text becomes tokens.
+        directory: where caches are kept.
+        is_verified: all tokens and keys are compared with their hashes.
 
     Raises:
-        InputError: the source has no text, `directory` cannot be written, or the cache there is
-            damaged.
+        InputError: the source has no text or gives one key to several documents, `directory`
+            cannot be written, or the cache there is damaged.
     """
     name = fingerprint(source, tokenizer)
     root = Path(directory).expanduser()
-    if not (root / name).is_dir():
+    with _write_errors_named(root):  # its name may be too long to be one
+        is_built = (root / name).is_dir()
+    if not is_built:
         _build(source, tokenizer, root, name)
-    return _open(root / name, tokenizer)
+    return _open(root / name, tokenizer, is_verified=is_verified)
 
 
 def fingerprint(source: Source, tokenizer: Tokenizer) -> str:
@@ -135,25 +159,31 @@ def _publish(folder: Path, target: Path) -> None:
 def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the cache's files.
 
-    Its content is named by a hash of the tokens, offsets, sizes and key hashes, in this order.
+    Its content is named by a hash of the tokens, offsets, sizes and key hashes, in this order. The
+    tokens stand for the texts.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths: list[int] = []
     sizes: list[int] = []
-    hashes: list[int] = []
+    scored_sizes: list[int] = []
+    key_hashes: list[int] = []
+    text_hashes: list[int] = []
     content = hashlib.sha256()
+    hashes: dict[str, list[str]] = {}
     with (
-        _appending(folder / "tokens.bin") as append_tokens,
-        _appending(folder / "keys.jsonl") as append_keys,
-        _appending(folder / TRAINED) as append_trained,
+        _appending(folder / TOKENS, hashes) as append_tokens,
+        _appending(folder / KEYS, hashes) as append_keys,
+        _appending(folder / TRAINED, hashes) as append_trained,
     ):
-        for documents in _groups(source.documents()):
-            sizes += [num_bytes(document) for document in documents]
-            hashes += [hash_key(document.key) for document in documents]
+        for documents in _groups(read_documents(source)):
+            sizes += [len(document.text.encode()) for document in documents]
+            key_hashes += [hash_text(document.key) for document in documents]
+            text_hashes += [hash_text(document.text) for document in documents]
             encoded, trained = _encoded(documents, tokenizer)
             append_trained(np.concatenate(trained).tobytes())
             ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
             lengths += [len(ids) for ids in ended]
+            scored_sizes += map(_num_scored_bytes, repeat(tokenizer), documents, ended)
             flat = np.concatenate(ended).tobytes()
             content.update(flat)
             append_tokens(flat)
@@ -166,13 +196,25 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     arrays = {
         "offsets": np.cumsum([0, *lengths]),
         "num_bytes": np.array(sizes),
-        "key_hashes": np.uint64(hashes),
+        "key_hashes": np.uint64(key_hashes),
     }
-    for name, array in arrays.items():
-        with _appending(folder / f"{name}.bin") as append:
-            append(array.tobytes())
+    _check_keys(source, folder / KEYS, arrays["key_hashes"])
+    for array in arrays.values():
         content.update(array.tobytes())
-    _write_manifest(folder, np.dtype(dtype).name, content.hexdigest())
+    arrays["text_hashes"] = np.uint64(text_hashes)
+    arrays["num_scored_bytes"] = np.array(scored_sizes)
+    for name, array in arrays.items():
+        with _appending(folder / f"{name}.bin", hashes) as append:
+            append(array.tobytes())
+    facts = {
+        "format": FORMAT,
+        "tokens_dtype": np.dtype(dtype).name,
+        "content": content.hexdigest(),
+        "sizes_bytes": {file: (folder / file).stat().st_size for file in hashes},
+        "block_hashes": hashes,
+    }
+    with _appending(folder / MANIFEST, {}) as append:
+        append(json.dumps(facts | {"sha256": _sha256(facts)}, indent=1).encode())
 
 
 def _encoded(
@@ -188,26 +230,56 @@ def _encoded(
     return [ids for ids, _ in pairs], [np.append(mask, False) for _, mask in pairs]
 
 
-def _write_manifest(folder: Path, tokens_dtype: str, content: str) -> None:
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    manifest = {
-        "format": FORMAT,
-        "tokens_dtype": tokens_dtype,
-        "content": content,
-        "sizes_bytes": sizes,
-    }
-    text = json.dumps(manifest, indent=1, sort_keys=True)
-    with _appending(folder / MANIFEST) as append:
-        append(text.encode())
+def _num_scored_bytes(tokenizer: Tokenizer, document: Document, ids: np.ndarray) -> int:
+    """Bytes of a document's text after its first token; `ids` ends with the end of the document."""
+    if len(ids) == 1:  # the text encodes to nothing
+        return 0
+    num_bytes = len(document.text.encode())
+    return max(num_bytes - tokenizer.num_bytes(int(ids[0])), 0)
 
 
-def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
-    manifest = _read_manifest(folder)
+def _check_keys(source: Source, path: Path, hashes: np.ndarray) -> None:
+    """Raises InputError if the source has given one key to several documents.
+
+    Args:
+        source: where the documents come from.
+        path: the file of their keys.
+        hashes: uint64 [num_documents], of the keys.
+    """
+    values, counts = np.unique(hashes, return_counts=True)
+    repeated = set(values[counts > 1].tolist())
+    if not repeated:
+        return
+    # Different keys may have one hash, but hardly ever do.
+    keys = collections.Counter(key for key in _read_keys(path) if hash_text(key) in repeated)
+    for key, count in keys.items():
+        if count > 1:
+            expected = f"a key of its own for each document; {count} have this one"
+            raise InputError(f"DataConfig.sources: {type(source).__name__}", key, expected)
+
+
+def _read_keys(path: Path) -> Iterator[str]:
+    with path.open() as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _sha256(facts: dict[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _open(folder: Path, tokenizer: Tokenizer, *, is_verified: bool) -> TokenCache:
+    with _damage_named(folder):
+        manifest = _read_manifest(folder)
+        _check_blocks(folder, manifest["block_hashes"], is_verified=is_verified)
     dtypes = {
         "tokens": manifest["tokens_dtype"],
         "offsets": "int64",
         "num_bytes": "int64",
+        "num_scored_bytes": "int64",
         "key_hashes": "uint64",
+        "text_hashes": "uint64",
     }
     arrays = {}
     for name, dtype in dtypes.items():
@@ -224,28 +296,52 @@ def _open(folder: Path, tokenizer: Tokenizer) -> TokenCache:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, if every file is as long as it says."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        written = manifest["sizes_bytes"]
-        found = {name: (folder / name).stat().st_size for name in written}
-    except (OSError, ValueError, KeyError) as error:
-        expected = f"a whole cache; delete it ({error})"
-        raise InputError("DataConfig.cache_directory", str(folder), expected) from error
+    """The manifest, if every file is as long as it says.
+
+    Raises:
+        OSError, ValueError: it is not, or the manifest is damaged.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _sha256(manifest):
+        raise ValueError(f"{MANIFEST} has changed since it was written")
+    written = manifest["sizes_bytes"]
+    found = {name: (folder / name).stat().st_size for name in written}
     if found != written:
-        expected = f"a whole cache with file sizes {written}, not {found}; delete it"
-        raise InputError("DataConfig.cache_directory", str(folder), expected)
+        raise ValueError(f"its files have sizes {found}, not {written}")
     return manifest
 
 
+def _check_blocks(folder: Path, hashes: dict[str, list[str]], *, is_verified: bool) -> None:
+    """Compares files with their hashes; tokens and keys, which may be large, only in part.
+
+    Raises:
+        OSError, ValueError: a file cannot be read or has changed.
+    """
+    for name, digests in hashes.items():
+        is_sampled = name in (TOKENS, KEYS) and not is_verified
+        changed = damaged_bytes(folder / name, digests, is_sampled=is_sampled)
+        if changed is not None:
+            where = f"bytes {changed[0]} to {changed[-1]}"
+            raise ValueError(f"{name} has changed since it was written, in {where}")
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Turns what shows that a cache is damaged into InputError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        expected = f"a whole cache; delete it ({error})"
+        raise InputError("DataConfig.cache_directory", str(folder), expected) from error
+
+
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """The documents that have text, in lists long enough to be encoded in parallel."""
+    """The documents in lists long enough to be encoded in parallel."""
     group: list[Document] = []
     num_characters = 0
     for document in documents:
-        if document.text:
-            group.append(document)
-            num_characters += len(document.text)
+        group.append(document)
+        num_characters += len(document.text)
         if num_characters >= CHARACTERS_PER_ENCODE:
             yield group
             group = []
@@ -255,13 +351,21 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 @contextlib.contextmanager
-def _appending(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """A function that appends bytes to a new file, which is on the disk when the context ends."""
+def _appending(
+    path: Path,
+    hashes: dict[str, list[str]],
+) -> Iterator[Callable[[bytes], None]]:
+    """A function that appends bytes to a new file, which is on the disk when the context ends.
+
+    `hashes` then has the hashes of its blocks under its name.
+    """
+    blocks = BlockHashes()
     with _write_errors_named(path):
         file = path.open("wb", buffering=0)
     with file:
 
         def append(content: bytes) -> None:
+            blocks.update(content)
             rest = memoryview(content)
             with _write_errors_named(path):
                 while rest:
@@ -271,6 +375,8 @@ def _appending(path: Path) -> Iterator[Callable[[bytes], None]]:
         yield append
         with _write_errors_named(path):
             os.fsync(file.fileno())
+    blocks.end()
+    hashes[path.name] = blocks.digests
 
 
 @contextlib.contextmanager

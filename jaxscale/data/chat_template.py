@@ -6,7 +6,7 @@ nothing, its ranges share one budget, and the text that it makes is bounded.
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from jinja2 import nodes, visitor
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
+from jaxscale.data.tokenizer_kinds import Tokenizer
 from jaxscale.types import InputError
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+BREAK = "\ue0ff"  # stands in what spells a special token; of Unicode's private area
 MAX_SOURCE, MAX_OUTPUT, MAX_STEPS = 1 << 20, 1 << 24, 100_000
 
 LENGTHENING = {"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"}
@@ -46,19 +48,52 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise self._refused(error) from None
 
-    def render(self, messages: Sequence[Message], *, is_reply_next: bool) -> str:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """The tokens of a chat, up to where the assistant's next answer begins.
+
+        What spells a special token in a message stays text: only the template can write one.
+        Raises as `render`.
+        """
+        special = getattr(tokenizer, "special_tokens", {})
+        hidden = _broken_up((messages, tools), special)
+        rest = self.render(hidden[0], is_reply_next=True, tools=hidden[1])
+        tokens = []
+        while rest:
+            found = [(rest.find(each), -len(each), each) for each in special if each in rest]
+            start, _, name = min(found, default=(len(rest), 0, ""))
+            if start:
+                tokens += tokenizer.encode_part(rest[:start].replace(BREAK, ""))
+            if name:
+                tokens.append(special[name])
+            rest = rest[start + len(name) :]
+        return tokens
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        is_reply_next: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The text of a chat.
 
         Args:
             messages: each with a `role` ("system", "user" or "assistant") and its `content`.
             is_reply_next: whether the text ends where the assistant's next answer begins.
+            tools: that the model may call, as JSON schemas of functions; None for none.
         Raises:
             InputError: the template refuses the chat, is wrong or tries what it may not.
         """
         values = {
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": is_reply_next,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "range": _Range(),
             **self._tokens,
@@ -81,11 +116,26 @@ class ChatTemplate:
         return InputError(self._where, reason, "a jinja template that runs in a sandbox")
 
 
-def read_chat_template(folder: Path) -> ChatTemplate:
+def _broken_up(value: Any, special: Iterable[str]) -> Any:
+    """The value, in whose texts no special token is spelt."""
+    if isinstance(value, str):
+        for name in special:
+            value = value.replace(name, name[:1] + BREAK + name[1:])
+        return value
+    if isinstance(value, Mapping):
+        return {key: _broken_up(each, special) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_broken_up(each, special) for each in value]
+    return value
+
+
+def read_chat_template(folder: Path) -> ChatTemplate | None:
     """The template of a folder of Hugging Face: a file of its own, or a tokenizer's field.
 
+    Returns:
+        None where it has none.
     Raises:
-        InputError: it has none, or it is no jinja template.
+        InputError: it is no jinja template.
     """
     file = folder / TOKENIZER_CONFIG
     values = json.loads(file.read_text()) if file.exists() else {}
@@ -100,9 +150,7 @@ def read_chat_template(folder: Path) -> ChatTemplate:
     if isinstance(source, list):  # several by name
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
     where = f"{file}: chat_template"
-    if not isinstance(source, str):
-        raise InputError(where, source, f"a template, here or in {TEMPLATE}")
-    return ChatTemplate(source, where, tokens)
+    return ChatTemplate(source, where, tokens) if isinstance(source, str) else None
 
 
 class _Environment(ImmutableSandboxedEnvironment):

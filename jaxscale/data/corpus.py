@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxscale.data.cache import TokenCache
-from jaxscale.data.split import Split, is_held_out
+from jaxscale.data.split import HeldOutBy, Split, is_held_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Corpus:
         return int(self.cache.num_bytes[self.documents].sum())
 
     @property
+    def num_scored_bytes(self) -> int:
+        """UTF-8 bytes of the documents' text, without the first token of each."""
+        return int(self.cache.num_scored_bytes[self.documents].sum())
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that are predicted in one epoch.
 
@@ -50,8 +55,14 @@ class Corpus:
             yield self.cache.tokens[offset : offset + length]
 
 
-def select_split(cache: TokenCache, split: Split, held_out_fraction: float) -> Corpus:
+def select_split(
+    cache: TokenCache,
+    split: Split,
+    held_out_fraction: float,
+    held_out_by: HeldOutBy,
+) -> Corpus:
     """The documents of `cache` that belong to `split`; there may be none."""
-    held_out = is_held_out(cache.key_hashes, held_out_fraction)
+    hashes = cache.text_hashes if held_out_by == "text" else cache.key_hashes
+    held_out = is_held_out(hashes, held_out_fraction)
     chosen = held_out if split == "held_out" else ~held_out
     return Corpus(cache, np.flatnonzero(chosen))

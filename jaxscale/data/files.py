@@ -1,8 +1,12 @@
 """The files of a source: which they are, their content, and whether they have changed."""
 
+import collections
 import contextlib
 import functools
 import gzip
+import logging
+import re
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
@@ -13,8 +17,13 @@ import zstandard
 
 from jaxscale.types import InputError
 
+logger = logging.getLogger(__name__)
+
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# Of frames that hold no text, with which parallel compressors begin a file.
+SKIPPABLE_MAGIC = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+MAX_WINDOW_BYTES = 1 << 31  # the most that zstd has, `--long=31`
 CHUNK_BYTES = 1 << 20
 
 
@@ -34,24 +43,30 @@ def find_files(
 
     Returns:
         Key and path of each file, in the order of the keys. The key is the path relative to the
-        folder that was given, or the name of a file that was given.
+        folder that was given, or the name of a file that was given; where several files have one
+        key, "#2", "#3" and so on are added to those of later folders. A file that is reached twice,
+        such as by a link or under two of the paths, comes once.
 
     Raises:
-        InputError: a path does not exist, a folder cannot be read, or no file matches.
+        InputError: a path does not exist, a folder cannot be read, no file matches, or what matches
+            is no regular file: to read a pipe would wait for ever.
     """
     found = []
     for given in paths:
         path = Path(given).expanduser()
-        if path.is_dir():
-            found += _search(path, patterns, excluded)
-        elif path.exists():
-            found.append((path.name, path))
-        else:
+        with _readable(path, "a file or folder"):  # its name may be too long to be one
+            is_there, is_folder = path.exists(), path.is_dir()
+        if not is_there:
             raise InputError(parameter, str(path), "a file or folder that exists")
+        if is_folder:
+            found += _search(path, patterns, excluded)
+        else:
+            found.append((path.name, path))
     if not found:
         expected = f"at least one file that matches {', '.join(patterns)}"
         raise InputError(parameter, paths, expected)
-    return sorted(found)
+    found.sort(key=lambda file: file[0])  # stable: where keys are equal, in the order of `paths`
+    return _with_own_keys(_without_repeats(parameter, found))
 
 
 def stamps(files: list[tuple[str, Path]]) -> list[Any]:
@@ -81,18 +96,57 @@ def read_lines(parameter: str, path: Path) -> Iterator[bytes]:
         path: the file.
 
     Raises:
-        InputError: the file is compressed and damaged or cut short.
+        InputError: the file is compressed and damaged, cut short or needs a dictionary.
     """
-    rest = b""
+    # Of a line whose end has not come. They are joined once: to join each with those before it
+    # would take minutes for a line of some hundred MiB.
+    parts: list[bytes] = []
     try:
         with path.open("rb") as file:
             for chunk in _decompressed(file):
-                *whole, rest = (rest + chunk).split(b"\n")
-                yield from whole
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+                end, *lines = chunk.split(b"\n")
+                parts.append(end)
+                if lines:
+                    yield b"".join(parts)
+                    yield from lines[:-1]
+                    parts = lines[-1:]
+    except EOFError as error:
         expected = f"a whole compressed file ({error})"
         raise InputError(parameter, str(path), expected) from error
-    yield rest
+    except (zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        expected = f"a compressed file that can be read ({error})"
+        raise InputError(parameter, str(path), expected) from error
+    yield b"".join(parts)
+
+
+def _without_repeats(parameter: str, files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The files without those that are the same on disk as one before them."""
+    seen: dict[tuple[int, int], tuple[str, Path]] = {}
+    for key, path in files:
+        with _readable(path, "a file"):  # a link to nothing, for example, is not
+            status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(parameter, str(path), "a regular file, no pipe, socket or device")
+        seen.setdefault((status.st_dev, status.st_ino), (key, path))
+    kept = list(seen.values())
+    if num_repeats := len(files) - len(kept):
+        logger.warning(
+            "%s: %d of %d files are others again, by a link or under two paths; each is read once",
+            parameter,
+            num_repeats,
+            len(files),
+        )
+    return kept
+
+
+def _with_own_keys(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    times: collections.Counter[str] = collections.Counter()
+    named = []
+    for key, path in files:
+        times[key] += 1
+        own_key = key if times[key] == 1 else f"{key}#{times[key]}"
+        named.append((own_key, path))
+    return named
 
 
 def _search(
@@ -128,8 +182,8 @@ def _entries(folder: Path) -> list[Path]:
 
 def _stamp(key: str, path: Path) -> list[Any]:
     with _readable(path, "a file"):  # a link to nothing, for example, is not
-        stat = path.stat()
-    return [key, stat.st_size, stat.st_mtime_ns]
+        status = path.stat()
+    return [key, status.st_size, status.st_mtime_ns]
 
 
 @contextlib.contextmanager
@@ -145,7 +199,7 @@ def _readable(path: Path, kind: str) -> Iterator[None]:
 def _decompressed(file: BinaryIO) -> Iterator[bytes]:
     magic = file.read(4)
     file.seek(0)
-    if magic == ZSTD_MAGIC:
+    if magic == ZSTD_MAGIC or SKIPPABLE_MAGIC.match(magic):
         return _zstd_chunks(file)
     if magic.startswith(GZIP_MAGIC):
         return _chunks(gzip.open(file))
@@ -163,11 +217,12 @@ def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
     The frames are read one by one because zstandard's own reader takes a file that was cut short
     for a whole one.
     """
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
     frame = None
     for chunk in _chunks(file):
         while chunk:
             if frame is None or frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
+                frame = decompressor.decompressobj()
             yield frame.decompress(chunk)
             chunk = frame.unused_data
     if not frame.eof:

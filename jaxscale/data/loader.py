@@ -18,7 +18,7 @@ from jaxscale.data.mixture import Mixture
 from jaxscale.data.permutation import permute
 from jaxscale.data.rows import CorpusRows, read_batch
 from jaxscale.data.sources import Source
-from jaxscale.data.split import Split, check_held_out_fraction
+from jaxscale.data.split import HeldOutBy, Split, check_held_out_fraction
 from jaxscale.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from jaxscale.types import Batch, InputError, check_choice, check_positive, check_types
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Raised when packing, permutation or mixture give other batches from the same configuration.
 FORMAT = 1
+# What was so before a state said it.
+EARLIER = {"format": 1, "held_out_by": "key"}
 NUM_PREFETCHED = 4
 
 
@@ -37,12 +39,16 @@ class DataConfig:
         sources: where the text comes from.
         weights: share of each source in the rows of the training split; None: equal shares.
         tokenizer: how text becomes tokens.
-        held_out_fraction: about this share of the documents, chosen by a hash of their keys, is
-            never trained on.
+        held_out_fraction: about this share of the documents is never trained on.
+        held_out_by: `text`: a hash of a document's text chooses those, so that all copies of a text
+            are on one side, whatever file or source they come from. `key`: a hash of its key, by
+            which earlier versions chose; copies under other keys may be on both sides.
         sequence_length: T, tokens in a row.
         batch_size: rows in a global batch.
         seed: shuffles the rows of each source anew in each epoch, and phases the mixture.
         cache_directory: where tokenised sources are kept; runs share it.
+        is_cache_verified: all that is kept there is compared with its hashes before it is used;
+            otherwise, of the tokens, a sample of 64 MiB.
         is_packed: documents are packed into rows and attention stays within a document; otherwise
             they are joined end to end, rows are cut every T tokens, attention crosses documents and
             batches have no `segments`.
@@ -54,8 +60,10 @@ class DataConfig:
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     weights: tuple[float, ...] | None = None
     held_out_fraction: float = 0.05
+    held_out_by: HeldOutBy = "text"
     seed: int = 0
     cache_directory: str = "~/.cache/jaxscale"
+    is_cache_verified: bool = False
     is_packed: bool = True
 
     def __post_init__(self):
@@ -108,8 +116,12 @@ def open_corpora(config: DataConfig, split: Split) -> list[Corpus]:
         InputError: as in make_loader.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    caches = [open_cache(source, tokenizer, config.cache_directory) for source in config.sources]
-    corpora = [select_split(cache, split, config.held_out_fraction) for cache in caches]
+    caches = []
+    for source in config.sources:
+        directory, is_verified = config.cache_directory, config.is_cache_verified
+        caches.append(open_cache(source, tokenizer, directory, is_verified=is_verified))
+    fraction, by = config.held_out_fraction, config.held_out_by
+    corpora = [select_split(cache, split, fraction, by) for cache in caches]
     sizes = [len(corpus.documents) for corpus in corpora]
     # Every source must have documents to train on; held-out documents of some sources are enough.
     is_enough = all(sizes) if split == "train" else any(sizes)
@@ -118,7 +130,7 @@ def open_corpora(config: DataConfig, split: Split) -> list[Corpus]:
             f"a fraction that leaves documents in the split {split!r}: "
             f"of each source it has {sizes}"
         )
-        raise InputError("DataConfig.held_out_fraction", config.held_out_fraction, expected)
+        raise InputError("DataConfig.held_out_fraction", fraction, expected)
     return corpora
 
 
@@ -138,20 +150,29 @@ def check_tokenizer(state: dict[str, Any], tokenizer: Tokenizer) -> None:
         raise InputError("TokenizerConfig", tokenizer.fingerprint, expected)
 
 
-def warn_of_trained_documents(state: dict[str, Any], held_out_fraction: float) -> None:
-    """Logs a warning if a training held out fewer documents than `held_out_fraction`.
+def warn_of_trained_documents(state: dict[str, Any], config: DataConfig) -> None:
+    """Logs a warning if a training did not hold out all documents that `config` holds out.
 
     Args:
         state: the state of the training's loader; one that names no fraction gives no warning.
-        held_out_fraction: 0 <= fraction < 1.
+        config: what is to be evaluated.
     """
-    trained = state.get("depends_on", {}).get("held_out_fraction", 1.0)
-    if held_out_fraction > trained:
+    facts = state.get("depends_on", {})
+    trained = facts.get("held_out_fraction", 1.0)
+    if config.held_out_fraction > trained:
         logger.warning(
             "DataConfig.held_out_fraction: %s is above the %s of the training, which may have "
             "seen some of these",
-            held_out_fraction,
+            config.held_out_fraction,
             trained,
+        )
+    trained_by = facts.get("held_out_by", EARLIER["held_out_by"])
+    if 0 < trained < 1 and config.held_out_by != trained_by:
+        logger.warning(
+            "DataConfig.held_out_by: %r is not the %r of the training, which may have seen some of "
+            "these",
+            config.held_out_by,
+            trained_by,
         )
 
 
@@ -187,14 +208,20 @@ class TrainLoader:
 
     def batch_at(self, n: int) -> Batch:
         """This host's rows of global batch `n`, numpy [b, T]."""
-        stream = n * self._config.batch_size + self._local_rows
-        sources = self._mixture.sources(stream)
-        positions = self._mixture.positions(stream)
+        sources = self.sources_at(n)
+        positions = self._mixture.positions(self._rows_at(n))
         rows = np.zeros_like(positions)
         for source in range(len(self._corpora)):
             chosen = sources == source
             rows[chosen] = self._shuffled(source, positions[chosen])
         return read_batch(self._corpora, sources, rows)
+
+    def sources_at(self, n: int) -> np.ndarray:
+        """The source of each of this host's rows of global batch `n`: int64 [b]."""
+        return self._mixture.sources(self._rows_at(n))
+
+    def _rows_at(self, n: int) -> np.ndarray:
+        return n * self._config.batch_size + self._local_rows
 
     def _shuffled(self, source: int, positions: np.ndarray) -> np.ndarray:
         """The rows of one source at `positions` of its endless sequence of shuffled epochs."""
@@ -221,33 +248,48 @@ class TrainLoader:
         """
         return {
             "batch": self._next,
-            "positions": self._served_before(self._next),
+            "positions": self.served_before(self._next),
             "depends_on": self._facts,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at `state`, whatever the number of hosts that wrote it.
 
+        With another batch size it goes on with the row after the last one that was served.
+
         Raises:
-            InputError: the state is of other data or of another configuration; names the field.
+            InputError: the state is of other data or of another configuration, or the rows served
+                are no whole number of batches of the new size; names the field.
         """
-        # The first states had neither format nor tokenizer.
-        defaults = {"format": 1, "tokenizer": self._facts["tokenizer"]}
+        defaults = EARLIER | {"tokenizer": self._facts["tokenizer"]}
+        if not self._config.held_out_fraction:
+            defaults["held_out_by"] = self._config.held_out_by  # nothing was, either way
         saved = defaults | state.get("depends_on", {})
         for name, value in self._facts.items():
-            if saved.get(name) != value:
+            is_number_of_rows = name == "batch_size" and name in saved
+            if saved.get(name) != value and not is_number_of_rows:
                 expected = f"{saved.get(name)!r}, with which the run was begun"
                 raise InputError(f"DataConfig.{name}", value, expected)
-        batch = state["batch"]
+        batch = self._batch_after(state["batch"] * saved["batch_size"])
         positions = state["positions"]
-        served = self._served_before(batch)
+        served = self.served_before(batch)
         if positions != served:
             expected = f"{served} before batch {batch}"
             raise InputError("data state positions", positions, expected)
         self._next = batch
         self._batches.set_state({"next_index": batch})
 
-    def _served_before(self, batch: int) -> list[int]:
+    def _batch_after(self, num_rows: int) -> int:
+        """The batch that begins with the row after the first `num_rows`."""
+        size = self._config.batch_size
+        batch, rest = divmod(num_rows, size)
+        if rest:
+            expected = f"rows served % batch_size == 0, here {num_rows} % {size} = {rest}"
+            raise InputError("DataConfig.batch_size", size, expected)
+        return batch
+
+    def served_before(self, batch: int) -> list[int]:
+        """How many rows each source serves before global batch `batch`."""
         return self._mixture.served(batch * self._config.batch_size)
 
 
@@ -259,7 +301,8 @@ class HeldOutLoader:
     Args: as in TrainLoader.
 
     Attributes:
-        num_bytes: UTF-8 bytes of the documents' text, over all hosts.
+        num_scored_bytes: UTF-8 bytes of the documents' text without the first token of each, which
+            is not predicted, over all hosts.
         num_tokens: tokens that are predicted in a pass (the sum of all weights), over all hosts.
     """
 
@@ -270,7 +313,7 @@ class HeldOutLoader:
         self._corpora = _corpora_rows(config, corpora)
         num_rows = [corpus.num_rows for corpus in self._corpora]
         self._first_rows = np.cumsum([0] + num_rows)  # the last is their total
-        self.num_bytes = sum(corpus.num_bytes for corpus in corpora)
+        self.num_scored_bytes = sum(corpus.num_scored_bytes for corpus in corpora)
         self.num_tokens = sum(corpus.num_tokens for corpus in corpora)
 
     def __len__(self) -> int:
@@ -330,6 +373,7 @@ def _facts(config: DataConfig, corpora: list[Corpus]) -> dict[str, Any]:
         "sequence_length": config.sequence_length,
         "batch_size": config.batch_size,
         "held_out_fraction": config.held_out_fraction,
+        "held_out_by": config.held_out_by,
         "seed": config.seed,
         "is_packed": config.is_packed,
         "format": FORMAT,

@@ -1,5 +1,6 @@
 """Where text comes from: each source yields its documents in the same order every time."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -34,17 +35,33 @@ class ChatDocument(NamedTuple):
     trained: tuple[tuple[int, int], ...]
 
 
-def num_bytes(document: Document | ChatDocument) -> int:
-    """Bytes of the text in UTF-8.
+def check_characters(parameter: str, given: str, text: str) -> None:
+    """Checks that a text has no half of a surrogate pair.
+
+    JSON can spell one, and a byte of the command line that is no UTF-8 becomes one.
 
     Raises:
-        InputError: the text has half a surrogate pair, as JSON can spell one.
+        InputError: it has one; names `parameter` and `given`.
     """
     try:
-        return len(document.text.encode())
+        text.encode()
     except UnicodeEncodeError as error:
         expected = f"text of whole characters ({error.reason})"
-        raise InputError("sources", document.key, expected) from error
+        raise InputError(parameter, given, expected) from error
+
+
+def read_documents(source: "Source") -> Iterator[Document | ChatDocument]:
+    """The documents of a source that have text, without the byte order mark that some begin with.
+
+    Raises:
+        InputError: as the source does, or a text has half a character.
+    """
+    for document in source.documents():
+        is_chat = isinstance(document, ChatDocument)  # whose spans count from its beginning
+        text = document.text if is_chat else document.text.removeprefix("\ufeff")
+        check_characters("sources", document.key, text)
+        if text:
+            yield document if is_chat else Document(document.key, text)
 
 
 @runtime_checkable
@@ -143,7 +160,8 @@ class JsonLinesSource:
         paths: files and folders.
         patterns: which files of a folder count.
         text_field: the field that holds the text.
-        key_field: the field that holds the document's key; without one the key is `file:line`.
+        key_field: the field that holds the document's key, another one in each row; without one the
+            key is `file:line`.
     """
 
     paths: tuple[str, ...]
@@ -209,15 +227,13 @@ class ParquetSource:
         return find_files("ParquetSource.paths", self.paths, self.patterns)
 
     def _rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        pyarrow = _import("pyarrow", "ParquetSource")
         parquet = _import("pyarrow.parquet", "ParquetSource")
         columns = _columns(self.text_column, self.key_column)
-        try:
-            file = parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid as error:
-            expected = f"a Parquet file ({error})"
-            raise InputError("ParquetSource.paths", str(path), expected) from error
-        with file:
+        expected = "a Parquet file that is whole"
+        with (
+            _library_errors("ParquetSource.paths", str(path), expected),
+            parquet.ParquetFile(path) as file,
+        ):
             _check_columns(f"ParquetSource: {path}", columns, file.schema_arrow.names)
             for batch in file.iter_batches(columns=columns):
                 yield from batch.to_pylist()
@@ -235,8 +251,8 @@ class HuggingFaceSource:
             call.
         split: the part of the dataset, where it has parts.
         text_column: the column that holds the text.
-        key_column: the column that holds the document's key; without one the key is the row's
-            number.
+        key_column: the column that holds the document's key, another one in each row; without one
+            the key is the row's number.
     """
 
     directory: str | None = None
@@ -254,10 +270,7 @@ class HuggingFaceSource:
             raise InputError("HuggingFaceSource", given, "exactly one of directory and name")
 
     def documents(self) -> Iterator[Document]:
-        columns = _columns(self.text_column, self.key_column)
-        dataset = self._load()
-        _check_columns("HuggingFaceSource", columns, dataset.column_names)
-        for number, row in enumerate(dataset.select_columns(columns)):
+        for number, row in enumerate(self._rows()):
             yield _document(
                 row,
                 label=f"HuggingFaceSource row {number}",
@@ -267,28 +280,53 @@ class HuggingFaceSource:
             )
 
     def version(self) -> list[Any]:
-        return [self._load()._fingerprint]
+        with self._errors():
+            return [self._load()._fingerprint]
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        columns = _columns(self.text_column, self.key_column)
+        with self._errors():
+            dataset = self._load()
+            _check_columns("HuggingFaceSource", columns, dataset.column_names)
+            yield from dataset.select_columns(columns)
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        given = self.directory if self.name is None else self.name
+        return _library_errors("HuggingFaceSource", given, "a dataset that can be read")
 
     def _load(self) -> Any:
         datasets = _import("datasets", "HuggingFaceSource")
-        try:
-            if self.directory is None:
-                return datasets.load_dataset(
-                    self.name,
-                    self.configuration,
-                    revision=self.revision,
-                    split=self.split,
-                )
-            found = datasets.load_from_disk(str(Path(self.directory).expanduser()))
-        except (FileNotFoundError, ConnectionError, ValueError) as error:
-            given = self.directory or self.name
-            raise InputError("HuggingFaceSource", given, f"a dataset ({error})") from error
+        if self.directory is None:
+            return datasets.load_dataset(
+                self.name,
+                self.configuration,
+                revision=self.revision,
+                split=self.split,
+            )
+        found = datasets.load_from_disk(str(Path(self.directory).expanduser()))
         if not isinstance(found, datasets.DatasetDict):
             return found
         if self.split not in found:
             expected = f"one of {', '.join(found)}"
             raise InputError("HuggingFaceSource.split", self.split, expected)
         return found[self.split]
+
+
+@contextlib.contextmanager
+def _library_errors(parameter: str, given: str, expected: str) -> Iterator[None]:
+    """Turns what a library raises while it reads a damaged file into InputError.
+
+    That may be anything: its own errors, OSError without a number, KeyError, UnicodeDecodeError.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = error.__cause__ or error  # datasets says why in the cause alone
+        raise InputError(
+            parameter, given, f"{expected} ({type(reason).__name__}: {reason})"
+        ) from error
 
 
 def _columns(text_column: str, key_column: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which documents are held out: a hash of the key decides, not order, machine or seed."""
+"""Which documents are held out: a hash of the text decides, not file, order, machine or seed."""
 
 import hashlib
 from collections.abc import Iterable
@@ -9,13 +9,14 @@ import numpy as np
 from jaxscale.types import InputError
 
 Split = Literal["train", "held_out"]
+HeldOutBy = Literal["text", "key"]
 HASH_BITS = 64
 
 
-def hash_key(key: str) -> int:
-    """The first 64 bits of the key's BLAKE2b hash."""
+def hash_text(text: str) -> int:
+    """The first 64 bits of the BLAKE2b hash of a document's text or key."""
     # The keys of files whose names are not UTF-8 contain surrogates, which encode() refuses.
-    encoded = key.encode(errors="surrogatepass")
+    encoded = text.encode(errors="surrogatepass")
     digest = hashlib.blake2b(encoded, digest_size=HASH_BITS // 8).digest()
     return int.from_bytes(digest, "little")
 
@@ -24,7 +25,7 @@ def is_held_out(hashes: Iterable[int], held_out_fraction: float) -> np.ndarray:
     """Whether documents are held out; about the fraction `held_out_fraction` of them is.
 
     Args:
-        hashes: uint64 [n], the hash_key of each document.
+        hashes: uint64 [n], the hash_text of each document.
         held_out_fraction: 0 <= fraction < 1.
 
     Returns:

@@ -31,8 +31,8 @@ def ngram_figures(config: DataConfig) -> NgramFigures:
     """Fit both models on the training split of `config` and measure them on the held-out split.
 
     The bigram is charged for the tokens that a language model is charged for in the same split:
-    all but the first of each document, including the one that ends it. Both models' bits are
-    divided by all bytes of the text.
+    all but the first of each document, including the one that ends it. Its bits are divided by the
+    bytes of the text after the first token, and those of the unigram by all bytes.
 
     Raises:
         InputError: as in make_loader.
@@ -45,12 +45,12 @@ def ngram_figures(config: DataConfig) -> NgramFigures:
     context, successor = pairs(held_out)
     log_probabilities = np.log2(bigram.probability(context, successor))
     num_bits = -float(log_probabilities.sum())
-    num_bytes = sum(corpus.num_bytes for corpus in held_out)
+    num_scored_bytes = sum(corpus.num_scored_bytes for corpus in held_out)
     train_bytes = byte_counts(train, tokenizer)
     held_out_bytes = byte_counts(held_out, tokenizer)
     return NgramFigures(
         byte_unigram=byte_unigram_bits(train_bytes, held_out_bytes),
-        token_bigram=num_bits / num_bytes,
+        token_bigram=num_bits / num_scored_bytes,
     )
 
 

@@ -26,8 +26,9 @@ from jaxscale.types import Batch, InputError, check_positive, check_types
 class BitsPerByte:
     """Evaluator that goes once over the held-out documents.
 
-    A document's first token is given and the one that ends it is predicted; bytes are those of the
-    documents' text, so that models with different tokenizers can be compared.
+    A document's first token is given and the one that ends it is predicted. Bytes are those of the
+    text after the first token, so that models whose tokenizers give away more or less of a document
+    can be compared. What it costs to predict the end is spread over them.
 
     Source: bits per byte, Gao et al. 2020 (arXiv 2101.00027), section 3.1.
     Args:
@@ -54,11 +55,15 @@ class BitsPerByte:
         """Opens the held-out documents, for the first time.
 
         Raises:
-            InputError: the tokenizer knows more tokens than the model, or there are no held-out
-                documents.
+            InputError: the tokenizer knows more tokens than the model, there are no held-out
+                documents, or each of them is a single token.
         """
         check_vocabulary(load_tokenizer(self.data.tokenizer), context.model.vocab_size)
-        _open(self.data, *batch_share(context.mesh))
+        loader = _open(self.data, *batch_share(context.mesh))
+        if not loader.num_scored_bytes:
+            expected = "held-out documents with more than one token: no byte of these is predicted"
+            fraction = self.data.held_out_fraction
+            raise InputError("DataConfig.held_out_fraction", fraction, expected)
 
     def __call__(self, context: EvaluationContext) -> dict[str, float]:
         """Returns `loss` (nats a token), `perplexity` and `bits_per_byte`."""
@@ -70,7 +75,7 @@ class BitsPerByte:
             )
             nll, weight = nll + float(metrics["nll"]), weight + float(batch_weight)
         loss = nll / max(weight, 1.0)
-        tokens_per_byte = loader.num_tokens / loader.num_bytes
+        tokens_per_byte = loader.num_tokens / loader.num_scored_bytes
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),  # beyond is no float

@@ -1,6 +1,7 @@
 """What a run came to: its loss curve, and how it compares with counting baselines."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,13 @@ def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> 
     history = read_history(directory / "metrics.jsonl")
     ngrams = ngram_figures(data)
     bits = _last(history, "held_out/bits_per_byte")
+    bits = math.nan if bits is None else bits
     shares = []
     for load in _last(history, "load"):
         shares += [count / sum(load) for count in load]
     gain = 1 - bits / ngrams.token_bigram
     text = _comparison(bits, gain, ngrams, shares)
-    if gain < margin or min(shares) == 0:
+    if not gain >= margin or min(shares) == 0:  # so that NaN fails too
         expected = f"at least {margin:.0%} below the bigram and every expert used"
         raise RunError(f"expected {expected}:\n{text}")
     return text
@@ -141,8 +143,9 @@ def plot_losses(
 
 
 def _curve(history: Lines, key: str) -> np.ndarray:
-    """[n, 2]: step and figure of each line that has the figure."""
-    return np.array([(line["step"], line[key]) for line in history if key in line])
+    """[n, 2]: step and figure of each line that has the figure, NaN where it is null."""
+    points = [(line["step"], line[key]) for line in history if key in line]
+    return np.array(points, float)
 
 
 def _plot_training(axes: Axes, curve: np.ndarray) -> None:
@@ -155,10 +158,16 @@ def _plot_training(axes: Axes, curve: np.ndarray) -> None:
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
     """The mean of each value and those before it, at most SMOOTHING_STEPS together."""
+    finite = np.isfinite(values)
+    sums, counts = _running_sums(np.where(finite, values, 0)), _running_sums(finite)
+    return sums / np.where(counts, counts, np.nan)
+
+
+def _running_sums(values: np.ndarray) -> np.ndarray:
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     begins = np.maximum(ends - SMOOTHING_STEPS, 0)
-    return (sums[ends] - sums[begins]) / (ends - begins)
+    return sums[ends] - sums[begins]
 
 
 def plot_experts(history: Lines, path: Path) -> None:

@@ -1,7 +1,10 @@
 """What must be set before JAX first touches a device: platform, devices, flags, processes."""
 
 import dataclasses
+import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +17,8 @@ from jaxscale.launch.processes import (
 )
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
+XLA_BRIDGE = "jax._src.xla_bridge"  # the name of JAX's logger of platforms and plugins
+MAX_CPU_DEVICES = 1024
 DEFAULT_WATCHDOG_S = 300  # where several processes wait for one another
 
 
@@ -27,8 +32,7 @@ class RuntimeConfig:
         is_deterministic: same bits from the same run on a GPU: deterministic operations, and the
             autotuner's choices kept in the run's directory, which all processes share, and used
             again on resume.
-        xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false"; at one that it
-            does not know, XLA itself ends the process.
+        xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false".
         processes: how the run's processes find one another; None for a run of one process.
         watchdog_timeout_s: a step that takes longer ends the process, see `launch.watchdog`; a
             process that is dead or frozen ends the others within twice that, whatever they do.
@@ -48,6 +52,9 @@ class RuntimeConfig:
         check_choice("RuntimeConfig.platform", self.platform, (None, "cpu", "cuda", "tpu"))
         if self.num_cpu_devices is not None:
             check_positive("RuntimeConfig.num_cpu_devices", self.num_cpu_devices)
+            if self.num_cpu_devices > MAX_CPU_DEVICES:
+                expected = f"at most {MAX_CPU_DEVICES}: each has threads of its own"
+                raise InputError("RuntimeConfig.num_cpu_devices", self.num_cpu_devices, expected)
         for flag in self.xla_flags:
             if not flag.startswith("--xla_"):
                 raise InputError("RuntimeConfig.xla_flags", flag, "flags that begin with --xla_")
@@ -70,7 +77,8 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
             flags than the configuration asks for, or a launcher's variable is missing.
         RunError: this process could not join the others.
     """
-    _set_flags("RuntimeConfig.xla_flags", config.xla_flags)
+    logging.getLogger(XLA_BRIDGE).addFilter(_without_traceback)
+    _set_flags("RuntimeConfig.xla_flags", config.xla_flags, by_user=True)
     if config.platform is not None:
         jax.config.update("jax_platforms", config.platform)
     if config.num_cpu_devices is not None:
@@ -102,13 +110,34 @@ def _autotune_flags(directory: str) -> tuple[str, ...]:
     return (f"--xla_gpu_dump_autotune_results_to={saved}",) if process_index() == 0 else ()
 
 
-def _set_flags(parameter: str, flags: tuple[str, ...]) -> None:
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """One line in place of the traceback that JAX logs of a GPU plugin that cannot start."""
+    if record.exc_info and "plugin configuration error" in record.getMessage():
+        reason = str(record.exc_info[1]).partition("\n")[0]
+        record.msg, record.args = f"{record.getMessage()} {reason}", ()
+        record.exc_info = None
+    return True
+
+
+def _check_flags(flags: list[str]) -> None:
+    """Raises InputError for a flag that XLA does not know, at which it would end this process."""
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    program = [sys.executable, "-c", "import jax; jax.devices()"]
+    tried = subprocess.run(program, env=environment, capture_output=True, text=True)
+    if tried.returncode:
+        reason = tried.stderr.strip().splitlines()[-1].rpartition("] ")[2]
+        raise InputError("RuntimeConfig.xla_flags", flags, f"flags of this XLA ({reason})")
+
+
+def _set_flags(parameter: str, flags: tuple[str, ...], *, by_user: bool = False) -> None:
     """Adds flags to those of the environment; XLA reads them once, when it starts."""
     present = os.environ.get("XLA_FLAGS", "").split()
     missing = [flag for flag in flags if flag not in present]
     if missing and _has_started():
         expected = f"a process of its own: this one has started, without {' '.join(missing)}"
         raise InputError(parameter, flags, expected)
+    if missing and by_user:
+        _check_flags(missing)
     os.environ["XLA_FLAGS"] = " ".join(present + missing)
 
 

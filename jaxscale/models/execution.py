@@ -115,7 +115,8 @@ class ByChunk:
         def join(x: Array) -> Array:
             return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
-        once = jax.checkpoint(f, prevent_cse=False)
+        policy = jax.checkpoint_policies.save_only_these_names(ROUTER)
+        once = jax.checkpoint(f, policy=policy, prevent_cse=False)
         return jax.tree.map(join, lax.map(once, jax.tree.map(split, arrays)))
 
 
@@ -150,6 +151,10 @@ class ExecutionConfig:
         check_choice("ExecutionConfig.remat", self.remat, ("none", "full", "dots", "names"))
         check_choice("ExecutionConfig.attention", self.attention, (None, *BACKENDS))
         check_positive("ExecutionConfig.num_loss_chunks", self.num_loss_chunks)
+        if isinstance(self.strategy, type):
+            name = self.strategy.__name__
+            expected = f"a strategy: @{name}() with brackets builds it"
+            raise InputError("ExecutionConfig.strategy", self.strategy, expected)
         for field in ("saved_names", "offloaded_names"):
             for name in getattr(self, field):
                 check_choice(f"ExecutionConfig.{field}", name, NAMES)

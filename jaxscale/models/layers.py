@@ -21,7 +21,7 @@ from jaxscale.ops.linear import linear, linear_heads
 from jaxscale.ops.norm import layer_norm, residual_norm, rms_norm
 from jaxscale.ops.precision import accumulator
 from jaxscale.ops.rotary import rotate
-from jaxscale.types import Array, Params
+from jaxscale.types import Array, InputError, Params
 
 
 def normalise(
@@ -160,6 +160,7 @@ class Layer:
     ) -> tuple[Array, Any]:
         """The only step in which tokens meet: ([B, T, N, H], cache)."""
         config = self.config.attention
+        self._check_layout(q.shape[2])
         context = dataclasses.replace(
             context,
             window=config.window,
@@ -169,6 +170,22 @@ class Layer:
         )
         o, cache = self.operations.backends.attention(q, k, v, context, cache)
         return self._name("attention", o), cache
+
+    def _check_layout(self, num_local: int) -> None:
+        """Raises InputError unless local heads have the layout of blocks of the model's heads.
+
+        A head's blocks depend on its number modulo the stride.
+        """
+        config = self.config.attention
+        if config.layout is None or num_local == config.num_heads:
+            return
+        stride = config.layout.stride
+        if rest := num_local % stride:
+            expected = (
+                f"num_heads % (tensor * stride) == 0 for a layout of blocks of stride {stride}, "
+                f"but of the {num_local} heads of a member {rest} are left over"
+            )
+            raise InputError("MeshConfig.tensor", config.num_heads // num_local, expected)
 
     def output(self, o: Array) -> Array:
         """Output projection of [B, T, N, H]; on a mesh partial sums of [B, T, D]."""

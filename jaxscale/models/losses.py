@@ -42,6 +42,11 @@ class NextTokenLoss:
     z_loss: float = 0.0
     embedding_noise: float = 0.0
 
+    def __post_init__(self):
+        if not self.model.is_causal:
+            expected = "True for the next token's loss: else a token sees its own label"
+            raise InputError("ModelConfig.is_causal", False, expected)
+
     def decoder(self, operations: Operations) -> Decoder:
         """The model, bound to what a mesh injects."""
         return Decoder(self.model, operations, self.policy, self.execution)
@@ -58,8 +63,9 @@ class NextTokenLoss:
 
         Args:
             params: the parameter tree.
-            batch: tokens, labels, weights, positions and optionally segments, [B, T], and in
-                training `token_keys`, see `ops.draws.with_token_keys`; without them nothing is
+            batch: tokens, labels, weights, positions and optionally segments, [B, T]; a label
+                outside the vocabulary, such as -100, does not count, whatever its weight. In
+                training also `token_keys`, see `ops.draws.with_token_keys`; without them nothing is
                 drawn.
             key: unused: what this loss draws comes from the batch's `token_keys`.
             operations: what the mesh injects.
@@ -160,7 +166,10 @@ class NextTokenLoss:
             weights: Array,
         ) -> tuple[Array, Array, Array]:
             nll, normaliser = token_loss(h, head, labels, self.model.logit_softcap)
-            weights = operations.collectives.own_tokens(weights)
+            own_tokens = operations.collectives.own_tokens
+            own_labels = own_tokens(labels)
+            is_known = (own_labels >= 0) & (own_labels < self.model.vocab_size)
+            weights = jnp.where(is_known, own_tokens(weights), 0)
             nll, z = (nll * weights).sum(), (normaliser**2 * weights).sum()
             return nll + self.z_loss * z, nll, weights.sum()
 
@@ -192,13 +201,16 @@ def token_log_probabilities(
     collectives, backends = decoder.operations.collectives, decoder.operations.backends
     num_chunks = decoder.execution.num_loss_chunks
     head = decoder.head(params)
+    # A diagnosis counts in the tensors that are named, and cannot take a count out of a loop.
+    unnamed = dataclasses.replace(backends, name=lambda path, x: x)
+    inner = dataclasses.replace(decoder, operations=Operations(collectives, unnamed))
 
     # Own tokens are cut and each chunk of them is gathered, so that what comes back are the same
     # own tokens. Cut after gathering, a chunk's own tokens would be other ones.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(chunk: tuple[Array, Array]) -> Array:
         x, own_labels = chunk
-        h = decoder.hidden(params, x)
+        h = inner.hidden(params, x)
         labels = collectives.gather_tokens(own_labels[..., None])[..., 0]
         nll, _ = backends.token_loss(h, head, labels, decoder.config.logit_softcap)
         return -nll
@@ -226,8 +238,7 @@ def sum_by_group(
     """Sums of the own tokens' values over groups of tokens, such as rows or documents.
 
     On a mesh all devices that have tokens of the same rows return the same sums. A loss of such
-    sums
-    must count on one of them: multiply it by `collectives.is_counted()`.
+    sums must count on one of them: multiply it by `collectives.is_counted()`.
 
     Args:
         values: [B, own T].

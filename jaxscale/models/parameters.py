@@ -25,6 +25,8 @@ from jaxscale.types import Params, Role
 
 Table = dict[str, Any]
 
+SMALL_ROLES = (Role.NORM, Role.BIAS, Role.ROUTER, Role.LOGIT_BIAS)
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -37,6 +39,8 @@ class Parameter:
         std: standard deviation of the normal it starts from; 0 starts it at `mean`.
         mean: of the first values.
         learning_rate_factor: by which the optimizer's learning rate is multiplied.
+        active: share of its elements that one token multiplies with: less than 1 for experts, 0 for
+            a look-up.
     """
 
     dims: str
@@ -45,6 +49,7 @@ class Parameter:
     std: float = 0.0
     mean: float = 0.0
     learning_rate_factor: float = 1.0
+    active: float = 1.0
 
     @property
     def is_stacked(self) -> bool:
@@ -55,9 +60,12 @@ class Parameter:
 def parameter_table(config: ModelConfig) -> Table:
     """Nested dict of Parameter, in the shape of the parameter tree."""
     build = _Builder(config)
-    table: Table = {"embedding": {"tokens": build("VD", Role.EMBEDDING, config.init_std)}}
+    # An embedding that is also the unembedding is multiplied with.
+    tokens = build("VD", Role.EMBEDDING, config.init_std, active=float(config.is_tied))
+    table: Table = {"embedding": {"tokens": tokens}}
     if config.use_learned_positions:
-        table["embedding"]["positions"] = build("UD", Role.POSITIONS, config.init_std)
+        positions = build("UD", Role.POSITIONS, config.init_std, active=0.0)
+        table["embedding"]["positions"] = positions
     if config.prefix:
         table["prefix"] = {
             str(i): build.layer(layer, stack="") for i, layer in enumerate(config.prefix)
@@ -89,10 +97,17 @@ class _Builder:
         }
 
     def __call__(
-        self, dims: str, role: Role, std: float = 0.0, mean: float = 0.0, **sizes: int
+        self,
+        dims: str,
+        role: Role,
+        std: float = 0.0,
+        mean: float = 0.0,
+        active: float = 1.0,
+        **sizes: int,
     ) -> Parameter:
         sizes = self.sizes | sizes
-        return Parameter(dims, tuple(sizes[letter] for letter in dims), role, std, mean)
+        shape = tuple(sizes[letter] for letter in dims)
+        return Parameter(dims, shape, role, std, mean, active=active)
 
     def norm(self, stack: str, dims: str = "D", **sizes: int) -> Table:
         mean = 1.0 - self.config.norm.scale_offset
@@ -145,11 +160,10 @@ class _Builder:
 
     def experts(self, config: ExpertsConfig, stack: str) -> Table:
         sizes, std = {"E": config.num_experts, "F": config.dim}, self.config.init_std
-        matrices = {
-            name: self(stack + "EDF", Role.EXPERT, std, **sizes)
-            for name in (("gate", "up") if config.is_gated else ("up",))
-        }
-        matrices["down"] = self(stack + "EFD", Role.EXPERT, self.output_std(), **sizes)
+        names = ("gate", "up") if config.is_gated else ("up",)
+        of_expert = {"active": config.num_active / config.num_experts, **sizes}
+        matrices = {name: self(stack + "EDF", Role.EXPERT, std, **of_expert) for name in names}
+        matrices["down"] = self(stack + "EFD", Role.EXPERT, self.output_std(), **of_expert)
         out = {"router": self(stack + "DE", Role.ROUTER, std, **sizes), "experts": matrices}
         if config.has_output_scale:
             out["omega"] = self(stack + "D", Role.NORM, mean=1.0)
@@ -189,9 +203,19 @@ def in_order_of_use(table: Table, path: str = "") -> Iterator[tuple[str, Paramet
             yield from in_order_of_use(entry, f"{path}{name}{tree.SEPARATOR}")
 
 
+def stored_type(parameter: Parameter, dtype: str) -> jnp.dtype:
+    """The type in which a parameter is stored where matrices are stored in `dtype`.
+
+    Norms, biases and routers are kept in at least float32. They are few, and in bfloat16 the steps
+    next to a scale of 1 are 2^-7, in which an update of 3e-4 is lost.
+    """
+    dtype = jnp.dtype(dtype)
+    return jnp.promote_types(dtype, jnp.float32) if parameter.role in SMALL_ROLES else dtype
+
+
 def abstract_params(table: Table, dtype: str) -> Params:
-    """The parameter tree as shapes, nothing allocated."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), table)
+    """The parameter tree as shapes, nothing allocated; its matrices are of `dtype`."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, stored_type(p, dtype)), table)
 
 
 def init_params(
@@ -204,40 +228,28 @@ def init_params(
     Args:
         table: of the model.
         key: typed PRNG key; each leaf's own key comes of it and of the leaf's path.
-        dtype: parameter type.
+        dtype: type of the matrices, see `stored_type`.
     Returns:
         Nested dict of arrays.
     """
 
     def draw(path: Any, parameter: Parameter) -> jax.Array:
+        stored = stored_type(parameter, dtype)
         if not parameter.std:
-            return jnp.full(parameter.shape, parameter.mean, dtype)
+            return jnp.full(parameter.shape, parameter.mean, stored)
         number = zlib.crc32(jax.tree_util.keystr(path).encode())
         leaf_key = jax.random.fold_in(key, number)
-        return (parameter.std * jax.random.normal(leaf_key, parameter.shape)).astype(dtype)
+        return (parameter.std * jax.random.normal(leaf_key, parameter.shape)).astype(stored)
 
     return jax.tree_util.tree_map_with_path(draw, table)
 
 
-def count_parameters(config: ModelConfig) -> tuple[int, int]:
+def count_parameters(table: Table) -> tuple[int, int]:
     """(total, active): active leaves out look-up tables and the experts a token does not visit.
 
     The embedding counts as active only where it is also the unembedding.
     """
-    total = active = 0
-    shares = {
-        layer.feed_forward.num_experts: layer.feed_forward.num_active
-        for layer in config.pattern
-        if layer.is_moe
-    }
-    for _, parameter in in_order_of_use(parameter_table(config)):
-        size = math.prod(parameter.shape)
-        total += size
-        if parameter.role == Role.EXPERT:
-            num_experts = parameter.shape[parameter.dims.index("E")]
-            active += size * shares[num_experts] // num_experts
-        elif parameter.role == Role.EMBEDDING:
-            active += size if config.is_tied else 0
-        elif parameter.role != Role.POSITIONS:
-            active += size
-    return total, active
+    entries = [entry for _, entry in in_order_of_use(table)]
+    sizes = [math.prod(entry.shape) for entry in entries]
+    active = [round(size * entry.active) for size, entry in zip(sizes, entries, strict=True)]
+    return sum(sizes), sum(active)

@@ -1,9 +1,11 @@
 """SparseMixer: experts drawn from a masked softmax, and the router's gradient through the draw.
 
-For h = p_D E_D(x) of the drawn expert D the layer returns c h. c is 1 or a smaller number, which is
-drawn too. The loss's slope at c h, times dh/dz, is in expectation a quadrature of f(h) - f(0), what
-the draw contributes to the loss. c says where f is differentiated and belongs to the forward; how
-much of that counts belongs to the backward (`Estimator.slope`).
+A router with logits z draws expert D, whose weighted output is h = p_D E_D(x). The layer returns
+c h, where c is 1 or a smaller number, which is drawn too. Let f be the loss as a function of the
+layer's output. What the draw adds to the loss is f(h) - f(0), the integral of f' from 0 to h. The
+backward has f' at c h alone, so c is the point of a quadrature: in expectation, f'(c h) h times a
+weight approximates that integral. The forward chooses the point c, and the backward the weight
+(`Estimator.slope`).
 
 Source: Liu et al. 2023 (arXiv 2310.00811); Liu et al. 2024 (arXiv 2409.12136), section 2 and its
     appendix A.

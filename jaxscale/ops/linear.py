@@ -33,5 +33,8 @@ def linear_heads(x: Array, weights: Sequence[Array]) -> list[Array]:
     Returns:
         [B, T, heads, H] each.
     """
-    heads = linear("btd,dnh->btnh", x, jnp.concatenate(weights, 1))
-    return lax.split(heads, [w.shape[1] for w in weights], axis=2)
+    width, head_dim = x.shape[-1], weights[0].shape[-1]
+    flat = [w.reshape(width, -1) for w in weights]
+    y = linear("btd,df->btf", x, jnp.concatenate(flat, 1))
+    outputs = lax.split(y, [w.shape[1] for w in flat], axis=2)
+    return [y.reshape(*y.shape[:2], -1, head_dim) for y in outputs]

@@ -70,9 +70,10 @@ def residual_norm(
 ) -> tuple[Array, Array]:
     """(x, rms_norm(x)): a residual and its norm, whose gradients of `x` are added in one pass.
 
-    For that the residual must go on from the first part of the result. On Hopper GPUs the backward
-    is a kernel where that takes such rows, and says so in the log: it is differentiable once, and
-    on several devices runs in a manual region only. Elsewhere the backward is that of `rms_norm`.
+    The caller must go on with the residual that is returned, or its gradient misses the sum. On a
+    Hopper GPU the backward is a kernel if the kernel takes rows of this size and type, and the log
+    says so. The kernel is differentiable once, and on several devices it runs in a manual region
+    only. Elsewhere the backward is that of `rms_norm`.
 
     Args:
         x, scale, epsilon: as for `rms_norm`.

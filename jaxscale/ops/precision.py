@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxscale.types import Array, InputError, check_choice, check_types
 
 FLOAT_TYPES = ("float64", "float32", "bfloat16", "float16")
+# In float16 the square of a gradient below 2e-4 is 0, and Adam then divides by epsilon alone.
+OPTIMIZED_TYPES = ("float64", "float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +18,11 @@ class Policy:
     """Names of the floating-point types of a run.
 
     Args:
-        parameters: type of the stored (master) parameters and of the optimizer state.
+        parameters: type of the stored (master) parameters and of the optimizer state; norms, biases
+            and routers, which are few, are stored in at least float32. Not float16.
         compute: type of activations, and of the parameters as matmuls see them.
         reduction: type in which gradients are accumulated over micro-batches and summed over
-            devices.
+            devices. Not float16.
         output: type of logits returned to a caller (the loss always works in at least float32).
     Raises:
         InputError: a type is unknown, or float64 while JAX computes in float32 instead.
@@ -35,7 +38,8 @@ class Policy:
         for field in dataclasses.fields(self):
             name = f"Policy.{field.name}"
             value = getattr(self, field.name)
-            check_choice(name, value, FLOAT_TYPES)
+            is_optimized = field.name in ("parameters", "reduction")
+            check_choice(name, value, OPTIMIZED_TYPES if is_optimized else FLOAT_TYPES)
             if jax.dtypes.canonicalize_dtype(value) != value:
                 raise InputError(name, value, "JAX_ENABLE_X64=1 in the environment with it")
 

@@ -187,7 +187,7 @@ class RotaryConfig:
     """Rotary positions of queries and keys.
 
     Args:
-        theta: base of the frequencies.
+        theta: base of the frequencies, above 1.
         fraction: share of the head dim that is rotated, its first elements; the rest has no
             position (partial rotary, as in GPT-NeoX and Phi-2).
         scaling: how the frequencies are stretched for a longer context; None for not at all.
@@ -199,7 +199,9 @@ class RotaryConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_positive("RotaryConfig.theta", self.theta)
+        if not self.theta > 1:
+            expected = "above 1, so that each pair rotates more slowly than the one before it"
+            raise InputError("RotaryConfig.theta", self.theta, expected)
         if not 0 < self.fraction <= 1:
             raise InputError("RotaryConfig.fraction", self.fraction, "0 < fraction <= 1")
 

@@ -29,9 +29,9 @@ class MeshConfig:
         zero: what is sharded over `zero_axes` (arXiv 1910.02054, section 5): 0 nothing, 1 the
             optimizer state, 2 also the gradients, 3 also the parameters. Gradients add up unsharded
             over the micro-batches and are sharded once, at the end of the step; under 3 those of
-            each micro-batch are sharded. A layer without rematerialisation keeps its gathered
-            parameters for the backward: under 3 it then takes the memory of all of them in the
-            compute type, and gathers once.
+            each micro-batch are sharded. Under 3 without rematerialisation every layer keeps its
+            gathered parameters for the backward: they are gathered once, and take the memory of the
+            whole model in the compute type.
         zero_axes: ("data",) or ("data", "sequence"): both hold replicas of the parameters.
         ring: of the `sequence` shares, rings of so many pass keys round (arXiv 2310.01889); the
             sequence / ring members of a group exchange heads (arXiv 2309.14509).
@@ -44,6 +44,8 @@ class MeshConfig:
         expert_exchange: "dense", worst-case buffers; "ragged", only the rows there are (GPU).
         is_optimizer_on_host: the optimizer's moments rest in host memory between updates. A step
             moves them to the device and back, an eighth or one parameter's at a time.
+        is_elastic: a training that finds fewer devices than the axes ask for goes on with fewer
+            data ranks and more micro-batches, see `parallel.elastic`.
     """
 
     pipeline: int = 1
@@ -60,6 +62,7 @@ class MeshConfig:
     expert_axis: str = EXPERT
     expert_exchange: str = "dense"
     is_optimizer_on_host: bool = False
+    is_elastic: bool = False
 
     def __post_init__(self):
         check_types(self)

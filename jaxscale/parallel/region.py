@@ -1,4 +1,8 @@
-"""The one manual region: loss and gradient of a micro-batched batch, every collective ours."""
+"""The manual region, where every collective is ours: a model's gradient, evaluation and forward.
+
+Its `shard_map` does not check which values vary over which axes (`check_vma=False`): the transposes
+of our collectives say it, and kernels inside the region could not.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +28,7 @@ from jaxscale.parallel.mesh import (
     MeshConfig,
 )
 from jaxscale.parallel.pipeline.engine import Pipeline
-from jaxscale.parallel.pipeline.loss import StagedLoss
+from jaxscale.parallel.pipeline.loss import StagedLoss, check_staged
 from jaxscale.parallel.pipeline.schedule import Schedule
 from jaxscale.parallel.rules import Specs
 from jaxscale.parallel.sequence.layout import Contiguous, TokenLayout
@@ -75,6 +79,7 @@ def make_operations(
         attention=attention,
         experts=make_experts(config),
         embed=tensor.embed,
+        logits=tensor.refuse_logits,
         token_loss=tensor.token_loss,
     )
     return Operations(collectives, backends)
@@ -88,7 +93,8 @@ def make_serving_operations(
 ) -> Operations:
     """The operations that a mesh injects for decoding, where nothing is differentiated.
 
-    A step has few tokens, so that the residual is replicated over the tensor group.
+    A step has few tokens, so that the residual is replicated over the tensor group. Rows are
+    replicated too: every device has all of them.
 
     Args:
         config: the mesh.
@@ -225,7 +231,10 @@ class Region:
         )
 
     def _begin(self, params: Any, batch: Batch) -> tuple[Any, Batch]:
-        """Once a step: gathers what stages share, and lays the tokens out."""
+        """Once a step: gathers what is outside the stack, and lays the tokens out.
+
+        Of the parameters outside the stack each pipeline stage stores a share.
+        """
         return hold(params, self.specs), self.token_layout.place(batch)
 
     def _pipeline(
@@ -234,6 +243,7 @@ class Region:
         params: Any,
         microbatches: Batch,
     ) -> Pipeline:
+        check_staged(loss_fn)
         params = {**params, "layers": loss_fn.prepare(params["layers"])}
         trained = tree.select(params, self.trainable)
 

@@ -65,7 +65,7 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
     """Applies the rules to a parameter table.
 
     Args:
-        table: tree whose leaves have `dims` (letters) and `shape`.
+        table: tree whose leaves have `dims` (letters), `shape`, `role` and `is_stacked`.
         config: the mesh.
     Raises:
         InputError: a sharded dim does not divide its axis, with the equation.
@@ -73,12 +73,13 @@ def make_specs(table: Any, config: MeshConfig) -> Specs:
     flat = tree.flatten(table)
     for path, entry in flat.items():
         _check_divides(path, entry, config)
-    stacked = (entry for entry in flat.values() if _is_in_a_layer(entry))
+    stacked = (entry for entry in flat.values() if entry.is_stacked)
     # A model without a stack of layers has nothing for the stages of a pipeline to share.
     num_periods = next((entry.shape[0] for entry in stacked), 1)
     layout = StageLayout(num_periods, config.pipeline, config.num_chunks, config.stage_periods)
-    # ZeRO-3 gathers layers one by one, so each device must have a share of each layer. A padded
-    # stack is longer than its dim in the table, by which shares are counted.
+    # Whether ZeRO may give each device whole layers instead of a share of every layer. Not under
+    # ZeRO-3, which gathers one layer at a time from all devices. Not where a pipeline pads the
+    # stack: then it has more rows than the table says, by whose sizes shares are counted.
     shards_layers = config.zero < 3 and layout.is_identity
 
     def zero_spec(entry: Any, spec: PartitionSpec) -> PartitionSpec:
@@ -146,10 +147,6 @@ def all_axes_of(spec: PartitionSpec) -> set[str]:
     return {axis for entry in spec for axis in axes_of(entry)}
 
 
-def _is_in_a_layer(entry: Any) -> bool:
-    return entry.dims.startswith("L")
-
-
 def _model_axes(entry: Any, config: MeshConfig) -> list[str | None]:
     """The axis of each dim before ZeRO."""
     axes = [AXIS_OF_DIM.get(letter) for letter in entry.dims]
@@ -199,7 +196,7 @@ def _stage_spec(
     config: MeshConfig,
 ) -> PartitionSpec:
     """Shards a parameter that is in no layer over the stages, each of which stores a share."""
-    if config.pipeline == 1 or _is_in_a_layer(entry):
+    if config.pipeline == 1 or entry.is_stacked:
         return spec
     return _shard(
         entry,

@@ -10,8 +10,8 @@ every member goes on with would have a wrong gradient. In a group of one device 
 the exchange has kept it from fusing a matmul with the addition that follows.
 
 In serving a step has so few tokens that every member of the tensor group holds the whole residual,
-and nothing is differentiated. `replicated_input`, `sum_partial`, `embed_replicated` and `logits`
-are the collectives of that layout.
+and nothing is differentiated. `sum_partial`, `embed_replicated` and `logits` are the collectives of
+that layout.
 
 Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv
     2205.05198), section 4.2.2.
@@ -254,6 +254,22 @@ def kv_heads(weights: Array, axis: int, num_kv_heads: int) -> Array:
     return lax.dynamic_slice_in_dim(weights, first, 1, axis)
 
 
+def refuse_logits(h: Array, head: Array | Head, softcap: float | None = None) -> Array:
+    """`ops.loss.unembed` in training, where only one device has all rows of the unembedding.
+
+    Raises:
+        InputError: the tensor group has several members.
+    """
+    num_members = lax.axis_size(TENSOR)
+    if num_members > 1:
+        expected = (
+            "1 for a loss that takes all logits; `Backends.token_loss` and "
+            "`models.losses.token_log_probabilities` run over a vocabulary in shares"
+        )
+        raise InputError("MeshConfig.tensor", num_members, expected)
+    return loss.unembed(h, head, softcap)
+
+
 def sum_over_heads(x: Array) -> Array:
     """Sum over the heads that the group's members have.
 
@@ -286,11 +302,6 @@ def sum_over_tokens(x: Array) -> Array:
 
 
 # Serving: the residual is replicated over the tensor group, and nothing is differentiated.
-
-
-def replicated_input(x: Array) -> Array:
-    """The residual [B, T, D] as the input of column-parallel matmuls; every member has it."""
-    return x
 
 
 def sum_partial(y: Array) -> Array:

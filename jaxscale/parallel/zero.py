@@ -18,7 +18,7 @@ from jaxscale.types import Array, Params
 
 
 def make_gather(specs: Specs, reduction: str) -> Callable[[str, Params], Params]:
-    """The `gather` operation: all-gathers the ZeRO-3 leaves of one section.
+    """The collective `gather_parameters`: all-gathers the ZeRO-3 leaves of one section.
 
     Args:
         specs: of the whole parameter tree.
@@ -56,7 +56,10 @@ def _zero_axes_of(entry: Any) -> tuple[str, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(x: Array, dim: int, axes: tuple[str, ...], reduction: str) -> Array:
-    """All-gather whose transpose sums in the type `reduction`, not in that of the parameter."""
+    """All-gather whose transpose sums in the type `reduction`, and rounds the sum once.
+
+    A gradient has its parameter's type; to sum in that type would round at every addition.
+    """
     return lax.all_gather(x, axes, axis=dim, tiled=True)
 
 

@@ -1,5 +1,6 @@
 """A run as one value, and the verbs that take it; a gin file can name all parts of a run here."""
 
+from jaxscale.checkpoint.changes import Changes
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.chats import ChatSource
 from jaxscale.data.loader import DataConfig
@@ -31,7 +32,9 @@ from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import huggingface_model
-from jaxscale.run.run import Run
+from jaxscale.run.planned import PlannedMesh
+from jaxscale.run.run import Run, masked_token_loss, next_token_loss
+from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
@@ -40,10 +43,12 @@ __all__ = [
     "AttentionConfig",
     "BitsPerByte",
     "ByChunk",
+    "Changes",
     "ChatSource",
     "CheckpointConfig",
     "DataConfig",
     "DenseMixerRouter",
+    "EngineConfig",
     "ExecutionConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
@@ -58,6 +63,7 @@ __all__ = [
     "ModelConfig",
     "NormConfig",
     "OptimizerConfig",
+    "PlannedMesh",
     "Policy",
     "ProcessesConfig",
     "QuantisedConfig",
@@ -74,4 +80,6 @@ __all__ = [
     "Whole",
     "YarnScaling",
     "huggingface_model",
+    "masked_token_loss",
+    "next_token_loss",
 ]

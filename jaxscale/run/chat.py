@@ -1,10 +1,15 @@
 """`chat`: a conversation with a model in the terminal, by the template of its tokenizer."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from jaxscale.convert.tokenizer import stop_ids
-from jaxscale.data.chat_template import ChatTemplate, Message, read_chat_template
+from jaxscale.data.chat_template import (
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    Message,
+    read_chat_template,
+)
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.run.huggingface import files_beside
@@ -41,13 +46,16 @@ def chat(
     Returns:
         The whole chat.
     Raises:
-        InputError: the model has no template, the template fails, a line spells a special token,
-            or the chat has become too long for the model.
+        InputError: the model has no template, the template fails, or the chat has become too long
+            for the model.
     """
     apply_runtime(run.runtime, str(run.path))
     check_positive("max_new_tokens", max_new_tokens)
     folder = files_beside(run)
     template = read_chat_template(folder)
+    if template is None:
+        expected = f"a template, here or in {TEMPLATE}"
+        raise InputError(f"{folder / TOKENIZER_CONFIG}: chat_template", None, expected)
     model = load(run, step=step, tensor=tensor, quantisation=quantisation)
     stops = set(stop_ids(folder)) or {model.tokenizer.eos_id}
     messages: list[Message] = []
@@ -55,7 +63,7 @@ def chat(
         messages.append({"role": "system", "content": system})
     for line in _lines():
         messages.append({"role": "user", "content": line})
-        prompt = encode_chat(model, template, messages)
+        prompt = template.encode(messages, model.tokenizer)
         answer = ""
         for text in stream(model, prompt, stops, max_new_tokens, sampling):
             print(text[len(answer) :], end="", flush=True)
@@ -63,25 +71,6 @@ def chat(
         print()
         messages.append({"role": "assistant", "content": answer})
     return messages
-
-
-def encode_chat(
-    model: LanguageModel,
-    template: ChatTemplate,
-    messages: Sequence[Message],
-) -> list[int]:
-    """The tokens of a chat that ends where the next answer begins.
-
-    Raises:
-        InputError: a message spells a special token, which would end it or speak for another; or
-            the template fails.
-    """
-    for message in messages:
-        for token in model.tokenizer.special_tokens:
-            if token in message["content"]:
-                expected = f"text that does not spell the special token {token!r}"
-                raise InputError(f"the {message['role']}'s message", message["content"], expected)
-    return model.tokenizer.encode_special(template.render(messages, is_reply_next=True))
 
 
 def stream(

@@ -56,9 +56,8 @@ class Topology:
 def compile_step(*, run: Run, topology: str) -> None:
     """Compiles the step that `pretrain` would run; prints memory, collectives and compile time.
 
-    Nothing is allocated, no data is read and no GPU is needed. What the compiler cannot know
-    without
-    a GPU is left out: cuDNN's workspaces, NCCL's buffers, and the matmul kernels that tuning would
+    Nothing is allocated, no data is read and no GPU is needed. Left out is what the compiler cannot
+    know without a GPU: cuDNN's workspaces, NCCL's buffers, and the matmul kernels that tuning would
     choose.
 
     Args:
@@ -73,20 +72,41 @@ def compile_step(*, run: Run, topology: str) -> None:
     # default will do.
     apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
     devices, began = wanted.devices(), time.perf_counter()
-    with as_on_gpus(devices):
-        setup = run.setup(devices)
-        batch = run_batch(run, setup)
-        lowered = make_step(setup).lower(setup.state, batch)
+    step = lower_step(run, devices)
     traced = time.perf_counter()
-    is_on_host = rests_on_host(setup.state, setup.region.specs, run.train.trainable)
-    compiled = _compile(lowered, jax.tree.leaves(is_on_host))
+    compiled = step.compile()
     seconds = time.perf_counter() - traced
     memory, available = memory_of(compiled), device_memory_bytes(wanted.machine)
     print(f"{topology}: {len(devices)} x {devices[0].device_kind}")
     print(f"traced in {traced - began:.1f} s, compiled in {seconds:.1f} s\n")
-    print(_memory_text(memory, setup, batch, available))
+    print(_memory_text(memory, step.setup, step.batch, available))
     print(_collectives_text(collectives(compiled.as_text())))
     print(f"\n{check_fits(memory.peak, available, share)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredStep:
+    """A run's step, traced for devices that are only described."""
+
+    setup: Setup
+    batch: Batch
+    lowered: jax.stages.Lowered
+
+    def compile(self) -> jax.stages.Compiled:
+        """Compiles the step; raises RunError if the compiler fails."""
+        setup = self.setup
+        trainable = setup.region.trainable
+        is_on_host = rests_on_host(setup.state, setup.region.specs, trainable)
+        return _compile(self.lowered, jax.tree.leaves(is_on_host))
+
+
+def lower_step(run: Run, devices: list[jax.Device]) -> LoweredStep:
+    """The step of a run on described devices; raises InputError if the parts do not fit."""
+    with as_on_gpus(devices):
+        setup = run.setup(devices)
+        batch = run_batch(run, setup)
+        lowered = make_step(setup).lower(setup.state, batch)
+    return LoweredStep(setup, batch, lowered)
 
 
 def memory_share() -> float:

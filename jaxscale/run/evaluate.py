@@ -12,12 +12,13 @@ from jaxscale.checkpoint.restore import restore_params
 from jaxscale.data.loader import DataConfig, check_tokenizer, warn_of_trained_documents
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.evaluate.perplexity import BitsPerByte
+from jaxscale.launch.memory import check_fits
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.evaluation import EvaluationContext, check_evaluators
 from jaxscale.parallel.batch import place
 from jaxscale.run.run import Run, check_fit
-from jaxscale.train.metrics import writing
+from jaxscale.train.metrics import json_value, writing
 from jaxscale.train.state import stored_params
 
 
@@ -48,10 +49,12 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
         sums=jax.jit(region.evaluate(run.loss(run))),
     )
     check_evaluators(evaluators, context)
+    stored = stored_params(run.table(), region.mesh, region.specs, run.policy.parameters)
+    check_fits("model", {"parameters": stored})
     restored = restore_params(
         run.checkpoint.within(run.path),
         checkpoint_facts(run.model),
-        stored_params(run.table(), region.mesh, region.specs, run.policy.parameters),
+        stored,
         dims=region.specs.dims,
         layout=region.specs.layout,
         step=step,
@@ -74,11 +77,11 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
 def _check_data(data: DataConfig, saved: dict[str, Any]) -> None:
     """Refuses another tokenizer than the saved one, and warns of documents that were trained on."""
     check_tokenizer(saved, load_tokenizer(data.tokenizer))
-    warn_of_trained_documents(saved, data.held_out_fraction)
+    warn_of_trained_documents(saved, data)
 
 
 def _write_figures(path: Path, figures: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     with writing(path):
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+        temporary.write_text(json.dumps(json_value(figures), indent=1, allow_nan=False) + "\n")
         temporary.replace(path)

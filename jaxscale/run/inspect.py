@@ -37,7 +37,7 @@ def inspect(*, run: Run) -> None:
     check_training(table, run.loss(run), run.mesh, run.train)
     specs = make_specs(table, run.mesh)
     params = abstract_stored(table, specs, run.policy.parameters)
-    total, active = count_parameters(run.model)
+    total, active = count_parameters(table)
     length = run.data.sequence_length
     flops = training_flops_per_token(run.model, active, length)
     print(operative_config())

@@ -5,6 +5,7 @@ logits = model(model.encode("def "))
 model.generate("def ", max_new_tokens=40)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,17 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxscale.checkpoint.restore import Restored, restore_params
 from jaxscale.data.loader import check_tokenizer
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxscale.launch.memory import check_fits
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.lora import merged, without_adapters
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.quantised import QuantisedConfig, quantised
-from jaxscale.ops.attention import cache
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_serving_operations
 from jaxscale.parallel.rules import make_specs
@@ -32,7 +34,7 @@ from jaxscale.serve.decoding import check_prompts, generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.run_directory import CONFIG
 from jaxscale.train.state import stored_params
-from jaxscale.types import Array, InputError, Params
+from jaxscale.types import Array, Batch, InputError, Params
 
 
 class LanguageModel(nnx.Module):
@@ -63,13 +65,14 @@ class LanguageModel(nnx.Module):
         positions: Array | None = None,
         segments: Array | None = None,
     ) -> Array:
-        """Logits [B, T, V] of tokens [B, T]; positions default to 0 .. T - 1. On one device."""
+        """Logits [B, T, V] of tokens [B, T]; positions default to 0 .. T - 1."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         batch = {"tokens": tokens, "positions": positions}
         if segments is not None:
             batch["segments"] = segments
-        return self.decoder.logits(self.pure_params(), batch)[0]
+        forward = _logits if self.region is None else _logits_of_region(self.region)
+        return forward(self.decoder, self.pure_params(), batch)
 
     def encode(self, text: str) -> Array:
         """The tokens [1, T] of a text."""
@@ -107,6 +110,23 @@ class LanguageModel(nnx.Module):
         )
 
 
+def _logits(decoder: Decoder, params: Params, batch: Batch) -> Array:
+    return decoder.logits(params, batch)[0]
+
+
+@functools.cache
+def _logits_of_region(region: Region) -> Callable:
+    """`_logits` over the devices of a region, compiled once for each shape of a batch."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(decoder: Decoder, params: Params, batch: Batch) -> Array:
+        local = functools.partial(_logits, decoder)
+        everywhere = PartitionSpec()
+        return region.forward(local, in_specs=(everywhere,), out_specs=everywhere)(params, batch)
+
+    return forward
+
+
 def load(
     run: Run | str | Path,
     *,
@@ -115,22 +135,26 @@ def load(
     quantisation: QuantisedConfig | None = None,
     prompts: Sequence[str] = (),
     max_new_tokens: int = 1,
+    admitted: Sequence[str] = (),
 ) -> LanguageModel:
     """The model of a run's checkpoint.
 
     Args:
-        run: the run, or its directory, whose saved configuration is read.
+        run: the run, or its directory, whose saved configuration is read. The checkpoint is the
+            one in that directory, wherever it was when the run trained.
         step: which checkpoint; the newest when None.
         tensor: devices over which the model is spread.
         quantisation: of the matrices of layers, on one device; None keeps them as they are.
         prompts: checked before anything large is read, with `max_new_tokens`.
         max_new_tokens: longest continuation.
+        admitted: modules beside jaxscale that a saved configuration may name, see `config.run`.
     Raises:
         InputError: there is no such checkpoint, it had another tokenizer, or the model does not fit
             `tensor` devices.
     """
     if not isinstance(run, Run):
-        run = load_run([Path(run).expanduser() / CONFIG])
+        path = Path(run).expanduser()
+        run = dataclasses.replace(load_run([path / CONFIG], (), admitted), directory=str(path))
     tokenizer = load_tokenizer(run.data.tokenizer)
     check_vocabulary(tokenizer, run.model.vocab_size)
     if prompts:
@@ -147,14 +171,15 @@ def load(
     if quantisation is not None:
         params, config = merged(params, config.lora), without_adapters(config)
         params = quantised(params, parameter_table(config), quantisation)
-    if tensor == 1:
-        operations, region = run.execution.operations(), None
-    else:
-        operations = make_serving_operations(mesh, specs, attention=cache.attend)
+    # Not as in training: its attention may be of a device or of lengths that are not here, and a
+    # loop over layers decodes at half the rate of unrolled ones.
+    backend = "reference" if run.runtime.is_deterministic else None
+    execution = ExecutionConfig(is_scanned=False, remat="none", attention=backend)
+    operations, region = execution.operations(), None
+    if tensor > 1:
+        attention = operations.backends.attention
+        operations = make_serving_operations(mesh, specs, attention=attention)
         region = Region(devices, specs, operations)
-    execution = ExecutionConfig(
-        is_scanned=run.execution.is_scanned, remat="none", attention=run.execution.attention
-    )
     decoder = Decoder(config, operations, run.policy, execution)
     return LanguageModel(decoder, params, tokenizer, region)
 
@@ -179,10 +204,12 @@ def restore_model(
     mesh = MeshConfig(tensor=tensor)
     devices = make_mesh(mesh, jax.devices()[:tensor])
     specs = make_specs(run.table(), mesh)
+    stored = stored_params(run.table(), devices, specs, run.policy.parameters)
+    check_fits("model", {"parameters": stored})
     return restore_params(
         run.checkpoint.within(run.path),
         checkpoint_facts(run.model),
-        stored_params(run.table(), devices, specs, run.policy.parameters),
+        stored,
         dims=specs.dims,
         layout=specs.layout,
         step=step,

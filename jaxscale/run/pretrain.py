@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.metadata
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 
 from jaxscale.data.loader import make_loader
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
+from jaxscale.launch.agreement import check_agreement
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.evaluation import EvaluationContext, check_evaluators
@@ -21,6 +24,8 @@ from jaxscale.train.setup import Setup
 from jaxscale.train.surroundings import surroundings
 from jaxscale.train.training import train
 from jaxscale.types import Params
+
+VERSIONED = ("jaxscale", "jax", "jaxlib", "optax")
 
 
 def pretrain(*, run: Run) -> Outcome:
@@ -37,11 +42,15 @@ def pretrain(*, run: Run) -> Outcome:
     """
     run = run.deterministic()
     with surroundings(run.path, run.runtime) as around:
-        setup = run.setup()
+        run = run.on(jax.device_count())
+        # Those that a smaller mesh has no use for are left idle.
+        devices = jax.devices()[: math.prod(run.mesh.sizes)] if run.mesh.is_elastic else None
+        setup = run.setup(devices)
         check_vocabulary(load_tokenizer(run.data.tokenizer), run.model.vocab_size)
         evaluate = _make_evaluate(setup, run)
         index, count = batch_share(setup.mesh)
         loader = make_loader(run.data, split="train", process_index=index, process_count=count)
+        check_agreement(shared_facts(run, loader.state()["depends_on"]))
         return train(
             setup,
             loader=loader,
@@ -55,6 +64,24 @@ def pretrain(*, run: Run) -> Outcome:
         )
 
 
+def shared_facts(run: Run, data: dict[str, Any]) -> dict[str, str]:
+    """What all processes of a run must have been given alike, by name.
+
+    Not where they find texts and caches, but what the texts are.
+
+    Args:
+        run: the run.
+        data: what its loader's batches depend on.
+    """
+    facts = {f"DataConfig.{name}": repr(value) for name, value in data.items()}
+    parts = (run.model, run.mesh, run.optimizer, run.train, run.policy, run.execution)
+    for part in parts:
+        for field in dataclasses.fields(part):
+            facts[f"{type(part).__name__}.{field.name}"] = repr(getattr(part, field.name))
+    facts["CheckpointConfig.save_every"] = repr(run.checkpoint.save_every)
+    return facts | {name: importlib.metadata.version(name) for name in VERSIONED}
+
+
 def run_batch(run: Run, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch of a run as shapes with shardings."""
     data = run.data
@@ -63,7 +90,7 @@ def run_batch(run: Run, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _make_speed(run: Run) -> Speed:
-    _, num_active = count_parameters(run.model)
+    _, num_active = count_parameters(run.table())
     length = run.data.sequence_length
     flops = training_flops_per_token(run.model, num_active, length)
     return Speed(run.data.batch_size * length, flops)

@@ -15,10 +15,12 @@ from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.execution import ByChunk, ExecutionConfig
 from jaxscale.models.losses import NextTokenLoss
+from jaxscale.models.masked import MaskedTokenLoss
 from jaxscale.models.parameters import Table, parameter_table
 from jaxscale.ops.attention import DETERMINISTIC, AttentionContext, check_backend
 from jaxscale.ops.attention.chunked import QUERY_CHUNK
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.elastic import shrink
 from jaxscale.parallel.mesh import MeshConfig, check_batch, nearest_divisors
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.train.config import TrainConfig
@@ -42,6 +44,18 @@ def next_token_loss(run: "Run") -> LossFn:
     )
 
 
+def masked_token_loss(run: "Run", *, mask_id: int, fraction: float = 0.15) -> LossFn:
+    """The loss of a bidirectional model, see `models.masked.MaskedTokenLoss`."""
+    return MaskedTokenLoss(
+        model=run.model,
+        policy=run.policy,
+        execution=run.execution,
+        z_loss=run.train.z_loss,
+        mask_id=mask_id,
+        fraction=fraction,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Everything that a run is.
@@ -49,7 +63,8 @@ class Run:
     Args:
         directory: of the run: its configuration, metrics, checkpoints and profile.
         model: the model.
-        mesh: axis sizes and ZeRO level.
+        mesh: axis sizes and ZeRO level; or a planner, run -> the same run with a mesh,
+            micro-batches and remat, called when the run is made, see `run.planned.PlannedMesh`.
         data: sources, tokenizer, sequence length and global batch size.
         optimizer: optimizer and schedule.
         train: steps, micro-batches, seed.
@@ -63,7 +78,7 @@ class Run:
 
     directory: str
     model: ModelConfig
-    mesh: MeshConfig
+    mesh: MeshConfig | Callable[["Run"], "Run"]
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -76,6 +91,12 @@ class Run:
 
     def __post_init__(self):
         check_types(self)
+        if not self.directory.strip():
+            raise InputError("Run.directory", self.directory, "the name of a folder")
+        if not isinstance(self.mesh, MeshConfig):
+            planned = self.mesh(self)
+            for name in ("mesh", "train", "execution"):
+                object.__setattr__(self, name, getattr(planned, name))
 
     @property
     def path(self) -> Path:
@@ -117,6 +138,32 @@ class Run:
         check_fit(run)
         return setup
 
+    def on(self, num_devices: int) -> "Run":
+        """The run; if its mesh is elastic, on as many devices as there are.
+
+        Raises:
+            InputError: it fits no fewer devices, with meshes that do.
+        """
+        if not self.mesh.is_elastic:
+            return self
+        shrunk = shrink(
+            self.mesh,
+            num_devices,
+            batch_size=self.data.batch_size,
+            num_microbatches=self.train.num_microbatches,
+        )
+        if shrunk.mesh == self.mesh:
+            return self
+        logger.warning(
+            "%d devices instead of %d: data = %d and num_microbatches = %d",
+            num_devices,
+            math.prod(self.mesh.sizes),
+            shrunk.mesh.data,
+            shrunk.num_microbatches,
+        )
+        train = dataclasses.replace(self.train, num_microbatches=shrunk.num_microbatches)
+        return dataclasses.replace(self, mesh=shrunk.mesh, train=train)
+
     def deterministic(self) -> "Run":
         """The run; if it is to be deterministic, with an attention that gives the same bits again.
 
@@ -142,12 +189,17 @@ class Run:
         return dataclasses.replace(self, execution=execution)
 
 
-def load_run(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Run:
+def load_run(
+    files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    admitted: Sequence[str] | None = None,
+) -> Run:
     """The run that gin files and overrides bind; nothing of it is started.
 
     Args:
         files: gin files; later ones override earlier ones.
         overrides: as of the command line's `--set`.
+        admitted: as `config.run`.
     Raises:
         InputError: a name, type or file is wrong, or a required value is missing.
     """
@@ -155,7 +207,7 @@ def load_run(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Run:
     def the_run(*, run: Run) -> Run:
         return run
 
-    return config.run(the_run, files, overrides)
+    return config.run(the_run, files, overrides, admitted)
 
 
 def check_fit(run: Run) -> None:

@@ -296,8 +296,10 @@ def check_prompts(
     config: ModelConfig,
     max_new_tokens: int,
 ) -> None:
-    """Raises InputError for an empty or too long prompt, or a token unknown to the model."""
+    """Raises InputError for a model without order, an unknown token, an empty or long prompt."""
     check_positive("max_new_tokens", max_new_tokens)
+    if not config.is_causal:
+        raise InputError("ModelConfig.is_causal", False, "True for a model that continues prompts")
     if not prompts:
         raise InputError("prompts", prompts, "at least one prompt")
     for i, prompt in enumerate(prompts):
@@ -307,11 +309,11 @@ def check_prompts(
         if unknown := [token for token in prompt if not 0 <= token < config.vocab_size]:
             expected = f"tokens with 0 <= token < vocab_size = {config.vocab_size}"
             raise InputError(name, unknown[0], expected)
-        if length + max_new_tokens > config.max_length:
-            equation = f"{length} + {max_new_tokens} = {length + max_new_tokens}"
+        total = length + max_new_tokens - 1  # the last token drawn is not run
+        if total > config.max_length:
             expected = (
-                f"prompt + max_new_tokens <= model.max_length = {config.max_length}, "
-                f"here {equation}"
+                f"prompt + max_new_tokens - 1 <= model.max_length = {config.max_length}, "
+                f"here {length} + {max_new_tokens} - 1 = {total}"
             )
             raise InputError(name, f"{length} tokens", expected)
 

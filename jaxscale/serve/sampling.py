@@ -123,8 +123,14 @@ def top_p(logits: Array, p: float) -> Array:
     """
     probabilities = jax.nn.softmax(logits)
     descending = -jnp.sort(-probabilities, -1)
-    before = jnp.cumsum(descending, -1) - descending  # what the more probable tokens hold
-    return jnp.where(jnp.take_along_axis(before < p, _ranks(logits), -1), logits, NEVER)
+    # A token stays if those before it hold less than p: if it and those after it hold more than
+    # 1 - p. A float32 sum near 1 loses small numbers, so the sum that is far from 1 is taken.
+    if p <= 0.5:
+        is_kept = jnp.cumsum(descending, -1) - descending < p
+    else:
+        rest = jnp.flip(jnp.cumsum(jnp.flip(descending, -1), -1), -1)
+        is_kept = rest > (1 - p) * rest[..., :1]
+    return jnp.where(jnp.take_along_axis(is_kept, _ranks(logits), -1), logits, NEVER)
 
 
 def min_p(logits: Array, p: float) -> Array:

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale import tree
 from jaxscale.models.execution import Whole
-from jaxscale.models.parameters import in_order_of_use
+from jaxscale.models.parameters import Table, in_order_of_use
 from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import with_token_keys
 from jaxscale.ops.loss import unembed
@@ -19,9 +19,6 @@ from jaxscale.parallel import tensor
 from jaxscale.parallel.region import LossFn
 from jaxscale.train.setup import Setup
 from jaxscale.types import Array, Batch, Params
-
-FORWARD = {"embedding": 0, "prefix": 0, "layers": 1}  # whatever has another name comes later
-STACK = "layers"
 
 
 def first_non_finite(
@@ -99,7 +96,7 @@ def _first_of_forward(
         return counts
 
     for number in range(num_parts):
-        if name := _first_counted(count(params, batch, key, number), names):
+        if name := _first_counted(count(params, batch, key, number), names, setup.table):
             return name if num_parts == 1 else f"{name}, micro-batch {number}"
     return None
 
@@ -220,30 +217,39 @@ def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
     return Operations(collectives, backends), counts
 
 
-def _first_counted(counts: dict[str, Array], names: list[str]) -> str | None:
+def _first_counted(counts: dict[str, Array], names: list[str], table: Table) -> str | None:
     """The first of the tensors that are not finite: before the stack, in a period, or after it."""
+    sections = list(table)
+
+    def place(name: str) -> int:
+        section = _section(name)
+        return sections.index(section) if section in sections else len(sections)
+
     bad = [
-        (FORWARD.get(name.split(tree.SEPARATOR)[0], 2), period, number)
+        (place(name), period, number)
         for number, name in enumerate(names)
         for period in np.flatnonzero(counts[name])
     ]
     if not bad:
         return None
     _, period, number = min(bad)
-    return names[number] + _layer_text(names[number], period)
+    return names[number] + _layer_text(names[number], period, table)
 
 
 def _first_gradient(gradients: Any, setup: Setup) -> str | None:
     """The gradient that the backward makes first of those that are not finite."""
 
+    entries = dict(in_order_of_use(setup.table))
+
     def is_finite(path: str, leaf: Array) -> Array:
-        return jnp.isfinite(leaf).all(tuple(range(_is_stacked(path), leaf.ndim)))
+        first = int(entries[path].is_stacked)
+        return jnp.isfinite(leaf).all(tuple(range(first, leaf.ndim)))
 
     everywhere = NamedSharding(setup.mesh, PartitionSpec())
     look = jax.jit(lambda g: tree.map_with_path(is_finite, g), out_shardings=everywhere)
     order = setup.region.specs.layout.order  # a pipeline stores its layers permuted and padded
     bad = [
-        (path, int(order[row]) if _is_stacked(path) else 0)
+        (path, int(order[row]) if entries[path].is_stacked else 0)
         for path, flag in tree.flatten(look(gradients)).items()
         for row in np.flatnonzero(~np.atleast_1d(np.asarray(flag)))
     ]
@@ -251,21 +257,23 @@ def _first_gradient(gradients: Any, setup: Setup) -> str | None:
         return None
     # The backward makes gradients in the opposite order of use: sections, then the layers of a
     # section, then the parameters of a layer.
-    used = [path for path, _ in in_order_of_use(setup.table)]
-    sections = list(setup.table)
+    used, sections = list(entries), list(setup.table)
 
     def use(gradient: tuple[str, int]) -> tuple[int, int, int]:
         path, layer = gradient
-        section = path.split(tree.SEPARATOR)[0]
-        return sections.index(section), layer, used.index(path)
+        return sections.index(_section(path)), layer, used.index(path)
 
     path, layer = max(bad, key=use)
-    return f"gradient of {path}" + _layer_text(path, layer)
+    return f"gradient of {path}" + _layer_text(path, layer, setup.table)
 
 
-def _is_stacked(path: str) -> bool:
-    return path.startswith(STACK + tree.SEPARATOR)
+def _section(path: str) -> str:
+    """The part of the parameter table to which a parameter or a named tensor belongs."""
+    return path.split(tree.SEPARATOR)[0]
 
 
-def _layer_text(path: str, layer: int) -> str:
-    return f", layer {layer} of its stack" if _is_stacked(path) else ""
+def _layer_text(path: str, layer: int, table: Table) -> str:
+    """Which layer is meant, where the section's parameters are stacks of layers."""
+    of_section = in_order_of_use(table.get(_section(path), {}))
+    is_stacked = any(entry.is_stacked for _, entry in of_section)
+    return f", layer {layer} of its stack" if is_stacked else ""

@@ -88,7 +88,7 @@ class Loop:
         evaluate: (params, step) -> figures.
         evaluate_every: steps between evaluations; the last step is always evaluated.
         diagnose: (state, batch) -> name of the first tensor that is not finite.
-        preemption: says when a signal asks for the end.
+        preemption: says when a signal asks for the end; protected from the first step on.
         profiler: records a window of steps.
         watchdog: told what begins.
     """
@@ -122,6 +122,7 @@ class Loop:
             self.watchdog.watch(f"step {step}", is_slow=step <= first + 1)
             self.profiler.update(step - 1, state)
             state, started = self._start(state, step)
+            self.preemption.protect()  # until here nothing was lost that a restart would not repeat
             self._report(pending, state)
             pending = started
             if step == self.steps or step % self.evaluate_every == 0 or step % self.save_every == 0:
@@ -197,9 +198,9 @@ class Loop:
             return f"unknown, for the diagnosis failed ({str(error).splitlines()[0]})"
 
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
-        """Evaluates, then saves: a committed step has all its figures in the history.
+        """Evaluates, then saves, so that a committed step has all its figures in the history.
 
-        Unless its evaluation failed.
+        A step whose evaluation fails is saved too, and lacks them.
         """
         try:
             if step % self.evaluate_every == 0 or step == self.steps:

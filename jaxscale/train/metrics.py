@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import math
 import struct
 import time
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,14 +20,24 @@ from tqdm import tqdm
 
 from jaxscale.types import InputError
 
-# Dense bf16 peak per device in FLOP/s, from the vendors' data sheets (no sparsity).
+# Dense bf16 peak per device in FLOP/s by JAX's name of the device, from the vendors' data sheets,
+# without sparsity. A TPU v5 lite is a v5e, a TPU v5 a v5p and a TPU v6 lite a v6e.
 PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-    "v5p": 459e12,
-    "v6e": 918e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
 }
 
 
@@ -53,6 +65,8 @@ def writing(path: Path) -> Iterator[None]:
 class History:
     """One JSON object a line, such as `{"step": 7, "loss": 3.1}`; floats read back bit-identical.
 
+    A number that is not finite is null.
+
     Args:
         path: the file; lines of steps after `step` are dropped, for those steps will run again.
         step: finished steps of the state the run starts from.
@@ -73,9 +87,7 @@ class History:
 
     def report(self, step: int, figures: Mapping[str, Any]) -> None:
         """Appends a line; evaluations of a step are a line of their own."""
-        line = json.dumps(
-            {"step": step, **figures}, default=lambda value: np.asarray(value).tolist()
-        )
+        line = json.dumps(json_value({"step": step, **figures}), allow_nan=False)
         with writing(self._path):
             self._file.write(line + "\n")
             self._file.flush()
@@ -84,6 +96,19 @@ class History:
         """Closes the file."""
         with writing(self._path):
             self._file.close()
+
+
+def json_value(value: Any) -> Any:
+    """The value as JSON has it: arrays as lists, and null for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {name: json_value(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (str, int, types.NoneType)):
+        return value
+    return json_value(np.asarray(value).tolist())
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
@@ -222,5 +247,4 @@ class Speed:
 
 def peak_flops() -> float | None:
     """Dense bf16 peak of one device in FLOP/s; None where it is not known, such as a CPU."""
-    kind = jax.local_devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    return PEAK_FLOPS.get(jax.local_devices()[0].device_kind)

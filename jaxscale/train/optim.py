@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -80,7 +81,24 @@ class OptimizerConfig:
             check_choice("OptimizerConfig.decayed", role, tuple(map(str, Role)))
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def check_moments(config: OptimizerConfig, dtype: str) -> None:
+    """Raises InputError if a moment stored in `dtype` would be too coarse to follow its gradients.
+
+    A step moves a moment by 1 - beta of itself at most when the gradients vanish. If that is less
+    than the distance of two numbers of the type, it stands still.
+    """
+    step = float(jnp.finfo(dtype).eps)
+    for name in ("beta1", "beta2"):
+        beta = getattr(config, name)
+        if 1 - beta < step:
+            expected = (
+                f"1 - {name} >= {step:.3g} with Policy.parameters = {dtype!r}, whose numbers are "
+                f"so far apart; here it is {1 - beta:.3g}, and the moment would stand still"
+            )
+            raise InputError(f"OptimizerConfig.{name}", beta, expected)
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by the number of finished steps; that of the last step is the final one.
 
     Raises:
@@ -128,13 +146,15 @@ def make_optimizer(
     def decay_mask(params: Any) -> Any:
         return tree.map_with_path(lambda path, _: path in decayed, params)
 
-    optimizer = _make_direction(config, make_schedule(config, steps), decay_mask, entries)
+    optimizer = _make_direction(config, learning_rates(config, steps), decay_mask, entries)
     factors = {path: entry.learning_rate_factor for path, entry in entries.items()}
     if any(factor != 1 for factor in factors.values()):
         optimizer = optax.chain(optimizer, _scale_by(factors))
-    if config.clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    clip = optax.identity()
+    if config.clip_norm is not None:
+        clip = optax.clip_by_global_norm(config.clip_norm)
+    # The state has the same form with clipping and without, so that a resume may change it.
+    return optax.chain(clip, optimizer)
 
 
 def _make_direction(

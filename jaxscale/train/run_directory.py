@@ -19,9 +19,15 @@ from jaxscale.checkpoint.steps import committed_steps
 from jaxscale.config import operative_config
 from jaxscale.train.metrics import writing
 from jaxscale.types import InputError
+from jaxscale.written import fields_of
 
 logger = logging.getLogger(__name__)
 
+# What a run cannot change when it goes on, and why.
+FIXED = {
+    "OptimizerConfig.name": "the saved optimizer state is of that optimizer",
+    "TrainConfig.trainable": "the saved optimizer state is of those parameters",
+}
 LOCK, STARTS, CONFIG = ".lock", "starts.jsonl", "config.gin"
 WITHOUT_LOCKS = {
     errno.ENOLCK,
@@ -97,6 +103,33 @@ def check_new(directory: Path, checkpoints: str) -> None:
                 "begins another run"
             )
             raise InputError("CheckpointConfig.directory", checkpoints, expected)
+
+
+def changes(directory: Path) -> list[str]:
+    """What the configuration changes in a run that goes on, a line a field.
+
+    Nothing is known where either start had no configuration file.
+
+    Raises:
+        InputError: a field changes that the saved state depends on.
+    """
+    path, text = directory / CONFIG, operative_config()
+    if not (text and path.exists()):
+        return []
+    before, now = fields_of(path.read_text()), fields_of(text)
+    lines = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = (fields.get(name, "(absent)") for fields in (before, now))
+        if old == new or name == "Run.directory" or _is_of_a_verb(name):
+            continue
+        if name in FIXED:
+            raise InputError(name, new, f"{old}, with which the run was begun: {FIXED[name]}")
+        lines.append(f"{name} {old} -> {new}")
+    return lines
+
+
+def _is_of_a_verb(name: str) -> bool:
+    return name.split("/")[-1][0].islower()
 
 
 def write_start(

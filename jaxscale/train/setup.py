@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxscale import tree
 from jaxscale.models.parameters import Table, init_params
@@ -16,7 +16,7 @@ from jaxscale.ops.attention import attention
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.expert import check_exchange
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
-from jaxscale.parallel.pipeline.loss import StagedLoss
+from jaxscale.parallel.pipeline.loss import check_staged
 from jaxscale.parallel.pipeline.schedule import Schedule, make_schedule
 from jaxscale.parallel.pipeline.stages import canonical_shapes, from_canonical, to_canonical
 from jaxscale.parallel.region import LossFn, Region, make_operations
@@ -25,7 +25,12 @@ from jaxscale.parallel.sequence.layout import Contiguous, Zigzag
 from jaxscale.parallel.sequence.ring import ring_attention
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.host import HOST, check_host_memory, through_device
-from jaxscale.train.optim import OptimizerConfig, make_optimizer
+from jaxscale.train.optim import (
+    OptimizerConfig,
+    check_moments,
+    learning_rates,
+    make_optimizer,
+)
 from jaxscale.train.state import TrainState, abstract_state, run_key, state_dims
 from jaxscale.types import InputError
 
@@ -39,16 +44,20 @@ class Setup:
 
     Args:
         table: the model's parameters.
+        dtype: type of the stored matrices.
         loss_fn: under the contract of `models.losses`.
         region: mesh, shardings, operations and micro-batches.
         optimizer: of the trainable parameters.
+        learning_rates: by the number of finished steps.
         state: the state as shapes with shardings.
     """
 
     table: Table
+    dtype: str
     loss_fn: LossFn
     region: Region
     optimizer: optax.GradientTransformation
+    learning_rates: optax.Schedule
     state: TrainState
 
     @property
@@ -61,19 +70,48 @@ class Setup:
         """Dim letters of the state's leaves."""
         return state_dims(self.state, self.region.specs, self.region.trainable)
 
+    def resting(self) -> dict[str, Any]:
+        """What lies in memory at the end of a backward, as shapes with shardings."""
+        region = self.region
+
+        def gradient(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(region.mesh, spec)
+            return jax.ShapeDtypeStruct(leaf.shape, region.reduction, sharding=sharding)
+
+        trained = tree.select(self.state.params, region.trainable)
+        specs = tree.select(region.specs.gradients, region.trainable)
+        return {
+            "parameters": self.state.params,
+            "optimizer state": self.state.opt_state,
+            "gradients": jax.tree.map(gradient, trained, specs),
+        }
+
     def init(self, seed: int) -> TrainState:
         """The first state, each leaf made where it lives; the same numbers on any mesh."""
         specs = self.region.specs
-        dtype = jax.tree.leaves(self.state.params)[0].dtype
 
         def first() -> TrainState:
-            key = jax.random.fold_in(jax.random.key(seed), 0)
-            params = specs.layout.store(init_params(self.table, key, dtype), specs.dims)
+            state = self._first(seed)
+            params = specs.layout.store(state.params, specs.dims)
             opt_state = self.optimizer.init(tree.select(params, self.region.trainable))
-            return TrainState(jnp.int32(0), params, opt_state, run_key(seed), jnp.bool_(True))
+            return dataclasses.replace(state, params=params, opt_state=opt_state)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(first, out_shardings=shardings, compiler_options=RUNS_ONCE)()
+
+    def draw_missing(self, seed: int, state: TrainState) -> TrainState:
+        """A canonical state with what `init` draws for each leaf that is None; draws no other."""
+        wanted = tree.flatten(self.canonical_state)
+        missing = [path for path in wanted if path not in tree.flatten(state)]
+
+        def draw() -> list[jax.Array]:
+            drawn = tree.flatten(self._first(seed))
+            return [drawn[path] for path in missing]
+
+        shardings = [wanted[path].sharding for path in missing]
+        drawn = jax.jit(draw, out_shardings=shardings, compiler_options=RUNS_ONCE)()
+        leaves = tree.flatten(state) | dict(zip(missing, drawn))
+        return tree.map_with_path(lambda path, _: leaves[path], self.canonical_state)
 
     @property
     def canonical_state(self) -> TrainState:
@@ -87,6 +125,13 @@ class Setup:
     def from_canonical(self, state: TrainState) -> TrainState:
         """A state from disk as this run's pipeline stores it."""
         return self._convert(from_canonical, state, self.state)
+
+    def _first(self, seed: int) -> TrainState:
+        """The first state in the order of the layers, as it is on disk."""
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        params = init_params(self.table, key, self.dtype)
+        opt_state = self.optimizer.init(tree.select(params, self.region.trainable))
+        return TrainState(jnp.int32(0), params, opt_state, run_key(seed), jnp.bool_(True))
 
     def _convert(
         self,
@@ -146,6 +191,7 @@ def make_setup(
         InputError: the parts do not fit one another, with the equation that fails.
     """
     check_training(table, loss_fn, mesh, train)
+    check_moments(optimizer, policy.parameters)
     region = make_region(
         table=table,
         mesh=mesh,
@@ -158,6 +204,7 @@ def make_setup(
     if mesh.is_optimizer_on_host and devices is None:
         check_host_memory(region.mesh.local_devices[0])
     transformation = make_optimizer(optimizer, steps=train.steps, table=table)
+    rates = learning_rates(optimizer, train.steps)
     state = abstract_state(
         table,
         transformation,
@@ -166,7 +213,7 @@ def make_setup(
         dtype=policy.parameters,
         trainable=train.trainable,
     )
-    return Setup(table, loss_fn, region, transformation, state)
+    return Setup(table, policy.parameters, loss_fn, region, transformation, rates, state)
 
 
 def make_region(
@@ -235,12 +282,7 @@ def check_training(
     if mesh.pipeline == 1:
         return
     _make_schedule(mesh, train)
-    if not isinstance(loss_fn, StagedLoss):
-        expected = (
-            "a loss in parts that stages can run (start, prepare, body, finish: see "
-            "parallel.pipeline.loss.StagedLoss), or MeshConfig.pipeline = 1"
-        )
-        raise InputError("loss", loss_fn, expected)
+    check_staged(loss_fn)
     if mesh.schedule == "zero_bubble" and not loss_fn.is_by_period:
         expected = (
             'False with MeshConfig.schedule = "zero_bubble": a loop over layers cannot be split '

@@ -30,8 +30,8 @@ class TrainState:
         params: the parameter tree, in the policy's parameter type.
         opt_state: optimizer state of the trainable parameters.
         key: typed PRNG key of the run; step n draws from fold_in(key, n).
-        is_finite: [] bool; False once a loss or gradient was not finite, after which no step
-            changes anything.
+        is_finite: [] bool; False once a loss, the norm of the gradients or that of the parameters
+            was not finite, after which no step changes anything.
     """
 
     step: jax.Array

@@ -27,8 +27,10 @@ def make_step(setup: Setup) -> Step:
     Args:
         setup: model, loss, mesh and optimizer.
     Returns:
-        The step. Metrics are means over valid tokens (`loss`, `nll`), norms (of the parameters:
-        before the step), the number of valid tokens and what else the loss reports as sums.
+        The step. Its metrics: means over valid tokens (`loss`, and each scalar that the loss
+        reports, such as `nll`), arrays that the loss reports as sums (`load`), the number of valid
+        tokens, the learning rate, the norm of the gradients, and that of the parameters before the
+        step.
     """
     region = setup.region
     gradient = region.gradient(setup.loss_fn)
@@ -56,6 +58,7 @@ def make_step(setup: Setup) -> Step:
             **means,
             "loss": loss * scale,
             "weight": weight,
+            "learning_rate": setup.learning_rates(state.step),
             "gradient_norm": gradient_norm,
             "parameter_norm": parameter_norm,
             "is_finite": is_finite,

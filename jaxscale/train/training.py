@@ -12,6 +12,7 @@ import jax
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.checkpoint.restore import restore_params
+from jaxscale.launch.memory import check_fits
 from jaxscale.parallel.batch import place
 from jaxscale.train import diagnosis
 from jaxscale.train.config import TrainConfig
@@ -25,7 +26,7 @@ from jaxscale.train.metrics import (
     peak_flops,
 )
 from jaxscale.train.profiler import Profiler
-from jaxscale.train.run_directory import check_new, write_start
+from jaxscale.train.run_directory import changes, check_new, write_start
 from jaxscale.train.setup import Setup
 from jaxscale.train.state import TrainState, run_key
 from jaxscale.train.step import make_step
@@ -74,12 +75,21 @@ def train(
     """
     run, on_exit = surroundings.directory, surroundings.exit_stack.callback
     checkpoints = Checkpoints(checkpoint.within(run), **facts)
-    on_exit(checkpoints.close)
-    preemption, watchdog = surroundings.begin()
+    with contextlib.ExitStack() as opened:
+        opened.callback(checkpoints.close)
+        watchdog = surroundings.begin()
+        # Closed before the directory's lock is given up, for until then a save may be written.
+        on_exit(opened.pop_all().close)
     watchdog.watch("the restore or first draw of the state", is_slow=True)
     if checkpoints.latest_step() is None:
         check_new(run, checkpoint.directory)
+        changed = []
+    else:
+        changed = changes(run)
+    check_fits("model", setup.resting())
     state = _restore_or_start(setup, checkpoints, loader, config, facts)
+    for line in changed:
+        logger.info("changed since the last start: %s", line)
     if int(state.step) >= config.steps:
         logger.info("nothing to do: step %d of %d", int(state.step), config.steps)
         return Outcome(int(state.step), None)
@@ -102,7 +112,7 @@ def train(
         evaluate=evaluate,
         evaluate_every=config.evaluate_every,
         diagnose=functools.partial(_diagnose, setup),
-        preemption=preemption,
+        preemption=surroundings.preemption,
         profiler=Profiler(config.profile_steps, run / "profile"),
         watchdog=watchdog,
     )
@@ -144,17 +154,49 @@ def _restore_or_start(
     if checkpoints.latest_step() is not None:
         saved, data_state = checkpoints.restore(setup.canonical_state)
         state = setup.from_canonical(saved)
+        _check_step(state, checkpoints.latest_step())
         loader.restore(data_state)
-        saved_key = jax.random.key_data(state.key)
-        if (saved_key != jax.random.key_data(run_key(config.seed))).any():
-            expected = "the seed with which the run was begun"
-            raise InputError("TrainConfig.seed", config.seed, expected)
+        _check_seed(state, config)
         logger.info("resumed after step %d", int(state.step))
         return state
+    if config.init_changes is not None:
+        return _other_state(setup, loader, config, facts)
     state = setup.init(config.seed)
     if config.init_from is None:
         return state
     return dataclasses.replace(state, params=_other_params(setup, config.init_from, facts))
+
+
+def _check_step(state: TrainState, folder: int) -> None:
+    """Refuses a folder that does not bear the step in it: the next save could be in its way."""
+    if int(state.step) != folder:
+        expected = f"the name {state.step}, of the step in it: the folder was renamed"
+        raise InputError("checkpoint.directory", f"a folder {folder}", expected)
+
+
+def _other_state(
+    setup: Setup,
+    loader: ResumableLoader,
+    config: TrainConfig,
+    facts: dict[str, Any],
+) -> TrainState:
+    """The state of another run's newest checkpoint, but for what the changes name."""
+    with contextlib.closing(_open_other(config.init_from, facts)) as checkpoints:
+        saved, data_state = checkpoints.restore_changed(setup.canonical_state, config.init_changes)
+    # None where it is to be drawn.
+    if saved.step is not None:
+        loader.restore(data_state)
+    state = setup.from_canonical(setup.draw_missing(config.seed, saved))
+    _check_seed(state, config)
+    logger.info("goes on from %s after step %d", config.init_from, int(state.step))
+    return state
+
+
+def _check_seed(state: TrainState, config: TrainConfig) -> None:
+    saved = jax.random.key_data(state.key)
+    if (saved != jax.random.key_data(run_key(config.seed))).any():
+        expected = "the seed with which the run was begun"
+        raise InputError("TrainConfig.seed", config.seed, expected)
 
 
 def _other_params(
@@ -163,22 +205,31 @@ def _other_params(
     facts: dict[str, Any],
 ) -> Params:
     """The parameters in another run's newest checkpoint."""
-    source = CheckpointConfig(directory=directory, save_every=1, keep_last=1)
-    with contextlib.closing(Checkpoints(source, **facts)) as checkpoints:
-        is_empty = checkpoints.latest_step() is None
-    if is_empty:
-        below = Path(directory).expanduser().glob("*/[0-9]*")
-        hints = [f"; {path.parent} has" for path in below][:1]
-        expected = f"a folder with a checkpoint; there is none{''.join(hints)}"
-        raise InputError("TrainConfig.init_from", directory, expected)
+    _open_other(directory, facts).close()
     restored = restore_params(
-        source,
+        _of_other(directory),
         facts,
         setup.state.params,
         dims=setup.dims.params,
         layout=setup.region.specs.layout,
     )
     return restored.params
+
+
+def _open_other(directory: str, facts: dict[str, Any]) -> Checkpoints:
+    """The checkpoints of another run, of which there is one at least."""
+    checkpoints = Checkpoints(_of_other(directory), **facts)
+    if checkpoints.latest_step() is None:
+        checkpoints.close()
+        below = Path(directory).expanduser().glob("*/[0-9]*")
+        hints = [f"; {path.parent} has" for path in below][:1]
+        expected = f"a folder with a checkpoint; there is none{''.join(hints)}"
+        raise InputError("TrainConfig.init_from", directory, expected)
+    return checkpoints
+
+
+def _of_other(directory: str) -> CheckpointConfig:
+    return CheckpointConfig(directory=directory, save_every=1, keep_last=1)
 
 
 def _make_reporters(

@@ -70,10 +70,10 @@ def assert_same(got, want):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def open_at(directory, *, fingerprint=FINGERPRINT, defaults=None, **settings):
+def open_at(directory, *, fingerprint=FINGERPRINT, upgrade=lambda facts: facts, **settings):
     settings = {"save_every": 1, "keep_last": 10, **settings}
     config = CheckpointConfig(str(directory), **settings)
-    return Checkpoints(config, fingerprint=fingerprint, defaults=defaults)
+    return Checkpoints(config, fingerprint=fingerprint, upgrade=upgrade)
 
 
 def committed(directory):

@@ -1,18 +1,21 @@
 """Saving and restoring: what comes back, what is kept, damage, and checkpoints of another model."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxscale.checkpoint.manager import CheckpointConfig
+from jaxscale.checkpoint.steps import keep_only
 from jaxscale.types import InputError
 from tests.checkpoint.states import (
     FINGERPRINT,
@@ -133,6 +136,19 @@ def test_keep_last_and_keep_every(tmp_path):
         checkpoints.save(step, small_state(), {})
     checkpoints.close()
     assert committed(tmp_path) == [4, 8, 12, 14]
+
+
+def test_by_time_and_by_distance_in_steps(tmp_path):
+    for step in (4, 9, 12, 19, 23, 27, 28, 31):
+        (tmp_path / str(step)).mkdir()
+        written = time.time() - 3600 * (1 if step > 20 else 5)
+        os.utime(tmp_path / str(step), (written, written))
+    config = CheckpointConfig(str(tmp_path), save_every=1, keep_last=1, keep_hours=2.0)
+    # 4, 9, 19 and 31 are closest to 0, 10, 20 and 30.
+    keep_only(tmp_path, dataclasses.replace(config, keep_closest=10).keeping)
+    assert committed(tmp_path) == [4, 9, 19, 23, 27, 28, 31]
+    keep_only(tmp_path, config.keeping)
+    assert committed(tmp_path) == [23, 27, 28, 31]
 
 
 def test_a_committed_step_is_not_written_again(tmp_path, saved_steps):
@@ -283,15 +299,36 @@ def test_another_model_is_named_by_its_fields(tmp_path, saved_steps):
         checkpoints.restore_params({})
 
 
-def test_a_new_field_has_its_default_and_one_that_is_gone_does_not_matter(tmp_path, saved_steps):
+def test_a_new_field_is_added_and_one_that_is_gone_does_not_matter(tmp_path, saved_steps):
     state = saved_steps(tmp_path, 1)[1]
     wanted = abstract(state, mesh_of(1, 1))
     facts = {name: value for name, value in FINGERPRINT.items() if name != "pattern"}
-    defaults = {"bias": False}
-    open_at(tmp_path, fingerprint=facts | {"bias": False}, defaults=defaults).restore(wanted)
-    other = open_at(tmp_path, fingerprint=facts | {"bias": True}, defaults=defaults)
+
+    def upgrade(saved):
+        return saved | {"bias": False}
+
+    open_at(tmp_path, fingerprint=facts | {"bias": False}, upgrade=upgrade).restore(wanted)
+    other = open_at(tmp_path, fingerprint=facts | {"bias": True}, upgrade=upgrade)
     with pytest.raises(InputError, match="with bias=True; it is of another model with bias=False"):
         other.restore(wanted)
+
+
+def test_a_leaf_is_restored_in_a_wider_type_and_not_in_a_narrower_one(tmp_path):
+    here = SingleDeviceSharding(jax.devices()[0])
+    scale = jnp.asarray([1.0, 1.0078125, 3e38], "bfloat16")
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, {"scale": scale}, {})
+    checkpoints.wait()
+
+    def wanted(dtype):
+        return {"scale": jax.ShapeDtypeStruct(scale.shape, jnp.dtype(dtype), sharding=here)}
+
+    found = checkpoints.restore(wanted("float32"))[0]["scale"]
+    assert found.dtype == "float32"
+    np.testing.assert_array_equal(found, scale.astype("float32"))
+    with pytest.raises(InputError, match="leaf scale as float16"):
+        checkpoints.restore(wanted("float16"))
+    checkpoints.close()
 
 
 def test_wrong_leaves_are_named(tmp_path, saved_steps):

@@ -213,10 +213,11 @@ def test_an_export_has_the_same_bytes(folder, params):
 
 def test_the_released_configuration_is_read_and_written(folder):
     model = read_config(folder.family, RELEASED, "config.json", ())
-    assert round(count_parameters(model)[0] / 1e9, 2) == 7.39
+    assert round(count_parameters(parameter_table(model))[0] / 1e9, 2) == 7.39
     written = folder.family.write(model)
     again = read_config(folder.family, written, "config.json", ())
-    assert checkpoint_facts(again) == checkpoint_facts(model)
+    found, wanted = (checkpoint_facts(each)["fingerprint"] for each in (again, model))
+    assert found == wanted
 
 
 @pytest.mark.parametrize(

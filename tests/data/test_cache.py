@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -13,9 +14,10 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from jaxscale.data import checksums
 from jaxscale.data.cache import open_cache
 from jaxscale.data.sources import Document, TextSource
-from jaxscale.data.split import hash_key
+from jaxscale.data.split import hash_text
 from jaxscale.data.tokenizer import ByteTokenizer
 from jaxscale.types import InputError
 
@@ -46,8 +48,36 @@ def test_holds_the_documents_that_have_text(tmp_path):
     assert cache.tokens.tolist() == [97, 98, 256, 0xC3, 0xA9, 256]
     assert cache.offsets.tolist() == [0, 3, 6]
     assert cache.num_bytes.tolist() == [2, 2]
+    assert cache.num_scored_bytes.tolist() == [1, 1]
     assert cache.keys() == ["key 0\n", "key 2\n"]
-    assert cache.key_hashes.tolist() == [hash_key("key 0\n"), hash_key("key 2\n")]
+    assert cache.key_hashes.tolist() == [hash_text("key 0\n"), hash_text("key 2\n")]
+    assert cache.text_hashes.tolist() == [hash_text("ab"), hash_text("é")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keyed:
+    """Documents with keys given by hand."""
+
+    keys: tuple[str, ...]
+
+    def documents(self):
+        return (Document(key, f"text {n}") for n, key in enumerate(self.keys))
+
+    def version(self):
+        return []
+
+
+def test_one_key_for_many_documents_is_told_and_leaves_nothing(tmp_path):
+    message = r"sources: Keyed: given 'wiki', expected a key of its own.*; 2 have this one"
+    with pytest.raises(InputError, match=message):
+        open_cache(Keyed(("a", "wiki", "b", "wiki")), ByteTokenizer(), tmp_path)
+    assert not folders_in(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    cache = open_listed(tmp_path, "\ufeffab", "\ufeff", "a\ufeff")
+    assert cache.tokens.tolist() == [97, 98, 256, 97, 0xEF, 0xBB, 0xBF, 256]
+    assert cache.text_hashes[0] == hash_text("ab")
 
 
 def test_each_tokenizer_has_a_cache_of_its_own(tmp_path):
@@ -185,6 +215,11 @@ def test_directory_that_cannot_be_made_is_named(tmp_path):
         open_listed(tmp_path / "file" / "cache", "text")
 
 
+def test_name_too_long_for_a_directory_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"cache_directory.*\(File name too long\)"):
+        open_listed(tmp_path / ("n" * 300), "text")
+
+
 def test_empty_corpus_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="the corpus is empty"):
         open_listed(tmp_path, "", "")
@@ -194,6 +229,52 @@ def test_empty_corpus_is_named_and_leaves_nothing(tmp_path):
 def test_text_with_half_a_character_is_named(tmp_path):
     with pytest.raises(InputError, match="text of whole characters"):
         open_listed(tmp_path, "a\ud800")
+
+
+def flip(path, first, last=None):
+    """Inverts the bytes of a file from `first` to before `last`."""
+    content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    content[first:last] ^= 255
+    path.write_bytes(content.tobytes())
+
+
+ARRAYS = ["tokens", "offsets", "num_bytes", "num_scored_bytes", "key_hashes", "text_hashes"]
+FILES = [*(f"{name}.bin" for name in ARRAYS), "keys.jsonl"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("bytes_", [(0, None), (3, 4)], ids=["all bytes", "one byte"])
+def test_flipped_bytes_are_told(tmp_path, name, bytes_):
+    folder = open_listed(tmp_path, "text", "more").directory
+    flip(folder / name, *bytes_)
+    with pytest.raises(InputError, match=rf"delete it \({name} has changed .*bytes 0 to"):
+        open_listed(tmp_path, "text", "more")
+
+
+def test_a_manifest_that_says_something_else_is_told(tmp_path):
+    path = open_listed(tmp_path, "text").directory / "manifest.json"
+    path.write_text(path.read_text().replace("uint16", "uint32"))
+    with pytest.raises(InputError, match=r"manifest\.json has changed"):
+        open_listed(tmp_path, "text")
+
+
+def test_a_large_cache_is_sampled_and_compared_whole_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 1000)
+    texts = ("x" * 500,) * 40  # two bytes a token
+    opened = functools.partial(open_cache, Listed(texts), ByteTokenizer(), tmp_path)
+    path = opened(is_verified=True).directory / "tokens.bin"
+    flip(path, 30_500, 30_501)
+    is_found = []
+    for _ in range(30):
+        try:
+            opened()
+        except InputError:
+            is_found.append(True)
+        else:
+            is_found.append(False)
+    assert any(is_found) and not all(is_found), "other blocks each time: 16 of 40"
+    with pytest.raises(InputError, match=r"tokens\.bin has changed .* in bytes 30000 to 30999"):
+        opened(is_verified=True)
 
 
 @pytest.mark.parametrize("damage", ["shorten", "remove", "manifest"])

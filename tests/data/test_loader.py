@@ -1,15 +1,22 @@
 """The loader: batch n for any number of hosts and after any seek, epochs, mixtures, bad input."""
 
+import collections
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
-from jaxscale.data.loader import DataConfig, make_loader, open_corpora
-from jaxscale.data.sources import TextSource
-from jaxscale.data.split import hash_key, is_held_out
+from jaxscale.data.loader import (
+    DataConfig,
+    make_loader,
+    open_corpora,
+    warn_of_trained_documents,
+)
+from jaxscale.data.sources import JsonLinesSource, TextSource
+from jaxscale.data.split import hash_text, is_held_out
 from jaxscale.data.tokenizer import TokenizerConfig
 from jaxscale.types import InputError
 
@@ -45,8 +52,8 @@ def texts_of(config, *, is_hidden):
     """The texts of all sources that are held out, or those that are not."""
     texts = []
     for source in config.sources:
-        for key, text in source.documents():
-            if is_held_out([hash_key(key)], config.held_out_fraction)[0] == is_hidden:
+        for _, text in source.documents():
+            if is_held_out([hash_text(text)], config.held_out_fraction)[0] == is_hidden:
                 texts.append(text)
     return texts
 
@@ -163,9 +170,9 @@ def test_held_out_pass_predicts_each_token_once(make_config, is_packed):
     assert [batch["tokens"].shape for batch in batches] == [(8, 32)] * len(batches)
     assert sum(int(batch["weights"].sum()) for batch in batches) == loader.num_tokens
     texts = texts_of(config, is_hidden=True)
-    assert loader.num_bytes == sum(len(text.encode()) for text in texts)
+    assert loader.num_scored_bytes == sum(len(text.encode()) - 1 for text in texts)
     # A token is a byte here; the first of a document is not predicted, the one that ends it is.
-    assert loader.num_tokens == loader.num_bytes
+    assert loader.num_tokens == loader.num_scored_bytes + len(texts)
     for again, batch in zip(loader, batches):
         assert_equal(again, batch)
 
@@ -182,8 +189,108 @@ def test_splits_do_not_share_documents_and_do_not_depend_on_the_seed(make_config
     assert len(train | held_out) == 85
 
 
+def texts_in(config, split):
+    """How often each text comes in a split, over all sources."""
+    return collections.Counter(
+        tuple(tokens.tolist())
+        for corpus in open_corpora(config, split)
+        for tokens in corpus.token_arrays()
+    )
+
+
+def link_folder(root):
+    (root / "latest").symlink_to(root / "texts")
+    return [TextSource((str(root),))]
+
+
+def link_files(root):
+    (root / "again").mkdir()
+    for path in (root / "texts").iterdir():
+        os.link(path, root / "again" / f"link {path.name}")
+    return [TextSource((str(root),))]
+
+
+def name_files_beside_their_folder(root):
+    files = map(str, (root / "texts").iterdir())
+    return [TextSource((str(root), *files, str(root)))]
+
+
+def read_in_two_sources(root):
+    return [TextSource((str(root),)), TextSource((str(root / "texts"),))]
+
+
+def copy_files(root):
+    shutil.copytree(root / "texts", root / "copy")
+    return [TextSource((str(root),))]
+
+
+def shard_anew(root):
+    texts = [path.read_text() for path in sorted((root / "texts").iterdir())]
+    sources = []
+    for name, ordered in (("ascending", texts), ("descending", texts[::-1])):
+        path = root / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ordered))
+        sources.append(JsonLinesSource((str(path),)))
+    return sources
+
+
+@pytest.mark.parametrize(
+    ("reach_again", "times"),
+    [
+        (link_folder, 1),
+        (link_files, 1),
+        (name_files_beside_their_folder, 1),
+        (read_in_two_sources, 2),
+        (copy_files, 2),
+        (shard_anew, 2),
+    ],
+)
+def test_no_text_is_in_both_splits_however_often_it_is_reached(
+    make_config, tmp_path, reach_again, times
+):
+    (tmp_path / "texts").mkdir()
+    for number in range(60):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"document {number}")
+    sources = tuple(reach_again(tmp_path))
+    config = make_config(sources=sources, weights=None)
+    train, held_out = texts_in(config, "train"), texts_in(config, "held_out")
+    assert not train & held_out
+    assert held_out and len(train | held_out) == 60
+    assert set((train | held_out).values()) == {times}
+
+
+def test_files_that_are_reached_twice_are_told(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a")
+    source = TextSource((str(tmp_path), str(tmp_path / "a.txt")))
+    assert len(source.version()) == 1
+    assert "TextSource.paths: 1 of 2 files are others again" in caplog.text
+
+
+def test_a_run_that_held_out_by_keys_goes_on_only_so(make_config, caplog):
+    """As runs did before they said by what."""
+    state = make_loader(make_config(held_out_by="key")).state()
+    del state["depends_on"]["held_out_by"]
+    make_loader(make_config(held_out_by="key")).restore(state)
+    with pytest.raises(InputError, match=r"DataConfig.held_out_by: given 'text', expected 'key'"):
+        make_loader(make_config()).restore(state)
+    state = make_loader(make_config(held_out_fraction=0.0)).state()
+    del state["depends_on"]["held_out_by"]
+    make_loader(make_config(held_out_fraction=0.0)).restore(state)
+    warn_of_trained_documents(state, make_config(held_out_fraction=0.0))
+    assert not caplog.text
+
+
+def test_an_evaluation_by_texts_of_a_training_by_keys_is_warned_of(make_config, caplog):
+    state = make_loader(make_config(held_out_by="key")).state()
+    warn_of_trained_documents(state, make_config(held_out_by="key"))
+    assert not caplog.text
+    del state["depends_on"]["held_out_by"]
+    warn_of_trained_documents(state, make_config())
+    assert "DataConfig.held_out_by: 'text' is not the 'key' of the training" in caplog.text
+
+
 def test_without_packing_a_row_is_one_document(make_config):
-    batch = make_loader(make_config(is_packed=False)).batch_at(0)
+    batch = joined(take(make_loader(make_config(is_packed=False)), 3))
     assert "segments" not in batch
     assert (batch["positions"] == np.arange(32)).all()
     ends = batch["tokens"] == 256
@@ -210,7 +317,6 @@ def test_seed_shuffles(make_config):
     [
         ("seed", 1),
         ("sequence_length", 64),
-        ("batch_size", 4),
         ("weights", (1.0, 1.0)),
         ("is_packed", False),
     ],
@@ -219,6 +325,26 @@ def test_state_of_another_configuration_is_refused(make_config, field, value):
     state = make_loader(make_config()).state()
     with pytest.raises(InputError, match=rf"DataConfig\.{field}.*with which the run was begun"):
         make_loader(make_config(**{field: value})).restore(state)
+
+
+def test_another_batch_size_goes_on_with_the_next_row(make_config):
+    loader = make_loader(make_config())
+    take(loader, 3)
+    state = loader.state()
+    for size, first in ((4, 6), (12, 2), (24, 1)):  # 24 rows of 3 batches of 8
+        other = make_loader(make_config(batch_size=size))
+        other.restore(state)
+        assert_equal(next(other), make_loader(make_config(batch_size=size)).batch_at(first))
+        tokens = other.batch_at(first)["tokens"][:4]
+        np.testing.assert_array_equal(tokens, next_rows(loader, 24, 4))
+    with pytest.raises(InputError, match=r"here 24 % 16 = 8"):
+        make_loader(make_config(batch_size=16)).restore(state)
+
+
+def next_rows(loader, first, number):
+    """Rows of the stream, from its batches of 8."""
+    batches = [loader.batch_at(n)["tokens"] for n in range((first + number) // 8 + 1)]
+    return np.concatenate(batches)[first : first + number]
 
 
 def test_state_of_as_many_other_documents_is_refused(make_config, folders, tmp_path):

@@ -2,11 +2,15 @@
 
 import gzip
 import json
+import os
+import struct
 import sys
+import time
 
 import pytest
 import zstandard
 
+from jaxscale.data import files
 from jaxscale.data.sources import (
     HuggingFaceSource,
     JsonLinesSource,
@@ -77,13 +81,46 @@ def test_standard_library_is_the_interpreters_own():
     assert not any(key.startswith("json/") for key in documents)
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress, frames])
+def long_window(content: bytes) -> bytes:
+    """As `zstd --long=31` writes it, without the size of the content."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        3, window_log=31, enable_ldm=True, write_content_size=False
+    )
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return compressor.compress(content) + compressor.flush()
+
+
+def after_a_skippable_frame(content: bytes) -> bytes:
+    return struct.pack("<II", 0x184D2A50, 4) + b"size" + frames(content)
+
+
+COMPRESSIONS = [bytes, gzip.compress, frames, long_window, after_a_skippable_frame]
+
+
+@pytest.mark.parametrize("compress", COMPRESSIONS)
 def test_json_lines_whatever_the_compression_or_name(tmp_path, compress):
     path = tmp_path / "data.bin"
     path.write_bytes(compress(lines() + b"\n"))
     source = JsonLinesSource(paths=(str(path),), key_field="id")
     assert list(source.documents()) == EXPECTED
     assert next(JsonLinesSource(paths=(str(path),)).documents()).key == "data.bin:1"
+
+
+def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines())
+    assert list(JsonLinesSource(paths=(str(path),), key_field="id").documents()) == EXPECTED
+
+
+def test_a_long_line_takes_time_in_proportion(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 10)
+    text = "x" * (1 << 23)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text + end}) + "\n" for end in "ab"))
+    begin = time.monotonic()
+    found = [document.text[-1] for document in JsonLinesSource((str(path),)).documents()]
+    assert found == ["a", "b"]
+    assert time.monotonic() - begin < 3
 
 
 def test_parquet(tmp_path):
@@ -96,6 +133,47 @@ def test_parquet(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(InputError, match="a Parquet file"):
         list(ParquetSource(paths=(str(tmp_path / "b.parquet"),)).documents())
+
+
+def invert(path, first, last):
+    content = bytearray(path.read_bytes())
+    content[first:last] = bytes(byte ^ 255 for byte in content[first:last])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+@pytest.mark.parametrize("bytes_", [(10, 30), (200, 900), (-300, -150)], ids=str)
+def test_a_damaged_parquet_file_is_named(tmp_path, compression, bytes_):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    table = pyarrow.Table.from_pylist([{"text": f"{n * n} é" * 9} for n in range(99)])
+    parquet.write_table(table, path, compression=compression)
+    source = ParquetSource((str(path),))
+    assert len(list(source.documents())) == 99
+    invert(path, *bytes_)
+    with pytest.raises(
+        InputError, match=r"ParquetSource\.paths: given '.*a\.parquet', .* whole \("
+    ):
+        list(source.documents())
+
+
+def test_a_damaged_dataset_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS * 99).save_to_disk(tmp_path / "dataset")
+    source = HuggingFaceSource(directory=str(tmp_path / "dataset"))
+    (data,) = (tmp_path / "dataset").glob("*.arrow")
+    state = tmp_path / "dataset" / "state.json"
+    whole = data.read_bytes()
+    damages = [(data, whole[: len(whole) // 2]), (data, whole[:-99]), (data, b""), (state, b"{}")]
+    for path, content in damages:
+        path.write_bytes(content)
+        for read in (source.version, lambda: list(source.documents())):
+            with pytest.raises(InputError, match=r"HuggingFaceSource: given '.*dataset', expected"):
+                read()
+        data.write_bytes(whole)
+    with pytest.raises(InputError, match=r"HuggingFaceSource: given '', expected a dataset"):
+        HuggingFaceSource(name="").version()
 
 
 def test_hugging_face_datasets(tmp_path, monkeypatch):
@@ -122,7 +200,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     "source", [ParquetSource(paths=(__file__,)), HuggingFaceSource(directory="x")]
 )
 def test_missing_extra_is_named(source, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"jaxscale\[data\]"):
         next(source.documents())
@@ -133,6 +211,24 @@ def test_missing_file_and_folder_without_matches(tmp_path):
         next(TextSource(paths=(str(tmp_path / "none"),)).documents())
     with pytest.raises(InputError, match=r"matches \*.txt"):
         next(TextSource(paths=(str(tmp_path),)).documents())
+
+
+SOURCES = {TextSource: "a.txt", JsonLinesSource: "a.jsonl", ParquetSource: "a.parquet"}
+
+
+@pytest.mark.parametrize(("source", "name"), SOURCES.items())
+def test_a_pipe_is_named_and_not_waited_for(tmp_path, source, name):
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(InputError, match=rf"{name}', expected a regular file, no pipe"):
+            source((str(path),)).version()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_name_too_long_for_a_file_is_named(tmp_path, source):
+    path = tmp_path / ("n" * 300)
+    with pytest.raises(InputError, match=r"nnn', .*that can be read \(File name too long"):
+        next(source((str(path),)).documents())
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path):
@@ -151,7 +247,10 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
         (b'{"text": null}\n', "a string"),
         (gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:40], "a whole compressed file"),
         (zstandard.ZstdCompressor().compress(lines())[:-1], "a whole compressed file"),
-        (zstandard.ZstdCompressor().compress(lines()) + b"more", "a whole compressed file"),
+        (
+            zstandard.ZstdCompressor().compress(lines()) + b"more",
+            r"can be read \(.*[Uu]nknown frame",
+        ),
     ],
 )
 def test_bad_json_lines_are_named(tmp_path, content, message):

@@ -1,13 +1,15 @@
 """Tokenizers: round trips, training, the end of documents, bad input."""
 
 import json
+import os
 import pathlib
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from jaxscale.data.sources import JsonLinesSource, TextSource
-from jaxscale.data.split import hash_key, is_held_out
+from jaxscale.data.split import hash_text, is_held_out
 from jaxscale.data.tokenizer import (
     TokenizerConfig,
     check_vocabulary,
@@ -38,6 +40,14 @@ def test_round_trip(config):
     batch = tokenizer.encode_batch([HARD_TEXT, "b"])
     assert [each.tolist() for each in batch] == [ids, tokenizer.encode("b")]
     assert max(ids) < tokenizer.vocab_size
+
+
+def test_tokens_stand_for_the_bytes_of_their_text(config):
+    tokenizer = load_tokenizer(config)
+    for text in (HARD_TEXT, "漢字", "🎉", "é", "\ufffd", " ", "class Tokenizer:\n"):
+        ids = tokenizer.encode(text)
+        assert sum(map(tokenizer.num_bytes, ids)) == len(text.encode())
+    assert tokenizer.num_bytes(tokenizer.eos_id) == 0
 
 
 def test_no_text_ends_a_document(config):
@@ -80,12 +90,33 @@ def test_training_is_repeatable_and_shortens_text(tmp_path, kind):
     assert len(first.encode(text)) < 0.6 * len(text)
 
 
+ROOTS = [a + b for a in ("ба", "ве", "ги", "до", "жу") for b in ("ка", "ле", "ми", "но", "ру")]
+WORDS = [root + end for root in ROOTS for end in ("а", "ами", "ов", "ский", "ение")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "joint"),
+    [("sentencepiece", " "), ("sentencepiece", " \u2585 "), ("bpe", " ")],
+)
+def test_long_lines_and_reserved_characters_train_the_tokenizer(tmp_path, kind, joint):
+    line = joint.join(WORDS * 5)
+    assert len(line.encode()) > 5000
+    (tmp_path / "russian.txt").write_text(f"{line}\n" * 5)
+    (tmp_path / "code.txt").write_text("return the_value\n" * 99)
+    sources = (TextSource((str(tmp_path),)),)
+    output = str(tmp_path / "output")
+    tokenizer = train_tokenizer(sources=sources, output=output, vocab_size=320, kind=kind)
+    text = " ".join(WORDS)
+    assert len(tokenizer.encode(text)) < 0.5 * len(text)
+
+
 def test_held_out_documents_do_not_train_the_tokenizer(tmp_path):
-    names = [f"{n}.txt" for n in range(20)]
-    held_out = is_held_out([hash_key(name) for name in names], 0.5)
-    assert 0 < held_out.sum() < 20
-    for name, is_hidden in zip(names, held_out):
-        (tmp_path / name).write_text(("zq" if is_hidden else "ab") * 50)
+    texts = [pair * n for n in range(20, 60) for pair in ("ab", "zq")]
+    for number, text in enumerate(texts):
+        is_hidden = is_held_out([hash_text(text)], 0.5)[0]
+        if is_hidden == text.startswith("zq"):
+            (tmp_path / f"{number}.txt").write_text(text)
+    assert {path.read_text()[:2] for path in tmp_path.iterdir()} == {"ab", "zq"}
     tokenizer = train_tokenizer(
         sources=(TextSource(paths=(str(tmp_path),)),),
         output=str(tmp_path / "tokenizer"),
@@ -94,6 +125,57 @@ def test_held_out_documents_do_not_train_the_tokenizer(tmp_path):
     )
     assert len(tokenizer.encode("abab")) < 4
     assert len(tokenizer.encode("zqzq")) == 4
+
+
+@pytest.mark.parametrize("is_added", [True, False])
+def test_no_text_ends_a_document_whatever_the_file_says_of_the_token(tmp_path, is_added):
+    vocabulary = {"a": 0, "<|endoftext|>": 1}
+    content = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [])).to_str())
+    if is_added:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        content["added_tokens"] = [{"id": 1, "content": "<|endoftext|>", **flags}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(TokenizerConfig("huggingface", str(tmp_path)))
+    assert tokenizer.encode("a<|endoftext|>a") == [0, 0]
+    assert tokenizer.encode_batch(["a<|endoftext|>a"])[0].tolist() == [0, 0]
+    assert tokenizer.decode([0, 1]) == "a"
+
+
+def test_a_unigram_model_takes_no_special_token_from_a_text(tmp_path):
+    """Its special tokens are pieces with the best score, as in files made of SentencePiece."""
+    special = {"<unk>": 0.0, "</s>": 0.0, "<mask>": 0.0}
+    pieces = special | dict.fromkeys("▁</>abkmsx", -3.0)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(list(pieces.items()), unk_id=0))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens(["<mask>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = TokenizerConfig("huggingface", str(tmp_path), eos_token="</s>")
+    tokenizer = load_tokenizer(config)
+    ids = tokenizer.encode("a</s>b <mask> é")
+    assert not {1, 2} & set(ids) and 0 in ids
+    assert tokenizer.decode([id for id in ids if id]) == "a</s>b <mask> "
+    tokenizer.save(tmp_path / "copy")
+    written = (tmp_path / "copy" / "tokenizer.json").read_bytes()
+    assert written == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_an_end_that_text_can_spell_is_refused(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "end": 1}, unk_token="a"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"eos_token: given 'end'.*no text encodes to"):
+        load_tokenizer(TokenizerConfig("huggingface", str(tmp_path), eos_token="end"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a word"] * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        user_defined_symbols=["</s>"],
+        minloglevel=2,
+    )
+    with pytest.raises(InputError, match=r"\.model', .*a SentencePiece model with the control"):
+        load_tokenizer(TokenizerConfig("sentencepiece", str(tmp_path)))
 
 
 def test_a_file_that_truncates_and_pads_loses_no_text(tmp_path):
@@ -129,10 +211,43 @@ def test_missing_and_bad_files_are_named(tmp_path, kind):
         load_tokenizer(TokenizerConfig(kind, str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(InputError, match=r"a (tokenizer\.json|SentencePiece model)"):
-        load_tokenizer(TokenizerConfig(kind, str(tmp_path)))
+    message = r"path: given '.*/tokenizer\.\w+', expected a (tokenizer\.json|SentencePiece model)"
+    for path in (
+        tmp_path,
+        next(tmp_path.glob(f"*.{'json' if kind == 'huggingface' else 'model'}")),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_tokenizer(TokenizerConfig(kind, str(path)))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe', expected a regular file"):
+        load_tokenizer(TokenizerConfig(kind, str(tmp_path / "pipe")))
+    with pytest.raises(InputError, match=r"nnn', expected .*\(File name too long\)"):
+        load_tokenizer(TokenizerConfig(kind, str(tmp_path / ("n" * 300))))
     with pytest.raises(InputError, match="file or folder"):
         TokenizerConfig(kind)
+
+
+def test_a_damaged_model_is_named(tmp_path, folders):
+    output, sources = str(tmp_path), (TextSource(paths=folders),)
+    train_tokenizer(sources=sources, output=output, vocab_size=312, kind="sentencepiece")
+    path = tmp_path / "tokenizer.model"
+    whole = path.read_bytes()
+    config = TokenizerConfig("sentencepiece", output)
+    for cut in range(1, len(whole), 97):
+        for content in (whole[:cut], whole[:cut] + b"\xff" + whole[cut + 1 :]):
+            path.write_bytes(content)
+            try:
+                load_tokenizer(config)  # what is left may be a model
+            except InputError as error:
+                assert error.parameter == "TokenizerConfig.path" and str(path) in str(error)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    model = tokenizers.models.BPE({"a": 0, "<|endoftext|>": 1}, [])
+    tokenizers.Tokenizer(model).save(str(path))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_tokenizer(TokenizerConfig("huggingface", str(path))).encode("aa") == [0, 0]
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
@@ -176,6 +291,20 @@ def test_bad_training_text_is_named(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         train_tokenizer(sources=sources, output=str(tmp_path / "output"), vocab_size=300)
     assert not (tmp_path / "output").exists()
+
+
+def test_text_without_words_is_not_blamed_on_the_size(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n")
+    arguments = dict(sources=(TextSource((str(path),)),), vocab_size=300, kind="sentencepiece")
+    with pytest.raises(InputError, match=r"^sources: .*text with words in it"):
+        train_tokenizer(**arguments, output=str(tmp_path / "output"))
+
+
+def test_half_a_character_of_a_prompt_is_named(config):
+    """As a byte of the command line that is no UTF-8 comes."""
+    with pytest.raises(InputError, match=r"text: given 'a\\udcff', .*whole characters"):
+        load_tokenizer(config).encode("a\udcff")
 
 
 def test_output_that_is_a_file_is_named(tmp_path):

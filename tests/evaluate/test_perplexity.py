@@ -16,7 +16,8 @@ import pytest
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
-from jaxscale.data.split import hash_key, is_held_out
+from jaxscale.data.split import hash_text, is_held_out
+from jaxscale.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from jaxscale.evaluate.perplexity import BitsPerByte
 from jaxscale.models.config.facts import checkpoint_facts, from_flat
 from jaxscale.models.decoder import Decoder
@@ -50,7 +51,7 @@ FIELDS = dict(
 MODEL = from_flat(**FIELDS)
 
 
-DATA_STATE = {"depends_on": {"tokenizer": "byte", "held_out_fraction": 0.6}}
+DATA_STATE = {"depends_on": {"tokenizer": "byte", "held_out_fraction": 0.6, "held_out_by": "text"}}
 
 
 @pytest.fixture
@@ -85,9 +86,14 @@ def data(tmp_path, texts):
 def held_out(texts, data):
     return [
         text.encode()
-        for key, text in texts.items()
-        if is_held_out([hash_key(key)], data.held_out_fraction)[0]
+        for text in texts.values()
+        if is_held_out([hash_text(text)], data.held_out_fraction)[0]
     ]
+
+
+def num_scored_bytes(documents):
+    """A token is a byte, and the first one of a document is given."""
+    return sum(len(document) - 1 for document in documents)
 
 
 def naive_figures(params, documents):
@@ -107,7 +113,7 @@ def naive_figures(params, documents):
     return {
         "held_out/loss": nll / count,
         "held_out/perplexity": np.exp(nll / count),
-        "held_out/bits_per_byte": nll / np.log(2) / sum(map(len, documents)),
+        "held_out/bits_per_byte": nll / np.log(2) / num_scored_bytes(documents),
     }
 
 
@@ -214,11 +220,48 @@ def test_every_held_out_token_counts_once(data, texts):
     )
     assert figures["loss"] == 2
     assert math.isclose(
-        figures["bits_per_byte"], 2 / math.log(2) * len(labels) / sum(map(len, documents))
+        figures["bits_per_byte"], 2 / math.log(2) * len(labels) / num_scored_bytes(documents)
     )
     assert counted(BitsPerByte(data))[1] == labels
     evaluator = BitsPerByte(data)
     assert counted(evaluator) == counted(evaluator), "a second pass is as the first"
+
+
+@pytest.mark.parametrize("kind", ["byte", "huggingface", "sentencepiece"])
+def test_models_with_different_tokenizers_can_be_compared(tmp_path, kind):
+    """One that pays 2 bits for each byte it predicts has 2 bits a byte, however short the texts."""
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 103, 4))) for _ in range(30)]
+    (tmp_path / "texts").mkdir()
+    for number in range(300):
+        text = " ".join(rng.choice(words, 2))[:8]
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    sources, config = (TextSource((str(tmp_path / "texts"),)),), TokenizerConfig()
+    if kind != "byte":
+        trained = "bpe" if kind == "huggingface" else kind
+        train_tokenizer(sources=sources, output=str(tmp_path), vocab_size=290, kind=trained)
+        config = TokenizerConfig(kind, str(tmp_path))
+    tokenizer = load_tokenizer(config)
+
+    def sums(params, batch, key):
+        predicted = batch["labels"][batch["weights"] > 0]
+        num_bytes = sum(len(tokenizer.decode([token]).encode()) for token in predicted.tolist())
+        return 0, batch["weights"].sum(), {"nll": 2 * math.log(2) * num_bytes}
+
+    data = DataConfig(
+        sources, 16, 8, tokenizer=config, held_out_fraction=0.5, cache_directory=str(tmp_path)
+    )
+    figures = BitsPerByte(data)(dataclasses.replace(counting_context([]), sums=sums))
+    assert math.isclose(figures["bits_per_byte"], 2, rel_tol=1e-6)
+
+
+def test_documents_of_single_tokens_are_refused(tmp_path):
+    for character in "abcdefgh":
+        (tmp_path / f"{character}.txt").write_text(character)
+    sources = (TextSource((str(tmp_path),)),)
+    data = DataConfig(sources, 8, 8, held_out_fraction=0.5, cache_directory=str(tmp_path / "c"))
+    with pytest.raises(InputError, match="held-out documents with more than one token"):
+        BitsPerByte(data).check(counting_context([]))
 
 
 def test_a_bounded_pass_takes_some_batches(data):

@@ -43,8 +43,8 @@ def test_a_run_is_compared_by_its_last_figures(make_run):
 
 @pytest.mark.parametrize(
     ("bits", "loads"),
-    [(1.95, [[1, 1]]), (1.8, [[1, 1], [2, 0]])],
-    ids=["too close to the bigram", "an unused expert"],
+    [(1.95, [[1, 1]]), (1.8, [[1, 1], [2, 0]]), (None, [[1, 1]])],
+    ids=["too close to the bigram", "an unused expert", "a loss that is not finite"],
 )
 def test_a_run_that_missed_what_was_expected_fails(make_run, bits, loads):
     run = make_run(bits, loads)

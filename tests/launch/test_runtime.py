@@ -105,6 +105,16 @@ def test_the_devices_that_are_there_already_may_be_asked_for(tmp_path):
         apply_runtime(RuntimeConfig(num_cpu_devices=3), str(tmp_path))
 
 
+def test_a_flag_that_xla_does_not_know_is_refused_by_its_name(tmp_path):
+    """XLA itself would end the process."""
+    program = PROGRAM.format(config="RuntimeConfig(xla_flags=('--xla_nonsense=1',))")
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    environment = {"JAX_PLATFORMS": "cpu", "PATH": "", "HOME": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    expected = "RuntimeConfig.xla_flags: given ['--xla_nonsense=1'], expected flags of this XLA"
+    assert expected in result.stderr
+
+
 def test_flags_that_come_too_late_are_refused(tmp_path, monkeypatch):
     jax.devices()
     monkeypatch.setenv("XLA_FLAGS", "--xla_one=1 --xla_two=2")

@@ -246,8 +246,13 @@ def test_remat_of_names_keeps_attention_with_what_its_kernel_leaves_for_the_back
 
 @pytest.mark.parametrize(
     "settings",
-    [dict(remat=r) for r in ("full", "dots")] + [dict(remat="names", saved_names=("q",))],
-    ids=["full", "dots", "names"],
+    [
+        dict(remat="full"),
+        dict(remat="dots"),
+        dict(remat="names", saved_names=("q",)),
+        dict(remat="none", strategy=ByChunk(4)),
+    ],
+    ids=["full", "dots", "names", "by_chunk"],
 )
 def test_a_router_s_logits_are_not_made_again(settings):
     """They could differ in the last bit, and a draw of the backward from that of the forward."""
@@ -273,6 +278,7 @@ def test_a_router_s_logits_are_not_made_again(settings):
             "ExecutionConfig.attention: given 'flash', expected one of None, 'reference'",
         ),
         (dict(num_loss_chunks=0), "ExecutionConfig.num_loss_chunks: given 0"),
+        (dict(strategy=ByChunk), "a strategy: @ByChunk() with brackets builds it"),
         (dict(saved_names=("q",)), '"names" when saved_names or offloaded_names are given'),
     ],
 )

@@ -85,12 +85,26 @@ def test_they_are_those_of_the_full_logits_with_their_gradient(num_loss_chunks):
 
 
 def test_their_weighted_sum_is_the_loss():
-    """Of a dense model without a z-loss."""
+    """Of a dense model without a z-loss; a label outside the vocabulary has no weight."""
     loss = NextTokenLoss(MODEL, FLOAT32, ExecutionConfig(remat="none", num_loss_chunks=4))
     nll, weight, _ = jax.jit(lambda params: loss(params, BATCH, None))(make_params(MODEL))
     found = np.asarray(wanted()[0])
     np.testing.assert_allclose(nll, -(found * BATCH["weights"]).sum(), rtol=1e-5)
-    assert weight == BATCH["weights"].sum()
+    assert weight == counted_weights().sum()
+
+
+def counted_weights():
+    is_known = (BATCH["labels"] >= 0) & (BATCH["labels"] < MODEL.vocab_size)
+    return BATCH["weights"] * is_known
+
+
+def test_a_label_outside_the_vocabulary_does_not_count_even_in_the_z_loss():
+    execution = ExecutionConfig(remat="none", num_loss_chunks=4)
+    loss = NextTokenLoss(MODEL, FLOAT32, execution, z_loss=0.1)
+    run = jax.jit(lambda batch: loss(make_params(MODEL), batch, None)[:2])
+    assert counted_weights().sum() < BATCH["weights"].sum()
+    for got, wanted in zip(run(BATCH), run(BATCH | {"weights": counted_weights()}), strict=True):
+        assert got == wanted
 
 
 def test_a_number_of_chunks_that_does_not_divide_is_refused():

@@ -59,7 +59,7 @@ def test_the_tree_is_the_table(params):
     form = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
     assert jax.tree.map(lambda s: (s.shape, s.dtype), abstract_params(TABLE, "float32")) == form
     assert all(len(entry.dims) == len(entry.shape) for entry in table.values())
-    assert count_parameters(CONFIG)[0] == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count_parameters(TABLE)[0] == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def test_draws_have_their_deviation(params):

@@ -15,6 +15,13 @@ def test_other_types_are_refused_by_name(field, value):
         Policy(**{field: value})
 
 
+@pytest.mark.parametrize("field", ["parameters", "reduction"])
+def test_float16_is_refused_where_squares_of_gradients_would_vanish(field):
+    with pytest.raises(InputError, match=rf"Policy\.{field}: given 'float16'"):
+        Policy(**{field: "float16"})
+    assert Policy(compute="float16", output="float16").compute == "float16"
+
+
 def test_float64_is_refused_where_jax_would_compute_in_float32():
     with pytest.raises(
         InputError, match=r"Policy.compute: given 'float64', expected JAX_ENABLE_X64=1"

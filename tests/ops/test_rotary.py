@@ -179,6 +179,8 @@ YARN = dict(factor=4.0, original_length=64)
         (YarnScaling, YARN | dict(attention_factor=0.0), "YarnScaling.attention_factor: given 0"),
         (LongRopeScaling, dict(factors=(1.0, 0.0)), "LongRopeScaling.factors: given 0.0"),
         (LongRopeScaling, dict(factors=(), magnitude=0.0), "LongRopeScaling.magnitude: given 0.0"),
+        (RotaryConfig, dict(theta=1.0), "RotaryConfig.theta: given 1.0, expected above 1"),
+        (RotaryConfig, dict(theta=math.nan), "RotaryConfig.theta: given nan"),
     ],
 )
 def test_a_wrong_setting_is_named(kind, fields, message):

@@ -26,6 +26,7 @@ from tests.parallel.comparison import (
     SIZES,
     make_batch,
     make_params,
+    make_region,
     on_mesh,
     relative_errors,
 )
@@ -141,6 +142,33 @@ def test_log_probabilities_are_those_of_the_logits():
         wanted = np.take_along_axis(np.asarray(every), known, -1)[..., 0]
         wanted[0, :2] = 0
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+def mean_logit(params, batch, key, *, operations):
+    """Wants the logits of all tokens at once, which no member of a tensor group has."""
+    policy = Policy("float64", "float64", "float64", "float64")
+    decoder = Decoder(MODEL, operations, policy, EXECUTION)
+    logits, _ = decoder.logits(params, batch)
+    return logits.mean(), logits.size, {}
+
+
+@pytest.mark.parametrize(
+    ("loss", "sizes", "message"),
+    [
+        (mean_logit, dict(tensor=2), r"MeshConfig\.tensor: given 2.*token_log_probabilities"),
+        (preference, dict(pipeline=2), "loss: given .* a loss in parts that stages can run"),
+    ],
+    ids=["logits", "pipeline"],
+)
+def test_a_loss_that_a_mesh_cannot_run_is_refused_to_whoever_evaluates_or_trains(
+    loss, sizes, message
+):
+    model = from_flat(**SIZES, num_layers=2)
+    region = make_region(model, MeshConfig(**sizes), num_microbatches=2)
+    arguments = make_params(model), make_batch(), jax.random.key(0)
+    for run in (region.evaluate(loss), region.gradient(loss)):
+        with jax.enable_x64(True), pytest.raises(InputError, match=message):
+            jax.eval_shape(run, *arguments)
 
 
 def test_a_plain_function_is_refused_under_a_pipeline():

@@ -1,5 +1,6 @@
 """Tensor-parallel operations, value and gradient, against one device; those of serving, values."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.models.config.facts import from_flat
 from jaxscale.models.parameters import parameter_table
 from jaxscale.ops import loss
@@ -19,6 +21,7 @@ from jaxscale.parallel.mesh import AXES, TENSOR, MeshConfig, make_mesh
 from jaxscale.parallel.region import make_operations
 from jaxscale.parallel.rules import make_specs
 from jaxscale.types import InputError
+from tests.parallel.comparison import dense, make_batch, make_loss, make_params, make_region
 
 MODEL = from_flat(
     vocab_size=32,
@@ -247,6 +250,22 @@ def test_one_device_exchanges_nothing():
     assert "gather" not in program and "scatter" not in program
 
 
+@pytest.mark.parametrize("stride", [2, 4])
+def test_heads_keep_the_layout_of_blocks_that_their_number_gives_them(stride):
+    """Of four heads on two members; a stride of four would give both the first two patterns."""
+    model = dense(num_layers=1)
+    attention = dataclasses.replace(model.pattern[0].attention, layout=BlockLayout(1, stride))
+    layer = dataclasses.replace(model.pattern[0], attention=attention)
+    model = dataclasses.replace(model, pattern=(layer,))
+    run = make_region(model, MeshConfig(tensor=2)).evaluate(make_loss(model, "float32"))
+    arguments = make_params(model), make_batch(), jax.random.key(0)
+    if stride == 2:
+        jax.eval_shape(run, *arguments)
+        return
+    with pytest.raises(InputError, match=r"num_heads % \(tensor \* stride\) == 0"):
+        jax.eval_shape(run, *arguments)
+
+
 # Serving: the residual is replicated.
 
 
@@ -258,7 +277,7 @@ def test_a_replicated_residual_goes_through_column_and_row_parallel_matmuls(num_
         out = jnp.asarray(RNG.normal(size=(V, D)))
 
         def feed_forward(x, into, out):
-            hidden = jnp.sin(tensor.replicated_input(x) @ into)
+            hidden = jnp.sin(x @ into)
             return tensor.sum_partial(hidden @ out)
 
         specs = (P(), P(None, TENSOR), P(TENSOR))

@@ -92,7 +92,7 @@ def program(
         trainable=".*",
     )
     loss = NextTokenLoss(model, Policy(), execution)
-    return compiled_step(Setup(table, loss, region, optimizer, state))
+    return compiled_step(Setup(table, "float32", loss, region, optimizer, lambda step: 1e-3, state))
 
 
 def run_program(model, mesh):

@@ -70,7 +70,7 @@ def train(file: Path, directory: Path | str, *overrides: str):
 
 def command(file: Path, directory: Path | str, *overrides: str) -> list[str]:
     settings = [f"--set={each}" for each in in_directory(directory, overrides)]
-    return [sys.executable, "-m", "jaxscale.cli", "pretrain", str(file), *settings]
+    return [sys.executable, "-m", "jaxscale", "pretrain", str(file), *settings]
 
 
 def start(file: Path, directory: Path, *overrides: str) -> subprocess.Popen:

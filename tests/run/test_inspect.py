@@ -1,5 +1,6 @@
 """`inspect` tells what a run would be from shapes alone, for a mesh larger than this machine."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from jaxscale import cli
 from jaxscale.models.config.facts import from_flat
-from jaxscale.models.parameters import count_parameters
+from jaxscale.models.parameters import count_parameters, parameter_table
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = "experiments/configs/runs/llama_1b.gin"
@@ -86,8 +87,10 @@ def test_active_parameters_of_experts():
         ffn_dim=32,
     )
     experts = dict(moe_pattern=(True,), num_experts=8, num_active_experts=2, expert_dim=24)
-    total, active = count_parameters(from_flat(**dims, **experts, max_length=8))
+    model = from_flat(**dims, **experts, max_length=8)
+    total, active = count_parameters(parameter_table(model))
     attention, norms, expert, router = 16 * 4 * (4 + 2 + 2 + 4), 2 * 16, 3 * 16 * 24, 16 * 8
     assert total == 2 * 100 * 16 + 16 + 3 * (attention + norms + 8 * expert + router)
     assert active == 100 * 16 + 16 + 3 * (attention + norms + 2 * expert + router)
-    assert count_parameters(from_flat(**dims, **experts, max_length=8, is_tied=True))[1] == active
+    tied = dataclasses.replace(model, is_tied=True)
+    assert count_parameters(parameter_table(tied))[1] == active

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
 from jaxscale.data.tokenizer import ByteTokenizer, TokenizerConfig
+from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config.facts import checkpoint_facts, from_flat
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
@@ -149,6 +151,32 @@ def test_a_model_over_two_devices_continues_a_single_text_as_on_one(run, texts):
     assert load(run, tensor=2).generate("def f", max_new_tokens=NEW) == texts[:1]
 
 
+def test_a_model_over_two_devices_has_the_logits_of_one(run):
+    model = load(run, tensor=2)
+    tokens = model.encode("def f(x, y): ret")
+    wanted = plain_logits()(params(), batch_of(tokens))
+    np.testing.assert_allclose(model(tokens), wanted, atol=1e-5)
+
+
+def test_a_run_s_directory_may_have_moved(run, texts, tmp_path):
+    moved = shutil.copytree(run.directory, tmp_path / "moved")
+    (moved / "config.gin").write_text(CONFIG.format(directory="/absent"))
+    assert load(moved).generate("def f", max_new_tokens=NEW) == texts[:1]
+
+
+@pytest.mark.parametrize(
+    ("execution", "runtime"),
+    [
+        (ExecutionConfig(attention="cudnn"), RuntimeConfig()),  # no GPU is here
+        (ExecutionConfig(attention="chunked"), RuntimeConfig()),  # not of a prompt's length
+        (ExecutionConfig(), RuntimeConfig(is_deterministic=True)),
+    ],
+)
+def test_training_s_attention_is_not_that_of_decoding(run, texts, execution, runtime):
+    trained = dataclasses.replace(run, execution=execution, runtime=runtime)
+    assert load(trained).generate("def f", max_new_tokens=NEW) == texts[:1]
+
+
 def test_generate_prints_each_prompt_with_its_continuation(run, texts, capsys):
     assert generate(run=run, prompts=("def f", "x"), max_new_tokens=NEW) == texts
     assert capsys.readouterr().out == f"def f{texts[0]}\n\nx{texts[1]}\n\n"
@@ -168,11 +196,12 @@ def test_another_tokenizer_than_the_models_is_refused(run, tmp_path):
     ("change", "prompts", "message"),
     [
         ({}, "", r"prompts\[0\]: given \[\]"),
-        ({}, "a" * 30, r"prompt \+ max_new_tokens <= model.max_length = 32, here 30 \+ 7 = 37"),
+        ({}, "a" * 30, r"new_tokens - 1 <= model.max_length = 32, here 30 \+ 7 - 1 = 36"),
         ({"model": from_flat(**SHAPE | {"vocab_size": 61})}, "a", r"vocab_size"),
         ({"model": from_flat(**SHAPE | {"num_layers": 3})}, "a", "num_layers=1"),
         ({"model": from_flat(**SHAPE, windows=(4,))}, "a", r"pattern\.0\.attention\.window=None"),
         ({"directory": "/absent"}, "a", r"checkpoint.*there is none"),
+        ({"model": dataclasses.replace(MODEL, is_causal=False)}, "a", "is_causal: given False"),
     ],
 )
 def test_what_does_not_fit_is_refused(run, change, prompts, message):

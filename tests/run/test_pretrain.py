@@ -115,6 +115,46 @@ def test_a_resumed_run_keeps_its_seed_and_its_checkpoints_folder(gin_file, resum
     assert len(losses(resumable)) == STOP
 
 
+def test_what_a_resumed_run_changes_is_said(gin_file, resumable, caplog):
+    """The rate jumps where it is another one, or falls over another number of steps."""
+    changes = ("optimizer.learning_rate=0.02", "optimizer.clip_norm=None")
+    with caplog.at_level("INFO"):
+        assert train(gin_file, resumable, f"train.steps={STOP + 1}", *changes).step == STOP + 1
+    said = [line for line in caplog.messages if line.startswith("changed since the last start")]
+    assert [line.split(": ")[1] for line in said] == [
+        "OptimizerConfig.clip_norm 1.0 -> None",
+        "OptimizerConfig.learning_rate 0.01 -> 0.02",
+        f"TrainConfig.steps {STEPS} -> {STOP + 1}",
+    ]
+    rates = [line["learning_rate"] for line in figures(resumable)]
+    assert rates[1] == pytest.approx(0.01)  # the peak, after a warm-up of two steps
+    assert rates[-1] == pytest.approx(0.02 * 0.1)  # the last step has the final fraction
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.name='muon'", r"OptimizerConfig\.name: given .*muon.*, expected 'adamw', with"),
+        ("train.trainable='layers.*'", r"TrainConfig\.trainable: given .*, expected '\.\*', with"),
+    ],
+)
+def test_what_a_resumed_run_cannot_change_is_refused_by_its_name(
+    gin_file, resumable, change, message
+):
+    with pytest.raises(InputError, match=message):
+        train(gin_file, resumable, change)
+    assert len(losses(resumable)) == STOP
+
+
+def test_a_renamed_checkpoint_is_refused_before_a_step(gin_file, resumable):
+    """Step 8 could not be saved beside a folder 9."""
+    checkpoints = resumable / "checkpoints"
+    (checkpoints / str(STOP)).rename(checkpoints / "9")
+    with pytest.raises(InputError, match=f"given 'a folder 9', expected the name {STOP}"):
+        train(gin_file, resumable)
+    assert len(losses(resumable)) == STOP
+
+
 def as_a_kill_before_the_first_checkpoint_leaves_it(whole, directory):
     """Its last line of figures is cut short."""
     directory.mkdir()
@@ -142,6 +182,24 @@ def test_a_killed_and_a_stopped_process_leave_no_trace(gin_file, whole, tmp_path
     assert committed(directory)[-1] == len(losses(directory)) < STEPS
     assert train(gin_file, directory) == Outcome(STEPS, None)
     runs.assert_same_run(gin_file, directory, whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("after_s", [0.3, 1.0, 2.0, 3.0, 4.0, 6.0])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_first_seconds_is_heard(number, after_s, gin_file, tmp_path):
+    """During imports, while the mesh starts, and while the first step is compiled."""
+    directory = tmp_path / "run"
+    process = runs.start(gin_file, directory, "train.steps=100000")
+    time.sleep(after_s)
+    process.send_signal(number)
+    sent_at = time.monotonic()
+    status = process.wait(timeout=60)
+    log = Path(f"{directory}.log").read_text()
+    assert status in (128 + number, -number), log
+    assert "Traceback" not in log
+    if not losses(directory):
+        assert time.monotonic() - sent_at < 5, log
 
 
 def figures(directory):

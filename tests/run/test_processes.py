@@ -27,7 +27,7 @@ XLA_FLAGS = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device
 class Processes:
     """The processes of one `jaxscale pretrain`, which share eight CPU devices."""
 
-    def __init__(self, file, directory, *overrides, number, num_devices=8):
+    def __init__(self, file, directory, *overrides, number, num_devices=8, only_last=()):
         self.directory = directory
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -39,7 +39,9 @@ class Processes:
                 launcher="explicit", coordinator=coordinator, number=number, index=index
             )
             words = [f"runtime.processes.{name}={value}" for name, value in settings.items()]
-            words = runs.command(file, directory, devices, *overrides, *words * (number > 1))
+            words = [devices, *overrides, *words * (number > 1)]
+            words += only_last * (index == number - 1)
+            words = runs.command(file, directory, *words)
             self.logs.append(Path(f"{directory}.{time.monotonic_ns()}.log"))
             with self.logs[-1].open("w") as log:
                 environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
@@ -110,6 +112,34 @@ def test_two_processes_train_as_one_does_and_one_goes_on(gin_file, whole, start,
     assert "resumed after step 25" in one.log(0)
     assert_same_figures(one.directory, whole)
     runs.assert_close_run(gin_file, one.directory, whole)
+
+
+@LONG
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ("optimizer.learning_rate=0.5", "OptimizerConfig.learning_rate: given '0.5 in process 1'"),
+        ("data.seed=5", "DataConfig.seed: given '5 in process 1'"),
+        ("train.seed=5", "TrainConfig.seed: given '5 in process 1'"),
+        ("data.held_out_fraction=0.4", "DataConfig.held_out_fraction: given '0.4 in process 1'"),
+    ],
+)
+def test_processes_that_disagree_do_not_begin(start, tmp_path, difference, message):
+    """Each would train on with exit status 0, to other parameters than the others."""
+    two = start(tmp_path / "two", only_last=(difference,))
+    assert two.statuses() == [2, 2], two.all_logs()
+    assert message in two.log(0) and message in two.log(1)
+    assert not losses(two.directory)
+
+
+@LONG
+def test_processes_with_other_texts_do_not_begin(gin_file, start, tmp_path):
+    """As where a copy of the data lacks a file on one host."""
+    files = sorted(map(str, (gin_file.parent / "corpus").iterdir()))
+    fewer = (f"CORPUS={tuple(files[:-1])!r}", f"CACHE={str(tmp_path / 'cache')!r}")
+    two = start(tmp_path / "two", only_last=fewer)
+    assert two.statuses() == [2, 2], two.all_logs()
+    assert "DataConfig.sources: given" in two.log(0)
 
 
 def assert_same_figures(got, wanted):

@@ -269,6 +269,12 @@ def test_caches_have_the_form_in_which_layers_run():
             assert stack[1]["1"].k.shape == one.k.shape
 
 
+def test_a_continuation_may_end_one_token_after_the_model_s_longest_sequence():
+    """The last token is drawn and not run."""
+    (output,) = sampled([[1] * 29], max_new_tokens=4)
+    assert len(output) == 4
+
+
 @pytest.mark.parametrize(
     ("prompts", "max_new_tokens", "message"),
     [
@@ -280,7 +286,7 @@ def test_caches_have_the_form_in_which_layers_run():
             r"prompts\[1\]: given 61, expected tokens with 0 <= token < vocab_size = 61",
         ),
         ([[-1]], 4, r"prompts\[0\]: given -1"),
-        ([[1] * 29], 4, r"<= model.max_length = 32, here 29 \+ 4 = 33"),
+        ([[1] * 30], 4, r"<= model.max_length = 32, here 30 \+ 4 - 1 = 33"),
         ([[1]], 0, "max_new_tokens: given 0"),
     ],
 )

@@ -50,6 +50,16 @@ def test_the_distribution_is_the_definitions(config):
         np.testing.assert_allclose(row, wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("p", [1e-5, 0.3, 0.9, 0.9999, 0.999999])
+def test_a_large_vocabulary_is_cut_where_float64_cuts_it(p):
+    """A float32 sum of 150,000 probabilities is off by more than the last of them hold."""
+    logits = np.random.default_rng(0).normal(size=(1, 150_000)).astype(np.float32) * 3
+    got = np.isfinite(filter_logits(jnp.asarray(logits), SamplingConfig(top_p=p))).sum()
+    exact = np.exp(logits.astype(np.float64) - logits.max())
+    descending = -np.sort(-exact[0] / exact.sum())
+    assert got == (np.cumsum(descending) - descending < p).sum()
+
+
 def test_of_equal_tokens_the_lowest_stay():
     logits = jnp.tile(jnp.asarray([[0.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]), (25, 1))
 

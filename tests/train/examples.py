@@ -77,11 +77,13 @@ def make_training(
     mesh: MeshConfig = MeshConfig(),
     optimizer: OptimizerConfig = OPTIMIZER,
     compute: str = "float32",
+    parameters: str = "float32",
     **train,
 ) -> Training:
     """By its differences from one device, AdamW and float32; the same ones are compiled once."""
     config = TrainConfig(**{"steps": 10} | train)
-    return _training(model or make_model(), mesh, optimizer, config, Policy(compute=compute))
+    policy = Policy(parameters=parameters, compute=compute)
+    return _training(model or make_model(), mesh, optimizer, config, policy)
 
 
 @functools.cache

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from jaxscale import tree
+from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.losses import token_log_probabilities
+from jaxscale.ops.precision import Policy
 from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.train.diagnosis import first_non_finite
@@ -54,6 +58,29 @@ def test_an_activation_that_overflows_names_its_layer(mesh):
     training = make_training(mesh=mesh)
     params = changed(training, layers__0__attention__v=set_to(2e38, 1))
     assert diagnose(training, params, make_batch()) == "layers/0/v, layer 1 of its stack"
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProbabilities:
+    """A loss with a loop over chunks of its own, in which the final norm stands."""
+
+    model: ModelConfig
+    execution: ExecutionConfig = ExecutionConfig(num_loss_chunks=2)
+
+    def __call__(self, params, batch, key, *, operations):
+        decoder = Decoder(self.model, operations, Policy(compute="float32"), self.execution)
+        x = decoder.embed(params, batch)
+        x, _, _ = decoder.run_layers(params, x, decoder.tokens(batch))
+        log_p = token_log_probabilities(decoder, params, x, batch["labels"])
+        return -log_p.sum(), jnp.float32(log_p.size), {}
+
+
+def test_an_activation_of_a_loss_of_log_probabilities():
+    training = make_training()
+    setup = dataclasses.replace(training.setup, loss_fn=LogProbabilities(make_model()))
+    params = changed(training, layers__0__attention__v=set_to(2e38, 1))
+    name = diagnose(dataclasses.replace(training, setup=setup), params, make_batch())
+    assert name == "layers/0/v, layer 1 of its stack"
 
 
 # The rows of a stack in the order in which a pipeline stores them.

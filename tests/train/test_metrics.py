@@ -54,6 +54,20 @@ def test_arrays_of_any_kind_are_written(tmp_path):
     ]
 
 
+def test_what_is_no_finite_number_is_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    history = History(path, 0)
+    odd = {"loss": math.nan, "norms": np.float32([1, np.inf]), "a/b": {"c": [-math.inf, "NaN"]}}
+    history.report(1, odd)
+    history.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads(path.read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": None, "norms": [1, None], "a/b": {"c": [None, "NaN"]}}
+
+
 def test_a_resumed_history_drops_the_steps_that_run_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 8))
@@ -117,6 +131,26 @@ def test_the_use_of_experts_is_that_of_the_least_even_layer():
     assert expert_use(np.zeros((1, 4))) == dict(
         expert_max_share=0.0, expert_entropy=0.0
     )  # no valid token
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GB200", 2500e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("NVIDIA H100 80GB HBM4", None),
+        ("NVIDIA B300", None),
+    ],
+)
+def test_a_peak_is_that_of_the_whole_name(kind, peak, monkeypatch):
+    device = types.SimpleNamespace(device_kind=kind)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert peak_flops() == peak
 
 
 def test_no_mfu_where_the_peak_is_not_known():

@@ -11,7 +11,7 @@ import pytest
 
 from jaxscale import tree
 from jaxscale.models.parameters import Parameter
-from jaxscale.train.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxscale.train.optim import OptimizerConfig, check_moments, learning_rates, make_optimizer
 from jaxscale.types import InputError, Role
 
 PEAK = 0.5
@@ -52,7 +52,38 @@ DECAYED = {
 
 
 def make_schedule_of(steps, **fields):
-    return make_schedule(OptimizerConfig(learning_rate=PEAK, **fields), steps)
+    return learning_rates(OptimizerConfig(learning_rate=PEAK, **fields), steps)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beta2", "is_refused"),
+    [
+        ("bfloat16", 0.999, True),
+        ("bfloat16", 0.99, False),
+        ("bfloat16", 0.95, False),
+        ("float32", 0.999, False),
+    ],
+)
+def test_a_second_moment_follows_its_gradients_or_is_refused(dtype, beta2, is_refused):
+    """A gradient of 1, then 3,000 of 1e-3: the exact moment ends near 1e-6."""
+    config = OptimizerConfig(beta2=beta2)
+    if is_refused:
+        message = r"OptimizerConfig\.beta2: given 0\.999, expected 1 - beta2 >= 0\.00781"
+        with pytest.raises(InputError, match=message):
+            check_moments(config, dtype)
+        return
+    check_moments(config, dtype)
+    transform = optax.scale_by_adam(b1=0.9, b2=beta2)
+
+    def step(state, gradient):
+        return transform.update(gradient, state)[1], None
+
+    gradients = jnp.asarray([1.0] + [1e-3] * 3000, dtype)
+    state, _ = jax.lax.scan(step, transform.init(jnp.zeros((), dtype)), gradients)
+    exact = (1 - beta2) * sum(
+        float(g) ** 2 * beta2**i for i, g in enumerate(gradients.astype(float)[::-1])
+    )
+    assert float(state.nu) == pytest.approx(exact, rel=0.5 if dtype == "bfloat16" else 1e-3)
 
 
 def draw(seed):

@@ -214,6 +214,19 @@ def test_low_precision_compute_keeps_master_parameters():
         assert 0 < np.abs(leaf - before[path]).max() < 2e-6, path
 
 
+def test_every_parameter_of_a_run_in_bfloat16_learns():
+    """A scale next to 1 has steps of 2^-7 there, so that norms and biases are stored wider."""
+    model = make_model(use_bias=True, norm="layernorm")
+    optimizer = OptimizerConfig(learning_rate=3e-4, weight_decay=0.0)
+    training = make_training(model, optimizer=optimizer, compute="bfloat16", parameters="bfloat16")
+    state, _ = training.run(*map(make_batch, range(5)))
+    before, after = tree.flatten(training.first.params), tree.flatten(state.params)
+    for path, leaf in after.items():
+        is_small = "norm" in path or path.endswith("bias")
+        assert leaf.dtype == ("float32" if is_small else "bfloat16"), path
+        assert (leaf != before[path]).any(), path
+
+
 def test_what_is_converted_to_the_compute_type_is_said_by_the_role(monkeypatch):
     """Not by the name: here `q` is a router and the norm before the feed-forward a matrix."""
     model = make_model()

@@ -17,6 +17,7 @@ from jaxscale.train.config import TrainConfig
 from jaxscale.train.loop import NonFiniteError, Outcome
 from jaxscale.train.metrics import Speed, read_history
 from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.run_directory import held
 from jaxscale.train.surroundings import surroundings
 from jaxscale.train.training import train
 from jaxscale.types import InputError
@@ -98,6 +99,21 @@ def test_data_2_by_tensor_2_equals_one_device_and_resumes(on_one_device, stopped
     assert position == wanted_position == {"number": STEPS}
     for path, leaf in got.items():
         np.testing.assert_allclose(leaf, wanted[path], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_the_directory_is_locked_until_its_checkpoints_are_closed(tmp_path, monkeypatch):
+    """Another run could else begin beside a save that is still written."""
+    close, num_closed = Checkpoints.close, []
+
+    def close_locked(self):
+        with pytest.raises(InputError, match="no other process"), held(tmp_path):
+            pass
+        num_closed.append(self)
+        close(self)
+
+    monkeypatch.setattr(Checkpoints, "close", close_locked)
+    run(tmp_path, MeshConfig(), config=TrainConfig(steps=1))
+    assert len(num_closed) == 1
 
 
 def test_its_checkpoint_is_refused_to_another_network(on_one_device):

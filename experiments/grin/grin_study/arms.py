@@ -85,7 +85,7 @@ def run_seed(arm: Arm, seed: int) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     context = dataclasses.replace(arm.context, params=state.params, step=steps)
     sums = domain_sums(context, arm.held_out)
-    total, active = count_parameters(run.model)
+    total, active = count_parameters(run.table())
     return {
         "arm": arm.name,
         "seed": seed,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from jaxscale.data.split import hash_key
+from jaxscale.data.split import hash_text
 
 MIN_BYTES, MAX_BYTES = 500, 200_000
 MAX_LINE_LENGTH, MAX_MEAN_LINE_LENGTH = 1000, 100
@@ -61,7 +61,7 @@ def choose_documents(
 def _order(key: str) -> int:
     # The hash of the key itself decides which documents are held out: ordering by it would make
     # the sample depend on that split.
-    return hash_key(f"order of {key}")
+    return hash_text(f"order of {key}")
 
 
 def _read(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What a checkpoint records of its model, and how older checkpoints recorded it."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -24,14 +25,13 @@ def checkpoint_facts(config: ModelConfig) -> dict[str, Any]:
     """The arguments of `checkpoint.Checkpoints` that say which model a checkpoint is of.
 
     Returns:
-        `fingerprint`, the fields that shape the parameters or say what they compute; `defaults`,
-        their values in checkpoints that are older than a field; and `upgrade`, which makes a
-        fingerprint of today out of one of the time when a configuration had no parts.
+        `fingerprint`, the fields that shape the parameters or say what they compute; and `upgrade`,
+        which makes a fingerprint of today out of one that is older than a field, or than the parts
+        of a configuration.
     """
     return {
         "fingerprint": _facts(config),
-        "defaults": _defaults(config),
-        "upgrade": _upgraded,
+        "upgrade": functools.partial(_upgraded, config),
     }
 
 
@@ -40,8 +40,7 @@ def _facts(value: Any) -> Any:
     if isinstance(value, ModelConfig) and not value.use_learned_positions:
         # No parameter has it then, and a longer context needs no other model.
         return _fields(value, but=("max_length",))
-    if isinstance(value, DenseMixerRouter | MaskedSamplingRouter):
-        return _router_facts(value)
+    value = _once_trained(value)
     if dataclasses.is_dataclass(value):
         return _fields(value)
     if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
@@ -50,37 +49,53 @@ def _facts(value: Any) -> Any:
 
 
 def _fields(value: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(value)]
-    wanted = [name for name in names if name not in (*TRAINING_ONLY, *but)]
-    kind = {} if isinstance(value, ModelConfig) else {"type": type(value).__name__}
+    wanted = [field.name for field in _recorded(value) if field.name not in but]
+    kind = {} if isinstance(value, ModelConfig) else {"type": _kind(value)}
     return kind | {name: _facts(getattr(value, name)) for name in wanted}
 
 
-def _router_facts(router: DenseMixerRouter | MaskedSamplingRouter) -> dict[str, Any]:
-    """Without draws two routers compute what `TopKRouter` does, so their models are the same."""
-    if isinstance(router, SparseMixerRouter):
-        return _fields(router)
-    return _fields(TopKRouter())
+def _recorded(value: Any) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(value) if field.name not in TRAINING_ONLY]
 
 
-def _defaults(value: Any) -> Any:
-    """The defaults of all fields of a configuration, in the form of `_facts`."""
-    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
-        return {str(i): _defaults(item) for i, item in enumerate(value)}
-    found = {}
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if dataclasses.is_dataclass(item) or isinstance(item, tuple):
-            is_parts = dataclasses.is_dataclass(item) or any(map(dataclasses.is_dataclass, item))
-            found[field.name] = _defaults(item) if is_parts else field.default
+def _once_trained(value: Any) -> Any:
+    """A router as it computes without draws; two that then do the same are the same model's."""
+    is_drawing = isinstance(value, DenseMixerRouter | MaskedSamplingRouter)
+    if is_drawing and not isinstance(value, SparseMixerRouter):
+        return TopKRouter()
+    return value
+
+
+def _completed(saved: Any, value: Any) -> Any:
+    """The facts that a checkpoint has recorded of `value`, with those that are newer than it.
+
+    A field that the checkpoint lacks had its default then. A part that it has of another kind, or
+    has not at all, stays as it is.
+    """
+    value = _once_trained(value)
+    if not isinstance(saved, dict):
+        return saved
+    if isinstance(value, tuple):
+        parts = {str(i): item for i, item in enumerate(value)}
+        return {name: _completed(item, parts.get(name)) for name, item in saved.items()}
+    if not dataclasses.is_dataclass(value) or saved.get("type", "ModelConfig") != _kind(value):
+        return saved
+    found = dict(saved)
+    for field in _recorded(value):
+        if field.name in saved:
+            found[field.name] = _completed(saved[field.name], getattr(value, field.name))
         elif field.default is not dataclasses.MISSING:
             found[field.name] = _facts(field.default)
-    return {name: item for name, item in found.items() if item is not dataclasses.MISSING}
+    return found
 
 
-def _upgraded(saved: dict[str, Any]) -> dict[str, Any]:
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _upgraded(config: ModelConfig, saved: dict[str, Any]) -> dict[str, Any]:
     """The fingerprint of today for one that may be older than the configuration's parts."""
-    return saved if "pattern" in saved else _facts(from_flat(**saved))
+    return _completed(saved, config) if "pattern" in saved else _facts(from_flat(**saved))
 
 
 def from_flat(
@@ -119,7 +134,7 @@ def from_flat(
         num_dense_prefix: dense layers before the pattern.
         rest: of the experts and of `ModelConfig`.
     """
-    period = _least_common_length(windows, moe_pattern)
+    period = math.lcm(len(windows), len(moe_pattern))
     experts = _flat_experts(rest, activation)
 
     def layer(number: int, is_moe: bool) -> LayerConfig:
@@ -145,10 +160,6 @@ def from_flat(
         use_learned_positions=positions == "learned",
         **rest,
     )
-
-
-def _least_common_length(windows: tuple, moe_pattern: tuple) -> int:
-    return math.lcm(len(windows), len(moe_pattern))
 
 
 def _flat_experts(rest: dict[str, Any], activation: str) -> ExpertsConfig | None:

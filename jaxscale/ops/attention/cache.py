@@ -104,7 +104,7 @@ def attend(
         key_positions=cache.positions,
         key_segments=cache.segments,
     )
-    o = _over_cache(q, cache, seen)
+    o = over_keys(q, cache.k, cache.v, seen)
     return jnp.where(cache.length <= cache.k.shape[2], o, jnp.nan), cache
 
 
@@ -134,30 +134,39 @@ def _append(
     return longer, segments
 
 
-def _over_cache(
+def over_keys(
     q: Array,
-    cache: KVCache,
+    k: Array,
+    v: Array,
     context: AttentionContext,
 ) -> Array:
-    """Attention of a few queries over a whole cache.
+    """Attention of a few queries over whole rows of a cache.
 
     Both matmuls read the cache in its own type and add up in at least float32: to convert it first
     would write and read it once more, and reading it is what a decoding step spends its time on.
+
+    Args:
+        q: [B, T, N, H].
+        k: [B, K, S, H], heads before slots.
+        v: [B, K, S, H].
+        context: with the positions of the keys.
+    Returns:
+        [B, T, N, H] in the type of `q`.
     """
-    num_kv_heads = cache.k.shape[1]
-    q_BTKGH = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3]).astype(cache.k.dtype)
+    num_kv_heads = k.shape[1]
+    q_BTKGH = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3]).astype(k.dtype)
     # Heads first, as in the cache: XLA would order the logits [B, K, S, G, T] otherwise, and not
     # make one kernel of the softmax, whose sums would be over a dim that is not the last one.
     q_BKGTH = jnp.moveaxis(q_BTKGH, 1, 3)
-    logits = _wide_product("bkgth,bksh->bkgts", q_BKGTH, cache.k)
+    logits = _wide_product("bkgth,bksh->bkgts", q_BKGTH, k)
     logits *= context.logits_scale(q.shape[3])
     if context.softcap is not None:
         logits = context.softcap * jnp.tanh(logits / context.softcap)
     mask = context.mask(q.shape[2])
     num_groups = q_BKGTH.shape[2] if context.layout else 1
     mask = mask.reshape(mask.shape[0], -1, num_groups, *mask.shape[2:])
-    weights = jax.nn.softmax(jnp.where(mask, logits, NEVER)).astype(cache.v.dtype)
-    o = _wide_product("bkgts,bksh->btkgh", weights, cache.v)
+    weights = jax.nn.softmax(jnp.where(mask, logits, NEVER)).astype(v.dtype)
+    o = _wide_product("bkgts,bksh->btkgh", weights, v)
     return o.reshape(q.shape).astype(q.dtype)
 
 

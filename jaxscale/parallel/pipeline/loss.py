@@ -14,7 +14,7 @@ from jaxscale.ops.backends import Operations
 from jaxscale.parallel.mesh import PIPELINE
 from jaxscale.parallel.pipeline.slots import read_slot
 from jaxscale.parallel.pipeline.stages import PADDING, StageLayout
-from jaxscale.types import Array, Batch, Params
+from jaxscale.types import Array, Batch, InputError, Params
 
 Sums = tuple[Array, Array, dict[str, Array]]
 
@@ -40,7 +40,10 @@ class StagedLoss(Protocol):
         """What comes before the layers: the residual [b, t, D] of this device's tokens."""
 
     def prepare(self, layers: Params) -> Params:
-        """The layers' parameters in other types; its gradient is one more such conversion."""
+        """The layers' parameters in the types that `body` takes, converted once a step.
+
+        The gradients that `body` leaves are converted back in the same way.
+        """
 
     def body(
         self,
@@ -74,6 +77,16 @@ class StagedLoss(Protocol):
         operations: Operations,
     ) -> Sums:
         """What comes after the layers: the loss as sums."""
+
+
+def check_staged(loss_fn: Any) -> None:
+    """Raises InputError unless stages can run the loss."""
+    if not isinstance(loss_fn, StagedLoss):
+        expected = (
+            "a loss in parts that stages can run (start, prepare, body, finish: see "
+            "parallel.pipeline.loss.StagedLoss), or MeshConfig.pipeline = 1"
+        )
+        raise InputError("loss", loss_fn, expected)
 
 
 class ChunkInputs(NamedTuple):

@@ -73,7 +73,7 @@ def evaluate(
     values.update(known)
     for equation in needed(program, wanted, known):
         arguments = _read(values, equation.invars)
-        outputs = _apply(equation, arguments)
+        outputs = apply(equation, arguments)
         values.update(zip(equation.outvars, outputs, strict=True))
     return _read(values, wanted)
 
@@ -86,7 +86,7 @@ def run_flat(program: ClosedJaxpr, inputs: Sequence) -> list:
         if equation.primitive.name in WRAPPERS:
             outputs = run_flat(program_inside(equation), arguments)
         else:
-            outputs = _apply(equation, arguments)
+            outputs = apply(equation, arguments)
         values.update(zip(equation.outvars, outputs, strict=True))
     return _read(values, program.jaxpr.outvars)
 
@@ -99,7 +99,8 @@ def _given(program: ClosedJaxpr, inputs: Sequence) -> dict[Var, Any]:
     return values
 
 
-def _apply(equation: JaxprEqn, arguments: Sequence) -> Sequence:
+def apply(equation: JaxprEqn, arguments: Sequence) -> Sequence:
+    """The outputs of one equation, always as a sequence."""
     parameters = equation.primitive.get_bind_params(equation.params)
     with equation.ctx.manager:
         outputs = equation.primitive.bind(*arguments, **parameters)

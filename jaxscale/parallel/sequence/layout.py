@@ -11,8 +11,6 @@ from jax import lax
 from jaxscale.parallel.mesh import SEQUENCE, check_multiple
 from jaxscale.types import Array, Batch
 
-PARAMETER = "DataConfig.sequence_length"
-
 
 class TokenLayout(Protocol):
     """Which tokens of a sequence each shard of the `sequence` axis has.
@@ -31,14 +29,6 @@ class TokenLayout(Protocol):
             The same tokens, sharded as the layout has them, [b, T / sequence].
         """
 
-    def check(self, length: int, num_shards: int) -> None:
-        """Raises InputError, with the equation, unless a sequence can be laid out.
-
-        Args:
-            length: T, tokens of the whole sequence.
-            num_shards: size of the `sequence` axis.
-        """
-
 
 @dataclasses.dataclass(frozen=True)
 class Contiguous:
@@ -47,10 +37,6 @@ class Contiguous:
     def place(self, batch: Batch) -> Batch:
         """Returns the batch unchanged: it comes so."""
         return batch
-
-    def check(self, length: int, num_shards: int) -> None:
-        """Raises InputError unless T % sequence == 0."""
-        _check_shards(length, num_shards)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +68,6 @@ class Zigzag:
 
         return jax.tree.map(permuted, batch)
 
-    def check(self, length: int, num_shards: int) -> None:
-        """Raises InputError unless T % sequence == 0 and T % (2 * ring) == 0."""
-        _check_shards(length, num_shards)
-        _check_chunks(length, self.ring)
-
 
 def zigzag_order(length: int, ring: int) -> np.ndarray:
     """The token in each place: of 2 * ring chunks, member i has chunks i and 2 * ring - 1 - i.
@@ -102,28 +83,14 @@ def zigzag_order(length: int, ring: int) -> np.ndarray:
     Raises:
         InputError: T % (2 * ring) != 0.
     """
-    _check_chunks(length, ring)
     num_chunks = 2 * ring
-    chunks = np.arange(length).reshape(num_chunks, -1)
-    from_both_ends = [(i, num_chunks - 1 - i) for i in range(ring)]
-    return chunks[np.array(from_both_ends)].reshape(-1)
-
-
-def _check_shards(length: int, num_shards: int) -> None:
     check_multiple(
-        PARAMETER,
+        "DataConfig.sequence_length",
         length,
-        num_shards,
-        "sequence_length % sequence",
-        str(num_shards),
-    )
-
-
-def _check_chunks(length: int, ring: int) -> None:
-    check_multiple(
-        PARAMETER,
-        length,
-        2 * ring,
+        num_chunks,
         "sequence_length % (2 * ring)",
         f"(2 * {ring})",
     )
+    chunks = np.arange(length).reshape(num_chunks, -1)
+    from_both_ends = [(i, num_chunks - 1 - i) for i in range(ring)]
+    return chunks[np.array(from_both_ends)].reshape(-1)

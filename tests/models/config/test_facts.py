@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.matching import check_fingerprint
+from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.models.config import (
     AttentionConfig,
     DenseMixerRouter,
@@ -17,12 +20,14 @@ from jaxscale.models.config import (
     FeedForwardConfig,
     LayerConfig,
     LinearScaling,
+    Llama3Scaling,
     MaskedSamplingRouter,
     ModelConfig,
     NormConfig,
     RotaryConfig,
     SparseMixerRouter,
     TopKRouter,
+    YarnScaling,
 )
 from jaxscale.models.config.facts import checkpoint_facts, from_flat
 from jaxscale.models.parameters import abstract_params, parameter_table
@@ -255,13 +260,79 @@ def test_a_table_of_positions_has_the_length_of_the_longest_sequence():
     assert facts[0] != facts[1]
 
 
-def test_fields_without_a_default_have_none_in_older_checkpoints():
-    defaults = checkpoint_facts(SMALL)["defaults"]
-    assert "vocab_size" not in defaults
-    assert defaults["is_causal"] is True
-    attention = defaults["pattern"]["0"]["attention"]
-    assert "num_heads" not in attention
-    assert attention["rotary"]["theta"] == 10000.0
+# Parts that a model may have or not, with a value of each.
+OPTIONAL = {
+    "pattern.0.attention.rotary": [
+        None,
+        RotaryConfig(),
+        RotaryConfig(scaling=LinearScaling(2.0)),
+        RotaryConfig(scaling=Llama3Scaling(8.0, 1.0, 4.0, 8)),
+        RotaryConfig(scaling=YarnScaling(4.0, 8)),
+    ],
+    "pattern.0.attention.layout": [None, BlockLayout(1, 2), BlockLayout(2, 2)],
+    "pattern.0.attention.window": [None, 8],
+    "prefix": [(), SMALL.pattern],
+}
+PAIRS = [
+    (path, saved, current)
+    for path, values in OPTIONAL.items()
+    for saved, current in itertools.permutations(values, 2)
+]
+
+
+def recorded(model):
+    """The fingerprint as a checkpoint's JSON returns it."""
+    return json.loads(json.dumps(checkpoint_facts(model)["fingerprint"]))
+
+
+@pytest.mark.parametrize("path", OPTIONAL)
+def test_a_model_goes_on_from_its_own_checkpoint(path):
+    for value in OPTIONAL[path]:
+        facts = checkpoint_facts(replaced(SMALL, path, value))
+        saved = json.loads(json.dumps(facts["fingerprint"]))
+        check_fingerprint(facts["upgrade"](saved), facts["fingerprint"], "here")
+
+
+@pytest.mark.parametrize(("path", "saved", "current"), PAIRS)
+def test_a_part_that_only_one_of_two_models_has_is_told(path, saved, current):
+    saved = recorded(replaced(SMALL, path, saved))
+    facts = checkpoint_facts(replaced(SMALL, path, current))
+    with pytest.raises(InputError, match=path.rsplit(".", 1)[-1]):
+        check_fingerprint(facts["upgrade"](saved), facts["fingerprint"], "here")
+
+
+def without(saved, path):
+    """Nested dicts without the field at a dotted path."""
+    name, _, rest = path.partition(".")
+    if rest:
+        return saved | {name: without(saved[name], rest)}
+    return {key: item for key, item in saved.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("path", "other"),
+    [
+        ("is_causal", False),
+        ("pattern.0.attention.layout", BlockLayout(1, 2)),
+        ("pattern.0.attention.rotary", RotaryConfig(theta=5.0)),
+        ("pattern.0.attention.rotary.fraction", 0.5),
+        ("pattern.0.norm_position", "both"),
+    ],
+)
+def test_a_field_that_is_newer_than_a_checkpoint_had_its_default(path, other):
+    older = without(recorded(SMALL), path)
+    same = checkpoint_facts(SMALL)
+    check_fingerprint(same["upgrade"](older), same["fingerprint"], "here")
+    changed = checkpoint_facts(replaced(SMALL, path, other))
+    with pytest.raises(InputError, match=path.rsplit(".", 1)[-1]):
+        check_fingerprint(changed["upgrade"](older), changed["fingerprint"], "here")
+
+
+def test_a_field_without_a_default_cannot_be_older_than_a_checkpoint():
+    facts = checkpoint_facts(SMALL)
+    older = without(recorded(SMALL), "vocab_size")
+    with pytest.raises(InputError, match=r"vocab_size='\(absent\)'"):
+        check_fingerprint(facts["upgrade"](older), facts["fingerprint"], "here")
 
 
 # Checkpoints of before and of today

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from jaxscale.models.config import FeedForwardConfig, ModelConfig
+from jaxscale.models.config import ExpertsConfig, FeedForwardConfig, ModelConfig
 from jaxscale.models.config.facts import from_flat
 from jaxscale.models.config.model import training_flops_per_token
-from jaxscale.models.parameters import count_parameters
+from jaxscale.models.parameters import count_parameters, parameter_table
 
 SHAPE = dict(
     vocab_size=40,
@@ -62,24 +62,40 @@ def test_mixtral_has_its_published_size():
     expert = 3 * dim * ffn
     layers = num_layers * (attention + 2 * dim + dim * num_experts)
     rest = layers + dim + vocab * dim
-    total, active = count_parameters(MIXTRAL)
+    total, active = count_parameters(parameter_table(MIXTRAL))
     assert total == rest + num_layers * num_experts * expert + vocab * dim == 46_702_792_704
     assert active == rest + num_layers * 2 * expert
     assert round((active + vocab * dim) / 1e9, 1) == 12.9
 
 
 def test_a_tied_embedding_is_counted_once_and_active():
-    untied = count_parameters(SMALL)
-    tied = count_parameters(dataclasses.replace(SMALL, is_tied=True))
+    untied = count_parameters(parameter_table(SMALL))
+    tied = count_parameters(parameter_table(dataclasses.replace(SMALL, is_tied=True)))
     assert untied[0] - tied[0] == 40 * 16
     assert untied[1] == tied[1] == tied[0]
+
+
+def test_each_mixture_has_its_own_share_of_active_experts():
+    """One expert of four in one layer, three of four in the next."""
+
+    def active(*numbers):
+        layers = [
+            dataclasses.replace(SMALL.pattern[0], feed_forward=ExpertsConfig(4, 8, num_active=num))
+            for num in numbers
+        ]
+        return count_parameters(parameter_table(dataclasses.replace(SMALL, pattern=tuple(layers))))
+
+    expert = 3 * 16 * 8
+    total, few = active(1)
+    assert active(1, 3) == (total, few + SMALL.num_layers // 2 * 2 * expert)
 
 
 def test_layers_of_a_pattern_may_have_feed_forwards_of_several_widths():
     first = SMALL.pattern[0]
     wide = dataclasses.replace(first, feed_forward=FeedForwardConfig(48))
     both = dataclasses.replace(SMALL, pattern=(first, wide))
-    assert count_parameters(both)[0] - count_parameters(SMALL)[0] == 2 * 3 * 16 * 24
+    (more, _), (fewer, _) = (count_parameters(parameter_table(c)) for c in (both, SMALL))
+    assert more - fewer == 2 * 3 * 16 * 24
 
 
 @pytest.mark.parametrize("window", [None, 1, 64, 512, 1024, 4096])
@@ -107,4 +123,4 @@ def test_each_active_parameter_costs_six_flops():
 def test_the_longest_sequence_is_no_part_of_what_is_counted():
     longer = dataclasses.replace(SMALL, max_length=4096)
     assert isinstance(longer, ModelConfig)
-    assert count_parameters(longer) == count_parameters(SMALL)
+    assert count_parameters(parameter_table(longer)) == count_parameters(parameter_table(SMALL))

@@ -47,16 +47,3 @@ def test_every_member_has_as_much_to_look_at():
 def test_a_zigzag_that_does_not_divide_is_refused(length, nearest):
     with pytest.raises(InputError, match=nearest):
         zigzag_order(length, 2)
-    with pytest.raises(InputError, match=nearest):
-        Zigzag(2).check(length, 1)
-
-
-@pytest.mark.parametrize("layout", [Contiguous(), Zigzag(2)], ids=str)
-def test_shards_that_do_not_divide_are_refused(layout):
-    layout.check(24, 4)
-    with pytest.raises(InputError) as error:
-        layout.check(20, 8)
-    assert str(error.value) == (
-        "DataConfig.sequence_length: given 20, expected sequence_length % sequence == 0, "
-        "here 20 % 8 = 4; nearest: 16 or 24"
-    )

@@ -1,0 +1,61 @@
+"""Requests a second of the engine: the three workloads of vLLM's figures, and decoding alone.
+
+The 1.1B Llama shape, bfloat16 weights and cache, random weights, greedy, no end token, no shared
+prefixes; lengths Normal(mean, 0.3 mean). The first of two runs compiles and is not counted."""
+
+import argparse
+import dataclasses
+import time
+
+import jax
+import numpy as np
+from decode import BFLOAT16, draw_params, make_model
+from decode_work import FULL, TINY
+
+from jaxscale.models.decoder import Decoder
+from jaxscale.serve.config import EngineConfig
+from jaxscale.serve.engine import Engine
+from jaxscale.serve.requests import RequestConfig
+from jaxscale.serve.sampling import SamplingConfig
+
+# Prompt, new tokens, requests.
+WORKLOADS = ((1200, 128, 1024), (2600, 60, 512), (512, 512, 512), (172, 512, 1))
+GREEDY = SamplingConfig(temperature=0)
+
+
+def run(engine, prompts, lengths):
+    began = time.perf_counter()
+    for prompt, length in zip(prompts, lengths, strict=True):
+        engine.add(prompt, RequestConfig(GREEDY, max_new_tokens=int(length)))
+    num_new = 0
+    while engine.has_work:
+        num_new += sum(len(delta.tokens) for delta in engine.step())
+    assert num_new == sum(lengths)
+    return time.perf_counter() - began
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true")
+    for name, default in (("token_budget", 2048), ("max_sequences", 256), ("max_prompts", 64)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = vars(parser.parse_args())
+    is_tiny = options.pop("tiny")
+    model = dataclasses.replace(make_model((TINY if is_tiny else FULL).shape), max_length=8192)
+    config = EngineConfig(**options, use_prefix_cache=False)
+    engine = Engine(Decoder(model, policy=BFLOAT16), draw_params(model), config=config)
+    print(f"{jax.devices()[0].device_kind}, {config}\n| workload | requests/s | new tokens/s |")
+    for workload in WORKLOADS:
+        rng = np.random.default_rng(0)
+        prompt, new, count = (workload[0] // 32, 8, 8) if is_tiny else workload
+        prompts, lengths = (
+            np.clip(rng.normal(mean, 0.3 * mean, count), 4, 2.5 * mean).astype(int)
+            for mean in (prompt, new)
+        )
+        tokens = [rng.integers(0, model.vocab_size, each).tolist() for each in prompts]
+        seconds = [run(engine, tokens, lengths) for _ in range(2)][1]
+        print(f"| {workload} | {count / seconds:.2f} | {sum(lengths) / seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Checkpoints of DeepSpeed: ZeRO 1, 2 and 3 over data and tensor ranks, and universal folders.
+
+Source: Rajbhandari et al. 2019 (arXiv 1910.02054), for the partitions. That of ZeRO 1 or 2 is a
+range of all parameters of a group, one after the other. ZeRO 3 cuts each parameter by itself and
+pads the last parts. Leaves are called "fp32/NAME", "exp_avg/NAME" and so on, for whatever states
+the optimizer has.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxscale.checkpoint.boxes import Merged, Placement, flat_boxes
+from jaxscale.checkpoint.deepspeed_patterns import rules_of
+from jaxscale.checkpoint.file_array import FileArray
+from jaxscale.checkpoint.patterns import Rule
+from jaxscale.checkpoint.pickled import Named
+from jaxscale.checkpoint.source import LazyArray
+from jaxscale.checkpoint.torch_file import Tensor, load_torch
+from jaxscale.checkpoint.universal import Shard, merge
+from jaxscale.types import InputError
+
+LATEST = ("latest_universal", "latest")
+OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+WEIGHTS = "fp32"
+INFO = "universal_checkpoint_info"
+UNIVERSAL = "zero"
+STEP = "step"  # of the optimizer, a number
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """Elements of one flattened parameter, and where they are in a rank's flat partition."""
+
+    rank: int
+    first: int
+    size: int
+    at: int
+
+
+def find_tag(folder: Path) -> Path | None:
+    """The folder of a checkpoint, which is `folder` or the one that its file `latest` names."""
+    for name in LATEST:
+        if (folder / name).is_file():
+            tag = (folder / name).read_text().strip()
+            if Path(tag).name != tag:  # it could lead out of the folder
+                raise InputError(str(folder / name), tag, "the name of a folder beside it")
+            folder = folder / tag
+            break
+    names = [path.name for path in folder.glob("*_states.pt")]
+    is_partitioned = any(OPTIMIZER_FILE.fullmatch(name) for name in names)
+    return folder if is_partitioned or (folder / UNIVERSAL).is_dir() else None
+
+
+class DeepSpeedCheckpoint:
+    """A checkpoint that DeepSpeed has written under ZeRO, or its universal form; a `Source`.
+
+    Args:
+        folder: as `find_tag` returns it.
+        rules: for the parts of tensor and pipeline ranks; those in the checkpoint when None.
+    """
+
+    def __init__(self, folder: Path, rules: tuple[Rule, ...] | None = None):
+        self._folder = folder
+        self._rules = rules
+
+    def leaves(self) -> Mapping[str, LazyArray]:
+        """Each state of each parameter by its path, "fp32/NAME" and so on; nothing is read.
+
+        Raises:
+            InputError: a file is missing or damaged, or the parts do not make up parameters.
+        """
+        if (self._folder / UNIVERSAL).is_dir():
+            return _universal_leaves(self._folder / UNIVERSAL)
+        models, optimizers = self._files()
+        shards: list[Shard] = []
+        for number, by_data in optimizers.items():
+            model = load_torch(models[number])
+            ranks = _ranks_of(number, model)
+            for (state, name), array in _joined_over_data(by_data, model).items():
+                shards.append(Shard(name, ranks, array, state))
+        first = load_torch(next(iter(models.values())))
+        rules = self._rules or rules_of(first.get(INFO, {}), shards)
+        return merge(shards, rules)
+
+    def _files(self) -> tuple[dict[int, Path], dict[int, dict[int, Path]]]:
+        """The model file of each model-parallel rank and its optimizer files by data rank.
+
+        A file that is neither is refused: nothing of a checkpoint is left out.
+        """
+        models: dict[int, Path] = {}
+        optimizers: dict[int, dict[int, Path]] = {}
+        for path in sorted(self._folder.glob("*_states.pt")):
+            if found := OPTIMIZER_FILE.fullmatch(path.name):
+                optimizers.setdefault(int(found[2]), {})[int(found[1])] = path
+            elif found := MODEL_FILE.fullmatch(path.name):
+                # Under ZeRO 3 those of all data ranks have the same shapes.
+                models.setdefault(int(found[2]), path)
+            else:
+                expected = "files of ZeRO over data and tensor ranks; this one is not read"
+                raise InputError("checkpoint", str(path), expected)
+        for number in optimizers:
+            if number not in models:
+                expected = f"a file mp_rank_{number:02d}_model_states.pt"
+                raise InputError("checkpoint", str(self._folder), expected)
+        return models, optimizers
+
+
+def _ranks_of(number: int, model: dict[str, Any]) -> dict[str, int]:
+    """Tensor and pipeline rank of a model-parallel rank."""
+    degrees = model.get("checkpoint_parallel_dimensions") or {}
+    num_tensor = degrees.get("tp_degree", 1)
+    return {"tensor": number % num_tensor, "pipeline": number // num_tensor}
+
+
+def _joined_over_data(
+    by_data: dict[int, Path], model: dict[str, Any]
+) -> dict[tuple[str, str], Merged]:
+    """(state, name) -> a parameter of one model-parallel rank from its data-parallel parts."""
+    files = {rank: load_torch(path)["optimizer_state_dict"] for rank, path in by_data.items()}
+    first = next(iter(files.values()))
+    num_ranks = _partition_count(
+        first, by_data[0] if 0 in by_data else next(iter(by_data.values()))
+    )
+    missing = sorted(set(range(num_ranks)) - set(files))
+    if missing:
+        path = next(iter(by_data.values()))
+        expected = f"a file for each of {num_ranks} data ranks; missing are {missing}"
+        raise InputError("checkpoint", str(path.parent), expected)
+    is_zero_3 = "fp32_flat_groups" in first
+    joined = {}
+    for group, shapes in enumerate(model["param_shapes"]):
+        flat = {rank: _flat_states(file, group, is_zero_3) for rank, file in files.items()}
+        find = _ranges_of_3 if is_zero_3 else _ranges_of_1
+        ranges = find(files, group, shapes)
+        for name, shape in shapes.items():
+            for state in flat[0]:
+                parts = {rank: states[state] for rank, states in flat.items()}
+                joined[state, name] = _join(f"{state}/{name}", shape, ranges[name], parts)
+    return joined
+
+
+def _partition_count(file: dict[str, Any], path: Path) -> int:
+    """Over how many data ranks the file's parameters are partitioned."""
+    count = file["partition_count"]
+    counts = set(count) if isinstance(count, list | tuple) else {count}
+    if len(counts) != 1:
+        expected = "one number of data ranks for all groups; experts of their own are not read"
+        raise InputError(str(path), sorted(counts), expected)
+    return counts.pop()
+
+
+def _flat_states(file: dict[str, Any], group: int, is_zero_3: bool) -> dict[str, Tensor]:
+    """The flat partitions of one rank and group: the weights and each state of the optimizer."""
+    weights, optimizer = "single_partition_of_fp32_groups", "base_optimizer_state"
+    if is_zero_3:
+        weights, optimizer = "fp32_flat_groups", "optimizer_state_dict"
+    flat = {WEIGHTS: file[weights][group]}
+    for name, value in file[optimizer]["state"].get(group, {}).items():
+        if isinstance(value, FileArray) and value.shape == flat[WEIGHTS].shape:
+            flat[name] = value
+    return flat
+
+
+def _ranges_of_1(
+    files: dict[int, dict[str, Any]], group: int, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, list[_Range]]:
+    """Under ZeRO 1 and 2, what each rank says that its partition has of each parameter."""
+    ranges: dict[str, list[_Range]] = {name: [] for name in shapes}
+    for rank in sorted(files):
+        for name, address in files[rank]["param_slice_mappings"][group].items():
+            at, size = _address(address)
+            first = sum(part.size for part in ranges[name])
+            ranges[name].append(_Range(rank, first, size, at))
+    return ranges
+
+
+def _ranges_of_3(
+    files: dict[int, dict[str, Any]], _group: int, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, list[_Range]]:
+    """Under ZeRO 3 each rank has an equal part of each parameter, of which the last are padded."""
+    ranges: dict[str, list[_Range]] = {}
+    at = 0
+    for name, shape in shapes.items():
+        num_elements = math.prod(shape)
+        part = -(-num_elements // len(files))
+        ranges[name] = []
+        for rank in sorted(files):
+            size = min(part, num_elements - rank * part)
+            if size > 0:
+                ranges[name].append(_Range(rank, rank * part, size, at))
+        at += part
+    return ranges
+
+
+def _address(address: Any) -> tuple[int, int]:
+    """First element and size of a `fragment_address`."""
+    if not isinstance(address, Named):
+        raise InputError("param_slice_mappings", address, "addresses of fragments")
+    if isinstance(address.state, dict):
+        return address.state["start"], address.state["numel"]
+    numel, start = address.arguments or ()
+    return start, numel
+
+
+def _join(
+    name: str,
+    shape: tuple[int, ...],
+    ranges: list[_Range],
+    parts: dict[int, FileArray],
+) -> Merged:
+    """A parameter from ranges of flat partitions."""
+    placements = []
+    for each in ranges:
+        flat = parts[each.rank]
+        at = each.at
+        for corner, sizes in flat_boxes(shape, each.first, each.first + each.size):
+            placements.append(
+                Placement(
+                    part=flat.part(at, sizes),
+                    reads=(0,) * len(shape),
+                    starts=corner,
+                    sizes=sizes,
+                    steps=(1,) * len(shape),
+                    origin=f"data rank {each.rank}",
+                )
+            )
+            at += math.prod(sizes)
+    return Merged(name, shape, parts[0].dtype, (tuple(placements),))
+
+
+def _universal_leaves(folder: Path) -> dict[str, LazyArray]:
+    """The leaves of a universal folder, in which each state of a parameter is a file."""
+    shapes = _shapes(folder.parent)
+    leaves = {}
+    for path in sorted(folder.glob("*/*.pt")):
+        content = load_torch(path)
+        array = content["param"] if isinstance(content, dict) else content
+        if path.stem == STEP:
+            continue
+        if not isinstance(array, Tensor):
+            raise InputError("checkpoint", str(path), "a file with a tensor")
+        name = path.parent.name
+        if isinstance(array, FileArray) and array.shape != shapes.get(name, array.shape):
+            array = array.part(0, shapes[name])  # made of ZeRO 3, it is flat
+        leaves[f"{path.stem}/{name}"] = array
+    return leaves
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of parameters that the model files of one tensor rank name."""
+    models = [path for path in folder.glob("*_model_states.pt") if MODEL_FILE.fullmatch(path.name)]
+    ranks = {MODEL_FILE.fullmatch(path.name)[2] for path in models}
+    if len(ranks) != 1:
+        return {}  # those of several ranks are shapes of parts
+    groups = load_torch(models[0]).get("param_shapes") or ()
+    return {name: shape for group in groups for name, shape in group.items()}

@@ -1,0 +1,117 @@
+"""A universal folder of DeepSpeed, which it loads under any ZeRO stage and number of ranks.
+
+Each parameter has a folder with a file of its weights and one of each Adam moment.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxscale.checkpoint.source import LazyArray
+from jaxscale.checkpoint.torch_writer import save_torch
+from jaxscale.types import InputError
+
+WEIGHTS, STATES = "fp32", ("fp32", "exp_avg", "exp_avg_sq")
+STATE_OF_MOMENT = {"mu": "exp_avg", "nu": "exp_avg_sq"}  # as optax calls them
+LATEST = "latest_universal"
+# What the file format is like, not who wrote it: DeepSpeed refuses a file that names no version.
+VERSION = "0.19.8"
+# DeepSpeed reads as many groups of parameters as both it and the file have; what is in a group of
+# the file replaces what the program has set, such as its learning rate, so each is empty.
+MAX_GROUPS = 64
+MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+def write_universal(
+    leaves: Mapping[str, LazyArray],
+    folder: Path,
+    *,
+    step: int,
+    piece_bytes: int,
+) -> None:
+    """Writes parameters, and Adam's moments where there are any, for DeepSpeed's `load_universal`.
+
+    Args:
+        leaves: "fp32/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME" as of a DeepSpeed checkpoint, or
+            the state of a run, whose names become "layers.0.attention.q" and so on.
+        folder: new; it gets a folder of the step and the file `latest_universal`.
+        step: finished steps.
+        piece_bytes: of an array in memory at once.
+    Raises:
+        InputError: `folder` has such a checkpoint, or the leaves are no parameters and moments.
+    """
+    states = adam_states(leaves)
+    tag = f"step{step}_universal"
+    if (folder / tag).exists():
+        raise InputError("destination", str(folder / tag), "a folder that does not exist yet")
+    root = folder / tag / "zero"
+    names = [name for state, name in states if state == WEIGHTS]
+    for (state, name), array in states.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        content = {"param": array, "cat_dim": 0}
+        save_torch(root / name / f"{state}.pt", content, piece_bytes=piece_bytes)
+    for name in names:
+        save_torch(root / name / "step.pt", _step(step), piece_bytes=piece_bytes)
+    inner = {"state": {0: {"step": _step(step)}}, "param_groups": [{}]}
+    optimizer = {
+        "ds_version": VERSION,
+        "param_groups": [{} for _ in range(MAX_GROUPS)],
+        "optimizer_state_dict": inner,
+    }
+    save_torch(root / "optimizer_state.pt", optimizer, piece_bytes=piece_bytes)
+    model = {
+        "module": {},
+        "buffer_names": [],
+        "param_shapes": [{name: states[WEIGHTS, name].shape for name in names}],
+        "frozen_param_shapes": None,
+        "frozen_param_fragments": None,
+        "shared_params": {},
+        "lr_scheduler": None,
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": 0,
+        "global_steps": step,
+        "global_samples": 0,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_config": {},
+        "ds_version": VERSION,
+        "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
+    }
+    for name in MODEL_FILES:
+        save_torch(folder / tag / name, model, piece_bytes=piece_bytes)
+    (folder / LATEST).write_text(tag)
+
+
+def adam_states(leaves: Mapping[str, LazyArray]) -> dict[tuple[str, str], LazyArray]:
+    """(state, name) -> array: the weights and Adam moments among the leaves.
+
+    Raises:
+        InputError: there are no weights, or some parameter has no moments while others have.
+    """
+    states: dict[tuple[str, str], LazyArray] = {}
+    for path, array in leaves.items():
+        first, _, name = path.partition("/")
+        if first in STATES:
+            states[first, name] = array
+        elif first == "params":
+            states[WEIGHTS, name.replace("/", ".")] = array
+        elif first == "opt_state":
+            words = name.split("/")
+            for moment, state in STATE_OF_MOMENT.items():
+                if moment in words:
+                    states[state, ".".join(words[words.index(moment) + 1 :])] = array
+    names = {name for state, name in states if state == WEIGHTS}
+    if not names:
+        raise InputError("checkpoint", sorted(leaves)[:3], "leaves under params/ or fp32/")
+    for state in STATE_OF_MOMENT.values():
+        having = {name for kind, name in states if kind == state}
+        if having and having != names:
+            differing = sorted(having ^ names)[0]
+            raise InputError("checkpoint", differing, f"{state} of every parameter, or of none")
+    return states
+
+
+def _step(step: int) -> np.ndarray:
+    return np.array(step, np.float32)

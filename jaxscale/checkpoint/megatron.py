@@ -1,0 +1,192 @@
+"""Weights that Megatron-LM saved by tensor, pipeline and expert rank (its format "torch").
+
+`iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` holds the weights of one rank under the
+names of megatron-core; the layers of a stage count from 0. Its format "torch_dist" is that of
+`torch_distributed`. Optimizer states are left out: here they have no names.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxscale.checkpoint.boxes import Merged
+from jaxscale.checkpoint.patterns import Cut, Offset, Rule
+from jaxscale.checkpoint.pickled import Named
+from jaxscale.checkpoint.torch_file import Tensor, load_torch
+from jaxscale.checkpoint.universal import Shard, merge
+from jaxscale.types import InputError
+
+LATEST = "latest_checkpointed_iteration.txt"
+FILE = "model_optim_rng.pt"
+RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
+AXES = ("tensor", "pipeline", "expert")
+MODEL = re.compile(r"model(\d*)")  # one a chunk where stages have several
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+# Dense weights are on all expert ranks, and tied embeddings on two stages.
+KIND = "replicated"
+COLUMN, ROW = Cut("tensor", 0), Cut("tensor", 1)
+IN_LAYER = r"decoder\.layers\.(?P<layer>\d+)\."
+TO_LAYER = "decoder.layers.{layer}."
+EXPERT = r"(?P<rest>mlp\.experts\.local_experts)\.(?P<expert>\d+)\."
+TO_EXPERT = "{rest}.{expert}."
+
+
+def find_iteration(folder: Path) -> Path | None:
+    """The folder of an iteration: `folder`, or the one that its file of the latest names."""
+    if (folder / LATEST).is_file():
+        number = (folder / LATEST).read_text().strip()
+        if not number.isdecimal():
+            raise InputError(str(folder / LATEST), number, "the number of an iteration")
+        folder = folder / f"iter_{int(number):07d}"
+    return folder if any(folder.glob(f"mp_rank_*/{FILE}")) else None
+
+
+class MegatronCheckpoint:
+    """The weights of a checkpoint of Megatron-LM; a `Source`.
+
+    Args:
+        folder: as `find_iteration` returns it.
+        rules: in place of those of megatron-core's names.
+    """
+
+    def __init__(self, folder: Path, rules: tuple[Rule, ...] | None = None):
+        self._folder = folder
+        self._rules = rules
+
+    def leaves(self) -> Mapping[str, Merged]:
+        """Each weight by its name, with the number that its layer has in the model.
+
+        Raises:
+            InputError: a file is damaged, or the ranks' parts do not make up the weights.
+        """
+        files = {path: load_torch(path / FILE) for path in sorted(self._folder.glob("mp_rank_*"))}
+        num_stages = 1 + max(_ranks_of(path)["pipeline"] for path in files)
+        shards = []
+        for path, content in files.items():
+            shards += list(_shards(_ranks_of(path), content, num_stages))
+        arguments = next(iter(files.values())).get("args")
+        rules = self._rules or _used(megatron_rules(shards, arguments), shards)
+        return merge(shards, rules)
+
+
+def megatron_rules(shards: list[Shard], arguments: Named | None) -> tuple[Rule, ...]:
+    """How megatron-core cuts each kind of weight.
+
+    Args:
+        shards: of all ranks.
+        arguments: the program's, of which `padded_vocab_size`, `vocab_size` and `swiglu` are read.
+    """
+    given = {}
+    if isinstance(arguments, Named):
+        given = arguments.state or given
+    vocabulary = Cut("tensor", 0, size=given.get("vocab_size"))
+    offsets = {"layer": Offset("virtual", _first_layers(shards))}
+    of_experts = offsets | {"expert": Offset("expert", _first_experts(shards))}
+
+    def first_matrix(prefix: str) -> Cut:
+        """Gate and up are fused where the model has a gate."""
+        if not given.get("swiglu", False):
+            return COLUMN
+        return _gated(shards, rf"{prefix}linear_fc1\.weight")
+
+    rules = []
+    for names, cuts in {
+        r"embedding\.word_embeddings\.weight|output_layer\.weight": (vocabulary,),
+        r"embedding\.position_embeddings\.weight": (),
+        r"decoder\.final_(layer)?norm\.(weight|bias)": (),
+    }.items():
+        rules.append(Rule(names, cuts=cuts, kind=KIND))
+    for names, cuts in {
+        r"self_attention\.linear_qkv\.(weight|bias)": (COLUMN,),
+        r"self_attention\.linear_proj\.weight": (ROW,),
+        r"mlp\.linear_fc1\.(weight|bias)": (first_matrix(rf"{IN_LAYER}mlp\."),),
+        r"mlp\.linear_fc2\.weight": (ROW,),
+        r"(self_attention\.linear_proj|mlp\.linear_fc2)\.bias": (),
+        r".*norm(\.|_)(weight|bias)": (),
+        r"mlp\.router\.(weight|expert_bias)": (),
+    }.items():
+        match = f"{IN_LAYER}(?P<name>{names})"
+        to = f"{TO_LAYER}{{name}}"
+        rules.append(Rule(match, to, cuts, KIND, offsets=offsets))
+    for name, cut in {
+        r"linear_fc1\.weight": first_matrix(f"{IN_LAYER}{EXPERT}"),
+        r"linear_fc2\.weight": ROW,
+    }.items():
+        match = f"{IN_LAYER}{EXPERT}(?P<name>{name})"
+        to = f"{TO_LAYER}{TO_EXPERT}{{name}}"
+        rules.append(Rule(match, to, (cut,), KIND, offsets=of_experts))
+    return tuple(rules)
+
+
+def _ranks_of(path: Path) -> dict[str, int]:
+    found = RANK.fullmatch(path.name)
+    if found is None:
+        raise InputError("checkpoint", str(path), "a folder mp_rank_TT, _PPP and _EEE")
+    return {axis: int(number or 0) for axis, number in zip(AXES, found.groups())}
+
+
+def _shards(ranks: dict[str, int], content: dict[str, Any], num_stages: int) -> Iterator[Shard]:
+    """The weights of one rank; "virtual" numbers its chunks of layers in the model's order."""
+    # The stage is in the number of its chunk.
+    stage = ranks["pipeline"]
+    others = {axis: number for axis, number in ranks.items() if axis != "pipeline"}
+    for key, weights in content.items():
+        found = MODEL.fullmatch(key)
+        if found is None or not isinstance(weights, dict):
+            continue
+        chunk = int(found[1] or 0)
+        own = others | {"virtual": chunk * num_stages + stage}
+        for name, tensor in weights.items():
+            # "_extra_state" is bytes of another library and no weight.
+            if isinstance(tensor, Tensor):
+                yield Shard(name, own, tensor)
+
+
+def _first_layers(shards: list[Shard]) -> tuple[int, ...]:
+    """The first layer of each chunk."""
+    counts: dict[int, int] = {}
+    for shard in shards:
+        chunk = shard.ranks["virtual"]
+        found = LAYER.match(shard.name)
+        own = 1 + int(found[1]) if found else 0
+        counts[chunk] = max(counts.get(chunk, 0), own)
+    firsts, total = [], 0
+    for chunk in range(len(counts)):
+        firsts.append(total)
+        total += counts[chunk]
+    return tuple(firsts)
+
+
+def _first_experts(shards: list[Shard]) -> tuple[int, ...]:
+    """The first expert of each expert rank; all have the same number of them."""
+    pattern = re.compile(f"{IN_LAYER}{EXPERT}.*")
+    num_own, num_ranks = 1, 1
+    for shard in shards:
+        num_ranks = max(num_ranks, 1 + shard.ranks["expert"])
+        found = pattern.fullmatch(shard.name)
+        if found:
+            num_own = max(num_own, 1 + int(found["expert"]))
+    return tuple(rank * num_own for rank in range(num_ranks))
+
+
+def _gated(shards: list[Shard], pattern: str) -> Cut:
+    """How gate and up, fused in one weight, are cut: each by itself."""
+    num_ranks = 1 + max(shard.ranks["tensor"] for shard in shards)
+    for shard in shards:
+        if re.fullmatch(pattern, shard.name):
+            width = shard.array.shape[0] * num_ranks // 2
+            return Cut("tensor", 0, blocks=(width, width))
+    return COLUMN
+
+
+def _used(rules: tuple[Rule, ...], shards: list[Shard]) -> tuple[Rule, ...]:
+    """The rules of what the model has: not every model has experts or biases."""
+    names = {shard.name for shard in shards}
+    used = []
+    for rule in rules:
+        pattern = re.compile(rule.match)
+        if any(map(pattern.fullmatch, names)):
+            used.append(rule)
+    return tuple(used)

@@ -1,0 +1,152 @@
+"""Writes and reads steps through orbax; where device memory has room, from a snapshot of the state.
+
+Orbax's asynchronous save returns when the state is copied to the host, which holds a step up by
+its bytes over the link. A snapshot is a copy in device memory, a read and a write of it; the copy
+to the host then goes on beside the next steps.
+"""
+
+import collections
+import concurrent.futures
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxscale.checkpoint import handlers
+from jaxscale.types import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class Writer:
+    """Writes one step at a time.
+
+    Args:
+        on_written: called on the primary process when every file of a step is written.
+        is_async: write while the caller goes on.
+        use_snapshot: copy the state in device memory first; None: where there is room.
+    """
+
+    def __init__(
+        self,
+        on_written: Callable[[], None],
+        *,
+        is_async: bool,
+        use_snapshot: bool | None,
+    ):
+        handlers.silence_tracebacks()
+        self._is_async = is_async
+        self._use_snapshot = use_snapshot
+        self._leaves = handlers.LeafFolders()
+        self._checkpointer = ocp.AsyncCheckpointer(
+            handlers.make_handler(self._leaves),
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=on_written,
+                create_directories_asynchronously=False,
+            ),
+        )
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._copying: concurrent.futures.Future | None = None
+
+    def save(self, path: pathlib.Path, state: Any, **items: Any) -> None:
+        """Starts writing a step; the state may be donated as soon as this returns."""
+        arguments = {name: ocp.args.JsonSave(item) for name, item in items.items()}
+
+        def write(state: Any) -> None:
+            args = ocp.args.Composite(state=handlers.state_to_save(state), **arguments)
+            self._checkpointer.save(path, args=args)
+
+        if self._is_async and self._takes_snapshot(state):
+            self._copying = self._thread.submit(write, _snapshot(state))
+            return
+        write(state)
+
+    def wait(self) -> None:
+        """Returns once the last step is committed; raises what went wrong with it."""
+        copying, self._copying = self._copying, None
+        try:
+            if copying is not None:
+                copying.result()
+        finally:
+            try:
+                self._checkpointer.wait_until_finished()
+            finally:
+                # After an error orbax's writer of metadata is still at work: wait for it too.
+                self._checkpointer.wait_until_finished()
+
+    def read(self, path: pathlib.Path, **items: Any) -> Any:
+        """The items of a step, as the arguments of orbax ask for them."""
+        return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
+
+    def leaves(self, path: pathlib.Path) -> Any:
+        """The tree of a step's state as metadata of its arrays."""
+        return self._leaves.metadata(epath.Path(path) / "state").tree
+
+    def close(self) -> None:
+        """Releases the threads."""
+        self._thread.shutdown()
+        self._checkpointer.close()
+
+    def _takes_snapshot(self, state: Any) -> bool:
+        if self._use_snapshot is not None:
+            if self._use_snapshot and jax.process_count() > 1:
+                expected = "False in a run of several processes, whose saves wait for each other"
+                raise InputError("CheckpointConfig.use_snapshot", True, expected)
+            return self._use_snapshot
+        reason = _why_not(state)
+        if reason is None:
+            logger.info("saves: a snapshot on the device, copied to the host during the next steps")
+            return True
+        logger.info("saves: copied to the host before the next step, as %s", reason)
+        return False
+
+
+def _why_not(state: Any) -> str | None:
+    """Why there can be no snapshot; None where there can."""
+    if jax.process_count() > 1:
+        return "saves of several processes wait for each other"
+    needed: dict[jax.Device, int] = collections.Counter()
+    for leaf in _on_device(state):
+        for shard in leaf.addressable_shards:
+            needed[shard.device] += shard.data.nbytes
+    for device, num_bytes in needed.items():
+        free = _free_bytes(device)
+        if free is None:
+            return f"{device.device_kind} does not say how much memory is free"
+        if num_bytes > free:
+            return f"{num_bytes / 1e9:.2f} GB on {device} are not free, but {free / 1e9:.2f}"
+    return None
+
+
+def _free_bytes(device: jax.Device) -> int | None:
+    """What a device's memory has left at the fullest moment so far; None where it does not say."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats or "peak_bytes_in_use" not in stats:
+        return None
+    return stats["bytes_limit"] - stats["peak_bytes_in_use"]
+
+
+def _is_on_device(leaf: jax.Array) -> bool:
+    (device, *_) = leaf.sharding.device_set
+    return leaf.sharding.memory_kind == device.default_memory().kind
+
+
+def _on_device(state: Any) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(state) if _is_on_device(leaf)]
+
+
+def _snapshot(state: Any) -> Any:
+    """The state copied in device memory; what rests on the host is a copy already."""
+    leaves, tree = jax.tree.flatten(state)
+    copies = iter(_copied(_on_device(state)))
+    return tree.unflatten([next(copies) if _is_on_device(leaf) else leaf for leaf in leaves])
+
+
+@jax.jit
+def _copied(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in leaves]

@@ -1,0 +1,81 @@
+"""Where the members of an uncompressed zip archive lie in a file, to be read in part."""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+from jaxscale.types import InputError
+
+LOCAL_HEADER_BYTES = 30  # of a member; the lengths of its name and extra field are its last 4
+
+
+class _Window(io.RawIOBase):
+    """A range of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, begin: int, size: int):
+        self._file, self._begin, self._size = file, begin, size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._begin + self._at)
+        size = min(len(buffer), max(0, self._size - self._at))
+        data = self._file.read(size)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def stored_members(
+    path: Path,
+    begin: int = 0,
+    size: int | None = None,
+) -> dict[str, tuple[int, int]]:
+    """The members of an archive by name: the offset of their bytes in the file, and their size.
+
+    Args:
+        path: of the file.
+        begin: where the archive begins in it.
+        size: bytes of the archive; to the end of the file when None.
+    Raises:
+        InputError: it is no zip archive, is cut short, or a member is compressed.
+    """
+    size = path.stat().st_size - begin if size is None else size
+    with path.open("rb") as file:
+        window = _Window(file, begin, size)
+        try:
+            with zipfile.ZipFile(io.BufferedReader(window)) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise InputError("checkpoint", str(path), f"a sound zip archive ({error})") from error
+        return {member.filename: _place(path, file, begin, member) for member in members}
+
+
+def _place(
+    path: Path,
+    file: BinaryIO,
+    begin: int,
+    member: zipfile.ZipInfo,
+) -> tuple[int, int]:
+    if member.compress_type != zipfile.ZIP_STORED:
+        expected = "an uncompressed member, of which parts can be read"
+        raise InputError(str(path), member.filename, expected)
+    header_at = begin + member.header_offset
+    file.seek(header_at)
+    header = file.read(LOCAL_HEADER_BYTES)
+    if len(header) < LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
+        raise InputError(str(path), member.filename, "a sound zip archive")
+    num_name = int.from_bytes(header[26:28], "little")
+    num_extra = int.from_bytes(header[28:30], "little")
+    return header_at + LOCAL_HEADER_BYTES + num_name + num_extra, member.file_size

@@ -1,0 +1,277 @@
+"""The paged key-value cache, and attention of a flat row of tokens of many sequences over it."""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxscale.kernels.attention.api import attention, mosaic_refusal
+from jaxscale.kernels.paged_attention import api as single_kernel
+from jaxscale.ops.attention.cache import over_keys
+from jaxscale.ops.attention.context import AttentionContext
+from jaxscale.ops.device import is_hopper
+from jaxscale.types import Array, InputError, check_choice
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("reference", "mosaic")
+QUERY_CHUNK = 256  # queries of prompts whose logits exist at a time in the reference
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class PagedCache:
+    """Keys and values of one layer in pages that any sequence may hold.
+
+    Args:
+        k: [pages, S of a page, K, H]. Slots before heads: what a token writes lies together.
+        v: as `k`.
+    """
+
+    k: Array
+    v: Array
+
+
+def empty_pages(
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+) -> PagedCache:
+    """Pages that hold nothing yet."""
+    shape = num_pages, page_size, num_kv_heads, head_dim
+    return PagedCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "slot_mapping",
+        "block_table",
+        "segments",
+        "prompt_pages",
+        "page_segments",
+        "first_pages",
+    ],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class RaggedRows:
+    """Which tokens of a flat row belong to which sequence.
+
+    The first tokens are one each of decoding sequences, at most D. Those behind them are pieces of
+    prompts. The pages of all prompts, from each one's first page to that of its last token here,
+    are listed one prompt after the other, and read once for all of its tokens.
+
+    Args:
+        slot_mapping: [T] int32, the slot of the cache that each token writes: page * page size +
+            place in the page. Padding writes to a page that nobody reads.
+        block_table: [D, P] int32, the pages of each decoding sequence in order.
+        segments: [T] int32, the prompt of a token, counted from 1; 0 for a token of a decoding
+            sequence and for padding.
+        prompt_pages: [C] int32, the pages of all prompts; none in a step without prompts.
+        page_segments: [C] int32, the prompt that each of them is of; 0 for padding.
+        first_pages: [prompts + 1] int32, where in `prompt_pages` a prompt begins; the first is not
+            used.
+    """
+
+    slot_mapping: Array
+    block_table: Array
+    segments: Array
+    prompt_pages: Array
+    page_segments: Array
+    first_pages: Array
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    cache: PagedCache,
+    *,
+    rows: RaggedRows,
+    implementation: str | None = None,
+) -> tuple[Array, PagedCache]:
+    """Writes the new keys to the cache, and attends over the pages of each token's sequence.
+
+    A key's position is its place in its sequence's pages, so that what stands behind the new
+    tokens in a page is never seen.
+
+    Source: Kwon et al. 2023, PagedAttention (arXiv 2309.06180), section 4.1.
+    Args:
+        q: [1, T, N, H] queries of the new tokens.
+        k: [1, T, K, H] their keys.
+        v: [1, T, K, H] their values.
+        context: positions of the new tokens [1, T], negative for padding, without segments; the
+            layer's window, soft-cap, scale and layout; causal.
+        cache: of the tokens before.
+        rows: what belongs together.
+        implementation: one of BACKENDS; None picks one and logs it.
+    Returns:
+        ([1, T, N, H], the cache with the new tokens).
+    Raises:
+        InputError: the named backend cannot do what is asked.
+    """
+    cache = PagedCache(
+        k=_written(cache.k, k[0], rows.slot_mapping),
+        v=_written(cache.v, v[0], rows.slot_mapping),
+    )
+    if implementation is None:
+        implementation = _choose(q, context, cache)
+    check_choice("implementation", implementation, BACKENDS)
+    if implementation == "mosaic" and (reason := _refusal(q, context, cache)):
+        raise InputError("implementation", implementation, reason)
+    is_fast = implementation == "mosaic"
+    over_table = _kernel_over_table if is_fast else _reference_over_table
+    single = over_table(q[0], context, cache, rows)
+    if not len(rows.prompt_pages):
+        return single[None], cache
+    num = len(single)
+    over_prompts = _kernel_over_prompts if is_fast else _reference_over_prompts
+    k, v = (pages[rows.prompt_pages].astype(q.dtype) for pages in (cache.k, cache.v))
+    of_prompts = over_prompts(q, k, v, context, rows)
+    is_prompt = (rows.segments[:num] > 0)[:, None, None]
+    first = jnp.where(is_prompt, of_prompts[0, :num], single)
+    return of_prompts.at[0, :num].set(first), cache
+
+
+def _choose(q: Array, context: AttentionContext, cache: PagedCache) -> str:
+    is_fast = is_hopper() and _refusal(q, context, cache) is None
+    chosen = "mosaic" if is_fast else "reference"
+    logger.info("paged attention: backend %s for q%s %s", chosen, q.shape, q.dtype)
+    return chosen
+
+
+def _refusal(q: Array, context: AttentionContext, cache: PagedCache) -> str | None:
+    """What the kernels would need, as the text of an error; None when they can."""
+    if context.layout is not None:
+        return "a backend for a layout of blocks"
+    return single_kernel.mosaic_refusal(q[0], cache.k) or mosaic_refusal(q, q)
+
+
+def _written(pages: Array, x: Array, slot_mapping: Array) -> Array:
+    """Pages with x [T, K, H] in its slots; in place where the pages are donated."""
+    slots = pages.reshape(-1, *pages.shape[2:])
+    return slots.at[slot_mapping].set(x.astype(pages.dtype)).reshape(pages.shape)
+
+
+def _reference_over_table(
+    q: Array,
+    context: AttentionContext,
+    cache: PagedCache,
+    rows: RaggedRows,
+) -> Array:
+    """Attention of the first D tokens of q [T, N, H], each over its sequence's pages: [D, N, H]."""
+    num, num_pages = rows.block_table.shape
+    slots = jnp.arange(num_pages * cache.k.shape[1], dtype=jnp.int32)
+    own = dataclasses.replace(
+        context,
+        positions=context.positions[0, :num, None],
+        key_positions=jnp.broadcast_to(slots, (num, len(slots))),
+    )
+
+    def gathered(pages: Array) -> Array:
+        found = pages[rows.block_table]  # [D, P, S of a page, K, H]
+        return jnp.moveaxis(found.reshape(num, len(slots), *found.shape[3:]), 1, 2)
+
+    return over_keys(q[:num, None], gathered(cache.k), gathered(cache.v), own)[:, 0]
+
+
+def _kernel_over_table(
+    q: Array,
+    context: AttentionContext,
+    cache: PagedCache,
+    rows: RaggedRows,
+) -> Array:
+    """As `_reference_over_table`; 0 for padding and for tokens of prompts."""
+    num = len(rows.block_table)
+    is_single = rows.segments[:num] == 0
+    high = jnp.where(is_single, context.positions[0, :num] + 1, 0)
+    low = jnp.zeros_like(high) if context.window is None else jnp.maximum(high - context.window, 0)
+    return single_kernel.paged_attention(
+        q[:num],
+        cache.k,
+        cache.v,
+        rows.block_table,
+        low,
+        high,
+        scale=context.logits_scale(q.shape[2]),
+        softcap=context.softcap,
+        implementation="mosaic",
+    )
+
+
+def _kernel_over_prompts(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    rows: RaggedRows,
+) -> Array:
+    """Attention of q [1, T, N, H] over the pages [C, S of a page, K, H] of its prompts.
+
+    0 for tokens of no prompt.
+    """
+    low, high = key_intervals(context, rows, k.shape[1])
+    k, v = (pages.reshape(1, -1, *pages.shape[2:]) for pages in (k, v))
+    o, _ = attention(
+        q,
+        k,
+        v,
+        low[None],
+        high[None],
+        scale=context.logits_scale(q.shape[3]),
+        softcap=context.softcap,
+        implementation="mosaic",
+    )
+    return o
+
+
+def key_intervals(
+    context: AttentionContext,
+    rows: RaggedRows,
+    page_size: int,
+) -> tuple[Array, Array]:
+    """The slots of the listed pages that each token of a prompt sees: low <= s < high, [T] each."""
+    first = rows.first_pages[rows.segments] * page_size
+    end = context.positions[0] + 1
+    low = jnp.zeros_like(end) if context.window is None else jnp.maximum(end - context.window, 0)
+    # A token of no prompt sees nothing.
+    return first + low, jnp.where(rows.segments > 0, first + end, 0)
+
+
+def _reference_over_prompts(
+    q: Array,
+    k: Array,
+    v: Array,
+    context: AttentionContext,
+    rows: RaggedRows,
+) -> Array:
+    """As `_kernel_over_prompts`, with the logits of QUERY_CHUNK queries at a time."""
+    num_pages, page_size = k.shape[:2]
+    numbers = jnp.arange(num_pages) - rows.first_pages[rows.page_segments]
+    places = numbers[:, None] * page_size + jnp.arange(page_size)
+    keyed = dataclasses.replace(
+        context,
+        key_positions=places.reshape(1, -1),
+        key_segments=jnp.repeat(rows.page_segments, page_size)[None],
+    )
+    # The pages of padding have the segment 0, and nobody sees them.
+    segments = jnp.where(rows.segments > 0, rows.segments, -1)
+    k, v = (jnp.moveaxis(pages.reshape(1, -1, *pages.shape[2:]), 1, 2) for pages in (k, v))
+
+    def of_chunk(chunk: tuple[Array, Array, Array]) -> Array:
+        q, positions, segments = chunk
+        own = dataclasses.replace(keyed, positions=positions[None], segments=segments[None])
+        return over_keys(q[None], k, v, own)[0]
+
+    chunks, length = (q[0], context.positions[0], segments), q.shape[1]
+    if length % QUERY_CHUNK:
+        return of_chunk(chunks)[None]
+    split = jax.tree.map(lambda x: x.reshape(-1, QUERY_CHUNK, *x.shape[1:]), chunks)
+    return lax.map(of_chunk, split).reshape(q.shape)

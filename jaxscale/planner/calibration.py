@@ -1,0 +1,93 @@
+"""A device table's shares measured on the devices that are here."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxscale.parallel.mesh import DATA
+from jaxscale.planner.cluster import Device
+from jaxscale.types import Array
+
+NUM_TIMED = 5
+MATMUL_WIDTH, PASS_BYTES, LINK_BYTES = 8192, 2**30, 2**27
+
+
+def measured(
+    device: Device,
+    devices: Sequence[jax.Device],
+    *,
+    shrink: int = 1,
+) -> Device:
+    """The device with what matmuls, passes over memory and links reach here.
+
+    Args:
+        device: whose peaks the shares are of. Those of attention and experts scale with matmuls'.
+        devices: that are here, of one host; with one there are no links to measure.
+        shrink: divides the sizes of what is timed, for devices that are slow.
+    Cost: under a second on a GPU.
+    """
+    width = MATMUL_WIDTH // shrink
+    flops = 2 * width**3 / _matmul_s(width)
+    matmul_share = flops / device.matmul_flops
+    scale = matmul_share / device.matmul_share
+    # A pass reads and writes.
+    bandwidth = 2 * PASS_BYTES / shrink / _pass_s(PASS_BYTES // shrink)
+    found = dataclasses.replace(
+        device,
+        matmul_share=matmul_share,
+        attention_share=device.attention_share * scale,
+        expert_share=device.expert_share * scale,
+        memory_share=bandwidth / device.memory_bandwidth,
+    )
+    if len(devices) == 1:
+        return found
+    away = (len(devices) - 1) / len(devices)
+    rate = away * LINK_BYTES / shrink / _all_gather_s(LINK_BYTES // shrink, devices)
+    return dataclasses.replace(found, link_share=rate / device.link_bandwidth)
+
+
+def _matmul_s(width: int) -> float:
+    matrix = jnp.ones((width, width), jnp.bfloat16)
+    return _median_s(jnp.matmul, matrix, matrix)
+
+
+def _pass_s(num_bytes: int) -> float:
+    return _median_s(jnp.negative, jnp.ones(num_bytes // 2, jnp.bfloat16))
+
+
+def _all_gather_s(num_bytes: int, devices: Sequence[jax.Device]) -> float:
+    mesh = Mesh(np.asarray(devices), (DATA,))
+    spec = PartitionSpec(DATA)
+    num = math.ceil(num_bytes / 2 / len(devices)) * len(devices)
+
+    def gather(x: Array) -> Array:
+        return lax.all_gather(x, DATA, tiled=True)
+
+    spread = jax.shard_map(
+        gather,
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    values = jax.device_put(jnp.ones(num, jnp.bfloat16), jax.NamedSharding(mesh, spec))
+    return _median_s(spread, values)
+
+
+def _median_s(function: Callable, *arguments: Array) -> float:
+    call = functools.partial(jax.jit(function), *arguments)
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(NUM_TIMED):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds))

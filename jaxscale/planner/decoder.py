@@ -1,0 +1,150 @@
+"""What the layers of a decoder do and keep for one token: FLOPs and elements, before sharding."""
+
+import dataclasses
+
+from jaxscale.models.config import ExpertsConfig, LayerConfig, ModelConfig
+from jaxscale.parallel.mesh import TENSOR, MeshConfig
+
+# Elements of what a layer keeps are read and written so often, forward and backward; from the
+# profile in experiments/results/2026-11-23_h200_train_step.md: 16.7 ms of passes over memory.
+FORWARD_PASSES, BACKWARD_PASSES = 1.2, 2.2
+# Of what experts keep, with the buffers of an exchange; fitted to compiled steps as in `memory`.
+ROOM_OF_EXCHANGE = {"dense": 1.45, "ragged": 0.8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Elements that a layer keeps of one token until its backward, by how they are sharded.
+
+    Args:
+        own: of the residual's width, on one member of a tensor group only.
+        gathered: of the residual's width, on all members of a tensor group.
+        sharded: heads and hidden vectors, of which each member has its share.
+        rows: of the residual's width, of all choices of experts.
+        hidden: hidden vectors of all choices of experts.
+    """
+
+    own: float = 0.0
+    gathered: float = 0.0
+    sharded: float = 0.0
+    rows: float = 0.0
+    hidden: float = 0.0
+
+    def on_device(self, mesh: MeshConfig, room: float) -> float:
+        """Elements on one device, a token of its tensor group.
+
+        Args:
+            mesh: how the layer is spread.
+            room: rows of experts that a device has room for, over its tokens' choices.
+        """
+        hidden = self.hidden if mesh.expert_axis == TENSOR else self.hidden / mesh.tensor
+        shares = (self.own + self.sharded) / mesh.tensor
+        return self.gathered + shares + room * (self.rows + hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWork:
+    """One layer, for one token.
+
+    Args:
+        matmul_flops: of the forward, in matmuls with weights.
+        expert_flops: of the forward, in the matmuls of experts.
+        attention_flops: of the forward; its backward takes 2.5 times that.
+        all, dots, full: what is kept when the backward recomputes nothing, what is elementwise, or
+            everything.
+        staged: what a pipeline keeps when nothing is recomputed but activations, which its backward
+            makes again, see `parallel.pipeline.programs`.
+        split: what the backward leaves for a weight gradient that comes later: the gradients of
+            what matmuls with weights make.
+        heads: elements of attention's output.
+        exchanged: elements of queries, keys, values and outputs, which Ulysses exchanges.
+        passed: elements of keys and values, which a ring passes on.
+        choices: experts a token is sent to; 0 in a dense layer.
+        num_experts: E of a mixture.
+    """
+
+    matmul_flops: float
+    expert_flops: float = 0.0
+    attention_flops: float = 0.0
+    all: Kept = Kept()
+    dots: Kept = Kept()
+    full: Kept = Kept()
+    staged: Kept = Kept()
+    split: Kept = Kept()
+    heads: float = 0.0
+    exchanged: float = 0.0
+    passed: float = 0.0
+    choices: int = 0
+    num_experts: int = 0
+
+    def most_rows(self, mesh: MeshConfig) -> int:
+        """Rows of experts that a device may get for each of its tokens."""
+        return mesh.expert * min(self.choices, self.num_experts // mesh.expert)
+
+    def kept(
+        self,
+        kept: Kept,
+        mesh: MeshConfig,
+        *,
+        is_at_work: bool,
+    ) -> float:
+        """Elements on one device of what is kept of a token, with room for the worst case.
+
+        Args:
+            kept: one of the layer's.
+            mesh: how the layer is spread.
+            is_at_work: count the buffers of an exchange, too.
+        """
+        room = 1.0
+        if self.choices and mesh.expert > 1:
+            room = self.most_rows(mesh) / self.choices
+            room *= ROOM_OF_EXCHANGE[mesh.expert_exchange] if is_at_work else 1.0
+        return kept.on_device(mesh, room)
+
+
+def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork:
+    """The work of one layer for one token of rows of `length` tokens."""
+    attention, dim = layer.attention, model.model_dim
+    heads = attention.num_heads * attention.head_dim
+    kv_heads = attention.num_kv_heads * attention.head_dim
+    window = min(attention.window or length, length)
+    seen = window - window**2 / (2 * length) if model.is_causal else length
+    qkvo = 2 * heads + 2 * kv_heads
+    normed = heads + kv_heads if attention.qk_norm else 0
+    num_norms = (1 if layer.is_parallel else 2) * layer.has_norm_before + 2 * layer.has_norm_after
+    own = (2 + 2 * layer.has_norm_after) * dim
+    gathered = min(num_norms, 1 if layer.is_parallel else 2) * dim
+    shared = dict(
+        attention_flops=4 * seen * heads,
+        heads=heads,
+        exchanged=qkvo,
+        passed=2 * kv_heads,
+    )
+    attention_matmuls = 2 * dim * qkvo
+    feed_forward = layer.feed_forward
+    num_in = 1 + feed_forward.is_gated
+    if isinstance(feed_forward, ExpertsConfig):
+        active, hidden = feed_forward.num_active, feed_forward.dim
+        rows, hidden = active * 2 * dim, active * hidden
+        return LayerWork(
+            matmul_flops=attention_matmuls + 2 * dim * feed_forward.num_experts,
+            expert_flops=2 * dim * hidden * (num_in + 1),
+            all=Kept(own, gathered, qkvo + normed, rows, hidden * (num_in + 1)),
+            dots=Kept(own, 0.0, qkvo, rows / 2, hidden * num_in),
+            full=Kept(own=dim),
+            staged=Kept(own, gathered, qkvo + normed, rows, hidden * num_in),
+            split=Kept(2 * dim, 0.0, qkvo - heads, rows / 2, hidden * num_in),
+            choices=active,
+            num_experts=feed_forward.num_experts,
+            **shared,
+        )
+    hidden = feed_forward.dim
+    return LayerWork(
+        matmul_flops=attention_matmuls + 2 * dim * hidden * (num_in + 1),
+        all=Kept(own, gathered, qkvo + normed + hidden * (num_in + 1)),
+        dots=Kept(own, 0.0, qkvo + hidden * num_in),
+        full=Kept(own=dim),
+        staged=Kept(own, gathered, qkvo + normed + hidden * num_in),
+        split=Kept(2 * dim, 0.0, qkvo - heads + hidden * num_in),
+        **shared,
+    )

@@ -1,0 +1,254 @@
+"""The modelled memory of a step on one device: state, what is kept for the backward, workspace.
+
+What XLA lays out beside the state is not a sum of tensors that one could count: it depends on the
+order in which XLA runs the step. The factors below were fitted to steps that jax 0.11 compiled for
+H200s, see docs/planner.md for how far off they are. `jaxscale compile` gives the compiler's figure.
+"""
+
+import dataclasses
+import functools
+
+from jaxscale.planner.decoder import Kept, LayerWork
+from jaxscale.planner.job import Job, Layout
+from jaxscale.planner.pipeline import num_in_flight
+from jaxscale.planner.state import StateBytes
+
+# What is really kept, over what `decoder` counts, when nothing is recomputed: a loop over layers
+# stacks an activation's intermediate results too.
+KEPT_UNROLLED, KEPT_SCANNED = 1.115, 1.75
+# Of what unrolled layers should recompute, XLA keeps so much anyway: it starts early to recompute.
+KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
+# A layer at work, over what it keeps when nothing is recomputed.
+WORKSPACE, WORKSPACE_IN_PIPELINE = 1.35, 1.25
+NUM_SLOTS_BETWEEN_STAGES = 4  # activations and cotangents that wait
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one device; all stages run one program, so all need the same.
+
+    Args:
+        parameters, moments: between steps.
+        gradients: as they add up.
+        copies: parameters in the compute type, or gathered.
+        stashed: what forwards keep for backwards, of all micro-batches in flight.
+        workspace: of the layer, the head or the update that is at work.
+        host: in the host's memory, not in the sum.
+    """
+
+    parameters: float
+    moments: float
+    gradients: float
+    copies: float
+    stashed: float
+    workspace: float
+    host: float = 0.0
+
+    @functools.cached_property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return sum(self.parts().values())
+
+    def corrected(self, total: float) -> "StepMemory":
+        """The same with the compiler's total; what lies beside the state is scaled to it."""
+        state = self.parameters + self.moments
+        scale = (total - state) / (self.total - state)
+        return dataclasses.replace(
+            self,
+            gradients=self.gradients * scale,
+            copies=self.copies * scale,
+            stashed=self.stashed * scale,
+            workspace=self.workspace * scale,
+        )
+
+    def parts(self) -> dict[str, float]:
+        """Bytes on the device by name."""
+        names = ("parameters", "moments", "gradients", "copies", "stashed", "workspace")
+        return {name: getattr(self, name) for name in names}
+
+
+def step_memory(job: Job, layout: Layout, state: StateBytes) -> StepMemory:
+    """The memory of a step.
+
+    Args:
+        job: what is trained.
+        layout: how it is spread.
+        state: its parameters under the layout's mesh.
+    """
+    needs = _Needs(job, layout, state)
+    moments, host = state.moments, 0.0
+    if layout.mesh.is_optimizer_on_host:
+        moments, host = state.moments / 8, state.moments
+    if layout.mesh.pipeline > 1:
+        temporaries = needs.of_pipeline()
+    elif layout.is_scanned:
+        temporaries = needs.of_loop()
+    else:
+        temporaries = needs.of_unrolled()
+    return StepMemory(state.parameters, moments, host=host, **temporaries)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Needs:
+    """The temporaries of one layout, by how its layers run."""
+
+    job: Job
+    layout: Layout
+    state: StateBytes
+
+    def of_pipeline(self) -> dict[str, float]:
+        """Sums of gradients, prepared parameters, slots, and one layer at work."""
+        mesh, job = self.layout.mesh, self.job
+        in_flight = num_in_flight(mesh, self.layout.num_microbatches)
+        in_flight += mesh.schedule == "gpipe"  # fitted
+        stashed = in_flight * self.layout.stages(job).num_slots * self._kept_by_period
+        between = NUM_SLOTS_BETWEEN_STAGES * self._bytes(job.model.model_dim / mesh.tensor)
+        # A loop over layers stacks a micro-batch's gradients before they are added to the sums.
+        is_stacked = self.layout.is_scanned and mesh.zero < 3
+        stack = self.state.gathered * job.width if is_stacked else 0.0
+        is_by_layer = mesh.zero == 3 and self.layout.remat == "full"
+        layers = 2 * self.state.largest if is_by_layer else self.state.gathered
+        return {
+            "gradients": self.state.gradients + stack,
+            "copies": self._converted(layers) + self.state.outside * job.parameter_width,
+            "stashed": stashed + between,
+            "workspace": WORKSPACE_IN_PIPELINE * self._largest_layer + self._head,
+        }
+
+    def of_loop(self) -> dict[str, float]:
+        """Sums of gradients lie there all the time, and one layer at a time is at work."""
+        update = self._update if self.layout.num_microbatches == 1 else 0.0
+        work = max(self._head, WORKSPACE * self._largest_layer) + update
+        return {
+            "gradients": self._gradients(self.job.reduction_width) + self._sums_of_microbatches,
+            "copies": self._gathered_at_once,
+            "stashed": self.job.model.num_periods * self._kept_by_period + self._prefix,
+            "workspace": work,
+        }
+
+    def of_unrolled(self) -> dict[str, float]:
+        """The larger of two moments: the head's backward, and the update."""
+        state, job = self.state, self.job
+        stashed = job.model.num_periods * self._kept_by_period + self._prefix
+        copies = self._converted(state.whole)
+        outside = state.outside * job.reduction_width
+        sums = self._sums_of_microbatches
+        work = self._head + WORKSPACE * self._largest_experts
+        begin = stashed + outside + work
+        # Layers' gradients stay in the compute type until they are copied into stacks.
+        gradients = self._gradients(job.width)
+        stack = state.largest_leaf * job.width
+        end = gradients + stack + WORKSPACE * self._largest_layer + self._update
+        if begin >= end:
+            found = {"gradients": sums + outside, "stashed": stashed, "workspace": work}
+        else:
+            found = {
+                "gradients": sums + gradients,
+                "stashed": 0.0,
+                "workspace": end - gradients,
+            }
+        return found | {"copies": copies}
+
+    @property
+    def _sums_of_microbatches(self) -> float:
+        """Gradients of the micro-batches before, which add up beside those that are being made."""
+        return self.state.gradients if self.layout.num_microbatches > 1 else 0.0
+
+    def _gradients(self, width: int) -> float:
+        """All gradients of one micro-batch, in a type of so many bytes."""
+        state = self.state
+        elements = state.held
+        if self.layout.mesh.zero == 3:
+            # What is in no layer, and one layer, have whole gradients for a time.
+            elements += state.outside + state.largest
+        return elements * width
+
+    @property
+    def _update(self) -> float:
+        """ZeRO's share of the sums, and the largest parameter as it is made whole."""
+        mesh, state = self.layout.mesh, self.state
+        if mesh.zero not in (1, 2) or mesh.data * mesh.sequence == 1:
+            return 0.0
+        share = state.gradients / (mesh.data * mesh.sequence)
+        return share + state.largest_leaf * self.job.parameter_width
+
+    @property
+    def _gathered_at_once(self) -> float:
+        """Parameters that a loop over layers has in another form at a time."""
+        state, job = self.state, self.job
+        if self.layout.mesh.zero < 3:
+            return 0.0
+        kept = state.gathered if self.layout.remat == "none" else 0.0
+        return kept * job.width + state.outside * job.parameter_width
+
+    def _converted(self, elements: float) -> float:
+        """Bytes of parameters in the compute type, where they are stored in another or in parts."""
+        is_other = self.job.policy.parameters != self.job.policy.compute
+        return elements * self.job.width * (is_other or self.layout.mesh.zero == 3)
+
+    @property
+    def _kept_by_period(self) -> float:
+        """Bytes that a period keeps of one micro-batch."""
+        return self._bytes(sum(map(self._kept, self.job.period_work)))
+
+    @property
+    def _prefix(self) -> float:
+        """Bytes that the layers before the first period keep."""
+        return self._bytes(sum(map(self._kept, self.job.prefix_work)))
+
+    @property
+    def _largest_layer(self) -> float:
+        """Bytes that the largest layer keeps when nothing is recomputed."""
+        mesh = self.layout.mesh
+        layers = self.job.period_work
+        return self._bytes(max(each.kept(each.all, mesh, is_at_work=True) for each in layers))
+
+    @property
+    def _largest_experts(self) -> float:
+        """Bytes that the experts of a layer keep; its backward begins while logits are there."""
+        experts = (
+            Kept(rows=each.all.rows, hidden=each.all.hidden) for each in self.job.period_work
+        )
+        pairs = zip(self.job.period_work, experts, strict=True)
+        return self._bytes(max(self._on_device(*pair) for pair in pairs))
+
+    @property
+    def _head(self) -> float:
+        """Bytes of the logits of one chunk."""
+        tokens = self.layout.tokens(self.job) / self.job.execution.num_loss_chunks
+        return tokens * self.job.model.vocab_size / self.layout.mesh.tensor * self.job.width
+
+    def _kept(self, work: LayerWork) -> float:
+        """Elements that a layer keeps of one token on this device."""
+        layout = self.layout
+        is_pipelined = layout.mesh.pipeline > 1
+        everything = work.staged if is_pipelined and not layout.is_scanned else work.all
+        kept = self._on_device(work, everything)
+        if layout.is_scanned:
+            kept *= KEPT_SCANNED
+        elif is_pipelined:
+            kept += self.job.model.model_dim / layout.mesh.tensor  # what the chunk was sent
+        else:
+            kept *= KEPT_UNROLLED
+        mesh = layout.mesh
+        if mesh.sequence > 1:
+            kept += work.heads / mesh.tensor  # attention's output before its exchange
+        if mesh.tensor > 1:
+            kept += self.job.model.model_dim / mesh.tensor  # what the group exchanged
+        split = 0.0
+        if layout.mesh.schedule == "zero_bubble":
+            split = self._on_device(work, work.split)
+        # What is recomputed in the backward is left for the weight gradient too.
+        if layout.remat == "none" or split:
+            return kept + split
+        wanted = self._on_device(work, work.dots if layout.remat == "dots" else work.full)
+        is_exact = layout.is_scanned or is_pipelined
+        anyway = 0.0 if is_exact else KEPT_ANYWAY[layout.remat]
+        return wanted + anyway * (kept - wanted)
+
+    def _on_device(self, work: LayerWork, kept: Kept) -> float:
+        return work.kept(kept, self.layout.mesh, is_at_work=False)
+
+    def _bytes(self, elements: float) -> float:
+        """Of so many elements for each token of a micro-batch."""
+        return self.layout.tokens(self.job) * elements * self.job.width

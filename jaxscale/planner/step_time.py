@@ -1,0 +1,174 @@
+"""The modelled time of a step: stages of layers, the pipeline's table, and what comes once."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from jaxscale.parallel.mesh import DATA, EXPERT, PIPELINE, SEQUENCE
+from jaxscale.planner.cluster import Cluster, group_of
+from jaxscale.planner.job import Job, Layout
+from jaxscale.planner.layer_time import (
+    IN_ZERO,
+    MATMUL,
+    MEMORY,
+    PARTS,
+    LayerClock,
+)
+from jaxscale.planner.pipeline import FORWARD, WEIGHT, closed_seconds, exact_seconds, num_ticks
+from jaxscale.planner.state import StateBytes
+
+# As `layer_time.EXPOSED_TENSOR`: of ZeRO-3's gathers and sums, and of the sums after the backward.
+EXPOSED_ZERO, EXPOSED_REDUCTION = 0.6, 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step.
+
+    Args:
+        parts: by what they are spent on, on the slowest stage.
+        stages: seconds that each pipeline stage works on all micro-batches.
+    """
+
+    parts: dict[str, float]
+    stages: tuple[float, ...]
+
+    @functools.cached_property
+    def total(self) -> float:
+        """Of the whole step."""
+        return sum(self.parts.values())
+
+
+class Clock:
+    """Times the layouts of one job on one cluster."""
+
+    def __init__(self, job: Job, cluster: Cluster):
+        self.job, self.cluster = job, cluster
+        self._layers = LayerClock(job, cluster)
+        # Seconds of a period and of the prefix, by all of a layout that they depend on.
+        self._timed: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+
+    def bound(self, layout: Layout) -> float:
+        """Seconds that no layout with these axes, micro-batches and remat can be below."""
+        period, prefix = self._period_and_prefix(layout)
+        seconds = self.job.model.num_periods * period.sum() + prefix.sum() + self._head(layout)
+        return float(layout.num_microbatches * seconds / layout.mesh.pipeline)
+
+    def balanced(self, layout: Layout) -> tuple[int, ...]:
+        """Periods of each stage with which the slowest is fastest; the last also has the head."""
+        period, prefix = self._period_and_prefix(layout)
+        num_stages = layout.mesh.pipeline
+        loads = np.full(num_stages, period.sum())
+        loads[0] += prefix.sum()
+        loads[-1] += self._head(layout)
+        sizes = [1] * num_stages
+        for _ in range(self.job.model.num_periods - num_stages):
+            idlest = int(loads.argmin())
+            loads[idlest] += period.sum()
+            sizes[idlest] += 1
+        return tuple(sizes)
+
+    def step(
+        self,
+        layout: Layout,
+        state: StateBytes,
+        *,
+        is_exact: bool,
+    ) -> StepTime:
+        """The time of a step.
+
+        Args:
+            layout: how the job is spread.
+            state: bytes of its parameters and moments under the layout's mesh.
+            is_exact: run the pipeline's table tick by tick, or take its closed form.
+        """
+        mesh, num = layout.mesh, layout.num_microbatches
+        stages = self._stages(layout, state)
+        by_chunk = stages.reshape(mesh.num_chunks, mesh.pipeline, 3, len(PARTS))
+        by_device = by_chunk.sum((0, 2))
+        totals = by_device.sum(1) * num
+        slowest = int(totals.argmax())
+        parts = dict(zip(PARTS, (by_device[slowest] * num).tolist(), strict=True))
+        if mesh.pipeline > 1:
+            passes = by_chunk.sum(3)
+            seconds = exact_seconds if is_exact else closed_seconds
+            whole = seconds(mesh, num, passes)
+            parts["bubble"] = max(0.0, whole - float(totals[slowest]))
+            parts["pipeline"] = self._between_stages(layout)
+        parts |= self._once(layout, state)
+        return StepTime(parts, tuple(totals.tolist()))
+
+    def _stages(self, layout: Layout, state: StateBytes) -> np.ndarray:
+        """Seconds [virtual stages, 3, parts] of one micro-batch, in the order of the layers."""
+        mesh = layout.mesh
+        period, prefix = self._period_and_prefix(layout)
+        sizes = np.array(layout.stages(self.job).sizes)
+        stages = sizes[:, None, None] * period
+        stages[0] += prefix
+        stages[-1, FORWARD, MATMUL] += self._head(layout)
+        if mesh.zero == 3:
+            stages[:, :2] += self._gathers(layout, state)[:, None] * _only(IN_ZERO) / len(stages)
+        if layout.num_microbatches > 1:
+            # Each micro-batch's gradients are added to the sums.
+            seconds = 2 * state.gradients / self._layers.memory_bandwidth
+            stages[:, WEIGHT, MEMORY] += seconds / len(stages)
+        return stages
+
+    def _period_and_prefix(self, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        mesh, tokens = layout.mesh, layout.tokens(self.job)
+        uses = (mesh.ring, mesh.expert_axis, mesh.expert_exchange)
+        key = (mesh.sizes, uses, tokens, layout.remat)
+        if key not in self._timed:
+            self._timed[key] = tuple(
+                sum(
+                    (self._layers.layer(each, tokens, layout.remat, mesh) for each in layers),
+                    np.zeros((3, len(PARTS))),
+                )
+                for layers in (self.job.period_work, self.job.prefix_work)
+            )
+        return self._timed[key]
+
+    def _head(self, layout: Layout) -> float:
+        """The unembedding with the loss: its gradient is made in the forward."""
+        flops = 3 * layout.tokens(self.job) * self.job.head_flops / layout.mesh.tensor
+        return flops / self._layers.matmul_flops
+
+    def _gathers(self, layout: Layout, state: StateBytes) -> np.ndarray:
+        """ZeRO-3's exchanges of a stage and micro-batch: seconds of forward and backward."""
+        group = group_of(self.cluster, layout.mesh, layout.mesh.zero_axes)
+        gather = group.all_gather_s(state.gathered * self.job.width)
+        reduce = group.reduce_scatter_s(state.gathered * self.job.reduction_width)
+        is_again = layout.remat != "none"
+        return EXPOSED_ZERO * np.array([gather, reduce + gather * is_again])
+
+    def _between_stages(self, layout: Layout) -> float:
+        """Activations and cotangents after each tick."""
+        mesh = layout.mesh
+        own = layout.tokens(self.job) / mesh.tensor
+        num_bytes = own * self.job.model.model_dim * self.job.width
+        permute = group_of(self.cluster, mesh, (PIPELINE,)).permute_s(num_bytes)
+        return 2 * num_ticks(mesh, layout.num_microbatches) * permute
+
+    def _once(self, layout: Layout, state: StateBytes) -> dict[str, float]:
+        """Reduction of the gradients, update, and the parameters made whole again."""
+        mesh, job = layout.mesh, self.job
+        parts = {"reduction": 0.0}
+        if mesh.zero < 3 and mesh.num_batch_shards * mesh.sequence > 1:
+            replicas = group_of(self.cluster, mesh, (DATA, EXPERT, SEQUENCE))
+            # Under ZeRO each device updates its share of the parameters, which are gathered after:
+            # as an all-reduce, but the second half has the parameters' type.
+            width = job.parameter_width if mesh.zero else job.reduction_width
+            sums = replicas.reduce_scatter_s(state.held * job.reduction_width)
+            parts["reduction"] = EXPOSED_REDUCTION * (
+                sums + replicas.all_gather_s(state.held * width)
+            )
+        passes = 2 * (state.moments + state.trained) + state.gradients
+        parts["update"] = passes / self._layers.memory_bandwidth
+        if mesh.is_optimizer_on_host:
+            parts["host"] = 2 * state.moments / self.cluster.device.host_bandwidth
+        return parts
+
+
+def _only(part: int) -> np.ndarray:
+    return np.eye(len(PARTS))[part]

@@ -1,0 +1,256 @@
+"""`checkpoint`: looks at checkpoints of any system, checks, compares and converts them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxscale import tree
+from jaxscale.checkpoint import conversion, manifest, native
+from jaxscale.checkpoint.boxes import boxes, chunk_shape
+from jaxscale.checkpoint.deepspeed_writer import write_universal
+from jaxscale.checkpoint.matching import check_leaves
+from jaxscale.checkpoint.opening import Opened, open_checkpoint
+from jaxscale.checkpoint.patterns import load_rules
+from jaxscale.checkpoint.rank_files import write_npz
+from jaxscale.checkpoint.source import LazyArray
+from jaxscale.checkpoint.steps import committed_steps
+from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.run.run import load_run
+from jaxscale.types import InputError, RunError, check_choice
+
+PIECE_BYTES = 1 << 26  # of an array that is compared or verified
+KINDS = ("jaxscale", "deepspeed", "npz")
+UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def ls(path: str) -> None:
+    """Prints the checkpoints in a folder: step, kind, arrays and bytes.
+
+    Args:
+        path: of a folder of steps, or of one checkpoint.
+    Raises:
+        InputError: there is none.
+    """
+    folder = Path(path).expanduser()
+    numbers = committed_steps(folder)
+    for found in [folder / str(number) for number in numbers] or [folder]:
+        opened = open_checkpoint(found)
+        leaves = opened.source.leaves()
+        size = sum(map(_num_bytes, leaves.values()))
+        print(f"{found}  {opened.kind}  {len(leaves)} arrays  {_bytes(size)}")
+
+
+def show(path: str, rules: str | None = None) -> None:
+    """Prints each array of a checkpoint with its type, shape and bytes; reads none of them.
+
+    Args:
+        path: of the checkpoint.
+        rules: TOML file of rules, see `checkpoint.patterns`.
+    Raises:
+        InputError: there is none, or its ranks do not make up whole parameters.
+    """
+    opened = _open(path, rules)
+    leaves = opened.source.leaves()
+    print(f"{opened.path}: {opened.kind}")
+    width = max((len(name) for name in leaves), default=0)
+    for name, array in leaves.items():
+        shape = ", ".join(map(str, array.shape))
+        print(f"  {name:<{width}}  {array.dtype}[{shape}]  {_bytes(_num_bytes(array))}")
+    print(f"{len(leaves)} arrays, {_bytes(sum(map(_num_bytes, leaves.values())))}")
+
+
+def verify(path: str, rules: str | None = None) -> None:
+    """Checks a checkpoint whole: checksums where it has them, else that all of it can be read.
+
+    Args:
+        path: of the checkpoint.
+        rules: as `show`.
+    Raises:
+        InputError: it is damaged; names the file, or copies that should be equal.
+    """
+    opened = _open(path, rules)
+    if native.is_native(opened.path):
+        damage = manifest.find_damage(opened.path, lambda name: True)
+        if damage is not None:
+            raise InputError("checkpoint", str(opened.path), f"a sound checkpoint; {damage}")
+    leaves = opened.source.leaves()
+    with _bar("verify", leaves) as bar:
+        for array in leaves.values():
+            for box in boxes(array.shape, _chunk(array)):
+                bar.update(array[box].nbytes)
+    print(f"{opened.path}: {len(leaves)} arrays are sound")
+
+
+def convert(
+    path: str,
+    destination: str,
+    *,
+    to: str = "jaxscale",
+    rules: str | None = None,
+    run: str | None = None,
+    step: int = 0,
+    budget: str = "4GiB",
+) -> None:
+    """Writes a checkpoint of any system as one of ours or of another; ours goes on after a kill.
+
+    Args:
+        path: of the checkpoint.
+        destination: folder of checkpoints.
+        to: "jaxscale"; "deepspeed", a universal folder; "npz", one uncompressed file.
+        rules: as `show`.
+        run: gin file of the run that is to start from it; its state says which arrays there must
+            be. Without one the arrays are written under the names that they have.
+        step: number of the new checkpoint.
+        budget: bytes of host memory, such as 512MiB.
+    Raises:
+        InputError: it is damaged, does not fit the run, or the step exists.
+    """
+    check_choice("to", to, KINDS)
+    budget_bytes = _parsed(budget)
+    opened = _open(path, rules)
+    leaves = opened.source.leaves()
+    directory = Path(destination).expanduser()
+    if to == "jaxscale":
+        _to_ours(opened, leaves, directory, step, run, budget_bytes)
+    elif run is not None:
+        raise InputError("run", run, f"none with to={to!r}")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        piece_bytes = budget_bytes // conversion.MAX_COPIES
+        if to == "deepspeed":
+            write_universal(leaves, directory, step=step, piece_bytes=piece_bytes)
+        else:
+            write_npz(leaves, directory / "all.npz", piece_bytes=piece_bytes)
+    print(f"{directory}: {len(leaves)} arrays")
+
+
+def diff(path: str, other: str, rules: str | None = None) -> None:
+    """Compares two checkpoints of any kinds array by array, and prints those that differ.
+
+    Args:
+        path: of one.
+        other: of the other.
+        rules: as `show`, for both.
+    Raises:
+        RunError: they differ.
+    """
+    one, two = (_open(each, rules).source.leaves() for each in (path, other))
+    num_differing = 0
+    for name in sorted({*one, *two}):
+        line = _difference(one.get(name), two.get(name))
+        if line:
+            num_differing += 1
+            print(f"{name}: {line}")
+    if num_differing:
+        raise RunError(f"{num_differing} of {len({*one, *two})} arrays differ")
+    print(f"{len(one)} arrays are equal")
+
+
+def _open(path: str, rules: str | None) -> Opened:
+    given = None if rules is None else load_rules(Path(rules).expanduser())
+    return open_checkpoint(Path(path).expanduser(), given)
+
+
+def _to_ours(
+    opened: Opened,
+    leaves: Mapping[str, LazyArray],
+    directory: Path,
+    step: int,
+    run: str | None,
+    budget_bytes: int,
+) -> None:
+    target = conversion.Destination(directory, step)
+    if run is not None:
+        target = _of_run(target, leaves, run)
+    elif isinstance(opened.source, native.NativeCheckpoint):
+        target = conversion.Destination(directory, step, form=opened.source.form)
+    with _bar("convert", leaves) as bar:
+        conversion.convert(
+            leaves,
+            target,
+            identity=opened.identity(),
+            budget_bytes=budget_bytes,
+            progress=lambda done, total: bar.update(done - bar.n),
+        )
+
+
+def _of_run(
+    target: conversion.Destination,
+    leaves: Mapping[str, LazyArray],
+    file: str,
+) -> conversion.Destination:
+    """The destination as a checkpoint of a run: with the facts and the form of its state.
+
+    Raises:
+        InputError: the arrays are neither the run's whole state nor its parameters.
+    """
+    run = dataclasses.replace(load_run([file]), mesh=MeshConfig())
+    devices = jax.devices()[:1]
+    state = run.setup(devices).canonical_state
+    wanted: Any = state
+    if all(name.startswith("params/") for name in leaves):
+        wanted = {"params": state.params}
+    check_leaves(dict(leaves), tree.flatten(wanted), file, is_cast_allowed=True)
+    return dataclasses.replace(
+        target,
+        fingerprint=checkpoint_facts(run.model)["fingerprint"],
+        form=native.TreeForm.of(wanted),
+    )
+
+
+def _difference(one: LazyArray | None, two: LazyArray | None) -> str | None:
+    """What two arrays of one name differ in; None where they are equal bit by bit."""
+    if one is None or two is None:
+        return "only in the second" if one is None else "only in the first"
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return f"{one.dtype}{list(one.shape)} and {two.dtype}{list(two.shape)}"
+    largest, num_differing = 0.0, 0
+    for box in boxes(one.shape, _chunk(one)):
+        first, second = one[box], two[box]
+        if first.tobytes() == second.tobytes():
+            continue
+        first, second = first.astype(np.float64), second.astype(np.float64)
+        num_differing += int(np.count_nonzero(first != second))
+        largest = max(largest, float(np.max(np.abs(first - second))))
+    if not num_differing:
+        return None
+    total = math.prod(one.shape)
+    return f"{num_differing} of {total} elements differ, by {largest:.3g} at most"
+
+
+def _chunk(array: LazyArray) -> tuple[int, ...]:
+    return chunk_shape(array.shape, array.dtype.itemsize, PIECE_BYTES)
+
+
+def _bar(verb: str, leaves: Mapping[str, LazyArray]) -> tqdm:
+    total = sum(map(_num_bytes, leaves.values()))
+    return tqdm(total=total, desc=verb, unit="B", unit_scale=True)
+
+
+def _num_bytes(array: LazyArray) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def _bytes(size: int) -> str:
+    for unit, factor in reversed(UNITS.items()):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} bytes"
+
+
+def _parsed(budget: str) -> int:
+    """Bytes from text such as 512MiB or 1000000."""
+    for unit, factor in UNITS.items():
+        number = budget.removesuffix(unit)
+        if number != budget and number.isdecimal():
+            return int(number) * factor
+    if not budget.isdecimal():
+        raise InputError("budget", budget, f"bytes, or a number of {', '.join(UNITS)}")
+    return int(budget)

@@ -1,0 +1,86 @@
+"""An engine for a run's checkpoint, and prompts continued by it in this process.
+
+answer = pipeline("runs/tour")
+answer(["def ", "class "], max_new_tokens=40)
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxscale.run.model import load
+from jaxscale.run.run import Run
+from jaxscale.serve.config import EngineConfig
+from jaxscale.serve.engine import Engine
+from jaxscale.serve.requests import Completion, RequestConfig
+
+
+def make_engine(
+    run: Run | str | Path,
+    *,
+    config: EngineConfig = EngineConfig(),
+    step: int | None = None,
+    tensor: int = 1,
+) -> Engine:
+    """An engine with a run's model; arguments and errors as `run.model.load`."""
+    model = load(run, step=step, tensor=tensor)
+    return Engine(
+        model.decoder,
+        model.pure_params(),
+        config=config,
+        tokenizer=model.tokenizer,
+        region=model.region,
+    )
+
+
+class Pipeline:
+    """Continues texts in this process.
+
+    Args:
+        engine: with a tokenizer.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        config: RequestConfig | None = None,
+        **fields: Any,
+    ) -> list[Completion] | list[list[Completion]]:
+        """Continues one text or several.
+
+        Args:
+            prompts: texts.
+            config: how; or its fields one by one.
+            fields: of `RequestConfig`, such as `max_new_tokens=40`.
+        Returns:
+            The continuations of each prompt; of a single text its own.
+        Raises:
+            InputError: a prompt is empty or too long.
+        """
+        config = config or RequestConfig(**fields)
+        if isinstance(prompts, str):
+            return self.engine.generate([prompts], config)[0]
+        return self.engine.generate(prompts, config)
+
+
+def pipeline(
+    run: Run | str | Path,
+    *,
+    config: EngineConfig = EngineConfig(),
+    step: int | None = None,
+    tensor: int = 1,
+) -> Pipeline:
+    """Continues prompts with a run's model.
+
+    Args:
+        run: the run, or its directory.
+        config: sizes and policies of the engine.
+        step: which checkpoint; the newest when None.
+        tensor: devices over which the model is spread.
+    Raises:
+        InputError: as `run.model.load`.
+    """
+    return Pipeline(make_engine(run, config=config, step=step, tensor=tensor))

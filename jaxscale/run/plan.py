@@ -1,0 +1,153 @@
+"""`plan`: the fastest mesh for a run on devices that need not be here, as a file to train with."""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxscale.config import operative_config
+from jaxscale.launch.ahead_of_time import described_devices, memory_of
+from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
+from jaxscale.planner.calibration import measured
+from jaxscale.planner.cluster import Cluster
+from jaxscale.planner.explain import details, layout_text, table, why
+from jaxscale.planner.job import Layout
+from jaxscale.planner.picture import draw
+from jaxscale.planner.plan import Plan
+from jaxscale.planner.search import Candidate, Planner
+from jaxscale.run.compile import lower_step, memory_share
+from jaxscale.run.planned import SHARE_OF_LIMIT, job_of, planned, search
+from jaxscale.run.run import Run
+from jaxscale.types import InputError, RunError
+from jaxscale.written import as_written, render
+
+GIB = 2**30
+
+
+def plan(
+    *,
+    run: Run,
+    devices: str,
+    output: str = "plan.gin",
+    pinned: dict[str, Any] | None = None,
+    measure: bool = False,
+    num_compiled: int = 0,
+    picture: str | None = None,
+) -> Plan:
+    """Prints the fastest layouts for a run and writes the first as a file for `pretrain`.
+
+    Nothing is allocated, no data is read and no device is needed.
+
+    Args:
+        run: the run; its own mesh is compared with the others.
+        devices: such as "h200:2x8", 2 hosts of 8; "h200:2x8-3" if 3 of them are gone.
+        output: the file that is written, and beside it the same name with .json, which
+            `planner.plan.Plan.load` reads.
+        pinned: values that are given, such as {"tensor": 2}, see `planner.space.PINNABLE`.
+        measure: time matmuls, passes over memory and links on the devices that are here, in place
+            of the device table's shares.
+        num_compiled: so many of the best are compiled for the devices, and the first that then fits
+            is taken, whose memory is the compiler's.
+        picture: a PNG file of time and memory by stage; None for none.
+    Returns:
+        The plan that is written.
+    Raises:
+        InputError: unknown devices, values that cannot be pinned, or devices that one cannot
+            compile for.
+        RunError: nothing fits; says what comes nearest and how many bytes are missing.
+    """
+    cluster, share = Cluster.parse(devices), memory_share()
+    if measure:
+        here = measured(cluster.device, jax.local_devices())
+        cluster = dataclasses.replace(cluster, device=here)
+    began = time.perf_counter()
+    found = search(job_of(run), cluster, pinned or {}, share)
+    seconds = time.perf_counter() - began
+    best = found.ranked[0]
+    print(f"{cluster.text}: {found.num_layouts:,} layouts in {seconds:.1f} s")
+    print(table(found.ranked, best))
+    print(f"\n{_own(run, cluster, share, best)}\n")
+    if num_compiled:
+        best = _first_that_fits(run, cluster, share, found.ranked[:num_compiled])
+    print(details(best))
+    chosen = Plan(cluster.text, best)
+    chosen.save(Path(output).with_suffix(".json"))
+    Path(output).write_text(planned_text(run, chosen))
+    if picture is not None:
+        draw(chosen, picture)
+    print(f"\nwritten: {output}")
+    return chosen
+
+
+def planned_text(run: Run, chosen: Plan) -> str:
+    """A gin file: the configuration of this call, then what the plan changes."""
+    best = chosen.candidate
+    changed = planned(run, best.layout)
+    values, fields = {}, {}
+    for name in ("mesh", "train", "execution"):
+        values[name], more = as_written(getattr(changed, name), ("plan", name))
+        fields |= more
+    header = (
+        f"# Plan for {chosen.devices}: {layout_text(best.layout)}.\n"
+        f"# Modelled: {best.time.total * 1e3:.1f} ms a step, "
+        f"{best.memory.total / GIB:.1f} GiB a device.\n"
+    )
+    return header + operative_config() + render({((), Run): values, **fields})
+
+
+def _own(
+    run: Run,
+    cluster: Cluster,
+    share: float,
+    best: Candidate,
+) -> str:
+    """How the run's own mesh compares."""
+    planner = Planner(job_of(run), cluster, cluster.device.memory_bytes * share * SHARE_OF_LIMIT)
+    execution = run.execution
+    layout = Layout(
+        run.mesh,
+        run.train.num_microbatches,
+        execution.remat,
+        execution.is_scanned,
+    )
+    text = layout_text(layout)
+    if layout.num_devices != cluster.num_devices:
+        return f"the file's own mesh is for {layout.num_devices} devices: {text}"
+    try:
+        own = planner.estimate(layout)
+    except InputError as error:
+        return f"the file's own mesh is impossible: {error}"
+    return f"the file's own mesh: {own.time.total * 1e3:.1f} ms, {text}: {why(own, best)}"
+
+
+def _first_that_fits(
+    run: Run,
+    cluster: Cluster,
+    share: float,
+    ranked: tuple[Candidate, ...],
+) -> Candidate:
+    """The first whose step, compiled for the devices, fits; with the compiler's memory."""
+    apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
+    device = cluster.device
+    described = functools.partial(
+        described_devices,
+        device.name,
+        num_hosts=cluster.num_hosts,
+        gpus_per_host=cluster.devices_per_host,
+    )
+    devices: list[jax.Device] = described()
+    limit = device.memory_bytes * share
+    for number, each in enumerate(ranked, 1):
+        began = time.perf_counter()
+        own = devices[: each.layout.num_devices]
+        compiled = lower_step(planned(run, each.layout), own).compile()
+        peak, seconds = memory_of(compiled).peak, time.perf_counter() - began
+        modelled = f"{each.memory.total / GIB:.2f} modelled"
+        print(f"{number} compiled in {seconds:.1f} s: {peak / GIB:.2f} GiB, {modelled}")
+        if peak <= limit:
+            memory = each.memory.corrected(peak)
+            return dataclasses.replace(each, memory=memory, limit_bytes=limit)
+    raise RunError(f"none of the {len(ranked)} that were compiled fits {limit / GIB:.2f} GiB")

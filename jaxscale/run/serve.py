@@ -1,0 +1,112 @@
+"""`serve`: answers OpenAI's clients with a run's checkpoint."""
+
+import logging
+import socket
+from pathlib import Path
+
+from jaxscale.launch.runtime import apply_runtime
+from jaxscale.run.pipeline import make_engine
+from jaxscale.run.run import Run
+from jaxscale.serve.config import EngineConfig
+from jaxscale.types import InputError
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+BACKLOG = 2048
+
+
+def serve(
+    *,
+    run: Run,
+    host: str = LOOPBACK,
+    port: int = 8000,
+    model_name: str | None = None,
+    api_key_file: str | None = None,
+    engine: EngineConfig = EngineConfig(),
+    step: int | None = None,
+    tensor: int = 1,
+    timeout_s: float | None = None,
+    drain_s: int = 30,
+    warm_up: bool = True,
+) -> None:
+    """Serves a trained model over HTTP until a signal ends it.
+
+    Args:
+        run: the run; its mesh is that of the training and is not used.
+        host: address to listen at; by default only this machine reaches it.
+        port: to listen at.
+        model_name: under which clients ask for the model; the directory's name when None.
+        api_key_file: a file with a key a line, of which a client must send one; None for no keys.
+        engine: sizes and policies.
+        step: which checkpoint; the newest when None.
+        tensor: devices over which the model is spread.
+        timeout_s: after which a request is ended; None for never.
+        drain_s: seconds that running requests are given after SIGTERM.
+        warm_up: whether all steps are compiled before the first request.
+    Raises:
+        InputError: there is no such checkpoint, the port is taken, a file cannot be read, or the
+            extra `serve` is not installed.
+    """
+    apply_runtime(run.runtime, str(run.path))
+    try:
+        import uvicorn
+
+        from jaxscale.data.chat_template import read_chat_template
+        from jaxscale.serve.server import Service, make_app
+    except ImportError as error:
+        expected = "the extra: pip install 'jaxscale[serve]'"
+        raise InputError("serve", f"no module {error.name}", expected) from error
+    listening = listen(host, port)
+    template = None
+    config = run.data.tokenizer
+    if config.path is not None:
+        path = Path(config.path).expanduser()
+        template = read_chat_template(path if path.is_dir() else path.parent)
+    service = Service(
+        model=model_name or run.path.resolve().name,
+        chat_template=template,
+        api_keys=read_keys(api_key_file) if api_key_file else (),
+        timeout_s=timeout_s,
+    )
+    made = make_engine(run, config=engine, step=step, tensor=tensor)
+    if warm_up:
+        logger.info("compiled %d shapes of steps", made.warm_up())
+    settings = uvicorn.Config(
+        make_app(lambda: made, service),
+        log_level="warning",
+        timeout_graceful_shutdown=drain_s,
+    )
+    address = "{}:{}".format(*listening.getsockname())
+    print(f"serving {service.model} at http://{address}/v1", flush=True)
+    uvicorn.Server(settings).run(sockets=[listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        InputError: the address is taken or is not this machine's.
+    """
+    try:
+        return socket.create_server((host, port), backlog=BACKLOG)
+    except OSError as error:
+        expected = f"an address of this machine that is free ({error.strerror})"
+        raise InputError("port", f"{host}:{port}", expected) from error
+
+
+def read_keys(file: str) -> tuple[str, ...]:
+    """The keys in a file, one a line.
+
+    Raises:
+        InputError: it cannot be read or holds none, which would let everybody in.
+    """
+    try:
+        lines = Path(file).expanduser().read_text().splitlines()
+    except OSError as error:
+        expected = f"a file that can be read ({error.strerror})"
+        raise InputError("api_key_file", file, expected) from error
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise InputError("api_key_file", file, "a key a line")
+    return keys

@@ -1,0 +1,110 @@
+"""Sizes and policies of an engine, and the pages for which a device has room."""
+
+import dataclasses
+import logging
+import math
+from typing import Literal
+
+import jax
+
+from jaxscale.serve.packing import Buckets, powers_up_to
+from jaxscale.serve.placement import Placement
+from jaxscale.serve.scheduler import SchedulerConfig
+from jaxscale.types import InputError, Params, check_positive, check_types
+
+logger = logging.getLogger(__name__)
+
+HOST_CACHE_BYTES = 2**28  # of a cache whose size is not given, where a device has no limit
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and policies of an engine.
+
+    Args:
+        token_budget, max_sequences, policy, admission, use_prefix_cache: as
+            `scheduler.SchedulerConfig`.
+        block_size: tokens a page of the cache.
+        num_blocks: pages; None takes `memory_fraction` of what the device has left.
+        memory_fraction: of the device's memory that weights and cache may fill.
+        max_prompts: prompts of which a step runs a piece.
+    """
+
+    token_budget: int = 2048
+    max_sequences: int = 256
+    policy: Literal["splitfuse", "prefill_first"] = "splitfuse"
+    admission: Literal["lifetime", "growth"] = "lifetime"
+    use_prefix_cache: bool = True
+    block_size: int = 64
+    num_blocks: int | None = None
+    memory_fraction: float = 0.85
+    max_prompts: int = 64
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("EngineConfig.block_size", self.block_size)
+        if self.num_blocks is not None:
+            check_positive("EngineConfig.num_blocks", self.num_blocks)
+        if not 0 < self.memory_fraction <= 1:
+            expected = "0 < memory_fraction <= 1"
+            raise InputError("EngineConfig.memory_fraction", self.memory_fraction, expected)
+        self.scheduler(max_length=1)
+
+    def scheduler(self, max_length: int) -> SchedulerConfig:
+        """The part that the scheduler takes, for a model of `max_length` tokens."""
+        return SchedulerConfig(
+            token_budget=self.token_budget,
+            max_sequences=self.max_sequences,
+            max_prompts=self.max_prompts,
+            # The end of the longest prompt and a budget of shorter ones, which may be split too.
+            max_context=self._num_pages(max_length + 2 * self.token_budget) * self.block_size,
+            policy=self.policy,
+            admission=self.admission,
+            use_prefix_cache=self.use_prefix_cache,
+        )
+
+    def buckets(self, max_length: int) -> Buckets:
+        """The sizes that are compiled, for a model of `max_length` tokens."""
+        num_pages = self._num_pages(max_length)
+        context = self.scheduler(max_length).max_context // self.block_size
+        few = min(16, self.max_sequences)
+        return Buckets(
+            # XLA multiplies a single row by other and slower means than two.
+            singles=powers_up_to(self.max_sequences, smallest=min(2, self.max_sequences), factor=4),
+            mixed_singles=powers_up_to(self.max_sequences, smallest=few, factor=16),
+            tokens=powers_up_to(self.token_budget, smallest=-(-self.token_budget // 16), factor=4),
+            pages=powers_up_to(num_pages, smallest=-(-num_pages // 4), factor=4),
+            prompt_pages=powers_up_to(context, smallest=-(-context // 4), factor=4),
+            max_prompts=self.max_prompts,
+            num_slots=self.max_sequences,
+        )
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+def num_blocks_for(placement: Placement, params: Params, config: EngineConfig) -> int:
+    """Pages for which the device has room, and no more than its sequences can fill."""
+    decoder = placement.decoder
+    itemsize = jax.numpy.dtype(decoder.policy.compute).itemsize
+    heads = [layer.attention for layer in decoder.config.layers]
+    # Of one member, which has a kv head at least.
+    width = sum(max(each.num_kv_heads // placement.tensor, 1) * each.head_dim for each in heads)
+    page_bytes = 2 * itemsize * config.block_size * width
+    most = config.max_sequences * -(-decoder.config.max_length // config.block_size)
+    stats = jax.tree.leaves(params)[0].devices().pop().memory_stats()
+    if stats is None:
+        room = HOST_CACHE_BYTES
+    else:
+        room = config.memory_fraction * stats["bytes_limit"] - stats["bytes_in_use"]
+    num_blocks = min(math.floor(room / page_bytes) - 1, most)
+    if num_blocks < 1:
+        expected = f"room for a page of {page_bytes} bytes, here {math.floor(room)} bytes are left"
+        raise InputError("EngineConfig.memory_fraction", config.memory_fraction, expected)
+    logger.info(
+        "cache: %d blocks of %d tokens, %.2f GiB",
+        num_blocks,
+        config.block_size,
+        num_blocks * page_bytes / 2**30,
+    )
+    return num_blocks

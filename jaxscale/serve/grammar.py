@@ -1,0 +1,164 @@
+"""Grammars that a continuation has to follow, by llguidance; needs the extra `serve`."""
+
+import dataclasses
+import functools
+import json
+import threading
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxscale.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from jaxscale.types import InputError, check_types
+
+WORD = 32  # tokens in a word of a mask
+MAX_COMPILED = 64  # grammars that are kept
+# Between the parts of a JSON text. Without a limit a model may write spaces until its end.
+WHITESPACE = r"[ \n\t]{0,20}"
+SPACE_OF_PIECES = "\u2581"
+
+
+@dataclasses.dataclass(frozen=True)
+class GrammarConfig:
+    """What a continuation looks like.
+
+    Args:
+        kind: of the text: a JSON schema, a regular expression that matches all of the
+            continuation, or a context-free grammar in llguidance's form of Lark.
+        text: of the grammar.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+
+    def __post_init__(self):
+        check_types(self)
+
+
+class Grammars:
+    """Compiles grammars for a tokenizer.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
+
+    def begin(self, config: GrammarConfig) -> "Matcher":
+        """The state at the beginning of a continuation; any thread may ask for it.
+
+        Raises:
+            InputError: the grammar cannot be compiled, or llguidance is not installed.
+        """
+        with self._lock:
+            compiled = self._compiled(config)
+        return Matcher(compiled.deep_copy(), self.num_words)
+
+    @property
+    def num_words(self) -> int:
+        """Words of a mask over the vocabulary."""
+        return -(-self._tokenizer.vocab_size // WORD)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Any:
+        llguidance = _import()
+        given = self._tokenizer
+        if isinstance(given, HuggingFaceTokenizer):
+            settings = dict(n_vocab=given.vocab_size, eos_token=given.eos_id)
+            return llguidance.LLTokenizer(given.serialized, **settings)
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Spelling(given)))
+
+    def _compile(self, config: GrammarConfig) -> Any:
+        matcher = _import().LLMatcher
+        try:
+            if config.kind == "json_schema":
+                options = {"whitespace_pattern": WHITESPACE}
+                grammar = matcher.grammar_from_json_schema(config.text, overrides=options)
+            elif config.kind == "regex":
+                grammar = matcher.grammar_from_regex(config.text)
+            else:
+                grammar = matcher.grammar_from_lark(config.text)
+        except ValueError as error:
+            raise InputError("grammar", config.text[:80], f"JSON ({error})") from error
+        # Without log messages: the error is in the matcher.
+        compiled = matcher(self._vocabulary, grammar, log_level=0)
+        if compiled.is_error():
+            reason = compiled.get_error().splitlines()[0]
+            expected = f"a {config.kind} that can be compiled ({reason})"
+            raise InputError("grammar", config.text[:80], expected)
+        return compiled
+
+
+class Matcher:
+    """A continuation within its grammar.
+
+    Args:
+        matcher: llguidance's.
+        num_words: of a mask.
+    """
+
+    def __init__(self, matcher: Any, num_words: int):
+        self._matcher = matcher
+        self._num_words = num_words
+
+    def mask(self) -> np.ndarray:
+        """A bit for each token that may come next, [words] int32; the end token at an end."""
+        found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
+        words = np.zeros(self._num_words, np.int32)
+        words[: len(found)] = found[: self._num_words]
+        return words
+
+    def accept(self, token: int) -> None:
+        """Takes the token drawn; one that the last mask allowed."""
+        self._matcher.consume_token(token)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the grammar has become too complex to be followed any further."""
+        return self._matcher.is_error()
+
+
+class _Spelling:
+    """The bytes of each token, as llguidance asks for them."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.eos_token_id = tokenizer.eos_id
+        self.bos_token_id = None
+        self.special_token_ids = [tokenizer.eos_id]
+        self.encode = tokenizer.encode
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            self.tokens = [_bytes_of_piece(piece) for piece in tokenizer.pieces()]
+        else:
+            self.tokens = [bytes([token]) for token in range(tokenizer.eos_id)] + [b"<eos>"]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self.encode(text if isinstance(text, str) else text.decode(errors="replace"))
+
+
+def _bytes_of_piece(piece: str) -> bytes:
+    if piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[1:-1], 16)])
+    return piece.replace(SPACE_OF_PIECES, " ").encode()
+
+
+def _import() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        expected = "the extra: pip install 'jaxscale[serve]'"
+        raise InputError("grammar", "no module llguidance", expected) from error
+    return llguidance
+
+
+def json_grammar(schema: Any) -> GrammarConfig:
+    """The grammar of JSON texts under a schema."""
+    return GrammarConfig("json_schema", json.dumps(schema))
+
+
+def choice_grammar(choices: list[str]) -> GrammarConfig:
+    """The grammar of one of several texts."""
+    alternatives = " | ".join(json.dumps(choice) for choice in choices)
+    return GrammarConfig("lark", f"start: {alternatives}")

@@ -1,0 +1,103 @@
+"""Where the engine's programs run: on one device, or spread over a tensor group."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxscale.models.decoder import Decoder
+from jaxscale.ops.attention.paged import PagedCache, empty_pages
+from jaxscale.parallel.mesh import TENSOR
+from jaxscale.parallel.region import Region
+from jaxscale.types import Params
+
+EVERYWHERE = PartitionSpec()
+PAGES = PartitionSpec(None, None, TENSOR, None)  # [pages, S of a page, K, H]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A model and the devices that share it.
+
+    Args:
+        decoder: with unrolled layers, so that each layer's pages are an array of their own and
+            are written in place; bound to the operations of `region`, if there is one.
+        region: of a mesh whose only axis is tensor, see `parallel.region.make_serving_operations`;
+            None for one device.
+    """
+
+    decoder: Decoder
+    region: Region | None = None
+
+    @property
+    def tensor(self) -> int:
+        """Members of the tensor group."""
+        return 1 if self.region is None else self.region.mesh.shape[TENSOR]
+
+    def prepare(self, params: Params) -> Params:
+        """The parameters as forwards take them, see `Decoder.prepared`."""
+        prepare = self.decoder.prepared
+        if self.region is not None:
+            prepare = self.region.forward(prepare, in_specs=(), out_specs=self._param_specs())
+        return jax.jit(prepare)(params)
+
+    def empty_caches(
+        self,
+        num_pages: int,
+        page_size: int,
+        dtype: str,
+    ) -> dict[str, Any]:
+        """Pages of all layers, of which each member has those of its kv heads."""
+        shapes = self._of_layers(lambda heads, width: (num_pages, page_size, heads, width))
+        caches = jax.tree.map(lambda shape: empty_pages(*shape, dtype), shapes, is_leaf=_is_shape)
+        if self.region is None:
+            return caches
+        return jax.device_put(caches, NamedSharding(self.region.mesh, PAGES))
+
+    def spread(self, forward: Callable) -> Callable:
+        """`forward(params, caches, last tokens, packed) -> (logits, caches)` on all members."""
+        if self.region is None:
+            return forward
+        pages = self._of_layers(lambda *_: PagedCache(PAGES, PAGES))
+        return jax.shard_map(
+            forward,
+            mesh=self.region.mesh,
+            in_specs=(self._param_specs(), pages, EVERYWHERE, EVERYWHERE),
+            out_specs=(EVERYWHERE, pages),
+            check_vma=False,
+        )
+
+    def everywhere(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Zeros of which every member has all."""
+        zeros = jnp.zeros(shape, dtype)
+        if self.region is None:
+            return zeros
+        return jax.device_put(zeros, NamedSharding(self.region.mesh, EVERYWHERE))
+
+    def _of_layers(self, make: Callable) -> dict[str, Any]:
+        """make(kv heads, H) of each layer, in the form of caches for `Decoder.run_layers`."""
+        config = self.decoder.config
+
+        def of(layers: Any) -> dict[str, Any]:
+            # A member of a group larger than the number of kv heads has a copy of one of them.
+            heads = [layer.attention for layer in layers]
+            return {
+                str(i): make(max(each.num_kv_heads, self.tensor), each.head_dim)
+                for i, each in enumerate(heads)
+            }
+
+        periods = tuple(of(config.pattern) for _ in range(config.num_periods))
+        return {"prefix": of(config.prefix), "layers": periods}
+
+    def _param_specs(self) -> Any:
+        """Of `Decoder.prepared`'s tree, in which the layers are apart."""
+        specs = dict(self.region.specs.parameters)
+        layers = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs["layers"])
+        return specs | {"layers": (layers,) * self.decoder.config.num_periods}
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and isinstance(value[0], int)

@@ -1,0 +1,143 @@
+"""What is asked of the engine, and what it answers."""
+
+import dataclasses
+import math
+
+from jaxscale.serve.grammar import GrammarConfig
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.serve.sequences import FinishReason
+from jaxscale.types import InputError, check_not_negative, check_positive, check_types
+
+MAX_LOGPROBS = 20  # the most probable tokens that are reported beside a drawn one
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalties:
+    """What is taken from the logits of tokens that were there before.
+
+    Source: Keskar et al. 2019, CTRL (arXiv 1909.05858), section 4.1, for `repetition`; OpenAI's API
+        reference for the other two.
+    Args:
+        repetition: divides the positive logits of tokens of the prompt and of the output, and
+            multiplies the negative ones; 1 changes nothing.
+        presence: taken off once for a token of the output.
+        frequency: taken off as often as the output holds the token.
+    """
+
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("Penalties.repetition", self.repetition)
+        for name in ("repetition", "presence", "frequency"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"Penalties.{name}", getattr(self, name), "a finite number")
+
+
+NO_PENALTIES = Penalties()
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestConfig:
+    """How one prompt is to be continued.
+
+    Args:
+        sampling: how tokens are drawn; a sequence draws the same from its seed in any batch.
+        max_new_tokens: longest continuation.
+        num_sequences: continuations of the prompt, which draw apart.
+        stop: texts before which a continuation ends.
+        stop_ids: tokens at which it ends, beside the tokenizer's end token.
+        ignore_eos: whether it goes on behind the tokenizer's end token.
+        penalties: on what was there before.
+        num_logprobs: how many of the most probable tokens are reported with their log-probability
+            beside the one drawn; None reports nothing. They are the model's own, before
+            temperature, filters and penalties.
+        grammar: that the continuation has to follow; it needs a tokenizer.
+        priority: higher ones come first.
+        timeout_s: after which the request is ended; None for never.
+    """
+
+    sampling: SamplingConfig = SamplingConfig()
+    max_new_tokens: int = 100
+    num_sequences: int = 1
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    penalties: Penalties = NO_PENALTIES
+    num_logprobs: int | None = None
+    grammar: GrammarConfig | None = None
+    priority: int = 0
+    timeout_s: float | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("max_new_tokens", self.max_new_tokens)
+        check_positive("num_sequences", self.num_sequences)
+        if "" in self.stop:
+            raise InputError("stop", self.stop, "texts of at least one character")
+        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
+            expected = f"0 <= num_logprobs <= {MAX_LOGPROBS}, or None"
+            raise InputError("num_logprobs", self.num_logprobs, expected)
+        if self.timeout_s is not None:
+            check_not_negative("timeout_s", self.timeout_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one place.
+
+    Args:
+        drawn: of the token drawn.
+        top: (token, log-probability) of the most probable ones, in descending order.
+    """
+
+    drawn: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What is new of one sequence after a step.
+
+    Args:
+        request: number of the request.
+        index: which of its sequences.
+        text: new text; what may yet become a stop text, or a character in the making, is held back.
+        tokens: the new tokens.
+        logprobs: of each new token; none where they are not asked for.
+        finish_reason: on the last delta of a sequence, else None.
+        weights_version: of the weights that drew the tokens.
+        num_cached: prompt tokens that a cached prefix has spared.
+    """
+
+    request: int
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason | None
+    weights_version: int
+    num_cached: int
+
+
+@dataclasses.dataclass
+class Completion:
+    """One continuation as a whole; arguments as `Delta`."""
+
+    text: str = ""
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    weights_version: int = 0
+    num_cached: int = 0
+
+    def add(self, delta: Delta) -> None:
+        """Appends what is new."""
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+        self.weights_version = delta.weights_version
+        self.num_cached = delta.num_cached

@@ -1,0 +1,189 @@
+"""Runs the steps of a plan on the device, whose state stays there."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence as List
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxscale.serve import packing
+from jaxscale.serve.packing import Buckets, StepShape
+from jaxscale.serve.placement import Placement
+from jaxscale.serve.programs import Seen, draw_program, forward_program, write_seen
+from jaxscale.serve.requests import NO_PENALTIES, RequestConfig
+from jaxscale.serve.rows import HostRows, Writer
+from jaxscale.serve.sequences import Piece, Sequence
+from jaxscale.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A step that the device runs.
+
+    Args:
+        pieces: what it runs, in the order of its rows.
+        rows: the row of each piece.
+        tokens: [R] int32 drawn.
+        logprobs: as `drawing.log_probabilities`, or None.
+        weights_version: of the weights that it runs with.
+    """
+
+    pieces: tuple[Piece, ...]
+    rows: tuple[int, ...]
+    tokens: Array
+    logprobs: tuple[Array, Array, Array] | None
+    weights_version: int
+
+
+class Runner:
+    """The device's side of the engine: parameters, pages and what was drawn last.
+
+    All state is donated from step to step, so that it is updated in place. Besides it a step takes
+    one array from the host.
+
+    Args:
+        placement: the model, and where it runs.
+        params: the parameter tree.
+        buckets: sizes that are compiled.
+        num_blocks: pages, without the one for padding.
+        block_size: tokens a page.
+        cache_dtype: of keys and values.
+        num_tokens: only tokens below are drawn.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        params: Params,
+        *,
+        buckets: Buckets,
+        num_blocks: int,
+        block_size: int,
+        cache_dtype: str,
+        num_tokens: int,
+    ):
+        self._placement = placement
+        self._buckets = buckets
+        self._block_size = block_size
+        self._num_tokens = num_tokens
+        self.weights_version = 0
+        self._params: Params = placement.prepare(params)
+        self._empty_caches = functools.partial(
+            placement.empty_caches, num_blocks + 1, block_size, cache_dtype
+        )
+        self._caches: Any = self._empty_caches()
+        self._last_tokens = placement.everywhere((buckets.num_slots,), jnp.int32)
+        self._seen: Seen | None = None
+        self._rows = HostRows(buckets, self._num_tokens)
+
+    def swap(self, params: Params) -> None:
+        """Takes other weights from the next step on."""
+        self._params = None  # so that both do not have to fit
+        self._params = self._placement.prepare(params)
+        self.weights_version += 1
+
+    def free_pages(self) -> None:
+        """Gives the pages' memory back; `take_pages` comes before the next step."""
+        self._caches = None
+
+    def take_pages(self) -> None:
+        """Takes memory for pages that hold nothing."""
+        self._caches = self._empty_caches()
+
+    def warm_up(self) -> int:
+        """Compiles every step, by running it on padding; returns how many there are."""
+        shapes = self._buckets.all_shapes()
+        for shape in shapes:
+            self._launch(shape, packing.empty(shape)[0], is_penalised=False, has_logprobs=False)
+        jax.block_until_ready(self._last_tokens)
+        return len(shapes)
+
+    def admit(self, sequence: Sequence, config: RequestConfig, index: int) -> None:
+        """Writes a sequence's settings to its slot; call it before the first step that runs it."""
+        slot = sequence.slot
+        self._rows.write(slot, config, index)
+        if config.penalties == NO_PENALTIES:
+            return
+        if self._seen is None:
+            shape = (self._buckets.num_slots, self._num_tokens)
+            everywhere = self._placement.everywhere
+            self._seen = Seen(everywhere(shape, bool), everywhere(shape, jnp.int32))
+        is_in_prompt = np.zeros(self._num_tokens, bool)
+        is_in_prompt[[token for token in sequence.prompt if token < self._num_tokens]] = True
+        counts = np.bincount(sequence.outputs, minlength=self._num_tokens).astype(np.int32)
+        self._seen = write_seen(self._seen, slot, is_in_prompt, counts)
+
+    def launch(
+        self,
+        pieces: tuple[Piece, ...],
+        configs: List[RequestConfig],
+        masks: List[np.ndarray | None],
+    ) -> Launched:
+        """Starts a step; nothing waits for the device.
+
+        Args:
+            pieces: what runs.
+            configs: of each piece's request.
+            masks: what each piece's grammar allows, [words] int32; None for all tokens.
+        """
+        shape, packed, rows = self._pack(pieces)
+        of_rows = None
+        if any(mask is not None for mask in masks):
+            num_words = max(len(mask) for mask in masks if mask is not None)
+            of_rows = np.full((shape.num_rows, num_words), -1, np.int32)
+            for row, mask in zip(rows, masks, strict=True):
+                of_rows[row] = -1 if mask is None else mask
+        tokens, logprobs = self._launch(
+            shape,
+            packed,
+            masks=of_rows,
+            is_penalised=any(config.penalties != NO_PENALTIES for config in configs),
+            has_logprobs=any(config.num_logprobs is not None for config in configs),
+        )
+        for array in jax.tree.leaves((tokens, logprobs)):
+            array.copy_to_host_async()
+        return Launched(pieces, rows, tokens, logprobs, self.weights_version)
+
+    def _launch(
+        self,
+        shape: StepShape,
+        packed: np.ndarray,
+        *,
+        masks: np.ndarray | None = None,
+        is_penalised: bool,
+        has_logprobs: bool,
+    ) -> tuple[Array, Any]:
+        """(tokens, log-probabilities or None) of a step; the device's state is that after it."""
+        packed = jnp.asarray(packed)
+        forward = forward_program(self._placement, shape)
+        logits, self._caches = forward(self._params, self._caches, self._last_tokens, packed)
+        draw = draw_program(shape, self._num_tokens, has_logprobs)
+        seen = self._seen if is_penalised else None
+        state, tokens, logprobs = draw((self._last_tokens, seen), logits, packed, masks)
+        self._last_tokens = state[0]
+        if is_penalised:
+            self._seen = state[1]
+        return tokens, logprobs
+
+    def _pack(self, pieces: tuple[Piece, ...]) -> tuple[StepShape, np.ndarray, tuple[int, ...]]:
+        """(shape, packed array, the row of each piece)."""
+        single = [piece for piece in pieces if piece.count == 1]
+        longer = [piece for piece in pieces if piece.count > 1]
+        pages = [-(-(piece.start + piece.count) // self._block_size) for piece in longer]
+        last = max((piece.start for piece in single), default=0)
+        shape = self._buckets.shape(
+            num_single=len(single),
+            num_pages=last // self._block_size + 1,
+            num_tokens=sum(piece.count for piece in pieces),
+            num_prompt_pages=sum(pages),
+        )
+        packed, views = packing.empty(shape)
+        writer = Writer(views, self._rows, self._block_size, shape)
+        writer.add_single(single)
+        writer.add_prompts(longer)
+        order = {id(piece): row for row, piece in enumerate(single)}
+        order |= {id(piece): shape.num_single + row for row, piece in enumerate(longer)}
+        return shape, packed, tuple(order[id(piece)] for piece in pieces)

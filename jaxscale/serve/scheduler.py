@@ -1,0 +1,342 @@
+"""Which tokens run in the next step: Dynamic SplitFuse, as a state machine without arrays."""
+
+import bisect
+import dataclasses
+import heapq
+import math
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from jaxscale.serve.blocks import BlockPool, PrefixChain
+from jaxscale.serve.sequences import FinishReason, Piece, Sequence, Status, Step
+from jaxscale.types import InputError, RunError, check_positive, check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of a step and the policies.
+
+    Args:
+        token_budget: tokens a step, of decoding sequences and prompts together.
+        max_sequences: sequences that run at a time.
+        max_prompts: prompts of which a step runs a piece.
+        max_context: tokens of these prompts up to the ends of their pieces, together, in whole
+            blocks; what their attention reads.
+        policy: "splitfuse" runs a token of every decoding sequence first and fills the budget up
+            with pieces of prompts; "prefill_first" lets decoding wait while there are prompts, as
+            engines did before, for comparison.
+        admission: "lifetime" admits a sequence once its blocks are free to its last token; "growth"
+            once those of its prompt are, and takes blocks from the newest when none is left, whose
+            keys are then computed again.
+        use_prefix_cache: whether sequences share the blocks of equal prefixes.
+    """
+
+    token_budget: int = 2048
+    max_sequences: int = 256
+    max_prompts: int = 16
+    max_context: int = 8192
+    policy: Literal["splitfuse", "prefill_first"] = "splitfuse"
+    admission: Literal["lifetime", "growth"] = "lifetime"
+    use_prefix_cache: bool = True
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("token_budget", "max_sequences", "max_prompts", "max_context"):
+            check_positive(f"SchedulerConfig.{name}", getattr(self, name))
+        if self.max_sequences > self.token_budget:
+            expected = (
+                f"max_sequences <= token_budget = {self.token_budget}, so that every decoding "
+                "sequence has a token in each step"
+            )
+            raise InputError("SchedulerConfig.max_sequences", self.max_sequences, expected)
+
+
+class Scheduler:
+    """Sequences that wait and run; `schedule` plans a step and `commit` takes what it drew.
+
+    A step may be planned while the one before it runs. What is planned by then holds whatever was
+    drawn, but for a sequence that turns out to have ended: what its last step draws is dropped.
+
+    Sequences of one priority are admitted in order of arrival, none overtakes. Under "lifetime" a
+    running sequence never waits for a block; under "growth" the first in rank can take the blocks
+    of all others. Each fits the cache alone, which `add` checks: so there is no deadlock.
+
+    Source: Holmes et al. 2024, DeepSpeed-FastGen (arXiv 2401.08671), section 3.2, Dynamic
+        SplitFuse.
+    Args:
+        config: limits and policies.
+        blocks: of the cache.
+    """
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockPool):
+        self.config = config
+        self.blocks = blocks
+        self.running: list[Sequence] = []  # by rank
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap by rank
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
+        self._slots = list(reversed(range(config.max_sequences)))
+        self._num_waiting = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have no slot yet, or have lost it."""
+        return self._num_waiting
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence waits or runs."""
+        return bool(self.running or self._num_waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a sequence in.
+
+        Raises:
+            InputError: it would not fit the cache even alone.
+        """
+        wanted = self.blocks.num_for(sequence.max_cached)
+        if wanted > self.blocks.num_blocks:
+            expected = (
+                "prompt + max_new_tokens to fit the cache: blocks needed <= blocks, here "
+                f"{wanted} <= {self.blocks.num_blocks}"
+            )
+            raise InputError("prompt", f"{len(sequence.prompt)} tokens", expected)
+        sequence.chain = PrefixChain(self.blocks.block_size, sequence.salt)
+        self._wait(sequence)
+        if sequence.deadline_s is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline_s, sequence.number, sequence))
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> bool:
+        """Ends a sequence in whatever state it is; false if it had ended already."""
+        if sequence.status is Status.FINISHED:
+            return False
+        if sequence.status is Status.RUNNING:
+            self._vacate(sequence)
+        else:
+            self._num_waiting -= 1
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        return True
+
+    def schedule(self, now_s: float = 0.0) -> Step:
+        """Plans a step; one without pieces if nothing can run."""
+        expired = tuple(self._expire(now_s))
+        plan = _Plan(self.config, self.blocks.block_size)
+        if self.config.policy == "splitfuse":
+            self._decode(plan)
+            self._continue_prompts(plan)
+            self._admit(plan)
+        else:
+            self._continue_prompts(plan)
+            self._admit(plan)
+            if not plan.pieces:
+                self._decode(plan)
+        for piece in plan.pieces:
+            self._advance(piece)
+        return Step(tuple(plan.pieces), tuple(plan.admitted), tuple(plan.preempted), expired)
+
+    def commit(self, piece: Piece, tokens: Iterable[int]) -> list[int]:
+        """Appends what a piece drew to its sequence, which ends at its last token.
+
+        Returns:
+            The tokens appended: none if the sequence had ended before.
+        """
+        sequence, appended = piece.sequence, []
+        for token in tokens:
+            if sequence.status is Status.FINISHED:
+                break
+            sequence.outputs.append(token)
+            appended.append(token)
+            if len(sequence.outputs) == sequence.max_new_tokens:
+                self.finish(sequence, FinishReason.LENGTH)
+        if sequence.status is Status.RUNNING:
+            self._register(sequence)
+        return appended
+
+    def preempt_all(self) -> list[Sequence]:
+        """Takes slot and blocks from all that run, and forgets what the cache holds.
+
+        They start again with the tokens they have, as when the weights change.
+        """
+        preempted = list(self.running)
+        for sequence in preempted:
+            self._preempt(sequence)
+        self.blocks.forget()
+        return preempted
+
+    # Parts of a plan
+
+    def _decode(self, plan: "_Plan") -> None:
+        """A token of each decoding sequence, by rank."""
+        for sequence in list(self.running):
+            if sequence.status is not Status.RUNNING or not sequence.is_decoding:
+                continue  # it may have lost its blocks to one before it
+            if self._is_held_up(sequence) or not self._grow(sequence, plan):
+                continue
+            plan.add(sequence, 1)
+
+    def _continue_prompts(self, plan: "_Plan") -> None:
+        for sequence in self.running:
+            if plan.is_full:
+                return
+            is_prompt = sequence.num_missing > 0 and not sequence.is_decoding
+            if is_prompt and not self._is_held_up(sequence):
+                if not (count := plan.fitting(sequence)):
+                    return
+                plan.add(sequence, count)
+
+    def _admit(self, plan: "_Plan") -> None:
+        while not plan.is_full and self._slots:
+            sequence = self._next_waiting()
+            if sequence is None or sequence in plan.preempted or self._is_held_up(sequence):
+                return
+            if sequence.is_in_flight or not self._hold_blocks(sequence):
+                return
+            heapq.heappop(self._waiting)
+            self._num_waiting -= 1
+            sequence.status = Status.RUNNING
+            sequence.slot = self._slots.pop()
+            bisect.insort(self.running, sequence, key=lambda each: each.rank)
+            plan.admitted.append(sequence)
+            if not (count := plan.fitting(sequence)):
+                return
+            plan.add(sequence, count)
+
+    def _is_held_up(self, sequence: Sequence) -> bool:
+        return sequence.is_synchronous and sequence.is_in_flight
+
+    def _hold_blocks(self, sequence: Sequence) -> bool:
+        """Whether the sequence could be given the blocks with which it is admitted."""
+        tokens = sequence.known()
+        shared = []
+        if self.config.use_prefix_cache:
+            # The last token has to run, for something to be drawn behind it.
+            most = (len(tokens) - 1) // self.blocks.block_size
+            shared = self.blocks.find(sequence.chain.digests(tokens)[:most])
+        is_whole = self.config.admission == "lifetime"
+        num_tokens = sequence.max_cached if is_whole else len(tokens)
+        num_new = self.blocks.num_for(num_tokens) - len(shared)
+        if not self.blocks.can_take(shared, num_new):
+            return False
+        sequence.blocks = self.blocks.take(shared, num_new)
+        sequence.num_computed = len(shared) * self.blocks.block_size
+        sequence.num_registered = len(shared)
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+        return True
+
+    def _grow(self, sequence: Sequence, plan: "_Plan") -> bool:
+        """Whether the sequence has a block for its next token, if need be that of another."""
+        if sequence.num_computed < len(sequence.blocks) * self.blocks.block_size:
+            return True
+        while not self.blocks.can_take((), 1):
+            victim = self.running[-1]
+            self._preempt(victim)
+            plan.preempted.append(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += self.blocks.take((), 1)
+        return True
+
+    # State
+
+    def _advance(self, piece: Piece) -> None:
+        sequence = piece.sequence
+        sequence.num_computed += piece.count
+        if piece.is_drawing:
+            sequence.num_drawn += 1
+        self._register(sequence)
+
+    def _register(self, sequence: Sequence) -> None:
+        """Makes the blocks known that are full of known tokens.
+
+        A step that is planned counts as run: those that may find the block run in it or after it,
+        and each layer writes its keys before it reads any.
+        """
+        if not self.config.use_prefix_cache:
+            return
+        size = self.blocks.block_size
+        num_known = len(sequence.prompt) + len(sequence.outputs)
+        num_full = min(sequence.num_computed, num_known) // size
+        if num_full <= sequence.num_registered:
+            return
+        digests = sequence.chain.digests(sequence.known())
+        for i in range(sequence.num_registered, num_full):
+            self.blocks.register(sequence.blocks[i], digests[i])
+        sequence.num_registered = num_full
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
+        self._num_waiting += 1
+
+    def _next_waiting(self) -> Sequence | None:
+        while self._waiting and self._waiting[0][1].status is Status.FINISHED:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1] if self._waiting else None
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Takes blocks and slot; steps in flight still write there, and before any later owner."""
+        self.running.remove(sequence)
+        self.blocks.release(sequence.blocks)
+        self._slots.append(sequence.slot)
+        sequence.blocks, sequence.slot = [], None
+        sequence.num_computed = sequence.num_registered = 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._vacate(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._wait(sequence)
+
+    def _expire(self, now_s: float) -> Iterator[Sequence]:
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, _, sequence = heapq.heappop(self._deadlines)
+            if self.finish(sequence, FinishReason.TIMEOUT):
+                yield sequence
+
+    def next_deadline_s(self) -> float:
+        """When the next sequence may expire; infinity for never."""
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+
+class _Plan:
+    """A step while it is planned.
+
+    Args:
+        config: limits.
+        block_size: tokens a block.
+    """
+
+    def __init__(self, config: SchedulerConfig, block_size: int):
+        self.budget = config.token_budget
+        self._max_prompts = config.max_prompts
+        self._context = config.max_context
+        self._block_size = block_size
+        self.pieces: list[Piece] = []
+        self.admitted: list[Sequence] = []
+        self.preempted: list[Sequence] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no piece of a prompt has a place any more."""
+        return self.budget < 1 or self._max_prompts < 1
+
+    def fitting(self, sequence: Sequence) -> int:
+        """Tokens of a prompt that fit beside what is planned."""
+        room = self._context // self._block_size * self._block_size - sequence.num_computed
+        return max(min(sequence.num_missing, self.budget, room), 0)
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        """Plans the next `count` tokens of a sequence."""
+        if count < 1 or count > self.budget:
+            raise RunError(f"{count} tokens are planned, {self.budget} are left of the budget")
+        is_decode = sequence.is_decoding
+        is_drawing = count == sequence.num_missing
+        piece = Piece(sequence, sequence.num_computed, count, is_decode, is_drawing)
+        self.pieces.append(piece)
+        self.budget -= count
+        if not is_decode:
+            num_blocks = -(-(piece.start + count) // self._block_size)
+            self._context -= num_blocks * self._block_size
+            self._max_prompts -= 1

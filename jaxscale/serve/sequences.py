@@ -1,0 +1,141 @@
+"""What the scheduler knows of a sequence, and what it plans for a step; no arrays."""
+
+import dataclasses
+import enum
+
+from jaxscale.serve.blocks import PrefixChain
+
+
+class Status(enum.StrEnum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A prompt and what was drawn behind it.
+
+    Args:
+        number: orders sequences by their arrival.
+        prompt: token ids.
+        max_new_tokens: how many are drawn at most.
+        priority: higher ones come first.
+        deadline_s: on the clock that `Scheduler.schedule` is given; None for never.
+        is_synchronous: no step is planned while a token of it is being drawn, for what the step
+            computes depends on it (a grammar).
+        salt: what else its cached prefix depends on.
+        outputs: the tokens drawn, as far as they are known.
+        num_drawn: tokens drawn or being drawn.
+        num_computed: tokens whose keys are in the cache once the steps planned so far have run.
+        num_cached: prompt tokens that a prefix in the cache has spared, at its first admission.
+        blocks: of the cache, in order of the tokens.
+        slot: its row in the device's state while it runs.
+    """
+
+    number: int
+    prompt: list[int]
+    max_new_tokens: int
+    priority: int = 0
+    deadline_s: float | None = None
+    is_synchronous: bool = False
+    salt: str = ""
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    outputs: list[int] = dataclasses.field(default_factory=list)
+    num_drawn: int = 0
+    num_computed: int = 0
+    num_cached: int | None = None
+    num_registered: int = 0
+    num_preemptions: int = 0
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    slot: int | None = None
+    chain: PrefixChain | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower ones come first."""
+        return -self.priority, self.number
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of what is drawn or being drawn."""
+        return len(self.prompt) + self.num_drawn
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens to run before the next one can be drawn; 0 once the last one is drawn."""
+        if self.num_drawn == self.max_new_tokens:
+            return 0
+        return self.length - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its next step takes the token drawn last and nothing else."""
+        return self.num_drawn > 0 and self.num_missing == 1
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a token is being drawn whose value is not known yet."""
+        return self.num_drawn > len(self.outputs)
+
+    @property
+    def max_cached(self) -> int:
+        """Tokens in the cache at its end: the last one drawn is never run."""
+        return len(self.prompt) + self.max_new_tokens - 1
+
+    def known(self) -> list[int]:
+        """The prompt and the tokens drawn whose values are known."""
+        return self.prompt + self.outputs if self.outputs else self.prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens of one sequence that a step runs.
+
+    Args:
+        sequence: whose.
+        start: position of the first.
+        count: how many.
+        is_decode: whether the only token is the one drawn last, which the device knows.
+        is_drawing: whether a token is drawn behind the last.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    is_decode: bool
+    is_drawing: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What runs next.
+
+    Args:
+        pieces: decoding sequences first.
+        admitted: sequences that have just been given a slot and blocks.
+        preempted: sequences that lost theirs and start again.
+        expired: sequences whose deadline has passed.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    admitted: tuple[Sequence, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+    expired: tuple[Sequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step runs."""
+        return sum(piece.count for piece in self.pieces)

@@ -1,0 +1,1 @@
+"""Attention of single queries over pages of a cache."""

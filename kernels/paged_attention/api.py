@@ -1,0 +1,104 @@
+"""Attention of one query a sequence over the pages that hold its keys."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxscale.kernels.checks import check_backend, require
+from jaxscale.kernels.paged_attention import pallas, reference
+
+BACKENDS = ("reference", "mosaic")
+HEAD_DIMS = (64, 128, 256)
+PAGE_SIZES = (64, 128)
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Array,
+    low: Array,
+    high: Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str,
+    interpret: Any = False,
+) -> Array:
+    """Softmax attention of each sequence's query over its keys low <= s < high.
+
+    Key s of sequence d lies in page block_table[d, s // page size].
+
+    Source: Kwon et al. 2023, PagedAttention (arXiv 2309.06180), section 4.1; Dao et al. 2023,
+        Flash-Decoding, for the split over keys.
+    Args:
+        q: [D, N, H].
+        k_pages, v_pages: [pages, page size, K, H]; query head n reads kv head n // (N / K).
+        block_table: [D, P] int32.
+        low, high: [D] int32, within 0 and P * page size; a query with high <= low sees nothing.
+        scale: factor on the logits.
+        softcap: c in c * tanh(logits / c); None for none.
+        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs.
+        interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
+    Returns:
+        [D, N, H] in the type of `q`; 0 where a query sees nothing.
+    Raises:
+        ValueError: shapes do not fit one another, or the backend cannot do what is asked.
+    Cost: "mosaic" reads the pages from low to high once, 4 H K bytes a key in bfloat16.
+    """
+    _check_shapes(q, k_pages, v_pages, block_table)
+    reason = mosaic_refusal(q, k_pages)
+    check_backend("paged_attention", implementation, BACKENDS, reason)
+    if implementation == "reference":
+        settings = dict(scale=scale, softcap=softcap)
+        return reference.paged_attention(q, k_pages, v_pages, block_table, low, high, **settings)
+    return pallas.paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        block_table,
+        low,
+        high,
+        scale=scale,
+        softcap=softcap,
+        interpret=interpret,
+    )
+
+
+def _check_shapes(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Array,
+) -> None:
+    num, num_heads, head_dim = q.shape
+    is_same = k_pages.shape == v_pages.shape and k_pages.dtype == v_pages.dtype
+    given = f"k_pages {k_pages.dtype}{k_pages.shape} and v_pages {v_pages.dtype}{v_pages.shape}"
+    expected = f"both [pages, page size, K, H] of one type, with H = {head_dim}"
+    require(is_same and k_pages.shape[3] == head_dim, "paged_attention", given, expected)
+    kv_heads = k_pages.shape[2]
+    given = f"N = {num_heads} and K = {kv_heads}"
+    require(num_heads % kv_heads == 0, "paged_attention", given, "N % K == 0")
+    given = f"block_table {block_table.shape}"
+    require(block_table.shape[0] == num, "paged_attention", given, f"[D, P] with D = {num}")
+
+
+def mosaic_refusal(q: Array, k_pages: Array) -> str | None:
+    """What "mosaic" would need to compute the request, as the text of an error; None when it can.
+
+    Shapes and types are enough.
+    """
+    is_half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if not is_half or k_pages.dtype != q.dtype:
+        return f"q and pages both bfloat16 or both float16, here {q.dtype} and {k_pages.dtype}"
+    if q.shape[2] not in HEAD_DIMS:
+        return f"head_dim one of {HEAD_DIMS}, here {q.shape[2]}"
+    if k_pages.shape[1] not in PAGE_SIZES:
+        return f"a page size of {PAGE_SIZES}, here {k_pages.shape[1]}"
+    if q.shape[1] // k_pages.shape[2] > pallas.MAX_GROUPS:
+        return f"N / K <= {pallas.MAX_GROUPS}, here {q.shape[1]} / {k_pages.shape[2]}"
+    if jax.__version_info__ < (0, 11):
+        return f"jax >= 0.11, but this is {jax.__version__}"
+    return None

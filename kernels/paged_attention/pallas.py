@@ -1,0 +1,273 @@
+"""Attention over pages for Hopper GPUs, as a Pallas kernel for Mosaic GPU.
+
+A block is one warpgroup that reads a stream of pages of one sequence and kv head. It fetches some
+pages ahead by itself, so that no warpgroup has to be told when a page's place is free. The tensor
+cores multiply 64 rows, of which a kv head's queries fill a few: reading the pages takes longer
+than that. Where there are fewer sequences and heads than the GPU has room for, the pages of each
+are dealt out to several streams, whose results are added up by their normalisers.
+
+Source: Dao 2023 (arXiv 2307.08691), algorithm 1; Dao et al. 2023, Flash-Decoding.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxscale.kernels.attention.products import (
+    MATRIX,
+    ROW,
+    accumulate,
+    minus_infinity,
+    multiply,
+    spread,
+    tanh,
+)
+from jaxscale.kernels.persistent import LOG2E, NUM_SMS, ROWS, swizzled
+
+MAX_GROUPS = ROWS
+UNIT = 8  # rows of a swizzled tile
+PAGES_BYTES = 96 * 1024  # of pages in shared memory, so that two blocks fit a multiprocessor
+BLOCKS_PER_SM = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Sizes and settings that a kernel is compiled for.
+
+    Args:
+        groups: query heads that read one kv head, rounded up to UNIT.
+        page_size: keys in a page.
+        head_dim: H.
+        num_streams: blocks among which the pages of a sequence and kv head are dealt out.
+        scale: factor on the logits.
+        softcap: c in c * tanh(logits / c); None for none.
+        stages: pages of keys, and of values, in shared memory.
+    """
+
+    groups: int
+    page_size: int
+    head_dim: int
+    num_streams: int
+    scale: float
+    softcap: float | None
+    stages: int
+
+
+# jit: the kernel is lowered once for all layers.
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Array,
+    low: Array,
+    high: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    interpret: Any = False,
+) -> Array:
+    """As `api.paged_attention`."""
+    num, num_heads, head_dim = q.shape
+    _, page_size, kv_heads, _ = k_pages.shape
+    groups = num_heads // kv_heads
+    padded = pl.cdiv(groups, UNIT) * UNIT
+    room = BLOCKS_PER_SM * NUM_SMS
+    problem = Problem(
+        groups=padded,
+        page_size=page_size,
+        head_dim=head_dim,
+        num_streams=max(min(room // (num * kv_heads), block_table.shape[1]), 1),
+        scale=scale,
+        softcap=softcap,
+        stages=max(PAGES_BYTES // (2 * 2 * page_size * head_dim), 2),
+    )
+    grouped = q.reshape(num, kv_heads, groups, head_dim)
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded - groups), (0, 0)))
+
+    def body(*refs):
+        _run(_Refs(*refs), problem, interpret)
+
+    shape = (num, kv_heads, problem.num_streams, padded)
+    o_type = jax.ShapeDtypeStruct((*shape, head_dim), q.dtype)
+    lse_type = jax.ShapeDtypeStruct(shape, jnp.float32)
+    kernel = plgpu.kernel(
+        body,
+        out_type=(o_type, lse_type),
+        scratch_types=_scratch_types(problem, q.dtype, interpret),
+        grid=shape[:3],
+        grid_names=("sequence", "head", "stream"),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            approx_math=True,
+        ),
+        interpret=interpret,
+    )
+    o, lse = kernel(block_table, low, high, grouped, k_pages, v_pages)
+    o = _joined(o, lse)[:, :, :groups]
+    return o.reshape(q.shape).astype(q.dtype)
+
+
+def _joined(o: Array, lse: Array) -> Array:
+    """Results of streams o [D, K, streams, G, H] and their lse [D, K, streams, G] added up."""
+    if o.shape[2] == 1:
+        return o[:, :, 0]
+    top = lse.max(2, keepdims=True)
+    # A query that sees nothing has -inf throughout, and -inf - -inf would be NaN.
+    weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0, top))
+    total = weights.sum(2)
+    summed = (o * weights[..., None]).sum(2)
+    return summed / jnp.where(total == 0, 1, total)[..., None]
+
+
+class _Refs(NamedTuple):
+    """A kernel's references: to its operands and results in global memory, then to its scratch."""
+
+    block_table: Any
+    low: Any
+    high: Any
+    q: Any
+    k_pages: Any
+    v_pages: Any
+    o: Any
+    lse: Any
+    # Shared memory.
+    q_smem: Any
+    k_smem: Any
+    v_smem: Any
+    lse_smem: Any
+    # Barriers: a copy has come.
+    q_full: Any
+    k_full: Any
+    v_full: Any
+    # What interpretation needs.
+    p_smem: Any = None
+
+
+def _scratch_types(problem: Problem, dtype: Any, interpret: Any) -> tuple[Any, ...]:
+    """Shared memory and barriers in the order of `_Refs`."""
+    page = (problem.stages, problem.page_size, problem.head_dim)
+    interpreted = (plgpu.SMEM((ROWS, problem.page_size), dtype),) if interpret else ()
+    return (
+        swizzled((ROWS, problem.head_dim), dtype),
+        swizzled(page, dtype),
+        swizzled(page, dtype),
+        plgpu.SMEM((ROWS,), jnp.float32),
+        plgpu.Barrier(),
+        plgpu.Barrier(num_barriers=problem.stages),
+        plgpu.Barrier(num_barriers=problem.stages),
+        *interpreted,
+    )
+
+
+def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
+    """One stream of one sequence and kv head."""
+    sequence, head, stream = map(lax.axis_index, ("sequence", "head", "stream"))
+    low, high = refs.low[sequence], refs.high[sequence]
+    first = lax.div(low, problem.page_size) + stream
+    end = lax.div(high + problem.page_size - 1, problem.page_size)
+    count = lax.div(end - first + problem.num_streams - 1, problem.num_streams)
+    count = jnp.where(high > low, jnp.maximum(count, 0), 0)
+
+    def number_at(i):
+        return first + i * problem.num_streams
+
+    def fetch(i):
+        page, slot = refs.block_table[sequence, number_at(i)], lax.rem(i, problem.stages)
+        for pages, target, full in (
+            (refs.k_pages, refs.k_smem, refs.k_full),
+            (refs.v_pages, refs.v_smem, refs.v_full),
+        ):
+            source = pages.at[page, pl.ds(0, problem.page_size), head]
+            plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+
+    @pl.when(count > 0)
+    def _():
+        # Of the other rows nobody reads what comes out.
+        rows = pl.ds(0, problem.groups)
+        plgpu.copy_gmem_to_smem(refs.q.at[sequence, head], refs.q_smem.at[rows], refs.q_full)
+        for i in range(problem.stages):
+            pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
+        plgpu.barrier_wait(refs.q_full)
+
+    def visible(i):
+        return low - number_at(i) * problem.page_size, high - number_at(i) * problem.page_size
+
+    def step(i, carry):
+        o, total, top = carry
+        slot = lax.rem(i, problem.stages)
+        plgpu.barrier_wait(refs.k_full.at[slot])
+        logits = _logits(refs.q_smem, refs.k_smem.at[slot], problem)
+        p, shrink, top = _softmax(logits, top, *visible(i), problem)
+        total = total * shrink + p.sum(axis=1)
+        o = o * spread(shrink, o.shape, 0)
+        p = p.astype(refs.v_smem.dtype)
+
+        def product(o_ref):
+            plgpu.barrier_wait(refs.v_full.at[slot])
+            multiply(o_ref, p, refs.v_smem.at[slot], refs.p_smem)
+            return ()
+
+        (o,), _ = accumulate((o,), product, (), interpret=interpret)
+        pl.when(i + problem.stages < count)(functools.partial(fetch, i + problem.stages))
+        return o, total, top
+
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, problem.head_dim), jnp.float32), MATRIX)
+    total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+    start = zeros, total, minus_infinity(ROWS)
+    o, total, top = lax.fori_loop(0, count, step, start)
+    total = jnp.where(total == 0.0, 1.0, total)
+    # The output takes the place of the queries, which nobody reads any more.
+    o = o * spread(1 / total, o.shape, 0)
+    refs.q_smem[...] = o.astype(refs.q_smem.dtype)
+    refs.lse_smem[...] = top * (1 / LOG2E) + jnp.log(total)
+    plgpu.commit_smem()
+    rows = pl.ds(0, problem.groups)
+    plgpu.copy_smem_to_gmem(refs.q_smem.at[rows], refs.o.at[sequence, head, stream])
+    plgpu.copy_smem_to_gmem(refs.lse_smem.at[rows], refs.lse.at[sequence, head, stream])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _logits(q: Any, keys: Any, problem: Problem) -> Array:
+    """Logits [ROWS, page size] before scale and soft-cap."""
+
+    def scores(logits_ref):
+        plgpu.wgmma(logits_ref, q, keys.transpose((1, 0)))
+        return logits_ref[...]
+
+    return pl.run_scoped(scores, plgpu.ACC((ROWS, problem.page_size), jnp.float32))
+
+
+def _softmax(
+    logits: Array,
+    top: Array,
+    low: Any,
+    high: Any,
+    problem: Problem,
+) -> tuple[Array, Array, Array]:
+    """One step of the online softmax, in powers of two.
+
+    Args:
+        logits: [ROWS, page size].
+        top: [ROWS] the largest logit of each query so far.
+        low, high: the keys of this page that are seen.
+    Returns:
+        (exponentials, factors by which the old sums shrink, the new maxima).
+    """
+    factor, cap = problem.scale * LOG2E, problem.softcap
+    if cap is not None:
+        logits = tanh(logits * (problem.scale / cap))
+        factor = cap * LOG2E
+    key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX)
+    logits = jnp.where((key >= low) & (key < high), logits, -jnp.inf)
+    new = jnp.maximum(top, logits.max(axis=1) * factor)
+    # A page of which nothing is seen leaves -inf, and -inf - -inf would be NaN.
+    safe = jnp.where(new == -jnp.inf, 0.0, new)
+    p = jnp.exp2(logits * factor - spread(safe, logits.shape, 0))
+    return p, jnp.exp2(top - safe), new

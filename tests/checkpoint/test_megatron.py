@@ -1,0 +1,121 @@
+"""Weights by tensor, pipeline and expert rank, laid out by this test as Megatron-LM does."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from jaxscale.checkpoint import megatron
+from jaxscale.checkpoint.opening import open_checkpoint
+from jaxscale.checkpoint.pickled import Named
+from jaxscale.checkpoint.torch_writer import save_torch
+from jaxscale.types import InputError
+
+NUM_TENSOR, NUM_STAGES, NUM_GROUPS = 2, 2, 2
+NUM_LAYERS, NUM_EXPERTS, DIM, FFN, VOCAB, PADDED = 3, 4, 6, 8, 10, 12
+STAGE_LAYERS = ([0, 1], [2])
+
+
+def whole_weights():
+    """The whole model by global names; gate and up are each [FFN, DIM], one after the other."""
+    draw = np.random.default_rng(0)
+    shapes = {"embedding.word_embeddings.weight": (VOCAB, DIM), "output_layer.weight": (VOCAB, DIM)}
+    shapes["decoder.final_layernorm.weight"] = (DIM,)
+    for layer in range(NUM_LAYERS):
+        own = f"decoder.layers.{layer}."
+        shapes[f"{own}self_attention.linear_qkv.weight"] = (16, DIM)
+        shapes[f"{own}self_attention.linear_qkv.layer_norm_weight"] = (DIM,)
+        shapes[f"{own}self_attention.linear_proj.weight"] = (DIM, 8)
+        shapes[f"{own}mlp.router.weight"] = (NUM_EXPERTS, DIM)
+        for expert in range(NUM_EXPERTS):
+            shapes[f"{own}mlp.experts.local_experts.{expert}.linear_fc1.weight"] = (2 * FFN, DIM)
+            shapes[f"{own}mlp.experts.local_experts.{expert}.linear_fc2.weight"] = (DIM, FFN)
+    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def part_of(name, whole, tensor):
+    if "embed" in name or "output_layer" in name:
+        return np.split(np.pad(whole, ((0, PADDED - VOCAB), (0, 0))), NUM_TENSOR)[tensor]
+    if "linear_fc1" in name:
+        return np.concatenate([np.split(half, NUM_TENSOR)[tensor] for half in np.split(whole, 2)])
+    if "linear_qkv.weight" in name:
+        return np.split(whole, NUM_TENSOR)[tensor]
+    if "linear_proj" in name or "linear_fc2" in name:
+        return np.split(whole, NUM_TENSOR, axis=1)[tensor]
+    return whole
+
+
+def own_name(name, stage, group):
+    """What a rank calls a weight; None where it does not have it."""
+    if layer := re.match(r"decoder\.layers\.(\d+)\.", name):
+        if int(layer[1]) not in STAGE_LAYERS[stage]:
+            return None
+        name = name.replace(layer[0], f"decoder.layers.{STAGE_LAYERS[stage].index(int(layer[1]))}.")
+    elif (stage == 0) != name.startswith("embedding"):
+        return None
+    if expert := re.search(r"local_experts\.(\d+)\.", name):
+        each = NUM_EXPERTS // NUM_GROUPS
+        if int(expert[1]) // each != group:
+            return None
+        name = name.replace(expert[0], f"local_experts.{int(expert[1]) % each}.")
+    return name
+
+
+def write(folder, whole, changed=lambda weights, ranks: None):
+    for ranks in itertools.product(range(NUM_TENSOR), range(NUM_STAGES), range(NUM_GROUPS)):
+        tensor, stage, group = ranks
+        weights = {}
+        for name, array in whole.items():
+            own = own_name(name, stage, group)
+            if own is not None:
+                weights[own] = part_of(name, array, tensor)
+        weights["decoder.layers.0.mlp._extra_state"] = None
+        changed(weights, ranks)
+        rank = folder / "iter_0000100" / f"mp_rank_{tensor:02d}_{stage:03d}_{group:03d}"
+        rank.mkdir(parents=True)
+        content = {"iteration": 100, "model": weights}
+        save_torch(rank / "model_optim_rng.pt", content, piece_bytes=1000)
+    (folder / "latest_checkpointed_iteration.txt").write_text("100\n")
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    """Files whose program had gated experts and a vocabulary of 10."""
+    load = megatron.load_torch
+
+    def with_arguments(path):
+        values = {"swiglu": True, "vocab_size": VOCAB}
+        return load(path) | {"args": Named("argparse.Namespace", (), values)}
+
+    monkeypatch.setattr(megatron, "load_torch", with_arguments)
+
+
+def test_ranks_make_up_the_weights(tmp_path, gated):
+    whole = whole_weights()
+    write(tmp_path, whole)
+    opened = open_checkpoint(tmp_path)
+    leaves = opened.source.leaves()
+    assert opened.kind == "Megatron-LM" and opened.path.name == "iter_0000100"
+    assert leaves.keys() == whole.keys()
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf[:], whole[name], err_msg=name)
+
+
+def test_a_weight_without_a_rule_is_named(tmp_path, gated):
+    def changed(weights, ranks):
+        weights["decoder.layers.0.mlp.shared_experts.linear_fc1.weight"] = np.ones(2, np.float32)
+
+    write(tmp_path, whole_weights(), changed)
+    with pytest.raises(InputError, match=r"shared_experts.*exactly one rule"):
+        open_checkpoint(tmp_path).source.leaves()
+
+
+def test_a_lost_expert_is_named(tmp_path, gated):
+    def changed(weights, ranks):
+        if ranks == (1, 0, 1):
+            del weights["decoder.layers.1.mlp.experts.local_experts.0.linear_fc2.weight"]
+
+    write(tmp_path, whole_weights(), changed)
+    with pytest.raises(InputError, match=r"local_experts.0.linear_fc2.*missing are \[1\]"):
+        open_checkpoint(tmp_path).source.leaves()

@@ -1,0 +1,89 @@
+"""Attention over pages: every backend against float64; the GPU kernel is interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale.kernels.paged_attention.api import BACKENDS, mosaic_refusal, paged_attention
+from tests.kernels.interpretation import INTERPRET, assert_norm_close, long_but, lower_for_gpu
+
+IS_NEW = jax.__version_info__ >= (0, 11)
+TOLERANCE = 4e-3  # of the norm, in bfloat16
+# D, pages, P, page size, N, K, H, dtype, softcap, window
+CASES = {
+    "grouped heads": (3, 9, 4, 64, 4, 2, 64, "bfloat16", None, None),
+    "window and soft-cap": (2, 5, 2, 64, 2, 1, 128, "float16", 1.5, 50),
+    "one sequence, streams": (1, 7, 6, 64, 8, 1, 64, "bfloat16", None, None),
+    "pages of 128": (2, 5, 2, 128, 2, 2, 64, "bfloat16", None, None),
+}
+
+
+def draw(case):
+    """(q, k_pages, v_pages, block_table, low, high), settings."""
+    num, num_pages, width, page, heads, kv_heads, dim, dtype, softcap, window = CASES[case]
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(num, heads, dim))
+    pages = [rng.normal(size=(num_pages, page, kv_heads, dim)) for _ in range(2)]
+    table = np.stack([rng.permutation(num_pages)[:width] for _ in range(num)])
+    # The first sequence is as long as it may be; if there are three, the last sees nothing.
+    high = np.asarray([width * page, page // 2 + 7, 0][:num])
+    low = np.zeros_like(high) if window is None else np.maximum(high - window, 0)
+    arrays = [jnp.asarray(each, dtype) for each in (q, *pages)]
+    integers = [jnp.asarray(each, jnp.int32) for each in (table, low, high)]
+    return (*arrays, *integers), dict(scale=dim**-0.5, softcap=softcap)
+
+
+def expected(arrays, scale, softcap):
+    """A sequence and a head at a time, in float64."""
+    q, k_pages, v_pages, table, low, high = (np.asarray(each, np.float64) for each in arrays)
+    out = np.zeros_like(q)
+    groups = q.shape[1] // k_pages.shape[2]
+    for d, pages in enumerate(table.astype(int)):
+        seen = slice(int(low[d]), int(high[d]))
+        for head in range(q.shape[1]):
+            keys, values = (
+                each[pages, :, head // groups].reshape(-1, q.shape[2])[seen]
+                for each in (k_pages, v_pages)
+            )
+            if not len(keys):
+                continue
+            logits = keys @ q[d, head] * scale
+            if softcap:
+                logits = softcap * np.tanh(logits / softcap)
+            weights = np.exp(logits - logits.max())
+            out[d, head] = weights @ values / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("case", long_but(CASES, ("grouped heads",)))
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_attention_over_pages(case, implementation):
+    if implementation == "mosaic" and not IS_NEW:
+        pytest.skip("the kernel needs jax 0.11")
+    arrays, settings = draw(case)
+    interpret = INTERPRET if implementation == "mosaic" else False
+    o = paged_attention(*arrays, **settings, implementation=implementation, interpret=interpret)
+    assert o.dtype == arrays[0].dtype
+    assert_norm_close(o, expected(arrays, **settings), TOLERANCE)
+
+
+def test_what_the_kernel_cannot_do_is_said():
+    (q, k_pages, v_pages, *rest), settings = draw("grouped heads")
+    wide = [each.astype("float32") for each in (q, k_pages, v_pages)]
+    with pytest.raises(ValueError, match="bfloat16 or both float16, here float32"):
+        paged_attention(*wide, *rest, **settings, implementation="mosaic")
+    assert "page size" in mosaic_refusal(q, k_pages[:, :16])
+    assert "head_dim" in mosaic_refusal(q[..., :24], k_pages)
+    with pytest.raises(ValueError, match="N % K == 0"):
+        paged_attention(q[:, :3], k_pages, v_pages, *rest, **settings, implementation="reference")
+
+
+@pytest.mark.skipif(not IS_NEW, reason="the kernel needs jax 0.11")
+def test_it_lowers_for_a_gpu():
+    arrays, settings = draw("grouped heads")
+
+    def run(*arrays):
+        return paged_attention(*arrays, **settings, implementation="mosaic")
+
+    assert "mosaic_gpu" in lower_for_gpu(run, *arrays)

@@ -1,0 +1,127 @@
+"""The dynamic programme finds what trying everything finds."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale.planner.cluster import Cluster
+from jaxscale.planner.execute import StagedGradient
+from jaxscale.planner.function import load_plan, plan_function
+from jaxscale.planner.stages import smallest_maximum
+from jaxscale.types import InputError, RunError
+from tests.planner.functions import mlp, resnet
+
+
+def brute_force(costs, num_stages):
+    """The smallest largest cost over all cuts and all replicas."""
+    num_blocks, num_devices = costs.shape[0] - 1, costs.shape[2] - 1
+    best = math.inf
+    for inner in itertools.combinations(range(1, num_blocks), num_stages - 1):
+        ends = (0, *inner, num_blocks)
+        for replicas in itertools.product(range(1, num_devices + 1), repeat=num_stages):
+            if sum(replicas) <= num_devices:
+                each = zip(ends, ends[1:], replicas)
+                best = min(best, max(costs[place] for place in each))
+    return best
+
+
+def test_equals_brute_force_on_random_graphs():
+    rng = np.random.default_rng(0)
+    num_impossible = 0
+    for _ in range(300):
+        num_blocks, num_devices = rng.integers(1, 6, 2)
+        shape = (num_blocks + 1, num_blocks + 1, num_devices + 1)
+        costs = rng.integers(1, 20, shape).astype(float)
+        costs[rng.random(shape) < 0.3] = math.inf
+        is_stage = np.triu(np.ones(shape[:2], bool), 1)
+        costs[~is_stage] = math.inf
+        costs[:, :, 0] = math.inf
+        for num_stages in range(1, min(num_blocks, num_devices) + 1):
+            value, cut = smallest_maximum(costs, num_stages)
+            assert value == brute_force(costs, num_stages)
+            num_impossible += not cut
+            if cut:
+                ends, replicas = zip(*cut)
+                begins = (0, *ends[:-1])
+                found = max(costs[place] for place in zip(begins, ends, replicas))
+                assert (len(cut), ends[-1], found) == (num_stages, num_blocks, value)
+                assert sum(replicas) <= num_devices
+    assert num_impossible > 0
+
+
+def test_more_memory_or_devices_are_never_worse():
+    case = mlp(num_layers=6, width=64, rows=64)
+    seconds = []
+    for limit_bytes in (3.3e5, 4e5, 2e6):
+        for devices in ("h200:1x2", "h200:1x4"):
+            cluster = Cluster.parse(devices)
+            plan = plan_function(*case, cluster=cluster, limit_bytes=limit_bytes, num_blocks=8)
+            assert max(stage.num_bytes for stage in plan.stages.stages) <= limit_bytes
+            seconds.append(plan.stages.seconds)
+    by_memory = np.reshape(seconds, (3, 2))
+    assert (np.diff(by_memory, axis=0) <= 0).all() and (np.diff(by_memory, axis=1) <= 0).all()
+
+
+def test_what_fits_nowhere_says_by_how_much():
+    with pytest.raises(RunError, match=r"no plan fits; the nearest is [\d,]+ bytes above 9,000 on"):
+        plan_function(
+            *mlp(num_layers=6, width=64, rows=64),
+            cluster=Cluster.parse("h200:1x2"),
+            limit_bytes=9000,
+            num_blocks=8,
+        )
+
+
+def test_a_function_is_planned_and_trained():
+    """Memory for two of the blocks makes stages."""
+    loss, params, batch = resnet(num_blocks=4, channels=16, rows=8)
+    found = plan_function(
+        loss, params, batch, cluster=Cluster.parse("h200:1x4"), limit_bytes=2e5, num_blocks=8
+    )
+    plan = found.stages
+    assert len(plan.stages) > 1 and plan.num_devices <= 4
+    staged = StagedGradient(loss, params, batch, plan=plan, devices=jax.devices())
+    value, gradient = staged(params, batch)
+    wanted, wanted_gradient = jax.value_and_grad(loss)(params, batch)
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted_gradient))
+    for leaf, wanted_leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient)):
+        np.testing.assert_allclose(leaf, wanted_leaf, rtol=0, atol=1e-6 * largest)
+
+
+def test_a_plan_is_saved_and_loaded(tmp_path):
+    case, cluster = mlp(num_layers=4, width=16), Cluster.parse("h200:1x4")
+    found = plan_function(*case, cluster=cluster, limit_bytes=1.3e4, num_blocks=6)
+    found.save(tmp_path / "plan.json")
+    loaded = load_plan(tmp_path / "plan.json", *case, cluster=cluster)
+    assert len(loaded.stages) > 1
+    assert [(s.part.members, s.num_replicas) for s in loaded.stages] == [
+        (s.part.members, s.num_replicas) for s in found.stages.stages
+    ]
+    with pytest.raises(InputError, match="a plan for this loss, with these shapes"):
+        load_plan(tmp_path / "plan.json", *mlp(num_layers=5, width=16), cluster=cluster)
+    (tmp_path / "no.json").write_text("[]")
+    with pytest.raises(InputError, match=r"a plan that `FunctionPlan.save` wrote"):
+        load_plan(tmp_path / "no.json", *case, cluster=cluster)
+
+
+def test_blocks_alike_are_measured_once(caplog):
+    caplog.set_level("INFO", "jaxscale.planner.measure")
+    case = mlp(num_layers=12, width=16, rows=8)
+    plan = plan_function(
+        *case, cluster=Cluster.parse("h200:1x2"), num_blocks=6, measure_on=jax.devices()[0]
+    )
+    assert plan.stages.seconds > 0
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("measured 6 blocks") and int(message.split()[3]) > 0
+
+
+def test_bad_input():
+    loss, params, batch = mlp()
+    with pytest.raises(InputError, match=r"batch: .*one number of rows"):
+        plan_function(
+            loss, params, {**batch, "y": batch["y"][:3]}, cluster=Cluster.parse("h200:1x2")
+        )

@@ -1,0 +1,93 @@
+"""A run's directory in a pipeline and behind the command `serve`."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from jaxscale import cli
+from jaxscale.run.pipeline import pipeline
+from jaxscale.run.serve import read_keys
+from jaxscale.serve.config import EngineConfig
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import InputError
+from tests.run.test_model import NEW, loaded, run  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+GREEDY = SamplingConfig(temperature=0)
+SMALL = EngineConfig(token_budget=16, max_sequences=4, block_size=8, max_prompts=4, num_blocks=32)
+SET_SMALL = [
+    "engine.token_budget=16",
+    "engine.max_sequences=4",
+    "engine.block_size=8",
+    "engine.max_prompts=4",
+    "engine.num_blocks=32",
+]
+
+
+def test_a_pipeline_continues_as_generate_does(run, loaded):  # noqa: F811
+    prompts = ["def f", "x", "def f(a, b)"]
+    wanted = loaded.generate(prompts, max_new_tokens=NEW, sampling=GREEDY)
+    answer = pipeline(run.directory, config=SMALL)
+    found = answer(prompts, sampling=GREEDY, max_new_tokens=NEW)
+    assert [each.text for (each,) in found] == wanted
+    assert answer("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
+    spread = pipeline(run.directory, config=SMALL, tensor=2)
+    assert spread("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
+
+
+def test_keys_are_read_from_a_file(tmp_path):
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    assert read_keys(str(tmp_path / "keys")) == ("one", "two")
+    (tmp_path / "none").write_text("\n")
+    for name, message in (("none", "a key a line"), ("absent", "No such file")):
+        with pytest.raises(InputError, match=message):
+            read_keys(str(tmp_path / name))
+
+
+def test_a_port_that_is_taken_and_a_directory_without_a_run_exit_2(
+    run,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    pytest.importorskip("uvicorn", reason="the extra `serve`")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", run.directory, "--set", f"port={port}"]) == 2
+    expected = f"127.0.0.1:{port}', expected an address of this machine that is free"
+    assert expected in capsys.readouterr().err
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "expected an existing gin file" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_the_command_serves_a_directory_and_finishes_what_runs_when_it_is_ended(run):  # noqa: F811
+    pytest.importorskip("uvicorn", reason="the extra `serve`")
+    overrides = [f"--set={each}" for each in (*SET_SMALL, "port=0", "warm_up=False")]
+    command = [sys.executable, "-m", "jaxscale.cli", "serve", run.directory, *overrides]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            line = server.stdout.readline()
+            address = line.split()[-1]
+            assert address.startswith("http://127.0.0.1:"), line
+            body = dict(model=Path(run.directory).name, prompt="def f", max_tokens=20, n=4)
+            request = urllib.request.Request(
+                f"{address}/completions",
+                json.dumps(body | {"stream": True, "ignore_eos": True}).encode(),
+                {"content-type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                first = response.readline()
+                server.send_signal(signal.SIGTERM)
+                rest = response.read().decode()
+            assert first.startswith(b"data: ")
+            assert rest.count('"finish_reason": "length"') == 4
+            assert rest.endswith("data: [DONE]\n\n")
+            assert server.wait(timeout=30) == -signal.SIGTERM
+        finally:
+            server.kill()

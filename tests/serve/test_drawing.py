@@ -1,0 +1,80 @@
+"""Rows with settings of their own draw what each would draw alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxscale.serve import drawing, sampling
+from jaxscale.serve.sampling import SamplingConfig
+
+V = 50
+SETTINGS = [
+    SamplingConfig(temperature=0),
+    SamplingConfig(seed=7),
+    SamplingConfig(temperature=0.5, top_k=5, seed=2**32 - 1),
+    SamplingConfig(temperature=2.0, top_p=0.6, seed=3),
+    SamplingConfig(min_p=0.2, seed=4),
+    SamplingConfig(temperature=1.5, top_k=9, top_p=0.8, min_p=0.05, seed=5),
+]
+
+
+def rows_of(settings, index, position):
+    fields = {
+        "temperature": np.float32,
+        "top_k": np.int32,
+        "top_p": np.float32,
+        "min_p": np.float32,
+        "seed": np.uint32,
+    }
+    arrays = {
+        name: np.asarray([getattr(each, name) or 0 for each in settings], kind)
+        for name, kind in fields.items()
+    }
+    arrays["top_k"] = np.where(arrays["top_k"] == 0, V, arrays["top_k"]).astype(np.int32)
+    own = dict(index=np.asarray(index), position=np.asarray(position))
+    return drawing.DrawRows(**arrays, **own)
+
+
+def test_each_row_draws_what_it_draws_alone():
+    draw = jax.jit(drawing.draw)
+    rng = np.random.default_rng(0)
+    index, position = np.arange(6), np.arange(6) * 3 + 1
+    for _ in range(5):
+        logits = jnp.asarray(rng.normal(size=(6, V)) * 2, jnp.float32)
+        found = draw(logits, rows_of(SETTINGS, index, position))
+        for row, config in enumerate(SETTINGS):
+            one = slice(row, row + 1)
+            keys = sampling.token_keys(jax.random.key(config.seed), index[one], position[one])
+            plain = dataclasses.replace(config, seed=0)
+            assert found[row] == sampling.sample(logits[one], keys, plain)[0]
+        position = position + 1
+
+
+def test_penalties_are_those_of_their_definitions():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(2, V)).astype(np.float32)
+    is_in_prompt = rng.random((2, V)) < 0.2
+    counts = rng.integers(0, 3, (2, V))
+    values = dict(repetition=[1.0, 1.3], presence=[0.0, 0.4], frequency=[0.0, -0.2])
+    penalties = drawing.PenaltyRows(*(jnp.asarray(each) for each in values.values()))
+    found = jax.jit(drawing.penalise)(logits, penalties, is_in_prompt, counts)
+    np.testing.assert_array_equal(found[0], logits[0])
+    for token in range(V):
+        wanted, count = logits[1, token], counts[1, token]
+        if is_in_prompt[1, token] or count:
+            wanted = wanted / 1.3 if wanted > 0 else wanted * 1.3
+        wanted = wanted - 0.4 * (count > 0) + 0.2 * count
+        np.testing.assert_allclose(found[1, token], wanted, rtol=1e-5)
+
+
+def test_log_probabilities_of_the_token_drawn_and_of_the_most_probable():
+    logits = np.random.default_rng(2).normal(size=(3, V)).astype(np.float32)
+    drawn = np.asarray([4, 9, 0])
+    of_drawn, top, tokens = jax.jit(drawing.log_probabilities)(logits, drawn)
+    wanted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    order = np.argsort(-wanted, -1)[:, : top.shape[1]]
+    np.testing.assert_array_equal(tokens, order)
+    np.testing.assert_allclose(top, np.take_along_axis(wanted, order, -1), rtol=1e-5)
+    np.testing.assert_allclose(of_drawn, wanted[np.arange(3), drawn], rtol=1e-5)

@@ -1,0 +1,264 @@
+"""The engine's tokens are those of `generate_tokens`, whatever runs beside a sequence."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale.serve.decoding import generate_tokens
+from jaxscale.serve.engine import Engine, EngineConfig
+from jaxscale.serve.requests import Completion, Penalties, RequestConfig
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.serve.sequences import FinishReason
+from jaxscale.types import InputError
+from tests.serve.test_decoding import MODELS, decoder_of, full_logits, params_of
+
+GREEDY = SamplingConfig(temperature=0)
+SMALL = dict(token_budget=8, max_sequences=4, block_size=4, max_prompts=3, num_blocks=32)
+# Prompts of several lengths, of which some share a beginning and some are split over steps.
+PROMPTS = [[7, 3, 9, 37, 1, 5, 5, 2, 40, 11, 3], [5], [7, 3, 9, 37, 1, 8, 8], [2, 2, 8], [60] * 9]
+NEW = 8
+GROUPED = "grouped queries, window, qk norm"
+
+
+def make(name=GROUPED, **changes):
+    model = MODELS[name]
+    return Engine(decoder_of(model), params_of(model), config=EngineConfig(**SMALL | changes))
+
+
+def prompts_of(name):
+    """PROMPTS, as far as they fit the model."""
+    model = MODELS[name]
+    cut = [prompt[: model.max_length - NEW] for prompt in PROMPTS]
+    return [[token % model.vocab_size for token in prompt] for prompt in cut]
+
+
+@functools.cache
+def alone(name, sampling=GREEDY, index=0):
+    """What `generate_tokens` continues each prompt with, which is the same in any batch of it."""
+    settings = dict(sampling=sampling, max_new_tokens=NEW, sequences=[index] * len(PROMPTS))
+    model = MODELS[name]
+    return generate_tokens(decoder_of(model), params_of(model), prompts_of(name), **settings)
+
+
+def tokens_of(completions):
+    return [each.tokens for (each,) in completions]
+
+
+@functools.cache
+def shared(name=GROUPED):
+    """One engine for tests that leave it without work."""
+    return make(name)
+
+
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        pytest.param(GROUPED, {}, id="split and fused"),
+        pytest.param(GROUPED, dict(token_budget=64, max_sequences=8), id="unsplit"),
+        pytest.param(GROUPED, dict(admission="growth", num_blocks=6), id="preempted"),
+        pytest.param(GROUPED, dict(policy="prefill_first"), id="baseline"),
+        pytest.param("experts with prefix, window", {}, id="experts"),
+        pytest.param("learned positions, layernorm", {}, id="learned", marks=LONG),
+        pytest.param("post norms, qk norm over all heads", {}, id="post", marks=LONG),
+        pytest.param("side by side, partial rotary", {}, id="side by side", marks=LONG),
+    ],
+)
+def test_greedy_tokens_are_those_of_a_sequence_alone(name, changes):
+    engine = make(name, **changes)
+    config = RequestConfig(GREEDY, max_new_tokens=NEW)
+    found = tokens_of(engine.generate(prompts_of(name), config))
+    assert found == alone(name)
+    assert (engine.figures().num_preemptions > 0) == ("admission" in changes)
+    assert engine.figures().num_held == 0
+
+
+def test_a_cached_prefix_changes_nothing_and_is_counted():
+    engine, config = shared(), RequestConfig(GREEDY, max_new_tokens=NEW)
+    engine.generate(PROMPTS, config)
+    before = engine.figures()
+    again = engine.generate(PROMPTS, config)
+    assert tokens_of(again) == alone(GROUPED)
+    assert [each.num_cached for (each,) in again] == [8, 0, 4, 0, 8]
+    after = engine.figures()
+    assert after.num_cached_tokens - before.num_cached_tokens == 20
+    assert after.num_prompt_tokens - before.num_prompt_tokens == sum(map(len, PROMPTS))
+
+
+def test_draws_are_those_of_the_seed_in_any_company():
+    engine = shared()
+    samplings = [SamplingConfig(seed=5), SamplingConfig(temperature=0.7, top_p=0.9, seed=6)]
+    requests = {}
+    for sampling in samplings:
+        config = RequestConfig(sampling, max_new_tokens=NEW, num_sequences=2)
+        for number, prompt in enumerate(PROMPTS):
+            requests[engine.add(prompt, config)] = (sampling, number)
+    found = {}
+    while engine.has_work:
+        for delta in engine.step():
+            found.setdefault((delta.request, delta.index), []).extend(delta.tokens)
+    for (request, index), tokens in found.items():
+        sampling, number = requests[request]
+        assert tokens == alone(GROUPED, sampling, index)[number]
+
+
+def test_what_arrives_later_and_what_is_cancelled_leaves_the_others_alone():
+    """At every step one comes, and one goes whatever its state."""
+    engine, config = shared(), RequestConfig(GREEDY, max_new_tokens=NEW)
+    kept, doomed, found = {}, [], {}
+    for step in range(40):
+        if step < 20:
+            kept[engine.add(PROMPTS[step % 5], config)] = step % 5
+            doomed.append(engine.add(PROMPTS[(step + 2) % 5], config))
+        if step % 3 and doomed:
+            engine.cancel(doomed.pop(step % len(doomed)))
+        for delta in engine.step():
+            found.setdefault(delta.request, Completion()).add(delta)
+    for request in doomed:
+        engine.cancel(request)
+    while engine.has_work:
+        for delta in engine.step():
+            found.setdefault(delta.request, Completion()).add(delta)
+    for request, number in kept.items():
+        assert found[request].tokens == alone(GROUPED)[number]
+        assert found[request].finish_reason is FinishReason.LENGTH
+    assert engine.figures().num_held == 0
+
+
+def test_a_stop_token_ends_a_sequence_and_what_was_launched_behind_it_is_dropped():
+    stop = alone(GROUPED)[0][3]
+    config = RequestConfig(GREEDY, max_new_tokens=NEW, stop_ids=(stop,))
+    (found,) = shared().generate(PROMPTS[:1], config)[0]
+    assert found.tokens == alone(GROUPED)[0][: alone(GROUPED)[0].index(stop) + 1]
+    assert found.finish_reason is FinishReason.STOP
+    assert not shared().has_work
+
+
+def test_penalties_take_the_token_drawn_last_into_account():
+    """A presence penalty larger than any logit lets no token come twice, in any step."""
+    config = RequestConfig(GREEDY, max_new_tokens=16, penalties=Penalties(presence=1e4))
+    plain = RequestConfig(GREEDY, max_new_tokens=16)
+    engine = shared()
+    requests = [engine.add(prompt, each) for prompt in PROMPTS for each in (config, plain)]
+    found = {request: [] for request in requests}
+    while engine.has_work:
+        for delta in engine.step():
+            found[delta.request] += delta.tokens
+    penalised, free = (list(found.values())[first::2] for first in (0, 1))
+    assert all(len(set(tokens)) == 16 for tokens in penalised)
+    assert [tokens[:NEW] for tokens in free] == alone(GROUPED)
+
+
+def test_log_probabilities_are_those_of_the_full_forward():
+    config = RequestConfig(GREEDY, max_new_tokens=4, num_logprobs=3)
+    for prompt, (found,) in zip(PROMPTS, shared().generate(PROMPTS, config), strict=True):
+        logits = full_logits(MODELS[GROUPED], [*prompt, *found.tokens])[len(prompt) - 1 : -1]
+        wanted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for row, token, given in zip(wanted, found.tokens, found.logprobs, strict=True):
+            order = np.argsort(-row)[:3]
+            assert [each for each, _ in given.top] == order.tolist()
+            np.testing.assert_allclose([value for _, value in given.top], row[order], atol=2e-5)
+            np.testing.assert_allclose(given.drawn, row[token], atol=2e-5)
+
+
+def test_other_weights_take_over_in_the_middle_and_no_cached_prefix_of_the_old_is_used():
+    engine, config = make(), RequestConfig(GREEDY, max_new_tokens=NEW)
+    request, found = engine.add(PROMPTS[0], config), []
+    while len(found) < 3:
+        found += [token for delta in engine.step() for token in delta.tokens]
+    others = jax.tree.map(lambda leaf: leaf * 1.1, params_of(MODELS[GROUPED]))
+    versions = []
+    found += [token for delta in engine.swap(others) for token in delta.tokens]
+    num_old = len(found)
+    while engine.has_work:
+        for delta in engine.step():
+            found += delta.tokens
+            versions.append(delta.weights_version)
+    run = functools.partial(generate_tokens, decoder_of(MODELS[GROUPED]), sampling=GREEDY)
+    rest = run(others, [PROMPTS[0] + found[:num_old]], max_new_tokens=NEW - num_old)[0]
+    assert found == alone(GROUPED)[0][:num_old] + rest
+    assert set(versions) == {1}
+    (again,) = engine.generate([PROMPTS[0]], config)[0]
+    assert again.tokens == run(others, [PROMPTS[0]], max_new_tokens=NEW)[0]
+    assert request == 0
+
+
+def test_a_pause_gives_the_cache_back_and_what_ran_goes_on_after_it():
+    engine, config = shared(), RequestConfig(GREEDY, max_new_tokens=NEW)
+    requests, found = [engine.add(prompt, config) for prompt in PROMPTS], {}
+
+    def take(deltas):
+        for delta in deltas:
+            found.setdefault(delta.request, []).extend(delta.tokens)
+
+    for _ in range(5):
+        take(engine.step())
+    before = sum(array.nbytes for array in jax.live_arrays())
+    take(engine.pause())
+    assert before - sum(array.nbytes for array in jax.live_arrays()) >= cache_bytes(GROUPED)
+    assert not engine.has_work and engine.step() == []
+    engine.resume()
+    while engine.has_work:
+        take(engine.step())
+    assert [found[request] for request in requests] == alone(GROUPED)
+
+
+def cache_bytes(name):
+    """Of float32 keys and values."""
+    heads = [layer.attention for layer in MODELS[name].layers]
+    width = sum(each.num_kv_heads * each.head_dim for each in heads)
+    return 2 * 4 * SMALL["num_blocks"] * SMALL["block_size"] * width
+
+
+def test_a_request_times_out_wherever_it_is():
+    now = [0.0]
+    model = MODELS[GROUPED]
+    engine = Engine(
+        decoder_of(model),
+        params_of(model),
+        config=EngineConfig(**SMALL),
+        clock=lambda: now[0],
+    )
+    config = RequestConfig(GREEDY, max_new_tokens=NEW, timeout_s=5.0)
+    for prompt in PROMPTS * 2:
+        engine.add(prompt, config)
+    deltas = [delta for _ in range(4) for delta in engine.step()]
+    now[0] = 6.0
+    while engine.has_work:
+        deltas += engine.step()
+    ends = [delta.finish_reason for delta in deltas if delta.finish_reason]
+    assert ends == [FinishReason.TIMEOUT] * 10
+    assert engine.figures().num_held == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "at least one token"),
+        ([61], "0 <= token < vocab_size = 61"),
+        ([1] * 30, r"prompt \+ max_new_tokens <= model.max_length = 32, here 30 \+ 8 = 38"),
+        ([1] * 20, "blocks needed <= blocks, here 7 <= 6"),
+    ],
+)
+def test_bad_prompts_are_refused_and_the_engine_goes_on(prompt, message):
+    engine, config = small_cache(), RequestConfig(GREEDY, max_new_tokens=NEW)
+    with pytest.raises(InputError, match=message):
+        engine.generate([PROMPTS[1], prompt], config)
+    assert not engine.has_work
+    assert tokens_of(engine.generate(PROMPTS[1:2], config)) == alone(GROUPED)[1:2]
+
+
+@functools.cache
+def small_cache():
+    return make(num_blocks=6)
+
+
+def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="max_sequences <= token_budget = 8"):
+        EngineConfig(token_budget=8, max_sequences=9)
+    with pytest.raises(InputError, match="memory_fraction"):
+        EngineConfig(memory_fraction=1.5)

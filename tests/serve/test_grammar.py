@@ -1,0 +1,120 @@
+"""Continuations follow their grammars, and their neighbours do not."""
+
+import functools
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale.serve.drawing import only_allowed
+from jaxscale.serve.grammar import GrammarConfig, Grammars, choice_grammar, json_grammar
+from jaxscale.serve.requests import RequestConfig
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import InputError
+from tests.serve.examples import byte_engine
+from tests.serve.test_text import TOKENIZERS
+
+pytest.importorskip("llguidance", reason="the extra `serve`")
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+@functools.cache
+def engine():
+    return byte_engine()
+
+
+def draws(seed, grammar, **fields):
+    sampling = SamplingConfig(seed=seed)
+    return RequestConfig(sampling, max_new_tokens=60, grammar=grammar, **fields)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_mask_allows_what_the_grammar_does(name):
+    tokenizer = TOKENIZERS[name]
+    matcher = Grammars(tokenizer).begin(GrammarConfig("regex", "(ab|ac)+"))
+    for token in tokenizer.encode("abac"):
+        assert is_allowed(matcher.mask(), token)
+        matcher.accept(token)
+    allowed = [token for token in range(tokenizer.vocab_size) if is_allowed(matcher.mask(), token)]
+    assert tokenizer.eos_id in allowed
+    texts = {tokenizer.decode([token]) for token in allowed if token != tokenizer.eos_id}
+    assert texts and all(text.startswith("a") for text in texts)
+
+
+def is_allowed(mask, token):
+    return bool(mask[token // 32] >> (token % 32) & 1)
+
+
+def test_masks_of_rows_keep_their_own_tokens():
+    logits = np.zeros((2, 70), np.float32)
+    masks = np.full((2, 3), -1, np.int32)
+    masks[1] = [0, -(2**31), 2]  # the highest bit is the sign
+    found = np.asarray(jax.jit(only_allowed)(logits, masks))
+    assert np.isfinite(found[0]).all()
+    assert np.flatnonzero(np.isfinite(found[1])).tolist() == [63, 65]
+
+
+def test_each_sequence_follows_its_own_grammar_beside_others_without():
+    """A random model; grammars that end by themselves, and draws that differ."""
+    grammars = [
+        json_grammar(SCHEMA),
+        GrammarConfig("regex", "[0-9]{3}-[a-f]+x"),
+        choice_grammar(["yes", "no", 'may"be']),
+        None,
+    ]
+    asked = {}
+    for seed in range(3):
+        for grammar in grammars:
+            asked[engine().add("some text", draws(seed, grammar, num_sequences=2))] = grammar
+    found = {}
+    while engine().has_work:
+        for delta in engine().step():
+            text, _ = found.get((delta.request, delta.index), ("", None))
+            found[delta.request, delta.index] = text + delta.text, delta.finish_reason
+    for (request, _), (text, reason) in found.items():
+        grammar = asked[request]
+        if grammar is None:
+            assert not text.startswith(("{", "yes", "no"))
+        elif grammar.kind == "json_schema":
+            if reason == "stop":
+                assert set(json.loads(text)) == {"a", "b"}
+        elif grammar.kind == "regex":
+            pattern = grammar.text if reason == "stop" else "[0-9]{3}-[a-f]+"
+            assert re.fullmatch(pattern, text)
+        else:
+            assert (text, reason) in [("yes", "stop"), ("no", "stop"), ('may"be', "stop")]
+    assert len({text for text, _ in found.values()}) > 12
+
+
+def test_greedy_neighbours_are_as_without_a_grammar_beside_them():
+    greedy = RequestConfig(SamplingConfig(temperature=0), max_new_tokens=20)
+    alone = engine().generate(["def f"], greedy)[0][0].tokens
+    number = engine().add("def f", greedy)
+    engine().add("x", draws(0, json_grammar(SCHEMA)))
+    found = []
+    while engine().has_work:
+        found += [each.tokens for each in engine().step() if each.request == number]
+    assert [token for tokens in found for token in tokens] == alone
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (GrammarConfig("regex", "(a"), "a regex that can be compiled"),
+        (GrammarConfig("lark", "nonsense ::"), "a lark that can be compiled"),
+        (GrammarConfig("json_schema", "{"), "JSON"),
+        (json_grammar({"type": "nonsense"}), "a json_schema that can be compiled"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compiled_is_refused_and_the_engine_goes_on(grammar, message):
+    with pytest.raises(InputError, match=message):
+        engine().add("x", draws(0, grammar))
+    assert not engine().has_work

@@ -1,0 +1,90 @@
+"""An engine over a tensor group draws what one device draws."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.parameters import parameter_table
+from jaxscale.ops.attention import cache as kv_cache
+from jaxscale.ops.backends import Operations
+from jaxscale.ops.precision import Policy
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.region import Region, make_serving_operations
+from jaxscale.parallel.rules import make_specs
+from jaxscale.serve.config import EngineConfig
+from jaxscale.serve.engine import Engine
+from jaxscale.serve.requests import RequestConfig
+from jaxscale.serve.sampling import SamplingConfig
+from tests.parallel.comparison import dense, make_params, mixture
+
+GREEDY = SamplingConfig(temperature=0)
+SMALL = EngineConfig(token_budget=8, max_sequences=4, block_size=4, max_prompts=3, num_blocks=24)
+POLICY = Policy(compute="float32")
+MODELS = {"dense": dense(num_dense_prefix=1, num_layers=3), "mixture": mixture()}
+PROMPTS = [[7, 3, 9, 37, 1], [5], [2, 2, 8, 40, 11, 3, 3, 3, 6]]
+LONG = pytest.mark.long
+
+
+@functools.cache
+def params_of(name):
+    return jax.tree.map(lambda leaf: leaf.astype("float32"), make_params(MODELS[name]))
+
+
+@functools.cache
+def engine(name, tensor):
+    model = MODELS[name]
+    if tensor == 1:
+        decoder = Decoder(model, Operations(), POLICY)
+        return Engine(decoder, params_of(name), config=SMALL)
+    mesh = MeshConfig(tensor=tensor)
+    specs = make_specs(parameter_table(model), mesh)
+    devices = make_mesh(mesh, jax.devices()[:tensor])
+    operations = make_serving_operations(mesh, specs, attention=kv_cache.attend)
+    region = Region(devices, specs, operations)
+    return Engine(Decoder(model, operations, POLICY), params_of(name), config=SMALL, region=region)
+
+
+def draw(engine, sampling):
+    config = RequestConfig(sampling, max_new_tokens=5)
+    return [each.tokens for (each,) in engine.generate(PROMPTS, config)]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        pytest.param("dense", 2, id="2 kv heads on 2 members"),
+        pytest.param("dense", 4, id="2 kv heads on 4 members", marks=LONG),
+        pytest.param("mixture", 2, id="experts", marks=LONG),
+    ],
+)
+def test_a_tensor_group_draws_what_one_device_draws(name, tensor):
+    for sampling in (GREEDY, SamplingConfig(seed=5)):
+        assert draw(engine(name, tensor), sampling) == draw(engine(name, 1), sampling)
+
+
+def test_each_member_has_the_pages_of_its_own_heads():
+    caches = engine("dense", 2)._runner._caches
+    for pages in jax.tree.leaves(caches):
+        assert pages.shape[2] == 2
+        assert pages.addressable_shards[0].data.shape[2] == 1
+
+
+def test_among_equal_maxima_on_several_members_the_lowest_token_is_drawn():
+    """Tokens of the first member and of the last have equal rows in the head."""
+    params = params_of("dense")
+    head = np.zeros_like(params["head"]["weights"])
+    head[[9, 50]] = np.asarray(params["head"]["weights"])[9]
+    head[[8, 51]] = -head[9]
+    changed = params | {"head": params["head"] | {"weights": jnp.asarray(head)}}
+    spread = engine("dense", 2)
+    spread.swap(changed)
+    try:
+        drawn = {token for tokens in draw(spread, GREEDY) for token in tokens}
+    finally:
+        spread.swap(params)
+    assert drawn
+    assert drawn <= {8, 9}

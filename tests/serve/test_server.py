@@ -1,0 +1,310 @@
+"""The server over HTTP: OpenAI's form, streams, keys, errors, clients that go."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import threading
+import time
+
+import pytest
+
+from jaxscale.data.tokenizer import ByteTokenizer
+from jaxscale.serve.decoding import generate_tokens
+from jaxscale.serve.sampling import SamplingConfig
+from tests.serve.examples import byte_decoder, byte_engine, byte_params
+
+httpx = pytest.importorskip("httpx", reason="the extra `test`")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve`")
+from jaxscale.data.chat_template import ChatTemplate  # noqa: E402
+from jaxscale.serve.server import Service, make_app  # noqa: E402
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+KEY = "a-key-of-this-test"
+
+
+@contextlib.contextmanager
+def running(**settings):
+    """(address, engine) of a server in a thread."""
+    engine = byte_engine()
+    template = ChatTemplate(TEMPLATE, "template", {})
+    app = make_app(lambda: engine, Service("tiny", chat_template=template, **settings))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", engine
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def served():
+    with running() as found:
+        yield found
+
+
+@pytest.fixture
+def client(served):
+    with httpx.Client(base_url=served[0], timeout=60) as client:
+        yield client
+
+
+@functools.cache
+def continued(prompt, max_new_tokens):
+    """Text, number of tokens and reason of the end of a greedy continuation."""
+    greedy = SamplingConfig(temperature=0)
+    tokens = generate_tokens(
+        byte_decoder(),
+        byte_params(),
+        [list(prompt.encode())],
+        sampling=greedy,
+        max_new_tokens=max_new_tokens,
+        eos_id=256,
+        num_tokens=257,
+    )[0]
+    reason = "stop" if tokens[-1] == 256 else "length"
+    return ByteTokenizer().decode(tokens), len(tokens), reason
+
+
+def complete(client, **fields):
+    fields = dict(model="tiny", prompt="def f", max_tokens=9, temperature=0) | fields
+    return client.post("/v1/completions", json=fields)
+
+
+def events(response):
+    """The data of a stream, after a look at its end."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_completion_is_that_of_generate_in_openais_form(client):
+    text, count, reason = continued("def f", 9)
+    found = complete(client).json()
+    assert found["object"] == "text_completion"
+    assert found["choices"] == [
+        {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+    ]
+    usage = found["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (5, count)
+    assert found["weights_version"] == 0
+
+
+def test_several_prompts_and_choices_come_in_their_order(client):
+    found = complete(client, prompt=["def f", "x"], n=2).json()
+    texts = [choice["text"] for choice in found["choices"]]
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2, 3]
+    assert texts == [continued(prompt, 9)[0] for prompt in ("def f", "def f", "x", "x")]
+    assert found["usage"]["prompt_tokens"] == 6
+
+
+def test_a_prompt_of_tokens_is_as_its_text(client):
+    assert (
+        complete(client, prompt=list(b"def f")).json()["choices"][0]["text"]
+        == (continued("def f", 9)[0])
+    )
+
+
+def test_a_stream_adds_up_to_the_whole_with_its_usage(client):
+    found = events(complete(client, stream=True, stream_options={"include_usage": True}))
+    *chunks, last = found
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == continued("def f", 9)[0]
+    assert chunks[-1]["choices"][0]["finish_reason"] == continued("def f", 9)[2]
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == continued("def f", 9)[1]
+
+
+def test_seeds_repeat_and_differ(client):
+    def draw(seed):
+        return complete(client, temperature=1.0, seed=seed, max_tokens=20).json()["choices"][0]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_stop_text_ends_a_completion_before_it(client):
+    text = continued("def f", 9)[0]
+    stop = text[3:5]
+    found = complete(client, stop=stop).json()["choices"][0]
+    assert found["text"] == text[: text.index(stop)]
+    assert found["finish_reason"] == "stop"
+
+
+def test_log_probabilities_are_spelt(client):
+    choice = complete(client, logprobs=2, max_tokens=3).json()["choices"][0]
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 3
+    assert all(value < 0 for value in logprobs["token_logprobs"])
+    assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"])
+
+
+def test_a_chat_is_a_completion_of_its_template(client):
+    messages = [{"role": "user", "content": "hi"}]
+    fields = dict(model="tiny", messages=messages, max_tokens=9, temperature=0)
+    found = client.post("/v1/chat/completions", json=fields).json()
+    text = continued("[user]hi[assistant]", 9)[0]
+    assert found["choices"][0]["message"] == {"role": "assistant", "content": text}
+    chunks = events(client.post("/v1/chat/completions", json=fields | {"stream": True}))
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == text
+
+
+def test_an_answer_follows_its_schema(client):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    found = complete(client, response_format=form, max_tokens=100, temperature=1.0).json()
+    choice = found["choices"][0]
+    if choice["finish_reason"] == "stop":  # a random model may write spaces
+        assert json.loads(choice["text"])["a"] in (1, 2)
+    fields = dict(structured_outputs={"choice": ["red", "blue"]}, max_tokens=9)
+    assert complete(client, **fields).json()["choices"][0]["text"] in ("red", "blue")
+
+
+def test_openais_client_works(served):
+    openai = pytest.importorskip("openai", reason="the extra `test`")
+    text = continued("def f", 9)[0]
+    with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        ask = dict(model="tiny", prompt="def f", max_tokens=9, temperature=0)
+        assert client.completions.create(**ask).choices[0].text == text
+        stream = client.completions.create(**ask, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == text
+        chat = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=3,
+            logprobs=True,
+            top_logprobs=2,
+        )
+        assert len(chat.choices[0].logprobs.content) == chat.usage.completion_tokens
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(**ask | {"model": "other"})
+        with pytest.raises(openai.BadRequestError, match="max_length"):
+            client.completions.create(**ask | {"max_tokens": 1000})
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "message"),
+    [
+        (dict(model="other"), 404, "model", "expected 'tiny'"),
+        (dict(prompt=""), 400, "prompt", "at least one token"),
+        (dict(prompt="a" * 200), 400, "prompt", "model.max_length = 128"),
+        (dict(prompt=[999]), 400, "prompt", "vocab_size = 258"),
+        (dict(prompt=[]), 400, "prompt", "1 to"),
+        (dict(prompt={"a": 1}), 400, "prompt", ""),
+        (dict(max_tokens=0), 400, "max_tokens", "greater than or equal to 1"),
+        (dict(temperature=-1), 400, "temperature", "0 (greedy)"),
+        (dict(top_p=0), 400, "top_p", "0 < top_p <= 1"),
+        (dict(n=1000), 400, "n", "less than or equal to 128"),
+        (dict(temperature="hot"), 400, "temperature", "number"),
+        (dict(echo=True), 400, "echo", "not supported"),
+        (dict(logit_bias={"5": 1}), 400, "logit_bias", "not supported"),
+        (dict(stop=["x", ""]), 400, "stop", "at least one character"),
+        (dict(structured_outputs={"regex": "(a"}), 400, "grammar", "can be compiled"),
+        (dict(response_format={"type": "json_schema"}), 400, "response_format", "a schema"),
+    ],
+    ids=str,
+)
+def test_bad_requests_are_refused_in_openais_form(client, fields, status, param, message):
+    for stream in (False, True):
+        response = complete(client, **fields, stream=stream)
+        error = response.json()["error"]
+        assert response.status_code == status
+        assert error["type"] == "invalid_request_error"
+        assert error["param"] == param
+        assert message in error["message"]
+
+
+def test_what_is_no_json_or_no_page_is_refused_and_the_server_goes_on(client):
+    kind = {"content-type": "application/json"}
+    response = client.post("/v1/completions", content=b"{nonsense", headers=kind)
+    assert response.status_code == 400
+    assert "JSON" in response.json()["error"]["message"]
+    assert client.post("/v1/completions", content=b"\xff").status_code == 400
+    assert client.get("/nowhere").status_code == 404
+    assert "error" in client.get("/nowhere").json()
+    assert complete(client).status_code == 200
+
+
+def test_prompts_for_which_the_cache_has_no_room_wait(client):
+    """12 of 90 tokens; the cache has 64 blocks of 8."""
+    found = complete(client, prompt=["a" * 60] * 12, max_tokens=30).json()
+    assert {choice["text"] for choice in found["choices"]} == {continued("a" * 60, 30)[0]}
+
+
+def test_health_and_metrics(client):
+    complete(client)
+    assert client.get("/health").json() == {"status": "ok"}
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    values = dict(
+        line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#")
+    )
+    assert float(values['vllm:num_requests_running{model_name="tiny"}']) == 0
+    assert float(values['vllm:generation_tokens_total{model_name="tiny"}']) >= 9
+    assert float(values['vllm:time_to_first_token_seconds_count{model_name="tiny"}']) >= 1
+    assert (
+        float(values['vllm:e2e_request_latency_seconds_bucket{model_name="tiny",le="+Inf"}']) >= 1
+    )
+
+
+def num_held(engine):
+    figures = engine.figures()
+    return figures.num_held + figures.num_running + figures.num_waiting
+
+
+def wait_for_nothing_held(engine):
+    for _ in range(300):
+        if not num_held(engine) and not engine.has_work:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{engine.figures()} after all clients have gone")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_takes_its_sequences_along(served, stream):
+    """Also several at once, some of which still wait."""
+    address, engine = served
+    fields = dict(model="tiny", prompt=["a", "b"], n=6, max_tokens=120, ignore_eos=True)
+
+    async def leave():
+        async with httpx.AsyncClient(base_url=address) as client:
+            body = fields | {"stream": stream}
+            with contextlib.suppress(httpx.ReadTimeout):
+                async with client.stream("POST", "/v1/completions", json=body, timeout=0.15) as r:
+                    async for _ in r.aiter_lines():
+                        return
+
+    before = engine.figures().num_new_tokens
+    asyncio.run(leave())
+    wait_for_nothing_held(engine)
+    assert engine.figures().num_new_tokens - before < 12 * 120
+
+
+def test_a_key_is_asked_for():
+    with running(api_keys=(KEY, "another")) as (address, _):
+        get = functools.partial(httpx.get, f"{address}/v1/models")
+        assert get().status_code == 401
+        response = get(headers={"authorization": "Bearer wrong"})
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert get(headers={"authorization": f"Bearer {KEY}"}).status_code == 200
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_an_engine_that_fails_is_reported_and_nobody_hangs(monkeypatch):
+    with running() as (address, engine):
+
+        def fail():
+            raise ValueError("planted")
+
+        monkeypatch.setattr(engine, "step", fail)
+        with httpx.Client(base_url=address, timeout=10) as client:
+            for _ in range(2):
+                response = complete(client)
+                assert response.status_code == 503
+                assert "planted" in response.json()["error"]["message"]
+            assert client.get("/health").status_code == 503
