@@ -97,7 +97,7 @@ VERBS = {
     ),
     "adapt": Verb(
         "jaxscale.run.adapt:adapt",
-        "make a run's directory in which new low-rank adapters of a model are trained",
+        "make a run's directory in which low-rank adapters of a model are trained",
         words=(("directory", "of the new run"),),
     ),
     "chat": Verb(
@@ -143,7 +143,6 @@ examples:
   jaxscale generate runs/main_job --set 'prompts="Once upon"'
   jaxscale import models/phi3 --set directory=runs/phi3
   jaxscale adapt runs/phi3 runs/phi3_lora --set lora.rank=8
-  jaxscale pretrain runs/phi3_lora --set directory=runs/phi3_tuned --set train.steps=100
   jaxscale chat runs/phi3 --set sampling.temperature=0.7
   jaxscale serve runs/phi3 --set port=8000
   jaxscale export runs/phi3 models/phi3_tuned

@@ -125,7 +125,9 @@ def test_the_commands_load(line, repository):
     (repository / "tuned.gin").write_text(gin_snippet("ChatSource"))
     options = cli._parser().parse_args(shlex.split(line)[1:])
     function = cli.load(cli.VERBS[options.verb].function)
-    assert config.load(function, cli._files(options), cli._overrides(options)).arguments
+    files = [options.file] if cli.VERBS[options.verb].has_file else []
+    files = [Path(file) / "config.gin" if Path(file).is_dir() else file for file in files]
+    assert config.load(function, files, cli._overrides(options)).arguments
 
 
 @pytest.mark.long

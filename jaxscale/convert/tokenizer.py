@@ -5,13 +5,8 @@ from pathlib import Path
 import tokenizers
 
 from jaxscale.convert.fields import read_json
-from jaxscale.data.tokenizer import (
-    HUGGING_FACE_FILE,
-    SENTENCE_PIECE_FILE,
-    TokenizerConfig,
-    load_tokenizer,
-)
-from jaxscale.data.tokenizer_kinds import parse
+from jaxscale.data.tokenizer import TokenizerConfig, load_tokenizer
+from jaxscale.data.tokenizer_kinds import HUGGING_FACE_FILE, SENTENCE_PIECE_FILE
 from jaxscale.types import InputError
 
 CONFIG = "config.json"
@@ -80,6 +75,6 @@ def token_of(folder: Path, token_id: int) -> str | None:
 def _serialized(folder: Path) -> tokenizers.Tokenizer:
     file = folder / HUGGING_FACE_FILE
     try:
-        return parse(file.read_text(), "", str(file))
-    except (OSError, UnicodeDecodeError) as error:
+        return tokenizers.Tokenizer.from_str(file.read_text())
+    except Exception as error:  # the library raises bare Exception
         raise InputError(str(file), None, f"a tokenizer.json ({error})") from None

@@ -19,7 +19,7 @@ import numpy as np
 from jaxscale.data.checksums import BlockHashes, damaged_bytes
 from jaxscale.data.sources import ChatDocument, Document, Source, read_documents
 from jaxscale.data.split import hash_text
-from jaxscale.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from jaxscale.data.tokenizer_kinds import HuggingFaceTokenizer, Tokenizer
 from jaxscale.types import InputError
 
 FORMAT = 2

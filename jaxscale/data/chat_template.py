@@ -62,7 +62,6 @@ class ChatTemplate:
         """
         special = getattr(tokenizer, "special_tokens", {})
         # Nothing is put before a text: the template writes what begins it.
-        encode = getattr(tokenizer, "encode_part", tokenizer.encode)
         hidden = _broken_up((messages, tools), special)
         rest = self.render(hidden[0], is_reply_next=True, tools=hidden[1])
         tokens = []
@@ -70,7 +69,7 @@ class ChatTemplate:
             found = [(rest.find(each), -len(each), each) for each in special if each in rest]
             start, _, name = min(found, default=(len(rest), 0, ""))
             if start:
-                tokens += encode(rest[:start].replace(BREAK, ""))
+                tokens += tokenizer.encode_part(rest[:start].replace(BREAK, ""))
             if name:
                 tokens.append(special[name])
             rest = rest[start + len(name) :]

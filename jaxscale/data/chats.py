@@ -5,13 +5,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxscale.data.chat_template import ChatTemplate, Message, read_chat_template
 from jaxscale.data.files import find_files, read_lines, stamps
 from jaxscale.data.sources import ChatDocument
-from jaxscale.data.tokenizer import HUGGING_FACE_FILE
+from jaxscale.data.tokenizer_kinds import HUGGING_FACE_FILE
 from jaxscale.types import InputError, check_types
+
+if TYPE_CHECKING:
+    from jaxscale.data.chat_template import ChatTemplate, Message
 
 ASSISTANT = "assistant"
 NEXT = {"role": "user", "content": "Go on."}
@@ -19,7 +21,7 @@ NEXT = {"role": "user", "content": "Go on."}
 
 @dataclasses.dataclass(frozen=True)
 class ChatSource:
-    """One chat per line of JSON; gzip and zstd are recognised by their first bytes.
+    """One chat per line of JSON, gzip and zstd recognised by their first bytes; extra `chat`.
 
     Its text is that of the tokenizer's template; what the assistant says, with what ends it, is
     trained and the rest is only read.
@@ -41,8 +43,15 @@ class ChatSource:
 
     def documents(self) -> Iterator[ChatDocument]:
         """The chats, in the order of their lines."""
+        # It needs jinja, which runs without chats do without.
+        from jaxscale.data.chat_template import read_chat_template
+
         folder = Path(self.tokenizer).expanduser()
         template = read_chat_template(folder)
+        if template is None:
+            raise InputError(
+                "ChatSource.tokenizer", self.tokenizer, "a folder with a chat template"
+            )
         special = _special_tokens(folder / HUGGING_FACE_FILE)
         for name, path in self._files():
             lines = read_lines("ChatSource.paths", path)
@@ -64,8 +73,8 @@ class ChatSource:
 
 
 def chat_document(
-    template: ChatTemplate,
-    messages: list[Message],
+    template: "ChatTemplate",
+    messages: "list[Message]",
     key: str,
 ) -> ChatDocument:
     """The text of a chat, with the spans of what the assistant says.
@@ -110,7 +119,7 @@ def _messages(
     label: str,
     field: str,
     special: list[str],
-) -> list[Message]:
+) -> "list[Message]":
     try:
         messages = json.loads(line)[field]
         pairs = [(message["role"], message["content"]) for message in messages]

@@ -50,19 +50,18 @@ def check_characters(parameter: str, given: str, text: str) -> None:
         raise InputError(parameter, given, expected) from error
 
 
-def read_documents(source: "Source") -> Iterator[Document]:
+def read_documents(source: "Source") -> Iterator[Document | ChatDocument]:
     """The documents of a source that have text, without the byte order mark that some begin with.
 
     Raises:
         InputError: as the source does, or a text has half a character.
     """
     for document in source.documents():
-        text = document.text
-        if not isinstance(document, ChatDocument):  # whose spans count its characters
-            text = text.removeprefix("\ufeff")
+        is_chat = isinstance(document, ChatDocument)  # whose spans count from its beginning
+        text = document.text if is_chat else document.text.removeprefix("\ufeff")
         check_characters("sources", document.key, text)
         if text:
-            yield document._replace(text=text)
+            yield document if is_chat else Document(document.key, text)
 
 
 @runtime_checkable

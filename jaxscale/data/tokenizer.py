@@ -69,9 +69,8 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return ByteTokenizer()
     if config.kind == "huggingface":
         file = _find(config.path, HUGGING_FACE_FILE)
-        return HuggingFaceTokenizer(
-            _read_text(file), config.eos_token, config.bos_token, path=str(file)
-        )
+        text = _read_text(file)
+        return HuggingFaceTokenizer(text, config.eos_token, config.bos_token, path=str(file))
     file = _find(config.path, SENTENCE_PIECE_FILE)
     return SentencePieceTokenizer(_read(file), path=str(file))
 

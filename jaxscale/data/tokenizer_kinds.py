@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_part(self, text: str) -> list[int]:
+        """As `encode`, of a text that begins nothing; errors as there."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of each text, as integer arrays."""
         ...
@@ -70,6 +74,8 @@ class ByteTokenizer:
         check_characters("text", text[:NUM_SHOWN], text)
         return list(text.encode())
 
+    encode_part = encode
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
@@ -82,15 +88,6 @@ class ByteTokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Writes nothing: there is nothing to know."""
-
-
-def parse(serialized: str, eos_token: str, path: str) -> tokenizers.Tokenizer:
-    """The tokenizer that the text of a tokenizer.json is; raises InputError if it is none."""
-    try:
-        return tokenizers.Tokenizer.from_str(_guarded(serialized, eos_token))
-    except Exception as error:  # the library raises bare Exception
-        expected = f"a tokenizer.json ({error})"
-        raise InputError("TokenizerConfig.path", path, expected) from error
 
 
 class HuggingFaceTokenizer:
@@ -111,7 +108,11 @@ class HuggingFaceTokenizer:
         *,
         path: str = NEW,
     ):
-        self._tokenizer = parse(serialized, eos_token, path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(_guarded(serialized, eos_token))
+        except Exception as error:  # the library raises bare Exception
+            expected = f"a tokenizer.json ({error})"
+            raise InputError("TokenizerConfig.path", path, expected) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eos_id = self._tokenizer.token_to_id(eos_token)
@@ -122,14 +123,14 @@ class HuggingFaceTokenizer:
         ending = tokenizers.AddedToken(eos_token, normalized=False, special=True)
         self._tokenizer.add_special_tokens([ending])
         self._tokenizer.encode_special_tokens = True
+        self._begin = [] if bos_token is None else [self._tokenizer.token_to_id(bos_token)]
+        if None in self._begin:
+            raise InputError("TokenizerConfig.bos_token", bos_token, "a token of the vocabulary")
         if self.eos_id in self.encode_part(eos_token):
             expected = "a token that no text encodes to; this one is a word of the vocabulary"
             raise InputError("TokenizerConfig.eos_token", eos_token, expected)
         # Ids may have gaps, and a model needs a row for the largest.
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        self._begin = [] if bos_token is None else [self._tokenizer.token_to_id(bos_token)]
-        if None in self._begin:
-            raise InputError("TokenizerConfig.bos_token", bos_token, "a token of the vocabulary")
         identity = f"{eos_token}\n{serialized}"
         if bos_token is not None:
             identity = f"{bos_token}\n{identity}"
@@ -151,7 +152,6 @@ class HuggingFaceTokenizer:
         return self._begin + self.encode_part(text)
 
     def encode_part(self, text: str) -> list[int]:
-        """The ids of a part of a text, before which nothing is put."""
         check_characters("text", text[:NUM_SHOWN], text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -160,13 +160,13 @@ class HuggingFaceTokenizer:
         text: str,
         spans: Sequence[tuple[int, int]],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a text in which the special tokens that it spells are tokens.
+        """The ids of a chat's text, in which special tokens are tokens, and which are in a span.
 
         Args:
-            text: of a chat, made by a template; in its messages nothing may spell one.
+            text: of a chat; nothing is put before it.
             spans: first and last character, the latter excluded, of what is trained.
         Returns:
-            (uint32 ids, bool of the same length: whether all of a token is in a span).
+            (uint32 ids, bool of the same length); a token is in a span if all of it is.
         """
         self._tokenizer.encode_special_tokens = False
         try:
@@ -249,6 +249,8 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         check_characters("text", text[:NUM_SHOWN], text)
         return self._processor.encode(text)
+
+    encode_part = encode
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._processor.encode(list(texts))

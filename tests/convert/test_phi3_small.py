@@ -216,8 +216,8 @@ def test_the_released_configuration_is_read_and_written(folder):
     assert round(count_parameters(parameter_table(model))[0] / 1e9, 2) == 7.39
     written = folder.family.write(model)
     again = read_config(folder.family, written, "config.json", ())
-    facts = [checkpoint_facts(each)["fingerprint"] for each in (again, model)]
-    assert facts[0] == facts[1]
+    found, wanted = (checkpoint_facts(each)["fingerprint"] for each in (again, model))
+    assert found == wanted
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,13 @@ def test_decoding_uses_the_adapters(is_scanned):
 def test_the_pattern_of_trainable_parameters_is_the_adapters():
     is_trained = tree.flatten(tree.mask(parameter_table(MODEL), TRAINABLE))
     assert sum(is_trained.values()) == 2 * len(LORA.targets)
-    extra = count_parameters(MODEL)[0] - count_parameters(BASE)[0]
+    extra = num_parameters(MODEL) - num_parameters(BASE)
     by_layer = 3 * ((16 + 32) * 2 + (16 + 16) + (16 + 24) * 2)
     assert extra == 2 * by_layer
+
+
+def num_parameters(model):
+    return count_parameters(parameter_table(model))[0]
 
 
 def test_gradients_reach_both_factors():
