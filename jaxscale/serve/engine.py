@@ -99,9 +99,6 @@ class Engine:
     ):
         if not decoder.config.is_causal:
             raise InputError("ModelConfig.is_causal", False, "True for a model that is decoded")
-        if lengths := decoder.config.switch_lengths:  # a step does not know how long documents are
-            expected = "one list of factors; `generate` and `chat` decode models with two"
-            raise InputError("LongRopeScaling.original_length", lengths, expected)
         self.config = config
         self.model = decoder.config
         self.tokenizer = tokenizer

@@ -21,7 +21,6 @@ from jaxscale.models.execution import ByChunk, ExecutionConfig
 from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.decoding import generate_tokens
-from jaxscale.serve.engine import Engine
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
 from tests.models.naive import Naive
@@ -124,8 +123,3 @@ def test_decoding_across_the_original_length_is_a_full_recompute():
 def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(SCALING, **change)
-
-
-def test_an_engine_does_not_take_a_model_whose_positions_depend_on_lengths():
-    with pytest.raises(InputError, match="one list of factors; `generate` and `chat` decode"):
-        Engine(DECODER, params())
