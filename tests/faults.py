@@ -202,8 +202,8 @@ FAULTS = (
     Fault(
         "a token's label is the token itself",
         "jaxscale/data/packing.py",
-        "labels = tokens[np.where(has_label, index + 1, index)]",
-        "labels = tokens[index]",
+        "labels = tokens[following] * has_label",
+        "labels = tokens[index] * has_label",
         "tests/data/test_packing.py::test_rows_are_those_of_a_naive_loop",
     ),
     Fault(
