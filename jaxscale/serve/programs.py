@@ -76,19 +76,16 @@ def forward_program(placement: Placement, shape: StepShape) -> Any:
         return model.unembed(params, h)[0], packed[-shape.rows.num_words :], caches
 
     spread = placement.spread(forward)
-    return jax.jit(spread, donate_argnums=1, compiler_options=_options(placement))
+    return jax.jit(spread, donate_argnums=1, compiler_options=_options())
 
 
-def _options(placement: Placement) -> dict[str, bool]:
+def _options() -> dict[str, bool]:
     """Flags of these programs, whatever those of the process are.
 
     On an H200 XLA's own matmuls decode 7 to 16 % faster than cuBLAS; and before one of cuBLAS the
     weights of several projections would be copied together in every step. A slice may not be
     handed to our kernels where it lies, for they want their inputs at multiples of 256 bytes.
     """
-    if jax.default_backend() == "cpu" and placement.tensor > 1:
-        # The compiler for CPUs of jax 0.11 crashes at these programs with its newer emitters.
-        return {"xla_cpu_use_fusion_emitters": False}
     if jax.default_backend() != "gpu":
         return {}
     return {"xla_gpu_enable_triton_gemm": True, "xla_gpu_enable_dynamic_slice_fusion": False}
