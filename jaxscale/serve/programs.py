@@ -61,7 +61,10 @@ def forward_program(placement: Placement, shape: StepShape) -> Any:
         model, num = with_attention(placement.decoder, attend), shape.num_single
         tokens = fields["tokens"]
         drawn = last_tokens.at[fields["slot"][:num]].get(mode="fill", fill_value=0)
-        tokens = tokens.at[:num].set(jnp.where(tokens[:num] < 0, drawn, tokens[:num]))
+        single = jnp.where(tokens[:num] < 0, drawn, tokens[:num])
+        # Not by `at[:num]`, whose scatter has no indices: in a manual region the partitioner of jax
+        # 0.11 crashes at an array without elements.
+        tokens = jnp.concatenate([single, tokens[num:]])
         positions = fields["positions"]
         batch = {"tokens": tokens[None], "positions": positions[None]}
         batch["weights"] = (positions >= 0).astype(jnp.float32)[None]

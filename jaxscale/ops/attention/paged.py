@@ -137,7 +137,7 @@ def attend(
     of_prompts = over_prompts(q, k, v, context, rows)
     is_prompt = (rows.segments[:num] > 0)[:, None, None]
     first = jnp.where(is_prompt, of_prompts[0, :num], single)
-    return of_prompts.at[0, :num].set(first), cache
+    return jnp.concatenate([first, of_prompts[0, num:]])[None], cache
 
 
 def _choose(q: Array, context: AttentionContext, cache: PagedCache) -> str:
