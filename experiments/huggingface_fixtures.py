@@ -38,7 +38,10 @@ def write_model(folder, kind, fields, packed=False, is_bare=False, length=24, le
     with torch.no_grad():
         logits = {f"logits_{n}": model(tokens[:, :n]).logits.numpy() for n in (*lengths, length)}
     greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": min(8, length - 12)}
-    logits["greedy"] = model.generate(tokens[:1, :12], **greedy).numpy()
+    prompt = tokens[:1, :12]
+    # Without a mask what has the number of the padding token would be masked.
+    greedy["attention_mask"] = torch.ones_like(prompt)
+    logits["greedy"] = model.generate(prompt, **greedy).numpy()
     model.bfloat16().save_pretrained(folder, save_original_format=not packed)
     (folder / "generation_config.json").unlink()
     np.savez_compressed(folder / "logits.npz", tokens=tokens.numpy(), **logits)

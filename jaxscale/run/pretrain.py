@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+import jaxscale
 from jaxscale.data.loader import make_loader
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.launch.agreement import check_agreement
@@ -25,7 +26,7 @@ from jaxscale.train.surroundings import surroundings
 from jaxscale.train.training import train
 from jaxscale.types import Params
 
-VERSIONED = ("jaxscale", "jax", "jaxlib", "optax")
+VERSIONED = ("jax", "jaxlib", "optax")
 
 
 def pretrain(*, run: Run) -> Outcome:
@@ -79,6 +80,7 @@ def shared_facts(run: Run, data: dict[str, Any]) -> dict[str, str]:
         for field in dataclasses.fields(part):
             facts[f"{type(part).__name__}.{field.name}"] = repr(getattr(part, field.name))
     facts["CheckpointConfig.save_every"] = repr(run.checkpoint.save_every)
+    facts["jaxscale"] = jaxscale.__version__
     return facts | {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
