@@ -1,9 +1,7 @@
 """Write the tests' fixtures: folders of tiny models of Hugging Face with their logits.
 
 Needs torch and transformers; the tests need neither. Weights are random bfloat16, logits float32.
-
-python experiments/huggingface_fixtures.py
-"""
+Command: python experiments/huggingface_fixtures.py"""
 
 import json
 from pathlib import Path
@@ -38,10 +36,8 @@ def write_model(folder, kind, fields, packed=False, is_bare=False, length=24, le
     with torch.no_grad():
         logits = {f"logits_{n}": model(tokens[:, :n]).logits.numpy() for n in (*lengths, length)}
     greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": min(8, length - 12)}
-    prompt = tokens[:1, :12]
-    # Without a mask what has the number of the padding token would be masked.
-    greedy["attention_mask"] = torch.ones_like(prompt)
-    logits["greedy"] = model.generate(prompt, **greedy).numpy()
+    mask = torch.ones(1, 12)  # else what has the number of the padding token is masked
+    logits["greedy"] = model.generate(tokens[:1, :12], attention_mask=mask, **greedy).numpy()
     model.bfloat16().save_pretrained(folder, save_original_format=not packed)
     (folder / "generation_config.json").unlink()
     np.savez_compressed(folder / "logits.npz", tokens=tokens.numpy(), **logits)

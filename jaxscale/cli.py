@@ -100,6 +100,12 @@ VERBS = {
         "make a run's directory in which low-rank adapters of a model are trained",
         words=(("directory", "of the new run"),),
     ),
+    "describe": Verb(
+        "jaxscale.run.describe:describe",
+        "print the fields of a part of a run, with their meanings and defaults",
+        words=(("name", "a class or function that jaxscale.run names, such as OptimizerConfig"),),
+        has_file=False,
+    ),
     "chat": Verb(
         "jaxscale.run.chat:chat",
         "talk to an imported model in the terminal",
@@ -272,6 +278,20 @@ def _log_on_stderr() -> Iterator[None]:
         logger.propagate = True
 
 
+class _VerbParser(argparse.ArgumentParser):
+    """A parser whose help ends with the parameters of the verb's function."""
+
+    function: str | None = None
+
+    def format_help(self) -> str:
+        """The help; the function is imported now."""
+        text = super().format_help()
+        if self.function is None:
+            return text
+        fields = load("jaxscale.run.describe:fields_text")(load(self.function))
+        return f"{text}\nparameters, by --set NAME=VALUE:\n{fields}\n"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "jaxscale",
@@ -280,7 +300,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"jaxscale {jaxscale.__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="VERB", required=True, parser_class=_VerbParser
+    )
     for name, verb in VERBS.items():
         _add_verb(verbs, name, verb)
     _add_checkpoint(verbs)
@@ -322,6 +344,7 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.function = verb.function
     if verb.has_file:
         _add_file(parser)
     for name, meaning in verb.words:

@@ -134,7 +134,9 @@ FAULTS = (
         "jaxscale/parallel/pipeline/engine.py",
         "activation_sent=self._shift(carry.activation_sent, 1)",
         "activation_sent=self._shift(carry.activation_sent, -1)",
-        "tests/parallel/pipeline/test_engine.py::test_a_table_may_be_an_argument",
+        # Of two stages each is before the other.
+        "tests/parallel/test_composition.py::test_every_pair_and_triple",
+        "dense and pipeline and 4 and not data and not tensor and not sequence",
     ),
     Fault(
         "two stages have one another's layers",

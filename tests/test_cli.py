@@ -101,6 +101,23 @@ def test_whoever_closes_our_output_sees_no_traceback(tmp_path):
     assert shell.stdout == "from __gin__ import dynamic_registration\n"
 
 
+def test_the_help_of_a_verb_has_its_parameters(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    text = capsys.readouterr().out
+    assert "  max_new_tokens: int, default 100\n      longest continuation, in tokens" in text
+    assert "  prompts: tuple[str, ...] | str, required" in text
+
+
+def test_a_part_of_a_run_is_described(capsys):
+    assert cli.main(["describe", "OptimizerConfig"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("An optimizer with its schedule.")
+    assert "  clip_norm: float | None, default 1.0\n      largest global gradient norm" in text
+    assert cli.main(["describe", "OptimiserConfig"]) == 2
+    assert "closest is 'OptimizerConfig'" in capsys.readouterr().err
+
+
 def test_a_failed_run_says_why_on_one_line(gin_file, capsys):
     assert cli.main(["pretrain", gin_file, "--set", "fault=not finite"]) == 1
     assert capsys.readouterr().err == "jaxscale pretrain: step 3: first non-finite: layers/0/q\n"
