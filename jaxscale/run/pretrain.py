@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.evaluation import EvaluationContext, check_evaluators
 from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.batch import abstract_batch, batch_share, place
+from jaxscale.run.progress import say_figures, say_what_begins, say_what_came
 from jaxscale.run.run import Run
 from jaxscale.train.loop import Outcome
 from jaxscale.train.metrics import Speed
@@ -52,7 +54,8 @@ def pretrain(*, run: Run) -> Outcome:
         index, count = batch_share(setup.mesh)
         loader = make_loader(run.data, split="train", process_index=index, process_count=count)
         check_agreement(shared_facts(run, loader.state()["depends_on"]))
-        return train(
+        began = time.monotonic()
+        outcome = train(
             setup,
             loader=loader,
             batch=run_batch(run, setup),
@@ -62,7 +65,10 @@ def pretrain(*, run: Run) -> Outcome:
             surroundings=around,
             speed=_make_speed(run),
             evaluate=evaluate,
+            announce=functools.partial(say_what_begins, run, loader.rows_per_epoch),
         )
+        say_what_came(run, outcome, time.monotonic() - began)
+        return outcome
 
 
 def shared_facts(run: Run, data: dict[str, Any]) -> dict[str, str]:
@@ -111,10 +117,12 @@ def _make_evaluate(setup: Setup, run: Run) -> Callable[[Params, int], dict[str, 
 
     def evaluate(params: Params, step: int) -> dict[str, Any]:
         now = dataclasses.replace(context, params=params, step=step)
-        return {
+        figures = {
             f"{name}/{figure}": value
             for name, evaluator in run.evaluators.items()
             for figure, value in evaluator(now).items()
         }
+        say_figures(step, figures)
+        return figures
 
     return evaluate

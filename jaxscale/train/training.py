@@ -56,6 +56,7 @@ def train(
     surroundings: Surroundings,
     speed: Speed,
     evaluate: Callable[[Params, int], dict[str, Any]] = lambda params, step: {},
+    announce: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Trains a model; a run that was stopped goes on from its newest checkpoint, on any mesh.
 
@@ -69,6 +70,7 @@ def train(
         surroundings: of the run.
         speed: throughput between steps.
         evaluate: (params, step) -> figures.
+        announce: called before the first step, when nothing can be refused any more.
     Returns:
         The steps finished and the signal that ended the run early, if any.
     Raises:
@@ -102,6 +104,7 @@ def train(
     # the trace again.
     step_fn.trace(setup.state, batch)
     write_start(run, int(state.step), checkpoint.directory)
+    announce()
     _say_what_mfu_is_of()
     loop = Loop(
         step_fn=step_fn,

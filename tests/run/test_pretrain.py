@@ -115,6 +115,20 @@ def test_a_resumed_run_keeps_its_seed_and_its_checkpoints_folder(gin_file, resum
     assert len(losses(resumable)) == STOP
 
 
+def test_a_run_says_what_begins_what_is_measured_and_what_came(gin_file, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        train(gin_file, tmp_path / "run", "train.steps=2", "train.evaluate_every=1")
+    said = [record.getMessage() for record in caplog.records if record.name.endswith("progress")]
+    first, mesh, data, *evaluated, came, following = said
+    assert first.startswith("model: ") and "parameters" in first
+    assert mesh == "mesh: data 4, tensor 2"
+    assert data.endswith("rows of 32 tokens an epoch, 8 a step")
+    assert [line.split(":")[0] for line in evaluated] == ["step 1", "step 2"]
+    assert "held_out/bits_per_byte" in evaluated[0]
+    assert came.startswith("step 2 of 2 after 0:0") and f"are in {tmp_path / 'run'}" in came
+    assert following.startswith(f"next: jaxscale evaluate {tmp_path / 'run'}")
+
+
 def test_what_a_resumed_run_changes_is_said(gin_file, resumable, caplog):
     """The rate jumps where it is another one, or falls over another number of steps."""
     changes = ("optimizer.learning_rate=0.02", "optimizer.clip_norm=None")
