@@ -180,9 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         outcome = _run(options)
+    except BrokenPipeError:
+        return _leave_closed_pipe()
     except (InputError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            return _leave_closed_pipe()
         is_fault_of_ours = isinstance(error, OSError) and error.errno not in REFUSALS
         if options.debug or is_fault_of_ours:
             raise
