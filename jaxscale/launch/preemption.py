@@ -144,7 +144,8 @@ class Preemption:
         """The thread: hears each signal as it comes, and ends what the handler could not end."""
         while numbers := os.read(self._read_end, 1):
             (number,) = numbers
-            if number not in SIGNALS:
+            # Within the block another may have taken a signal over, as a server does that drains.
+            if number not in SIGNALS or signal.getsignal(number) != self._handle:
                 continue
             self._hear(number)
             while not (self._is_protected or self._has_left.wait(RETRY_S)):

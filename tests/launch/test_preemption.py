@@ -84,6 +84,20 @@ def test_what_has_nothing_to_save_ends_at_once(number, error):
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_that_another_handler_takes_over_is_that_one_s_alone(monkeypatch):
+    """A server drains for longer than a process without anything to save is given."""
+    heard, exits = [], []
+    monkeypatch.setattr("jaxscale.launch.preemption.RETRY_S", 0.01)
+    monkeypatch.setattr("jaxscale.launch.preemption.PATIENCE_S", 0.05)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    with Preemption():
+        before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM] and not exits
+
+
 def test_handlers_come_back_after_an_error():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match="in the loop"), Preemption():
