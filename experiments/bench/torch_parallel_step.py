@@ -27,6 +27,13 @@ LLAMA = dict(
 MODELS = {
     "1b": dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=16),
     "3b": dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24),
+    "8b": dict(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
     "tiny": dict(hidden_size=512, num_hidden_layers=2, num_attention_heads=8),
 }
 WARMUP_STEPS = 5
@@ -135,7 +142,7 @@ def make_model(options, mesh, device):
     """The sharded model and the tokens of all processes together."""
     torch.manual_seed(0)
     with device:
-        llama = Peer(LlamaConfig(**LLAMA, **MODELS[options.model]))
+        llama = Peer(LlamaConfig(**LLAMA | MODELS[options.model]))
         size = (options.rows, options.length + 1)
         tokens = torch.randint(0, llama.vocab_size, size)
     if options.mode == "tensor":
