@@ -11,6 +11,8 @@ import collections.abc
 import dataclasses
 import difflib
 import enum
+import functools
+import inspect
 import math
 import types
 import typing
@@ -74,6 +76,13 @@ def check_type(parameter: str, value: Any, annotation: Any) -> None:
             expected += f"; in gin, brackets build one: @{item.__name__}()"
             break
     raise InputError(parameter, value, expected)
+
+
+def check_built(parameter: str, value: Any) -> None:
+    """Raises InputError for a class where an object was meant, as gin's brackets build one."""
+    target = value.func if isinstance(value, functools.partial) else value
+    if inspect.isclass(target):
+        raise InputError(parameter, target, f"@{target.__name__}() with brackets, which builds one")
 
 
 def check_choice(parameter: str, value: Any, choices: Iterable[Any]) -> None:

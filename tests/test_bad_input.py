@@ -397,6 +397,17 @@ def fill(disk, *, but):
     (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - but))
 
 
+def test_a_read_only_run_is_evaluated(shared, root, small_disk, capsys):
+    """Its figures are printed, and a warning says that they are nowhere else."""
+    shutil.copytree(shared / "run", small_disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    write_file(root, f"DIRECTORY = '{small_disk}/run'\n")
+    assert cli.main(["evaluate", str(root / "run.gin")]) == 0
+    printed = capsys.readouterr()
+    assert "held_out/bits_per_byte" in printed.out
+    assert "evaluation_2.json: Read-only file system" in printed.err
+
+
 def test_a_disk_full_from_the_start_harms_nothing(shared, root, small_disk, capsys):
     run = shutil.copytree(shared / "run", small_disk / "run")
     before = files(run)

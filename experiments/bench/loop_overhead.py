@@ -18,9 +18,11 @@ from jaxscale.launch.preemption import Preemption
 from jaxscale.launch.watchdog import Watchdog
 from jaxscale.parallel.batch import place
 from jaxscale.train.loop import Loop
-from jaxscale.train.metrics import History, ProgressBar, Speed, TensorBoard
+from jaxscale.train.metrics import History, Speed
 from jaxscale.train.profiler import Profiler
+from jaxscale.train.reporters import EventFile
 from jaxscale.train.step import make_step
+from jaxscale.train.terminal import make_progress
 
 NEVER = 10**6  # steps; more than are run
 
@@ -44,8 +46,8 @@ def make_loop(step_fn, loader, put, keeper):
     folder = Path(tempfile.mkdtemp())
     reporters = [
         History(folder / "metrics.jsonl", 0),
-        TensorBoard(folder, 0),
-        ProgressBar(NEVER, 0),
+        EventFile(folder, 0),
+        make_progress(NEVER, 0),
     ]
     return Loop(
         step_fn=step_fn,

@@ -32,6 +32,11 @@ class Corpus:
         return np.diff(self.cache.offsets)[self.documents]
 
     @property
+    def num_others(self) -> int:
+        """Documents of the cache that are in the other split."""
+        return len(self.cache.offsets) - 1 - len(self.documents)
+
+    @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the documents' text."""
         return int(self.cache.num_bytes[self.documents].sum())

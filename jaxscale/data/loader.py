@@ -186,6 +186,9 @@ class TrainLoader:
 
     Attributes:
         rows_per_epoch: how many rows hold each source once.
+        num_documents: that are trained on.
+        num_held_out: documents that are not.
+        num_tokens: of the documents that are trained on, with the one that ends each.
     """
 
     def __init__(self, config: DataConfig, corpora: list[Corpus], local_rows: np.ndarray):
@@ -193,6 +196,9 @@ class TrainLoader:
         self._local_rows = local_rows
         self._corpora = _corpora_rows(config, corpora)
         self.rows_per_epoch = [corpus.num_rows for corpus in self._corpora]
+        self.num_documents = sum(len(corpus.documents) for corpus in corpora)
+        self.num_held_out = sum(corpus.num_others for corpus in corpora)
+        self.num_tokens = sum(int(corpus.lengths.sum()) for corpus in corpora)
         self._mixture = Mixture(_weights(config), config.seed)
         self._facts = _facts(config, corpora)
         self._batches = iter(_prefetched(self, sys.maxsize))

@@ -1,20 +1,19 @@
 """What an evaluator is, and what it is given.
 
-An evaluator is called as `evaluator(context) -> {name: figure}`, by every process of a run. One
+An evaluator is called as `evaluator(context) -> {name: figure}`, by every process of a run; a
+figure is a number or a text. One
 that also has `check(context)` is asked before the run writes anything, with `context.params` None
 and step 0: there it opens what it reads and raises InputError if it could not evaluate this run.
 """
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxscale.models.config import ModelConfig
-from jaxscale.types import Array, Batch, InputError, Params
+from jaxscale.types import Array, Batch, Params, check_built
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +31,8 @@ class EvaluationContext:
             gradients:
             `jax.jit(region.evaluate(loss_fn))`, made once so that it is compiled once.
         place: puts a host's numpy batch on the mesh.
+        whole: the parameters, gathered and in the order of the layers, on this process's first
+            device.
     """
 
     params: Params
@@ -40,13 +41,11 @@ class EvaluationContext:
     mesh: Mesh
     sums: Callable[..., tuple[Array, Array, dict[str, Any]]]
     place: Callable[[Batch], Batch]
+    whole: Callable[[Params], Params]
 
 
 def check_evaluators(evaluators: Mapping[str, Callable], context: EvaluationContext) -> None:
     """Raises InputError for an evaluator that was not built or says that it cannot run here."""
     for name, evaluator in evaluators.items():
-        target = evaluator.func if isinstance(evaluator, functools.partial) else evaluator
-        if inspect.isclass(target):
-            expected = f"an evaluator: @{target.__name__}() with brackets builds it"
-            raise InputError(f"evaluators[{name!r}]", target, expected)
+        check_built(f"evaluators[{name!r}]", evaluator)
         getattr(evaluator, "check", lambda context: None)(context)

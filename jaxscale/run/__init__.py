@@ -5,9 +5,16 @@ from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.checkpoint.mirror import MirrorConfig
 from jaxscale.data.chats import ChatSource
 from jaxscale.data.loader import DataConfig
-from jaxscale.data.sources import JsonLinesSource, StandardLibrary, TextSource
+from jaxscale.data.sources import (
+    HuggingFaceSource,
+    JsonLinesSource,
+    ParquetSource,
+    StandardLibrary,
+    TextSource,
+)
 from jaxscale.data.tokenizer import TokenizerConfig
 from jaxscale.evaluate.perplexity import BitsPerByte
+from jaxscale.evaluate.samples import Samples
 from jaxscale.launch.processes import ProcessesConfig
 from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config import (
@@ -39,6 +46,7 @@ from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.reporters import TensorBoard, Wandb
 
 __all__ = [
     "AttentionConfig",
@@ -53,6 +61,7 @@ __all__ = [
     "ExecutionConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
+    "HuggingFaceSource",
     "JsonLinesSource",
     "LayerConfig",
     "LinearScaling",
@@ -65,6 +74,7 @@ __all__ = [
     "ModelConfig",
     "NormConfig",
     "OptimizerConfig",
+    "ParquetSource",
     "PlannedMesh",
     "Policy",
     "ProcessesConfig",
@@ -72,13 +82,16 @@ __all__ = [
     "RotaryConfig",
     "Run",
     "RuntimeConfig",
+    "Samples",
     "SamplingConfig",
     "SparseMixerRouter",
     "StandardLibrary",
+    "TensorBoard",
     "TextSource",
     "TokenizerConfig",
     "TopKRouter",
     "TrainConfig",
+    "Wandb",
     "Whole",
     "YarnScaling",
     "huggingface_model",

@@ -1,8 +1,10 @@
 """`evaluate`: a run's checkpoint, measured on any mesh."""
 
 import dataclasses
+import errno
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,23 @@ from jaxscale.evaluate.perplexity import BitsPerByte
 from jaxscale.launch.memory import check_fits
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.config.facts import checkpoint_facts
-from jaxscale.models.evaluation import EvaluationContext, check_evaluators
-from jaxscale.parallel.batch import place
+from jaxscale.models.evaluation import check_evaluators
+from jaxscale.run.evaluation import all_figures, evaluation_context
 from jaxscale.run.run import Run, check_fit
 from jaxscale.train.metrics import json_value, writing
 from jaxscale.train.state import stored_params
+from jaxscale.types import InputError
+
+logger = logging.getLogger(__name__)
+
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
+def evaluate(*, run: Run, step: int | None = None) -> dict[str, Any]:
     """Measures a checkpoint, on any mesh; prints the figures and writes them to the run's folder.
 
-    They go to evaluation_STEP.json. A run without evaluators has `BitsPerByte` as "held_out".
+    They go to evaluation_STEP.json; where the run is read-only, a warning says so. A run without
+    evaluators has `BitsPerByte` as "held_out".
 
     Args:
         run: the run; its mesh may be another one than that of the training.
@@ -37,18 +45,12 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
             tokenizer.
     """
     apply_runtime(run.runtime, str(run.path))
-    evaluators = run.evaluators or {"held_out": BitsPerByte(run.data)}
+    if not run.evaluators:
+        run = dataclasses.replace(run, evaluators={"held_out": BitsPerByte(run.data)})
     check_fit(run)
     region = run.region()
-    context = EvaluationContext(
-        params=None,
-        step=0,
-        model=run.model,
-        mesh=region.mesh,
-        place=functools.partial(place, region.mesh),
-        sums=jax.jit(region.evaluate(run.loss(run))),
-    )
-    check_evaluators(evaluators, context)
+    context = evaluation_context(run, region, run.loss(run))
+    check_evaluators(run.evaluators, context)
     stored = stored_params(run.table(), region.mesh, region.specs, run.policy.parameters)
     check_fits("model", {"parameters": stored})
     restored = restore_params(
@@ -61,17 +63,17 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, float]:
         check=functools.partial(_check_data, run.data),
     )
     context = dataclasses.replace(context, params=restored.params, step=restored.step)
-    figures = {
-        f"{name}/{figure}": value
-        for name, evaluator in evaluators.items()
-        for figure, value in evaluator(context).items()
-    }
+    figures = all_figures(run, context)
     if jax.process_index() == 0:
-        lines = [f"{name:<30} {value:.6g}" for name, value in figures.items()]
+        lines = [f"{name:<30} {_figure_text(value)}" for name, value in figures.items()]
         print("\n".join([f"step {restored.step}", *lines]))
         path = run.path / f"evaluation_{restored.step}.json"
         _write_figures(path, {"step": restored.step, **figures})
     return figures
+
+
+def _figure_text(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else f"{value:.6g}"
 
 
 def _check_data(data: DataConfig, saved: dict[str, Any]) -> None:
@@ -81,7 +83,14 @@ def _check_data(data: DataConfig, saved: dict[str, Any]) -> None:
 
 
 def _write_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Writes what has been printed; a run that is somebody else's may be read-only."""
+    text = json.dumps(json_value(figures), indent=1, allow_nan=False)
     temporary = path.with_suffix(".tmp")
-    with writing(path):
-        temporary.write_text(json.dumps(json_value(figures), indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
+    try:
+        with writing(path):
+            temporary.write_text(f"{text}\n")
+            temporary.replace(path)
+    except InputError as error:
+        if error.__cause__.errno not in READ_ONLY:
+            raise
+        logger.warning("the figures are not in %s: %s", path, error.__cause__.strerror)

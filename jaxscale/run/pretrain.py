@@ -16,13 +16,15 @@ from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.launch.agreement import check_agreement
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.config.model import training_flops_per_token
-from jaxscale.models.evaluation import EvaluationContext, check_evaluators
+from jaxscale.models.evaluation import check_evaluators
 from jaxscale.models.parameters import count_parameters
-from jaxscale.parallel.batch import abstract_batch, batch_share, place
+from jaxscale.parallel.batch import abstract_batch, batch_share
+from jaxscale.run.evaluation import all_figures, evaluation_context
 from jaxscale.run.progress import say_figures, say_what_begins, say_what_came
 from jaxscale.run.run import Run
 from jaxscale.train.loop import Outcome
 from jaxscale.train.metrics import Speed
+from jaxscale.train.reporters import check_reporters
 from jaxscale.train.setup import Setup
 from jaxscale.train.surroundings import surroundings
 from jaxscale.train.training import train
@@ -50,6 +52,7 @@ def pretrain(*, run: Run) -> Outcome:
         devices = jax.devices()[: math.prod(run.mesh.sizes)] if run.mesh.is_elastic else None
         setup = run.setup(devices)
         check_vocabulary(load_tokenizer(run.data.tokenizer), run.model.vocab_size)
+        check_reporters(run.reporters)
         evaluate = _make_evaluate(setup, run)
         index, count = batch_share(setup.mesh)
         loader = make_loader(run.data, split="train", process_index=index, process_count=count)
@@ -65,7 +68,8 @@ def pretrain(*, run: Run) -> Outcome:
             surroundings=around,
             speed=_make_speed(run),
             evaluate=evaluate,
-            announce=functools.partial(say_what_begins, run, loader.rows_per_epoch),
+            reporters=run.reporters,
+            announce=functools.partial(say_what_begins, run, loader),
         )
         say_what_came(run, outcome, time.monotonic() - began)
         return outcome
@@ -105,23 +109,12 @@ def _make_speed(run: Run) -> Speed:
 
 
 def _make_evaluate(setup: Setup, run: Run) -> Callable[[Params, int], dict[str, Any]]:
-    context = EvaluationContext(
-        params=None,
-        step=0,
-        model=run.model,
-        mesh=setup.mesh,
-        sums=jax.jit(setup.region.evaluate(setup.loss_fn)),
-        place=functools.partial(place, setup.mesh),
-    )
+    context = evaluation_context(run, setup.region, setup.loss_fn)
     check_evaluators(run.evaluators, context)
 
     def evaluate(params: Params, step: int) -> dict[str, Any]:
         now = dataclasses.replace(context, params=params, step=step)
-        figures = {
-            f"{name}/{figure}": value
-            for name, evaluator in run.evaluators.items()
-            for figure, value in evaluator(now).items()
-        }
+        figures = all_figures(run, now)
         say_figures(step, figures)
         return figures
 

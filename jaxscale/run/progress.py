@@ -7,35 +7,40 @@ from typing import Any
 
 import jax
 
+from jaxscale.data.loader import TrainLoader
 from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.mesh import AXES
 from jaxscale.run.run import Run
 from jaxscale.train.loop import Outcome
 from jaxscale.train.metrics import read_history
+from jaxscale.train.reporters import texts
 
 logger = logging.getLogger(__name__)
 
 
-def say_what_begins(run: Run, rows_per_epoch: list[int]) -> None:
+def say_what_begins(run: Run, loader: TrainLoader) -> None:
     """Parameters, mesh and data.
 
     Args:
         run: that begins.
-        rows_per_epoch: rows that hold each source once.
+        loader: of its training split.
     """
     total, active = count_parameters(run.table())
     axes = [f"{axis} {getattr(run.mesh, axis)}" for axis in AXES if getattr(run.mesh, axis) > 1]
-    rows, length = sum(rows_per_epoch), run.data.sequence_length
+    rows, length = sum(loader.rows_per_epoch), run.data.sequence_length
     _say(f"model: {total:,} parameters, {active:,} of them active")
     _say(f"mesh: {', '.join(axes) or 'one device'}")
-    _say(f"data: {rows:,} rows of {length} tokens an epoch, {run.data.batch_size} a step")
+    documents = f"{loader.num_documents:,} documents of {loader.num_tokens:,} tokens"
+    _say(f"data: {documents}, {loader.num_held_out:,} more are held out")
+    _say(f"an epoch: {rows:,} rows of {length} tokens, {run.data.batch_size} a step")
 
 
 def say_figures(step: int, figures: Mapping[str, Any]) -> None:
-    """What an evaluation has measured."""
-    texts = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
-    if texts:
-        _say(f"step {step}: {', '.join(texts)}")
+    """What an evaluation has measured, and what the model has written for it."""
+    if numbers := _numbers_text(figures):
+        _say(f"step {step}: {numbers}")
+    for name, text in texts(figures).items():
+        _say(f"step {step}: {name} {text!r}")
 
 
 def say_what_came(run: Run, outcome: Outcome, seconds: float) -> None:
@@ -44,12 +49,21 @@ def say_what_came(run: Run, outcome: Outcome, seconds: float) -> None:
         return
     time = datetime.timedelta(seconds=round(seconds))
     text = f"step {outcome.step} of {run.train.steps} after {time}"
-    losses = [line["loss"] for line in read_history(run.path / "metrics.jsonl") if "loss" in line]
+    history = read_history(run.path / "metrics.jsonl")
+    losses = [line["loss"] for line in history if "loss" in line]
     if losses and losses[-1] is not None:
         text += f", loss {losses[-1]:.4g}"
+    evaluations = [_numbers_text(line) for line in history if "loss" not in line]
+    if any(evaluations):
+        text += f", {evaluations[-1]}"
     _say(f"{text}; figures and checkpoints are in {run.path}")
     if outcome.signal is None:
         _say(f"next: jaxscale evaluate {run.path}, or jaxscale generate {run.path} --set prompts=a")
+
+
+def _numbers_text(figures: Mapping[str, Any]) -> str:
+    numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
 def _say(text: str) -> None:

@@ -25,6 +25,7 @@ from jaxscale.parallel.mesh import MeshConfig, check_batch, nearest_divisors
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.reporters import TensorBoard
 from jaxscale.train.setup import Setup, make_region, make_setup
 from jaxscale.types import InputError, check_types
 
@@ -84,6 +85,7 @@ class Run:
         runtime: platform, flags, processes and watchdog.
         loss: run -> a loss under the contract of `models.losses`.
         evaluators: name -> evaluator(context) -> figures, see `models.evaluation`.
+        reporters: what gets the figures beside `metrics.jsonl`, see `train.reporters.Reporter`.
     """
 
     directory: str
@@ -98,6 +100,7 @@ class Run:
     runtime: RuntimeConfig = RuntimeConfig()
     loss: Callable[["Run"], LossFn] = next_token_loss
     evaluators: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    reporters: tuple[Callable, ...] = (TensorBoard(),)
 
     def __post_init__(self):
         check_types(self)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxscale.launch.watchdog import Watchdog
-from jaxscale.train.metrics import Reporter, Speed, expert_use
+from jaxscale.train.metrics import Speed, expert_use
 from jaxscale.train.profiler import Profiler
+from jaxscale.train.reporters import Reporter
 from jaxscale.train.state import TrainState
 from jaxscale.types import Batch, RunError
 

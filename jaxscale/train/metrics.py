@@ -1,22 +1,17 @@
-"""Where a run's figures go: a JSONL history, TensorBoard, the progress bar; and its speed."""
+"""A run's figures: their history on disk, throughput and the use of experts."""
 
 import contextlib
 import dataclasses
 import json
 import math
-import struct
 import time
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
-from tqdm import tqdm
 
 from jaxscale.types import InputError
 
@@ -39,16 +34,6 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-
-
-class Reporter(Protocol):
-    """Takes the figures of one step."""
-
-    def report(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Records the figures of a finished step."""
-
-    def close(self) -> None:
-        """Flushes what is buffered."""
 
 
 @contextlib.contextmanager
@@ -126,75 +111,6 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):  # cut short, or not a line of ours
         return np.inf
-
-
-class TensorBoard:
-    """Scalars for TensorBoard, in a new file for each start, written as they come by no thread.
-
-    Args:
-        directory: where the files are.
-        step: finished steps of the state the run starts from; TensorBoard hides what earlier files
-            have after it.
-    """
-
-    def __init__(self, directory: Path, step: int):
-        self._path = directory / f"events.out.tfevents.{time.time_ns()}"
-        with writing(self._path):
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("xb")
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def report(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Writes the scalars."""
-        scalars = {name: value for name, value in figures.items() if np.ndim(value) == 0}
-        values = [
-            Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()
-        ]
-        self._write(Event(step=step, summary=Summary(value=values)))
-
-    def close(self) -> None:
-        """Closes the file."""
-        with writing(self._path):
-            self._file.close()
-
-    def _write(self, event: Event) -> None:
-        """Appends a record: length, its checksum, event, its checksum."""
-        event.wall_time = time.time()
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
-        with writing(self._path):
-            self._file.write(length + checksums[0] + data + checksums[1])
-            self._file.flush()
-
-
-class ProgressBar:
-    """A live line: step, loss, speed."""
-
-    def __init__(self, steps: int, step: int):
-        self._bar = tqdm(
-            total=steps, initial=step, unit="step", dynamic_ncols=True, desc="train", smoothing=0.1
-        )
-        self._shown: dict[str, str] = {}
-
-    def report(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Moves the bar and shows the newest figures."""
-        for name, text in {
-            "loss": "{:.3f}",
-            "tokens_per_second": "{:,.0f}",
-            "mfu": "{:.1%}",
-        }.items():
-            if name in figures:
-                self._shown[name.replace("tokens_per_second", "tokens/s")] = text.format(
-                    figures[name]
-                )
-        self._bar.set_postfix(self._shown, refresh=False)
-        self._bar.update(step - self._bar.n)
-
-    def close(self) -> None:
-        """Leaves the bar where it stands."""
-        self._bar.close()
 
 
 def expert_use(load: np.ndarray) -> dict[str, float]:

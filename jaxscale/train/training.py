@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,20 +19,15 @@ from jaxscale.parallel.batch import place
 from jaxscale.train import diagnosis
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.loop import Loader, Loop, Outcome
-from jaxscale.train.metrics import (
-    History,
-    ProgressBar,
-    Reporter,
-    Speed,
-    TensorBoard,
-    peak_flops,
-)
+from jaxscale.train.metrics import History, Speed, peak_flops
 from jaxscale.train.profiler import Profiler
+from jaxscale.train.reporters import Reporter
 from jaxscale.train.run_directory import changes, check_new, write_start
 from jaxscale.train.setup import Setup
 from jaxscale.train.state import TrainState, run_key
 from jaxscale.train.step import make_step
 from jaxscale.train.surroundings import Surroundings
+from jaxscale.train.terminal import make_progress
 from jaxscale.types import Batch, InputError, Params
 
 logger = logging.getLogger(__name__)
@@ -56,6 +51,7 @@ def train(
     surroundings: Surroundings,
     speed: Speed,
     evaluate: Callable[[Params, int], dict[str, Any]] = lambda params, step: {},
+    reporters: Sequence[Callable[[Path, int], Reporter]] = (),
     announce: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Trains a model; a run that was stopped goes on from its newest checkpoint, on any mesh.
@@ -70,6 +66,8 @@ def train(
         surroundings: of the run.
         speed: throughput between steps.
         evaluate: (params, step) -> figures.
+        reporters: what gets the figures beside `metrics.jsonl` and the terminal, see
+            `train.reporters.Reporter`.
         announce: called before the first step, when nothing can be refused any more.
     Returns:
         The steps finished and the signal that ended the run early, if any.
@@ -78,6 +76,7 @@ def train(
         NonFiniteError: a loss or gradient norm was not finite.
     """
     run, on_exit = surroundings.directory, surroundings.exit_stack.callback
+    folder = Path(checkpoint.within(run).directory)
     checkpoints = Checkpoints(checkpoint.within(run), **facts)
     with contextlib.ExitStack() as opened:
         opened.callback(checkpoints.close)
@@ -111,9 +110,9 @@ def train(
         loader=loader,
         place=functools.partial(place, setup.mesh),
         steps=config.steps,
-        checkpoints=_CanonicalCheckpoints(checkpoints, setup),
+        checkpoints=_CanonicalCheckpoints(checkpoints, setup, folder),
         save_every=checkpoint.save_every,
-        reporters=_make_reporters(run, config.steps, int(state.step)),
+        reporters=_open_reporters(reporters, run, config.steps, int(state.step)),
         speed=speed,
         evaluate=evaluate,
         evaluate_every=config.evaluate_every,
@@ -127,7 +126,7 @@ def train(
     outcome = loop.run(state)
     if config.export is not None and outcome.step == config.steps and jax.process_index() == 0:
         checkpoints.wait()
-        _export(Path(checkpoint.within(run).directory), run, config)
+        _export(folder, run, config)
     return outcome
 
 
@@ -143,10 +142,14 @@ def _export(checkpoints: Path, run: Path, config: TrainConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _CanonicalCheckpoints:
-    """Saves states in the order of the layers, whatever order a pipeline runs them in."""
+    """Saves states in the order of the layers, whatever order a pipeline runs them in.
+
+    Says so of each; where a save then fails, the next one or the end of the run raises.
+    """
 
     checkpoints: Checkpoints
     setup: Setup
+    folder: Path
 
     def save(
         self,
@@ -157,7 +160,10 @@ class _CanonicalCheckpoints:
         force: bool = False,
     ) -> bool:
         canonical = self.setup.to_canonical(state)
-        return self.checkpoints.save(step, canonical, data_state, force=force)
+        is_begun = self.checkpoints.save(step, canonical, data_state, force=force)
+        if is_begun and jax.process_index() == 0:
+            logger.info("step %d: saving to %s", step, self.folder / str(step))
+        return is_begun
 
     def wait(self) -> None:
         self.checkpoints.wait()
@@ -252,7 +258,8 @@ def _of_other(directory: str) -> CheckpointConfig:
     return CheckpointConfig(directory=directory, save_every=1, keep_last=1)
 
 
-def _make_reporters(
+def _open_reporters(
+    wanted: Sequence[Callable[[Path, int], Reporter]],
     directory: Path,
     steps: int,
     step: int,
@@ -260,11 +267,9 @@ def _make_reporters(
     """Only the first process reports."""
     if jax.process_index() != 0:
         return []
-    return [
-        History(directory / "metrics.jsonl", step),
-        TensorBoard(directory / "tensorboard", step),
-        ProgressBar(steps, step),
-    ]
+    history = History(directory / "metrics.jsonl", step)
+    others = [reporter(directory, step) for reporter in wanted]
+    return [history, *others, make_progress(steps, step)]
 
 
 def _say_what_mfu_is_of() -> None:

@@ -208,7 +208,13 @@ def counting_context(labels):
 
     mesh = make_mesh(MeshConfig(data=jax.device_count()))
     return EvaluationContext(
-        params=None, step=0, model=MODEL, mesh=mesh, sums=sums, place=lambda batch: batch
+        params=None,
+        step=0,
+        model=MODEL,
+        mesh=mesh,
+        sums=sums,
+        place=lambda batch: batch,
+        whole=lambda params: params,
     )
 
 
@@ -279,9 +285,7 @@ def test_what_does_not_fit_is_refused(run, data, tmp_path):
     with pytest.raises(InputError, match=r"BitsPerByte.max_batches: given 0"):
         BitsPerByte(data, max_batches=0)
     with pytest.raises(InputError, match=r"model.vocab_size: given 256"):
-        context = EvaluationContext(
-            None, 0, from_flat(**FIELDS | {"vocab_size": 256}), None, None, None
-        )
+        context = EvaluationContext(None, 0, from_flat(**FIELDS | {"vocab_size": 256}), *[None] * 4)
         check_evaluators({"held_out": BitsPerByte(data)}, context)
     with pytest.raises(InputError, match=r"leaves documents in the split 'held_out'"):
         BitsPerByte(dataclasses.replace(data, held_out_fraction=1e-9)).check(counting_context([]))

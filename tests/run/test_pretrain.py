@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -14,6 +15,8 @@ import pytest
 
 from jaxscale.data.loader import make_loader
 from jaxscale.data.sources import TextSource
+from jaxscale.evaluate.samples import Samples
+from jaxscale.run.model import load
 from jaxscale.run.pretrain import pretrain
 from jaxscale.train.loop import Outcome
 from jaxscale.train.metrics import read_history
@@ -115,18 +118,48 @@ def test_a_resumed_run_keeps_its_seed_and_its_checkpoints_folder(gin_file, resum
     assert len(losses(resumable)) == STOP
 
 
-def test_a_run_says_what_begins_what_is_measured_and_what_came(gin_file, tmp_path, caplog):
+STAGED = (
+    "model.num_layers=3",
+    "mesh.pipeline=2",
+    "mesh.data=2",
+    "mesh.stage_periods=(1, 2)",
+    "train.num_microbatches=2",
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "axes"),
+    [((), "data 4"), pytest.param(STAGED, "pipeline 2, data 2", marks=pytest.mark.long)],
+)
+def test_a_run_says_what_begins_what_is_measured_and_what_came(
+    gin_file, tmp_path, caplog, changes, axes
+):
+    """Its samples are those of its last checkpoint, also where stages hold other layers."""
+    directory = tmp_path / "run"
+    short = ("train.steps=2", "train.evaluate_every=1", "checkpoint.save_every=1", *changes)
+    run = runs.load_run(gin_file, directory, *short)
+    samples = Samples(run.data.tokenizer, ("3 times", "5"), 8, policy=run.policy)
+    run = dataclasses.replace(run, evaluators=run.evaluators | {"samples": samples})
     with caplog.at_level("INFO"):
-        train(gin_file, tmp_path / "run", "train.steps=2", "train.evaluate_every=1")
+        pretrain(run=run)
     said = [record.getMessage() for record in caplog.records if record.name.endswith("progress")]
-    first, mesh, data, *evaluated, came, following = said
-    assert first.startswith("model: ") and "parameters" in first
-    assert mesh == "mesh: data 4, tensor 2"
-    assert data.endswith("rows of 32 tokens an epoch, 8 a step")
-    assert [line.split(":")[0] for line in evaluated] == ["step 1", "step 2"]
+    model, mesh, data, epoch, *evaluated, came, following = said
+    assert model.startswith("model: ") and "parameters" in model
+    assert mesh == f"mesh: {axes}, tensor 2"
+    assert re.fullmatch(r"data: (\d+) documents of [\d,]+ tokens, (\d+) more are held out", data)
+    assert sum(map(int, re.findall(r"(\d+) (?:documents|more)", data))) == 40
+    assert epoch.endswith("rows of 32 tokens, 8 a step")
+    assert [line.split(":")[0] for line in evaluated] == ["step 1"] * 3 + ["step 2"] * 3
     assert "held_out/bits_per_byte" in evaluated[0]
-    assert came.startswith("step 2 of 2 after 0:0") and f"are in {tmp_path / 'run'}" in came
-    assert following.startswith(f"next: jaxscale evaluate {tmp_path / 'run'}")
+    assert came.startswith("step 2 of 2 after 0:0") and f"are in {directory}" in came
+    assert "held_out/bits_per_byte" in came
+    assert following.startswith(f"next: jaxscale evaluate {directory}")
+    saves = [f"step {step}: saving to {directory}/checkpoints/{step}" for step in (1, 2)]
+    assert [line for line in caplog.messages if ": saving to " in line] == saves
+    texts = load(run).generate(samples.prompts, max_new_tokens=8)
+    wanted = [prompt + text for prompt, text in zip(samples.prompts, texts)]
+    assert [read_history(directory / "metrics.jsonl")[-1][f"samples/{n}"] for n in "01"] == wanted
+    assert evaluated[-1] == f"step 2: samples/1 {wanted[1]!r}"
 
 
 def test_what_a_resumed_run_changes_is_said(gin_file, resumable, caplog):
@@ -297,9 +330,8 @@ def test_a_pipeline_of_unequal_stages_starts_from_the_parameters_of_another_run(
     )
     train(gin_file, tmp_path / "first", *short)
     begin = (*short, f"train.init_from={str(tmp_path / 'first/checkpoints')!r}")
-    staged = ("mesh.pipeline=2", "mesh.data=2", "mesh.stage_periods=(1, 2)")
     train(gin_file, tmp_path / "one", *begin)
-    train(gin_file, tmp_path / "staged", *begin, *staged)
+    train(gin_file, tmp_path / "staged", *begin, *STAGED)
     wanted = losses(tmp_path / "one")
     assert wanted[0] < losses(tmp_path / "first")[0]
     np.testing.assert_allclose(losses(tmp_path / "staged"), wanted, rtol=LOSS_TOLERANCE)

@@ -1,4 +1,4 @@
-"""The history survives kills and resumes; figures of speed; TensorBoard's file."""
+"""The history survives kills and resumes; figures of speed."""
 
 import json
 import math
@@ -7,15 +7,11 @@ import types
 import jax
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
 
 from jaxscale.train import metrics
 from jaxscale.train.metrics import (
     History,
-    ProgressBar,
     Speed,
-    TensorBoard,
     expert_use,
     peak_flops,
     read_history,
@@ -156,60 +152,3 @@ def test_a_peak_is_that_of_the_whole_name(kind, peak, monkeypatch):
 def test_no_mfu_where_the_peak_is_not_known():
     assert peak_flops() is None
     assert "mfu" not in Speed(1, 1.0).figures()
-
-
-def read_events(path):
-    """The events of a TensorBoard file: length, its checksum, event, its checksum, and so on."""
-    data, events = path.read_bytes(), []
-    while data:
-        length = int.from_bytes(data[:8], "little")
-        assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
-        event = data[12 : 12 + length]
-        assert int.from_bytes(data[12 + length : 16 + length], "little") == masked_crc32c(event)
-        events.append(Event.FromString(event))
-        data = data[16 + length :]
-    return events
-
-
-def read_scalars(directory):
-    (path,) = directory.iterdir()
-    return [
-        (value.tag, event.step, value.simple_value)
-        for event in read_events(path)
-        for value in event.summary.value
-    ]
-
-
-def test_tensorboard_gets_the_scalars(tmp_path):
-    writer = TensorBoard(tmp_path, 0)
-    writer.report(1, {"loss": 2.5, "load": np.ones((2, 4))})
-    writer.report(2, {"held_out/loss": 1.5})
-    writer.close()
-    assert read_scalars(tmp_path) == [("loss", 1, 2.5), ("held_out/loss", 2, 1.5)]
-
-
-def test_each_start_has_a_tensorboard_file_of_its_own(tmp_path):
-    for step in (0, 7):
-        TensorBoard(tmp_path, step).close()
-    first, second = sorted(tmp_path.iterdir())
-    assert [event.step for event in read_events(second)] == [
-        0,
-        8,
-    ]  # what the first has from step 8 on is hidden
-    assert read_events(first)[0].file_version == "brain.Event:2"
-
-
-def test_the_bar_shows_step_and_figures(capsys):
-    bar = ProgressBar(10, 4)
-    bar.report(
-        5, {"loss": 2.345678, "tokens_per_second": 12345.6, "mfu": 0.5, "gradient_norm": 1.0}
-    )
-    bar.report(5, {"held_out/loss": 9.0})
-    bar.close()
-    shown = capsys.readouterr().err
-    assert (
-        "5/10" in shown
-        and "loss=2.346" in shown
-        and "tokens/s=12,346" in shown
-        and "mfu=50.0%" in shown
-    )

@@ -1,7 +1,6 @@
 """Several ways of training, each from the same seeds, with the step and data of a real run."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxscale.data.loader import DataConfig, HeldOutLoader, TrainLoader, make_lo
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.models.evaluation import EvaluationContext
 from jaxscale.models.parameters import count_parameters
-from jaxscale.parallel.batch import place
+from jaxscale.run.evaluation import evaluation_context
 from jaxscale.run.run import Run
 from jaxscale.train.setup import Setup
 from jaxscale.train.state import TrainState
@@ -43,14 +42,7 @@ def make_arm(name: str, run: Run) -> Arm:
     """
     check_vocabulary(load_tokenizer(run.data.tokenizer), run.model.vocab_size)
     setup = run.setup()
-    context = EvaluationContext(
-        params=None,
-        step=0,
-        model=run.model,
-        mesh=setup.mesh,
-        sums=jax.jit(setup.region.evaluate(setup.loss_fn)),
-        place=functools.partial(place, setup.mesh),
-    )
+    context = evaluation_context(run, setup.region, setup.loss_fn)
     return Arm(
         name=name,
         run=run,

@@ -1,0 +1,80 @@
+"""What a model writes while it is trained: an evaluator whose figures are texts."""
+
+import dataclasses
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_tokenizer
+from jaxscale.launch.memory import check_fits
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.evaluation import EvaluationContext
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.parameters import abstract_params, parameter_table
+from jaxscale.ops.precision import Policy
+from jaxscale.serve.decoding import check_prompts, generate_tokens
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import check_positive, check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Evaluator that continues prompts, as `jaxscale generate` would from a checkpoint of the step.
+
+    Args:
+        tokenizer: as the run's.
+        prompts: the beginnings of the texts.
+        max_new_tokens: longest continuation, in tokens.
+        sampling: how tokens are drawn; the same draws at each evaluation.
+        policy: dtypes, as the run's.
+    Cost: a whole copy of the parameters on each device while texts are written.
+    """
+
+    tokenizer: TokenizerConfig
+    prompts: tuple[str, ...]
+    max_new_tokens: int = 50
+    sampling: SamplingConfig = SamplingConfig()
+    policy: Policy = Policy()
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("Samples.max_new_tokens", self.max_new_tokens)
+
+    def check(self, context: EvaluationContext) -> None:
+        """Encodes the prompts for the first time.
+
+        Raises:
+            InputError: a prompt is empty or too long, the tokenizer knows more tokens than the
+                model, or one device cannot hold the model.
+        """
+        check_vocabulary(load_tokenizer(self.tokenizer), context.model.vocab_size)
+        check_prompts(self._encoded(), context.model, self.max_new_tokens)
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        params = abstract_params(parameter_table(context.model), self.policy.parameters)
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), params
+        )
+        check_fits("Samples", {"whole parameters": placed})
+
+    def __call__(self, context: EvaluationContext) -> dict[str, str]:
+        """Each prompt with its continuation, by its number."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        execution = ExecutionConfig(is_scanned=False, remat="none")
+        continued = generate_tokens(
+            Decoder(context.model, policy=self.policy, execution=execution),
+            context.whole(context.params),
+            self._encoded(),
+            sampling=self.sampling,
+            max_new_tokens=self.max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            num_tokens=tokenizer.vocab_size,
+        )
+        texts = zip(self.prompts, continued, strict=True)
+        return {
+            str(number): prompt + tokenizer.decode(tokens)
+            for number, (prompt, tokens) in enumerate(texts)
+        }
+
+    def _encoded(self) -> list[list[int]]:
+        tokenizer = load_tokenizer(self.tokenizer)
+        return [tokenizer.encode(prompt) for prompt in self.prompts]
