@@ -12,6 +12,7 @@ from jax import lax
 from jaxscale import tree
 from jaxscale.models.config import LayerConfig, ModelConfig
 from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.joined import joined
 from jaxscale.models.layers import Layer, normalise
 from jaxscale.models.lora import merged
 from jaxscale.models.moe import RouterSums, no_router, router_sums
@@ -20,6 +21,7 @@ from jaxscale.models.quantised import dequantised
 from jaxscale.models.unroll import periods_of, unrolled
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.backends import Operations
+from jaxscale.ops.collectives import Collectives
 from jaxscale.ops.draws import EMBEDDING, Draws
 from jaxscale.ops.loss import Head
 from jaxscale.ops.precision import Policy, cast
@@ -289,6 +291,9 @@ class Decoder:
             ready["embedding"] = params["embedding"]  # both vectors are added in their own type
         if not self.execution.is_scanned:
             ready["layers"] = tuple(periods_of(ready["layers"]))
+            # Those of a mesh stay apart, for their parts are gathered by their names.
+            if self.operations.collectives == Collectives():
+                ready["layers"] = joined(ready["layers"])
         return ready
 
     def _use(self, section: str, params: Params) -> Params:

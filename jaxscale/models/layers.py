@@ -17,7 +17,7 @@ from jaxscale.ops.activation import activate
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import Draws
-from jaxscale.ops.linear import linear, linear_heads
+from jaxscale.ops.linear import Joined, linear, linear_joined
 from jaxscale.ops.norm import layer_norm, residual_norm, rms_norm
 from jaxscale.ops.precision import accumulator
 from jaxscale.ops.rotary import rotate
@@ -130,8 +130,10 @@ class Layer:
             local_heads = self.operations.collectives.kv_heads
             return local_heads(weights, axis, config.num_kv_heads)
 
-        weights = [params["q"], kv_heads(params["k"], 1), kv_heads(params["v"], 1)]
-        q, k, v = linear_heads(h, weights)
+        if "qkv" not in params:
+            weights = [params["q"], kv_heads(params["k"], 1), kv_heads(params["v"], 1)]
+            params = params | {"qkv": Joined.of(weights)}
+        q, k, v = linear_joined(h, params["qkv"])
         if "q" in config.biases:
             q = q + params["q_bias"]
         if "k" in config.biases:
@@ -249,13 +251,16 @@ class Layer:
     def _hidden(self, h: Array) -> Array:
         """The activated hidden vector [B, T, F] of a dense feed-forward."""
         params, config = self.params["ffn"], self.config.feed_forward
-
-        def project(name: str) -> Array:
-            y = linear("btd,df->btf", h, params[name])
-            return y + params[f"{name}_bias"] if config.use_bias else y
-
-        gate = project("gate") if config.is_gated else None
-        return activate(config.activation, gate, project("up"))
+        names = ("gate", "up") if config.is_gated else ("up",)
+        if "gate_up" in params:
+            outputs = linear_joined(h, params["gate_up"])
+        else:
+            outputs = [linear("btd,df->btf", h, params[name]) for name in names]
+        if config.use_bias:
+            pairs = zip(outputs, names, strict=True)
+            outputs = [y + params[f"{name}_bias"] for y, name in pairs]
+        gate, up = outputs if config.is_gated else (None, *outputs)
+        return activate(config.activation, gate, up)
 
     def _residual_and_norm(self, branch: str, x: Array) -> tuple[Array, Array]:
         """The residual `x`, to go on with, and the norm of it that a branch takes."""

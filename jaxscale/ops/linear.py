@@ -1,7 +1,11 @@
 """Where weights meet activations: the one place that knows in which form a weight is stored."""
 
+import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -21,20 +25,41 @@ def linear(equation: str, x: Array, weights: Array) -> Array:
     return jnp.einsum(equation, x, weights)
 
 
-def linear_heads(x: Array, weights: Sequence[Array]) -> list[Array]:
-    """Projections of one input to the heads of several outputs, in one matmul.
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["shapes"]
+)
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Matrices that are multiplied by the same input, side by side.
+
+    Args:
+        weights: [D, sum of all columns].
+        shapes: of the output of each, such as (heads, H).
+    """
+
+    weights: Array
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, matrices: Sequence[Array]) -> "Joined":
+        """Joins matrices [D, *shape]."""
+        flat = [each.reshape(len(each), -1) for each in matrices]
+        return cls(jnp.concatenate(flat, 1), tuple(each.shape[1:] for each in matrices))
+
+
+def linear_joined(x: Array, joined: Joined) -> list[Array]:
+    """Products of one input and several matrices, in one matmul.
 
     In the backward too there is one matmul for `x` and one for the weights. Of several matmuls the
     gradients of `x` would have to be added up.
 
     Args:
         x: [B, T, D].
-        weights: [D, heads, H] each.
+        joined: of matrices [D, *shape].
     Returns:
-        [B, T, heads, H] each.
+        [B, T, *shape] each.
     """
-    width, head_dim = x.shape[-1], weights[0].shape[-1]
-    flat = [w.reshape(width, -1) for w in weights]
-    y = linear("btd,df->btf", x, jnp.concatenate(flat, 1))
-    outputs = lax.split(y, [w.shape[1] for w in flat], axis=2)
-    return [y.reshape(*y.shape[:2], -1, head_dim) for y in outputs]
+    y = linear("btd,df->btf", x, joined.weights)
+    outputs = lax.split(y, [math.prod(shape) for shape in joined.shapes], axis=2)
+    pairs = zip(outputs, joined.shapes, strict=True)
+    return [each.reshape(*each.shape[:2], *shape) for each, shape in pairs]
