@@ -169,6 +169,25 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int,
     return tuple(max(size, 1) for size in chunk)
 
 
+def pieces_of(array: LazyArray, limit: int) -> tuple[int, ...]:
+    """The sizes of the boxes of at most `limit` bytes in which an array is read.
+
+    They are made of whole chunks where the array is stored in chunks that fit, so that none is read
+    twice.
+    """
+    shape, itemsize = tuple(array.shape), array.dtype.itemsize
+    chunk = getattr(array, "chunk", None)
+    if chunk is None or math.prod(chunk) * itemsize > limit:
+        return chunk_shape(shape, itemsize, limit)
+    sizes = list(chunk)
+    for dim in reversed(range(len(shape))):
+        layer = math.prod(sizes) // sizes[dim] * itemsize
+        sizes[dim] = max(1, min(shape[dim], limit // layer // chunk[dim] * chunk[dim]))
+        if sizes[dim] < shape[dim]:
+            break
+    return tuple(sizes)
+
+
 def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
     """The boxes of at most the sizes `chunk` that make up an array."""
     ranges = []

@@ -5,29 +5,66 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.metadata import array_metadata_store
+
+# Orbax has no public name for when a leaf is copied to the host.
+from orbax.checkpoint._src.serialization import types as transfer
 
 # A restore reads whole chunks, so the chunk's size bounds what it reads in vain when the sharding
 # is another than that of the save.
 CHUNK_BYTES = 1 << 26
+# Of a snapshot in device memory that are on the host at once.
+STREAMED_GB = 2
 # tensorstore reports a full disk as a ValueError with this in its message.
 TENSORSTORE_OS_ERROR = "os_error_code="
+STREAMED_WARNING = "No prioritized params found for saving"
 
 
 class LeafFolders(ocp.PyTreeCheckpointHandler):
     """Stores each leaf in a folder of its own, so that a damaged file names its leaf."""
 
     def __init__(self):
-        super().__init__(use_ocdbt=False)
+        self._order = _Order()
+        arrays = ocp.type_handlers.ArrayHandler(
+            array_metadata_store=array_metadata_store.Store(),
+            callback=self._order,
+        )
+        super().__init__(
+            use_ocdbt=False,
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                (jax.Array, arrays),
+            ),
+            save_device_host_concurrent_gb=STREAMED_GB,
+        )
+
+    def set_streamed(self, is_streamed: bool) -> None:
+        """Says of the saves that begin from now on whether they return before leaves are copied.
+
+        A streamed one copies STREAMED_GB to the host at once, or one leaf where that is larger, and
+        writes them before it copies the next. So its leaves must stay as they are.
+        """
+        self._order.is_streamed = is_streamed
 
     def finalize(self, directory: Any) -> None:
         """Does nothing: orbax would merge the files of all processes here."""
+
+
+class _Order(transfer.SerializationStatusCallback):
+    """When orbax copies a leaf to the host."""
+
+    is_streamed = False
+
+    def key_priority(self, keypath: Any) -> transfer.TransferPriority:
+        """Before a save returns, or while it writes."""
+        if self.is_streamed:
+            return transfer.TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
+        return transfer.TransferPriority.SYNCHRONOUS
 
 
 def make_handler(leaves: LeafFolders) -> ocp.CompositeCheckpointHandler:
     """The handler of a whole checkpoint; `leaves` handles its `state`."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add("state", ocp.args.PyTreeSave, leaves)
-    registry.add("state", ocp.args.PyTreeRestore, leaves)
     for item in ("data", "meta"):
         json_handler = ocp.JsonCheckpointHandler()
         registry.add(item, ocp.args.JsonSave, json_handler)
@@ -41,20 +78,6 @@ def state_to_save(state: Any) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(state, save_args=save_args)
 
 
-def state_to_restore(abstract: Any, *, is_partial: bool = False) -> ocp.args.PyTreeRestore:
-    """What orbax needs to restore a state, placed as asked.
-
-    Args:
-        abstract: tree of jax.ShapeDtypeStruct with shardings.
-        is_partial: the checkpoint has other leaves too; they are not read.
-    """
-    return ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=is_partial,
-    )
-
-
 def is_os_error(error: Exception) -> bool:
     """Whether orbax raised `error` because the file system refused."""
     if isinstance(error, ValueError):
@@ -62,13 +85,17 @@ def is_os_error(error: Exception) -> bool:
     return isinstance(error, OSError)
 
 
-def silence_tracebacks() -> None:
-    """Drops the tracebacks that orbax logs, several times over, of an error that it then raises."""
+def silence() -> None:
+    """Drops what orbax logs and nobody needs.
+
+    That is the tracebacks, several times over, of an error that it then raises, and its warning
+    that a streamed save is one.
+    """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_no_traceback_of_orbax)
+        logging.getLogger(name).addFilter(_is_wanted)
 
 
-def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    if not record.exc_info:
-        return True
-    return "orbax" not in record.pathname + record.getMessage()
+def _is_wanted(record: logging.LogRecord) -> bool:
+    if record.exc_info:
+        return "orbax" not in record.pathname + record.getMessage()
+    return not record.getMessage().startswith(STREAMED_WARNING)

@@ -19,7 +19,9 @@ from jax.experimental import multihost_utils
 
 from jaxscale.checkpoint import handlers, manifest, matching, steps
 from jaxscale.checkpoint.changes import Changes, load_changed
+from jaxscale.checkpoint.loading import load
 from jaxscale.checkpoint.mirror import Mirror, MirrorConfig
+from jaxscale.checkpoint.native import PARAMS, NativeCheckpoint
 from jaxscale.checkpoint.writer import Writer
 from jaxscale.types import InputError, check_positive, check_types
 
@@ -222,14 +224,10 @@ class Checkpoints:
                 another model.
         """
         path = self._sound_path(step, lambda name: True)
-        saved = self._writer.leaves(path)
-        matching.check_leaves(saved, abstract_state, str(path), is_cast_allowed=False)
-        restored = self._writer.read(
-            path,
-            state=handlers.state_to_restore(abstract_state),
-            data=ocp.args.JsonRestore(),
-        )
-        return restored.state, restored.data
+        leaves = NativeCheckpoint(path).leaves()
+        matching.check_leaves(leaves, abstract_state, str(path), is_cast_allowed=False)
+        state = load(leaves, abstract_state, budget_bytes=BUDGET_BYTES)
+        return state, self._data_state(path)
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
         """Returns the parameters alone, placed as asked and cast where another dtype is asked.
@@ -244,10 +242,9 @@ class Checkpoints:
             InputError: as `restore`.
         """
         path = self._sound_path(step, manifest.is_for_params)
-        saved = self._writer.leaves(path)["params"]
-        matching.check_leaves(saved, abstract_params, str(path), is_cast_allowed=True)
-        wanted = handlers.state_to_restore({"params": abstract_params}, is_partial=True)
-        return self._writer.read(path, state=wanted).state["params"]
+        leaves = NativeCheckpoint(path).leaves(PARAMS)
+        matching.check_leaves(leaves, abstract_params, str(path), is_cast_allowed=True)
+        return load(leaves, abstract_params, budget_bytes=BUDGET_BYTES)
 
     def restore_changed(
         self, abstract_state: Any, changes: Changes, *, budget_bytes: int = BUDGET_BYTES
@@ -268,12 +265,12 @@ class Checkpoints:
         """
         path = self._sound_path(None, lambda name: True, is_changed=True)
         state = load_changed(path, abstract_state, changes, budget_bytes=budget_bytes)
-        return state, self._writer.read(path, data=ocp.args.JsonRestore()).data
+        return state, self._data_state(path)
 
     def data_state(self, step: int | None = None) -> dict[str, Any]:
         """Returns the loader's position alone; arguments and errors as `restore_params`."""
         path = self._sound_path(step, lambda name: name.startswith("data/"))
-        return self._writer.read(path, data=ocp.args.JsonRestore()).data
+        return self._data_state(path)
 
     def close(self) -> None:
         """Waits and releases the writer's threads."""
@@ -283,6 +280,9 @@ class Checkpoints:
             self._writer.close()
             if self._mirror is not None:
                 self._mirror.close()
+
+    def _data_state(self, path: pathlib.Path) -> dict[str, Any]:
+        return self._writer.read(path, data=ocp.args.JsonRestore()).data
 
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / str(step)

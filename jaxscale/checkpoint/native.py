@@ -15,6 +15,7 @@ from jaxscale.checkpoint.file_array import is_plain_name
 from jaxscale.types import InputError
 
 STATE = "state"
+PARAMS = "params/"  # what the paths of parameters begin with
 SEPARATOR = "/"
 FILE_SEPARATOR = "."
 COMPRESSOR = {"id": "zstd", "level": 1}
@@ -45,6 +46,8 @@ class NativeArray:
             raise InputError("checkpoint", str(folder), f"a sound leaf ({error})") from error
         self.shape: tuple[int, ...] = tuple(self._store.shape)
         self.dtype: np.dtype = self._store.dtype.numpy_dtype
+        # The sizes of the boxes in which it is stored, each of which is read as a whole.
+        self.chunk: tuple[int, ...] = tuple(self._store.chunk_layout.read_chunk.shape or ())
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Reads one box."""
@@ -113,9 +116,18 @@ class NativeCheckpoint:
             (empty.add if is_empty else self._paths.append)(SEPARATOR.join(names))
         self.form = TreeForm(frozenset(items), self._keys(), frozenset(empty))
 
-    def leaves(self) -> Mapping[str, NativeArray]:
-        """Each leaf of the state by its path; nothing of them is read."""
-        return {path: NativeArray(self._state / leaf_folder(path)) for path in self._paths}
+    def leaves(self, within: str = "") -> Mapping[str, NativeArray]:
+        """Each leaf by its path; nothing of them is read.
+
+        Args:
+            within: what the paths in the state begin with, which is left out.
+        """
+        found = {}
+        for path in self._paths:
+            if path.startswith(within):
+                folder = self._state / leaf_folder(path)
+                found[path.removeprefix(within)] = NativeArray(folder)
+        return found
 
     def _keys(self) -> dict[str, str]:
         folders = {leaf_folder(path): path for path in self._paths}

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 
 from jaxscale.checkpoint import handlers
 from jaxscale.types import InputError
@@ -39,7 +38,7 @@ class Writer:
         is_async: bool,
         use_snapshot: bool | None,
     ):
-        handlers.silence_tracebacks()
+        handlers.silence()
         self._is_async = is_async
         self._use_snapshot = use_snapshot
         self._leaves = handlers.LeafFolders()
@@ -57,14 +56,15 @@ class Writer:
         """Starts writing a step; the state may be donated as soon as this returns."""
         arguments = {name: ocp.args.JsonSave(item) for name, item in items.items()}
 
-        def write(state: Any) -> None:
+        def write(state: Any, *, is_streamed: bool) -> None:
+            self._leaves.set_streamed(is_streamed)
             args = ocp.args.Composite(state=handlers.state_to_save(state), **arguments)
             self._checkpointer.save(path, args=args)
 
         if self._is_async and self._takes_snapshot(state):
-            self._copying = self._thread.submit(write, _snapshot(state))
+            self._copying = self._thread.submit(write, _snapshot(state), is_streamed=True)
             return
-        write(state)
+        write(state, is_streamed=False)
 
     def wait(self) -> None:
         """Returns once the last step is committed; raises what went wrong with it."""
@@ -82,10 +82,6 @@ class Writer:
     def read(self, path: pathlib.Path, **items: Any) -> Any:
         """The items of a step, as the arguments of orbax ask for them."""
         return self._checkpointer.restore(path, args=ocp.args.Composite(**items))
-
-    def leaves(self, path: pathlib.Path) -> Any:
-        """The tree of a step's state as metadata of its arrays."""
-        return self._leaves.metadata(epath.Path(path) / "state").tree
 
     def close(self) -> None:
         """Releases the threads."""

@@ -1,0 +1,85 @@
+"""Seconds and peak host memory of what runs within, for the benchmarks of checkpoints."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+NUM_STEPS, SAVED_AT = 24, 3
+
+
+def stall(name: str, step: Callable, save: Callable) -> None:
+    """Prints what a save before one of several steps costs them, beside as many without one.
+
+    Args:
+        name: of what saves.
+        step: does one step and waits for it.
+        save: starts a save.
+    """
+    usual = float(np.median(_run(step)))
+    calls: list[float] = []
+
+    def timed():
+        began = time.perf_counter()
+        save()
+        calls.append(time.perf_counter() - began)
+
+    lost = [1e3 * (seconds - usual) for seconds in _run(step, timed)[SAVED_AT:]]
+    print(
+        f"{name:<46} call {1e3 * calls[0]:.1f} ms, its step {lost[0]:+.1f} ms, worst after it "
+        f"{max(lost[1:]):+.1f} ms, all {sum(lost):+.1f} ms (step {1e3 * usual:.1f} ms)",
+        flush=True,
+    )
+
+
+def _run(step: Callable, save: Callable = lambda: None) -> list[float]:
+    seconds = []
+    for number in range(NUM_STEPS):
+        began = time.perf_counter()
+        if number == SAVED_AT:
+            save()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+class Meter:
+    """Seconds and the largest resident memory of what runs within."""
+
+    def __enter__(self):
+        self._is_done = threading.Event()
+        self.rest = self.peak = resident()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds = time.perf_counter() - self._began
+        self._is_done.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._is_done.wait(0.005):
+            self.peak = max(self.peak, resident())
+
+
+def resident() -> float:
+    """GiB of this process in memory, without files that are mapped."""
+    sizes = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, size = line.partition(":")
+        sizes[name] = size
+    own = [int(sizes[name].split()[0]) for name in ("RssAnon", "RssShmem") if name in sizes]
+    return sum(own or [int(sizes["VmRSS"].split()[0])]) / 2**20
+
+
+@contextlib.contextmanager
+def measured(name: str):
+    with Meter() as meter:
+        yield meter
+    memory = f"host +{meter.peak - meter.rest:6.2f} GiB over {meter.rest:5.2f}"
+    print(f"{name:<46} {meter.seconds:8.3f} s   {memory}", flush=True)

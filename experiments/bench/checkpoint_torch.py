@@ -1,0 +1,82 @@
+"""torch's distributed checkpoint of a state as large as that of `checkpoint.py`, on one device.
+
+    python experiments/bench/checkpoint_torch.py --directory /tmp/bench --layers 16
+
+The tensors are those of the Llama shape of experiments/configs/models/llama_1b.gin, three times:
+weights and two moments in float32. One process, gloo; memory is that of a process at rest.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from checkpoint_meter import measured, stall
+
+DIM, FFN, VOCAB, KEYS, WIDTH = 2048, 8192, 32064, 1024, 4096
+
+
+def draw(layers: int, dim: int, device: str) -> dict:
+    scale = dim / DIM
+    ffn, keys = int(FFN * scale), int(KEYS * scale)
+    shapes = {"q": (dim, dim), "k": (keys, dim), "v": (keys, dim), "o": (dim, dim)}
+    shapes |= {"gate": (ffn, dim), "up": (ffn, dim), "down": (dim, ffn)}
+    names = {f"{n}.{name}": shape for n in range(layers) for name, shape in shapes.items()}
+    names |= {"embed": (VOCAB, dim), "head": (VOCAB, dim)}
+    return {
+        f"{kind}.{name}": torch.randn(shape, device=device)
+        for kind in ("params", "mu", "nu")
+        for name, shape in names.items()
+    }
+
+
+def make_step(state: dict, work: int) -> Callable[[], None]:
+    """Matmuls and an update in place of the whole state."""
+    tensors = list(state.values())
+    matrix = torch.ones(WIDTH, WIDTH, dtype=torch.bfloat16, device=tensors[0].device)
+
+    def step() -> None:
+        result = matrix
+        for _ in range(work):
+            result = torch.tanh(result @ matrix) * 0.01
+        torch._foreach_mul_(tensors, 1.0)
+        result.sum().item()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--dim", type=int, default=DIM)
+    parser.add_argument("--work", type=int, default=0)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    state = draw(options.layers, options.dim, "cuda" if torch.cuda.is_available() else "cpu")
+    print(f"torch: {sum(t.nbytes for t in state.values()) / 1e9:.2f} GB in {len(state)} tensors")
+    step = make_step(state, options.work)
+    saves = []
+    shutil.rmtree(options.directory, ignore_errors=True)
+
+    def save() -> None:
+        saves.append(dcp.async_save(state, checkpoint_id=options.directory))
+
+    with measured("  torch, async_save: until committed"):
+        stall("torch, async_save", step, save)
+        saves[0].result()
+    with measured("torch, load"):
+        dcp.load(state, checkpoint_id=options.directory)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
