@@ -18,6 +18,7 @@ from jaxscale.types import InputError, RunError
 
 Copies = Literal["equal", "mean"]
 Interval = tuple[int, int]
+Box = tuple[slice, ...]  # a slice with start and stop for each dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int,
     return tuple(max(size, 1) for size in chunk)
 
 
-def pieces_of(array: LazyArray, limit: int) -> tuple[int, ...]:
+def piece_sizes(array: LazyArray, limit: int) -> tuple[int, ...]:
     """The sizes of the boxes of at most `limit` bytes in which an array is read.
 
     They are made of whole chunks where the array is stored in chunks that fit, so that none is read
@@ -194,6 +195,37 @@ def boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slic
     for size, step in zip(shape, chunk):
         ranges.append([slice(at, min(at + step, size)) for at in range(0, size, step)])
     return itertools.product(*ranges)
+
+
+def overlap(box: Box, other: Box) -> Box:
+    """What two boxes share; see `is_empty`."""
+    shared = []
+    for one, two in zip(box, other):
+        shared.append(slice(max(one.start, two.start), min(one.stop, two.stop)))
+    return tuple(shared)
+
+
+def hull(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of them."""
+    spans = []
+    for parts in zip(*boxes):
+        first = min(part.start for part in parts)
+        last = max(part.stop for part in parts)
+        spans.append(slice(first, last))
+    return tuple(spans)
+
+
+def relative(box: Box, within: Box) -> Box:
+    """A box as it lies in one that holds it."""
+    moved = []
+    for part, outer in zip(box, within):
+        moved.append(slice(part.start - outer.start, part.stop - outer.start))
+    return tuple(moved)
+
+
+def is_empty(box: Box) -> bool:
+    """Whether a box has no element."""
+    return any(part.start >= part.stop for part in box)
 
 
 def write_rows(file: BinaryIO, array: LazyArray, piece_bytes: int) -> None:

@@ -6,15 +6,26 @@ There is no save and load between: a source may as well be arrays of another mes
 import collections
 import concurrent.futures
 import functools
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxscale import tree
-from jaxscale.checkpoint.boxes import box_of, boxes, pieces_of
+from jaxscale.checkpoint.boxes import (
+    Box,
+    box_of,
+    boxes,
+    hull,
+    is_empty,
+    overlap,
+    piece_sizes,
+    relative,
+)
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.types import InputError
 
@@ -22,7 +33,8 @@ from jaxscale.types import InputError
 # one on its way, its copy in the wanted type and the transfer's.
 NUM_AHEAD = 3
 MAX_PIECES = NUM_AHEAD + 3
-Box = tuple[slice, ...]
+_Piece = tuple["_Target", Box, np.ndarray]
+_Place = tuple["_Share", SingleDeviceSharding]
 
 
 def load(leaves: Mapping[str, LazyArray], abstract: Any, *, budget_bytes: int) -> Any:
@@ -53,14 +65,15 @@ def load(leaves: Mapping[str, LazyArray], abstract: Any, *, budget_bytes: int) -
 def _read_ahead(
     targets: Iterable["_Target"],
     piece_bytes: int,
-) -> Iterator[tuple["_Target", Box, np.ndarray]]:
+) -> Iterator[_Piece]:
     """The pieces of all leaves in their order, each read once; the next are under way meanwhile."""
     waiting: collections.deque = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(NUM_AHEAD) as pool:
         try:
             for target in targets:
                 for box in target.pieces(piece_bytes):
-                    waiting.append((target, box, pool.submit(target.read, box)))
+                    reading = pool.submit(target.read, box)
+                    waiting.append((target, box, reading))
                     if len(waiting) > NUM_AHEAD:
                         yield _first(waiting)
             while waiting:
@@ -70,7 +83,7 @@ def _read_ahead(
                 reading.cancel()
 
 
-def _first(waiting: collections.deque) -> tuple["_Target", Box, np.ndarray]:
+def _first(waiting: collections.deque) -> _Piece:
     target, box, reading = waiting.popleft()
     return target, box, reading.result()
 
@@ -81,59 +94,58 @@ class _Target:
     def __init__(self, path: str, array: LazyArray, wanted: jax.ShapeDtypeStruct):
         self._array = array
         self._is_key = jax.dtypes.issubdtype(wanted.dtype, jax.dtypes.prng_key)
-        if self._is_key:
-            words = jax.eval_shape(jax.random.key_data, wanted)
-            wanted = jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=wanted.sharding)
-        if tuple(array.shape) != tuple(wanted.shape):
-            raise InputError(path, tuple(array.shape), f"shape {tuple(wanted.shape)}")
-        self._wanted = wanted
+        self._wanted = _words(wanted) if self._is_key else wanted
+        shape = self._wanted.shape
+        if tuple(array.shape) != shape:
+            raise InputError(path, tuple(array.shape), f"shape {shape}")
         self._shares: dict[Any, _Share] = {}
-        self._places = []
-        kind = wanted.sharding.memory_kind
-        own = wanted.sharding.addressable_devices_indices_map(wanted.shape)
-        for device, index in own.items():
-            place = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
-            corner, sizes = box_of(index, wanted.shape)
-            key = (corner, sizes)
-            if key not in self._shares:
-                self._shares[key] = _Share(corner, sizes, place, wanted.dtype)
-            self._places.append((key, place))
+        self._places: list[_Place] = []
+        sharding = self._wanted.sharding
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+            corner_and_sizes = box_of(index, shape)
+            first = _Share(corner_and_sizes, place, self._wanted.dtype)
+            share = self._shares.setdefault(corner_and_sizes, first)
+            self._places.append((share, place))
 
     def pieces(self, piece_bytes: int) -> Iterator[Box]:
         """Boxes that together are what the shares need, of at most so many bytes."""
-        array, shares = self._array, list(self._shares.values())
         # Another process reads what only its devices hold.
-        bounds = []
-        for spans in zip(*(share.spans for share in shares)):
-            bounds.append((min(a for a, _ in spans), max(b for _, b in spans)))
-        for box in boxes(tuple(array.shape), pieces_of(array, piece_bytes)):
-            clipped = _overlap(box, bounds)
-            if any(_meets(clipped, share.spans) for share in shares):
-                yield clipped
+        own = hull([share.box for share in self._shares.values()])
+        sizes = piece_sizes(self._array, piece_bytes)
+        for box in boxes(tuple(self._array.shape), sizes):
+            piece = overlap(box, own)
+            if self._meeting(piece):
+                yield piece
 
-    def read(self, box: Box) -> np.ndarray:
+    def read(self, piece: Box) -> np.ndarray:
         """The values of a box, in the type that is wanted."""
-        return np.asarray(self._array[box]).astype(self._wanted.dtype, copy=False)
+        values = np.asarray(self._array[piece])
+        return values.astype(self._wanted.dtype, copy=False)
 
-    def write(self, box: Box, values: np.ndarray) -> None:
+    def write(self, piece: Box, values: np.ndarray) -> None:
         """Puts a piece where it belongs, and waits for that: no second one waits in memory."""
-        meeting = [share for share in self._shares.values() if _meets(box, share.spans)]
+        meeting = self._meeting(piece)
         for share in meeting:
-            own = _overlap(box, share.spans)
-            within = [slice(a.start - b.start, a.stop - b.start) for a, b in zip(own, box)]
-            share.write(values[tuple(within)], [part.start for part in own])
+            own = overlap(piece, share.box)
+            share.write(values[relative(own, piece)], own)
         jax.block_until_ready([share.values for share in meeting])
 
     def assembled(self) -> jax.Array:
         """The array, once all is written."""
         # Replicas are copied from the device that has read, not read again.
-        parts = [jax.device_put(self._shares[key].whole(), place) for key, place in self._places]
+        parts = [jax.device_put(share.whole(), place) for share, place in self._places]
         array = jax.make_array_from_single_device_arrays(
             self._wanted.shape,
             self._wanted.sharding,
             parts,
         )
-        return jax.random.wrap_key_data(array) if self._is_key else array
+        if self._is_key:
+            return jax.random.wrap_key_data(array)
+        return array
+
+    def _meeting(self, piece: Box) -> list["_Share"]:
+        return [share for share in self._shares.values() if not is_empty(overlap(piece, share.box))]
 
 
 class _Share:
@@ -141,27 +153,27 @@ class _Share:
 
     def __init__(
         self,
-        corner: tuple[int, ...],
-        sizes: tuple[int, ...],
-        place: jax.sharding.SingleDeviceSharding,
+        corner_and_sizes: tuple[tuple[int, ...], tuple[int, ...]],
+        place: SingleDeviceSharding,
         dtype: Any,
     ):
-        self.spans = [(start, start + size) for start, size in zip(corner, sizes)]
+        corner, self._sizes = corner_and_sizes
+        ends = map(operator.add, corner, self._sizes)
+        self.box = tuple(map(slice, corner, ends))
         self.values: jax.Array | None = None
-        self._sizes = sizes
         self._place = place
         self._dtype = dtype
 
-    def write(self, piece: np.ndarray, first: list[int]) -> None:
-        """Takes a piece of its own whose first element in the array is `first`."""
+    def write(self, values: np.ndarray, box: Box) -> None:
+        """Takes the values of a box within its own."""
         # A copy: the source may go on to change what it has given.
-        piece = jax.device_put(piece, self._place, may_alias=False)
-        if piece.shape == self._sizes:
+        piece = jax.device_put(values, self._place, may_alias=False)
+        if box == self.box:
             self.values = piece
             return
         if self.values is None:
             self.values = self._zeros()
-        offsets = tuple(at - start for at, (start, _) in zip(first, self.spans))
+        offsets = [part.start for part in relative(box, self.box)]
         self.values = _writer(self._place)(self.values, piece, offsets)
 
     def whole(self) -> jax.Array:
@@ -174,14 +186,20 @@ class _Share:
 
 
 @functools.cache
-def _writer(place: jax.sharding.SingleDeviceSharding) -> Any:
+def _writer(place: SingleDeviceSharding) -> Any:
     """A program that writes a piece into a share where it lies."""
-    return jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0, out_shardings=place)
+    return jax.jit(
+        jax.lax.dynamic_update_slice,
+        donate_argnums=0,
+        out_shardings=place,
+    )
 
 
-def _overlap(box: Box, spans: Iterable[tuple[int, int]]) -> Box:
-    return tuple(slice(max(part.start, a), min(part.stop, b)) for part, (a, b) in zip(box, spans))
-
-
-def _meets(box: Box, spans: Iterable[tuple[int, int]]) -> bool:
-    return all(part.start < part.stop for part in _overlap(box, spans))
+def _words(key: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What is stored of a key of JAX's own type."""
+    words = jax.eval_shape(jax.random.key_data, key)
+    return jax.ShapeDtypeStruct(
+        words.shape,
+        words.dtype,
+        sharding=key.sharding,
+    )

@@ -50,6 +50,25 @@ def test_a_share_larger_than_the_budget_is_read_in_pieces_and_replicas_once():
     assert sum(whole.reads) == whole.whole.nbytes, "replicas were read anew"
 
 
+def test_stored_chunks_are_read_once_and_whole():
+    whole = Recorded(np.random.default_rng(0).normal(size=(4, 16, 8)).astype(np.float32))
+    whole.chunk = (2, 4, 8)
+    sharding = NamedSharding(mesh_of(2, 4), PartitionSpec(None, None, "tensor"))
+    wanted = {"w": jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=sharding)}
+    got = load({"w": whole}, wanted, budget_bytes=6 * 512)["w"]
+    np.testing.assert_array_equal(np.asarray(got), whole.whole)
+    assert whole.reads == [2 * 8 * 8 * 4] * 4
+
+
+def test_what_is_loaded_stays_when_the_source_changes():
+    source = np.ones((16, 16), np.float32)
+    sharding = NamedSharding(mesh_of(1, 1), PartitionSpec())
+    wanted = {"w": jax.ShapeDtypeStruct(source.shape, source.dtype, sharding=sharding)}
+    got = load({"w": source}, wanted, budget_bytes=1 << 20)["w"]
+    source[:] = 2
+    np.testing.assert_array_equal(np.asarray(got), np.ones((16, 16)))
+
+
 def test_arrays_of_another_mesh_are_handed_over_without_a_disk(saved_run):
     _, states = saved_run
     trained = jax.device_put(states[1]["params"], abstract_shardings(states[1], mesh_of(4, 2)))
