@@ -14,7 +14,7 @@ from jaxscale.models.config import LayerConfig, ModelConfig
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.joined import joined
 from jaxscale.models.layers import Layer, normalise
-from jaxscale.models.lora import merged
+from jaxscale.models.lora import adapted
 from jaxscale.models.moe import RouterSums, no_router, router_sums
 from jaxscale.models.parameters import in_order_of_use, parameter_table
 from jaxscale.models.quantised import dequantised
@@ -286,7 +286,6 @@ class Decoder:
         Every forward converts what is not yet in the compute type, so that it computes the same.
         """
         ready = {name: self.to_compute(name, part) for name, part in params.items()}
-        ready = merged(ready, self.config.lora)
         if self.config.use_learned_positions:
             ready["embedding"] = params["embedding"]  # both vectors are added in their own type
         if not self.execution.is_scanned:
@@ -319,8 +318,8 @@ class Decoder:
     ) -> tuple[Array, Any, RouterSums]:
         """One layer: residual [B, own T, D], cache and its router's sums."""
         operations = self._named(section)
-        params = merged(self._use(section, params), self.config.lora)
-        params = dequantised(params, self.policy.compute)
+        params = dequantised(self._use(section, params), self.policy.compute)
+        params = adapted(params, self.config.lora)
         layer = Layer(params, config, self.config.norm, operations)
         run = self.execution.strategy
         x, cache, choices = run(layer, x, tokens.context, cache, tokens.draws)

@@ -17,7 +17,7 @@ from jaxscale.ops.activation import activate
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import Draws
-from jaxscale.ops.linear import Joined, linear, linear_joined
+from jaxscale.ops.linear import Weights, linear, linear_heads, linear_joined, map_outputs
 from jaxscale.ops.norm import layer_norm, residual_norm, rms_norm
 from jaxscale.ops.precision import accumulator
 from jaxscale.ops.rotary import rotate
@@ -126,14 +126,15 @@ class Layer:
         """
         params, config = self.params["attention"], self.config.attention
 
-        def kv_heads(weights: Array, axis: int) -> Array:
+        def kv_heads(weights: Weights, axis: int) -> Weights:
             local_heads = self.operations.collectives.kv_heads
-            return local_heads(weights, axis, config.num_kv_heads)
+            return map_outputs(lambda w: local_heads(w, axis, config.num_kv_heads), weights)
 
-        if "qkv" not in params:
+        if "qkv" in params:
+            q, k, v = linear_joined(h, params["qkv"])
+        else:
             weights = [params["q"], kv_heads(params["k"], 1), kv_heads(params["v"], 1)]
-            params = params | {"qkv": Joined.of(weights)}
-        q, k, v = linear_joined(h, params["qkv"])
+            q, k, v = linear_heads(h, weights)
         if "q" in config.biases:
             q = q + params["q_bias"]
         if "k" in config.biases:

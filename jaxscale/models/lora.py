@@ -1,10 +1,7 @@
-"""Low-rank adapters: made beside a trained model, and merged into its matrices.
-
-A forward merges a layer's adapters into its matrices before it uses them. That costs r / T of the
-forward's matmuls with T tokens, and gradients of whole matrices, which are not kept.
-"""
+"""Low-rank adapters: made beside a trained model, used beside its matrices, merged for export."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +10,25 @@ import jax.numpy as jnp
 from jaxscale import tree
 from jaxscale.models.config import LoraConfig, ModelConfig
 from jaxscale.models.parameters import init_params, parameter_table
+from jaxscale.ops.linear import Adapted
 from jaxscale.types import Array, Params
 
 ADAPTER = "_lora"
 TRAINABLE = rf".*{ADAPTER}/[ab]"  # paths of adapters, for `TrainConfig.trainable`
+
+
+def adapted(params: Params, lora: LoraConfig | None) -> Params:
+    """A layer's tree in which each matrix with an adapter is an `Adapted`, as forwards use it.
+
+    Args:
+        params: the tree of one layer.
+        lora: of the model; None returns the tree.
+    """
+
+    def one(matrix: Array, adapter: Params) -> Adapted:
+        return Adapted(matrix, adapter["a"], adapter["b"], lora.scale)
+
+    return params if lora is None else _joined(params, one)
 
 
 def merged(params: Params, lora: LoraConfig | None) -> Params:
@@ -26,26 +38,28 @@ def merged(params: Params, lora: LoraConfig | None) -> Params:
         params: the tree of a model or of a part, of one layer or stacked.
         lora: of the model; None returns the tree.
     """
-    if lora is None:
-        return params
-    if isinstance(params, tuple):
-        return tuple(merged(part, lora) for part in params)
+
+    def one(matrix: Array, adapter: Params) -> Array:
+        return matrix + lora.scale * _product(adapter["a"], adapter["b"], matrix)
+
+    return params if lora is None else _joined(params, one)
+
+
+def _joined(params: Params, one: Callable[[Array, Params], Any]) -> Params:
+    """The tree with one(matrix, adapter) for each matrix that has an adapter beside it."""
     found = {}
     for name, part in params.items():
         if name.endswith(ADAPTER):
             continue
-        if isinstance(part, dict):
-            found[name] = merged(part, lora)
-        elif adapter := params.get(f"{name}{ADAPTER}"):
-            found[name] = part + lora.scale * _product(adapter, part)
+        if adapter := params.get(f"{name}{ADAPTER}"):
+            found[name] = one(part, adapter)
         else:
-            found[name] = part
+            found[name] = _joined(part, one) if isinstance(part, dict) else part
     return found
 
 
-def _product(adapter: Params, matrix: Array) -> Array:
+def _product(a: Array, b: Array, matrix: Array) -> Array:
     """a b in the shape and type of the matrix; its inputs are in `a`, its outputs in `b`."""
-    a, b = adapter["a"], adapter["b"]
     # A stack of layers adds a leading dim to both.
     is_stacked = a.ndim + b.ndim - 2 > matrix.ndim
 

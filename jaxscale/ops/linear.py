@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,31 @@ from jax import lax
 from jaxscale.types import Array
 
 
-def linear(equation: str, x: Array, weights: Array) -> Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A matrix W with a low-rank adapter, for x W + s (x a) b.
+
+    The sum W + s a b is not made: in bfloat16 what the adapter adds below W / 512 would be lost.
+
+    Source: Hu et al. 2021, LoRA (arXiv 2106.09685), equation 3, whose B A is a b here.
+    Args:
+        matrix: W, [inputs, outputs]; both may be several dims.
+        a: [inputs, R].
+        b: [R, outputs].
+        scale: s, alpha / r.
+    """
+
+    matrix: Array
+    a: Array
+    b: Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+
+Weights = Array | Adapted
+
+
+def linear(equation: str, x: Array, weights: Weights) -> Array:
     """The product of activations and weights.
 
     Args:
@@ -22,7 +46,31 @@ def linear(equation: str, x: Array, weights: Array) -> Array:
     Returns:
         Of the type of `x`.
     """
-    return jnp.einsum(equation, x, weights)
+    if not isinstance(weights, Adapted):
+        return jnp.einsum(equation, x, weights)
+    y = jnp.einsum(equation, x, weights.matrix)
+    return y + _low_rank(equation, x, weights)
+
+
+def _low_rank(equation: str, x: Array, weights: Adapted) -> Array:
+    """s (x a) b, whose dims are those of the equation, "r" between the two."""
+    operands, result = equation.split("->")
+    of_x, of_weights = operands.split(",")
+    inputs = "".join(dim for dim in of_weights if dim not in result)
+    outputs = "".join(dim for dim in of_weights if dim in result)
+    kept = "".join(dim for dim in of_x if dim not in inputs)
+    down = f"{of_x},{inputs}r->{kept}r"
+    up = f"{kept}r,r{outputs}->{result}"
+    h = jnp.einsum(down, x, weights.a)
+    return jnp.einsum(up, h * weights.scale, weights.b)
+
+
+def map_outputs(f: Callable[[Array], Array], weights: Weights) -> Weights:
+    """The weights with `f` applied to whatever has the dims of the outputs."""
+    if not isinstance(weights, Adapted):
+        return f(weights)
+    matrix, b = f(weights.matrix), f(weights.b)
+    return dataclasses.replace(weights, matrix=matrix, b=b)
 
 
 @functools.partial(
@@ -63,3 +111,20 @@ def linear_joined(x: Array, joined: Joined) -> list[Array]:
     outputs = lax.split(y, [math.prod(shape) for shape in joined.shapes], axis=2)
     pairs = zip(outputs, joined.shapes, strict=True)
     return [each.reshape(*each.shape[:2], *shape) for each, shape in pairs]
+
+
+def linear_heads(x: Array, weights: Sequence[Weights]) -> list[Array]:
+    """Projections of one input to the heads of several outputs, in one matmul but for adapters.
+
+    Args:
+        x: [B, T, D].
+        weights: [D, heads, H] each.
+    Returns:
+        [B, T, heads, H] each.
+    """
+    matrices = [w.matrix if isinstance(w, Adapted) else w for w in weights]
+    outputs = linear_joined(x, Joined.of(matrices))
+    for place, each in enumerate(weights):
+        if isinstance(each, Adapted):
+            outputs[place] += _low_rank("btd,dnh->btnh", x, each)
+    return outputs
