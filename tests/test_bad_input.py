@@ -369,6 +369,13 @@ def test_other_data_than_the_run_was_begun_with(shared, root, capsys):
     assert "DataConfig.seed: given 1, expected 0" in refused(capsys, root, "data.seed=1")
 
 
+def test_a_history_that_is_no_text(shared, root, capsys):
+    shutil.copytree(shared / "run", root / "run")
+    (root / "run" / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
+    message = refused(capsys, root, "train.steps=3")
+    assert "metrics.jsonl', expected a history of figures, as text" in message
+
+
 def test_an_unwritable_directory(root, capsys):
     (root / "run").write_text("a file where the folder should be")
     message = refused(capsys, root)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxscale
-from jaxscale import cli
+from jaxscale import cli, verbs
 
 ROOT = Path(__file__).resolve().parents[1]
 VERB = """
@@ -53,9 +53,9 @@ def gin_file(tmp_path, monkeypatch):
     (tmp_path / "stub_verb.py").write_text(VERB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "stub_verb", raising=False)
-    monkeypatch.setitem(cli.VERBS, "pretrain", cli.Verb("stub_verb:verb", "train"))
+    monkeypatch.setitem(cli.VERBS, "pretrain", verbs.Verb("stub_verb:verb", "train"))
     option = ("topology", "MACHINE:HOSTSxGPUS_PER_HOST")
-    describe = cli.Verb("stub_verb:describe", "compile", option=option)
+    describe = verbs.Verb("stub_verb:describe", "compile", option=option)
     monkeypatch.setitem(cli.VERBS, "compile", describe)
     file = tmp_path / "a.gin"
     file.write_text(
@@ -196,7 +196,7 @@ def test_help_has_examples(arguments, capsys):
 
 
 def test_the_files_that_help_names_exist():
-    named = re.findall(r"experiments/configs/\S+\.gin", cli.EXAMPLES)
+    named = re.findall(r"experiments/configs/\S+\.gin", verbs.EXAMPLES)
     assert named and all((ROOT / name).is_file() for name in named), named
 
 

@@ -23,6 +23,7 @@ RANKS = {
     "overrides": 1,
     "renamed": 1,
     "types": 1,
+    "verbs": 1,
     "tree": 1,
     "ops": 2,
     "data": 2,

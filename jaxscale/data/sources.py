@@ -198,7 +198,12 @@ class JsonLinesSource:
 class ParquetSource:
     """One document per row of Parquet files; needs the extra `data`.
 
-    Args as in JsonLinesSource, with columns in place of fields.
+    Args:
+        paths: files and folders.
+        patterns: which files of a folder count.
+        text_column: the column that holds the text.
+        key_column: the column that holds the document's key, another one in each row; without one
+            the key is `file:row`.
     """
 
     paths: tuple[str, ...]

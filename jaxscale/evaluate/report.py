@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from jaxscale.data.loader import DataConfig
 from jaxscale.evaluate.ngram import NgramFigures, ngram_figures
-from jaxscale.train.metrics import expert_use, read_history
+from jaxscale.train.metrics import HISTORY, expert_use, read_history
 from jaxscale.types import RunError
 
 SMOOTHING_STEPS = 11
@@ -29,7 +29,7 @@ def plot_run(directory: Path, *, held_out: str) -> None:
             is a resume.
         held_out: key of the held-out loss in `metrics.jsonl`, in nats per token.
     """
-    metrics, picture = directory / "metrics.jsonl", directory / "loss.png"
+    metrics, picture = directory / HISTORY, directory / "loss.png"
     starts = (directory / "starts.jsonl").read_text().splitlines()
     resumes = [json.loads(line)["step"] for line in starts[1:]]
     history = read_history(metrics)
@@ -52,7 +52,7 @@ def compare_with_ngrams(directory: Path, data: DataConfig, *, margin: float) -> 
         RunError: the model is not below the bigram by the margin, or an expert got no token in the
             last step.
     """
-    history = read_history(directory / "metrics.jsonl")
+    history = read_history(directory / HISTORY)
     ngrams = ngram_figures(data)
     bits = _last(history, "held_out/bits_per_byte")
     bits = math.nan if bits is None else bits
@@ -107,8 +107,8 @@ def plot_losses(
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    _plot_training(axes, _curve(history, "nll"))
-    evaluations = _curve(history, held_out)
+    _plot_training(axes, curve(history, "nll"))
+    evaluations = curve(history, held_out)
     if evaluations.size:
         axes.plot(
             *evaluations.T,
@@ -142,7 +142,7 @@ def plot_losses(
     figure.savefig(path, dpi=120)
 
 
-def _curve(history: Lines, key: str) -> np.ndarray:
+def curve(history: Lines, key: str) -> np.ndarray:
     """[n, 2]: step and figure of each line that has the figure, NaN where it is null."""
     points = [(line["step"], line[key]) for line in history if key in line]
     return np.array(points, float)
@@ -153,10 +153,10 @@ def _plot_training(axes: Axes, curve: np.ndarray) -> None:
     steps, losses = curve.T
     axes.plot(steps, losses, color="#9dbad5", linewidth=0.8, label="training, each step")
     label = f"training, mean of the {SMOOTHING_STEPS} around"
-    axes.plot(steps, _running_mean(losses), color="#1f5a92", label=label)
+    axes.plot(steps, running_mean(losses), color="#1f5a92", label=label)
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """The mean of the values around each, at most SMOOTHING_STEPS together.
 
     A mean of those before it would trail, and the held-out loss seem to lie below a falling curve.

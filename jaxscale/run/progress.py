@@ -12,7 +12,7 @@ from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.mesh import AXES
 from jaxscale.run.run import Run
 from jaxscale.train.loop import Outcome
-from jaxscale.train.metrics import read_history
+from jaxscale.train.metrics import HISTORY, read_history
 from jaxscale.train.reporters import texts
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def say_what_came(run: Run, outcome: Outcome, seconds: float) -> None:
         return
     time = datetime.timedelta(seconds=round(seconds))
     text = f"step {outcome.step} of {run.train.steps} after {time}"
-    history = read_history(run.path / "metrics.jsonl")
+    history = read_history(run.path / HISTORY)
     losses = [line["loss"] for line in history if "loss" in line]
     if losses and losses[-1] is not None:
         text += f", loss {losses[-1]:.4g}"

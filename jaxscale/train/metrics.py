@@ -36,6 +36,9 @@ PEAK_FLOPS = {
 }
 
 
+HISTORY = "metrics.jsonl"  # in a run's directory
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raises InputError where the block could not write to `path`, such as on a full disk."""
@@ -59,11 +62,7 @@ class History:
 
     def __init__(self, path: Path, step: int):
         self._path = path
-        kept = (
-            [line for line in path.read_text().splitlines() if _step(line) <= step]
-            if path.exists()
-            else []
-        )
+        kept = [line for line in history_lines(path) if _step(line) <= step]
         with writing(path):
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept))
@@ -100,10 +99,22 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     """The lines of a history in order, none if there is no file.
 
     A last line that a kill cut short is left out.
+
+    Raises:
+        InputError: the file is no text.
     """
+    return [json.loads(line) for line in history_lines(path) if _step(line) < np.inf]
+
+
+def history_lines(path: Path) -> list[str]:
+    """The lines of a history as they are; Raises as `read_history`."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if _step(line) < np.inf]
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        expected = f"a history of figures, as text in UTF-8 ({error.reason})"
+        raise InputError("directory", str(path), expected) from error
 
 
 def _step(line: str) -> float:

@@ -19,7 +19,7 @@ from jaxscale.parallel.batch import place
 from jaxscale.train import diagnosis
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.loop import Loader, Loop, Outcome
-from jaxscale.train.metrics import History, Speed, peak_flops
+from jaxscale.train.metrics import HISTORY, History, Speed, history_lines, peak_flops
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.reporters import Reporter
 from jaxscale.train.run_directory import changes, check_new, write_start
@@ -90,6 +90,7 @@ def train(
         changed = []
     else:
         changed = changes(run)
+    history_lines(run / HISTORY)  # refuses what the history could not go on in
     check_fits("model", setup.resting())
     state = _restore_or_start(setup, checkpoints, loader, config, facts)
     for line in changed:
@@ -267,7 +268,7 @@ def _open_reporters(
     """Only the first process reports."""
     if jax.process_index() != 0:
         return []
-    history = History(directory / "metrics.jsonl", step)
+    history = History(directory / HISTORY, step)
     others = [reporter(directory, step) for reporter in wanted]
     return [history, *others, make_progress(steps, step)]
 

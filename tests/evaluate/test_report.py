@@ -70,6 +70,6 @@ def test_resumes_are_marked_and_the_first_start_is_not(make_run, monkeypatch):
 
 def test_the_mean_of_a_falling_curve_does_not_trail_it():
     falling = np.linspace(5.0, 3.0, 40)
-    np.testing.assert_allclose(report._running_mean(falling), falling)
+    np.testing.assert_allclose(report.running_mean(falling), falling)
     with_gap = np.where(np.arange(40) == 20, np.nan, 2.0)
-    np.testing.assert_allclose(report._running_mean(with_gap), 2.0)
+    np.testing.assert_allclose(report.running_mean(with_gap), 2.0)
