@@ -18,12 +18,12 @@ from jaxscale.models.lora import adapted
 from jaxscale.models.moe import RouterSums, no_router, router_sums
 from jaxscale.models.parameters import in_order_of_use, parameter_table
 from jaxscale.models.quantised import dequantised
-from jaxscale.models.unroll import periods_of, unrolled
+from jaxscale.models.unroll import periods_of, scanned_with_caches, unrolled
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.backends import Operations
 from jaxscale.ops.collectives import Collectives
 from jaxscale.ops.draws import EMBEDDING, Draws
-from jaxscale.ops.loss import Head
+from jaxscale.ops.loss import Head, loss_of_logits, unembed
 from jaxscale.ops.precision import Policy, cast
 from jaxscale.ops.rotary import document_lengths
 from jaxscale.types import Array, Batch, Params, Role
@@ -240,12 +240,12 @@ class Decoder:
         if not caches:
             x, (_, sums) = lax.scan(period, x, (params, {}, periods))
             return x, {}, sums
-        return self._scan_with_caches(period, x, params, caches, periods)
+        return scanned_with_caches(period, x, params, caches, periods)
 
     def hidden(self, params: Params, x: Array) -> Array:
         """Final norm: residual [B, own T, D] to the unembedding's input [B, T, D]."""
         norm = self._use("final_norm", params["final_norm"])
-        h = normalise(norm, x, self.config.norm)
+        h = self._by_token(lambda x: normalise(norm, x, self.config.norm), x)
         if self.config.unembedding_scale != 1:
             h = h * self.config.unembedding_scale
         h = self.operations.collectives.gather_tokens(h)
@@ -260,7 +260,28 @@ class Decoder:
 
     def unembed(self, params: Params, h: Array) -> Array:
         """Logits [B, T, V] of h [B, T, D], in at least float32."""
-        return self.operations.backends.logits(h, self.head(params), self.config.logit_softcap)
+        head, softcap = self.head(params), self.config.logit_softcap
+        return self._by_token(lambda h: self.operations.backends.logits(h, head, softcap), h)
+
+    def token_loss(
+        self,
+        h: Array,
+        head: Array | Head,
+        labels: Array,
+    ) -> tuple[Array, Array]:
+        """`Backends.token_loss` of h [B, T, D] with labels [B, T]."""
+        softcap = self.config.logit_softcap
+        if not self.execution.is_batch_invariant:
+            return self.operations.backends.token_loss(h, head, labels, softcap)
+        # As serving does: the logits first, then their sums.
+        logits = self._by_token(lambda h: unembed(h, head, softcap), h)
+        return self._by_token(lambda pair: loss_of_logits(*pair), (logits, labels))
+
+    def _by_token(self, f: Callable, arrays: Any) -> Any:
+        """f of arrays [B, T, ...], which treats each token by itself."""
+        if self.execution.is_batch_invariant:
+            return self.execution.strategy.over_tiles(f, arrays)
+        return f(arrays)
 
     # Parameters
 
@@ -350,34 +371,6 @@ class Decoder:
             x, new[name], of_router = run(params[name], x, of_layer, caches.get(name))
             sums.append(of_router)
         return x, (new, sums)
-
-    def _scan_with_caches(
-        self,
-        period: Callable,
-        x: Array,
-        params: Params,
-        caches: Any,
-        periods: Periods,
-    ) -> tuple[Array, Any, list[RouterSums]]:
-        """The loop with its caches in the carry, which XLA updates in place.
-
-        As inputs and outputs of the loop they would be copied twice.
-        """
-
-        def step(carry: tuple[Array, Any], inputs: tuple[Params, Periods, Array]) -> tuple:
-            x, caches = carry
-            params, here, row = inputs
-            own = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, 0, False), caches)
-            x, (own, sums) = period(x, (params, own, here))
-
-            def put(leaf: Array, new: Array) -> Array:
-                return lax.dynamic_update_index_in_dim(leaf, new, row, 0)
-
-            return (x, jax.tree.map(put, caches, own)), sums
-
-        rows = jnp.arange(len(periods.number))
-        (x, caches), sums = lax.scan(step, (x, caches), (params, periods, rows))
-        return x, caches, sums
 
     def _named(self, section: str) -> Operations:
         """The operations, whose tensors' names begin with the section."""

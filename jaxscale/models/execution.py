@@ -1,6 +1,6 @@
-"""How layers are executed: looped or unrolled, whole or by chunks, and what is recomputed.
+"""How layers are executed: looped or unrolled, whole or by parts, and what is recomputed.
 
-No setting changes what is computed.
+No setting changes what is computed, but for the order of sums.
 """
 
 import dataclasses
@@ -15,9 +15,11 @@ from jax import lax
 
 from jaxscale.models.layers import Layer
 from jaxscale.models.moe import Choices
+from jaxscale.ops import moe
 from jaxscale.ops.attention import BACKENDS, KERNEL_OUTPUT, AttentionContext, attention
 from jaxscale.ops.backends import EXCHANGED, Backends, Operations
 from jaxscale.ops.draws import Draws
+from jaxscale.ops.tiles import over_tiles
 from jaxscale.types import Array, InputError, check_choice, check_positive, check_types
 
 NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
@@ -84,23 +86,7 @@ class ByChunk:
         draws: Draws | None,
     ) -> tuple[Array, Any, Choices | None]:
         """As `LayerStrategy`; for one device in a tensor group, so that own tokens are all."""
-
-        def project(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array]:
-            x, positions, lengths = chunk
-            _, h = layer.enter_attention(x)
-            return layer.qkv(h, positions, lengths)
-
-        def finish(chunk: tuple[Array, Array, Array | None]) -> tuple[Array, Choices | None]:
-            x, o, keys = chunk
-            x, h = layer.enter_attention(x)
-            drawn = None if keys is None else dataclasses.replace(draws, keys=keys)
-            return layer.finish(x, h, layer.output(o), drawn)
-
-        q, k, v = self._over_chunks(project, (x, context.positions, context.lengths))
-        o, cache = layer.attend(q, k, v, context, cache)
-        keys = None if draws is None else draws.keys
-        x, choices = self._over_chunks(finish, (x, o, keys))
-        return x, cache, choices
+        return _by_parts(self._over_chunks, layer, x, context, cache, draws)
 
     def _over_chunks(self, f: Callable, arrays: Any) -> Any:
         """f of each chunk of arrays [B, T, ...], joined again."""
@@ -121,6 +107,82 @@ class ByChunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchInvariant:
+    """Tokens in tiles of one size, so that a token's bits depend on its own sequence alone.
+
+    Training and serving both honour it, on one device or on data alone: the log-probabilities of a
+    sequence have the same bits in any batch, prompts split or not, from a cached prefix or not, and
+    in a training step. Weights are neither quantised nor adapted by request.
+
+    Source: He 2025, "Defeating nondeterminism in LLM inference" (Thinking Machines Lab).
+    Args:
+        num_rows: tokens of a tile; the same in training and in serving.
+        expert_rows: of an expert's tile.
+    """
+
+    num_rows: int = 256
+    expert_rows: int = 64
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("BatchInvariant.num_rows", self.num_rows)
+        check_positive("BatchInvariant.expert_rows", self.expert_rows)
+
+    def __call__(
+        self,
+        layer: Layer,
+        x: Array,
+        context: AttentionContext,
+        cache: Any,
+        draws: Draws | None,
+    ) -> tuple[Array, Any, Choices | None]:
+        """As `LayerStrategy`, with attention by the backend "invariant"."""
+        backends = layer.operations.backends
+        experts = functools.partial(moe.experts, tile=self.expert_rows)
+        operations = dataclasses.replace(
+            layer.operations, backends=dataclasses.replace(backends, experts=experts)
+        )
+        # Rounded weights are what is multiplied, also where they have just been converted.
+        params = lax.optimization_barrier(layer.params)
+        layer = dataclasses.replace(layer, params=params, operations=operations)
+        return _by_parts(self.over_tiles, layer, x, context, cache, draws)
+
+    def over_tiles(self, f: Callable, arrays: Any) -> Any:
+        """f of each tile of arrays [B, T, ...], recomputed in the backward."""
+        policy = jax.checkpoint_policies.save_only_these_names(ROUTER)
+        once = jax.checkpoint(f, policy=policy, prevent_cse=False)
+        return over_tiles(once, arrays, self.num_rows)
+
+
+def _by_parts(
+    over_parts: Callable,
+    layer: Layer,
+    x: Array,
+    context: AttentionContext,
+    cache: Any,
+    draws: Draws | None,
+) -> tuple[Array, Any, Choices | None]:
+    """A layer, all of it but attention by `over_parts(f, arrays)`; the rest as `LayerStrategy`."""
+
+    def project(part: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array]:
+        x, positions, lengths = part
+        _, h = layer.enter_attention(x)
+        return layer.qkv(h, positions, lengths)
+
+    def finish(part: tuple[Array, Array, Array | None]) -> tuple[Array, Choices | None]:
+        x, o, keys = part
+        x, h = layer.enter_attention(x)
+        drawn = None if keys is None else dataclasses.replace(draws, keys=keys)
+        return layer.finish(x, h, layer.output(o), drawn)
+
+    q, k, v = over_parts(project, (x, context.positions, context.lengths))
+    o, cache = layer.attend(q, k, v, context, cache)
+    keys = None if draws is None else draws.keys
+    x, choices = over_parts(finish, (x, o, keys))
+    return x, cache, choices
+
+
+@dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
     """How the layers are executed.
 
@@ -135,7 +197,7 @@ class ExecutionConfig:
         offloaded_names: of NAMES.
         num_loss_chunks: chunks of T, of which one has its logits in memory at a time.
         attention: a backend of `ops.attention`; None picks one and logs it.
-        strategy: `Whole()` or `ByChunk(num_chunks)`.
+        strategy: `Whole()`, `ByChunk(num_chunks)` or `BatchInvariant()`.
     """
 
     is_scanned: bool = True
@@ -155,6 +217,9 @@ class ExecutionConfig:
             name = self.strategy.__name__
             expected = f"a strategy: @{name}() with brackets builds it"
             raise InputError("ExecutionConfig.strategy", self.strategy, expected)
+        if self.is_batch_invariant and self.attention not in (None, "invariant"):
+            expected = 'None or "invariant" with the strategy BatchInvariant'
+            raise InputError("ExecutionConfig.attention", self.attention, expected)
         for field in ("saved_names", "offloaded_names"):
             for name in getattr(self, field):
                 check_choice(f"ExecutionConfig.{field}", name, NAMES)
@@ -162,9 +227,19 @@ class ExecutionConfig:
             expected = '"names" when saved_names or offloaded_names are given'
             raise InputError("ExecutionConfig.remat", self.remat, expected)
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a token's bits depend on its own sequence alone."""
+        return isinstance(self.strategy, BatchInvariant)
+
+    @property
+    def attention_backend(self) -> str | None:
+        """The backend of attention that is named, or that the strategy needs."""
+        return "invariant" if self.is_batch_invariant else self.attention
+
     def operations(self) -> Operations:
         """What a model calls on one device: plain functions, with the named attention backend."""
-        named = functools.partial(attention, implementation=self.attention)
+        named = functools.partial(attention, implementation=self.attention_backend)
         return Operations(backends=Backends(attention=named))
 
     def rematerialise(self, f: Callable) -> Callable:

@@ -157,7 +157,6 @@ class NextTokenLoss:
         decoder = self.decoder(operations)
         h = decoder.hidden(params, x)
         head = decoder.head(params)
-        token_loss = operations.backends.token_loss
 
         def chunk(
             h: Array,
@@ -165,7 +164,7 @@ class NextTokenLoss:
             labels: Array,
             weights: Array,
         ) -> tuple[Array, Array, Array]:
-            nll, normaliser = token_loss(h, head, labels, self.model.logit_softcap)
+            nll, normaliser = decoder.token_loss(h, head, labels)
             own_tokens = operations.collectives.own_tokens
             own_labels = own_tokens(labels)
             is_known = (own_labels >= 0) & (own_labels < self.model.vocab_size)
@@ -212,7 +211,7 @@ def token_log_probabilities(
         x, own_labels = chunk
         h = inner.hidden(params, x)
         labels = collectives.gather_tokens(own_labels[..., None])[..., 0]
-        nll, _ = backends.token_loss(h, head, labels, decoder.config.logit_softcap)
+        nll, _ = inner.token_loss(h, head, labels)
         return -nll
 
     num_own = x.shape[1]

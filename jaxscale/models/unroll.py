@@ -1,4 +1,4 @@
-"""A loop over layers with every iteration written out, whose gradient XLA stacks cheaply."""
+"""Loops over layers: with every iteration written out, or with caches in the carry."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +41,41 @@ def unrolled(
         new_caches = tuple(new_caches)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
     return carry, (new_caches, stacked)
+
+
+def scanned_with_caches(
+    body: Callable,
+    x: Any,
+    params: Any,
+    caches: Any,
+    others: Any,
+) -> tuple[Any, Any, Any]:
+    """`lax.scan` over layers with their caches in the carry, which XLA updates in place.
+
+    As inputs and outputs of the loop they would be copied twice.
+
+    Args:
+        body: (x, (params, caches, others) of one iteration) -> (x, (caches, outputs)).
+        x: the first carry.
+        params, caches, others: trees with a leading dim of iterations.
+    Returns:
+        (the last x, caches, outputs stacked).
+    """
+
+    def step(carry: tuple[Any, Any], inputs: tuple[Any, Any, Array]) -> tuple:
+        x, caches = carry
+        params, here, row = inputs
+        own = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, 0, False), caches)
+        x, (own, outputs) = body(x, (params, own, here))
+
+        def put(leaf: Array, new: Array) -> Array:
+            return lax.dynamic_update_index_in_dim(leaf, new, row, 0)
+
+        return (x, jax.tree.map(put, caches, own)), outputs
+
+    rows = jnp.arange(jax.tree.leaves(caches)[0].shape[0])
+    (x, caches), outputs = lax.scan(step, (x, caches), (params, others, rows))
+    return x, caches, outputs
 
 
 def periods_of(tree: Any) -> list[Any]:

@@ -118,6 +118,13 @@ def token_loss(
     return nll, normaliser
 
 
+def loss_of_logits(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """What `token_loss` returns, of logits [B, T, V] and labels [B, T]."""
+    label, normaliser = from_logits(logits, labels)
+    is_known = (labels >= 0) & (labels < logits.shape[-1])
+    return jnp.where(is_known, normaliser - label, 0), normaliser
+
+
 def label_and_normaliser(
     h: Array,
     head: Array | Head,

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from jaxscale.kernels.grouped_matmul.api import feed_forward, grouped_matmul, mosaic_refusal
+from jaxscale.ops import tiles
 from jaxscale.ops.activation import activate
 from jaxscale.ops.device import is_hopper
 from jaxscale.ops.dispatch import make_dispatch
@@ -26,6 +28,8 @@ def experts(
     activation: str,
     slopes: Array | None = None,
     dropout: Dropout | None = None,
+    *,
+    tile: int | None = None,
 ) -> Array:
     """Sends each token to its experts and returns the gated sum of their outputs.
 
@@ -43,6 +47,8 @@ def experts(
         slopes: [B, T, A] what the gradient of an expert's output is multiplied by in place of its
             gate, not differentiated; None for the gates.
         dropout: of the hidden activations, with a key [B, T, A, 2] a choice; None drops nothing.
+        tile: rows of an expert that are multiplied at a time, so that a row's result depends on
+            it alone; None leaves that to the backend.
     Returns:
         [B, T, D] in the type of `x`.
     Cost: 6 D F FLOPs a row (gated), B T A rows.
@@ -53,7 +59,7 @@ def experts(
     if dropout is not None:
         dropout = dataclasses.replace(dropout, keys=dispatch.keys(dropout.keys))
     rows = dispatch.rows(tokens)
-    outputs = grouped_ffn(rows, dispatch.group_sizes, weights, activation, dropout)
+    outputs = grouped_ffn(rows, dispatch.group_sizes, weights, activation, dropout, tile=tile)
     if slopes is not None:
         slopes = slopes.reshape(choices.shape)
     y = dispatch.combine(outputs, gates.reshape(choices.shape), slopes)
@@ -66,6 +72,8 @@ def grouped_ffn(
     weights: Params,
     activation: str,
     dropout: Dropout | None = None,
+    *,
+    tile: int | None = None,
 ) -> Array:
     """The feed-forward of expert e on its consecutive `group_sizes[e]` rows.
 
@@ -76,9 +84,13 @@ def grouped_ffn(
         group_sizes: [E] int32.
         weights, activation: as in `experts`.
         dropout: with a key [rows, 2] a row.
+        tile: as in `experts`.
     Returns:
         [rows, D].
     """
+    if tile is not None:
+        multiply = functools.partial(tiles.grouped_matmul, group_sizes=group_sizes, num_rows=tile)
+        return _feed_forward(multiply, rows, weights, activation, dropout)
     is_mosaic = is_hopper() and _mosaic_refusal(rows, weights) is None
     implementation = "mosaic" if is_mosaic else "xla"
     logger.info("experts: backend %s for rows%s %s", implementation, rows.shape, rows.dtype)
@@ -90,6 +102,17 @@ def grouped_ffn(
         group_sizes=group_sizes,
         implementation=implementation,
     )
+    return _feed_forward(multiply, rows, weights, activation, dropout)
+
+
+def _feed_forward(
+    multiply: Callable,
+    rows: Array,
+    weights: Params,
+    activation: str,
+    dropout: Dropout | None,
+) -> Array:
+    """The feed-forward by `multiply(rows, matrices)`; arguments as `grouped_ffn`."""
     gate = multiply(rows, weights["gate"]) if "gate" in weights else None
     up = multiply(rows, weights["up"])
     hidden = activate(activation, gate, up)

@@ -35,7 +35,7 @@ from jaxscale.models.config import (
     TopKRouter,
     YarnScaling,
 )
-from jaxscale.models.execution import ByChunk, ExecutionConfig, Whole
+from jaxscale.models.execution import BatchInvariant, ByChunk, ExecutionConfig, Whole
 from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
@@ -50,6 +50,7 @@ from jaxscale.train.reporters import TensorBoard, Wandb
 
 __all__ = [
     "AttentionConfig",
+    "BatchInvariant",
     "BitsPerByte",
     "ByChunk",
     "Changes",

@@ -22,7 +22,7 @@ from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.launch.memory import check_fits
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.decoder import Decoder
-from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.execution import ExecutionConfig, Whole
 from jaxscale.models.lora import merged, without_adapters
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.quantised import QuantisedConfig, quantised
@@ -166,6 +166,9 @@ def load(
     check = functools.partial(check_tokenizer, tokenizer=tokenizer)
     if quantisation is not None and tensor > 1:
         raise InputError("tensor", tensor, "1 with quantised weights")
+    if run.execution.is_batch_invariant and (tensor > 1 or quantisation is not None):
+        expected = "one device and whole weights with the strategy BatchInvariant"
+        raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
     params = restore_model(run, step=step, tensor=tensor, check=check).params
     config = run.model
     if quantisation is not None:
@@ -173,8 +176,14 @@ def load(
         params = quantised(params, parameter_table(config), quantisation)
     # Not as in training: its attention may be of a device or of lengths that are not here, and a
     # loop over layers decodes at half the rate of unrolled ones.
-    backend = "reference" if run.runtime.is_deterministic else None
-    execution = ExecutionConfig(is_scanned=False, remat="none", attention=backend)
+    strategy = run.execution.strategy if run.execution.is_batch_invariant else Whole()
+    is_reference = run.runtime.is_deterministic and not run.execution.is_batch_invariant
+    execution = ExecutionConfig(
+        is_scanned=False,
+        remat="none",
+        attention="reference" if is_reference else None,
+        strategy=strategy,
+    )
     operations, region = execution.operations(), None
     if tensor > 1:
         attention = operations.backends.attention

@@ -127,7 +127,7 @@ class Run:
             mesh=self.mesh,
             train=self.train,
             policy=self.policy,
-            attention_backend=self.execution.attention,
+            attention_backend=self.execution.attention_backend,
             devices=devices,
         )
 
@@ -145,7 +145,7 @@ class Run:
             optimizer=run.optimizer,
             train=run.train,
             policy=run.policy,
-            attention_backend=run.execution.attention,
+            attention_backend=run.execution.attention_backend,
             devices=devices,
         )
         check_fit(run)
@@ -188,7 +188,7 @@ class Run:
         """
         if not self.runtime.is_deterministic:
             return self
-        given = self.execution.attention
+        given = self.execution.attention_backend
         if given not in (None, *DETERMINISTIC):
             expected = (
                 f"one of {DETERMINISTIC} with RuntimeConfig.is_deterministic: the others' backward "
@@ -240,6 +240,9 @@ def check_fit(run: Run) -> None:
     )
     if isinstance(run.execution.strategy, ByChunk) and mesh.tensor > 1:
         expected = "Whole() with MeshConfig.tensor > 1, whose members have other tokens each"
+        raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
+    if run.execution.is_batch_invariant and math.prod(mesh.sizes) > mesh.data:
+        expected = "a mesh of data alone with the strategy BatchInvariant"
         raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
     own = length // (mesh.sequence * mesh.tensor)
     num_chunks = run.execution.num_loss_chunks

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.ops.loss import loss_of_logits
 from jaxscale.ops.precision import accumulator
 from jaxscale.serve import sampling
 from jaxscale.serve.grammar import WORD
@@ -156,17 +157,21 @@ def only_allowed(logits: Array, masks: Array) -> Array:
     return jnp.where(bits == 1, logits, sampling.NEVER)
 
 
-def log_probabilities(logits: Array, drawn: Array) -> tuple[Array, Array, Array]:
-    """Log-probabilities of the tokens drawn and of the most probable ones.
+def log_probabilities(
+    logits: Array,
+    drawn: Array,
+    num_tokens: int,
+) -> tuple[Array, Array, Array]:
+    """Log-probabilities of the tokens drawn and of the most probable ones, as training has them.
 
     Args:
-        logits: [R, V].
-        drawn: [R] int32.
+        logits: [1, R, V] of the whole vocabulary.
+        drawn: [1, R] int32.
+        num_tokens: only tokens below are among the most probable.
     Returns:
-        ([R] of the tokens drawn, [R, MAX_LOGPROBS] of the most probable, [R, MAX_LOGPROBS] int32
-        which these are); fewer where the vocabulary is smaller.
+        ([1, R] of the tokens drawn, [1, R, MAX_LOGPROBS] of the most probable, which these are,
+        int32); fewer where there are fewer tokens.
     """
-    logprobs = jax.nn.log_softmax(accumulator(logits))
-    top, tokens = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
-    of_drawn = jnp.take_along_axis(logprobs, drawn[:, None], -1)[:, 0]
-    return of_drawn, top, tokens.astype(jnp.int32)
+    nll, normaliser = loss_of_logits(logits, drawn)
+    top, tokens = lax.top_k(logits[..., :num_tokens], min(MAX_LOGPROBS, num_tokens))
+    return -nll, top - normaliser[..., None], tokens.astype(jnp.int32)

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.models.decoder import Decoder
-from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.execution import ExecutionConfig, Whole
+from jaxscale.ops.attention.invariant import KEY_BLOCK
 from jaxscale.parallel.region import Region
 from jaxscale.serve.blocks import BlockPool
 from jaxscale.serve.config import EngineConfig, num_blocks_for
@@ -105,8 +106,12 @@ class Engine:
         self.grammars = Grammars(tokenizer) if tokenizer else None
         self._clock = clock
         # Unrolled, so that each layer's pages are an array of their own and written in place.
-        execution = ExecutionConfig(is_scanned=False, remat="none")
+        is_invariant = decoder.execution.is_batch_invariant
+        strategy = decoder.execution.strategy if is_invariant else Whole()
+        execution = ExecutionConfig(is_scanned=False, remat="none", strategy=strategy)
         decoder = dataclasses.replace(decoder, execution=execution)
+        if is_invariant:
+            _check_invariant(decoder, config, region)
         placement = Placement(decoder, region)
         num_blocks = config.num_blocks or num_blocks_for(placement, params, config)
         self._blocks = BlockPool(num_blocks, config.block_size)
@@ -362,6 +367,23 @@ class Engine:
         if member.text:
             text += member.text.flush()
         return _delta(member, text, tokens, logprobs)
+
+
+def _check_invariant(
+    decoder: Decoder,
+    config: EngineConfig,
+    region: Region | None,
+) -> None:
+    """Raises InputError for what the strategy BatchInvariant does not hold with."""
+    if region is not None:
+        expected = "one device with the strategy BatchInvariant"
+        raise InputError("tensor", region.mesh.shape["tensor"], expected)
+    if decoder.config.lora is not None:
+        expected = "None with the strategy BatchInvariant: merge the adapters first"
+        raise InputError("ModelConfig.lora", decoder.config.lora, expected)
+    if config.block_size != KEY_BLOCK:
+        expected = f"{KEY_BLOCK} with the strategy BatchInvariant, whose blocks of keys these are"
+        raise InputError("EngineConfig.block_size", config.block_size, expected)
 
 
 def _delta(

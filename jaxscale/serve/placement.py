@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import BatchInvariant
 from jaxscale.ops.attention.paged import PagedCache, empty_pages
 from jaxscale.parallel.mesh import TENSOR
 from jaxscale.parallel.region import Region
@@ -36,6 +37,12 @@ class Placement:
     def tensor(self) -> int:
         """Members of the tensor group."""
         return 1 if self.region is None else self.region.mesh.shape[TENSOR]
+
+    @property
+    def invariant(self) -> BatchInvariant | None:
+        """The strategy of a model whose bits do not depend on the batch; None for others."""
+        execution = self.decoder.execution
+        return execution.strategy if execution.is_batch_invariant else None
 
     def prepare(self, params: Params) -> Params:
         """The parameters as forwards take them, see `Decoder.prepared`."""

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxscale.models.execution import BatchInvariant
 from jaxscale.ops.attention import paged
 from jaxscale.serve import drawing, packing
 from jaxscale.serve.decoding import with_attention
@@ -57,7 +59,10 @@ def forward_program(placement: Placement, shape: StepShape) -> Any:
         packed: Array,
     ) -> tuple[Array, Array, Any]:
         fields = packing.unpack(shape, packed)
-        attend = functools.partial(paged.attend, rows=packing.ragged_rows(fields))
+        implementation = "invariant" if placement.invariant else None
+        attend = functools.partial(
+            paged.attend, rows=packing.ragged_rows(fields), implementation=implementation
+        )
         model, num = with_attention(placement.decoder, attend), shape.num_single
         tokens = fields["tokens"]
         drawn = last_tokens.at[fields["slot"][:num]].get(mode="fill", fill_value=0)
@@ -95,11 +100,30 @@ def _options() -> dict[str, bool]:
 
 
 @functools.cache
-def draw_program(shape: RowShape, num_tokens: int, kind: DrawKind) -> Any:
+def draw_program(
+    shape: RowShape,
+    num_tokens: int,
+    kind: DrawKind,
+    invariant: BatchInvariant | None = None,
+) -> Any:
     """((last tokens, seen or None), logits, rows, masks) -> (the same, tokens [R], logprobs).
 
-    Masks are those of grammars, [R, words] int32, or None; logprobs None where nobody asks.
+    Masks are those of grammars, [R, words] int32, or None; logprobs None where nobody asks. With a
+    strategy `invariant` a row's results do not depend on the others in any bit.
     """
+
+    def by_row(f: Callable, *arrays: Any) -> Any:
+        """f of arrays [1, R, ...], which treats each row by itself."""
+        arrays = jax.tree.map(lambda x: x[None], arrays)
+        of_rows = functools.partial(_star, f)
+        found = invariant.over_tiles(of_rows, arrays) if invariant else of_rows(arrays)
+        return jax.tree.map(lambda x: x[0], found)
+
+    def draw_rows(logits: Array, rows: drawing.DrawRows) -> Array:
+        squeezed = jax.tree.map(lambda x: x[0], rows)
+        return drawing.draw(logits[0], squeezed, kind)[None]
+
+    log_probabilities = functools.partial(drawing.log_probabilities, num_tokens=num_tokens)
 
     def draw(
         state: tuple[Array, Seen | None],
@@ -108,21 +132,25 @@ def draw_program(shape: RowShape, num_tokens: int, kind: DrawKind) -> Any:
         masks: Array | None,
     ) -> tuple[tuple[Array, Seen | None], Array, tuple | None]:
         fields = packing.unpack(shape, packed_rows)
-        (last_tokens, seen), logits = state, logits[:, :num_tokens]
-        changed = logits
+        last_tokens, seen = state
+        changed = logits[:, :num_tokens]
         if seen is not None:
             here = jnp.minimum(fields["slot"], shape.num_slots - 1)
             rows = packing.penalty_rows(fields)
             changed = drawing.penalise(logits, rows, seen.is_in_prompt[here], seen.counts[here])
         if masks is not None:
             changed = drawing.only_allowed(changed, masks)
-        tokens = drawing.draw(changed, packing.draw_rows(fields), kind)
+        tokens = by_row(draw_rows, changed, packing.draw_rows(fields))
         to = fields["slot_drawn"]
         last_tokens = last_tokens.at[to].set(tokens, mode="drop")
         if seen is not None:
             counts = seen.counts.at[to, tokens].add(1, mode="drop")
             seen = dataclasses.replace(seen, counts=counts)
-        logprobs = drawing.log_probabilities(logits, tokens) if kind.has_logprobs else None
+        logprobs = by_row(log_probabilities, logits, tokens) if kind.has_logprobs else None
         return (last_tokens, seen), tokens, logprobs
 
     return jax.jit(draw, donate_argnums=0)
+
+
+def _star(f: Callable, arguments: tuple) -> Any:
+    return f(*arguments)

@@ -164,7 +164,7 @@ class Runner:
         forward = forward_program(self._placement, shape)
         state = self._caches, self._last_tokens
         logits, rows, self._caches = forward(self._params, *state, packed)
-        draw = draw_program(shape.rows, self._num_tokens, kind)
+        draw = draw_program(shape.rows, self._num_tokens, kind, self._placement.invariant)
         seen = self._seen if is_penalised else None
         state, tokens, logprobs = draw((self._last_tokens, seen), logits, rows, masks)
         self._last_tokens = state[0]

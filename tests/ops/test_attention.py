@@ -19,15 +19,15 @@ from jaxscale.ops.attention import (
     AttentionContext,
     attention,
     chunked,
+    invariant,
     mosaic,
 )
 from jaxscale.ops.attention import api as module
 from jaxscale.types import InputError
 
-# Our kernel is interpreted in tests/kernels.
-HERE = [
-    name for name in BACKENDS if name not in ("cudnn", "mosaic") or jax.default_backend() == "gpu"
-]
+# Our kernel is interpreted in tests/kernels. "invariant" takes long to compile and has a case here.
+ON_A_GPU = ("cudnn", "mosaic") if jax.default_backend() == "gpu" else ()
+HERE = [name for name in BACKENDS if name in ("reference", "chunked", *ON_A_GPU)]
 
 # batch, T, N, K, H, window, softcap, documents: lengths in each row, 0 stands for padding to the
 # end
@@ -54,6 +54,8 @@ MASKS = {
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "QUERY_CHUNK", 3)
+    monkeypatch.setattr(invariant, "QUERY_TILE", 5)
+    monkeypatch.setattr(invariant, "KEY_BLOCK", 4)
 
 
 def make(case, dtype=np.float32):
@@ -135,7 +137,9 @@ if "mosaic" in HERE:
     COMBINATIONS += [("mosaic", case, "bfloat16") for case in CASES]
 
 
-@pytest.mark.parametrize("backend, case, dtype", COMBINATIONS)
+@pytest.mark.parametrize(
+    "backend, case, dtype", [*COMBINATIONS, ("invariant", "everything", "float32")]
+)
 def test_forward_and_gradient_equal_the_loop(backend, case, dtype):
     arrays, cotangent, context = make(case, dtype)
     attend = functools.partial(attention, context=context, implementation=backend)

@@ -1,5 +1,7 @@
 """Sorted experts against every expert on every token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +64,15 @@ def test_forward_and_gradient_equal_the_reference(routing, activation, dtype):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         a, b = a.astype("float32"), b.astype("float32")
         assert jnp.abs(a - b).max() < tolerance * jnp.abs(b).max()
+
+
+def test_tiles_of_one_expert_give_the_same():
+    index = ROUTINGS["all_to_the_last_two"]
+    tiled = functools.partial(experts, tile=4)
+    x, gates, weights = make()
+    got, wanted = (gradients(f, x, index, gates, weights, "swiglu") for f in (tiled, reference))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert jnp.abs(a - b).max() < 1e-5 * jnp.abs(b).max()
 
 
 def test_bfloat16_outputs_are_summed_before_they_are_rounded():

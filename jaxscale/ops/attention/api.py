@@ -5,17 +5,23 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from jaxscale.ops.attention import chunked, cudnn, mosaic, reference
+from jaxscale.ops.attention import chunked, cudnn, invariant, mosaic, reference
 from jaxscale.ops.attention.context import AttentionContext
 from jaxscale.ops.device import is_hopper
 from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
-MODULES = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "mosaic": mosaic}
+MODULES = {
+    "reference": reference,
+    "chunked": chunked,
+    "cudnn": cudnn,
+    "mosaic": mosaic,
+    "invariant": invariant,
+}
 BACKENDS = tuple(MODULES)
 # The backward of the others adds up in whatever order its blocks finish.
-DETERMINISTIC = ("reference", "chunked")
+DETERMINISTIC = ("reference", "chunked", "invariant")
 KERNEL_OUTPUT = mosaic.OUTPUT
 
 

@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxscale.kernels.attention.api import attention, mosaic_refusal
 from jaxscale.kernels.paged_attention import api as single_kernel
+from jaxscale.ops.attention import invariant
 from jaxscale.ops.attention.cache import over_keys
 from jaxscale.ops.attention.context import AttentionContext
 from jaxscale.ops.device import is_hopper
@@ -17,7 +18,7 @@ from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "mosaic")
+BACKENDS = ("reference", "mosaic", "invariant")
 QUERY_CHUNK = 256  # queries of prompts whose logits exist at a time in the reference
 
 
@@ -126,6 +127,8 @@ def attend(
     check_choice("implementation", implementation, BACKENDS)
     if implementation == "mosaic" and (reason := _refusal(q, context, cache)):
         raise InputError("implementation", implementation, reason)
+    if implementation == "invariant":
+        return _invariant(q[0], context, cache, rows)[None], cache
     is_fast = implementation == "mosaic"
     over_table = _kernel_over_table if is_fast else _reference_over_table
     single = over_table(q[0], context, cache, rows)
@@ -152,6 +155,33 @@ def _refusal(q: Array, context: AttentionContext, cache: PagedCache) -> str | No
     if context.layout is not None:
         return "a backend for a layout of blocks"
     return single_kernel.mosaic_refusal(q[0], cache.k) or mosaic_refusal(q, q)
+
+
+def _invariant(
+    q: Array,
+    context: AttentionContext,
+    cache: PagedCache,
+    rows: RaggedRows,
+) -> Array:
+    """Attention of all tokens [T, N, H], see `ops.attention.invariant`."""
+    num, num_pages = rows.block_table.shape
+    # Decoding sequences are numbered behind the prompts.
+    numbers = len(rows.first_pages) + jnp.arange(num)
+    own = jnp.full_like(rows.segments, -1).at[:num].set(numbers)
+    segments = jnp.where(rows.segments > 0, rows.segments, own)
+    places = jnp.arange(len(rows.prompt_pages)) - rows.first_pages[rows.page_segments]
+    places = jnp.concatenate([jnp.tile(jnp.arange(num_pages), num), places])
+    of_prompts = jnp.where(rows.page_segments > 0, rows.page_segments, -2)
+    page_segments = jnp.concatenate([jnp.repeat(numbers, num_pages), of_prompts])
+    pages = jnp.concatenate([rows.block_table.reshape(-1), rows.prompt_pages])
+    size = cache.k.shape[1]
+    keys = invariant.KeyBlocks(
+        k=cache.k[pages],
+        v=cache.v[pages],
+        positions=places[:, None] * size + jnp.arange(size),
+        segments=jnp.repeat(page_segments[:, None], size, 1),
+    )
+    return invariant.over_blocks(q, context.positions[0], segments, keys, context)
 
 
 def _written(pages: Array, x: Array, slot_mapping: Array) -> Array:
