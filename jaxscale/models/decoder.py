@@ -311,8 +311,10 @@ class Decoder:
             ready["embedding"] = params["embedding"]  # both vectors are added in their own type
         if not self.execution.is_scanned:
             ready["layers"] = tuple(periods_of(ready["layers"]))
-            # Those of a mesh stay apart, for their parts are gathered by their names.
-            if self.operations.collectives == Collectives():
+            # Those of a mesh stay apart, for their parts are gathered by their names; and so do
+            # those whose products must have the shapes that training has.
+            is_alone = self.operations.collectives == Collectives()
+            if is_alone and not self.execution.is_batch_invariant:
                 ready["layers"] = joined(ready["layers"])
         return ready
 

@@ -65,16 +65,21 @@ def scanned_with_caches(
     def step(carry: tuple[Any, Any], inputs: tuple[Any, Any, Array]) -> tuple:
         x, caches = carry
         params, here, row = inputs
-        own = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, 0, False), caches)
-        x, (own, outputs) = body(x, (params, own, here))
+
+        def take(leaf: Array) -> Array:
+            return lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False)
 
         def put(leaf: Array, new: Array) -> Array:
             return lax.dynamic_update_index_in_dim(leaf, new, row, 0)
 
-        return (x, jax.tree.map(put, caches, own)), outputs
+        own = jax.tree.map(take, caches)
+        x, (own, outputs) = body(x, (params, own, here))
+        caches = jax.tree.map(put, caches, own)
+        return (x, caches), outputs
 
-    rows = jnp.arange(jax.tree.leaves(caches)[0].shape[0])
-    (x, caches), outputs = lax.scan(step, (x, caches), (params, others, rows))
+    num = len(jax.tree.leaves(caches)[0])
+    inputs = (params, others, jnp.arange(num))
+    (x, caches), outputs = lax.scan(step, (x, caches), inputs)
     return x, caches, outputs
 
 

@@ -27,22 +27,28 @@ def over_tiles(f: Callable, arrays: Any, num_rows: int) -> Any:
     Cost: the tiles run one after the other.
     """
     batch, length = jax.tree.leaves(arrays)[0].shape[:2]
-    num_tiles = -(-batch * length // num_rows)
+    num_tokens = batch * length
+    num_tiles = -(-num_tokens // num_rows)
+    padding = num_tiles * num_rows - num_tokens
 
     def split(x: Array) -> Array:
-        flat = x.reshape(batch * length, *x.shape[2:])
-        margins = [(0, num_tiles * num_rows - len(flat)), *((0, 0) for _ in x.shape[2:])]
-        return jnp.pad(flat, margins).reshape(num_tiles, 1, num_rows, *x.shape[2:])
+        shape = x.shape[2:]
+        flat = x.reshape(num_tokens, *shape)
+        filled = jnp.concatenate([flat, jnp.zeros((padding, *shape), x.dtype)])
+        return filled.reshape(num_tiles, 1, num_rows, *shape)
 
     def join(x: Array) -> Array:
-        flat = x.reshape(num_tiles * num_rows, *x.shape[3:])
-        return flat[: batch * length].reshape(batch, length, *x.shape[3:])
+        shape = x.shape[3:]
+        flat = x.reshape(num_tiles * num_rows, *shape)
+        return flat[:num_tokens].reshape(batch, length, *shape)
 
     def one(tile: Any) -> Any:
         # Nothing outside is fused with a tile, and no conversion is left out at its borders.
-        return lax.optimization_barrier(f(lax.optimization_barrier(tile)))
+        tile = lax.optimization_barrier(tile)
+        return lax.optimization_barrier(f(tile))
 
-    return jax.tree.map(join, lax.map(one, jax.tree.map(split, arrays)))
+    tiles = jax.tree.map(split, arrays)
+    return jax.tree.map(join, lax.map(one, tiles))
 
 
 def grouped_matmul(
@@ -62,29 +68,37 @@ def grouped_matmul(
         [n, F]; 0 past the last group.
     Cost: 2 D F (n + E num_rows) FLOPs at most.
     """
-    num, num_groups = len(rows), len(matrices)
-    num_tiles = -(-num // num_rows) + num_groups
-    ends = jnp.cumsum(group_sizes)
-    group = jnp.searchsorted(ends, jnp.arange(num), side="right")
-    is_in_group = group < num_groups
-    group = jnp.minimum(group, num_groups - 1)
+    num_groups = len(matrices)
+    num_tiles = -(-len(rows) // num_rows) + num_groups
+    num_places = num_tiles * num_rows
     # Each group begins with a tile of its own.
-    tile_ends = jnp.cumsum(-(-group_sizes // num_rows))
+    sizes = -(-group_sizes // num_rows)
+    ends = jnp.cumsum(group_sizes)
+    tile_ends = jnp.cumsum(sizes)
     first_row = ends - group_sizes
-    first_place = (tile_ends - -(-group_sizes // num_rows)) * num_rows
-    place = first_place[group] + jnp.arange(num) - first_row[group]
-    place = jnp.where(is_in_group, place, num_tiles * num_rows)
-    padded = jnp.zeros((num_tiles * num_rows, rows.shape[1]), rows.dtype)
+    first_place = (tile_ends - sizes) * num_rows
+    row = jnp.arange(len(rows))
+    group = _group_of(row, ends)
+    place = first_place[group] + row - first_row[group]
+    place = jnp.where(row < ends[-1], place, num_places)
+    padded = jnp.zeros((num_places, rows.shape[1]), rows.dtype)
     padded = padded.at[place].set(rows, mode="drop")
-    group_of_tile = jnp.searchsorted(tile_ends, jnp.arange(num_tiles), side="right")
-    group_of_tile = jnp.minimum(group_of_tile, num_groups - 1)
 
     def one(tile: tuple[Array, Array]) -> Array:
         rows, group = tile
         matrix = lax.dynamic_index_in_dim(matrices, group, 0, keepdims=False)
-        operands = lax.optimization_barrier((rows, matrix))
-        return lax.optimization_barrier(jnp.einsum("nd,df->nf", *operands))
+        rows, matrix = lax.optimization_barrier((rows, matrix))
+        product = jnp.einsum("nd,df->nf", rows, matrix)
+        return lax.optimization_barrier(product)
 
     by_tile = padded.reshape(num_tiles, num_rows, -1)
-    outputs = lax.map(one, (by_tile, group_of_tile)).reshape(num_tiles * num_rows, -1)
+    group_of_tile = _group_of(jnp.arange(num_tiles), tile_ends)
+    outputs = lax.map(one, (by_tile, group_of_tile))
+    outputs = outputs.reshape(num_places, -1)
     return outputs.at[place].get(mode="fill", fill_value=0)
+
+
+def _group_of(number: Array, ends: Array) -> Array:
+    """The group in which each number lies, whose first numbers behind are `ends`."""
+    group = jnp.searchsorted(ends, number, side="right")
+    return jnp.minimum(group, len(ends) - 1)

@@ -165,11 +165,11 @@ def log_probabilities(
     """Log-probabilities of the tokens drawn and of the most probable ones, as training has them.
 
     Args:
-        logits: [1, R, V] of the whole vocabulary.
-        drawn: [1, R] int32.
+        logits: [..., R, V] of the whole vocabulary.
+        drawn: [..., R] int32.
         num_tokens: only tokens below are among the most probable.
     Returns:
-        ([1, R] of the tokens drawn, [1, R, MAX_LOGPROBS] of the most probable, which these are,
+        ([..., R] of the tokens drawn, [..., R, MAX_LOGPROBS] of the most probable, which these are,
         int32); fewer where there are fewer tokens.
     """
     nll, normaliser = loss_of_logits(logits, drawn)

@@ -8,14 +8,13 @@ import numpy as np
 
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.models.decoder import Decoder
-from jaxscale.models.execution import ExecutionConfig, Whole
-from jaxscale.ops.attention.invariant import KEY_BLOCK
 from jaxscale.parallel.region import Region
 from jaxscale.serve.blocks import BlockPool
 from jaxscale.serve.config import EngineConfig, num_blocks_for
 from jaxscale.serve.decoding import check_prompts
-from jaxscale.serve.grammar import Grammars, Matcher
-from jaxscale.serve.placement import Placement
+from jaxscale.serve.grammar import Grammars
+from jaxscale.serve.members import Member, logprobs_of
+from jaxscale.serve.placement import make_placement
 from jaxscale.serve.requests import Completion, Delta, RequestConfig, TokenLogprobs
 from jaxscale.serve.runner import Launched, Runner
 from jaxscale.serve.scheduler import Scheduler
@@ -50,23 +49,6 @@ class Figures:
     num_new_tokens: int
     num_preemptions: int
     weights_version: int
-
-
-@dataclasses.dataclass(eq=False)
-class _Member:
-    """A sequence of a request: what the scheduler knows of it, and its text."""
-
-    request: int
-    index: int
-    config: RequestConfig
-    sequence: Scheduled
-    text: TextStream | None
-    matcher: Matcher | None = None
-    weights_version: int = 0
-
-    def mask(self, piece: Piece) -> np.ndarray | None:
-        """What its grammar allows behind a piece."""
-        return self.matcher.mask() if self.matcher and piece.is_drawing else None
 
 
 class Engine:
@@ -105,14 +87,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer) if tokenizer else None
         self._clock = clock
-        # Unrolled, so that each layer's pages are an array of their own and written in place.
-        is_invariant = decoder.execution.is_batch_invariant
-        strategy = decoder.execution.strategy if is_invariant else Whole()
-        execution = ExecutionConfig(is_scanned=False, remat="none", strategy=strategy)
-        decoder = dataclasses.replace(decoder, execution=execution)
-        if is_invariant:
-            _check_invariant(decoder, config, region)
-        placement = Placement(decoder, region)
+        placement = make_placement(decoder, region, block_size=config.block_size)
         num_blocks = config.num_blocks or num_blocks_for(placement, params, config)
         self._blocks = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(config.scheduler(self.model.max_length), self._blocks)
@@ -125,8 +100,8 @@ class Engine:
             cache_dtype=decoder.policy.compute,
             num_tokens=tokenizer.vocab_size if tokenizer else self.model.vocab_size,
         )
-        self._members: dict[Scheduled, _Member] = {}
-        self._requests: dict[int, list[_Member]] = {}
+        self._members: dict[Scheduled, Member] = {}
+        self._requests: dict[int, list[Member]] = {}
         self._in_flight: Launched | None = None
         self.is_paused = False
         self._num_requests = self._num_sequences = self._num_steps = 0
@@ -165,7 +140,7 @@ class Engine:
             )
             text = TextStream(self.tokenizer, config.stop) if self.tokenizer else None
             matcher = self.grammars.begin(config.grammar) if config.grammar else None
-            members.append(_Member(request, index, config, sequence, text, matcher))
+            members.append(Member(request, index, config, sequence, text, matcher))
         for member in members:
             self._scheduler.add(member.sequence)
             self._members[member.sequence] = member
@@ -317,7 +292,7 @@ class Engine:
                 continue
             member = self._members[piece.sequence]
             member.weights_version = launched.weights_version
-            of_token = _logprobs(logprobs, row, member.config.num_logprobs)
+            of_token = logprobs_of(logprobs, row, member.config.num_logprobs)
             deltas.append(self._append(piece, tokens[row], of_token))
         return deltas
 
@@ -344,7 +319,7 @@ class Engine:
             sequence.finish_reason = FinishReason.STOP  # also at the longest length
         if sequence.status is Status.FINISHED:
             return self._last_delta(member, text, (token,), logprobs)
-        return _delta(member, text, (token,), logprobs)
+        return member.delta(text, (token,), logprobs)
 
     def _is_end(self, token: int, config: RequestConfig) -> bool:
         is_eos = self.tokenizer is not None and token == self.tokenizer.eos_id
@@ -353,7 +328,7 @@ class Engine:
 
     def _last_delta(
         self,
-        member: _Member,
+        member: Member,
         text: str = "",
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] = (),
@@ -366,52 +341,4 @@ class Engine:
             del self._requests[member.request]
         if member.text:
             text += member.text.flush()
-        return _delta(member, text, tokens, logprobs)
-
-
-def _check_invariant(
-    decoder: Decoder,
-    config: EngineConfig,
-    region: Region | None,
-) -> None:
-    """Raises InputError for what the strategy BatchInvariant does not hold with."""
-    if region is not None:
-        expected = "one device with the strategy BatchInvariant"
-        raise InputError("tensor", region.mesh.shape["tensor"], expected)
-    if decoder.config.lora is not None:
-        expected = "None with the strategy BatchInvariant: merge the adapters first"
-        raise InputError("ModelConfig.lora", decoder.config.lora, expected)
-    if config.block_size != KEY_BLOCK:
-        expected = f"{KEY_BLOCK} with the strategy BatchInvariant, whose blocks of keys these are"
-        raise InputError("EngineConfig.block_size", config.block_size, expected)
-
-
-def _delta(
-    member: _Member,
-    text: str,
-    tokens: tuple[int, ...],
-    logprobs: tuple[TokenLogprobs, ...],
-) -> Delta:
-    return Delta(
-        request=member.request,
-        index=member.index,
-        text=text,
-        tokens=tokens,
-        logprobs=logprobs,
-        finish_reason=member.sequence.finish_reason,
-        weights_version=member.weights_version,
-        num_cached=member.sequence.num_cached or 0,
-    )
-
-
-def _logprobs(
-    arrays: tuple[np.ndarray, ...] | None,
-    row: int,
-    count: int | None,
-) -> tuple[TokenLogprobs, ...]:
-    """Log-probabilities of a row's token, as far as they are asked for."""
-    if count is None or arrays is None:
-        return ()
-    drawn, top, tokens = arrays
-    pairs = zip(tokens[row, :count].tolist(), top[row, :count].tolist(), strict=True)
-    return (TokenLogprobs(float(drawn[row]), tuple(pairs)),)
+        return member.delta(text, tokens, logprobs)

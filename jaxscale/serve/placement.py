@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.models.decoder import Decoder
-from jaxscale.models.execution import BatchInvariant
+from jaxscale.models.execution import BatchInvariant, ExecutionConfig, Whole
+from jaxscale.ops.attention.invariant import KEY_BLOCK
 from jaxscale.ops.attention.paged import PagedCache, empty_pages
 from jaxscale.parallel.mesh import TENSOR
 from jaxscale.parallel.region import Region
-from jaxscale.types import Params
+from jaxscale.types import InputError, Params
 
 EVERYWHERE = PartitionSpec()
 PAGES = PartitionSpec(None, None, TENSOR, None)  # [pages, S of a page, K, H]
@@ -104,6 +105,40 @@ class Placement:
         specs = dict(self.region.specs.parameters)
         layers = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs["layers"])
         return specs | {"layers": (layers,) * self.decoder.config.num_periods}
+
+
+def make_placement(
+    decoder: Decoder,
+    region: Region | None,
+    *,
+    block_size: int,
+) -> Placement:
+    """A model as the engine runs it: its layers unrolled, its strategy kept if bits depend on it.
+
+    Args:
+        decoder: the model.
+        region: as in `Placement`.
+        block_size: tokens a page.
+    Raises:
+        InputError: with the strategy BatchInvariant there are several devices, adapters, or pages
+            that are no blocks of keys.
+    """
+    execution = decoder.execution
+    strategy = execution.strategy if execution.is_batch_invariant else Whole()
+    execution = ExecutionConfig(is_scanned=False, remat="none", strategy=strategy)
+    placement = Placement(dataclasses.replace(decoder, execution=execution), region)
+    if placement.invariant is None:
+        return placement
+    if region is not None:
+        expected = "one device with the strategy BatchInvariant"
+        raise InputError("tensor", placement.tensor, expected)
+    if decoder.config.lora is not None:
+        expected = "None with the strategy BatchInvariant: merge the adapters first"
+        raise InputError("ModelConfig.lora", decoder.config.lora, expected)
+    if block_size != KEY_BLOCK:
+        expected = f"{KEY_BLOCK} with the strategy BatchInvariant, whose blocks of keys these are"
+        raise InputError("EngineConfig.block_size", block_size, expected)
+    return placement
 
 
 def _is_shape(value: Any) -> bool:

@@ -137,7 +137,7 @@ def draw_program(
         if seen is not None:
             here = jnp.minimum(fields["slot"], shape.num_slots - 1)
             rows = packing.penalty_rows(fields)
-            changed = drawing.penalise(logits, rows, seen.is_in_prompt[here], seen.counts[here])
+            changed = drawing.penalise(changed, rows, seen.is_in_prompt[here], seen.counts[here])
         if masks is not None:
             changed = drawing.only_allowed(changed, masks)
         tokens = by_row(draw_rows, changed, packing.draw_rows(fields))

@@ -90,7 +90,7 @@ def test_penalties_are_those_of_their_definitions():
 def test_log_probabilities_of_the_token_drawn_and_of_the_most_probable():
     logits = np.random.default_rng(2).normal(size=(3, V)).astype(np.float32)
     drawn = np.asarray([4, 9, 0])
-    of_drawn, top, tokens = jax.jit(drawing.log_probabilities)(logits, drawn)
+    of_drawn, top, tokens = jax.jit(drawing.log_probabilities, static_argnums=2)(logits, drawn, V)
     wanted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     order = np.argsort(-wanted, -1)[:, : top.shape[1]]
     np.testing.assert_array_equal(tokens, order)
