@@ -1,15 +1,20 @@
 """Whether plans run out of memory: the best of a grid of configurations, compiled for H200s.
 
 JAX_PLATFORMS=cpu python experiments/bench/plan_memory.py experiments/configs/runs/llama_1b.gin \\
-    experiments/configs/runs/mixtral_4b.gin --count 100
+    experiments/configs/runs/mixtral_4b.gin --count 100 --scanned --output grid.jsonl
 
-No GPU is needed. One JSON line a plan: GiB modelled and compiled, and whether it fits an H200.
+No GPU is needed. One JSON line a plan: GiB modelled and compiled, and whether it fits an H200. A
+file of lines that is there already is gone on with.
 """
 
 import argparse
+import concurrent.futures
 import itertools
 import json
+import multiprocessing
+import pathlib
 import random
+import statistics
 
 from jaxscale.launch.ahead_of_time import described_devices, memory_of
 from jaxscale.planner.cluster import Cluster
@@ -24,10 +29,23 @@ LAYERS, LENGTHS = (8, 16, 48), (2048, 8192, 32768)
 ROWS, DEVICES = (1, 4, 16), ("1x1", "1x2", "1x8", "2x8")
 
 
-def compiled_gib(run, cluster, layout):
+def tried(pinned, case):
+    """The line of one configuration."""
+    layers, length, rows, devices, file = case
+    cluster = Cluster.parse(f"h200:{devices}")
+    sizes = f"model.num_layers={layers} model.max_length={length} data.sequence_length={length}"
+    run = load_run([file], [*sizes.split(), f"data.batch_size={rows * cluster.num_devices}"])
+    try:
+        best = search(job_of(run), cluster, pinned, memory_share()).ranked[0]
+    except RunError as error:
+        return {"case": case, "refused": str(error)}
     hosts = {"num_hosts": cluster.num_hosts, "gpus_per_host": cluster.devices_per_host}
-    devices = described_devices("h200", **hosts)
-    return memory_of(lower_step(planned(run, layout), devices).compile()).peak / GIB
+    step = lower_step(planned(run, best.layout), described_devices("h200", **hosts))
+    compiled, modelled = memory_of(step.compile()).peak, best.memory.total
+    fits = compiled <= cluster.device.memory_bytes * memory_share()
+    sizes = {"modelled": round(modelled / GIB, 2), "compiled": round(compiled / GIB, 2)}
+    off = {"off": round(modelled / compiled - 1, 3)}
+    return {"case": case, "plan": layout_text(best.layout), "fits": fits} | sizes | off
 
 
 def main():
@@ -35,25 +53,29 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--scanned", action="store_true", help="plans loop over layers")
+    parser.add_argument("--output", type=pathlib.Path, required=True)
     options = parser.parse_args()
-    grid = list(itertools.product(LAYERS, LENGTHS, ROWS, DEVICES, options.files))
-    errors, limit = [], Cluster.parse("h200:1x1").device.memory_bytes * memory_share() / GIB
-    for layers, length, rows, devices, file in random.Random(0).sample(grid, options.count):
-        cluster = Cluster.parse(f"h200:{devices}")
-        sizes = f"model.num_layers={layers} model.max_length={length} data.sequence_length={length}"
-        batch = f"data.batch_size={rows * cluster.num_devices}"
-        run = load_run([file], [*sizes.split(), batch])
-        try:
-            best = search(job_of(run), cluster, {}, memory_share()).ranked[0]
-        except RunError as error:
-            print(json.dumps({"file": file, "devices": devices, "refused": str(error)}))
-            continue
-        gib, modelled = compiled_gib(run, cluster, best.layout), best.memory.total / GIB
-        errors.append(abs(modelled / gib - 1))
-        text = {"file": file, "sizes": sizes, "devices": devices, "plan": layout_text(best.layout)}
-        figures = {"modelled": round(modelled, 2), "compiled": round(gib, 2), "fits": gib <= limit}
-        print(json.dumps(text | figures), flush=True)
-    print(json.dumps({"plans": len(errors), "mean_error": round(sum(errors) / len(errors), 4)}))
+    grid = [list(c) for c in itertools.product(LAYERS, LENGTHS, ROWS, DEVICES, options.files)]
+    cases = random.Random(0).sample(grid, options.count)
+    options.output.touch()
+    lines = [json.loads(line) for line in options.output.read_text().splitlines()]
+    left = [case for case in cases if case not in [line["case"] for line in lines]]
+    pinned = {"is_scanned": True} if options.scanned else {}
+    spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
+    with (
+        concurrent.futures.ProcessPoolExecutor(options.processes, spawn) as pool,
+        options.output.open("a") as file,
+    ):
+        for done in concurrent.futures.as_completed(pool.submit(tried, pinned, c) for c in left):
+            lines.append(done.result())
+            print(json.dumps(lines[-1]), file=file, flush=True)
+            print(json.dumps(lines[-1]), flush=True)
+    plans = [line for line in lines if "plan" in line]
+    fits, off = sum(each["fits"] for each in plans), [abs(each["off"]) for each in plans]
+    figures = {"plans": len(plans), "fit": fits, "mean_off": statistics.mean(off)}
+    print(json.dumps(figures | {"refused": len(lines) - len(plans)}))
 
 
 if __name__ == "__main__":

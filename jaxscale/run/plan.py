@@ -1,7 +1,6 @@
 """`plan`: the fastest mesh for a run on devices that need not be here, as a file to train with."""
 
 import dataclasses
-import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,8 @@ def plan(
         pinned: values that are given, such as {"tensor": 2}, see `planner.space.PINNABLE`.
         measure: time matmuls, passes over memory and links on the devices that are here, in place
             of the device table's shares.
-        num_compiled: so many of the best are compiled for the devices, and the first that then fits
-            is taken, whose memory is the compiler's.
+        num_compiled: so many of the best are compiled for the devices, plans of one program once;
+            the first that then fits is taken, whose memory is the compiler's.
         picture: a PNG file of time and memory by stage; None for none.
     Returns:
         The plan that is written.
@@ -136,23 +135,26 @@ def _first_that_fits(
 ) -> Candidate:
     """The first whose step, compiled for the devices, fits; with the compiler's memory."""
     apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
-    device = cluster.device
-    described = functools.partial(
-        described_devices,
-        device.name,
+    devices = described_devices(
+        cluster.device.name,
         num_hosts=cluster.num_hosts,
         gpus_per_host=cluster.devices_per_host,
     )
-    devices: list[jax.Device] = described()
-    limit = device.memory_bytes * share
+    limit = cluster.device.memory_bytes * share
+    peaks: dict[str, int] = {}  # by program, as several plans may be one
+    fitting = []
     for number, each in enumerate(ranked, 1):
         began = time.perf_counter()
-        own = devices[: each.layout.num_devices]
-        compiled = lower_step(planned(run, each.layout), own).compile()
-        peak, seconds = memory_of(compiled).peak, time.perf_counter() - began
+        step = lower_step(planned(run, each.layout), devices[: each.layout.num_devices])
+        program = step.lowered.as_text()
+        if program not in peaks:
+            peaks[program] = memory_of(step.compile()).peak
+        peak, seconds = peaks[program], time.perf_counter() - began
         modelled = f"{each.memory.total / GIB:.2f} modelled"
-        print(f"{number} compiled in {seconds:.1f} s: {peak / GIB:.2f} GiB, {modelled}")
+        print(f"{number} compiled in {seconds:.1f} s: {peak / GIB:.2f} GiB, {modelled}", flush=True)
         if peak <= limit:
             memory = each.memory.corrected(peak)
-            return dataclasses.replace(each, memory=memory, limit_bytes=limit)
-    raise RunError(f"none of the {len(ranked)} that were compiled fits {limit / GIB:.2f} GiB")
+            fitting.append(dataclasses.replace(each, memory=memory, limit_bytes=limit))
+    if not fitting:
+        raise RunError(f"none of the {len(ranked)} that were compiled fits {limit / GIB:.2f} GiB")
+    return fitting[0]
