@@ -53,10 +53,14 @@ def _bytes_of(device: jax.Device) -> int | None:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    if device.platform != "cpu":
-        return None
+    there = host_bytes() if device.platform == "cpu" else None
+    return None if there is None else there // jax.local_device_count()
+
+
+def host_bytes() -> int | None:
+    """Memory that this machine could give this process; None where it does not say."""
     available = [size for size in (_available(), _left_in_cgroup()) if size is not None]
-    return min(available) // jax.local_device_count() if available else None
+    return min(available) if available else None
 
 
 def _available() -> int | None:

@@ -10,10 +10,16 @@ from jax.sharding import PartitionSpec
 
 from jaxscale import tree
 from jaxscale.config import operative_config
+from jaxscale.launch.memory import host_bytes
 from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.parameters import Table, count_parameters, parameter_table
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.rules import Specs, all_axes_of, make_specs, mirror
+from jaxscale.planner.cluster import DEVICES
+from jaxscale.planner.memory import step_memory
+from jaxscale.planner.state import StateCounter
+from jaxscale.run.compile import memory_share
+from jaxscale.run.planned import job_of, layout_of
 from jaxscale.run.run import Run, check_fit
 from jaxscale.train.host import is_on_host
 from jaxscale.train.optim import make_optimizer
@@ -25,7 +31,8 @@ from jaxscale.types import Params
 def inspect(*, run: Run) -> None:
     """Prints the resolved configuration, parameter counts, the sharding table and bytes per device.
 
-    Nothing is allocated and no device is needed.
+    Nothing is allocated and no device is needed. What lies beside the state during a step is
+    estimated, see `planner.memory`; `jaxscale compile` asks the compiler.
 
     Args:
         run: the run.
@@ -47,6 +54,7 @@ def inspect(*, run: Run) -> None:
     print(f"mesh          {dataclasses.asdict(run.mesh)}, {math.prod(run.mesh.sizes)} devices")
     for name, size in bytes_per_device(run, table, specs).items():
         print(f"{name:<13} {_bytes_text(size)} per device")
+    print("\n".join(_step_lines(run)))
 
 
 def bytes_per_device(
@@ -93,9 +101,36 @@ def bytes_per_device(
     return sizes | {"sum": sum(sizes.values()), "on the host": host}
 
 
-def _bytes_text(size: int) -> str:
+def _step_lines(run: Run) -> list[str]:
+    """What a step needs at its fullest moment, and which devices have that much."""
+    job, layout = job_of(run), layout_of(run)
+    memory = step_memory(job, layout, StateCounter(job)(run.mesh))
+    activations = memory.stashed + memory.workspace + memory.copies
+    parts = {
+        "activations": f"{_bytes_text(activations)} per device at the fullest moment, estimated",
+        "a step": f"{_bytes_text(memory.total)} per device, estimated",
+        "fits": _fitting(run, memory.total),
+    }
+    return [f"{name:<13} {text}" for name, text in parts.items()]
+
+
+def _fitting(run: Run, needed: float) -> str:
+    """Which devices have memory for a step; a CPU's share the host's."""
+    if run.runtime.platform == "cpu":
+        there, needed = host_bytes(), needed * math.prod(run.mesh.sizes)
+        return "unknown" if there is None else _verdict("this machine", needed, there)
+    share = memory_share()
+    found = [_verdict(each.name, needed, each.memory_bytes * share) for each in DEVICES.values()]
+    return f"{', '.join(found)} (JAX's share: {share:g} of the memory)"
+
+
+def _verdict(name: str, needed: float, there: float) -> str:
+    return f"{name}: {'yes' if needed <= there else 'no'}, {_bytes_text(there)}"
+
+
+def _bytes_text(size: float) -> str:
     """In the largest unit that leaves a number of at least 1."""
-    exponent = min(max(size, 1).bit_length() - 1, 49) // 10
+    exponent = min(max(int(size), 1).bit_length() - 1, 49) // 10
     return f"{size / 2 ** (10 * exponent):.2f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
 
 

@@ -13,12 +13,11 @@ from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 from jaxscale.planner.calibration import measured
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.explain import details, layout_text, table, why
-from jaxscale.planner.job import Layout
 from jaxscale.planner.picture import draw
 from jaxscale.planner.plan import Plan
 from jaxscale.planner.search import Candidate, Planner
 from jaxscale.run.compile import lower_step, memory_share
-from jaxscale.run.planned import SHARE_OF_LIMIT, job_of, planned, search
+from jaxscale.run.planned import SHARE_OF_LIMIT, job_of, layout_of, planned, search
 from jaxscale.run.run import Run
 from jaxscale.types import InputError, RunError
 from jaxscale.written import as_written, render
@@ -110,13 +109,7 @@ def _own(
 ) -> str:
     """How the run's own mesh compares."""
     planner = Planner(job_of(run), cluster, cluster.device.memory_bytes * share * SHARE_OF_LIMIT)
-    execution = run.execution
-    layout = Layout(
-        run.mesh,
-        run.train.num_microbatches,
-        execution.remat,
-        execution.is_scanned,
-    )
+    layout = layout_of(run)
     text = layout_text(layout)
     if layout.num_devices != cluster.num_devices:
         return f"the file's own mesh is for {layout.num_devices} devices: {text}"

@@ -103,6 +103,13 @@ def job_of(run: Run) -> Job:
     )
 
 
+def layout_of(run: Run) -> Layout:
+    """How a run is spread now."""
+    execution = run.execution
+    num_microbatches = run.train.num_microbatches
+    return Layout(run.mesh, num_microbatches, execution.remat, execution.is_scanned)
+
+
 def planned(run: Run, layout: Layout) -> Run:
     """The run spread as a layout says."""
     num_microbatches = layout.num_microbatches

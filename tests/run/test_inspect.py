@@ -36,6 +36,32 @@ def test_counts_table_and_bytes(capsys):
     assert re.search(r"^layers/0/attention/q +LDNH +\(16, 2048, 16, 128\) ", shown, re.MULTILINE)
 
 
+def test_activations_and_the_devices_that_a_step_fits(capsys, monkeypatch):
+    """On an H200 this step needs 38.1 GiB (experiments/results/2026-11-23_h200_train_step.md)."""
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    sizes = {}
+    for rows in (4, 12):
+        shown = inspect(f"data.batch_size={rows}", capsys=capsys)
+        for name in ("activations", "a step"):
+            found = re.search(
+                rf"^{name} +([\d.]+) GiB per device.* estimated$", shown, re.MULTILINE
+            )
+            sizes[name, rows] = float(found[1])
+        verdicts = re.search(r"^fits +(.*)$", shown, re.MULTILINE)[1]
+        assert ("h100: yes, 59.74 GiB" in verdicts, "h200: yes" in verdicts) == (rows == 4, True)
+        assert "v100_32gb: no" in verdicts and "0.75 of the memory" in verdicts
+    assert sizes["a step", 4] == pytest.approx(38.1, rel=0.03)
+    assert sizes["activations", 12] > 2.5 * sizes["activations", 4]
+
+
+def test_a_step_on_virtual_devices_is_compared_with_the_machine(capsys, monkeypatch):
+    monkeypatch.setattr("jaxscale.run.inspect.host_bytes", lambda: 300 << 30)
+    for devices, verdict in ((4, "yes"), (16, "no")):
+        mesh = f"mesh.data={devices}", f"data.batch_size={4 * devices}"
+        shown = inspect("runtime.platform=cpu", *mesh, capsys=capsys)
+        assert f"fits          this machine: {verdict}, 300.00 GiB" in shown
+
+
 def test_a_mesh_that_is_not_there(capsys):
     """ZeRO 3 over 64 and tensor 4 on 256 devices divide everything but a few norms by 256.
 
