@@ -24,9 +24,8 @@ def check_backend(
         operation: its name, for the message.
         implementation: the backend that was asked for.
         backends: those that exist.
-        refusal: what "mosaic" would need to compute the request; None when it can.
+        refusal: what the backend would need to compute the request; None when it can.
     """
     given = f"implementation {implementation!r}"
     require(implementation in backends, operation, given, f"one of {backends}")
-    is_refused = implementation == "mosaic" and refusal is not None
-    require(not is_refused, operation, "'mosaic'", refusal)
+    require(refusal is None, operation, repr(implementation), refusal)

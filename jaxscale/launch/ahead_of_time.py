@@ -136,7 +136,7 @@ def _answers(devices: Sequence[jax.Device]) -> list[_Replacement]:
 
     return [
         _Replacement(jax, "default_backend", lambda: device.platform),
-        _Replacement(ops_device, "compute_capability", lambda: device.compute_capability),
+        _Replacement(ops_device.described, "compute_capability", lambda: device.compute_capability),
         # Private to JAX: jax._src.cudnn.fused_attention_stablehlo.
         _Replacement(cudnn_attention, "check_cudnn_version", lambda: CUDNN_VERSION),
         _Replacement(cudnn_attention, "check_compute_capability", is_at_least),

@@ -15,6 +15,7 @@ from jaxscale.launch.processes import (
     process_index,
     start_processes,
 )
+from jaxscale.ops.device import FAMILIES, name_kernels
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
 XLA_BRIDGE = "jax._src.xla_bridge"  # the name of JAX's logger of platforms and plugins
@@ -33,6 +34,8 @@ class RuntimeConfig:
             autotuner's choices kept in the run's directory, which all processes share, and used
             again on resume.
         xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false".
+        kernels: whose kernels compute: "mosaic" (Hopper GPUs), "triton" (GPUs since Ampere) or
+            "xla" (none of ours); None takes the device's fastest and logs it.
         processes: how the run's processes find one another; None for a run of one process.
         watchdog_timeout_s: a step that takes longer ends the process, see `launch.watchdog`; a
             process that is dead or frozen ends the others within twice that, whatever they do.
@@ -44,12 +47,14 @@ class RuntimeConfig:
     num_cpu_devices: int | None = None
     is_deterministic: bool = False
     xla_flags: tuple[str, ...] = ()
+    kernels: str | None = None
     processes: ProcessesConfig | None = None
     watchdog_timeout_s: int | None = None
 
     def __post_init__(self):
         check_types(self)
         check_choice("RuntimeConfig.platform", self.platform, (None, "cpu", "cuda", "tpu"))
+        check_choice("RuntimeConfig.kernels", self.kernels, (None, *FAMILIES))
         if self.num_cpu_devices is not None:
             check_positive("RuntimeConfig.num_cpu_devices", self.num_cpu_devices)
             if self.num_cpu_devices > MAX_CPU_DEVICES:
@@ -79,6 +84,7 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
     """
     logging.getLogger(XLA_BRIDGE).addFilter(_without_traceback)
     _set_flags("RuntimeConfig.xla_flags", config.xla_flags, by_user=True)
+    name_kernels(config.kernels)
     if config.platform is not None:
         jax.config.update("jax_platforms", config.platform)
     if config.num_cpu_devices is not None:

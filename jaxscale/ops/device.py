@@ -1,15 +1,77 @@
-"""What the device is that a program is traced for."""
+"""What the device is that a program is traced for, and whose kernels compute on it."""
+
+from types import ModuleType
+from typing import Any
 
 import jax
 
+from jaxscale.kernels import device as described
+from jaxscale.kernels.triton_call import missing
+from jaxscale.types import InputError
+
 HOPPER = "9.0"
+OLDEST_FOR_TRITON = 8.0  # Ampere: older ones do not multiply bfloat16
+# Our kernels by the language that they are written in; "xla" stands for none of them.
+FAMILIES = ("mosaic", "triton", "xla")
 
-
-def compute_capability() -> str | None:
-    """Of this process's GPUs, such as "9.0" for an H100 or H200; None without one."""
-    return jax.local_devices()[0].compute_capability if jax.default_backend() == "gpu" else None
+_named: str | None = None
 
 
 def is_hopper() -> bool:
     """Whether the kernels for Hopper GPUs run here."""
-    return compute_capability() == HOPPER
+    return described.compute_capability() == HOPPER
+
+
+def name_kernels(family: str | None) -> None:
+    """Has this process take the kernels of one of FAMILIES alone; None chooses by the device."""
+    global _named
+    _named = family
+
+
+def named_kernels() -> str | None:
+    """The family that was named."""
+    return _named
+
+
+def kernel_family() -> str:
+    """The family whose kernels are taken: the one that was named, or else the device's fastest.
+
+    Raises:
+        InputError: the device cannot run the one that was named.
+    """
+    if _named is None:
+        return next(family for family in FAMILIES if device_refusal(family) is None)
+    if reason := device_refusal(_named):
+        raise InputError("RuntimeConfig.kernels", _named, reason)
+    return _named
+
+
+def device_refusal(family: str) -> str | None:
+    """What a backend would need of the device, as the text of an error; None if nothing.
+
+    Args:
+        family: one of FAMILIES, or any backend's name.
+    """
+    capability = described.compute_capability()
+    here = f"a GPU of compute capability {capability}" if capability else jax.default_backend()
+    if family == "cudnn" and capability is None:
+        return f"a GPU, but this is {here}"
+    if family == "mosaic" and capability != HOPPER:
+        return f"a Hopper GPU, of compute capability {HOPPER}, but this is {here}"
+    if family != "triton":
+        return None
+    if capability is None or float(capability) < OLDEST_FOR_TRITON:
+        return f"a GPU of compute capability {OLDEST_FOR_TRITON} or newer, but this is {here}"
+    return missing()
+
+
+def kernel_for(api: ModuleType, *operands: Any) -> str | None:
+    """The family whose kernel computes the request here; None where it is left to XLA.
+
+    Args:
+        api: of an operation's folder in `kernels`.
+        operands: what its `refusal` looks at.
+    """
+    family = kernel_family()
+    is_ours = family in api.BACKENDS and family != "xla"
+    return family if is_ours and api.refusal(family, *operands) is None else None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.kernels.linear_cross_entropy import api as linear_cross_entropy
-from jaxscale.ops.device import is_hopper
+from jaxscale.ops.device import kernel_for
 from jaxscale.ops.precision import accumulator
 from jaxscale.ops.split_product import parts_of
 from jaxscale.types import Array, InputError
@@ -133,28 +133,28 @@ def label_and_normaliser(
 ) -> tuple[Array, Array]:
     """Logit of each token's label, and log sum exp of its logits.
 
-    The head may be a part of the vocabulary as well as a whole one. A kernel computes both on
-    Hopper GPUs, logits elsewhere.
+    The head may be a part of the vocabulary as well as a whole one. A kernel computes both where
+    the device has one, logits elsewhere.
 
     Args:
         h, head, labels, softcap: as for `token_loss`.
     Returns:
         (logit [B, T], 0 for a label outside [0, V); log sum exp [B, T]).
     """
-    is_mosaic = is_hopper() and _mosaic_refusal(h, head, softcap) is None
-    implementation = "mosaic" if is_mosaic else "logits"
+    rows = h.reshape(-1, h.shape[-1])
+    # The kernels have no soft-cap.
+    family = None if softcap else kernel_for(linear_cross_entropy, rows, _matrix(head))
     shape = num_rows(head), h.shape[-1]
     message = "cross-entropy: backend %s for h%s head%s %s"
-    logger.info(message, implementation, h.shape, shape, h.dtype)
-    if not is_mosaic:
+    logger.info(message, family or "logits", h.shape, shape, h.dtype)
+    if family is None:
         return from_logits(unembed(h, head, softcap), labels)
-    rows = h.reshape(-1, h.shape[-1])
     rows, matrix = _with_bias_in_columns(rows, head)
     label, normaliser = linear_cross_entropy.label_and_normaliser(
         rows,
         matrix,
         labels.reshape(-1),
-        implementation="mosaic",
+        implementation=family,
     )
     return label.reshape(labels.shape), normaliser.reshape(labels.shape)
 
@@ -187,18 +187,6 @@ def _with_bias_in_columns(
     ones = jnp.ones((len(h), 3), h.dtype)
     h = jnp.concatenate([h, ones], -1)
     return h, jnp.concatenate([head.weights, columns], -1)
-
-
-def _mosaic_refusal(
-    h: Array,
-    head: Array | Head,
-    softcap: float | None,
-) -> str | None:
-    """What our kernel would need to compute the loss; None when it can."""
-    if softcap is not None:
-        return "no soft-cap"
-    rows = h.reshape(-1, h.shape[-1])
-    return linear_cross_entropy.mosaic_refusal(rows, _matrix(head))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

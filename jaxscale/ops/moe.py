@@ -8,10 +8,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxscale.kernels.grouped_matmul.api import feed_forward, grouped_matmul, mosaic_refusal
+from jaxscale.kernels.grouped_matmul import api as kernel
 from jaxscale.ops import tiles
 from jaxscale.ops.activation import activate
-from jaxscale.ops.device import is_hopper
+from jaxscale.ops.device import kernel_for
 from jaxscale.ops.dispatch import make_dispatch
 from jaxscale.ops.draws import Dropout
 from jaxscale.ops.precision import accumulator
@@ -91,14 +91,15 @@ def grouped_ffn(
     if tile is not None:
         multiply = functools.partial(tiles.grouped_matmul, group_sizes=group_sizes, num_rows=tile)
         return _feed_forward(multiply, rows, weights, activation, dropout)
-    is_mosaic = is_hopper() and _mosaic_refusal(rows, weights) is None
-    implementation = "mosaic" if is_mosaic else "xla"
+    families = {kernel_for(kernel, rows, weights[name]) for name in ("up", "down")}
+    family = families.pop() if len(families) == 1 else None
+    implementation = family or "xla"
     logger.info("experts: backend %s for rows%s %s", implementation, rows.shape, rows.dtype)
-    if is_mosaic and activation == "swiglu" and dropout is None:
+    if family and activation == "swiglu" and dropout is None:
         matrices = (weights[name] for name in ("gate", "up", "down"))
-        return feed_forward(rows, *matrices, group_sizes, implementation="mosaic")
+        return kernel.feed_forward(rows, *matrices, group_sizes, implementation=family)
     multiply = functools.partial(
-        grouped_matmul,
+        kernel.grouped_matmul,
         group_sizes=group_sizes,
         implementation=implementation,
     )
@@ -119,11 +120,6 @@ def _feed_forward(
     if dropout is not None:
         hidden = dropout(hidden)
     return multiply(hidden, weights["down"])
-
-
-def _mosaic_refusal(rows: Array, weights: Params) -> str | None:
-    """What our kernel would need to compute the feed-forward; None when it can."""
-    return mosaic_refusal(rows, weights["up"]) or mosaic_refusal(rows, weights["down"])
 
 
 def reference(

@@ -7,7 +7,7 @@ from jax import lax
 
 from jaxscale.kernels.rms_norm import api as kernel
 from jaxscale.kernels.rms_norm import reference
-from jaxscale.ops.device import is_hopper
+from jaxscale.ops.device import kernel_for
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
 
@@ -71,18 +71,19 @@ def residual_norm(
     """(x, rms_norm(x)): a residual and its norm, whose gradients of `x` are added in one pass.
 
     The caller must go on with the residual that is returned, or its gradient misses the sum. On a
-    Hopper GPU the backward is a kernel if the kernel takes rows of this size and type, and the log
-    says so. The kernel is differentiable once, and on several devices it runs in a manual region
-    only. Elsewhere the backward is that of `rms_norm`.
+    GPU the backward is a kernel if one takes rows of this size and type, and the log says so. The
+    kernel is differentiable once, and on several devices it runs in a manual region only. Elsewhere
+    the backward is that of `rms_norm`.
 
     Args:
         x, scale, epsilon: as for `rms_norm`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if not is_hopper() or kernel.mosaic_refusal(rows) is not None:
+    family = kernel_for(kernel, rows)
+    if family is None:
         return x, rms_norm(x, scale, epsilon=epsilon)
-    logger.info("norm: backend mosaic for x%s %s", x.shape, x.dtype)
-    same, y = kernel.residual_norm(rows, scale, epsilon=epsilon, implementation="mosaic")
+    logger.info("norm: backend %s for x%s %s", family, x.shape, x.dtype)
+    same, y = kernel.residual_norm(rows, scale, epsilon=epsilon, implementation=family)
     return same.reshape(x.shape), y.reshape(x.shape)
 
 

@@ -70,7 +70,9 @@ def compile_step(*, run: Run, topology: str) -> None:
     wanted, share = Topology.parse(topology), memory_share()
     # The flag of a deterministic run stays out: it asks for tuning on a GPU, without which a
     # default will do.
-    apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
+    runtime = run.runtime
+    settings = dict(xla_flags=runtime.xla_flags, kernels=runtime.kernels)
+    apply_runtime(RuntimeConfig(platform="cpu", **settings), ".")
     devices, began = wanted.devices(), time.perf_counter()
     step = lower_step(run, devices)
     traced = time.perf_counter()

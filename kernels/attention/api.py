@@ -1,6 +1,7 @@
 """Attention of queries over intervals of keys: causal and full masks, windows, packed documents."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,11 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxscale.kernels.attention import pallas_backward, pallas_forward, reference
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.kernels.checks import check_backend, require
+from jaxscale.kernels.triton_call import missing
 
-BACKENDS = ("reference", "mosaic")
+BACKENDS = ("reference", "mosaic", "triton")
 # Results of a backend whose last bits differ from run to run, because they are added up in the
 # order in which blocks finish.
-VARYING = {"mosaic": ("dq",)}
+VARYING = {"mosaic": ("dq",), "triton": ("dq",)}
 # Those that the kernels take; heads of others are padded with zeros.
 HEAD_DIMS = (64, 128, 256)
 # Names the kernel's results, for rematerialisation policies that keep them.
@@ -39,7 +41,7 @@ def attention(
 ) -> tuple[Array, Array]:
     """Softmax attention of each query t over the keys low[t] <= s < high[t].
 
-    "mosaic" skips the tiles of keys that no query of a tile sees, and does not mask those that all
+    The kernels skip the tiles of keys that no query of a tile sees, and do not mask those that all
     of them see whole. Of the results and gradients (o, lse, dq, dk, dv) those in VARYING are not
     the same bits from run to run.
 
@@ -54,8 +56,8 @@ def attention(
         softcap: c in c * tanh(logits / c); None for none.
         layout: hides blocks of keys. The intervals must then be those of the causal mask, low 0 and
             high t + 1: blocks that a layout sees whole are not compared with them.
-        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs.
-        interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
+        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, "triton" for Ampere and newer.
+        interpret: JAX's parameters of interpretation, to try a kernel on a CPU; False compiles it.
     Returns:
         (o [B, T, N, H] in the type of `q`, log sum exp of each query's logits [B, N, T] float32);
         where a query sees nothing, 0 and -inf.
@@ -66,7 +68,7 @@ def attention(
     """
     _check_shapes(q, k, v, low, high)
     require(softcap is None or softcap > 0, "attention", f"softcap {softcap}", "above 0, or None")
-    check_backend("attention", implementation, BACKENDS, mosaic_refusal(q, k))
+    check_backend("attention", implementation, BACKENDS, refusal(implementation, q, k))
     if implementation == "reference":
         settings = dict(scale=scale, softcap=softcap, layout=layout)
         return reference.attention(q, k, v, low, high, **settings)
@@ -74,7 +76,7 @@ def attention(
     q, k, v = map(_pad, (q, k, v))
     margins = ((0, 0), (0, -length % ALIGNMENT))
     low, high = (jnp.pad(x, margins) for x in (low, high))
-    o, lse = _mosaic(q, k, v, low, high, scale, softcap, layout, interpret)
+    o, lse = _by_kernel(q, k, v, low, high, scale, softcap, layout, implementation, interpret)
     o = o[:, :length, :, :head_dim]
     return o, lse[:, :, :length]
 
@@ -102,20 +104,22 @@ def _check_shapes(
     require(is_fit, "attention", given, expected)
 
 
-def mosaic_refusal(q: Array, k: Array) -> str | None:
-    """What "mosaic" would need to compute the request, as the text of an error.
+def refusal(implementation: str, q: Array, k: Array) -> str | None:
+    """What a kernel would need to compute the request, as the text of an error.
 
-    None when it can. Shapes and types are enough.
+    None when it can, and for what is no kernel. Shapes and types are enough.
     """
+    if implementation == "reference":
+        return None
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     if not is_half or k.dtype != q.dtype:
         return f"q, k and v all bfloat16 or all float16, but they are {q.dtype} and {k.dtype}"
     if q.shape[3] > max(HEAD_DIMS):
         return f"head_dim <= {max(HEAD_DIMS)}, but head_dim = {q.shape[3]}"
     # jax 0.10 cannot put a kernel that writes to a reference into a scan.
-    if jax.__version_info__ < (0, 11):
+    if implementation == "mosaic" and jax.__version_info__ < (0, 11):
         return f"jax >= 0.11, but this is {jax.__version__}"
-    return None
+    return missing() if implementation == "triton" else None
 
 
 def _pad(x: Array) -> Array:
@@ -134,8 +138,18 @@ def _pad(x: Array) -> Array:
     return jnp.pad(x, margins)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _mosaic(
+def _kernels(implementation: str) -> tuple[Callable, Callable]:
+    """The backend's `forward` and `backward`."""
+    if implementation == "triton":
+        # Triton is optional, so it is imported where it is used.
+        from jaxscale.kernels.attention import triton
+
+        return triton.forward, triton.backward
+    return pallas_forward.forward, pallas_backward.backward
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
+def _by_kernel(
     q,
     k,
     v,
@@ -144,9 +158,11 @@ def _mosaic(
     scale,
     softcap,
     layout,
+    implementation,
     interpret,
 ):
-    results, _ = _forward(q, k, v, low, high, scale, softcap, layout, interpret)
+    settings = scale, softcap, layout, implementation, interpret
+    results, _ = _forward(q, k, v, low, high, *settings)
     return results
 
 
@@ -159,21 +175,24 @@ def _forward(
     scale,
     softcap,
     layout,
+    implementation,
     interpret,
 ):
+    forward, _ = _kernels(implementation)
     settings = dict(scale=scale, softcap=softcap, layout=layout, interpret=interpret)
-    o, lse = pallas_forward.forward(q, k, v, low, high, **settings)
+    o, lse = forward(q, k, v, low, high, **settings)
     o = checkpoint_name(o, OUTPUT_NAME)
     lse = checkpoint_name(lse, OUTPUT_NAME)
     return (o, lse), (q, k, v, low, high, o, lse)
 
 
-def _backward(scale, softcap, layout, interpret, residuals, cotangents):
+def _backward(scale, softcap, layout, implementation, interpret, residuals, cotangents):
     q, k, v, low, high, o, lse = residuals
     do, dlse = cotangents
+    _, backward = _kernels(implementation)
     settings = dict(scale=scale, softcap=softcap, layout=layout, interpret=interpret)
-    dq, dk, dv = pallas_backward.backward(q, k, v, o, lse, do, dlse, low, high, **settings)
+    dq, dk, dv = backward(q, k, v, o, lse, do, dlse, low, high, **settings)
     return dq, dk, dv, None, None
 
 
-_mosaic.defvjp(_forward, _backward)
+_by_kernel.defvjp(_forward, _backward)

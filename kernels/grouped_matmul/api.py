@@ -12,8 +12,9 @@ from jaxscale.kernels.checks import check_backend, require
 from jaxscale.kernels.grouped_matmul import pallas, reference, swiglu
 from jaxscale.kernels.grouped_matmul.block_sizes import H200
 from jaxscale.kernels.persistent import DEPTH, pad_to_units
+from jaxscale.kernels.triton_call import missing
 
-BACKENDS = ("reference", "xla", "mosaic")
+BACKENDS = ("reference", "xla", "mosaic", "triton")
 
 
 def grouped_matmul(
@@ -34,8 +35,8 @@ def grouped_matmul(
         rows: [rows, D], sorted by group.
         weights: [E, D, F] of the same type.
         group_sizes: [E] int32, their sum at most the number of rows.
-        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs.
-        interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
+        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, "triton" for Ampere and newer.
+        interpret: JAX's parameters of interpretation, to try a kernel on a CPU; False compiles it.
     Returns:
         [rows, F] in the type of `rows`, accumulated in at least float32.
     Raises:
@@ -44,12 +45,16 @@ def grouped_matmul(
         up to a multiple of 8 and D and F to one of 64, by copying.
     """
     _check("grouped_matmul", rows, group_sizes, weights.shape, weights.shape[-1])
-    check_backend("grouped_matmul", implementation, BACKENDS, mosaic_refusal(rows, weights))
+    reason = refusal(implementation, rows, weights)
+    check_backend("grouped_matmul", implementation, BACKENDS, reason)
     if implementation == "reference":
         return reference.grouped_matmul(rows, weights, group_sizes)
     if implementation == "xla":
         return lax.ragged_dot(rows, weights, group_sizes)
-    product = _mosaic(_filled(rows), _filled(weights), group_sizes, interpret)
+    if implementation == "triton":
+        return _by_kernel(rows, weights, group_sizes, implementation, interpret)
+    filled = _filled(rows), _filled(weights)
+    product = _by_kernel(*filled, group_sizes, implementation, interpret)
     return product[: rows.shape[0], : weights.shape[2]]
 
 
@@ -71,16 +76,18 @@ def _check(
     require(is_fit, operation, given, expected)
 
 
-def mosaic_refusal(rows: Array, weights: Array) -> str | None:
-    """What "mosaic" would need to compute the request, as the text of an error.
+def refusal(implementation: str, rows: Array, weights: Array) -> str | None:
+    """What a kernel would need to compute the request, as the text of an error.
 
-    None when it can. Shapes and types are enough.
+    None when it can, and for what is no kernel. Shapes and types are enough.
     """
-    is_half = rows.dtype in (jnp.bfloat16, jnp.float16)
-    if is_half and weights.dtype == rows.dtype:
+    if implementation not in ("mosaic", "triton"):
         return None
-    given = f"{rows.dtype} and {weights.dtype}"
-    return f"rows and weights both bfloat16 or both float16, but they are {given}"
+    is_half = rows.dtype in (jnp.bfloat16, jnp.float16)
+    if not is_half or weights.dtype != rows.dtype:
+        given = f"{rows.dtype} and {weights.dtype}"
+        return f"rows and weights both bfloat16 or both float16, but they are {given}"
+    return missing() if implementation == "triton" else None
 
 
 def _filled(operand: Array) -> Array:
@@ -93,21 +100,34 @@ def _filled(operand: Array) -> Array:
     return pad_to_units(operand, units)
 
 
-def _kernels(group_sizes: Array, interpret: Any) -> tuple[Callable, Callable]:
-    """`pallas.forward` and `pallas.weight_gradient` for these groups."""
-    settings = dict(group_sizes=group_sizes, blocks=H200, interpret=interpret)
-    multiply = functools.partial(pallas.forward, **settings)
-    return multiply, functools.partial(pallas.weight_gradient, **settings)
+def _kernels(
+    implementation: str,
+    group_sizes: Array,
+    interpret: Any,
+) -> tuple[Callable, Callable]:
+    """`forward` and `weight_gradient` of a backend's module, for these groups."""
+    settings = dict(group_sizes=group_sizes, interpret=interpret)
+    if implementation == "triton":
+        # Triton is optional, so it is imported where it is used.
+        from jaxscale.kernels.grouped_matmul import triton
+
+        functions = triton.forward, triton.weight_gradient
+    else:
+        settings["blocks"] = H200
+        functions = pallas.forward, pallas.weight_gradient
+    multiply, weight_gradient = (functools.partial(f, **settings) for f in functions)
+    return multiply, weight_gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _mosaic(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _by_kernel(
     rows: Array,
     weights: Array,
     group_sizes: Array,
+    implementation: str,
     interpret: Any,
 ) -> Array:
-    multiply, _ = _kernels(group_sizes, interpret)
+    multiply, _ = _kernels(implementation, group_sizes, interpret)
     return multiply((rows,), (weights,), is_transposed=False)
 
 
@@ -115,25 +135,27 @@ def _forward(
     rows: Array,
     weights: Array,
     group_sizes: Array,
+    implementation: str,
     interpret: Any,
 ):
-    product = _mosaic(rows, weights, group_sizes, interpret)
+    product = _by_kernel(rows, weights, group_sizes, implementation, interpret)
     return product, (rows, weights, group_sizes)
 
 
 def _backward(
+    implementation: str,
     interpret: Any,
     residuals: tuple[Array, ...],
     cotangent: Array,
 ):
     rows, weights, group_sizes = residuals
-    multiply, weight_gradient = _kernels(group_sizes, interpret)
+    multiply, weight_gradient = _kernels(implementation, group_sizes, interpret)
     drows = multiply((cotangent,), (weights,), is_transposed=True)
     dweights = weight_gradient(rows, cotangent)
     return drows, dweights, None
 
 
-_mosaic.defvjp(_forward, _backward)
+_by_kernel.defvjp(_forward, _backward)
 
 
 def feed_forward(
@@ -148,9 +170,9 @@ def feed_forward(
 ) -> Array:
     """The SwiGLU feed-forward of each group's expert; rows past the last group give zero.
 
-    "mosaic" computes the products with `gate` and `up`, and SwiGLU of them, in one kernel, and the
-    sum of both of their gradients of the rows in another. Between forward and backward it keeps the
-    two products [rows, F].
+    "mosaic" computes the products with `gate` and `up`, and SwiGLU of them, in one kernel. It and
+    "triton" compute the sum of both of their gradients of the rows in one, and keep the two
+    products [rows, F] between forward and backward.
 
     Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
     Args:
@@ -168,12 +190,14 @@ def feed_forward(
     down_turned = down.shape[:-2] + down.shape[:-3:-1]
     for shape in (gate.shape, up.shape, down_turned):
         _check("feed_forward", rows, group_sizes, shape, width)
-    refusals = (mosaic_refusal(rows, weights) for weights in (gate, up, down))
+    refusals = (refusal(implementation, rows, weights) for weights in (gate, up, down))
     first_refusal = next(filter(None, refusals), None)
     check_backend("feed_forward", implementation, BACKENDS, first_refusal)
+    if implementation == "triton":
+        return _feed_forward(rows, gate, up, down, group_sizes, implementation, interpret)
     if implementation == "mosaic":
         filled = map(_filled, (rows, gate, up, down))
-        y = _mosaic_feed_forward(*filled, group_sizes, interpret)
+        y = _feed_forward(*filled, group_sizes, implementation, interpret)
         return y[: rows.shape[0], : rows.shape[1]]
 
     def multiply(rows: Array, weights: Array) -> Array:
@@ -184,39 +208,40 @@ def feed_forward(
     return multiply(h, down)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _mosaic_feed_forward(rows, gate, up, down, group_sizes, interpret):
-    multiply, _ = _kernels(group_sizes, interpret)
-    (h,) = swiglu.forward(
-        rows,
-        gate,
-        up,
-        group_sizes,
-        is_for_backward=False,
-        blocks=H200,
-        interpret=interpret,
-    )
+def _hidden(implementation, rows, gate, up, group_sizes, interpret, is_for_backward):
+    """(h,) or (h, g, u) of a kernel backend: h = silu(g) * u, and the products g and u."""
+    if implementation == "mosaic":
+        return swiglu.forward(
+            rows,
+            gate,
+            up,
+            group_sizes,
+            is_for_backward=is_for_backward,
+            blocks=H200,
+            interpret=interpret,
+        )
+    multiply, _ = _kernels(implementation, group_sizes, interpret)
+    g, u = (multiply((rows,), (weights,), is_transposed=False) for weights in (gate, up))
+    return swiglu.swiglu(g, u), g, u
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _feed_forward(rows, gate, up, down, group_sizes, implementation, interpret):
+    multiply, _ = _kernels(implementation, group_sizes, interpret)
+    h, *_ = _hidden(implementation, rows, gate, up, group_sizes, interpret, False)
     return multiply((h,), (down,), is_transposed=False)
 
 
-def _feed_forward_forward(rows, gate, up, down, group_sizes, interpret):
-    multiply, _ = _kernels(group_sizes, interpret)
-    h, g, u = swiglu.forward(
-        rows,
-        gate,
-        up,
-        group_sizes,
-        is_for_backward=True,
-        blocks=H200,
-        interpret=interpret,
-    )
+def _feed_forward_forward(rows, gate, up, down, group_sizes, implementation, interpret):
+    multiply, _ = _kernels(implementation, group_sizes, interpret)
+    h, g, u = _hidden(implementation, rows, gate, up, group_sizes, interpret, True)
     y = multiply((h,), (down,), is_transposed=False)
     return y, (rows, gate, up, down, group_sizes, g, u)
 
 
-def _feed_forward_backward(interpret, residuals, dy):
+def _feed_forward_backward(implementation, interpret, residuals, dy):
     rows, gate, up, down, group_sizes, g, u = residuals
-    multiply, weight_gradient = _kernels(group_sizes, interpret)
+    multiply, weight_gradient = _kernels(implementation, group_sizes, interpret)
     # h is computed again from g and u, so that it need not be kept.
     h, pullback = jax.vjp(swiglu.swiglu, g, u)
     dh = multiply((dy,), (down,), is_transposed=True)
@@ -228,4 +253,4 @@ def _feed_forward_backward(interpret, residuals, dy):
     return drows, dgate, dup, ddown, None
 
 
-_mosaic_feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
+_feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxscale.kernels.grouped_matmul.tiles import row_tiles
 from jaxscale.kernels.persistent import (
     COMPUTE,
     DEPTH,
@@ -26,36 +27,6 @@ from jaxscale.kernels.persistent import (
 
 # A copy that swizzles begins at a multiple of so many rows: those of a swizzled tile.
 ALIGNMENT = 8
-
-
-def row_tiles(group_sizes: Array, num_rows: int) -> Array:
-    """The tiles of rows that cover every group and the rows past the last.
-
-    A tile begins at a multiple of ALIGNMENT, so the first tile of a group may begin with rows of
-    the group before it.
-
-    Returns:
-        [4, tiles] int32: group (the number of groups for the rows past the last), first row, and
-        begin and end, within the tile, of the group's rows. The range is empty in the tiles that
-        are left over at the end.
-    """
-    tile = TILE_ROWS
-    past_last = num_rows - group_sizes.sum(keepdims=True)
-    sizes = jnp.concatenate([group_sizes, past_last]).astype(jnp.int32)
-    ends = jnp.cumsum(sizes)
-    starts = ends - sizes
-    aligned = starts - starts % ALIGNMENT
-    num_tiles = jnp.where(sizes > 0, -(-(ends - aligned) // tile), 0)
-    tile_ends = jnp.cumsum(num_tiles)
-    # As many tiles as any division of the rows into groups needs.
-    number = jnp.arange(num_rows // tile + 2 * sizes.size)
-    group = jnp.minimum((number[:, None] >= tile_ends).sum(1), sizes.size - 1)
-    first_of_group = aligned[group]
-    number_in_group = number - (tile_ends - num_tiles)[group]
-    first = first_of_group + number_in_group * tile
-    begin = jnp.clip(starts[group] - first, 0, tile)
-    end = jnp.clip(ends[group] - first, 0, tile)
-    return jnp.stack([group, first, begin, end]).astype(jnp.int32)
 
 
 class RowTiles:
@@ -152,7 +123,7 @@ def forward(
     num_rows, depth = lefts[0].shape
     num_groups, dtype = rights[0].shape[0], lefts[0].dtype
     width = rights[0].shape[1 if is_transposed else 2]
-    table = row_tiles(group_sizes, num_rows)
+    table = row_tiles(group_sizes, num_rows, tile=TILE_ROWS, alignment=ALIGNMENT)
     num_columns, steps = pl.cdiv(width, blocks.columns), depth // DEPTH
     all_steps = steps * len(lefts)
 

@@ -12,7 +12,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxscale.kernels.grouped_matmul.pallas import RowTiles, out_buffers, row_tiles
+from jaxscale.kernels.grouped_matmul.pallas import ALIGNMENT, RowTiles, out_buffers
+from jaxscale.kernels.grouped_matmul.tiles import row_tiles
 from jaxscale.kernels.persistent import (
     DEPTH,
     PIECE,
@@ -49,7 +50,7 @@ def forward(
     """
     num_rows, depth = rows.shape
     num_groups, _, width = gate.shape
-    table = row_tiles(group_sizes, num_rows)
+    table = row_tiles(group_sizes, num_rows, tile=TILE_ROWS, alignment=ALIGNMENT)
     # The left half of a tile's columns is the gate's product, the right half that of `up`.
     half = blocks.columns // 2
     num_columns = pl.cdiv(width, half)

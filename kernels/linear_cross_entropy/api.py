@@ -46,17 +46,20 @@ def label_and_normaliser(
     given = f"h {h.shape}, head {head.shape} and labels {labels.shape}"
     is_fit = h.shape == (*labels.shape, head.shape[-1])
     require(is_fit, "label_and_normaliser", given, "[T, D], [V, D] and [T]")
-    check_backend("label_and_normaliser", implementation, BACKENDS, mosaic_refusal(h, head))
+    reason = refusal(implementation, h, head)
+    check_backend("label_and_normaliser", implementation, BACKENDS, reason)
     if implementation == "mosaic":
         return _mosaic(h, head, labels, interpret)
     return reference.label_and_normaliser(h, head, labels)
 
 
-def mosaic_refusal(h: Array, head: Array) -> str | None:
-    """What "mosaic" would need to compute the request, as the text of an error.
+def refusal(implementation: str, h: Array, head: Array) -> str | None:
+    """What a kernel would need to compute the request, as the text of an error.
 
-    None when it can. Shapes and types are enough.
+    None when it can, and for what is no kernel. Shapes and types are enough.
     """
+    if implementation == "reference":
+        return None
     is_half = h.dtype in (jnp.bfloat16, jnp.float16)
     if is_half and head.dtype == h.dtype:
         return None

@@ -49,7 +49,7 @@ def paged_attention(
     Cost: "mosaic" reads the pages from low to high once, 4 H K bytes a key in bfloat16.
     """
     _check_shapes(q, k_pages, v_pages, block_table)
-    reason = mosaic_refusal(q, k_pages)
+    reason = refusal(implementation, q, k_pages)
     check_backend("paged_attention", implementation, BACKENDS, reason)
     if implementation == "reference":
         settings = dict(scale=scale, softcap=softcap)
@@ -85,11 +85,13 @@ def _check_shapes(
     require(block_table.shape[0] == num, "paged_attention", given, f"[D, P] with D = {num}")
 
 
-def mosaic_refusal(q: Array, k_pages: Array) -> str | None:
-    """What "mosaic" would need to compute the request, as the text of an error; None when it can.
+def refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
+    """What a kernel would need to compute the request, as the text of an error.
 
-    Shapes and types are enough.
+    None when it can, and for what is no kernel. Shapes and types are enough.
     """
+    if implementation == "reference":
+        return None
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     if not is_half or k_pages.dtype != q.dtype:
         return f"q and pages both bfloat16 or both float16, here {q.dtype} and {k_pages.dtype}"

@@ -43,17 +43,19 @@ def residual_norm(
     given = f"x {x.shape} and scale {scale.shape}"
     is_fit = x.ndim == 2 and scale.shape == x.shape[1:]
     require(is_fit, "residual_norm", given, "[rows, D] and [D]")
-    check_backend("residual_norm", implementation, BACKENDS, mosaic_refusal(x))
+    check_backend("residual_norm", implementation, BACKENDS, refusal(implementation, x))
     if implementation == "mosaic":
         return _mosaic(x, scale, epsilon, interpret)
     return x, reference.rms_norm(x, scale, epsilon)
 
 
-def mosaic_refusal(x: Array) -> str | None:
-    """What "mosaic" would need to compute the request, as the text of an error.
+def refusal(implementation: str, x: Array) -> str | None:
+    """What a kernel would need to compute the request, as the text of an error.
 
-    None when it can. Shapes and types are enough.
+    None when it can, and for what is no kernel. Shapes and types are enough.
     """
+    if implementation == "reference":
+        return None
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x bfloat16 or float16, but it is {x.dtype}"
     if len(x) == 0:

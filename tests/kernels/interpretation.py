@@ -10,11 +10,29 @@ import pytest
 # jax 0.10 does not export it.
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from jaxscale.kernels.triton_call import missing
 from jaxscale.ops.device import is_hopper
 
 INTERPRET = False if is_hopper() else InterpretGPUParams()
 KNOWS_THE_END = jax.__version_info__ >= (0, 11)
 OLD_REASON = "jax 0.10 cannot interpret copies past the end, which the hardware fills with zeros"
+
+
+def interpret_of(implementation):
+    """The parameter `interpret` of a backend here."""
+    if INTERPRET and implementation == "triton":
+        from tests.kernels.triton_interpreter import interpret
+
+        return interpret
+    return INTERPRET
+
+
+def skip_unless_runnable(implementation):
+    """Skips a test of a kernel backend that cannot run here."""
+    if implementation == "mosaic" and not KNOWS_THE_END:
+        pytest.skip(OLD_REASON)
+    if implementation == "triton" and (reason := missing()):
+        pytest.skip(f"Triton kernels need {reason}")
 
 
 def assert_norm_close(got, want, tolerance, name=""):
@@ -34,6 +52,11 @@ def assert_same_bits(once, again, names=None):
 def long_but(names, chosen):
     """Parameters of a test: `names`, of which only the chosen ones run by default."""
     return [pytest.param(name, marks=() if name in chosen else pytest.mark.long) for name in names]
+
+
+def but_triton(backends):
+    """Parameters of a test of which the long suite alone interprets Triton, for seconds."""
+    return long_but(backends, [name for name in backends if name != "triton"])
 
 
 def lower_for_gpu(f, *arguments):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxscale.kernels.attention.api import BACKENDS, VARYING, attention, mosaic_refusal
+from jaxscale.kernels.attention.api import BACKENDS, VARYING, attention, refusal
 from jaxscale.kernels.attention.scheduler import CACHE, item_at, longest_first
 from jaxscale.kernels.attention.tiles import (
     BlockLayout,
@@ -18,7 +18,7 @@ from jaxscale.kernels.attention.tiles import (
     query_tiles,
     query_visits,
 )
-from tests.kernels.interpretation import INTERPRET, long_but
+from tests.kernels.interpretation import INTERPRET, but_triton, interpret_of, skip_unless_runnable
 
 IS_NEW = jax.__version_info__ >= (0, 11)
 OLD_REASON = (
@@ -118,11 +118,13 @@ def naive(case):
     return o, lse, np.einsum("bnts,bsnh->btnh", ds, keys), of_kv(dk), of_kv(dv)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=but_triton(BACKENDS))
 def run(request):
     if request.param == "mosaic" and not IS_NEW:
         pytest.skip(OLD_REASON)
-    return functools.partial(attention, implementation=request.param, interpret=INTERPRET)
+    skip_unless_runnable(request.param)
+    backend = dict(implementation=request.param, interpret=interpret_of(request.param))
+    return functools.partial(attention, **backend)
 
 
 def results_and_gradients(run, arrays, bounds, cotangents, settings):
@@ -131,7 +133,19 @@ def results_and_gradients(run, arrays, bounds, cotangents, settings):
     return o, lse, *pullback((do, jnp.where(jnp.isfinite(lse), dlse, 0)))
 
 
-@pytest.mark.parametrize("case", long_but(CASES, DEFAULT))
+@pytest.mark.parametrize(
+    ("run", "case"),
+    [
+        *itertools.product(("reference", "mosaic"), DEFAULT),
+        ("triton", "window_softcap_float16"),
+        *[
+            pytest.param(name, case, marks=pytest.mark.long)
+            for name, case in itertools.product(BACKENDS, CASES)
+            if case not in DEFAULT or (name, case) == ("triton", "documents")
+        ],
+    ],
+    indirect=["run"],
+)
 def test_results_and_gradients_are_those_of_float64(run, case):
     arrays, bounds, cotangents, settings = draw(case)
     o, lse, *gradients = results_and_gradients(run, arrays, bounds, cotangents, settings)
@@ -271,6 +285,8 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     """Interpretation knows neither, so on a CPU the kernel is only lowered for GPUs."""
     if implementation == "mosaic" and not IS_NEW:
         pytest.skip(OLD_REASON)
+    if implementation == "triton" and INTERPRET:
+        pytest.skip("Triton is interpreted here, and does not compile in the same process")
     arrays, bounds, cotangents, settings = draw("documents")
 
     def run(q, k, v, low, high, **settings):
@@ -311,7 +327,7 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
 )
 def test_what_the_kernel_cannot_do_is_refused(q, k, message):
     q, k, bounds = jnp.zeros(*q), jnp.zeros(*k), jnp.zeros((1, 8), jnp.int32)
-    assert message in mosaic_refusal(q, k)
+    assert message in refusal("mosaic", q, k)
     with pytest.raises(ValueError, match=message):
         attention(q, k, k, bounds, bounds, scale=1.0, implementation="mosaic")
 

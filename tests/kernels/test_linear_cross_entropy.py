@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxscale.kernels.linear_cross_entropy.api import BACKENDS, label_and_normaliser, mosaic_refusal
+from jaxscale.kernels.linear_cross_entropy.api import BACKENDS, label_and_normaliser, refusal
 from tests.kernels.interpretation import (
     INTERPRET,
     KNOWS_THE_END,
@@ -154,7 +154,7 @@ def test_every_shape_can_be_compiled_for_a_gpu(shape):
 def test_what_the_kernel_cannot_do_is_refused(h, head):
     message = "both bfloat16 or both float16"
     h, head = jnp.zeros(*h), jnp.zeros(*head)
-    assert message in mosaic_refusal(h, head)
+    assert message in refusal("mosaic", h, head)
     with pytest.raises(ValueError, match=message):
         label_and_normaliser(h, head, jnp.zeros(8, jnp.int32), implementation="mosaic")
 

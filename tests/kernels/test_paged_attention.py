@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxscale.kernels.paged_attention import pallas
-from jaxscale.kernels.paged_attention.api import BACKENDS, mosaic_refusal, paged_attention
+from jaxscale.kernels.paged_attention.api import BACKENDS, paged_attention, refusal
 from tests.kernels.interpretation import INTERPRET, assert_norm_close, long_but, lower_for_gpu
 
 IS_NEW = jax.__version_info__ >= (0, 11)
@@ -84,8 +84,8 @@ def test_what_the_kernel_cannot_do_is_said():
     wide = [each.astype("float32") for each in (q, k_pages, v_pages)]
     with pytest.raises(ValueError, match="bfloat16 or both float16, here float32"):
         paged_attention(*wide, *rest, **settings, implementation="mosaic")
-    assert "page size" in mosaic_refusal(q, k_pages[:, :16])
-    assert "head_dim" in mosaic_refusal(q[..., :24], k_pages)
+    assert "page size" in refusal("mosaic", q, k_pages[:, :16])
+    assert "head_dim" in refusal("mosaic", q[..., :24], k_pages)
     with pytest.raises(ValueError, match="N % K == 0"):
         paged_attention(q[:, :3], k_pages, v_pages, *rest, **settings, implementation="reference")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxscale.kernels.rms_norm.api import BACKENDS, mosaic_refusal, residual_norm
+from jaxscale.kernels.rms_norm.api import BACKENDS, refusal, residual_norm
 from tests.kernels.interpretation import (
     INTERPRET,
     assert_norm_close,
@@ -165,7 +165,7 @@ def test_every_shape_can_be_compiled_for_a_gpu(shape):
 )
 def test_what_the_kernel_cannot_do_is_refused(shape, dtype, message):
     x, scale = jnp.zeros(shape, dtype), jnp.ones(shape[1:])
-    assert message in mosaic_refusal(x)
+    assert message in refusal("mosaic", x)
     with pytest.raises(ValueError, match=message):
         residual_norm(x, scale, epsilon=EPSILON, implementation="mosaic")
 

@@ -12,22 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.kernels import device
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.ops.attention import (
-    BACKENDS,
     DETERMINISTIC,
     AttentionContext,
     attention,
     chunked,
     invariant,
-    mosaic,
+    kernels,
 )
 from jaxscale.ops.attention import api as module
+from jaxscale.ops.device import device_refusal
 from jaxscale.types import InputError
 
-# Our kernel is interpreted in tests/kernels. "invariant" takes long to compile and has a case here.
-ON_A_GPU = ("cudnn", "mosaic") if jax.default_backend() == "gpu" else ()
-HERE = [name for name in BACKENDS if name in ("reference", "chunked", *ON_A_GPU)]
+# Our kernels are interpreted in tests/kernels. "invariant" compiles long and has a case here.
+PLAIN = ["reference", "chunked"]
+HERE = PLAIN + [name for name in ("cudnn", "mosaic", "triton") if device_refusal(name) is None]
 
 # batch, T, N, K, H, window, softcap, documents: lengths in each row, 0 stands for padding to the
 # end
@@ -123,7 +124,6 @@ def whole_products():
         yield
 
 
-PLAIN = [backend for backend in HERE if backend not in ("cudnn", "mosaic")]
 COMBINATIONS = [(backend, case, "float32") for backend in PLAIN for case in CASES]
 COMBINATIONS += [(backend, "everything", "bfloat16") for backend in PLAIN]
 if "cudnn" in HERE:  # which has no float32, no soft-cap and no documents in an odd T
@@ -133,8 +133,9 @@ if "cudnn" in HERE:  # which has no float32, no soft-cap and no documents in an 
     ]
 
 
-if "mosaic" in HERE:
-    COMBINATIONS += [("mosaic", case, "bfloat16") for case in CASES]
+for family in ("mosaic", "triton"):
+    if family in HERE:
+        COMBINATIONS += [(family, case, "bfloat16") for case in CASES]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,7 @@ def test_chunked_recomputes_its_logits_in_the_backward():
 def test_what_is_asked_of_cudnn(case, monkeypatch):
     """The same arguments, given to XLA's implementation, must give the same attention."""
     call = jax.nn.dot_product_attention
+    monkeypatch.setattr(device, "compute_capability", lambda: "9.0")
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *a, **k: call(*a, **k | {"implementation": "xla"})
     )
@@ -260,14 +262,16 @@ def test_what_is_asked_of_cudnn(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_asked_of_our_kernel(case, monkeypatch):
     """The same arguments, given to the kernel's slow twin, must give the same attention."""
-    call = mosaic.kernel.attention
+    call = kernels.kernel.attention
     monkeypatch.setattr(
-        mosaic.kernel, "attention", lambda *a, **k: call(*a, **k | {"implementation": "reference"})
+        kernels.kernel, "attention", lambda *a, **k: call(*a, **k | {"implementation": "reference"})
     )
     arrays, _, context = make(case)
     scaled = dataclasses.replace(context, scale=2 / np.sqrt(arrays[0].shape[-1]))
     for each, (q, k, v) in ((context, arrays), (scaled, (arrays[0] / 2, *arrays[1:]))):
-        np.testing.assert_allclose(mosaic.attend(q, k, v, each), expected(case)[0], atol=1e-5)
+        np.testing.assert_allclose(
+            kernels.Kernel("mosaic").attend(q, k, v, each), expected(case)[0], atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("change", [{"window": 3}, {"layout": BlockLayout()}], ids=str)
@@ -309,7 +313,7 @@ def test_a_layout_of_no_blocks_is_refused(change):
 @pytest.mark.parametrize(
     "backend, change, expected_text",
     [
-        ("flash", {}, "'reference', 'chunked', 'cudnn', 'mosaic'"),
+        ("flash", {}, "'reference', 'chunked', 'cudnn', 'mosaic', 'triton'"),
         ("chunked", {"length": 11}, "T % 3 == 0, but T = 11"),
         ("cudnn", {"softcap": 3.0}, "soft-cap"),
         ("cudnn", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
@@ -354,7 +358,7 @@ def test_key_intervals_are_the_mask(case):
     "change", [{"softcap": 3.0}, {"segments": jnp.ones((1, 12), int)}, {"layout": BlockLayout()}]
 )
 def test_on_hopper_our_kernel_takes_what_cudnn_has_not(change, monkeypatch):
-    monkeypatch.setattr(module, "is_hopper", lambda: True)
+    monkeypatch.setattr(device, "compute_capability", lambda: "9.0")
     x = jnp.ones((1, 12, 2, 64), jnp.bfloat16)
     is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses
     assert (
@@ -379,7 +383,7 @@ def test_on_hopper_our_kernel_takes_what_cudnn_has_not(change, monkeypatch):
 def test_on_hopper_our_kernel_takes_what_it_was_measured_faster_at(
     dim, change, is_ours, monkeypatch
 ):
-    monkeypatch.setattr(module, "is_hopper", lambda: True)
+    monkeypatch.setattr(device, "compute_capability", lambda: "9.0")
     x = jnp.ones((1, 12, 2, dim), jnp.bfloat16)
     is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses
     assert (module._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic") == (

@@ -102,11 +102,10 @@ def test_a_kernel_that_makes_the_activation_itself_is_not_asked_to_drop(monkeypa
     def refuse(*_, **__):
         raise AssertionError("the fused feed-forward drops nothing")
 
-    monkeypatch.setattr(moe, "is_hopper", lambda: True)
-    monkeypatch.setattr(moe, "_mosaic_refusal", lambda *_: None)
-    monkeypatch.setattr(moe, "feed_forward", refuse)
+    monkeypatch.setattr(moe, "kernel_for", lambda *_: "mosaic")
+    monkeypatch.setattr(moe.kernel, "feed_forward", refuse)
     monkeypatch.setattr(
-        moe, "grouped_matmul", lambda rows, w, group_sizes, implementation: rows @ w[0]
+        moe.kernel, "grouped_matmul", lambda rows, w, group_sizes, implementation: rows @ w[0]
     )
     weights = {name: jnp.ones((1, 4, 4)) for name in ("gate", "up", "down")}
     dropout = Dropout(jnp.zeros((5, 2), jnp.uint32), 0.5)

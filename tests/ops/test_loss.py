@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.kernels import device
 from jaxscale.ops import loss as losses
 from jaxscale.ops.loss import Head, project, sum_over_chunks, token_loss
 from jaxscale.types import InputError
@@ -97,7 +98,7 @@ def test_what_is_asked_of_our_kernel(has_bias, monkeypatch):
         asked.append((implementation, head.shape, h.dtype.name, head.dtype.name))
         return call(h, head, labels, implementation="reference")
 
-    monkeypatch.setattr(losses, "is_hopper", lambda: True)
+    monkeypatch.setattr(device, "compute_capability", lambda: "9.0")
     monkeypatch.setattr(losses.linear_cross_entropy, "label_and_normaliser", twin)
     value, gradients = jax.value_and_grad(run, (0, 1, 2))(x, head, bias)
     assert {*asked} == {("mosaic", (V, D + 3 * has_bias), "bfloat16", "bfloat16")}

@@ -93,11 +93,10 @@ def test_bfloat16_outputs_are_summed_before_they_are_rounded():
 
 def test_what_is_asked_of_the_fused_feed_forward(monkeypatch):
     """The same arguments, given to another backend, must give the same experts."""
-    call = moe.feed_forward
-    monkeypatch.setattr(moe, "is_hopper", lambda: True)
-    monkeypatch.setattr(moe, "_mosaic_refusal", lambda *_: None)
+    call = moe.kernel.feed_forward
+    monkeypatch.setattr(moe, "kernel_for", lambda *_: "mosaic")
     monkeypatch.setattr(
-        moe, "feed_forward", lambda *a, implementation: call(*a, implementation="reference")
+        moe.kernel, "feed_forward", lambda *a, implementation: call(*a, implementation="reference")
     )
     x, gates, weights = make()
     index = jnp.asarray(ROUTINGS["random"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from jaxscale.kernels import device
 from jaxscale.kernels.rms_norm import reference
 from jaxscale.ops import norm
 from jaxscale.ops.norm import layer_norm, residual_norm, rms_norm
@@ -74,7 +75,7 @@ def test_on_a_hopper_gpu_the_kernel_is_taken_where_it_can_be(monkeypatch, shape,
         taken.append(x.shape)
         return x, reference.rms_norm(x, scale, epsilon)
 
-    monkeypatch.setattr(norm, "is_hopper", lambda: True)
+    monkeypatch.setattr(device, "compute_capability", lambda: "9.0")
     monkeypatch.setattr(
         norm.kernel, "_mosaic", lambda x, scale, epsilon, interpret: twin(x, scale, epsilon)
     )

@@ -5,9 +5,9 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from jaxscale.ops.attention import chunked, cudnn, invariant, mosaic, reference
+from jaxscale.ops.attention import chunked, cudnn, invariant, kernels, reference
 from jaxscale.ops.attention.context import AttentionContext
-from jaxscale.ops.device import is_hopper
+from jaxscale.ops.device import device_refusal, kernel_family, named_kernels
 from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
@@ -16,13 +16,14 @@ MODULES = {
     "reference": reference,
     "chunked": chunked,
     "cudnn": cudnn,
-    "mosaic": mosaic,
+    "mosaic": kernels.Kernel("mosaic"),
+    "triton": kernels.Kernel("triton"),
     "invariant": invariant,
 }
 BACKENDS = tuple(MODULES)
 # The backward of the others adds up in whatever order its blocks finish.
 DETERMINISTIC = ("reference", "chunked", "invariant")
-KERNEL_OUTPUT = mosaic.OUTPUT
+KERNEL_OUTPUT = kernels.OUTPUT
 
 
 def attention(
@@ -45,8 +46,8 @@ def attention(
         context: the mask structure.
         cache: None: this callable keeps no keys between calls (`ops.attention.cache` does).
         implementation: one of BACKENDS; None picks one and logs it. The compiler does not divide
-            "mosaic": where arrays lie on several devices, call it inside `shard_map` (as train
-            steps do), or name another.
+            "mosaic" and "triton": where arrays lie on several devices, call them inside `shard_map`
+            (as train steps do), or name another.
     Returns:
         ([B, T, N, H] in the type of `q`, None).
     Raises:
@@ -73,7 +74,8 @@ def check_backend(
     check_choice(parameter, implementation, BACKENDS)
     if implementation == "reference":
         return
-    if reason := MODULES[implementation].refusal(q, context):
+    reason = MODULES[implementation].refusal(q, context) or device_refusal(implementation)
+    if reason:
         raise InputError(parameter, implementation, reason)
 
 
@@ -114,9 +116,12 @@ def _choose(q: Array, context: AttentionContext) -> str:
     # cuDNN takes a dense mask for documents, and has neither soft-cap nor layouts of blocks.
     only_ours = (context.segments, context.softcap, context.layout)
     is_ours = any(each is not None for each in only_ours)
-    is_faster = context.is_causal and context.window is None and q.shape[3] == 128
-    if is_hopper() and (is_ours or is_faster) and mosaic.refusal(q, context) is None:
-        return "mosaic"
+    family = kernel_family()
+    is_plain = context.is_causal and context.window is None
+    is_faster = family == "mosaic" and is_plain and q.shape[3] == 128
+    is_wanted = is_ours or is_faster or named_kernels()
+    if family in MODULES and is_wanted and MODULES[family].refusal(q, context) is None:
+        return family
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     if jax.default_backend() == "gpu" and is_half and cudnn.refusal(q, context) is None:
         return "cudnn"

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxscale.kernels.attention.api import attention, mosaic_refusal
+from jaxscale.kernels.attention.api import attention
+from jaxscale.kernels.attention.api import refusal as attention_refusal
 from jaxscale.kernels.paged_attention import api as single_kernel
 from jaxscale.ops.attention import invariant
 from jaxscale.ops.attention.cache import over_keys
 from jaxscale.ops.attention.context import AttentionContext
-from jaxscale.ops.device import is_hopper
+from jaxscale.ops.device import kernel_family
 from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def attend(
 
 
 def _choose(q: Array, context: AttentionContext, cache: PagedCache) -> str:
-    is_fast = is_hopper() and _refusal(q, context, cache) is None
+    is_fast = kernel_family() == "mosaic" and _refusal(q, context, cache) is None
     chosen = "mosaic" if is_fast else "reference"
     logger.info("paged attention: backend %s for %s", chosen, q.dtype)
     return chosen
@@ -154,7 +155,7 @@ def _refusal(q: Array, context: AttentionContext, cache: PagedCache) -> str | No
     """What the kernels would need, as the text of an error; None when they can."""
     if context.layout is not None:
         return "a backend for a layout of blocks"
-    return single_kernel.mosaic_refusal(q[0], cache.k) or mosaic_refusal(q, q)
+    return single_kernel.refusal("mosaic", q[0], cache.k) or attention_refusal("mosaic", q, q)
 
 
 def _invariant(

@@ -1,0 +1,136 @@
+"""Triton kernels called from JAX: through jax-triton on a GPU, interpreted where there is none.
+
+Triton and jax-triton are optional, so nothing here imports them before a kernel is called.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.resources
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import Array
+
+from jaxscale.kernels import device
+
+# The releases whose interface this file knows: 0.4 renamed arguments and asks for Triton 3.7.
+OLDEST, FIRST_UNKNOWN = "0.3.1", "0.4"
+# Where no GPU says otherwise, kernels are built for this one.
+DEFAULT_CAPABILITY = "9.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a Triton kernel cuts its work; for attention rows are queries and columns are keys.
+
+    Args:
+        rows, columns: of the tile that one program computes.
+        depth: elements of the contraction in one step; 0 where a kernel has no such loop.
+        warps: of one program.
+        stages: steps whose operands are in shared memory.
+    """
+
+    rows: int
+    columns: int
+    depth: int = 0
+    warps: int = 8
+    stages: int = 3
+
+
+# A GPU with as little shared memory as any that these kernels run on: an RTX card or an L4.
+SMALLEST = "8.6"
+_tuned: dict[str, Blocks] = {}
+
+
+def use_blocks(tuned: Mapping[str, Blocks]) -> None:
+    """Has this process take these blocks, by operation, in place of the package's."""
+    _tuned.clear()
+    _tuned.update(tuned)
+
+
+def blocks_of(operation: str) -> Blocks:
+    """The blocks of an operation, such as "grouped_matmul.forward", on this device.
+
+    A device that is not in the package's table gets those of SMALLEST.
+    """
+    capability = device.compute_capability() or DEFAULT_CAPABILITY
+    table = _table()
+    return _tuned.get(operation) or table.get(capability, table[SMALLEST])[operation]
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, Blocks]]:
+    """The package's blocks by compute capability and operation.
+
+    They are measured on 9.0 alone; for the others they are what fits the shared memory.
+    """
+    text = (importlib.resources.files("jaxscale.kernels") / "triton_blocks.json").read_text()
+    return {
+        capability: {name: Blocks(**fields) for name, fields in operations.items()}
+        for capability, operations in json.loads(text).items()
+    }
+
+
+@functools.cache
+def missing() -> str | None:
+    """What Triton kernels lack here, as the text of an error; None where they can be built."""
+    wanted = f"jax-triton >= {OLDEST}, < {FIRST_UNKNOWN} (pip install 'jaxscale[gpu-kernels]')"
+    try:
+        found = importlib.metadata.version("jax-triton")
+        importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError as error:
+        return f"{wanted}, but {error.name} is not installed"
+    if not _numbers(OLDEST) <= _numbers(found) < _numbers(FIRST_UNKNOWN):
+        return f"{wanted}, but it is {found}"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+def call(
+    kernel: Any,
+    *operands: Array,
+    out_type: tuple[jax.ShapeDtypeStruct, ...],
+    grid: tuple[int, ...],
+    blocks: Blocks,
+    zeroed: tuple[int, ...] = (),
+    interpret: Any = False,
+    **constants: Any,
+) -> tuple[Array, ...]:
+    """Runs a Triton kernel, whose arguments are operands, results and constants, in this order.
+
+    Args:
+        kernel: decorated with `triton.jit`.
+        operands: arrays, of which the kernel gets pointers.
+        out_type: of the results.
+        grid: number of programs in each dim.
+        blocks: whose warps and stages the kernel is compiled for.
+        zeroed: numbers of the results that begin as zeros; the others begin as anything.
+        interpret: what runs it on the host, of (kernel, out_type, zeroed, grid, constants,
+            *operands); False compiles it for the GPU.
+        constants: the kernel's `constexpr` arguments.
+    """
+    if interpret:
+        run = functools.partial(interpret, kernel, out_type, zeroed, grid, constants)
+        return tuple(jax.pure_callback(run, out_type, *operands, vmap_method="sequential"))
+    import jax_triton
+
+    capability = device.compute_capability() or DEFAULT_CAPABILITY
+    results = jax_triton.triton_call(
+        *operands,
+        kernel=kernel,
+        out_shape=out_type,
+        grid=grid,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+        zeroed_outputs=zeroed,
+        compute_capability=math.floor(float(capability) * 10 + 0.5),
+        **constants,
+    )
+    return tuple(results)

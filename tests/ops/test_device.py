@@ -1,0 +1,94 @@
+"""Whose kernels are taken on which device, and what is said where they cannot be."""
+
+import importlib.metadata
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxscale.kernels import device as described
+from jaxscale.kernels import triton_call
+from jaxscale.ops import device
+from jaxscale.ops.attention import AttentionContext, attention
+from jaxscale.ops.moe import grouped_ffn
+from jaxscale.types import InputError
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Has this process look like one with a GPU of that capability, and Triton installed."""
+
+    def pretend(capability):
+        monkeypatch.setattr(described, "compute_capability", lambda: capability)
+        monkeypatch.setattr(device, "missing", lambda: None)
+
+    yield pretend
+    device.name_kernels(None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [
+        (None, "xla"),
+        ("7.5", "xla"),
+        ("8.0", "triton"),
+        ("8.9", "triton"),
+        ("9.0", "mosaic"),
+        ("10.0", "triton"),
+        ("12.0", "triton"),
+    ],
+)
+def test_the_device_decides_whose_kernels_are_taken(on, capability, family):
+    on(capability)
+    assert device.kernel_family() == family
+
+
+@pytest.mark.parametrize(
+    ("capability", "family", "needed", "here"),
+    [
+        ("8.0", "mosaic", "a Hopper GPU, of compute capability 9.0", "a GPU of .* 8.0"),
+        (None, "mosaic", "a Hopper GPU", "cpu"),
+        ("7.5", "triton", "a GPU of compute capability 8.0 or newer", "a GPU of .* 7.5"),
+        (None, "triton", "a GPU", "cpu"),
+    ],
+)
+def test_kernels_that_were_named_and_cannot_run_are_refused(on, capability, family, needed, here):
+    on(capability)
+    device.name_kernels(family)
+    message = f"RuntimeConfig.kernels: given '{family}', expected {needed}.*, but this is {here}$"
+    with pytest.raises(InputError, match=message):
+        device.kernel_family()
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "mosaic", "triton"])
+def test_attention_that_was_named_and_cannot_run_is_refused(backend):
+    x = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
+    context = AttentionContext(jnp.arange(8)[None])
+    if jax.__version_info__ < (0, 11) and backend == "mosaic":
+        pytest.skip("an older JAX is named before the device")
+    with pytest.raises(InputError, match=f"attention: given '{backend}', .* but this is cpu"):
+        attention(x, x, x, context, implementation=backend)
+
+
+def test_a_named_family_is_taken_where_another_is_faster_and_logged(on, caplog):
+    on("9.0")
+    device.name_kernels("xla")
+    weights = {name: jnp.ones((1, 8, 8), jnp.bfloat16) for name in ("gate", "up", "down")}
+    with caplog.at_level("INFO", logger="jaxscale"):
+        grouped_ffn(jnp.ones((4, 8), jnp.bfloat16), jnp.asarray([4]), weights, "swiglu")
+    assert "experts: backend xla for rows(4, 8)" in caplog.text
+
+
+@pytest.mark.parametrize("version", ["0.2.0", "0.4.1", None])
+def test_jax_triton_that_is_missing_or_of_another_version_is_named(monkeypatch, version):
+    def installed(name):
+        if name == "jax-triton" and version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    reason = triton_call.missing.__wrapped__()
+    assert reason.startswith(
+        "jax-triton >= 0.3.1, < 0.4 (pip install 'jaxscale[gpu-kernels]'), but"
+    )
+    assert (version or "not installed") in reason
