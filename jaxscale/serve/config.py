@@ -25,6 +25,8 @@ class EngineConfig:
     Args:
         token_budget, max_sequences, policy, admission, use_prefix_cache: as
             `scheduler.SchedulerConfig`.
+        steps_a_launch: likewise; None takes 8 on a GPU, whose steps may be shorter than what the
+            host does for one. A client gets as many tokens at a time.
         block_size: tokens a page of the cache.
         num_blocks: pages; None takes `memory_fraction` of what the device has left.
         memory_fraction: of the device's memory that weights and cache may fill.
@@ -40,6 +42,7 @@ class EngineConfig:
     num_blocks: int | None = None
     memory_fraction: float = 0.85
     max_prompts: int = 64
+    steps_a_launch: int | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -62,6 +65,7 @@ class EngineConfig:
             policy=self.policy,
             admission=self.admission,
             use_prefix_cache=self.use_prefix_cache,
+            steps_a_launch=self._steps_a_launch,
         )
 
     def buckets(self, max_length: int) -> Buckets:
@@ -84,7 +88,14 @@ class EngineConfig:
             prompt_pages=powers_up_to(context, smallest=-(-context // 4), factor=4),
             max_prompts=self.max_prompts,
             num_slots=most,
+            block_size=self.block_size,
         )
+
+    @property
+    def _steps_a_launch(self) -> int:
+        if self.steps_a_launch is not None:
+            return self.steps_a_launch
+        return 8 if jax.default_backend() == "gpu" else 1
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

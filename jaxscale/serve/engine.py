@@ -90,7 +90,10 @@ class Engine:
         placement = make_placement(decoder, region, block_size=config.block_size)
         num_blocks = config.num_blocks or num_blocks_for(placement, params, config)
         self._blocks = BlockPool(num_blocks, config.block_size)
-        self._scheduler = Scheduler(config.scheduler(self.model.max_length), self._blocks)
+        limits = config.scheduler(self.model.max_length)
+        if region is not None:
+            limits = dataclasses.replace(limits, steps_a_launch=1)  # only one device loops
+        self._scheduler = Scheduler(limits, self._blocks)
         self._runner = Runner(
             placement,
             params,
@@ -185,7 +188,7 @@ class Engine:
             masks = [member.mask(piece) for member, piece in pairs]
             configs = [member.config for member in members]
             launched = self._runner.launch(plan.pieces, configs, masks)
-            self._num_steps += 1
+            self._num_steps += plan.pieces[0].num_steps
         expired = [self._last_delta(self._members[sequence]) for sequence in plan.expired]
         before, self._in_flight = self._in_flight, launched
         return expired + self._collect(before)
@@ -225,7 +228,7 @@ class Engine:
         Returns:
             How many shapes of steps there are.
         """
-        return self._runner.warm_up()
+        return self._runner.warm_up(self._scheduler.config.steps_a_launch)
 
     def generate(
         self,
@@ -288,12 +291,13 @@ class Engine:
         logprobs = launched.logprobs and tuple(np.asarray(each) for each in launched.logprobs)
         deltas = []
         for piece, row in zip(launched.pieces, launched.rows, strict=True):
-            if not piece.is_drawing or piece.sequence.status is Status.FINISHED:
-                continue
-            member = self._members[piece.sequence]
-            member.weights_version = launched.weights_version
-            of_token = logprobs_of(logprobs, row, member.config.num_logprobs)
-            deltas.append(self._append(piece, tokens[row], of_token))
+            for step in range(len(tokens)):
+                if not piece.is_drawing or piece.sequence.status is Status.FINISHED:
+                    break
+                member = self._members[piece.sequence]
+                member.weights_version = launched.weights_version
+                of_token = logprobs_of(logprobs, (step, row), member.config.num_logprobs)
+                deltas.append(self._append(piece, tokens[step][row], of_token))
         return deltas
 
     def _append(

@@ -57,12 +57,12 @@ class Member:
 
 def logprobs_of(
     arrays: tuple[np.ndarray, ...] | None,
-    row: int,
+    place: tuple[int, int],
     count: int | None,
 ) -> tuple[TokenLogprobs, ...]:
-    """Log-probabilities of a row's token, as far as they are asked for."""
+    """Log-probabilities of the token of a step and a row, as far as they are asked for."""
     if count is None or arrays is None:
         return ()
     drawn, top, tokens = arrays
-    pairs = zip(tokens[row, :count].tolist(), top[row, :count].tolist(), strict=True)
-    return (TokenLogprobs(float(drawn[row]), tuple(pairs)),)
+    pairs = zip(tokens[place][:count].tolist(), top[place][:count].tolist(), strict=True)
+    return (TokenLogprobs(float(drawn[place]), tuple(pairs)),)

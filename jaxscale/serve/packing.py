@@ -79,6 +79,7 @@ class StepShape:
         num_prompts: further sequences.
         num_prompt_pages: C, pages of all of these together.
         num_slots: rows of the device's state.
+        block_size: tokens a page.
     """
 
     num_tokens: int
@@ -87,6 +88,7 @@ class StepShape:
     num_prompts: int
     num_prompt_pages: int
     num_slots: int
+    block_size: int
 
     @property
     def rows(self) -> RowShape:
@@ -135,6 +137,26 @@ def unpack(shape: StepShape | RowShape, packed: Array) -> dict[str, Array]:
     return fields
 
 
+def after(
+    shape: StepShape,
+    fields: dict[str, Array],
+    num_steps: Array,
+) -> dict[str, Array]:
+    """The fields of a step of single tokens as they are `num_steps` [] int32 steps later."""
+    is_token = fields["positions"] >= 0
+    positions = jnp.where(is_token, fields["positions"] + num_steps, -1)
+    number, place = positions // shape.block_size, positions % shape.block_size
+    pages = jnp.take_along_axis(fields["block_table"], number[:, None], 1)[:, 0]
+    return fields | {
+        # The device knows them.
+        "tokens": jnp.where(num_steps > 0, -1, fields["tokens"]),
+        "positions": positions,
+        "slot_mapping": jnp.where(is_token, pages * shape.block_size + place, 0),
+        "lengths": fields["lengths"] + num_steps,
+        "position": fields["position"] + num_steps,
+    }
+
+
 def ragged_rows(fields: dict[str, Any]) -> RaggedRows:
     """What attention needs of the fields."""
     return RaggedRows(**{name: fields[name] for name in _names(RaggedRows)})
@@ -166,6 +188,7 @@ class Buckets:
         prompt_pages: pages of the prompts of a step together.
         max_prompts: prompts a step.
         num_slots: rows of the device's state.
+        block_size: tokens a page.
     """
 
     singles: tuple[int, ...]
@@ -175,6 +198,7 @@ class Buckets:
     prompt_pages: tuple[int, ...]
     max_prompts: int
     num_slots: int
+    block_size: int
 
     def shape(
         self,
@@ -219,6 +243,7 @@ class Buckets:
             num_prompts=0,
             num_prompt_pages=0,
             num_slots=self.num_slots,
+            block_size=self.block_size,
         )
 
     def _with_prompts(
@@ -235,6 +260,7 @@ class Buckets:
             num_prompts=self.max_prompts,
             num_prompt_pages=num_prompt_pages,
             num_slots=self.num_slots,
+            block_size=self.block_size,
         )
 
 

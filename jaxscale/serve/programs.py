@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxscale.models.execution import BatchInvariant
 from jaxscale.ops.attention import paged
@@ -59,32 +60,81 @@ def forward_program(placement: Placement, shape: StepShape) -> Any:
         packed: Array,
     ) -> tuple[Array, Array, Any]:
         fields = packing.unpack(shape, packed)
-        implementation = "invariant" if placement.invariant else None
-        attend = functools.partial(
-            paged.attend, rows=packing.ragged_rows(fields), implementation=implementation
-        )
-        model, num = with_attention(placement.decoder, attend), shape.num_single
-        tokens = fields["tokens"]
-        drawn = last_tokens.at[fields["slot"][:num]].get(mode="fill", fill_value=0)
-        single = jnp.where(tokens[:num] < 0, drawn, tokens[:num])
-        # Not by `at[:num]`, whose scatter has no indices: in a manual region the partitioner of jax
-        # 0.11 crashes at an array without elements.
-        tokens = jnp.concatenate([single, tokens[num:]])
-        positions = fields["positions"]
-        batch = {"tokens": tokens[None], "positions": positions[None]}
-        batch["weights"] = (positions >= 0).astype(jnp.float32)[None]
-        x = model.embed(params, batch)
-        known = model.tokens(batch)
-        if known.context.lengths is not None:
-            # Of whole sequences, of which the row has pieces.
-            context = dataclasses.replace(known.context, lengths=fields["lengths"][None])
-            known = known._replace(context=context)
-        x, caches, _ = model.run_layers(params, x, known, caches)
-        h = model.hidden(params, x[:, fields["last_place"]])
-        return model.unembed(params, h)[0], packed[-shape.rows.num_words :], caches
+        logits, caches = _forward(placement, shape, params, caches, last_tokens, fields)
+        return logits, packed[-shape.rows.num_words :], caches
 
     spread = placement.spread(forward)
     return jax.jit(spread, donate_argnums=1, compiler_options=_options())
+
+
+@functools.cache
+def loop_program(
+    placement: Placement,
+    shape: StepShape,
+    num_tokens: int,
+    kind: DrawKind,
+    num_steps: int,
+) -> Any:
+    """(params, caches, (last tokens, seen or None), packed) -> (caches, the same, drawn).
+
+    Several steps of single tokens, on one device, as `forward_program` and `draw_program` one after
+    the other. What was drawn is (tokens [steps, R], logprobs, with the same leading dim, or None).
+    """
+    drawing_step = _Draw(shape.rows, num_tokens, kind, placement.invariant)
+
+    def loop(
+        params: Params,
+        caches: Any,
+        state: tuple[Array, Seen | None],
+        packed: Array,
+    ) -> tuple[Any, tuple[Array, Seen | None], tuple[Array, tuple | None]]:
+        fields = packing.unpack(shape, packed)
+
+        def step(carry: tuple, number: Array) -> tuple[tuple, tuple]:
+            caches, state = carry
+            here = packing.after(shape, fields, number)
+            logits, caches = _forward(placement, shape, params, caches, state[0], here)
+            state, tokens, logprobs = drawing_step(state, logits, here, None)
+            return (caches, state), (tokens, logprobs)
+
+        (caches, state), drawn = lax.scan(step, (caches, state), jnp.arange(num_steps))
+        return caches, state, drawn
+
+    return jax.jit(loop, donate_argnums=(1, 2), compiler_options=_options())
+
+
+def _forward(
+    placement: Placement,
+    shape: StepShape,
+    params: Params,
+    caches: Any,
+    last_tokens: Array,
+    fields: dict[str, Array],
+) -> tuple[Array, Any]:
+    """(logits [R, V], caches) of one step."""
+    implementation = "invariant" if placement.invariant else None
+    attend = functools.partial(
+        paged.attend, rows=packing.ragged_rows(fields), implementation=implementation
+    )
+    model, num = with_attention(placement.decoder, attend), shape.num_single
+    tokens = fields["tokens"]
+    drawn = last_tokens.at[fields["slot"][:num]].get(mode="fill", fill_value=0)
+    single = jnp.where(tokens[:num] < 0, drawn, tokens[:num])
+    # Not by `at[:num]`, whose scatter has no indices: in a manual region the partitioner of jax
+    # 0.11 crashes at an array without elements.
+    tokens = jnp.concatenate([single, tokens[num:]])
+    positions = fields["positions"]
+    batch = {"tokens": tokens[None], "positions": positions[None]}
+    batch["weights"] = (positions >= 0).astype(jnp.float32)[None]
+    x = model.embed(params, batch)
+    known = model.tokens(batch)
+    if known.context.lengths is not None:
+        # Of whole sequences, of which the row has pieces.
+        context = dataclasses.replace(known.context, lengths=fields["lengths"][None])
+        known = known._replace(context=context)
+    x, caches, _ = model.run_layers(params, x, known, caches)
+    h = model.hidden(params, x[:, fields["last_place"]])
+    return model.unembed(params, h)[0], caches
 
 
 def _options() -> dict[str, bool]:
@@ -106,24 +156,13 @@ def draw_program(
     kind: DrawKind,
     invariant: BatchInvariant | None = None,
 ) -> Any:
-    """((last tokens, seen or None), logits, rows, masks) -> (the same, tokens [R], logprobs).
+    """((last tokens, seen or None), logits, rows, masks) -> (the same, tokens [1, R], logprobs).
 
-    Masks are those of grammars, [R, words] int32, or None; logprobs None where nobody asks. With a
-    strategy `invariant` a row's results do not depend on the others in any bit.
+    Masks are those of grammars, [R, words] int32, or None; logprobs, [1, R, ...], None where nobody
+    asks. With a strategy `invariant` a row's results do not depend on the others in any bit.
     """
 
-    def by_row(f: Callable, *arrays: Any) -> Any:
-        """f of arrays [1, R, ...], which treats each row by itself."""
-        arrays = jax.tree.map(lambda x: x[None], arrays)
-        of_rows = functools.partial(_star, f)
-        found = invariant.over_tiles(of_rows, arrays) if invariant else of_rows(arrays)
-        return jax.tree.map(lambda x: x[0], found)
-
-    def draw_rows(logits: Array, rows: drawing.DrawRows) -> Array:
-        squeezed = jax.tree.map(lambda x: x[0], rows)
-        return drawing.draw(logits[0], squeezed, kind)[None]
-
-    log_probabilities = functools.partial(drawing.log_probabilities, num_tokens=num_tokens)
+    drawing_step = _Draw(shape, num_tokens, kind, invariant)
 
     def draw(
         state: tuple[Array, Seen | None],
@@ -132,24 +171,58 @@ def draw_program(
         masks: Array | None,
     ) -> tuple[tuple[Array, Seen | None], Array, tuple | None]:
         fields = packing.unpack(shape, packed_rows)
+        state, *drawn = drawing_step(state, logits, fields, masks)
+        return state, *jax.tree.map(lambda x: x[None], drawn)
+
+    return jax.jit(draw, donate_argnums=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+    """The draw of one step; arguments as `draw_program`."""
+
+    shape: RowShape
+    num_tokens: int
+    kind: DrawKind
+    invariant: BatchInvariant | None
+
+    def __call__(
+        self,
+        state: tuple[Array, Seen | None],
+        logits: Array,
+        fields: dict[str, Array],
+        masks: Array | None,
+    ) -> tuple[tuple[Array, Seen | None], Array, tuple | None]:
         last_tokens, seen = state
-        changed = logits[:, :num_tokens]
+        changed = logits[:, : self.num_tokens]
         if seen is not None:
-            here = jnp.minimum(fields["slot"], shape.num_slots - 1)
+            here = jnp.minimum(fields["slot"], self.shape.num_slots - 1)
             rows = packing.penalty_rows(fields)
             changed = drawing.penalise(changed, rows, seen.is_in_prompt[here], seen.counts[here])
         if masks is not None:
             changed = drawing.only_allowed(changed, masks)
-        tokens = by_row(draw_rows, changed, packing.draw_rows(fields))
+        tokens = self._by_row(self._draw_rows, changed, packing.draw_rows(fields))
         to = fields["slot_drawn"]
         last_tokens = last_tokens.at[to].set(tokens, mode="drop")
         if seen is not None:
             counts = seen.counts.at[to, tokens].add(1, mode="drop")
             seen = dataclasses.replace(seen, counts=counts)
-        logprobs = by_row(log_probabilities, logits, tokens) if kind.has_logprobs else None
+        logprobs = None
+        if self.kind.has_logprobs:
+            of_rows = functools.partial(drawing.log_probabilities, num_tokens=self.num_tokens)
+            logprobs = self._by_row(of_rows, logits, tokens)
         return (last_tokens, seen), tokens, logprobs
 
-    return jax.jit(draw, donate_argnums=0)
+    def _by_row(self, f: Callable, *arrays: Any) -> Any:
+        """f of arrays [1, R, ...], which treats each row by itself."""
+        arrays = jax.tree.map(lambda x: x[None], arrays)
+        of_rows = functools.partial(_star, f)
+        found = self.invariant.over_tiles(of_rows, arrays) if self.invariant else of_rows(arrays)
+        return jax.tree.map(lambda x: x[0], found)
+
+    def _draw_rows(self, logits: Array, rows: drawing.DrawRows) -> Array:
+        squeezed = jax.tree.map(lambda x: x[0], rows)
+        return drawing.draw(logits[0], squeezed, self.kind)[None]
 
 
 def _star(f: Callable, arguments: tuple) -> Any:

@@ -14,9 +14,16 @@ from jaxscale.serve import packing
 from jaxscale.serve.drawing import DrawKind
 from jaxscale.serve.packing import Buckets, StepShape
 from jaxscale.serve.placement import Placement
-from jaxscale.serve.programs import Seen, draw_program, forward_program, write_seen
+from jaxscale.serve.programs import (
+    Seen,
+    draw_program,
+    forward_program,
+    loop_program,
+    write_seen,
+)
 from jaxscale.serve.requests import NO_PENALTIES, RequestConfig
 from jaxscale.serve.rows import HostRows, Writer
+from jaxscale.serve.scheduler import LOOPED_SEQUENCES
 from jaxscale.serve.sequences import Piece, Sequence
 from jaxscale.types import Array, Params
 
@@ -28,8 +35,8 @@ class Launched:
     Args:
         pieces: what it runs, in the order of its rows.
         rows: the row of each piece.
-        tokens: [R] int32 drawn.
-        logprobs: as `drawing.log_probabilities`, or None.
+        tokens: [steps, R] int32 drawn.
+        logprobs: as `drawing.log_probabilities` of each step, or None.
         weights_version: of the weights that it runs with.
     """
 
@@ -95,12 +102,18 @@ class Runner:
         """Takes memory for pages that hold nothing."""
         self._caches = self._empty_caches()
 
-    def warm_up(self) -> int:
-        """Compiles every step, by running it on padding; returns how many there are."""
+    def warm_up(self, num_steps: int) -> int:
+        """Compiles every step, by running it on padding; returns how many there are.
+
+        Few sequences may run `num_steps` a launch.
+        """
         shapes = self._buckets.all_shapes()
         kinds = DrawKind(), DrawKind(has_noise=True)
         for shape, kind in itertools.product(shapes, kinds):
-            self._launch(shape, packing.empty(shape)[0], is_penalised=False, kind=kind)
+            packed = packing.empty(shape)[0]
+            self._launch(shape, packed, is_penalised=False, kind=kind)
+            if num_steps > 1 and not shape.num_prompts and shape.num_single <= LOOPED_SEQUENCES:
+                self._launch(shape, packed, is_penalised=False, kind=kind, num_steps=num_steps)
         jax.block_until_ready(self._last_tokens)
         return len(shapes)
 
@@ -145,6 +158,7 @@ class Runner:
             masks=of_rows,
             is_penalised=any(config.penalties != NO_PENALTIES for config in configs),
             kind=DrawKind.of(configs),
+            num_steps=pieces[0].num_steps,
         )
         for array in jax.tree.leaves((tokens, logprobs)):
             array.copy_to_host_async()
@@ -158,26 +172,36 @@ class Runner:
         masks: np.ndarray | None = None,
         is_penalised: bool,
         kind: DrawKind,
+        num_steps: int = 1,
     ) -> tuple[Array, Any]:
-        """(tokens, log-probabilities or None) of a step; the device's state is that after it."""
+        """(tokens, log-probabilities or None) of a launch; the device's state is that after it."""
         packed = jnp.asarray(packed)
+        seen = self._seen if is_penalised else None
+        if num_steps > 1:
+            program = loop_program(self._placement, shape, self._num_tokens, kind, num_steps)
+            state = self._last_tokens, seen
+            self._caches, state, drawn = program(self._params, self._caches, state, packed)
+            self._take(state)
+            return drawn
         forward = forward_program(self._placement, shape)
         state = self._caches, self._last_tokens
         logits, rows, self._caches = forward(self._params, *state, packed)
         draw = draw_program(shape.rows, self._num_tokens, kind, self._placement.invariant)
-        seen = self._seen if is_penalised else None
         state, tokens, logprobs = draw((self._last_tokens, seen), logits, rows, masks)
-        self._last_tokens = state[0]
-        if is_penalised:
-            self._seen = state[1]
+        self._take(state)
         return tokens, logprobs
+
+    def _take(self, state: tuple[Array, Seen | None]) -> None:
+        """Keeps the state after a draw, which leaves penalties out where none is asked for."""
+        self._last_tokens, seen = state
+        self._seen = self._seen if seen is None else seen
 
     def _pack(self, pieces: tuple[Piece, ...]) -> tuple[StepShape, np.ndarray, tuple[int, ...]]:
         """(shape, packed array, the row of each piece)."""
         single = [piece for piece in pieces if piece.count == 1]
         longer = [piece for piece in pieces if piece.count > 1]
         pages = [-(-(piece.start + piece.count) // self._block_size) for piece in longer]
-        last = max((piece.start for piece in single), default=0)
+        last = max((piece.start + piece.num_steps - 1 for piece in single), default=0)
         shape = self._buckets.shape(
             num_single=len(single),
             num_pages=last // self._block_size + 1,

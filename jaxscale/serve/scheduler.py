@@ -11,6 +11,9 @@ from jaxscale.serve.blocks import BlockPool, PrefixChain
 from jaxscale.serve.sequences import FinishReason, Piece, Sequence, Status, Step
 from jaxscale.types import InputError, RunError, check_positive, check_types
 
+# Of more sequences a step takes longer than what the host does for it, and nothing is won.
+LOOPED_SEQUENCES = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
@@ -29,6 +32,8 @@ class SchedulerConfig:
             once those of its prompt are, and takes blocks from the newest when none is left, whose
             keys are then computed again.
         use_prefix_cache: whether sequences share the blocks of equal prefixes.
+        steps_a_launch: steps that are planned at once while nothing but at most LOOPED_SEQUENCES
+            decoding sequences is there.
     """
 
     token_budget: int = 2048
@@ -38,10 +43,12 @@ class SchedulerConfig:
     policy: Literal["splitfuse", "prefill_first"] = "splitfuse"
     admission: Literal["lifetime", "growth"] = "lifetime"
     use_prefix_cache: bool = True
+    steps_a_launch: int = 1
 
     def __post_init__(self):
         check_types(self)
-        for name in ("token_budget", "max_sequences", "max_prompts", "max_context"):
+        counts = ("token_budget", "max_sequences", "max_prompts", "max_context", "steps_a_launch")
+        for name in counts:
             check_positive(f"SchedulerConfig.{name}", getattr(self, name))
         if self.max_sequences > self.token_budget:
             expected = (
@@ -130,9 +137,10 @@ class Scheduler:
             self._admit(plan)
             if not plan.pieces:
                 self._decode(plan)
-        for piece in plan.pieces:
+        pieces = self._looped(plan.pieces)
+        for piece in pieces:
             self._advance(piece)
-        return Step(tuple(plan.pieces), tuple(plan.admitted), tuple(plan.preempted), expired)
+        return Step(tuple(pieces), tuple(plan.admitted), tuple(plan.preempted), expired)
 
     def commit(self, piece: Piece, tokens: Iterable[int]) -> list[int]:
         """Appends what a piece drew to its sequence, which ends at its last token.
@@ -205,6 +213,20 @@ class Scheduler:
                 return
             plan.add(sequence, count)
 
+    def _looped(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces of a step, for several steps if no step could differ from the first."""
+        num = self.config.steps_a_launch
+        is_all = len(pieces) == len(self.running) <= LOOPED_SEQUENCES and not self._num_waiting
+        if not is_all or not all(self._can_loop(piece, num) for piece in pieces):
+            return pieces
+        return [dataclasses.replace(piece, num_steps=num) for piece in pieces]
+
+    def _can_loop(self, piece: Piece, num: int) -> bool:
+        sequence = piece.sequence
+        is_free = piece.is_decode and not sequence.is_synchronous and not sequence.switch_lengths
+        has_blocks = piece.start + num <= len(sequence.blocks) * self.blocks.block_size
+        return is_free and has_blocks and sequence.num_drawn + num <= sequence.max_new_tokens
+
     def _is_held_up(self, sequence: Sequence) -> bool:
         return sequence.is_synchronous and sequence.is_in_flight
 
@@ -249,9 +271,9 @@ class Scheduler:
 
     def _advance(self, piece: Piece) -> None:
         sequence = piece.sequence
-        sequence.num_computed += piece.count
+        sequence.num_computed += piece.count * piece.num_steps
         if piece.is_drawing:
-            sequence.num_drawn += 1
+            sequence.num_drawn += piece.num_steps
         self._register(sequence)
 
     def _register(self, sequence: Sequence) -> None:

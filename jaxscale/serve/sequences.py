@@ -119,6 +119,7 @@ class Piece:
         count: how many.
         is_decode: whether the only token is the one drawn last, which the device knows.
         is_drawing: whether a token is drawn behind the last.
+        num_steps: of the launch; each after the first runs the token that the one before drew.
     """
 
     sequence: Sequence
@@ -126,6 +127,7 @@ class Piece:
     count: int
     is_decode: bool
     is_drawing: bool
+    num_steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ def tokens_of(completions):
 @functools.cache
 def shared(name=GROUPED):
     """One engine for tests that leave it without work."""
-    return make(name)
+    return make(name, steps_a_launch=2)
 
 
 LONG = pytest.mark.long
@@ -63,6 +63,7 @@ LONG = pytest.mark.long
         pytest.param(GROUPED, dict(token_budget=64, max_sequences=8), id="unsplit"),
         pytest.param(GROUPED, dict(admission="growth", num_blocks=6), id="preempted"),
         pytest.param(GROUPED, dict(policy="prefill_first"), id="baseline"),
+        pytest.param(GROUPED, dict(max_sequences=8, steps_a_launch=3), id="several at a time"),
         pytest.param("experts with prefix, window", {}, id="experts"),
         pytest.param("learned positions, layernorm", {}, id="learned", marks=LONG),
         pytest.param("post norms, qk norm over all heads", {}, id="post", marks=LONG),

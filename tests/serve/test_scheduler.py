@@ -35,14 +35,17 @@ class Device:
                 token = tokens[position] if is_known else self.last[slot]
                 self.cache[self.place(blocks, position)] = token
         for piece, (blocks, slot, tokens) in zip(step.pieces, tables, strict=True):
-            end = piece.start + piece.count
-            context = [self.cache[self.place(blocks, position)] for position in range(end)]
-            assert context[: len(tokens)] == tokens[:end], "the cache holds another context"
-            if piece.is_drawing:
-                self.last[slot] = next_token(context)
-                drawn.append([self.last[slot]])
-            else:
-                drawn.append([])
+            first_end, new = piece.start + piece.count, []
+            for end in range(first_end, first_end + piece.num_steps):
+                if end > first_end:
+                    self.cache[self.place(blocks, end - 1)] = self.last[slot]
+                context = [self.cache[self.place(blocks, position)] for position in range(end)]
+                known = tokens[:end]
+                assert context[: len(known)] == known, "the cache holds another context"
+                if piece.is_drawing:
+                    self.last[slot] = next_token(context)
+                    new.append(self.last[slot])
+            drawn.append(new)
         return drawn
 
     @staticmethod
@@ -145,7 +148,8 @@ CASES = [
     dict(),
     dict(admission="growth"),
     dict(policy="prefill_first"),
-    dict(use_prefix_cache=False, admission="growth"),
+    dict(use_prefix_cache=False, admission="growth", steps_a_launch=3),
+    dict(steps_a_launch=2),
 ]
 
 
