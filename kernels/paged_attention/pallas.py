@@ -41,7 +41,7 @@ class Problem:
     """Sizes and settings that a kernel is compiled for.
 
     Args:
-        groups: query heads that read one kv head, rounded up to UNIT.
+        groups: query heads that read one kv head; they divide UNIT, or UNIT divides them.
         page_size: keys in a page.
         head_dim: H.
         num_streams: blocks among which the pages of a sequence and kv head are dealt out.
@@ -57,6 +57,11 @@ class Problem:
     scale: float
     softcap: float | None
     stages: int
+
+    @property
+    def window(self) -> int:
+        """Rows of queries that a block reads: whole tiles, which may hold other heads' too."""
+        return max(self.groups, UNIT)
 
 
 # jit: the kernel is lowered once for all layers.
@@ -76,11 +81,13 @@ def paged_attention(
     """As `api.paged_attention`."""
     num, num_heads, head_dim = q.shape
     _, page_size, kv_heads, _ = k_pages.shape
-    groups = num_heads // kv_heads
-    padded = pl.cdiv(groups, UNIT) * UNIT
+    own_groups = num_heads // kv_heads
+    groups = own_groups
+    if num_heads % UNIT or (UNIT % groups and groups % UNIT):
+        groups = pl.cdiv(groups, UNIT) * UNIT
     room = BLOCKS_PER_SM * NUM_SMS
     problem = Problem(
-        groups=padded,
+        groups=groups,
         page_size=page_size,
         head_dim=head_dim,
         num_streams=max(min(room // (num * kv_heads), block_table.shape[1]), 1),
@@ -88,20 +95,21 @@ def paged_attention(
         softcap=softcap,
         stages=max(PAGES_BYTES // (2 * 2 * page_size * head_dim), 2),
     )
-    grouped = q.reshape(num, kv_heads, groups, head_dim)
-    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded - groups), (0, 0)))
+    grouped = q.reshape(num, kv_heads, own_groups, head_dim)
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, groups - own_groups), (0, 0)))
+    grouped = grouped.reshape(num, -1, head_dim)
 
     def body(*refs):
         _run(_Refs(*refs), problem, interpret)
 
-    shape = (num, kv_heads, problem.num_streams, padded)
-    o_type = jax.ShapeDtypeStruct((*shape, head_dim), q.dtype)
-    lse_type = jax.ShapeDtypeStruct(shape, jnp.float32)
+    shape = (num, kv_heads, problem.num_streams)
+    o_type = jax.ShapeDtypeStruct((*shape, groups, head_dim), q.dtype)
+    lse_type = jax.ShapeDtypeStruct((*shape, problem.window), jnp.float32)
     kernel = plgpu.kernel(
         body,
         out_type=(o_type, lse_type),
         scratch_types=_scratch_types(problem, q.dtype, interpret),
-        grid=shape[:3],
+        grid=shape,
         grid_names=("sequence", "head", "stream"),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -110,14 +118,19 @@ def paged_attention(
         interpret=interpret,
     )
     o, lse = kernel(block_table, low, high, grouped, k_pages, v_pages)
-    o = _joined(o, lse)[:, :, :groups]
+    o = _joined(o, lse)[:, :, :own_groups]
     return o.reshape(q.shape).astype(q.dtype)
 
 
 def _joined(o: Array, lse: Array) -> Array:
-    """Results of streams o [D, K, streams, G, H] and their lse [D, K, streams, G] added up."""
-    if o.shape[2] == 1:
+    """Results of streams o [D, K, streams, G, H] and their lse [D, K, streams, window] added up."""
+    num_streams, groups = o.shape[2:4]
+    if num_streams == 1:
         return o[:, :, 0]
+    # Each head's own rows of its window.
+    first = jnp.arange(lse.shape[1]) * groups % lse.shape[3]
+    rows = (first[:, None] + jnp.arange(groups))[None, :, None]
+    lse = jnp.take_along_axis(lse, rows, 3, mode="promise_in_bounds")
     top = lse.max(2, keepdims=True)
     # A query that sees nothing has -inf throughout, and -inf - -inf would be NaN.
     weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0, top))
@@ -141,6 +154,7 @@ class _Refs(NamedTuple):
     q_smem: Any
     k_smem: Any
     v_smem: Any
+    o_smem: Any
     lse_smem: Any
     # Barriers: a copy has come.
     q_full: Any
@@ -158,6 +172,7 @@ def _scratch_types(problem: Problem, dtype: Any, interpret: Any) -> tuple[Any, .
         swizzled((ROWS, problem.head_dim), dtype),
         swizzled(page, dtype),
         swizzled(page, dtype),
+        plgpu.SMEM((ROWS, problem.head_dim), dtype),
         plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.Barrier(),
         plgpu.Barrier(num_barriers=problem.stages),
@@ -178,8 +193,11 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
     def number_at(i):
         return first + i * problem.num_streams
 
-    def fetch(i):
-        page, slot = refs.block_table[sequence, number_at(i)], lax.rem(i, problem.stages)
+    def page_at(i):
+        return refs.block_table[sequence, number_at(jnp.minimum(i, count - 1))]
+
+    def fetch(i, page):
+        slot = lax.rem(i, problem.stages)
         for pages, target, full in (
             (refs.k_pages, refs.k_smem, refs.k_full),
             (refs.v_pages, refs.v_smem, refs.v_full),
@@ -189,11 +207,12 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
 
     @pl.when(count > 0)
     def _():
-        # Of the other rows nobody reads what comes out.
-        rows = pl.ds(0, problem.groups)
-        plgpu.copy_gmem_to_smem(refs.q.at[sequence, head], refs.q_smem.at[rows], refs.q_full)
-        for i in range(problem.stages):
-            pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
+        # Of other heads and of the rows that are not copied nobody reads what comes out.
+        first_row = pl.multiple_of(lax.div(head * problem.groups, UNIT) * UNIT, UNIT)
+        source = refs.q.at[sequence, pl.ds(first_row, problem.window)]
+        plgpu.copy_gmem_to_smem(source, refs.q_smem.at[pl.ds(0, problem.window)], refs.q_full)
+        for i in map(jnp.int32, range(problem.stages)):
+            pl.when(i < count)(functools.partial(fetch, i, page_at(i)))
         plgpu.barrier_wait(refs.q_full)
 
     def visible(i):
@@ -202,6 +221,8 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
     def step(i, carry):
         o, total, top = carry
         slot = lax.rem(i, problem.stages)
+        later = i + problem.stages
+        page = page_at(later)  # read early: the wait for it would hold up the fetch
         plgpu.barrier_wait(refs.k_full.at[slot])
         logits = _logits(refs.q_smem, refs.k_smem.at[slot], problem)
         p, shrink, top = _softmax(logits, top, *visible(i), problem)
@@ -215,7 +236,7 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
             return ()
 
         (o,), _ = accumulate((o,), product, (), interpret=interpret)
-        pl.when(i + problem.stages < count)(functools.partial(fetch, i + problem.stages))
+        pl.when(later < count)(functools.partial(fetch, later, page))
         return o, total, top
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, problem.head_dim), jnp.float32), MATRIX)
@@ -223,14 +244,15 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
     start = zeros, total, minus_infinity(ROWS)
     o, total, top = lax.fori_loop(0, count, step, start)
     total = jnp.where(total == 0.0, 1.0, total)
-    # The output takes the place of the queries, which nobody reads any more.
     o = o * spread(1 / total, o.shape, 0)
-    refs.q_smem[...] = o.astype(refs.q_smem.dtype)
+    refs.o_smem[...] = o.astype(refs.o_smem.dtype)
     refs.lse_smem[...] = top * (1 / LOG2E) + jnp.log(total)
     plgpu.commit_smem()
-    rows = pl.ds(0, problem.groups)
-    plgpu.copy_smem_to_gmem(refs.q_smem.at[rows], refs.o.at[sequence, head, stream])
-    plgpu.copy_smem_to_gmem(refs.lse_smem.at[rows], refs.lse.at[sequence, head, stream])
+    own = pl.ds(lax.rem(head * problem.groups, problem.window), problem.groups)
+    plgpu.copy_smem_to_gmem(refs.o_smem.at[own], refs.o.at[sequence, head, stream])
+    if problem.num_streams > 1:
+        lse = refs.lse_smem.at[pl.ds(0, problem.window)]
+        plgpu.copy_smem_to_gmem(lse, refs.lse.at[sequence, head, stream])
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -17,6 +17,7 @@ CASES = {
     "window and soft-cap": (2, 5, 2, 64, 2, 1, 128, "float16", 1.5, 50),
     "one sequence, streams": (1, 7, 6, 64, 8, 1, 64, "bfloat16", None, None),
     "long stream": (2, 11, 8, 64, 2, 1, 128, "bfloat16", None, None),
+    "heads that share a tile": (2, 5, 2, 64, 8, 4, 64, "bfloat16", None, None),
     "pages of 128": (2, 5, 2, 128, 2, 2, 64, "bfloat16", None, None),
 }
 
@@ -71,10 +72,13 @@ def test_attention_over_pages(case, implementation):
 
 
 @pytest.mark.skipif(not IS_NEW, reason="the kernel needs jax 0.11")
-def test_a_stream_of_more_pages_than_shared_memory_holds(monkeypatch):
-    """As when there are many sequences: then each has one stream, which fetches as it goes."""
+@pytest.mark.parametrize(
+    "case", long_but(["long stream", "heads that share a tile"], ["long stream"])
+)
+def test_one_stream_a_sequence(case, monkeypatch):
+    """As when there are many sequences, with more pages than shared memory holds, or fewer."""
     monkeypatch.setattr(pallas, "NUM_SMS", 1)
-    arrays, settings = draw("long stream")
+    arrays, settings = draw(case)
     o = paged_attention(*arrays, **settings, implementation="mosaic", interpret=INTERPRET)
     assert_norm_close(o, expected(arrays, **settings), TOLERANCE)
 
