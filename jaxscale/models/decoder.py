@@ -341,8 +341,9 @@ class Decoder:
     ) -> tuple[Array, Any, RouterSums]:
         """One layer: residual [B, own T, D], cache and its router's sums."""
         operations = self._named(section)
-        params = dequantised(self._use(section, params), self.policy.compute)
-        params = adapted(params, self.config.lora)
+        params = adapted(self._use(section, params), self.config.lora)
+        if "moe" in params:  # whose products take whole matrices
+            params = params | {"moe": dequantised(params["moe"], self.policy.compute)}
         layer = Layer(params, config, self.config.norm, operations)
         run = self.execution.strategy
         x, cache, choices = run(layer, x, tokens.context, cache, tokens.draws)

@@ -17,7 +17,14 @@ from jaxscale.ops.activation import activate
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import Draws
-from jaxscale.ops.linear import Weights, linear, linear_heads, linear_joined, map_outputs
+from jaxscale.ops.linear import (
+    Weights,
+    linear,
+    linear_each,
+    linear_heads,
+    linear_joined,
+    map_outputs,
+)
 from jaxscale.ops.norm import layer_norm, residual_norm, rms_norm
 from jaxscale.ops.precision import accumulator
 from jaxscale.ops.rotary import rotate
@@ -256,7 +263,7 @@ class Layer:
         if "gate_up" in params:
             outputs = linear_joined(h, params["gate_up"])
         else:
-            outputs = [linear("btd,df->btf", h, params[name]) for name in names]
+            outputs = linear_each("btd,df->btf", h, [params[name] for name in names])
         if config.use_bias:
             pairs = zip(outputs, names, strict=True)
             outputs = [y + params[f"{name}_bias"] for y, name in pairs]

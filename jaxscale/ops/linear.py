@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.kernels.quantised_matmul import api as kernel
+from jaxscale.kernels.quantised_matmul.packing import INPUTS
+from jaxscale.ops.device import is_hopper
+from jaxscale.ops.quantised import QuantisedMatrix
 from jaxscale.types import Array
+
+logger = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
@@ -21,35 +28,94 @@ class Adapted:
 
     Source: Hu et al. 2021, LoRA (arXiv 2106.09685), equation 3, whose B A is a b here.
     Args:
-        matrix: W, [inputs, outputs]; both may be several dims.
+        matrix: W, [inputs, outputs]; both may be several dims. It may be quantised.
         a: [inputs, R].
         b: [R, outputs].
         scale: s, alpha / r.
     """
 
-    matrix: Array
+    matrix: "Array | QuantisedMatrix"
     a: Array
     b: Array
     scale: float = dataclasses.field(metadata={"static": True})
 
 
-Weights = Array | Adapted
+Weights = Array | QuantisedMatrix | Adapted
 
 
 def linear(equation: str, x: Array, weights: Weights) -> Array:
     """The product of activations and weights.
 
     Args:
-        equation: an einsum of both, such as "btd,df->btf".
+        equation: an einsum of both, such as "btd,df->btf"; the inputs are the last dims of `x` and
+            the first ones of the weights.
         x: activations.
-        weights: of the type of `x`.
+        weights: of the type of `x`, or quantised.
     Returns:
         Of the type of `x`.
     """
-    if not isinstance(weights, Adapted):
+    return linear_each(equation, x, [weights])[0]
+
+
+def linear_each(
+    equation: str,
+    x: Array,
+    weights: Sequence[Weights],
+) -> list[Array]:
+    """The products of activations with several weights, each as `linear`."""
+    matrices = [w.matrix if isinstance(w, Adapted) else w for w in weights]
+    if isinstance(matrices[0], QuantisedMatrix):
+        outputs = _quantised(x, matrices)
+    else:
+        outputs = [_product(equation, x, each) for each in matrices]
+    return _with_adapters(equation, x, weights, outputs)
+
+
+def _with_adapters(
+    equation: str,
+    x: Array,
+    weights: Sequence[Weights],
+    outputs: list[Array],
+) -> list[Array]:
+    pairs = zip(outputs, weights, strict=True)
+    return [
+        y + _low_rank(equation, x, each) if isinstance(each, Adapted) else y for y, each in pairs
+    ]
+
+
+def _product(equation: str, x: Array, weights: Array) -> Array:
+    """The einsum of both."""
+    of_weights, result = equation.split(",")[1].split("->")
+    num_inputs = sum(dim not in result for dim in of_weights)
+    depth = math.prod(weights.shape[:num_inputs])
+    if jax.default_backend() != "gpu" or x.size != depth:
         return jnp.einsum(equation, x, weights)
-    y = jnp.einsum(equation, x, weights.matrix)
-    return y + _low_rank(equation, x, weights)
+    # Of one token and less than 10 million weights XLA would write all products before it adds
+    # them, three times the matrix's bytes. Zeros beside the token cost nothing.
+    rows = jnp.pad(x.reshape(1, depth), ((0, 7), (0, 0)))
+    y = jnp.matmul(rows, weights.reshape(depth, -1))[0]
+    return y.reshape(*x.shape[: x.ndim - num_inputs], *weights.shape[num_inputs:])
+
+
+def _quantised(x: Array, weights: Sequence[QuantisedMatrix]) -> list[Array]:
+    """Products [..., outputs] of x [..., inputs]: of a few tokens by the kernel on Hopper GPUs.
+
+    Of many tokens, the matrices are made whole first.
+    """
+    first = weights[0]
+    lead = x.shape[: x.ndim - first.num_inputs]
+    flat = x.reshape(-1, first.depth)
+    is_kernel = is_hopper() and kernel.mosaic_refusal(flat) is None
+    logger.info("quantised weights: %s for x%s", "mosaic" if is_kernel else "whole", flat.shape)
+    if is_kernel:
+        flat = jnp.pad(flat, ((0, 0), (0, -first.depth % INPUTS)))
+        matrices = [(each.words, each.scales) for each in weights]
+        products = kernel.matmul(flat, matrices, implementation="mosaic")
+        products = [y[:, : each.width] for y, each in zip(products, weights, strict=True)]
+    else:
+        products = [flat @ each.whole(x.dtype).reshape(first.depth, -1) for each in weights]
+    shapes = [(*lead, *each.shape[each.num_inputs :]) for each in weights]
+    return [y.reshape(shape) for y, shape in zip(products, shapes, strict=True)]
 
 
 def _low_rank(equation: str, x: Array, weights: Adapted) -> Array:
@@ -122,9 +188,8 @@ def linear_heads(x: Array, weights: Sequence[Weights]) -> list[Array]:
     Returns:
         [B, T, heads, H] each.
     """
+    equation = "btd,dnh->btnh"
     matrices = [w.matrix if isinstance(w, Adapted) else w for w in weights]
-    outputs = linear_joined(x, Joined.of(matrices))
-    for place, each in enumerate(weights):
-        if isinstance(each, Adapted):
-            outputs[place] += _low_rank("btd,dnh->btnh", x, each)
-    return outputs
+    if isinstance(matrices[0], QuantisedMatrix):
+        return linear_each(equation, x, weights)
+    return _with_adapters(equation, x, weights, linear_joined(x, Joined.of(matrices)))

@@ -15,14 +15,9 @@ from jaxscale.models.config.facts import from_flat
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.parameters import abstract_params, init_params, parameter_table
-from jaxscale.models.quantised import (
-    QuantisedConfig,
-    dequantised,
-    num_bytes,
-    quantise,
-    quantised,
-)
+from jaxscale.models.quantised import QuantisedConfig, dequantised, num_bytes, quantised
 from jaxscale.ops.precision import Policy
+from jaxscale.ops.quantised import quantise
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
@@ -49,22 +44,23 @@ def decoder(name, is_scanned=True):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_group_is_rounded_to_multiples_of_its_own_scale(bits):
     rng = np.random.default_rng(0)
-    matrix = rng.normal(size=(3, 12, 5)).astype(np.float32)
-    matrix[:, 4:8] *= 100  # another group's range
-    matrix[:, 8:] = 0
-    found = quantise(jnp.asarray(matrix), 1, QuantisedConfig(bits, group=4))
-    assert found["values"].dtype == {8: jnp.int8, 4: jnp.int4}[bits]
-    assert found["scales"].shape == (3, 3, 5)
-    got = dequantised({"w": found}, "float32")["w"]
-    scale = np.abs(matrix.reshape(3, 3, 4, 5)).max(2) / (2 ** (bits - 1) - 1)
-    bound = np.repeat(scale / 2, 4, 1) * 1.0001
-    assert (np.abs(got - matrix) <= bound).all()
-    np.testing.assert_array_equal(got[:, 8:], 0)
+    matrix = rng.normal(size=(3, 4, 96, 5)).astype(
+        np.float32
+    )  # a stack of three, two dims of inputs
+    matrix[:, 2] *= 100  # in the second group of 128 inputs
+    matrix[:, 3] = 0
+    found = quantise(jnp.asarray(matrix), 1, 2, bits)
+    got = np.asarray(found.whole("float32")).reshape(3, 384, 5)
+    groups = matrix.reshape(3, 3, 128, 5)
+    scale = np.abs(groups).max(2, keepdims=True) / (2 ** (bits - 1) - 1)
+    assert (np.abs(got.reshape(groups.shape) - groups) <= scale / 2 * 1.0001).all()
+    np.testing.assert_array_equal(got[:, 288:], 0)
+    assert found.words.nbytes == 3 * 384 * 64 * bits // 8  # 5 outputs are padded to 64
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_on_integers_is_the_model_on_what_they_stand_for(name):
-    small = quantised(params(name), parameter_table(MODELS[name]), QuantisedConfig(4, group=8))
+    small = quantised(params(name), parameter_table(MODELS[name]), QuantisedConfig(4))
     whole = dequantised(small, "float32")
     changed = {path for path, leaf in tree.flatten(whole).items() if is_changed(name, path, leaf)}
     roles = {

@@ -1,0 +1,62 @@
+"""Products of a few tokens with matrices in 4 or 8 bits, which are read as they are stored."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxscale.kernels.checks import check_backend, require
+from jaxscale.kernels.quantised_matmul import pallas, reference
+from jaxscale.kernels.quantised_matmul.packing import INPUTS
+
+BACKENDS = ("reference", "mosaic")
+# Rows of `x`. With more of them a matrix that is made whole again costs little beside the product.
+MAX_ROWS = 32
+
+
+def matmul(
+    x: Array,
+    matrices: Sequence[tuple[Array, Array]],
+    *,
+    implementation: str,
+    interpret: Any = False,
+) -> list[Array]:
+    """x @ W of each matrix W, of integers with a scale for each INPUTS inputs and output.
+
+    Source: Frantar et al. 2024, MARLIN (arXiv 2408.11743), section 3, for weights in the order of
+        the tensor cores; here each group's sum is scaled instead of its integers.
+    Args:
+        x: [M, K].
+        matrices: of each its words and scales: integers [K, N] as `packing.pack` packs them, and
+            [N / OUTPUTS, K / INPUTS, OUTPUTS]; all of the same K and bits.
+        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs.
+        interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
+    Returns:
+        [M, N] of each, in the type of `x`; sums are in float32.
+    Raises:
+        ValueError: shapes do not fit one another, or the backend cannot do what is asked.
+    Cost: "mosaic" reads the words once, in one launch for all matrices.
+    """
+    for words, scales in matrices:
+        chunks = x.shape[1] // INPUTS
+        is_fit = words.shape[1] == scales.shape[1] == chunks and words.shape[0] == scales.shape[0]
+        given = f"x {x.shape}, words {words.shape} and scales {scales.shape}"
+        expected = "x [M, K], words [tiles, K / 128, planes, 1024] and scales [tiles, K / 128, 64]"
+        require(is_fit and x.shape[1] % INPUTS == 0, "quantised_matmul", given, expected)
+    check_backend("quantised_matmul", implementation, BACKENDS, mosaic_refusal(x))
+    if implementation == "reference":
+        return [reference.matmul(x, *matrix) for matrix in matrices]
+    return pallas.matmul(x, tuple(matrices), interpret=interpret)
+
+
+def mosaic_refusal(x: Array) -> str | None:
+    """What "mosaic" would need to compute the request, as the text of an error, or None."""
+    if x.dtype != jnp.bfloat16:
+        return f"x of bfloat16, but it is {x.dtype}"
+    if x.shape[0] > MAX_ROWS:
+        return f"at most {MAX_ROWS} rows, but x has {x.shape[0]}"
+    if jax.__version_info__ < (0, 11):
+        return f"jax >= 0.11, but this is {jax.__version__}"
+    return None
