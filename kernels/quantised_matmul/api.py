@@ -45,7 +45,8 @@ def matmul(
         given = f"x {x.shape}, words {words.shape} and scales {scales.shape}"
         expected = "x [M, K], words [tiles, K / 128, planes, 1024] and scales [tiles, K / 128, 64]"
         require(is_fit and x.shape[1] % INPUTS == 0, "quantised_matmul", given, expected)
-    check_backend("quantised_matmul", implementation, BACKENDS, mosaic_refusal(x))
+    refusal = mosaic_refusal(x) if implementation == "mosaic" else None
+    check_backend("quantised_matmul", implementation, BACKENDS, refusal)
     if implementation == "reference":
         return [reference.matmul(x, *matrix) for matrix in matrices]
     return pallas.matmul(x, tuple(matrices), interpret=interpret)
