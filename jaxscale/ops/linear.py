@@ -63,12 +63,17 @@ def linear_each(
     weights: Sequence[Weights],
 ) -> list[Array]:
     """The products of activations with several weights, each as `linear`."""
-    matrices = [w.matrix if isinstance(w, Adapted) else w for w in weights]
+    matrices = _matrices(weights)
     if isinstance(matrices[0], QuantisedMatrix):
         outputs = _quantised(x, matrices)
     else:
         outputs = [_product(equation, x, each) for each in matrices]
     return _with_adapters(equation, x, weights, outputs)
+
+
+def _matrices(weights: Sequence[Weights]) -> list[Array | QuantisedMatrix]:
+    """The weights without their adapters."""
+    return [each.matrix if isinstance(each, Adapted) else each for each in weights]
 
 
 def _with_adapters(
@@ -77,10 +82,13 @@ def _with_adapters(
     weights: Sequence[Weights],
     outputs: list[Array],
 ) -> list[Array]:
-    pairs = zip(outputs, weights, strict=True)
-    return [
-        y + _low_rank(equation, x, each) if isinstance(each, Adapted) else y for y, each in pairs
-    ]
+    """The outputs of matrices with what adapters add to them."""
+    found = []
+    for y, each in zip(outputs, weights, strict=True):
+        if isinstance(each, Adapted):
+            y = y + _low_rank(equation, x, each)
+        found.append(y)
+    return found
 
 
 def _product(equation: str, x: Array, weights: Array) -> Array:
@@ -92,9 +100,11 @@ def _product(equation: str, x: Array, weights: Array) -> Array:
         return jnp.einsum(equation, x, weights)
     # Of one token and less than 10 million weights XLA would write all products before it adds
     # them, three times the matrix's bytes. Zeros beside the token cost nothing.
-    rows = jnp.pad(x.reshape(1, depth), ((0, 7), (0, 0)))
+    row = x.reshape(1, depth)
+    rows = jnp.pad(row, ((0, 7), (0, 0)))
     y = jnp.matmul(rows, weights.reshape(depth, -1))[0]
-    return y.reshape(*x.shape[: x.ndim - num_inputs], *weights.shape[num_inputs:])
+    lead = x.shape[: x.ndim - num_inputs]
+    return y.reshape(*lead, *weights.shape[num_inputs:])
 
 
 def _quantised(x: Array, weights: Sequence[QuantisedMatrix]) -> list[Array]:
@@ -106,16 +116,19 @@ def _quantised(x: Array, weights: Sequence[QuantisedMatrix]) -> list[Array]:
     lead = x.shape[: x.ndim - first.num_inputs]
     flat = x.reshape(-1, first.depth)
     is_kernel = is_hopper() and kernel.mosaic_refusal(flat) is None
-    logger.info("quantised weights: %s for x%s", "mosaic" if is_kernel else "whole", flat.shape)
+    backend = "mosaic" if is_kernel else "whole matrices"
+    logger.info("quantised weights: backend %s for x%s", backend, flat.shape)
     if is_kernel:
-        flat = jnp.pad(flat, ((0, 0), (0, -first.depth % INPUTS)))
+        padded = jnp.pad(flat, ((0, 0), (0, -first.depth % INPUTS)))
         matrices = [(each.words, each.scales) for each in weights]
-        products = kernel.matmul(flat, matrices, implementation="mosaic")
-        products = [y[:, : each.width] for y, each in zip(products, weights, strict=True)]
+        products = kernel.matmul(padded, matrices, implementation="mosaic")
     else:
         products = [flat @ each.whole(x.dtype).reshape(first.depth, -1) for each in weights]
-    shapes = [(*lead, *each.shape[each.num_inputs :]) for each in weights]
-    return [y.reshape(shape) for y, shape in zip(products, shapes, strict=True)]
+    outputs = []
+    for y, each in zip(products, weights, strict=True):
+        shape = each.shape[each.num_inputs :]
+        outputs.append(y[:, : each.width].reshape(*lead, *shape))
+    return outputs
 
 
 def _low_rank(equation: str, x: Array, weights: Adapted) -> Array:
@@ -189,7 +202,7 @@ def linear_heads(x: Array, weights: Sequence[Weights]) -> list[Array]:
         [B, T, heads, H] each.
     """
     equation = "btd,dnh->btnh"
-    matrices = [w.matrix if isinstance(w, Adapted) else w for w in weights]
+    matrices = _matrices(weights)
     if isinstance(matrices[0], QuantisedMatrix):
         return linear_each(equation, x, weights)
     return _with_adapters(equation, x, weights, linear_joined(x, Joined.of(matrices)))

@@ -10,13 +10,30 @@ from jax import Array
 
 OUTPUTS, INPUTS = 64, 128
 WORDS = OUTPUTS * INPUTS // 8
-# How a unit [outputs, inputs] is divided into (warp, half of its rows, row) and
-# (word of four, word, half, thread of a row, neighbour).
-_UNIT = (4, 2, 8, 2, 4, 2, 4, 2)
-# The same parts as words lie: word of four, warp, row, thread of a row, word; then within a word
-# the neighbour, in the upper or lower 16 bits, the half of the inputs and that of the rows.
-_ORDER = (3, 0, 2, 6, 4, 7, 5, 1)
 OFFSETS = {4: (8,), 8: (8, 0)}  # what is added to the integers of each unit, upper ones first
+# Into what a unit [outputs, inputs] is divided: first the outputs, then the inputs.
+PARTS = {
+    "warp": 4,
+    "half of rows": 2,
+    "row": 8,
+    "four words": 2,
+    "word": 4,
+    "half of inputs": 2,
+    "thread of a row": 4,
+    "neighbour": 2,
+}
+# The words, and behind them what is in a word, from its upper bits to its lower ones.
+STORED = (
+    "four words",
+    "warp",
+    "row",
+    "thread of a row",
+    "word",
+    "neighbour",
+    "half of inputs",
+    "half of rows",
+)
+SHIFTS = (0, 4, 8, 12, 16, 20, 24, 28)
 
 
 def pack(values: Array, bits: int) -> Array:
@@ -29,36 +46,46 @@ def pack(values: Array, bits: int) -> Array:
         [N / OUTPUTS, K / INPUTS, bits / 4, WORDS] int32.
     """
     values = values.astype(jnp.int32)
-    planes = (values,) if bits == 4 else (values >> 4, values & 15)
-    units = [_pack_plane(plane + offset) for plane, offset in zip(planes, OFFSETS[bits])]
+    planes = (values,)
+    if bits == 8:
+        planes = values >> 4, values & 15
+    units = []
+    for plane, offset in zip(planes, OFFSETS[bits], strict=True):
+        units.append(_pack_plane(plane + offset))
     return jnp.stack(units, 2)
 
 
 def unpack(words: Array) -> Array:
     """The integers [K, N] int32 of words, as `pack` took them."""
     tiles, chunks, num_planes, _ = words.shape
-    bits = 4 * num_planes
-    planes = [unpack_unit(words[:, :, i]) - OFFSETS[bits][i] for i in range(num_planes)]
-    units = planes[0] if bits == 4 else 16 * planes[0] + planes[1]
-    return units.transpose(1, 3, 0, 2).reshape(chunks * INPUTS, tiles * OUTPUTS)
+    offsets = OFFSETS[4 * num_planes]
+    units = unpack_unit(words)
+    integers = units[:, :, 0] - offsets[0]
+    if num_planes == 2:
+        integers = 16 * integers + units[:, :, 1]
+    by_input = integers.transpose(1, 3, 0, 2)
+    return by_input.reshape(chunks * INPUTS, tiles * OUTPUTS)
 
 
 def unpack_unit(words: Array) -> Array:
     """Words [..., WORDS] to their unsigned integers [..., OUTPUTS, INPUTS] int32."""
-    shifts = jnp.arange(2)[:, None, None] * 16 + jnp.arange(2)[:, None] * 8 + jnp.arange(2) * 4
-    parts = words.reshape(*words.shape[:-1], *(_UNIT[i] for i in _ORDER[:5]), 1, 1, 1)
-    parts = (parts >> shifts) & 15
-    first = words.ndim - 1
-    places = [first + _ORDER.index(i) for i in range(8)]
-    return parts.transpose(*range(first), *places).reshape(*words.shape[:-1], OUTPUTS, INPUTS)
+    lead = words.shape[:-1]
+    integers = (words[..., None] >> jnp.asarray(SHIFTS)) & 15
+    parts = integers.reshape(*lead, *(PARTS[name] for name in STORED))
+    places = [STORED.index(name) for name in PARTS]
+    parts = parts.transpose(*range(len(lead)), *(len(lead) + i for i in places))
+    return parts.reshape(*lead, OUTPUTS, INPUTS)
 
 
 def _pack_plane(unsigned: Array) -> Array:
     """[K, N] of 0 to 15 to words [N / OUTPUTS, K / INPUTS, WORDS]."""
-    chunks, tiles = unsigned.shape[0] // INPUTS, unsigned.shape[1] // OUTPUTS
-    units = unsigned.reshape(chunks, INPUTS, tiles, OUTPUTS).transpose(2, 0, 3, 1)
-    parts = units.reshape(tiles, chunks, *_UNIT).transpose(0, 1, *(2 + i for i in _ORDER))
-    parts = parts.reshape(tiles, chunks, WORDS, 8)
-    shifts = jnp.asarray([0, 4, 8, 12, 16, 20, 24, 28])
+    chunks = unsigned.shape[0] // INPUTS
+    tiles = unsigned.shape[1] // OUTPUTS
+    units = unsigned.reshape(chunks, INPUTS, tiles, OUTPUTS)
+    units = units.transpose(2, 0, 3, 1)
+    parts = units.reshape(tiles, chunks, *PARTS.values())
+    names = list(PARTS)
+    parts = parts.transpose(0, 1, *(2 + names.index(name) for name in STORED))
+    in_words = parts.reshape(tiles, chunks, WORDS, len(SHIFTS))
     # The fields do not overlap, and the sum may wrap around into the sign.
-    return (parts << shifts).sum(-1, dtype=jnp.int32)
+    return (in_words << jnp.asarray(SHIFTS)).sum(-1, dtype=jnp.int32)
