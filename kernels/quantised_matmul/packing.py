@@ -33,7 +33,6 @@ STORED = (
     "half of inputs",
     "half of rows",
 )
-SHIFTS = (0, 4, 8, 12, 16, 20, 24, 28)
 
 
 def pack(values: Array, bits: int) -> Array:
@@ -70,7 +69,7 @@ def unpack(words: Array) -> Array:
 def unpack_unit(words: Array) -> Array:
     """Words [..., WORDS] to their unsigned integers [..., OUTPUTS, INPUTS] int32."""
     lead = words.shape[:-1]
-    integers = (words[..., None] >> jnp.asarray(SHIFTS)) & 15
+    integers = (words[..., None] >> 4 * jnp.arange(8)) & 15
     parts = integers.reshape(*lead, *(PARTS[name] for name in STORED))
     places = [STORED.index(name) for name in PARTS]
     parts = parts.transpose(*range(len(lead)), *(len(lead) + i for i in places))
@@ -86,6 +85,6 @@ def _pack_plane(unsigned: Array) -> Array:
     parts = units.reshape(tiles, chunks, *PARTS.values())
     names = list(PARTS)
     parts = parts.transpose(0, 1, *(2 + names.index(name) for name in STORED))
-    in_words = parts.reshape(tiles, chunks, WORDS, len(SHIFTS))
+    in_words = parts.reshape(tiles, chunks, WORDS, 8)
     # The fields do not overlap, and the sum may wrap around into the sign.
-    return (in_words << jnp.asarray(SHIFTS)).sum(-1, dtype=jnp.int32)
+    return (in_words << 4 * jnp.arange(8)).sum(-1, dtype=jnp.int32)
