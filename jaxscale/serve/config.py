@@ -81,7 +81,13 @@ class EngineConfig:
             mixed_singles=powers_up_to(
                 most, smallest=most if is_free else min(16, most), factor=16
             ),
-            tokens=powers_up_to(self.token_budget, smallest=-(-self.token_budget // 16), factor=4),
+            # Padding is multiplied. Beside decoding sequences a step has a few new prompts, of any
+            # length.
+            tokens=powers_up_to(
+                self.token_budget,
+                smallest=-(-self.token_budget // 16),
+                factor=math.sqrt(2) if is_free else 4,
+            ),
             pages=powers_up_to(
                 num_pages, smallest=num_pages if is_free else -(-num_pages // 4), factor=4
             ),

@@ -264,11 +264,14 @@ class Buckets:
         )
 
 
-def powers_up_to(largest: int, *, smallest: int = 1, factor: int = 2) -> tuple[int, ...]:
-    """smallest, smallest * factor, ... below `largest`, and `largest`."""
+def powers_up_to(largest: int, *, smallest: int = 1, factor: float = 2) -> tuple[int, ...]:
+    """smallest, smallest * factor, ... below `largest`, and `largest`.
+
+    A factor that is no integer makes multiples of 64, which matmuls divide into tiles.
+    """
     sizes, size = [], smallest
     while size < largest:
-        sizes.append(size)
+        sizes.append(size if isinstance(factor, int) else -(-round(size) // 64) * 64)
         size *= factor
     return (*sizes, largest)
 

@@ -175,7 +175,6 @@ class Runner:
         num_steps: int = 1,
     ) -> tuple[Array, Any]:
         """(tokens, log-probabilities or None) of a launch; the device's state is that after it."""
-        packed = jnp.asarray(packed)
         seen = self._seen if is_penalised else None
         if num_steps > 1:
             program = loop_program(self._placement, shape, self._num_tokens, kind, num_steps)

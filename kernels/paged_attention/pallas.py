@@ -32,7 +32,7 @@ from jaxscale.kernels.persistent import LOG2E, NUM_SMS, ROWS, swizzled
 
 MAX_GROUPS = ROWS
 UNIT = 8  # rows of a swizzled tile
-PAGES_BYTES = 96 * 1024  # of pages in shared memory, so that two blocks fit a multiprocessor
+PAGES_BYTES = 64 * 1024  # of pages in shared memory, so that two blocks fit a multiprocessor
 BLOCKS_PER_SM = 2
 
 

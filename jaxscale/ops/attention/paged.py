@@ -186,9 +186,14 @@ def _invariant(
 
 
 def _written(pages: Array, x: Array, slot_mapping: Array) -> Array:
-    """Pages with x [T, K, H] in its slots; in place where the pages are donated."""
+    """Pages with x [T, K, H] in its slots; in place where the pages are donated.
+
+    Only padding shares a slot, which nobody reads. To be told that a slot is written once spares
+    XLA atomic writes, which took six times as long on an H200.
+    """
     slots = pages.reshape(-1, *pages.shape[2:])
-    return slots.at[slot_mapping].set(x.astype(pages.dtype)).reshape(pages.shape)
+    slots = slots.at[slot_mapping].set(x.astype(pages.dtype), unique_indices=True)
+    return slots.reshape(pages.shape)
 
 
 def _reference_over_table(
