@@ -40,6 +40,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, where: str, tokens: Mapping[str, str]):
+        self.source = source
         self._where, self._tokens = where, dict(tokens)
         if len(source) > MAX_SOURCE:
             raise InputError(where, f"{len(source)} characters", f"at most {MAX_SOURCE}")

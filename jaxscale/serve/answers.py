@@ -12,6 +12,7 @@ from typing import Any
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.serve.requests import Completion, Delta, TokenLogprobs
 from jaxscale.serve.sequences import FinishReason
+from jaxscale.serve.tools import ToolCall, ToolForm, ToolStream
 
 REASONS = {
     FinishReason.STOP: "stop",
@@ -40,6 +41,43 @@ class Usage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Said:
+    """What is new of a choice, or all of it.
+
+    Args:
+        text: that is no call of a tool.
+        calls: of tools.
+        num_before: calls that came before.
+    """
+
+    text: str
+    calls: tuple[ToolCall, ...] = ()
+    num_before: int = 0
+
+
+class Listener:
+    """Reads the calls of tools out of a choice's text.
+
+    Args:
+        form: of the calls; None where no tool may be called.
+    """
+
+    def __init__(self, form: ToolForm | None):
+        self._stream = None if form is None else ToolStream(form)
+
+    def hear(self, text: str, *, is_last: bool) -> Said:
+        """What is new."""
+        if self._stream is None:
+            return Said(text)
+        num_before = self._stream.num_calls
+        said, calls = self._stream.add(text)
+        if is_last:
+            more, others = self._stream.flush()
+            said, calls = said + more, calls + others
+        return Said(said, tuple(calls), num_before)
+
+
+@dataclasses.dataclass(frozen=True)
 class Form:
     """Answers in the form of one kind of request.
 
@@ -47,6 +85,7 @@ class Form:
         model: its name.
         is_chat: whether chat completions or completions.
         tokenizer: spells tokens.
+        tools: the form of calls of tools; None where none may be called.
         id: of the answer.
         created_s: Unix time.
     """
@@ -54,6 +93,7 @@ class Form:
     model: str
     is_chat: bool
     tokenizer: Tokenizer
+    tools: ToolForm | None = None
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     created_s: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -72,13 +112,25 @@ class Form:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, {"delta": delta}, None) for index in range(num_choices)]
 
-    def chunk(self, index: int, delta: Delta) -> dict[str, Any] | None:
+    def listeners(self, num_choices: int) -> list[Listener]:
+        """One for each choice of a stream."""
+        return [Listener(self.tools) for _ in range(num_choices)]
+
+    def chunk(self, index: int, delta: Delta, listener: Listener) -> dict[str, Any] | None:
         """What is new of a choice; None where nothing can be said yet."""
-        if not (delta.text or delta.logprobs or delta.finish_reason):
+        said = listener.hear(delta.text, is_last=delta.finish_reason is not None)
+        if not (said.text or said.calls or delta.logprobs or delta.finish_reason):
             return None
-        text = {"delta": {"content": delta.text}} if self.is_chat else {"text": delta.text}
+        text: dict[str, Any] = {"text": said.text}
+        if self.is_chat:
+            text = {"delta": {"content": said.text}}
+            if said.calls:
+                numbered = enumerate(said.calls, said.num_before)
+                calls = [{"index": number} | call.json() for number, call in numbered]
+                text["delta"]["tool_calls"] = calls
         text["logprobs"] = self._logprobs(delta.tokens, delta.logprobs)
-        fields = self._chunk(index, text, delta.finish_reason)
+        has_calls = bool(said.num_before or said.calls)
+        fields = self._chunk(index, text, _reason(delta.finish_reason, has_calls))
         return fields | {"weights_version": delta.weights_version}
 
     def last(self, usage: Usage) -> dict[str, Any]:
@@ -97,23 +149,26 @@ class Form:
         }
 
     def _choice(self, index: int, choice: Completion) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text}
+        said = Listener(self.tools).hear(choice.text, is_last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": said.text}
+        if said.calls:
+            message["content"] = said.text or None
+            message["tool_calls"] = [call.json() for call in said.calls]
         return {
             "index": index,
             **({"message": message} if self.is_chat else {"text": choice.text}),
             "logprobs": self._logprobs(choice.tokens, choice.logprobs),
-            "finish_reason": REASONS[choice.finish_reason],
+            "finish_reason": _reason(choice.finish_reason, bool(said.calls)),
         }
 
     def _chunk(
         self,
         index: int,
         content: dict[str, Any],
-        reason: FinishReason | None,
+        reason: str | None,
     ) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        finish_reason = None if reason is None else REASONS[reason]
-        choice = {"index": index, **content, "finish_reason": finish_reason}
+        choice = {"index": index, **content, "finish_reason": reason}
         return self._head(kind, [choice])
 
     def _logprobs(
@@ -144,6 +199,13 @@ class Form:
     def _spelt(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.tokenizer.decode([token])
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _reason(reason: FinishReason | None, has_calls: bool) -> str | None:
+    """In OpenAI's words."""
+    if reason is FinishReason.STOP and has_calls:
+        return "tool_calls"
+    return None if reason is None else REASONS[reason]
 
 
 def error_json(

@@ -141,7 +141,9 @@ class Engine:
                 is_synchronous=config.grammar is not None,
                 switch_lengths=self.model.switch_lengths,
             )
-            text = TextStream(self.tokenizer, config.stop) if self.tokenizer else None
+            text = None
+            if self.tokenizer:
+                text = TextStream(self.tokenizer, config.stop, config.spelt)
             matcher = self.grammars.begin(config.grammar) if config.grammar else None
             members.append(Member(request, index, config, sequence, text, matcher))
         for member in members:

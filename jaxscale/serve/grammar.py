@@ -30,10 +30,12 @@ class GrammarConfig:
         kind: of the text: a JSON schema, a regular expression that matches all of the
             continuation, or a context-free grammar in llguidance's form of Lark.
         text: of the grammar.
+        is_compact: whether a JSON text has no space between its parts.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
+    is_compact: bool = False
 
     def __post_init__(self):
         check_types(self)
@@ -79,7 +81,9 @@ class Grammars:
         matcher = _import().LLMatcher
         try:
             if config.kind == "json_schema":
-                options = {"whitespace_pattern": WHITESPACE}
+                options: dict[str, Any] = {"whitespace_pattern": WHITESPACE}
+                if config.is_compact:
+                    options = {"whitespace_flexible": False}
                 grammar = matcher.grammar_from_json_schema(config.text, overrides=options)
             elif config.kind == "regex":
                 grammar = matcher.grammar_from_regex(config.text)
@@ -157,9 +161,9 @@ def _import() -> Any:
     return llguidance
 
 
-def json_grammar(schema: Any) -> GrammarConfig:
+def json_grammar(schema: Any, *, is_compact: bool = False) -> GrammarConfig:
     """The grammar of JSON texts under a schema."""
-    return GrammarConfig("json_schema", json.dumps(schema))
+    return GrammarConfig("json_schema", json.dumps(schema), is_compact)
 
 
 def choice_grammar(choices: list[str]) -> GrammarConfig:

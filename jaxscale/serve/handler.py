@@ -16,6 +16,7 @@ from jaxscale.serve.metrics import Metrics, SequenceClock
 from jaxscale.serve.openai import ChatRequest, CompletionRequest, GenerationRequest
 from jaxscale.serve.requests import Completion, Delta, RequestConfig
 from jaxscale.serve.sampling import MAX_SEED
+from jaxscale.serve.tools import BARE, find_form
 from jaxscale.serve.worker import Answers, Frontend
 from jaxscale.types import InputError, RunError
 
@@ -115,7 +116,18 @@ class Handler:
         prompt = self._encode(messages, tools)
         room = max(self._model.max_length - len(prompt), 1)
         wanted = body.max_completion_tokens or body.max_tokens or room
-        return self._asked(body, [prompt], wanted, body.num_logprobs(), is_chat=True)
+        asked = self._asked(body, [prompt], wanted, body.num_logprobs(), is_chat=True)
+        return self._with_tools(asked, body) if tools else asked
+
+    def _with_tools(self, asked: Asked, body: ChatRequest) -> Asked:
+        """What is asked, where the answer may call tools."""
+        grammar, config = body.tool_grammar(), asked.config
+        form = BARE if grammar else find_form(self.service.chat_template.source)
+        if form is not None:
+            spelt = tuple(marker for marker in (form.begin, form.end) if marker)
+            config = dataclasses.replace(config, grammar=grammar or config.grammar, spelt=spelt)
+        form = dataclasses.replace(asked.form, tools=form)
+        return dataclasses.replace(asked, config=config, form=form)
 
     def _encode(
         self,
@@ -193,13 +205,14 @@ class Handler:
     ) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         form, choices = asked.form, [Completion() for _ in range(asked.num_choices)]
+        listeners = form.listeners(asked.num_choices)
         for fields in form.first(asked.num_choices):
             yield _event(fields)
         try:
             async with contextlib.aclosing(self.observed(answers)) as deltas:
                 async for choice, delta in deltas:
                     choices[choice].add(delta)
-                    if fields := form.chunk(choice, delta):
+                    if fields := form.chunk(choice, delta, listeners[choice]):
                         yield _event(fields)
         except RunError as error:
             yield _event(error_json(str(error), status=500))

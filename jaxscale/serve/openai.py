@@ -4,6 +4,8 @@ Source: OpenAI's API reference, completions and chat completions; the fields tha
 names of vLLM's server.
 """
 
+import contextlib
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jaxscale.serve.grammar import GrammarConfig, choice_grammar, json_grammar
 from jaxscale.serve.requests import Penalties, RequestConfig
 from jaxscale.serve.sampling import MAX_SEED, SamplingConfig
+from jaxscale.serve.tools import chosen_name, forced_grammar
 from jaxscale.types import InputError
 
 MAX_CHOICES = 128
@@ -220,6 +223,9 @@ class Message(BaseModel):
         fields = self.model_dump(exclude_none=True)
         if isinstance(self.content, list):
             fields["content"] = "".join(part.text for part in self.content)
+        for call in fields.get("tool_calls", ()):
+            with contextlib.suppress(ValueError):  # templates write JSON; other text stays
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         return {"content": ""} | fields
 
 
@@ -233,6 +239,20 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+
+    def tool_grammar(self) -> GrammarConfig | None:
+        """The grammar of an answer that has to be a call; None where it is free.
+
+        Raises:
+            InputError: there is no such tool, or another grammar is asked for too.
+        """
+        is_forced, name = chosen_name(self.tool_choice)
+        if not is_forced:
+            return None
+        if self.grammar() is not None:
+            expected = '"auto" or "none" beside another grammar'
+            raise InputError("tool_choice", self.tool_choice, expected)
+        return forced_grammar(self.tools or [], name)
 
     def num_logprobs(self) -> int | None:
         """How many log-probabilities are asked for.

@@ -49,6 +49,7 @@ class RequestConfig:
         num_sequences: continuations of the prompt, which draw apart.
         stop: texts before which a continuation ends.
         stop_ids: tokens at which it ends, beside the tokenizer's end token.
+        spelt: special tokens that the text spells, such as those that begin a call of a tool.
         ignore_eos: whether it goes on behind the tokenizer's end token.
         penalties: on what was there before.
         num_logprobs: how many of the most probable tokens are reported with their log-probability
@@ -64,6 +65,7 @@ class RequestConfig:
     num_sequences: int = 1
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    spelt: tuple[str, ...] = ()
     ignore_eos: bool = False
     penalties: Penalties = NO_PENALTIES
     num_logprobs: int | None = None

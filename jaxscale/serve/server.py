@@ -4,11 +4,18 @@ import asyncio
 import contextlib
 import hmac
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.exceptions import HTTPException
 
 from jaxscale.serve.answers import error_json
@@ -20,7 +27,13 @@ from jaxscale.types import InputError, RunError
 METRICS_TYPE = "text/plain; version=0.0.4"
 DISCONNECT_POLL_S = 0.1
 CLIENT_CLOSED = 499  # nobody sees it; nginx's number for a client that has gone
-OPEN_PATHS = ("/health", "/metrics")  # for a balancer and a monitor, which have no key
+OPEN_PATHS = ("/", "/health", "/metrics")  # for browsers, balancers, monitors, without a key
+CHAT_PAGE = Path(__file__).with_name("static") / "chat.html"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; "
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def make_app(make_engine: Callable[[], Engine], service: Service) -> FastAPI:
@@ -97,6 +110,12 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI) -> None:
+    page = CHAT_PAGE.read_text()
+
+    @app.get("/")
+    async def chat_page() -> Response:
+        return HTMLResponse(page, headers=PAGE_HEADERS)
+
     @app.get("/health")
     async def health() -> Response:
         failure = app.state.handler.failure

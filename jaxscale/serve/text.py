@@ -16,10 +16,18 @@ class TextStream:
     Args:
         tokenizer: of the tokens.
         stop: texts before which the continuation ends.
+        spelt: special tokens that the text spells; it leaves out all others.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        spelt: Sequence[str] = (),
+    ):
         self._tokenizer = tokenizer
+        special = getattr(tokenizer, "special_tokens", {})
+        self._spelt = {special[name]: name for name in spelt if name in special}
         self._stop = tuple(stop)
         self._tokens: list[int] = []
         # Only the last tokens are decoded; how one reads depends on those before it.
@@ -33,8 +41,12 @@ class TextStream:
         """The text that can be given out now; nothing any more once a stop text was found."""
         if self.is_stopped:
             return ""
-        self._tokens.append(token)
-        self._held += self._new_text(is_last=False)
+        if token in self._spelt:
+            self._held += self._new_text(is_last=True) + self._spelt[token]
+            self._tokens, self._window, self._given, self._read = [], 0, 0, 0
+        else:
+            self._tokens.append(token)
+            self._held += self._new_text(is_last=False)
         found = [place for text in self._stop if (place := self._held.find(text)) >= 0]
         if found:
             self.is_stopped = True

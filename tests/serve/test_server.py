@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
 import threading
 import time
 
@@ -22,6 +23,7 @@ from jaxscale.serve.server import make_app  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 KEY = "a-key-of-this-test"
+PAGE_POLICY = "content-security-policy"
 
 
 @contextlib.contextmanager
@@ -165,6 +167,46 @@ def test_an_answer_follows_its_schema(client):
     assert complete(client, **fields).json()["choices"][0]["text"] in ("red", "blue")
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"enum": [1, 2]}},
+                "required": ["a"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+
+
+def test_a_tool_call_comes_as_one(client):
+    """Demanded, so that a model of random weights makes one; whole and streamed."""
+    fields = dict(
+        model="tiny",
+        messages=[{"role": "user", "content": "hi"}],
+        tools=TOOLS,
+        tool_choice="required",
+        max_tokens=100,
+        temperature=0,
+    )
+    choice = client.post("/v1/chat/completions", json=fields).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert call["function"]["name"] == "add"
+    assert json.loads(call["function"]["arguments"])["a"] in (1, 2)
+    chunks = events(client.post("/v1/chat/completions", json=fields | {"stream": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    (streamed,) = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert streamed["function"] == call["function"] and streamed["index"] == 0
+    assert "".join(delta["content"] for delta in deltas) == ""
+    wrong = fields | {"tool_choice": {"type": "function", "function": {"name": "sub"}}}
+    assert client.post("/v1/chat/completions", json=wrong).json()["error"]["param"] == "tool_choice"
+
+
 def test_openais_client_works(served):
     openai = pytest.importorskip("openai", reason="the extra `test`")
     text = continued("def f", 9)[0]
@@ -235,6 +277,12 @@ def test_prompts_for_which_the_cache_has_no_room_wait(client):
     """12 of 90 tokens; the cache has 64 blocks of 8."""
     found = complete(client, prompt=["a" * 60] * 12, max_tokens=30).json()
     assert {choice["text"] for choice in found["choices"]} == {continued("a" * 60, 30)[0]}
+
+
+def test_the_chat_page_loads_nothing_from_elsewhere(client):
+    page = client.get("/")
+    assert page.status_code == 200 and "default-src 'none'" in page.headers[PAGE_POLICY]
+    assert not re.search(r"(src|href)=|https?://|innerHTML", page.text)
 
 
 def test_health_and_metrics(client):
