@@ -1,6 +1,8 @@
 """How orbax writes and reads the items of a checkpoint: `state`, `data` and `meta`."""
 
 import logging
+import re
+import traceback
 from typing import Any
 
 import jax
@@ -85,6 +87,12 @@ def is_os_error(error: Exception) -> bool:
     return isinstance(error, OSError)
 
 
+def reason(error: Exception) -> str:
+    """What the file system said, without TensorStore's account of what it was about."""
+    found = re.search(r"([^:\[]+) \[(?:tensorstore_spec|os_error_code)=", str(error))
+    return found[1].strip() if found else str(error)
+
+
 def silence() -> None:
     """Drops what orbax logs and nobody needs.
 
@@ -97,5 +105,7 @@ def silence() -> None:
 
 def _is_wanted(record: logging.LogRecord) -> bool:
     if record.exc_info:
-        return "orbax" not in record.pathname + record.getMessage()
+        frames = traceback.walk_tb(record.exc_info[2])
+        files = [frame.f_code.co_filename for frame, _ in frames]
+        return "orbax" not in record.pathname + record.getMessage() + "".join(files)
     return not record.getMessage().startswith(STREAMED_WARNING)

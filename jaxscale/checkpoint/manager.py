@@ -396,4 +396,4 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if not handlers.is_os_error(error):
                 raise
-            raise self._input_error(f"{expected} ({error})") from error
+            raise self._input_error(f"{expected} ({handlers.reason(error)})") from error

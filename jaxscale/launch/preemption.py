@@ -26,6 +26,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_WISH_S = 2.0  # launchers deliver a signal twice
 RETRY_S = 0.5
 PATIENCE_S = 4.0  # until a process that has nothing to save is ended from outside
+CLOSED_LOOP = "Event loop is closed"
 
 
 class Preemption:
@@ -124,8 +125,13 @@ class Preemption:
             os.kill(os.getpid(), number)
 
     def _report_lost(self, lost: Any) -> None:
-        """Python's report of an exception in a callback, but for one of ours, which comes again."""
-        if not issubclass(lost.exc_type, KeyboardInterrupt | SystemExit):
+        """Python's report of an exception in a callback.
+
+        But for one of ours, which comes again, and for writes of a save that end after another
+        has failed, each of which finds orbax's event loop closed.
+        """
+        is_of_a_save = str(lost.exc_value) == CLOSED_LOOP
+        if not (is_of_a_save or issubclass(lost.exc_type, KeyboardInterrupt | SystemExit)):
             self._previous_hook(lost)
 
     def _hear(self, number: int) -> None:
