@@ -29,8 +29,8 @@ source .venv/bin/activate
 # A proxy for the coordinator's address makes every process wait for ever.
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 
-# Tasks must see all GPUs of their node: no --gpus-per-task and no --gpu-bind; each takes the one of
-# its SLURM_LOCALID.
+# Tasks see all GPUs of their node, so that NCCL can copy from one to another; each takes the one of
+# its SLURM_LOCALID. With --gpus-per-task each sees one, and takes it.
 # One process for all eight GPUs of a node: --ntasks-per-node=1 and
 # --set runtime.processes.gpus_per_process=8.
 # --kill-on-bad-exit ends the whole job when the watchdog ends one process (status 75), rather than

@@ -53,6 +53,7 @@ LAUNCHERS = {
     "mpi": Launcher(detection="mpi4py"),
     "kubernetes": Launcher("NUM_PROCESSES", "JOB_COMPLETION_INDEX"),
 }
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # from Open MPI 5 on the launcher no longer says where it runs
 
 
@@ -70,8 +71,8 @@ class ProcessesConfig:
         number: of processes.
         index: of this process, from 0.
         gpus_per_process: under Slurm and Open MPI, where the process of rank r on its host takes
-            GPUs [r * n, (r + 1) * n), None for n = 1; the other launchers' processes take every GPU
-            that they see.
+            GPUs [r * n, (r + 1) * n) or, where it sees but n, those, None for n = 1; the other
+            launchers' processes take every GPU that they see.
         start_timeout_s: how long to wait until all are there.
     """
 
@@ -239,11 +240,18 @@ def _detection(
 
 
 def _local_devices(config: ProcessesConfig, launcher: Launcher) -> list[int] | None:
-    """Numbers of the GPUs that this process takes; None for all that it sees, or for JAX to say."""
+    """Numbers of the GPUs that this process takes; None for all that it sees, or for JAX to say.
+
+    A launcher that gives each process GPUs of its own, as `srun --gpus-per-task` does, shows it no
+    others, and they are numbered from 0.
+    """
     if launcher.local_index is None:
         return None
     count = config.gpus_per_process or 1
     first = _variable(config, launcher.local_index, is_number=True) * count
+    visible = os.environ.get(VISIBLE_VARIABLE, "")
+    if len(visible.split(",")) == count and visible.strip():
+        first = 0
     return list(range(first, first + count))
 
 

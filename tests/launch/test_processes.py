@@ -31,6 +31,7 @@ SLURM = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
 }
+GPUS = "CUDA_VISIBLE_DEVICES"
 OPEN_MPI = {
     "OMPI_COMM_WORLD_SIZE": "8",
     "OMPI_COMM_WORLD_RANK": "5",
@@ -49,7 +50,8 @@ def environment(monkeypatch):
 
     def set_only(variables):
         for name in list(os.environ):
-            if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR")) or name in KUBERNETES:
+            is_ours = name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR"))
+            if is_ours or name in (*KUBERNETES, GPUS):
                 monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -63,6 +65,10 @@ def environment(monkeypatch):
     [
         (SLURM, {"launcher": "slurm"}, (None, 8, 5, [1], "slurm")),
         (SLURM, {"launcher": "slurm", "gpus_per_process": 4}, (None, 8, 5, [4, 5, 6, 7], "slurm")),
+        # srun --gpus-per-task shows a process its own alone.
+        (SLURM | {GPUS: "3"}, {"launcher": "slurm"}, (None, 8, 5, [0], "slurm")),
+        (SLURM | {GPUS: "0,1,2"}, {"launcher": "slurm"}, (None, 8, 5, [1], "slurm")),
+        (SLURM | {GPUS: ""}, {"launcher": "slurm"}, (None, 8, 5, [1], "slurm")),
         (SLURM, {"launcher": "slurm", "coordinator": "a:1"}, ("a:1", 8, 5, [1], "deactivate")),
         (OPEN_MPI, {"launcher": "openmpi", "coordinator": "a:1"}, ("a:1", 8, 5, [1], "deactivate")),
         (
