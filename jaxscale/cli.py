@@ -102,9 +102,10 @@ def _run_action(options: argparse.Namespace) -> None:
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
-    """What `--set` gives, and the verb's own option and words as if `--set` gave them."""
+    """What `--set` gives, and the verb's own option, flags and words as if `--set` gave them."""
     verb = VERBS[options.verb]
     own = [name for name, *_ in (*verb.words, *filter(None, [verb.option]))]
+    own += [name for name, _ in verb.flags if getattr(options, name)]
     given = {name: getattr(options, name) for name in own}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     return [*options.set, *(f"{name}={value!r}" for name, value in values.items())]
@@ -227,6 +228,8 @@ def _add_verb(verbs: Any, name: str, verb: Verb) -> None:
     if verb.option:
         option, meaning = verb.option
         parser.add_argument(f"--{option}", required=True, help=meaning)
+    for flag, meaning in verb.flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
 
 

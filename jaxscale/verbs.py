@@ -18,12 +18,14 @@ class Verb(NamedTuple):
     """Where a verb's function is, imported only when the verb is used, and a line of help.
 
     `option` is a parameter of the function that has an option of its own on the command line, with
-    its help. `has_file` says whether a gin file or a run's directory comes before the `words`.
+    its help. `flags` are parameters that are true where the command line names them. `has_file`
+    says whether a gin file or a run's directory comes before the `words`.
     """
 
     function: str
     help: str
     option: tuple[str, str] | None = None
+    flags: tuple[tuple[str, str], ...] = ()
     words: tuple[Word, ...] = ()
     has_file: bool = True
 
@@ -102,6 +104,7 @@ VERBS = {
         "find the fastest mesh for a run on devices that need not be here, say why others are"
         " slower, and write a file for pretrain",
         option=("devices", "DEVICE:HOSTSxDEVICES_PER_HOST, such as h200:2x8"),
+        flags=(("measure", "time matmuls, links and the best plans' layers on the devices here"),),
     ),
 }
 

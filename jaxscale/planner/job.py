@@ -61,6 +61,10 @@ class Job:
         """The layers before the first period."""
         return tuple(self._work[layer] for layer in self.model.prefix)
 
+    def layer_of(self, work: LayerWork) -> LayerConfig:
+        """A kind of layer that has this work."""
+        return next(layer for layer, own in self._work.items() if own == work)
+
     @property
     def head_flops(self) -> float:
         """FLOPs of the unembedding's forward for one token."""

@@ -12,6 +12,7 @@ from jaxscale.planner.pipeline import BACKWARD, FORWARD
 
 PARTS = ("matmul", "attention", "memory", "recompute", "tensor", "sequence", "expert", "zero")
 MATMUL, ATTENTION, MEMORY, RECOMPUTE, IN_TENSOR, IN_SEQUENCE, IN_EXPERT, IN_ZERO = range(8)
+COMPUTED = slice(MATMUL, RECOMPUTE + 1)  # what a device does by itself
 
 # Shares of exchanges that have nothing to compute beside them, from
 # experiments/results/2026-11-27_two_h200_scaling.md.
@@ -90,6 +91,10 @@ class LayerClock:
         elif remat != "none":
             seconds[BACKWARD, RECOMPUTE] = seconds[FORWARD].sum()
         return seconds
+
+    def head(self, tokens: float, tensor: int) -> float:
+        """Seconds of the unembedding with the loss, whose gradient is made in the forward."""
+        return 3 * tokens * self.job.head_flops / tensor / self.matmul_flops
 
     def _exchanges(
         self,

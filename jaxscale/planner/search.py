@@ -8,6 +8,7 @@ from typing import Any
 from jaxscale.parallel.mesh import check_batch
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.job import Job, Layout
+from jaxscale.planner.layer_scale import AsModelled, LayerScale
 from jaxscale.planner.memory import StepMemory, step_memory
 from jaxscale.planner.space import Space
 from jaxscale.planner.state import StateCounter
@@ -74,11 +75,18 @@ class Planner:
         job: what is trained.
         cluster: on what.
         limit_bytes: that a device may need.
+        scale: of what layers compute, by a measurement.
     """
 
-    def __init__(self, job: Job, cluster: Cluster, limit_bytes: float):
+    def __init__(
+        self,
+        job: Job,
+        cluster: Cluster,
+        limit_bytes: float,
+        scale: LayerScale = AsModelled(),
+    ):
         self.job, self.cluster, self.limit_bytes = job, cluster, limit_bytes
-        self._clock = Clock(job, cluster)
+        self._clock = Clock(job, cluster, scale)
         self._state = StateCounter(job)
 
     def estimate(self, layout: Layout, *, is_exact: bool = True) -> Candidate:

@@ -7,8 +7,11 @@ import numpy as np
 
 from jaxscale.parallel.mesh import DATA, EXPERT, PIPELINE, SEQUENCE
 from jaxscale.planner.cluster import Cluster, group_of
+from jaxscale.planner.decoder import LayerWork
 from jaxscale.planner.job import Job, Layout
+from jaxscale.planner.layer_scale import AsModelled, LayerScale
 from jaxscale.planner.layer_time import (
+    COMPUTED,
     IN_ZERO,
     MATMUL,
     MEMORY,
@@ -41,10 +44,20 @@ class StepTime:
 
 
 class Clock:
-    """Times the layouts of one job on one cluster."""
+    """Times the layouts of one job on one cluster.
 
-    def __init__(self, job: Job, cluster: Cluster):
-        self.job, self.cluster = job, cluster
+    Args:
+        job, cluster: these.
+        scale: of what layers compute, by a measurement.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        cluster: Cluster,
+        scale: LayerScale = AsModelled(),
+    ):
+        self.job, self.cluster, self.scale = job, cluster, scale
         self._layers = LayerClock(job, cluster)
         # Seconds of a period and of the prefix, by all of a layout that they depend on.
         self._timed: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
@@ -122,17 +135,25 @@ class Clock:
         if key not in self._timed:
             self._timed[key] = tuple(
                 sum(
-                    (self._layers.layer(each, tokens, layout.remat, mesh) for each in layers),
+                    (self._layer(each, layout) for each in layers),
                     np.zeros((3, len(PARTS))),
                 )
                 for layers in (self.job.period_work, self.job.prefix_work)
             )
         return self._timed[key]
 
+    def _layer(self, work: LayerWork, layout: Layout) -> np.ndarray:
+        """As `LayerClock.layer`, what is computed as it was measured."""
+        given = (work, layout.tokens(self.job), layout.remat, layout.mesh)
+        seconds, scale = self._layers.layer(*given), self.scale.layer(*given)
+        seconds[FORWARD, COMPUTED] *= scale.forward
+        seconds[FORWARD + 1 :, COMPUTED] *= scale.backward
+        return seconds
+
     def _head(self, layout: Layout) -> float:
-        """The unembedding with the loss: its gradient is made in the forward."""
-        flops = 3 * layout.tokens(self.job) * self.job.head_flops / layout.mesh.tensor
-        return flops / self._layers.matmul_flops
+        """The unembedding with the loss, forward and backward."""
+        tokens, tensor = layout.tokens(self.job), layout.mesh.tensor
+        return self._layers.head(tokens, tensor) * self.scale.head(tokens, tensor)
 
     def _gathers(self, layout: Layout, state: StateBytes) -> np.ndarray:
         """ZeRO-3's exchanges of a stage and micro-batch: seconds of forward and backward."""

@@ -1,6 +1,7 @@
 """`plan`: the fastest mesh for a run on devices that need not be here, as a file to train with."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 from jaxscale.planner.calibration import measured
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.explain import details, layout_text, table, why
+from jaxscale.planner.layer_scale import MeasuredLayers
+from jaxscale.planner.layer_time import LayerClock
 from jaxscale.planner.picture import draw
 from jaxscale.planner.plan import Plan
 from jaxscale.planner.search import Candidate, Planner
+from jaxscale.planner.timing import BlockTimes
 from jaxscale.run.compile import lower_step, memory_share
 from jaxscale.run.planned import SHARE_OF_LIMIT, job_of, layout_of, planned, search
 from jaxscale.run.run import Run
@@ -46,7 +50,7 @@ def plan(
             `planner.plan.Plan.load` reads.
         pinned: values that are given, such as {"tensor": 2}, see `planner.space.PINNABLE`.
         measure: time matmuls, passes over memory and links on the devices that are here, in place
-            of the device table's shares.
+            of the device table's shares; then each distinct layer of the best layouts, once.
         num_compiled: so many of the best are compiled for the devices, plans of one program once;
             the first that then fits is taken, whose memory is the compiler's.
         picture: a PNG file of time and memory by stage; None for none.
@@ -62,19 +66,20 @@ def plan(
         if file is not None and not Path(file).parent.is_dir():
             raise InputError(name, file, "a file in a folder that exists")
     if measure:
-        if jax.default_backend() == "cpu":
-            raise InputError("measure", True, "False where there is only a CPU to measure")
-        here = measured(cluster.device, jax.local_devices())
-        cluster = dataclasses.replace(cluster, device=here)
-    began = time.perf_counter()
-    found = search(job_of(run), cluster, pinned or {}, share)
+        cluster = _calibrated(cluster)
+    began, job = time.perf_counter(), job_of(run)
+    found = search(job, cluster, pinned or {}, share)
     seconds = time.perf_counter() - began
-    best = found.ranked[0]
     print(f"{cluster.text}: {found.num_layouts:,} layouts in {seconds:.1f} s")
-    print(table(found.ranked, best))
-    print(f"\n{_own(run, cluster, share, best)}\n")
+    limit_bytes = cluster.device.memory_bytes * share * SHARE_OF_LIMIT
+    planner, ranked = Planner(job, cluster, limit_bytes), found.ranked
+    if measure:
+        planner, ranked = _measured(planner, ranked)
+    best = ranked[0]
+    print(table(ranked, best))
+    print(f"\n{_own(run, planner, best)}\n")
     if num_compiled:
-        best = _first_that_fits(run, cluster, share, found.ranked[:num_compiled])
+        best = _first_that_fits(run, cluster, share, ranked[:num_compiled])
     print(details(best))
     chosen = Plan(cluster.text, best)
     chosen.save(Path(output).with_suffix(".json"))
@@ -83,6 +88,32 @@ def plan(
         draw(chosen, picture)
     print(f"\nwritten: {output}")
     return chosen
+
+
+def _calibrated(cluster: Cluster) -> Cluster:
+    """The cluster with the shares that the devices here reach."""
+    if jax.default_backend() == "cpu":
+        raise InputError("measure", True, "False where there is only a CPU to measure")
+    device = measured(cluster.device, jax.local_devices())
+    return dataclasses.replace(cluster, device=device)
+
+
+def _measured(
+    planner: Planner,
+    ranked: tuple[Candidate, ...],
+) -> tuple[Planner, tuple[Candidate, ...]]:
+    """The candidates by measured layers, without those whose layers run out of memory."""
+    began, times = time.perf_counter(), BlockTimes(jax.local_devices()[0])
+    job, cluster = planner.job, planner.cluster
+    scale = MeasuredLayers(job, times, LayerClock(job, cluster))
+    by_layers = Planner(job, cluster, planner.limit_bytes, scale)
+    timed = [by_layers.estimate(each.layout) for each in ranked]
+    possible = [each for each in timed if math.isfinite(each.time.total)]
+    seconds = time.perf_counter() - began
+    print(f"measured {times.num_measured} layers and heads in {seconds:.1f} s")
+    if not possible:
+        raise RunError("in every layout a layer ran out of memory when it was measured")
+    return by_layers, tuple(sorted(possible, key=lambda each: each.rank))
 
 
 def planned_text(run: Run, chosen: Plan) -> str:
@@ -101,15 +132,9 @@ def planned_text(run: Run, chosen: Plan) -> str:
     return header + operative_config() + render({((), Run): values, **fields})
 
 
-def _own(
-    run: Run,
-    cluster: Cluster,
-    share: float,
-    best: Candidate,
-) -> str:
+def _own(run: Run, planner: Planner, best: Candidate) -> str:
     """How the run's own mesh compares."""
-    planner = Planner(job_of(run), cluster, cluster.device.memory_bytes * share * SHARE_OF_LIMIT)
-    layout = layout_of(run)
+    cluster, layout = planner.cluster, layout_of(run)
     text = layout_text(layout)
     if layout.num_devices != cluster.num_devices:
         return f"the file's own mesh is for {layout.num_devices} devices: {text}"
