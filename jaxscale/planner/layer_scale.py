@@ -1,7 +1,9 @@
 """Layers of a decoder, measured on a device: how much longer they take than the model says."""
 
 import dataclasses
-from typing import Protocol
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,11 @@ from jaxscale.planner.decoder import LayerWork, layer_work
 from jaxscale.planner.job import Job
 from jaxscale.planner.layer_time import LayerClock
 from jaxscale.planner.timing import BlockTimes, Seconds
-from jaxscale.types import Array, Batch, Params
+from jaxscale.types import Array, Batch, Params, RunError
+
+
+class OutOfMemory(RunError):
+    """A layer ran out of memory when it was measured; a layout that needs it is impossible."""
 
 
 class LayerScale(Protocol):
@@ -63,6 +69,8 @@ class MeasuredLayers:
         job: what is trained.
         times: where blocks run, each distinct one once.
         clock: what the model says.
+    Raises:
+        OutOfMemory: by `layer` and `head`.
     """
 
     def __init__(self, job: Job, times: BlockTimes, clock: LayerClock):
@@ -113,7 +121,9 @@ class MeasuredLayers:
             x, _, sums = decoder.run_stack(params, x, tokens)
             return x, sums
 
-        found = self.times(forward, params, self._residual(rows), keys)
+        found = self._timed(
+            f"a layer with {rows} rows", forward, params, self._residual(rows), keys
+        )
         of_share = layer_work(model, share, job.length)
         modelled = self.clock.layer(of_share, rows * job.length, remat, MeshConfig()).sum(1)
         return Seconds(found.forward / modelled[0], found.backward / modelled[1:].sum())
@@ -135,8 +145,15 @@ class MeasuredLayers:
             num = job.execution.num_loss_chunks
             return sum_over_chunks(loss, num, h, decoder.head(params), labels, weights)
 
-        found = self.times(forward, params, self._residual(rows), labels)
+        name = f"the head with {rows} rows"
+        found = self._timed(name, forward, params, self._residual(rows), labels)
         return sum(found) / self.clock.head(rows * job.length, tensor)
+
+    def _timed(self, name: str, forward: Callable, *arguments: Any) -> Seconds:
+        found = self.times(forward, *arguments)
+        if math.isinf(found.forward):
+            raise OutOfMemory(f"{name} ran out of memory when it was measured")
+        return found
 
     def _decoder(self, model: ModelConfig, execution: ExecutionConfig) -> Decoder:
         return Decoder(model, execution.operations(), self.job.policy, execution)

@@ -1,7 +1,6 @@
 """`plan`: the fastest mesh for a run on devices that need not be here, as a file to train with."""
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 from jaxscale.planner.calibration import measured
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.explain import details, layout_text, table, why
-from jaxscale.planner.layer_scale import MeasuredLayers
+from jaxscale.planner.layer_scale import MeasuredLayers, OutOfMemory
 from jaxscale.planner.layer_time import LayerClock
 from jaxscale.planner.picture import draw
 from jaxscale.planner.plan import Plan
@@ -107,8 +106,12 @@ def _measured(
     job, cluster = planner.job, planner.cluster
     scale = MeasuredLayers(job, times, LayerClock(job, cluster))
     by_layers = Planner(job, cluster, planner.limit_bytes, scale)
-    timed = [by_layers.estimate(each.layout) for each in ranked]
-    possible = [each for each in timed if math.isfinite(each.time.total)]
+    possible = []
+    for each in ranked:
+        try:
+            possible.append(by_layers.estimate(each.layout))
+        except OutOfMemory as error:
+            print(f"impossible: {layout_text(each.layout)}: {error}")
     seconds = time.perf_counter() - began
     print(f"measured {times.num_measured} layers and heads in {seconds:.1f} s")
     if not possible:
@@ -140,7 +143,7 @@ def _own(run: Run, planner: Planner, best: Candidate) -> str:
         return f"the file's own mesh is for {layout.num_devices} devices: {text}"
     try:
         own = planner.estimate(layout)
-    except InputError as error:
+    except (InputError, OutOfMemory) as error:
         return f"the file's own mesh is impossible: {error}"
     return f"the file's own mesh: {own.time.total * 1e3:.1f} ms, {text}: {why(own, best)}"
 

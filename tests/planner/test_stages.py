@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxscale.planner import measure
+from jaxscale.planner import timing
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.execute import StagedGradient
 from jaxscale.planner.function import load_plan, plan_function
@@ -134,18 +134,18 @@ def test_blocks_alike_are_measured_once(caplog):
 def test_a_block_without_memory_is_in_no_plan(monkeypatch):
     """Running out of memory is never a cost."""
 
-    def exhausted(function, values):
+    def exhausted(function, *values):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr(measure, "_median_s", exhausted)
+    monkeypatch.setattr(timing, "median_s", exhausted)
     cluster = Cluster.parse("h200:1x2")
     with pytest.raises(RunError, match="a block ran out of memory when it was measured"):
         plan_function(*mlp(), cluster=cluster, num_blocks=3, measure_on=jax.devices()[0])
 
-    def broken(function, values):
+    def broken(function, *values):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(measure, "_median_s", broken)
+    monkeypatch.setattr(timing, "median_s", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         plan_function(*mlp(), cluster=cluster, num_blocks=3, measure_on=jax.devices()[0])
 

@@ -1,5 +1,6 @@
 """`plan` finds a mesh, says why others lose, and writes a file that `pretrain` runs as it is."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from jaxscale import cli, config
 from jaxscale.launch import ahead_of_time
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.planner import timing
 from jaxscale.planner.plan import Plan, compare
 from jaxscale.run.plan import plan
 from jaxscale.run.pretrain import pretrain
@@ -146,3 +148,22 @@ def test_the_best_is_compiled_for_the_devices(folder, capsys):
     found = re.search(r"^1 compiled in [\d.]+ s: ([\d.]+) GiB, [\d.]+ modelled$", shown, re.M)
     memory = Plan.load(folder / "plan.json").candidate.memory.total
     assert float(found[1]) == pytest.approx(memory / 2**30, abs=0.01)
+
+
+def test_layers_of_the_best_plans_are_measured_by_a_flag(folder, capsys, monkeypatch):
+    module = importlib.import_module("jaxscale.run.plan")
+    monkeypatch.setattr(module, "_calibrated", lambda cluster: cluster)
+    monkeypatch.setattr(timing, "median_s", lambda function, *values: 1.0)
+    arguments = ["plan", str(folder / "run.gin"), "--devices", "h200:1x1", "--measure"]
+    given = [f"--set=directory='{folder}/trained'", f"--set=output='{folder}/plan.gin'"]
+    assert cli.main(arguments + given) == 0
+    assert re.search(r"^measured 2 layers and heads in \d", capsys.readouterr().out, re.MULTILINE)
+
+    def exhausted(function, *values):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr(timing, "median_s", exhausted)
+    assert cli.main(arguments + given) == 1
+    shown = capsys.readouterr()
+    assert "impossible: M 1, remat none: a layer with 8 rows ran out of memory" in shown.out
+    assert "in every layout a layer ran out of memory" in shown.err
