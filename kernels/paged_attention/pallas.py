@@ -83,14 +83,17 @@ def paged_attention(
     _, page_size, kv_heads, _ = k_pages.shape
     own_groups = num_heads // kv_heads
     groups = own_groups
-    if num_heads % UNIT or (UNIT % groups and groups % UNIT):
-        groups = pl.cdiv(groups, UNIT) * UNIT
     room = BLOCKS_PER_SM * NUM_SMS
+    num_streams = max(min(room // (num * kv_heads), block_table.shape[1]), 1)
+    # Several streams write their normalisers, at least UNIT of them at a time.
+    is_padded = num_streams > 1 or num_heads % UNIT or (UNIT % groups and groups % UNIT)
+    if is_padded:
+        groups = pl.cdiv(groups, UNIT) * UNIT
     problem = Problem(
         groups=groups,
         page_size=page_size,
         head_dim=head_dim,
-        num_streams=max(min(room // (num * kv_heads), block_table.shape[1]), 1),
+        num_streams=num_streams,
         scale=scale,
         softcap=softcap,
         stages=max(PAGES_BYTES // (2 * 2 * page_size * head_dim), 2),
@@ -123,20 +126,22 @@ def paged_attention(
 
 
 def _joined(o: Array, lse: Array) -> Array:
-    """Results of streams o [D, K, streams, G, H] and their lse [D, K, streams, window] added up."""
-    num_streams, groups = o.shape[2:4]
+    """Results of streams o [D, K, streams, G, H] and their lse [D, K, streams, G] added up.
+
+    Written out stream by stream, which XLA makes one kernel of; of reductions it makes four.
+    """
+    num_streams = o.shape[2]
     if num_streams == 1:
         return o[:, :, 0]
-    # Each head's own rows of its window.
-    first = jnp.arange(lse.shape[1]) * groups % lse.shape[3]
-    rows = (first[:, None] + jnp.arange(groups))[None, :, None]
-    lse = jnp.take_along_axis(lse, rows, 3, mode="promise_in_bounds")
-    top = lse.max(2, keepdims=True)
+    parts = [o[:, :, stream] for stream in range(num_streams)]
+    sizes = [lse[:, :, stream, :, None] for stream in range(num_streams)]
+    top = functools.reduce(jnp.maximum, sizes)
     # A query that sees nothing has -inf throughout, and -inf - -inf would be NaN.
-    weights = jnp.exp(lse - jnp.where(top == -jnp.inf, 0, top))
-    total = weights.sum(2)
-    summed = (o * weights[..., None]).sum(2)
-    return summed / jnp.where(total == 0, 1, total)[..., None]
+    top = jnp.where(top == -jnp.inf, 0, top)
+    weights = [jnp.exp(size - top) for size in sizes]
+    total = sum(weights)
+    summed = sum(part * weight for part, weight in zip(parts, weights, strict=True))
+    return summed / jnp.where(total == 0, 1, total)
 
 
 class _Refs(NamedTuple):
