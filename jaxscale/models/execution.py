@@ -17,15 +17,13 @@ from jaxscale.models.layers import Layer
 from jaxscale.models.moe import Choices
 from jaxscale.ops import moe
 from jaxscale.ops.attention import BACKENDS, KERNEL_OUTPUT, AttentionContext, attention
-from jaxscale.ops.backends import EXCHANGED, Backends, Operations
+from jaxscale.ops.attention.intervals import attention_over_intervals
+from jaxscale.ops.backends import EXCHANGED, ROUTER, Backends, Operations
 from jaxscale.ops.draws import Draws
 from jaxscale.ops.tiles import over_tiles
 from jaxscale.types import Array, InputError, check_choice, check_positive, check_types
 
 NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
-# Router logits are always kept. Recomputed, they may differ in the last bit, for XLA fuses them
-# with other operations then, and a token could be sent to another expert.
-ROUTER = "router"
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
 
 
@@ -197,7 +195,9 @@ class ExecutionConfig:
         offloaded_names: of NAMES.
         num_loss_chunks: chunks of T, of which one has its logits in memory at a time.
         attention: a backend of `ops.attention`; None picks one and logs it.
-        strategy: `Whole()`, `ByChunk(num_chunks)` or `BatchInvariant()`.
+        strategy: `Whole()`, `ByChunk(num_chunks)`, `BatchInvariant()` or
+            `parallel.sequence.fpdt.strategy.FullyPipelined(...)`, which keeps by itself what its
+            backward needs, so that remat must be "none".
     """
 
     is_scanned: bool = True
@@ -240,10 +240,15 @@ class ExecutionConfig:
     def operations(self) -> Operations:
         """What a model calls on one device: plain functions, with the named attention backend."""
         named = functools.partial(attention, implementation=self.attention_backend)
-        return Operations(backends=Backends(attention=named))
+        of_chunks = functools.partial(attention_over_intervals, implementation=self.attention)
+        return Operations(backends=Backends(attention=named, chunk_attention=of_chunks))
 
     def rematerialise(self, f: Callable) -> Callable:
-        """`f` under the configured policy, which keeps a router's logits whatever else it does."""
+        """`f` under the configured policy, which keeps a router's logits whatever else it does.
+
+        Recomputed, they may differ in the last bit, for XLA fuses them with other operations then,
+        and a token could be sent to another expert.
+        """
         if self.remat == "none":
             return f
         policies = jax.checkpoint_policies

@@ -169,17 +169,21 @@ class Layer:
         cache: Any,
     ) -> tuple[Array, Any]:
         """The only step in which tokens meet: ([B, T, N, H], cache)."""
-        config = self.config.attention
         self._check_layout(q.shape[2])
-        context = dataclasses.replace(
+        context = self.masked(context)
+        o, cache = self.operations.backends.attention(q, k, v, context, cache)
+        return self._name("attention", o), cache
+
+    def masked(self, context: AttentionContext) -> AttentionContext:
+        """The context with this layer's window, soft-cap, scale and layout of blocks."""
+        config = self.config.attention
+        return dataclasses.replace(
             context,
             window=config.window,
             softcap=config.softcap,
             scale=config.scale,
             layout=config.layout,
         )
-        o, cache = self.operations.backends.attention(q, k, v, context, cache)
-        return self._name("attention", o), cache
 
     def _check_layout(self, num_local: int) -> None:
         """Raises InputError unless local heads have the layout of blocks of the model's heads.

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxscale.ops import loss, moe
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.attention import attention as attention_over_own_tokens
+from jaxscale.ops.attention.intervals import IntervalAttention, attention_over_intervals
 from jaxscale.ops.collectives import Collectives
 from jaxscale.ops.draws import Dropout
 from jaxscale.ops.loss import Head
@@ -17,6 +18,8 @@ from jaxscale.types import Array, Params
 # Names what other devices sent. Rematerialisation should keep it: it is as small as a residual, and
 # to make it again is an exchange.
 EXCHANGED = "exchanged"
+# Names a router's logits.
+ROUTER = "router"
 
 
 class Attention(Protocol):
@@ -31,6 +34,13 @@ class Attention(Protocol):
         cache: Any,
     ) -> tuple[Array, Any]:
         """Attends q [B, T, N, H] over k and v [B, T, K, H]: (output [B, T, N, H], cache)."""
+
+
+class ChunkAttention(Protocol):
+    """Attention of one chunk of a sequence over another, for layers that see it chunk by chunk."""
+
+    def __call__(self, q: Array, context: AttentionContext) -> IntervalAttention:
+        """What attends queries like `q` [B, T, N, H], with the context's scale and soft-cap."""
 
 
 class Experts(Protocol):
@@ -106,6 +116,7 @@ class Backends:
     """What computes; the defaults are the plain functions of one device. See the Protocols."""
 
     attention: Attention = attention_over_own_tokens
+    chunk_attention: ChunkAttention = attention_over_intervals
     experts: Experts = moe.experts
     embed: Embed = _embed
     logits: Logits = loss.unembed

@@ -32,7 +32,7 @@ from jaxscale.parallel.pipeline.loss import StagedLoss, check_staged
 from jaxscale.parallel.pipeline.schedule import Schedule
 from jaxscale.parallel.rules import Specs
 from jaxscale.parallel.sequence.layout import Contiguous, TokenLayout
-from jaxscale.parallel.sequence.ulysses import ulysses
+from jaxscale.parallel.sequence.ulysses import ChunkExchange, ulysses
 from jaxscale.parallel.zero import hold, make_gather, reduce_gradient
 from jaxscale.types import Batch, InputError
 
@@ -44,6 +44,7 @@ def make_operations(
     specs: Specs,
     *,
     attention: Callable,
+    chunk_attention: Callable = Backends.chunk_attention,
     reduction: str,
 ) -> Operations:
     """The operations that a mesh injects for training and evaluation.
@@ -52,11 +53,13 @@ def make_operations(
         config: the mesh.
         specs: of the parameter tree.
         attention: runs on local heads and rows as it would on one device.
+        chunk_attention: of one chunk over another, see `ops.backends.ChunkAttention`.
         reduction: type in which gradients are summed over devices.
     """
     num_members = config.sequence // config.ring
     if num_members > 1:
         attention = ulysses(attention, num_members=num_members, ring=config.ring)
+    exchange = ChunkExchange(config.sequence) if config.sequence > 1 else Collectives()
     # In a branch that some pipeline stages do not take, a permute is wrong on CPUs.
     is_pipelined = config.pipeline > 1
     collectives = Collectives(
@@ -73,10 +76,14 @@ def make_operations(
         sum_over_heads=tensor.sum_over_heads,
         sum_over_tokens=tensor.sum_over_tokens,
         sum_over_rows=tensor.sum_over_rows,
+        to_heads=exchange.to_heads,
+        to_tokens=exchange.to_tokens,
+        whole_chunk=exchange.whole_chunk,
         is_counted=tensor.is_counted,
     )
     backends = Backends(
         attention=attention,
+        chunk_attention=chunk_attention,
         experts=make_experts(config),
         embed=tensor.embed,
         logits=tensor.refuse_logits,

@@ -39,6 +39,7 @@ from jaxscale.models.execution import BatchInvariant, ByChunk, ExecutionConfig, 
 from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
 from jaxscale.run.run import Run, masked_token_loss, next_token_loss
@@ -62,6 +63,7 @@ __all__ = [
     "ExecutionConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
+    "FullyPipelined",
     "HuggingFaceSource",
     "JsonLinesSource",
     "LayerConfig",

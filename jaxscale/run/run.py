@@ -23,6 +23,8 @@ from jaxscale.ops.precision import Policy
 from jaxscale.parallel.elastic import shrink
 from jaxscale.parallel.mesh import MeshConfig, check_batch, nearest_divisors
 from jaxscale.parallel.region import LossFn, Region
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.parallel.sequence.layout import Chunked, TokenLayout
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.reporters import TensorBoard
@@ -128,8 +130,15 @@ class Run:
             train=self.train,
             policy=self.policy,
             attention_backend=self.execution.attention_backend,
+            token_layout=self._token_layout(),
             devices=devices,
         )
+
+    def _token_layout(self) -> TokenLayout | None:
+        """Where the strategy of execution wants tokens; None where it does not mind."""
+        strategy = self.execution.strategy
+        is_chunked = isinstance(strategy, FullyPipelined)
+        return Chunked(strategy.chunk_tokens) if is_chunked else None
 
     def setup(self, devices: list[jax.Device] | None = None) -> Setup:
         """The model ready to be trained, on all devices or on `devices`.
@@ -146,6 +155,7 @@ class Run:
             train=run.train,
             policy=run.policy,
             attention_backend=run.execution.attention_backend,
+            token_layout=run._token_layout(),
             devices=devices,
         )
         check_fit(run)
@@ -238,6 +248,8 @@ def check_fit(run: Run) -> None:
         length=length,
         num_microbatches=run.train.num_microbatches,
     )
+    if isinstance(run.execution.strategy, FullyPipelined):
+        _check_pipelined(run)
     if isinstance(run.execution.strategy, ByChunk) and mesh.tensor > 1:
         expected = "Whole() with MeshConfig.tensor > 1, whose members have other tokens each"
         raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
@@ -253,6 +265,27 @@ def check_fit(run: Run) -> None:
             f"{nearest_divisors(own, num_chunks)}"
         )
         raise InputError("ExecutionConfig.num_loss_chunks", num_chunks, expected)
+
+
+def _check_pipelined(run: Run) -> None:
+    """Refuses what does not go with `FullyPipelined`."""
+    mesh, execution = run.mesh, run.execution
+    if execution.remat != "none":
+        expected = '"none" with FullyPipelined, which keeps what its backward needs by itself'
+        raise InputError("ExecutionConfig.remat", execution.remat, expected)
+    if mesh.ring > 1:
+        expected = "1 with FullyPipelined, whose chunks every shard of the sequence exchanges"
+        raise InputError("MeshConfig.ring", mesh.ring, expected)
+    num_rows = run.data.batch_size // (mesh.num_batch_shards * run.train.num_microbatches)
+    if mesh.tensor > 1 and num_rows > 1:
+        expected = (
+            "batch_size / (data * expert * num_microbatches) == 1 with FullyPipelined and "
+            f"MeshConfig.tensor > 1, here {num_rows}"
+        )
+        raise InputError("DataConfig.batch_size", run.data.batch_size, expected)
+    execution.strategy.check(
+        length=run.data.sequence_length, sequence=mesh.sequence, tensor=mesh.tensor
+    )
 
 
 def _check_attention(run: Run) -> None:

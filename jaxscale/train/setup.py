@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxscale import tree
 from jaxscale.models.parameters import Table, init_params
 from jaxscale.ops.attention import attention
+from jaxscale.ops.attention.intervals import attention_over_intervals
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.expert import check_exchange
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
@@ -21,7 +22,7 @@ from jaxscale.parallel.pipeline.schedule import Schedule, make_schedule
 from jaxscale.parallel.pipeline.stages import canonical_shapes, from_canonical, to_canonical
 from jaxscale.parallel.region import LossFn, Region, make_operations
 from jaxscale.parallel.rules import make_specs
-from jaxscale.parallel.sequence.layout import Contiguous, Zigzag
+from jaxscale.parallel.sequence.layout import Contiguous, TokenLayout, Zigzag
 from jaxscale.parallel.sequence.ring import ring_attention
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.host import HOST, check_host_memory, through_device
@@ -174,6 +175,7 @@ def make_setup(
     train: TrainConfig,
     policy: Policy = Policy(),
     attention_backend: str | None = None,
+    token_layout: TokenLayout | None = None,
     devices: list[jax.Device] | None = None,
 ) -> Setup:
     """Checks that the parts fit one another and lays the training out.
@@ -186,6 +188,7 @@ def make_setup(
         train: steps, micro-batches, what is trainable.
         policy: dtypes.
         attention_backend: named backend of attention, for models that call it.
+        token_layout: where the tokens of a sequence lie; None for what the mesh's ring asks for.
         devices: of the mesh; all devices when None.
     Raises:
         InputError: the parts do not fit one another, with the equation that fails.
@@ -198,6 +201,7 @@ def make_setup(
         train=train,
         policy=policy,
         attention_backend=attention_backend,
+        token_layout=token_layout,
         devices=devices,
     )
     # Devices that are only described have no memories.
@@ -223,6 +227,7 @@ def make_region(
     train: TrainConfig,
     policy: Policy,
     attention_backend: str | None = None,
+    token_layout: TokenLayout | None = None,
     devices: list[jax.Device] | None = None,
 ) -> Region:
     """The manual region; arguments and errors as `make_setup`."""
@@ -233,15 +238,20 @@ def make_region(
         mesh,
         specs,
         attention=_make_attention(mesh, attention_backend),
+        chunk_attention=functools.partial(
+            attention_over_intervals, implementation=attention_backend
+        ),
         reduction=policy.reduction,
     )
+    if token_layout is None:
+        token_layout = Zigzag(mesh.ring) if mesh.ring > 1 else Contiguous()
     return Region(
         mesh=device_mesh,
         specs=specs,
         operations=operations,
         num_microbatches=train.num_microbatches,
         schedule=_make_schedule(mesh, train),
-        token_layout=Zigzag(mesh.ring) if mesh.ring > 1 else Contiguous(),
+        token_layout=token_layout,
         reduction=policy.reduction,
         trainable=train.trainable,
     )

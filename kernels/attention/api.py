@@ -191,8 +191,66 @@ def _backward(scale, softcap, layout, implementation, interpret, residuals, cota
     do, dlse = cotangents
     _, backward = _kernels(implementation)
     settings = dict(scale=scale, softcap=softcap, layout=layout, interpret=interpret)
-    dq, dk, dv = backward(q, k, v, o, lse, do, dlse, low, high, **settings)
-    return dq, dk, dv, None, None
+    delta = row_sums(o, do) - dlse
+    dq, dk, dv = backward(q, k, v, do, lse, delta, low, high, **settings)
+    return dq.astype(q.dtype), dk, dv, None, None
 
 
 _by_kernel.defvjp(_forward, _backward)
+
+
+def row_sums(o: Array, do: Array) -> Array:
+    """The products of an output and its cotangent, [B, T, N, H], summed over H: [B, N, T]."""
+    wide = jnp.promote_types(o.dtype, jnp.float32)
+    return jnp.einsum("btnh,btnh->bnt", o, do, preferred_element_type=wide)
+
+
+def gradients(
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    lse: Array,
+    delta: Array,
+    low: Array,
+    high: Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str,
+    interpret: Any = False,
+) -> tuple[Array, Array, Array]:
+    """The gradients that go through some of the keys, given the forward over all of them.
+
+    The gradients of a sequence's blocks of keys add up to those of the whole.
+
+    Source: Dao 2023, FlashAttention-2 (arXiv 2307.08691), algorithm 2, whose D is our delta.
+    Args:
+        q: [B, T, N, H].
+        k, v: [B, S, K, H], the block.
+        do: [B, T, N, H] cotangent of the output over all keys, in the type of `q`.
+        lse: [B, N, T] float32, over all keys.
+        delta: [B, N, T] float32, `row_sums` of the output over all keys and `do`.
+        low, high, scale, softcap, implementation, interpret: as for `attention`, of the block.
+    Returns:
+        (dq in at least float32, dk and dv in the type of `k`), shaped as q, k and v.
+    Raises:
+        ValueError: as `attention`.
+    """
+    _check_shapes(q, k, v, low, high)
+    check_backend("attention", implementation, BACKENDS, refusal(implementation, q, k))
+    settings = dict(scale=scale, softcap=softcap)
+    if implementation == "reference":
+        return reference.gradients(q, k, v, do, lse, delta, low, high, **settings)
+    _, length, _, head_dim = q.shape
+    num_keys = k.shape[1]
+    q, k, v, do = map(_pad, (q, k, v, do))
+    margins = ((0, 0), (0, -length % ALIGNMENT))
+    low, high = (jnp.pad(x, margins) for x in (low, high))
+    by_head = ((0, 0), *margins)
+    lse = jnp.pad(lse, by_head, constant_values=-jnp.inf)
+    delta = jnp.pad(delta, by_head)
+    _, backward = _kernels(implementation)
+    found = backward(q, k, v, do, lse, delta, low, high, **settings, interpret=interpret)
+    dq, dk, dv = (x[..., :head_dim] for x in found)
+    return dq[:, :length], dk[:, :num_keys], dv[:, :num_keys]

@@ -58,10 +58,9 @@ def backward(
     q: Array,
     k: Array,
     v: Array,
-    o: Array,
-    lse: Array,
     do: Array,
-    dlse: Array,
+    lse: Array,
+    delta: Array,
     low: Array,
     high: Array,
     *,
@@ -70,12 +69,11 @@ def backward(
     layout: BlockLayout | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v.
+    """Gradients of q, in float32, and of k and v.
 
     Args:
         q, k, v, low, high, scale, softcap, layout, interpret: as given to the forward.
-        o, lse: the forward's results.
-        do, dlse: their cotangents.
+        do, lse, delta: as `api.gradients`.
     """
     batch, length, num_heads, head_dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
@@ -95,8 +93,6 @@ def backward(
     by_row = (0, 0), (0, margin)
     by_head = (0, 0), *by_row
     low, high = (jnp.pad(x, by_row) for x in (low, high))
-    delta = jnp.einsum("btnh,btnh->bnt", o, do, preferred_element_type=jnp.float32)
-    delta = delta - dlse
     # With an lse of +inf the probabilities of a query that sees nothing are 0, not NaN.
     sees_nothing = lse == -jnp.inf
     lse = jnp.where(sees_nothing, jnp.inf, lse * LOG2E)
@@ -137,7 +133,7 @@ def backward(
     work = order, table, entries, low, high
     dk, dv = kernel(*work, lse, delta, q, k, v, do, dq_ref)
     dq = dq_ref[...].sum(0)[:, :length] * scale
-    return dq.astype(q.dtype), dk, dv
+    return dq, dk, dv
 
 
 def _fetch(refs: Refs, problem: Problem, queue: Any) -> None:

@@ -410,10 +410,9 @@ def backward(
     q: Array,
     k: Array,
     v: Array,
-    o: Array,
-    lse: Array,
     do: Array,
-    dlse: Array,
+    lse: Array,
+    delta: Array,
     low: Array,
     high: Array,
     *,
@@ -422,12 +421,11 @@ def backward(
     layout: BlockLayout | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v.
+    """Gradients of q, in float32, and of k and v.
 
     Args:
         q, k, v, low, high, scale, softcap, layout, interpret: as given to the forward.
-        o, lse: the forward's results.
-        do, dlse: their cotangents.
+        do, lse, delta: as `api.gradients`.
     """
     batch, length, _, head_dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
@@ -437,7 +435,11 @@ def backward(
     padded, num_tiles = length + margin, triton.cdiv(num_keys, keys)
     by_row = (0, 0), (0, margin)
     low, high = (jnp.pad(x, by_row) for x in (low, high))
-    lse, delta = padded_sums(o, lse, do, dlse, margin)
+    # With an lse of +inf the probabilities of a query that sees nothing are 0, not NaN.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
+    by_head = (0, 0), *by_row
+    lse = jnp.pad(lse, by_head, constant_values=jnp.inf)
+    delta = jnp.pad(delta, by_head)
     if layout:
         size = keys // BLOCK
         visited = query_visits(layout, padded // BLOCK, num_tiles * size, size)
@@ -464,22 +466,4 @@ def backward(
         KEYS=keys,
         QUERIES=queries,
     )
-    return (dq * scale).astype(q.dtype), dk, dv
-
-
-def padded_sums(
-    o: Array,
-    lse: Array,
-    do: Array,
-    dlse: Array,
-    margin: int,
-) -> tuple[Array, Array]:
-    """(lse in powers of two, sum of o do minus dlse) of each query, [B, N, T + margin].
-
-    With an lse of +inf the probabilities of a query that sees nothing are 0, not NaN.
-    """
-    delta = jnp.einsum("btnh,btnh->bnt", o, do, preferred_element_type=jnp.float32)
-    delta = delta - dlse
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    by_head = (0, 0), (0, 0), (0, margin)
-    return jnp.pad(lse, by_head, constant_values=jnp.inf), jnp.pad(delta, by_head)
+    return dq * scale, dk, dv

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxscale.kernels.attention.api import BACKENDS, VARYING, attention, refusal
+from jaxscale.kernels.attention.api import (
+    BACKENDS,
+    VARYING,
+    attention,
+    gradients,
+    refusal,
+    row_sums,
+)
 from jaxscale.kernels.attention.scheduler import CACHE, item_at, longest_first
 from jaxscale.kernels.attention.tiles import (
     BlockLayout,
@@ -18,7 +25,14 @@ from jaxscale.kernels.attention.tiles import (
     query_tiles,
     query_visits,
 )
-from tests.kernels.interpretation import INTERPRET, but_triton, interpret_of, skip_unless_runnable
+from tests.kernels.interpretation import (
+    INTERPRET,
+    assert_norm_close,
+    but_triton,
+    interpret_of,
+    long_but,
+    skip_unless_runnable,
+)
 
 IS_NEW = jax.__version_info__ >= (0, 11)
 OLD_REASON = (
@@ -199,6 +213,24 @@ def test_two_ranges_of_keys_add_up_to_attention_over_all(run):
         assert np.linalg.norm(
             np.asarray(got, np.float64) - want
         ) <= 1.5 * TOLERANCE * np.linalg.norm(want), name
+
+
+@pytest.mark.parametrize("case", long_but(("heads_of_96", "wide_heads"), ["heads_of_96"]))
+def test_gradients_through_two_ranges_of_keys_add_up(run, case):
+    """Given the output and lse over all keys; half of the queries see none of the second range."""
+    (q, k, v), (low, high), (do, dlse), settings = draw(case)
+    o, lse, *wanted = naive(case)
+    lse, delta = jnp.asarray(lse, jnp.float32), row_sums(jnp.asarray(o), do) - dlse
+    split, through = k.shape[1] // 2, []
+    for keys, first in ((slice(0, split), 0), (slice(split, None), split)):
+        bounds = (jnp.clip(bound - first, 0, k[:, keys].shape[1]) for bound in (low, high))
+        arguments = q, k[:, keys], v[:, keys], do, lse, delta.astype("float32"), *bounds
+        kept = {name: settings[name] for name in ("scale", "softcap")}
+        through.append(gradients(*arguments, **kept, **run.keywords))
+    (dq, *dkv), (dq_later, *dkv_later) = through
+    joined = [jnp.concatenate(pair, 1) for pair in zip(dkv, dkv_later, strict=True)]
+    for got, want in zip((dq + dq_later, *joined), wanted, strict=True):
+        assert_norm_close(got, want, TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["causal", "window", "documents"])

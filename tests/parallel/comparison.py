@@ -21,7 +21,8 @@ from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.pipeline.schedule import make_schedule
 from jaxscale.parallel.region import Region, make_operations
 from jaxscale.parallel.rules import Specs, make_specs
-from jaxscale.parallel.sequence.layout import Contiguous, Zigzag
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.parallel.sequence.layout import Chunked, Contiguous, Zigzag
 from jaxscale.parallel.sequence.ring import ring_attention
 
 SIZES = dict(
@@ -176,10 +177,12 @@ def make_region(
     trainable=".*",
     dtype="float64",
     attend=pallas_attention,
+    strategy=None,
 ) -> Region:
     """The region of a mesh of the first devices, with its ring and its pipeline's schedule."""
     specs = make_specs(parameter_table(model), config)
-    layout = Contiguous()
+    is_chunked = isinstance(strategy, FullyPipelined)
+    layout = Chunked(strategy.chunk_tokens) if is_chunked else Contiguous()
     if config.ring > 1:
         layout = Zigzag(config.ring)
         attend = ring_attention(
@@ -229,6 +232,7 @@ def gradient_on_mesh(
         num_microbatches=num_microbatches,
         trainable=trainable,
         dtype=dtype,
+        strategy=execution.get("strategy"),
     )
     loss = loss or make_loss(model, dtype, **execution)
     return region, jax.jit(region.gradient(loss))

@@ -1,6 +1,7 @@
 """Where the tokens of a sequence lie among the shards of the `sequence` axis."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxscale.parallel.mesh import SEQUENCE, check_multiple
+from jaxscale.parallel.mesh import SEQUENCE, TENSOR, check_multiple
 from jaxscale.types import Array, Batch
 
 
@@ -57,16 +58,69 @@ class Zigzag:
             InputError: T % (2 * ring) != 0.
         Cost: one all-gather of [b, T] for each array.
         """
-        num_shards = lax.axis_size(SEQUENCE)
-        shard = lax.axis_index(SEQUENCE)
+        return _place(batch, lambda length: zigzag_order(length, self.ring))
 
-        def permuted(x: Array) -> Array:
-            gathered = lax.all_gather(x, SEQUENCE, axis=1, tiled=True)
-            order = zigzag_order(gathered.shape[1], self.ring)
-            by_shard = jnp.asarray(order.reshape(num_shards, -1))
-            return jnp.take(gathered, by_shard[shard], axis=1)
 
-        return jax.tree.map(permuted, batch)
+@dataclasses.dataclass(frozen=True)
+class Chunked:
+    """Chunks of the sequence one after the other, each shared out among all shards.
+
+    The all-to-all of a chunk then yields consecutive tokens. A shard's tokens of a chunk are
+    shared out among its tensor group in the same way.
+
+    Source: Yao et al. 2024, FPDT (arXiv 2408.16978), section 5.2.
+    Args:
+        chunk_tokens: C, dividing T.
+    """
+
+    chunk_tokens: int
+
+    def place(self, batch: Batch) -> Batch:
+        """Permutes the tokens into `chunk_order`.
+
+        Cost: one all-gather of [b, T] for each array; nothing where nothing is shared out.
+        """
+        shards, tensor = lax.axis_size(SEQUENCE), lax.axis_size(TENSOR)
+        if shards * tensor == 1:
+            return batch
+
+        def order(length: int) -> np.ndarray:
+            return chunk_order(length, length // self.chunk_tokens, shards, tensor)
+
+        return _place(batch, order)
+
+
+def _place(batch: Batch, order_of: Callable[[int], np.ndarray]) -> Batch:
+    """The tokens of a batch, in contiguous shards, in another order; T -> [T], shard by shard."""
+    shards, shard = lax.axis_size(SEQUENCE), lax.axis_index(SEQUENCE)
+
+    def permuted(x: Array) -> Array:
+        gathered = lax.all_gather(x, SEQUENCE, axis=1, tiled=True)
+        order = order_of(gathered.shape[1])
+        by_shard = jnp.asarray(order.reshape(shards, -1))
+        return jnp.take(gathered, by_shard[shard], axis=1)
+
+    return jax.tree.map(permuted, batch)
+
+
+def chunk_order(
+    length: int,
+    num_chunks: int,
+    shards: int,
+    tensor: int,
+) -> np.ndarray:
+    """The token in each place: shard by shard, in each member by member, in each chunk by chunk.
+
+    Args:
+        length: T, a multiple of num_chunks * shards * tensor.
+        num_chunks: of the sequence.
+        shards: of the sequence.
+        tensor: members of a tensor group.
+    Returns:
+        [T] index into the sequence.
+    """
+    parts = np.arange(length).reshape(num_chunks, shards, tensor, -1)
+    return parts.transpose(1, 2, 0, 3).reshape(-1)
 
 
 def zigzag_order(length: int, ring: int) -> np.ndarray:

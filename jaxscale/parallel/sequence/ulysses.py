@@ -72,6 +72,32 @@ def ulysses(
     return exchanged
 
 
+@dataclasses.dataclass(frozen=True)
+class ChunkExchange:
+    """The exchanges of a chunk of tokens, of which each member of the `sequence` axis has a share.
+
+    Args:
+        num_members: U.
+    """
+
+    num_members: int
+
+    def to_heads(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """q [B, C / U, N, H], k and v [B, C / U, K, H] to the chunk's [B, C, ...] of some heads."""
+        spread = spread_heads(q, k, v, self.num_members)
+        q, k, v = (jnp.swapaxes(_Group(self.num_members, 1).to_heads(x), 0, 1) for x in spread)
+        return q, k, v
+
+    def to_tokens(self, o: Array, num_heads: int) -> Array:
+        """o [B, C, N', H] to [B, C / U, N, H], N = `num_heads`."""
+        o = _Group(self.num_members, 1).to_sequence(jnp.swapaxes(o, 0, 1))
+        return o[:, :, :num_heads]
+
+    def whole_chunk(self, x: Array) -> Array:
+        """[B, C / U] of each member to [B, C]."""
+        return _Group(self.num_members, 1).gather(x)
+
+
 def _check_block_layout(
     context: AttentionContext,
     num_heads: int,

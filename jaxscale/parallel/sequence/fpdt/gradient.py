@@ -1,0 +1,255 @@
+"""The backward of a layer: an outer loop over chunks of keys, an inner one over chunks of queries.
+
+By causality the gradients of chunk i's queries, keys and values are complete when every chunk of
+queries from i on has seen the keys of chunk i. So they are projected back at once, and the weights'
+gradients are added up chunk by chunk.
+
+Source: Yao et al. 2024 (arXiv 2408.16978), section 5.3.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxscale.ops.attention.intervals import row_sums
+from jaxscale.ops.precision import accumulator
+from jaxscale.parallel.sequence.fpdt.cuts import Cuts, fetch, first_of, put, tied
+from jaxscale.parallel.sequence.fpdt.keys import Keys
+from jaxscale.parallel.sequence.fpdt.stream import Residuals, Saved, Stream, Tokens
+from jaxscale.types import Array, Params
+
+
+def stream_layer(
+    stream: Stream,
+    params: Params,
+    x: Array,
+    tokens: Tokens,
+) -> tuple[Array, Any]:
+    """The layer of `Stream.forward`, differentiable in `params` and `x`.
+
+    Args:
+        stream: the layer.
+        params, x, tokens: as for `Stream.forward`.
+    Returns:
+        (residual [B, own T, D], what the router chose, [B, T, ...], or None).
+    Cost: of what the forward computes, the backward makes projections and feed-forwards again.
+    """
+
+    @jax.custom_vjp
+    def run(*arguments: Any) -> tuple[Array, Any]:
+        return stream.forward(*arguments)[0]
+
+    def backward(residuals: Residuals, cotangents: tuple[Array, Any]) -> tuple:
+        return _Backward(stream, residuals, cotangents).run()
+
+    run.defvjp(stream.forward, backward)
+    return run(params, x, tokens)
+
+
+class _Queries(NamedTuple):
+    """What a chunk of queries needs to meet the next chunk of keys.
+
+    Args:
+        q, do: [B, C, N', H].
+        dq: as far as it is added up, in at least float32.
+    """
+
+    q: Array
+    do: Array
+    dq: Array
+
+
+class _Backward:
+    """The backward of one layer while it is traced.
+
+    Args:
+        stream: the layer.
+        residuals: of its forward.
+        cotangents: of its results.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        residuals: Residuals,
+        cotangents: tuple[Array, Any],
+    ):
+        dx, of_choices = cotangents
+        self.stream = stream
+        self.cuts = stream.chunks
+        self.places = stream.places
+        self.params = residuals.params
+        self.saved = list(residuals.chunks)
+        self.tokens = residuals.tokens
+        self.logits = residuals.logits
+        self.dlogits = None if of_choices is None else of_choices.logits
+        # The output's cotangent, in which each chunk is replaced by the input's.
+        self.dx = dx
+        self.dparams = jax.tree.map(_zeros, self.params)
+        # By chunk of queries: what waits for the next chunk of keys, and its (lse, delta).
+        self.waiting: dict[int, _Queries] = {}
+        self.rows: dict[int, tuple[Array, Array]] = {}
+        # Known when the last step is done.
+        self.token = first_of(dx)
+
+    def run(self) -> tuple:
+        """Cotangents of (params, x, tokens)."""
+        if self.places.attention == "nowhere":
+            self._attend_again()
+        for i in range(self.cuts.num):
+            self._one_chunk_of_keys(i)
+
+        def rounded(sum: Array, p: Array) -> Array:
+            return sum.astype(p.dtype)
+
+        dparams = jax.tree.map(rounded, self.dparams, self.params)
+        return dparams, self.dx, None
+
+    def _one_chunk_of_keys(self, i: int) -> None:
+        """All queries that see chunk i of the keys, and the way back to that chunk's input."""
+        x = self._fetch(self.places.inputs[i], self.saved[i].x)
+        known = self.cuts.known(self.tokens.known, i)
+
+        def project(params: Params, x: Array) -> tuple[Array, ...]:
+            return self.stream.project(params, x, known)
+
+        (q, k, v), pull = jax.vjp(project, self.params, x)
+        dk, dv = _zeros(k), _zeros(v)
+        coming = self._coming(i, i)
+        for j in range(i, self.cuts.num):
+            here = coming
+            if j + 1 < self.cuts.num:
+                coming = self._coming(i, j + 1)
+            here, self.token = tied((here, self.token))
+            queries = self._enter(j, here) if i == 0 else here
+            dq_part, dk_part, dv_part = self._through(queries, k, v, i, j)
+            dq = queries.dq + dq_part
+            dk = dk + dk_part
+            dv = dv + dv_part
+            self.token = first_of(dk)
+            self._wait(j, dq)
+        dq = self.waiting.pop(i).dq
+        dq, self.token = fetch(self.places.chunks, dq, self.token)
+        cotangents = dq, dk, dv
+        dparams, dx = pull(tuple(each.astype(q.dtype) for each in cotangents))
+        self._add(dparams)
+        dx = self.cuts.own(self.dx, i) + dx
+        self._write(self.cuts, dx, i)
+
+    def _through(
+        self,
+        queries: _Queries,
+        k: Array,
+        v: Array,
+        i: int,
+        j: int,
+    ) -> tuple[Array, Array, Array]:
+        """(dq, dk, dv) of chunk j of the queries through chunk i of the keys."""
+        lse, delta = self.rows[j]
+        seen = self.tokens.intervals.over(j, i, k.shape[1])
+        attention = self.stream.attention
+        return attention.backward(queries.q, k, v, queries.do, lse, delta, *seen)
+
+    def _wait(self, j: int, dq: Array) -> None:
+        """Puts what has changed of a chunk of queries to rest."""
+        dq = put(self.places.chunks, dq)
+        self.waiting[j] = self.waiting[j]._replace(dq=dq)
+
+    def _coming(self, i: int, j: int) -> Any:
+        """Begins to fetch what chunk j of the queries needs to meet chunk i of the keys."""
+        if i:
+            return self._fetch(self.places.chunks, self.waiting[j])
+        saved = self.saved[j]
+        x = self._fetch(self.places.inputs[j], saved.x)
+        is_again = self.places.attention == "nowhere"
+        place = self.places.chunks if is_again else self.places.attention
+        o, lse = self._fetch(place, (saved.o, saved.lse))
+        return Saved(x, o, lse)
+
+    def _enter(self, j: int, saved: Saved) -> _Queries:
+        """The backward of what comes after attention, and the queries of chunk j."""
+        stream = self.stream
+        known = self.cuts.known(self.tokens.known, j)
+        o_own, pull = jax.vjp(stream.leave, saved.o)
+        parts = []
+        for piece, number in stream.pieces_of(j):
+            x = stream.pieces.own(saved.x, piece)
+            o = stream.pieces.known(o_own, piece)
+            parts.append(self._finish(x, o, number))
+        (do,) = pull(stream.pieces.join(parts))
+        x, do = tied((saved.x, do))
+        q, _, _ = stream.project(self.params, x, known)
+        self.rows[j] = saved.lse, row_sums(saved.o, do)
+        at_rest = put(self.places.chunks, (q, do))
+        queries = _Queries(q, do, _zeros(q))
+        self.waiting[j] = queries._replace(q=at_rest[0], do=at_rest[1])
+        return queries
+
+    def _finish(
+        self,
+        x: Array,
+        o: Array,
+        number: int,
+    ) -> Array:
+        """The cotangent of a piece's attention; that of its residual is written into `dx`."""
+        cuts = self.stream.all_pieces
+        known = cuts.known(self.tokens.known, number)
+        logits = cuts.known(self.logits, number)
+        dlogits = cuts.known(self.dlogits, number)
+
+        def finish(
+            params: Params,
+            x: Array,
+            o: Array,
+        ) -> tuple[Array, Array | None]:
+            y, choices = self.stream.finish(params, x, o, known, logits)
+            return y, None if choices is None else choices.logits
+
+        dy = cuts.own(self.dx, number)
+        self.dx, dy, x, o = tied((self.dx, dy, x, o))
+        _, pull = jax.vjp(finish, self.params, x, o)
+        dparams, dx, do = pull((dy, dlogits))
+        self._add(dparams)
+        self._write(cuts, dx, number)
+        return do
+
+    def _attend_again(self) -> None:
+        """Attention's outputs of all chunks, which the forward has not kept."""
+        stream, place = self.stream, self.places.chunks
+        keys = Keys(stream.attention, self.cuts.num, place)
+        for i, saved in enumerate(self.saved):
+            x = self._fetch(self.places.inputs[i], saved.x)
+            known = self.cuts.known(self.tokens.known, i)
+            q, *kv = stream.project(self.params, x, known)
+            part = keys.attend(i, q, kv, self.tokens.intervals)
+            self.token = first_of(part.lse)
+            o = part.o.astype(q.dtype)
+            o, lse = put(place, (o, part.lse))
+            self.saved[i] = Saved(saved.x, o, lse)
+
+    def _fetch(self, place: str, tree: Any) -> Any:
+        tree, self.token = fetch(place, tree, self.token)
+        return tree
+
+    def _add(self, dparams: Params) -> None:
+        def add(sum: Array, part: Array) -> Array:
+            return sum + part.astype(sum.dtype)
+
+        self.dparams = jax.tree.map(add, self.dparams, dparams)
+
+    def _write(
+        self,
+        cuts: Cuts,
+        dx: Array,
+        number: int,
+    ) -> None:
+        """Puts a part into `dx`, after which the next step may begin."""
+        self.dx = cuts.write(self.dx, dx, number)
+        state = self.dx, self.dparams, self.token
+        self.dx, self.dparams, self.token = tied(state)
+
+
+def _zeros(x: Array) -> Array:
+    """In at least float32, to add up in."""
+    return jnp.zeros_like(accumulator(x))

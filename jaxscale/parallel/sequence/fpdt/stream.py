@@ -1,0 +1,147 @@
+"""A layer as functions of one chunk, and its forward from chunk to chunk.
+
+Source: Yao et al. 2024 (arXiv 2408.16978), sections 5.1 to 5.3.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxscale.ops.attention.intervals import IntervalAttention
+from jaxscale.parallel.sequence.fpdt.cuts import Cuts, put, tied
+from jaxscale.parallel.sequence.fpdt.keys import Intervals, Keys
+from jaxscale.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where what a layer keeps rests: "device" or "host".
+
+    Args:
+        inputs: of each chunk, the layer's input, from its forward to its backward.
+        attention: attention's output with its lse, likewise; "nowhere" makes them again.
+        chunks: of the layer at work, what one chunk needs of the others: keys and values in the
+            forward; queries, their gradients and the output's cotangents in the backward.
+    """
+
+    inputs: tuple[str, ...]
+    attention: str
+    chunks: str
+
+
+class Tokens(NamedTuple):
+    """What is known of the tokens besides their residual; nothing of it is differentiated.
+
+    Args:
+        known: tree of [B, T, ...], as the tensor group knows its tokens.
+        intervals: the keys that each sees.
+    """
+
+    known: Any
+    intervals: Intervals
+
+
+class Saved(NamedTuple):
+    """What the backward needs of one chunk's forward; o and lse are None if they are made again.
+
+    Args:
+        x: [B, own c, D].
+        o: [B, C, N', H], as it left attention.
+        lse: [B, N', C].
+    """
+
+    x: Array
+    o: Array | None = None
+    lse: Array | None = None
+
+
+class Residuals(NamedTuple):
+    """What the backward needs of the forward.
+
+    Args:
+        params: the layer's.
+        chunks: of each.
+        logits: the router's, [B, T, E]; None without one.
+        tokens: as they were given.
+    """
+
+    params: Params
+    chunks: list[Saved]
+    logits: Array | None
+    tokens: Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A layer as functions of one chunk.
+
+    Args:
+        project: (params, x [B, own c, D], known) -> q [B, C, N', H], k and v [B, C, K', H].
+        leave: o [B, C, N', H] -> o [B, c, N, H] of this device's tokens; linear.
+        finish: (params, x [B, own c, D], o [B, c, N, H], known, router's logits or None) ->
+            (y [B, own c, D], what the router chose or None), of a piece of a chunk. The logits are
+            those of the forward, given to the backward, which must not make them again.
+        attention: of the chunks.
+        chunks: how tokens are cut into chunks.
+        pieces: how a chunk is cut into what `finish` is given.
+        places: where what is kept rests.
+    """
+
+    project: Callable
+    leave: Callable
+    finish: Callable
+    attention: IntervalAttention
+    chunks: Cuts
+    pieces: Cuts
+    places: Places
+
+    @property
+    def all_pieces(self) -> Cuts:
+        """How tokens are cut into pieces."""
+        return dataclasses.replace(self.chunks, num=self.chunks.num * self.pieces.num)
+
+    def pieces_of(self, chunk: int) -> list[tuple[int, int]]:
+        """(number in the chunk, number in the sequence) of each piece of a chunk."""
+        return [(i, chunk * self.pieces.num + i) for i in range(self.pieces.num)]
+
+    def forward(
+        self,
+        params: Params,
+        x: Array,
+        tokens: Tokens,
+    ) -> tuple[tuple[Array, Any], Residuals]:
+        """The whole layer.
+
+        Args:
+            params: the layer's.
+            x: residual [B, own T, D].
+            tokens: what else is known of them.
+        Returns:
+            ((residual [B, own T, D], what the router chose, [B, T, ...], or None), Residuals).
+        """
+        keys = Keys(self.attention, self.chunks.num, self.places.chunks)
+        saved, choices = [], []
+        for i in range(self.chunks.num):
+            # Tied here and below. Else the compiler makes all chunks' widest arrays at once, and
+            # reads a chunk where it lies in `x`, so that the result cannot take its place.
+            x, x_i = tied((x, self.chunks.own(x, i)))
+            q, *kv = self.project(params, x_i, self.chunks.known(tokens.known, i))
+            part = keys.attend(i, q, kv, tokens.intervals)
+            o = part.o.astype(q.dtype)
+            o_own = self.leave(o)
+            for piece, number in self.pieces_of(i):
+                known = self.all_pieces.known(tokens.known, number)
+                arrays = self.pieces.own(x_i, piece), self.pieces.known(o_own, piece)
+                y, chosen = self.finish(params, *arrays, known, None)
+                x, x_i, o_own = tied((self.all_pieces.write(x, y, number), x_i, o_own))
+                choices.append(chosen)
+            saved.append(self._save(i, x_i, o, part.lse))
+        choices = None if choices[0] is None else self.all_pieces.join(choices)
+        logits = None if choices is None else choices.logits
+        return (x, choices), Residuals(params, saved, logits, tokens)
+
+    def _save(self, number: int, x: Array, o: Array, lse: Array) -> Saved:
+        x = put(self.places.inputs[number], x)
+        if self.places.attention == "nowhere":
+            return Saved(x)
+        return Saved(x, *put(self.places.attention, (o, lse)))

@@ -1,0 +1,122 @@
+"""Layers in chunks: loss and every gradient equal whole layers', wherever what is kept rests."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxscale.checkpoint.manager import CheckpointConfig
+from jaxscale.data.loader import DataConfig
+from jaxscale.data.sources import TextSource
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.run.run import Run, check_fit
+from jaxscale.train.config import TrainConfig
+from jaxscale.train.optim import OptimizerConfig
+from jaxscale.types import InputError
+from tests.parallel.comparison import (
+    assert_equal_to_single_device,
+    dense,
+    mixture,
+    on_mesh,
+    single_device,
+)
+
+T = 16  # of the batches that are compared
+DENSE = dense(num_layers=2)
+MOE = mixture(num_layers=2)
+ON_DEVICE = dict(inputs="device", attention="device", chunks="device")
+# Packed documents, padding, and rows without any token that counts are in every batch.
+MESHES = [
+    ("dense", 2, dict(sequence=2), dict(num_pieces=2)),
+    *[
+        pytest.param(
+            "dense",
+            num_chunks,
+            dict(sequence=sequence, data=2),
+            dict(num_pieces=1) | places,
+            marks=pytest.mark.long,
+        )
+        for num_chunks, sequence in ((1, 1), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2))
+        for places in (ON_DEVICE, dict(attention="nowhere"))
+        if num_chunks in (2, 4) or not places.get("inputs")
+    ],
+    *[
+        pytest.param(name, 2, sizes, dict(num_pieces=2), marks=pytest.mark.long)
+        for name, sizes in (
+            ("moe", dict(sequence=2, expert=2)),
+            ("moe", dict(tensor=2, data=2, num_microbatches=4)),
+            ("dense", dict(tensor=2, sequence=2, num_microbatches=8)),
+            ("dense", dict(pipeline=2, sequence=2)),
+            ("moe", dict(sequence=2, zero=1, zero_axes=("data",))),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(("name", "num_chunks", "sizes", "settings"), MESHES, ids=str)
+def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, sizes, settings):
+    model = {"dense": DENSE, "moe": MOE}[name]
+    strategy = FullyPipelined(chunk_tokens=T // num_chunks, **settings)
+    settings = dict(zero=3, num_microbatches=2) | sizes
+    num_microbatches = settings["num_microbatches"] if name == "moe" else 1
+    with jax.enable_x64(True):
+        wanted = single_device(model, num_microbatches)
+        result = on_mesh(model, strategy=strategy, remat="none", **settings)
+        assert_equal_to_single_device(result, wanted)
+
+
+RUN = Run(
+    directory="unused",
+    model=dense(max_length=4096),
+    mesh=MeshConfig(sequence=2),
+    data=DataConfig(sources=(TextSource(("unread",)),), sequence_length=4096, batch_size=2),
+    optimizer=OptimizerConfig(),
+    train=TrainConfig(steps=1),
+    checkpoint=CheckpointConfig("unused", save_every=1, keep_last=1),
+    execution=ExecutionConfig(remat="none", strategy=FullyPipelined(chunk_tokens=1024)),
+)
+
+
+def test_a_run_in_chunks_fits():
+    check_fit(RUN)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "message"),
+    [
+        (
+            "strategy",
+            dict(chunk_tokens=1000),
+            r"sequence_length % chunk_tokens == 0, here 4096 % 1000 = 96; nearest: 512 or 1024",
+        ),
+        (
+            "strategy",
+            dict(chunk_tokens=2),
+            r"here 2 % \(2 \* 1 \* 2\) = 2; nearest: 4",
+        ),
+        ("execution", dict(remat="full"), "ExecutionConfig.remat: given 'full', expected \"none\""),
+        ("mesh", dict(ring=2), "MeshConfig.ring: given 2, expected 1 with FullyPipelined"),
+        ("mesh", dict(tensor=2), "== 1 with FullyPipelined and MeshConfig.tensor > 1, here 2"),
+    ],
+    ids=["length", "shares", "remat", "ring", "tensor"],
+)
+def test_what_does_not_go_with_chunks_is_refused_with_the_equation(part, fields, message):
+    if part == "strategy":
+        strategy = dataclasses.replace(RUN.execution.strategy, **fields)
+        part, fields = "execution", dict(strategy=strategy)
+    changed = dataclasses.replace(getattr(RUN, part), **fields)
+    with pytest.raises(InputError, match=message):
+        check_fit(dataclasses.replace(RUN, **{part: changed}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [dict(chunk_tokens=0), dict(inputs="disk"), dict(attention="never"), dict(chunks="nowhere")],
+    ids=str,
+)
+def test_a_wrong_field_is_named(fields):
+    (name,) = fields
+    with pytest.raises(InputError, match=f"FullyPipelined.{name}"):
+        FullyPipelined(**fields)
