@@ -1,0 +1,120 @@
+"""Time a step on one long sequence, beside the most that attention's kernel would allow.
+
+The cap is the MFU of a step that is nothing but this model's matmuls, forward and backward once, at
+the rate of a large one, and its attention at the kernel's rate, both measured in this process.
+
+python experiments/bench/long_step.py experiments/configs/papers/fpdt_1b.gin \\
+    --set data.sequence_length=131072
+"""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+from gin_run import make_parser, start_run, synthetic_batch
+from profile_table import device_events, idle_times
+from train_step import compiled_step, peak_gib, profile_steps, rates, time_steps
+
+from jaxscale.kernels.attention.api import attention
+from jaxscale.models.config.model import training_flops_per_token
+from jaxscale.models.parameters import count_parameters
+
+PEAK = 989e12  # FLOP/s of bfloat16, an H100 SXM's and an H200's
+SAMPLE = 32_768  # tokens at which the kernel is timed
+
+
+def seconds(f, *arrays, repeats=3):
+    """Of a call, after one that compiles."""
+    run = jax.jit(f)
+    jax.block_until_ready(run(*arrays))
+    began = time.perf_counter()
+    for _ in range(repeats):
+        result = run(*arrays)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - began) / repeats
+
+
+def kernel_seconds(config):
+    """Forward, and forward with backward, of causal attention over SAMPLE tokens."""
+    shapes = [(1, SAMPLE, n, config.head_dim) for n in (config.num_heads, config.num_kv_heads)]
+    q, k = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(shapes))
+    token = jnp.arange(SAMPLE, dtype=jnp.int32)[None]
+    bounds = jnp.zeros_like(token), token + 1
+
+    def forward(q, k, v):
+        scale = config.head_dim**-0.5
+        return attention(q, k, v, *bounds, scale=scale, implementation="mosaic")[0]
+
+    def both(q, k, v):
+        o, pull = jax.vjp(forward, q, k, v)
+        return pull(o)
+
+    return seconds(forward, q, k, k), seconds(both, q, k, k)
+
+
+def matmul_rate():
+    """FLOP/s of a large matmul."""
+    x = jax.random.normal(jax.random.key(0), (16_384, 8_192), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (8_192, 8_192), jnp.bfloat16)
+    return 2 * x.size * w.shape[1] / seconds(jnp.matmul, x, w)
+
+
+def cap(run):
+    """The kernel's TFLOP/s, and the MFU above which no step with it can be."""
+    length, layers = run.data.sequence_length, run.model.layers
+    config = layers[0].attention
+    _, active = count_parameters(run.table())
+    forward, both = kernel_seconds(config)
+    one_forward = 2.0 * SAMPLE**2 * config.num_heads * config.head_dim
+    attention_s = len(layers) * both * (length / SAMPLE) ** 2
+    rate = matmul_rate()
+    least = attention_s + 6 * active * length / rate
+    flops = training_flops_per_token(run.model, active, length) * length
+    return {
+        "kernel_forward_tflops": one_forward / forward / 1e12,
+        "kernel_tflops": 3.5 * one_forward / both / 1e12,
+        "matmul_tflops": rate / 1e12,
+        "cap": flops / least / PEAK / jax.device_count(),
+    }
+
+
+def idle_share(directory):
+    """The share of the profiled time in which a device has nothing to compute or copy."""
+    devices = device_events(directory)
+    idle, _ = idle_times(devices)
+    span = sum(max(end for _, end, _ in each) - each[0][0] for each in devices)
+    return sum(idle.values()) / span
+
+
+def main():
+    """Compile, run once, time, and profile if asked to."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--profile", help="directory for a profile of two more steps")
+    parser.add_argument("--no-cap", action="store_true")
+    options = parser.parse_args()
+    run = start_run(options.file, options.set)
+    setup = run.setup()
+    figures = {} if options.no_cap else cap(run)
+    state = setup.init(seed=0)
+    batch = synthetic_batch(run, setup.mesh)
+    step, compiled = compiled_step(setup, state, batch)
+    for _ in range(options.warmup):
+        state, metrics = step(state, batch)
+        compiled["loss"] = float(metrics["loss"])
+    figures["ms"], state = time_steps(step, state, batch, options.steps)
+    memory = step.memory_analysis()
+    figures |= compiled | rates(run, figures["ms"])
+    figures["host_gib"] = memory.host_temp_size_in_bytes / 2**30
+    figures["peak_gib"] = peak_gib()
+    if options.profile:
+        profile_steps(step, state, batch, options.profile)
+        figures["idle"] = idle_share(options.profile)
+    rounded = {name: round(value, 4) for name, value in figures.items()}
+    print(json.dumps({"overrides": options.set} | rounded), flush=True)
+
+
+if __name__ == "__main__":
+    main()
