@@ -87,11 +87,13 @@ class Training:
 
 def run_save(abstract, options) -> None:
     training = Training(abstract, options.work)
-    for use_snapshot, steps in ((True, (1, 2)), (False, (1,))):
+    for use_snapshot in (True, False):
         shutil.rmtree(options.directory, ignore_errors=True)
         config = CheckpointConfig(str(options.directory), 1, 1, use_snapshot=use_snapshot)
         with contextlib.closing(Checkpoints(config, fingerprint={})) as checkpoints:
-            for step in steps:
+            with measured(f"prepare, snapshot={use_snapshot}"):
+                checkpoints.prepare(abstract)
+            for step in (1, 2):
                 name = f"save {step}, snapshot={use_snapshot}"
 
                 def save(step=step, checkpoints=checkpoints):

@@ -6,10 +6,11 @@ pads the last parts. Leaves are called "fp32/NAME", "exp_avg/NAME" and so on, fo
 the optimizer has.
 """
 
+import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ from jaxscale.types import InputError
 LATEST = ("latest_universal", "latest")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+# Weights in the training's type of what the optimizer files hold in float32: of one expert, and of
+# one layer of a pipeline module.
+COPY_FILE = re.compile(r"layer_\d+(_expert_\d+_mp_rank_\d+_|-model_\d+-|-)model_states\.pt")
+EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
+UNREAD_SETTING = "use_data_before_expert_parallelism"
 WEIGHTS = "fp32"
 INFO = "universal_checkpoint_info"
 UNIVERSAL = "zero"
@@ -78,29 +84,32 @@ class DeepSpeedCheckpoint:
             return _universal_leaves(self._folder / UNIVERSAL)
         models, optimizers = self._files()
         shards: list[Shard] = []
+        info: dict[str, Any] = {}
         for number, by_data in optimizers.items():
-            model = load_torch(models[number])
+            model, *others = map(load_torch, models[number])
+            info = info or model.get(INFO) or {}
             ranks = _ranks_of(number, model)
-            for (state, name), array in _joined_over_data(by_data, model).items():
+            joined = _joined_over_data(by_data, model) | _untrained([model, *others])
+            for (state, name), array in joined.items():
                 shards.append(Shard(name, ranks, array, state))
-        first = load_torch(next(iter(models.values())))
-        rules = self._rules or rules_of(first.get(INFO, {}), shards)
+        rules = self._rules or rules_of(info, shards)
         return merge(shards, rules)
 
-    def _files(self) -> tuple[dict[int, Path], dict[int, dict[int, Path]]]:
-        """The model file of each model-parallel rank and its optimizer files by data rank.
+    def _files(self) -> tuple[dict[int, list[Path]], dict[int, dict[int, Path]]]:
+        """The model files of each model-parallel rank and its optimizer files by data rank.
+
+        Under ZeRO 3 there is a model file for each data rank, in whose order they come.
 
         A file that is neither is refused: nothing of a checkpoint is left out.
         """
-        models: dict[int, Path] = {}
+        models: dict[int, list[Path]] = {}
         optimizers: dict[int, dict[int, Path]] = {}
-        for path in sorted(self._folder.glob("*_states.pt")):
+        for path in sorted(self._folder.glob("*_states.pt"), key=_in_order):
             if found := OPTIMIZER_FILE.fullmatch(path.name):
                 optimizers.setdefault(int(found[2]), {})[int(found[1])] = path
             elif found := MODEL_FILE.fullmatch(path.name):
-                # Under ZeRO 3 those of all data ranks have the same shapes.
-                models.setdefault(int(found[2]), path)
-            else:
+                models.setdefault(int(found[2]), []).append(path)
+            elif not COPY_FILE.fullmatch(path.name):
                 expected = "files of ZeRO over data and tensor ranks; this one is not read"
                 raise InputError("checkpoint", str(path), expected)
         for number in optimizers:
@@ -108,6 +117,11 @@ class DeepSpeedCheckpoint:
                 expected = f"a file mp_rank_{number:02d}_model_states.pt"
                 raise InputError("checkpoint", str(self._folder), expected)
         return models, optimizers
+
+
+def _in_order(path: Path) -> list[int]:
+    """The numbers in a file's name, which may have any number of digits."""
+    return [int(digits) for digits in re.findall(r"\d+", path.name)]
 
 
 def _ranks_of(number: int, model: dict[str, Any]) -> dict[str, int]:
@@ -123,35 +137,97 @@ def _joined_over_data(
     """(state, name) -> a parameter of one model-parallel rank from its data-parallel parts."""
     files = {rank: load_torch(path)["optimizer_state_dict"] for rank, path in by_data.items()}
     first = next(iter(files.values()))
-    num_ranks = _partition_count(
-        first, by_data[0] if 0 in by_data else next(iter(by_data.values()))
-    )
-    missing = sorted(set(range(num_ranks)) - set(files))
+    counts = _partition_counts(first, len(model["param_shapes"]))
+    missing = sorted(set(range(max(counts))) - set(files))
     if missing:
         path = next(iter(by_data.values()))
-        expected = f"a file for each of {num_ranks} data ranks; missing are {missing}"
+        expected = f"a file for each of {max(counts)} data ranks; missing are {missing}"
         raise InputError("checkpoint", str(path.parent), expected)
-    is_zero_3 = "fp32_flat_groups" in first
     joined = {}
     for group, shapes in enumerate(model["param_shapes"]):
-        flat = {rank: _flat_states(file, group, is_zero_3) for rank, file in files.items()}
-        find = _ranges_of_3 if is_zero_3 else _ranges_of_1
-        ranges = find(files, group, shapes)
-        for name, shape in shapes.items():
-            for state in flat[0]:
-                parts = {rank: states[state] for rank, states in flat.items()}
-                joined[state, name] = _join(f"{state}/{name}", shape, ranges[name], parts)
+        num_expert_ranks = _num_expert_ranks(files, counts[group], model)
+        for expert_rank in range(num_expert_ranks):
+            own = {rank: files[rank] for rank in sorted(files)[expert_rank::num_expert_ranks]}
+            names = dict.fromkeys(shapes)
+            if num_expert_ranks > 1:
+                names = _names_in_model(shapes, expert_rank)
+            for (state, name), array in _joined_group(own, group, shapes).items():
+                joined[state, names[name] or name] = array
     return joined
 
 
-def _partition_count(file: dict[str, Any], path: Path) -> int:
-    """Over how many data ranks the file's parameters are partitioned."""
+def _untrained(models: list[dict[str, Any]]) -> dict[tuple[str, str], LazyArray]:
+    """(state, name) -> what no optimizer has: frozen parameters, and buffers such as a mean.
+
+    Args:
+        models: model files of one model-parallel rank, of each data rank under ZeRO 3.
+    """
+    first = models[0]
+    found: dict[tuple[str, str], LazyArray] = {}
+    for name, shape in (first.get("frozen_param_shapes") or {}).items():
+        parts = {rank: model["frozen_param_fragments"][name] for rank, model in enumerate(models)}
+        size = -(-math.prod(shape) // len(parts))
+        ranges = []
+        for rank in parts:
+            held = min(size, math.prod(shape) - rank * size)
+            if held > 0:
+                ranges.append(_Range(rank, rank * size, held, 0))
+        found[WEIGHTS, name] = _join(f"{WEIGHTS}/{name}", shape, ranges, parts)
+    trained = {name for shapes in first["param_shapes"] for name in shapes}
+    known = {*trained, *(first.get("shared_params") or {})}
+    for name, array in (first.get("module") or {}).items():
+        if name not in known and (WEIGHTS, name) not in found and isinstance(array, Tensor):
+            found[WEIGHTS, name] = array
+    return found
+
+
+def _joined_group(
+    files: dict[int, dict[str, Any]],
+    group: int,
+    shapes: dict[str, tuple[int, ...]],
+) -> dict[tuple[str, str], Merged]:
+    """(state, name) -> a parameter of one group of the optimizer, from the ranks that share it."""
+    is_zero_3 = "fp32_flat_groups" in next(iter(files.values()))
+    flat = {rank: _flat_states(file, group, is_zero_3) for rank, file in files.items()}
+    find = _ranges_of_3 if is_zero_3 else _ranges_of_1
+    ranges = find(files, group, shapes)
+    joined = {}
+    for state in next(iter(flat.values())):
+        parts = {rank: states[state] for rank, states in flat.items()}
+        for name, shape in shapes.items():
+            joined[state, name] = _join(f"{state}/{name}", shape, ranges[name], parts)
+    return joined
+
+
+def _partition_counts(file: dict[str, Any], num_groups: int) -> list[int]:
+    """Over how many data ranks each group of parameters is partitioned."""
     count = file["partition_count"]
-    counts = set(count) if isinstance(count, list | tuple) else {count}
-    if len(counts) != 1:
-        expected = "one number of data ranks for all groups; experts of their own are not read"
-        raise InputError(str(path), sorted(counts), expected)
-    return counts.pop()
+    return list(count) if isinstance(count, list | tuple) else [count] * num_groups
+
+
+def _num_expert_ranks(files: dict[int, Any], count: int, model: dict[str, Any]) -> int:
+    """Over how many expert ranks a group's parameters differ; consecutive data ranks hold them."""
+    if count == len(files):
+        return 1
+    settings = model.get("ds_config") or {}
+    if len(files) % count or settings.get(UNREAD_SETTING, False):
+        expected = f"consecutive data ranks with different experts, without {UNREAD_SETTING}"
+        raise InputError("partition_count", f"{count} of {len(files)} data ranks", expected)
+    return len(files) // count
+
+
+def _names_in_model(names: Iterable[str], expert_rank: int) -> dict[str, str]:
+    """Each name of an expert's parameter with the number that the expert has in the model."""
+    found = {name: EXPERT.fullmatch(name) for name in names}
+    num_own: dict[str, int] = collections.Counter()
+    for name, match in found.items():
+        if match is None:
+            raise InputError("checkpoint", name, "an expert's parameter: ranks hold different ones")
+        num_own[match[1]] = max(num_own[match[1]], 1 + int(match[2]))
+    return {
+        name: f"{match[1]}{expert_rank * num_own[match[1]] + int(match[2])}{match[3]}"
+        for name, match in found.items()
+    }
 
 
 def _flat_states(file: dict[str, Any], group: int, is_zero_3: bool) -> dict[str, Tensor]:
@@ -230,7 +306,8 @@ def _join(
                 )
             )
             at += math.prod(sizes)
-    return Merged(name, shape, parts[0].dtype, (tuple(placements),))
+    dtype = next(iter(parts.values())).dtype
+    return Merged(name, shape, dtype, (tuple(placements),))
 
 
 def _universal_leaves(folder: Path) -> dict[str, LazyArray]:

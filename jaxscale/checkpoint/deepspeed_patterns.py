@@ -34,17 +34,16 @@ def rules_of(info: dict[str, Any], shards: Sequence[Shard]) -> tuple[Rule, ...]:
         InputError: several ranks hold parts and the checkpoint does not say of what, a name
             matches several patterns, or a pattern matches no name.
     """
-    ranks = {tuple(sorted(shard.ranks.items())) for shard in shards}
-    if len(ranks) == 1 and not info:
-        return tuple(_alone(shard.name) for shard in _first_of_each(shards))
+    num_tensor = 1 + max(shard.ranks["tensor"] for shard in shards)
+    if num_tensor == 1 and not info:
+        return _whole(shards)
     if not info:
         expected = "universal_checkpoint_info in its model states, or rules of yours"
-        raise InputError("checkpoint", f"{len(ranks)} tensor and pipeline ranks", expected)
+        raise InputError("checkpoint", f"{num_tensor} tensor ranks", expected)
     for name in UNREAD:
         if info.get(name):
             raise InputError("universal_checkpoint_info", name, "patterns that are read here")
     patterns = _Patterns(info)
-    num_tensor = 1 + max(shard.ranks["tensor"] for shard in shards)
     rules = tuple(patterns.rule(shard, num_tensor) for shard in _first_of_each(shards))
     patterns.check_all_used()
     return rules
@@ -59,8 +58,19 @@ def _first_of_each(shards: Sequence[Shard]) -> Iterator[Shard]:
             yield shard
 
 
-def _alone(name: str) -> Rule:
-    return Rule(match=re.escape(name), to=_literal(name))
+def _whole(shards: Sequence[Shard]) -> tuple[Rule, ...]:
+    """A rule for each parameter where no rank holds part of one.
+
+    What several stages of a pipeline hold is tied, and the same in all of them.
+    """
+    stages: dict[str, set[int]] = {}
+    for shard in shards:
+        stages.setdefault(shard.name, set()).add(shard.ranks["pipeline"])
+    rules = []
+    for name, holders in stages.items():
+        kind: Kind = "replicated" if len(holders) > 1 else "unique"
+        rules.append(Rule(match=re.escape(name), to=_literal(name), kind=kind))
+    return tuple(rules)
 
 
 def _literal(name: str) -> str:

@@ -16,7 +16,7 @@ from orbax.checkpoint._src.serialization import types as transfer
 # is another than that of the save.
 CHUNK_BYTES = 1 << 26
 # Of a snapshot in device memory that are on the host at once.
-STREAMED_GB = 2
+STREAMED_GB = 1
 # tensorstore reports a full disk as a ValueError with this in its message.
 TENSORSTORE_OS_ERROR = "os_error_code="
 STREAMED_WARNING = "No prioritized params found for saving"

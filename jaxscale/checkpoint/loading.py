@@ -29,12 +29,13 @@ from jaxscale.checkpoint.boxes import (
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.types import InputError
 
-# Pieces that are read while one is on its way to a device, and what there is at once: those, the
-# one on its way, its copy in the wanted type and the transfer's.
-NUM_AHEAD = 3
-MAX_PIECES = NUM_AHEAD + 3
-_Piece = tuple["_Target", Box, np.ndarray]
+# Large enough that a piece is read and sent at full speed, and small enough that many are at once.
+PIECE_BYTES = 1 << 27
+MAX_AHEAD = 8
+# Of a piece: what is read or cast, a part that is made contiguous, and the transfer's copy.
+NUM_COPIES = 3
 _Place = tuple["_Share", SingleDeviceSharding]
+_Sent = list[tuple["_Share", Box, jax.Array]]
 
 
 def load(leaves: Mapping[str, LazyArray], abstract: Any, *, budget_bytes: int) -> Any:
@@ -56,36 +57,36 @@ def load(leaves: Mapping[str, LazyArray], abstract: Any, *, budget_bytes: int) -
         if path not in leaves:
             raise InputError("checkpoint", path, "a leaf that it has")
         targets[path] = _Target(path, leaves[path], wanted)
-    piece_bytes = max(1, budget_bytes // MAX_PIECES)
-    for target, box, values in _read_ahead(targets.values(), piece_bytes):
-        target.write(box, values)
+    num_ahead = max(1, min(MAX_AHEAD, budget_bytes // (NUM_COPIES * PIECE_BYTES)))
+    limit = min(PIECE_BYTES, budget_bytes // (NUM_COPIES * num_ahead))
+    for sent in _sent_ahead(targets.values(), max(1, limit), num_ahead):
+        for share, box, values in sent:
+            share.take(box, values)
     return tree.map_with_path(lambda path, _: targets[path].assembled(), abstract)
 
 
-def _read_ahead(
+def _sent_ahead(
     targets: Iterable["_Target"],
     piece_bytes: int,
-) -> Iterator[_Piece]:
-    """The pieces of all leaves in their order, each read once; the next are under way meanwhile."""
-    waiting: collections.deque = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(NUM_AHEAD) as pool:
+    num_ahead: int,
+) -> Iterator[_Sent]:
+    """The pieces of all leaves in their order, on their devices; each is read once.
+
+    At most `num_ahead` are between a file and a device.
+    """
+    under_way: collections.deque = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(num_ahead) as pool:
         try:
             for target in targets:
                 for box in target.pieces(piece_bytes):
-                    reading = pool.submit(target.read, box)
-                    waiting.append((target, box, reading))
-                    if len(waiting) > NUM_AHEAD:
-                        yield _first(waiting)
-            while waiting:
-                yield _first(waiting)
+                    under_way.append(pool.submit(target.send, box))
+                    if len(under_way) == num_ahead:
+                        yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
         finally:
-            for *_, reading in waiting:
-                reading.cancel()
-
-
-def _first(waiting: collections.deque) -> _Piece:
-    target, box, reading = waiting.popleft()
-    return target, box, reading.result()
+            for sending in under_way:
+                sending.cancel()
 
 
 class _Target:
@@ -118,18 +119,19 @@ class _Target:
             if self._meeting(piece):
                 yield piece
 
-    def read(self, piece: Box) -> np.ndarray:
-        """The values of a box, in the type that is wanted."""
+    def send(self, piece: Box) -> _Sent:
+        """Reads a piece and puts its parts on the devices that hold them; waits for that."""
         values = np.asarray(self._array[piece])
-        return values.astype(self._wanted.dtype, copy=False)
-
-    def write(self, piece: Box, values: np.ndarray) -> None:
-        """Puts a piece where it belongs, and waits for that: no second one waits in memory."""
-        meeting = self._meeting(piece)
-        for share in meeting:
+        # A device may go on with the memory that it is given, so an array's own is copied.
+        is_own = isinstance(self._array, np.ndarray)
+        values = values.astype(self._wanted.dtype, copy=is_own)
+        sent = []
+        for share in self._meeting(piece):
             own = overlap(piece, share.box)
-            share.write(values[relative(own, piece)], own)
-        jax.block_until_ready([share.values for share in meeting])
+            part = share.put(values[relative(own, piece)])
+            sent.append((share, own, part))
+        jax.block_until_ready([part for *_, part in sent])
+        return sent
 
     def assembled(self) -> jax.Array:
         """The array, once all is written."""
@@ -164,17 +166,21 @@ class _Share:
         self._place = place
         self._dtype = dtype
 
-    def write(self, values: np.ndarray, box: Box) -> None:
-        """Takes the values of a box within its own."""
-        # A copy: the source may go on to change what it has given.
-        piece = jax.device_put(values, self._place, may_alias=False)
+    def put(self, values: np.ndarray) -> jax.Array:
+        """A part of it on its device."""
+        return jax.device_put(values, self._place)
+
+    def take(self, box: Box, part: jax.Array) -> None:
+        """Takes what has been put of a box within its own."""
         if box == self.box:
-            self.values = piece
+            self.values = part
             return
         if self.values is None:
             self.values = self._zeros()
-        offsets = [part.start for part in relative(box, self.box)]
-        self.values = _writer(self._place)(self.values, piece, offsets)
+        offsets = [each.start for each in relative(box, self.box)]
+        written = _writer(self._place)(self.values, part, offsets)
+        # Parts that wait to be written would add up in memory.
+        self.values = written.block_until_ready()
 
     def whole(self) -> jax.Array:
         """Its values; zeros where it has no element."""

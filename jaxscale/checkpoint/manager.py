@@ -136,6 +136,10 @@ class Checkpoints:
             with tempfile.TemporaryFile(dir=self._directory):
                 pass
 
+    def prepare(self, abstract_state: Any) -> None:
+        """Lets the first save hold a step up no longer than others do; arguments as `restore`."""
+        self._writer.prepare(abstract_state)
+
     def latest_step(self) -> int | None:
         """Returns the newest committed step, damaged or not."""
         committed = self._committed()

@@ -44,6 +44,17 @@ def test_partitions_of_each_stage_make_up_what_deepspeed_makes_of_them(stage):
     np.testing.assert_array_equal(part, whole[2:5, 1:3])
 
 
+@pytest.mark.parametrize("name", ["experts_1", "experts_2", "stages_1"])
+def test_experts_of_several_ranks_and_stages_are_read(name):
+    """Experts have their numbers in the model; a tied embedding is the same on both stages."""
+    leaves = open_checkpoint(FIXTURES / name).source.leaves()
+    assert_equal(leaves, dict(np.load(FIXTURES / name / "oracle.npz")))
+    for file in (FIXTURES / name / "step3").glob("layer_*expert_*"):
+        for expert, rounded in load_torch(file).items():
+            own = leaves[f"fp32/{expert}"][:].astype(rounded.dtype)
+            np.testing.assert_array_equal(own, rounded[:])
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_universal_folder_is_read_in_the_shapes_of_the_parameters(stage):
     opened = open_checkpoint(FIXTURES / f"zero_{stage}")  # `latest_universal` names it
@@ -82,9 +93,9 @@ def test_ranks_of_another_checkpoint_are_refused(tmp_path):
 
 
 def test_a_file_that_is_not_read_is_refused(tmp_path):
-    folder = tmp_path / "experts"
+    folder = tmp_path / "without_zero"
     shutil.copytree(FIXTURES / "zero_1" / "step3", folder)
-    name = "layer_0_expert_0_mp_rank_00_model_states.pt"
+    name = "expp_rank_0_mp_rank_00_optim_states.pt"
     shutil.copy(folder / "mp_rank_00_model_states.pt", folder / name)
     with pytest.raises(InputError, match=f"{name}.*this one is not read"):
         open_checkpoint(folder).source.leaves()
