@@ -4,10 +4,11 @@
         --directory /tmp/bench
 
 Parts, one process each, as memory is counted from a process at rest:
+- `write`: a checkpoint for the parts below, unmeasured.
 - `save`: ours with a snapshot and without, beside a bare copy to the host.
 - `orbax`: its own asynchronous save and its restore.
-- `load`: what `save` wrote, on this mesh; with `--from FOLDER` also what another mesh wrote.
-- `reshard`: loads what `save` wrote with every leaf cut over all devices along its last dim that
+- `load`: what was written, on this mesh; with `--from FOLDER` also what another mesh wrote.
+- `reshard`: loads what was written with every leaf cut over all devices along its last dim that
   they divide, and saves it so into FOLDER given by `--from`.
 `checkpoint_torch.py` is torch's distributed checkpoint beside it. Steps are a matmul of `--work`
 rounds and a donated update of the whole state.
@@ -108,6 +109,13 @@ def run_save(abstract, options) -> None:
             jax.block_until_ready(jax.device_put(training.state, host))
 
 
+def run_write(abstract, options) -> None:
+    shutil.rmtree(options.directory, ignore_errors=True)
+    checkpoints = Checkpoints(CheckpointConfig(str(options.directory), 1, 1), fingerprint={})
+    checkpoints.save(1, drawn(abstract), {})
+    checkpoints.close()
+
+
 def run_orbax(abstract, options) -> None:
     training = Training(abstract, options.work)
     with contextlib.closing(ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())) as orbax:
@@ -175,7 +183,13 @@ def cut_last_dim(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-PARTS = {"save": run_save, "orbax": run_orbax, "load": run_load, "reshard": run_reshard}
+PARTS = {
+    "write": run_write,
+    "save": run_save,
+    "orbax": run_orbax,
+    "load": run_load,
+    "reshard": run_reshard,
+}
 
 
 def main() -> None:
