@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxscale.checkpoint import manifest, native
+from jaxscale.checkpoint import handlers, manifest, native
 from jaxscale.checkpoint.boxes import boxes, chunk_shape
 from jaxscale.checkpoint.file_array import is_plain_name
-from jaxscale.checkpoint.handlers import CHUNK_BYTES, is_os_error
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.types import InputError, check_positive
 
@@ -102,10 +101,12 @@ def convert(
     """
     num_workers = num_workers or os.cpu_count() or 1
     check_positive("budget_bytes", budget_bytes)
-    limit = min(CHUNK_BYTES, budget_bytes // (MAX_COPIES * num_workers))
+    limit = min(handlers.CHUNK_BYTES, budget_bytes // (MAX_COPIES * num_workers))
     plan = _plan(leaves, limit)
     folder = destination.unfinished
-    with _write_errors_named(destination), _held(destination):
+    expected = f"a folder in which {destination.path} can be written"
+    written = handlers.write_errors_named("destination", destination.directory, expected)
+    with written, _held(destination):
         if destination.path.exists():
             expected = "a step that does not exist yet"
             raise InputError("destination", str(destination.path), expected)
@@ -129,20 +130,6 @@ def _held(destination: Destination) -> Iterator[None]:
         raise InputError("destination", str(destination.directory), expected) from None
     finally:
         os.close(folder)
-
-
-@contextlib.contextmanager
-def _write_errors_named(destination: Destination) -> Iterator[None]:
-    """Turns the file system's refusal to write into InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        if not is_os_error(error):
-            raise
-        expected = f"a folder in which {destination.path} can be written ({error})"
-        raise InputError("destination", str(destination.directory), expected) from error
 
 
 def _write_all(state: Path, plan: list[_Leaf], num_workers: int, progress: Progress) -> None:

@@ -1,8 +1,11 @@
 """How orbax writes and reads the items of a checkpoint: `state`, `data` and `meta`."""
 
+import contextlib
 import logging
 import re
 import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +14,8 @@ from orbax.checkpoint._src.metadata import array_metadata_store
 
 # Orbax has no public name for when a leaf is copied to the host.
 from orbax.checkpoint._src.serialization import types as transfer
+
+from jaxscale.types import InputError
 
 # A restore reads whole chunks, so the chunk's size bounds what it reads in vain when the sharding
 # is another than that of the save.
@@ -91,6 +96,25 @@ def reason(error: Exception) -> str:
     """What the file system said, without TensorStore's account of what it was about."""
     found = re.search(r"([^:\[]+) \[(?:tensorstore_spec|os_error_code)=", str(error))
     return found[1].strip() if found else str(error)
+
+
+@contextlib.contextmanager
+def write_errors_named(parameter: str, folder: Path, expected: str) -> Iterator[None]:
+    """Turns the file system's refusal to write into InputError.
+
+    Args:
+        parameter: that names the folder.
+        folder: where is written.
+        expected: what it should have been.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        if not is_os_error(error):
+            raise
+        raise InputError(parameter, str(folder), f"{expected} ({reason(error)})") from error
 
 
 def silence() -> None:

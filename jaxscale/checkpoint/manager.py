@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,15 +129,18 @@ class Checkpoints:
             use_snapshot=config.use_snapshot,
         )
 
-    def check_writable(self) -> None:
-        """Raises InputError unless files can be created in the directory; makes it if need be."""
+    def prepare(self, abstract_state: Any) -> None:
+        """Makes the directory, and lets the first save hold a step up no longer than others do.
+
+        Args:
+            abstract_state: as `restore`.
+        Raises:
+            InputError: no file can be created in the directory.
+        """
         with self._write_errors_named("a folder in which files can be created"):
             self._directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._directory):
                 pass
-
-    def prepare(self, abstract_state: Any) -> None:
-        """Lets the first save hold a step up no longer than others do; arguments as `restore`."""
         self._writer.prepare(abstract_state)
 
     def latest_step(self) -> int | None:
@@ -227,7 +230,7 @@ class Checkpoints:
             InputError: there is none, it is damaged (and `use_previous` is off), or it is of
                 another model.
         """
-        path = self._sound_path(step, lambda name: True)
+        path = self._sound_path(step)
         leaves = NativeCheckpoint(path).leaves()
         matching.check_leaves(leaves, abstract_state, str(path), is_cast_allowed=False)
         state = load(leaves, abstract_state, budget_bytes=BUDGET_BYTES)
@@ -267,14 +270,13 @@ class Checkpoints:
         Raises:
             InputError: as `restore`, or something differs that `changes` does not name.
         """
-        path = self._sound_path(None, lambda name: True, is_changed=True)
+        path = self._sound_path(None, is_changed=True)
         state = load_changed(path, abstract_state, changes, budget_bytes=budget_bytes)
         return state, self._data_state(path)
 
     def data_state(self, step: int | None = None) -> dict[str, Any]:
         """Returns the loader's position alone; arguments and errors as `restore_params`."""
-        path = self._sound_path(step, lambda name: name.startswith("data/"))
-        return self._data_state(path)
+        return self._data_state(self._sound_path(step, lambda name: name.startswith("data/")))
 
     def close(self) -> None:
         """Waits and releases the writer's threads."""
@@ -326,7 +328,7 @@ class Checkpoints:
     def _sound_path(
         self,
         step: int | None,
-        is_wanted: Callable[[str], bool],
+        is_wanted: Callable[[str], bool] = lambda name: True,
         *,
         is_changed: bool = False,
     ) -> pathlib.Path:
@@ -392,12 +394,5 @@ class Checkpoints:
     def _input_error(self, expected: str) -> InputError:
         return InputError("checkpoint.directory", str(self._directory), expected)
 
-    @contextlib.contextmanager
-    def _write_errors_named(self, expected: str) -> Iterator[None]:
-        """Turns the file system's refusal to write into InputError."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            if not handlers.is_os_error(error):
-                raise
-            raise self._input_error(f"{expected} ({handlers.reason(error)})") from error
+    def _write_errors_named(self, expected: str) -> contextlib.AbstractContextManager[None]:
+        return handlers.write_errors_named("checkpoint.directory", self._directory, expected)

@@ -98,7 +98,6 @@ def train(
     if int(state.step) >= config.steps:
         logger.info("nothing to do: step %d of %d", int(state.step), config.steps)
         return Outcome(int(state.step), None)
-    checkpoints.check_writable()
     checkpoints.prepare(setup.canonical_state)
     step_fn = make_step(setup)
     # What refuses only when it is traced does so here, before a file changes. The first step finds

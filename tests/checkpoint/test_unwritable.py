@@ -24,7 +24,7 @@ def test_directory_that_is_a_file(tmp_path):
     with pytest.raises(InputError, match=message):
         open_at(tmp_path / "file")
     with pytest.raises(InputError, match="Not a directory"):
-        open_at(tmp_path / "file" / "below").check_writable()
+        open_at(tmp_path / "file" / "below").prepare(small_state())
 
 
 def test_unwritable_directory(tmp_path, monkeypatch):
@@ -33,13 +33,13 @@ def test_unwritable_directory(tmp_path, monkeypatch):
 
     folder = tmp_path / "a" / "b"
     checkpoints = open_at(folder)
-    checkpoints.check_writable()
+    checkpoints.prepare(small_state())
     assert folder.is_dir()
     assert not list(folder.iterdir())
     monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
     message = r"a/b', expected a folder in which .*Permission denied"
     with pytest.raises(InputError, match=message):
-        checkpoints.check_writable()
+        checkpoints.prepare(small_state())
     with pytest.raises(InputError, match=message):
         checkpoints.save(1, small_state(), {})
 
