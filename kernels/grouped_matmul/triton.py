@@ -14,58 +14,7 @@ from jax import Array
 
 from jaxscale.kernels.grouped_matmul.tiles import row_tiles
 from jaxscale.kernels.triton_call import blocks_of, call
-
-BAND = 8  # tiles of rows whose programs run side by side, so that they share columns in L2
-
-
-@triton.jit
-def _place(number, num_rows, num_columns, BAND: tl.constexpr):
-    """(row, column) of the `number`-th tile of a grid of tiles, band after band of rows."""
-    first = number // (BAND * num_columns) * BAND
-    height = min(num_rows - first, BAND)
-    within = number % (BAND * num_columns)
-    return first + within % height, within // height
-
-
-@triton.jit
-def _add_product(
-    left,
-    right,
-    accumulator,
-    row,
-    column,
-    group,
-    depth,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    IS_TRANSPOSED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Adds a tile's product to the accumulator; `depth` is DEPTH, or 0 for no product."""
-    k = tl.arange(0, STEP)
-    left += row.to(tl.int64)[:, None] * DEPTH + k[None, :]
-    right += group.to(tl.int64) * (DEPTH * WIDTH)
-    if IS_TRANSPOSED:
-        right += column[None, :] * DEPTH + k[:, None]
-    else:
-        right += k[:, None] * WIDTH + column[None, :]
-    is_column = (column < WIDTH)[None, :]
-    for first in range(0, depth, STEP):
-        if DEPTH % STEP:
-            is_depth = first + k < DEPTH
-            a = tl.load(left, mask=is_depth[None, :], other=0.0)
-            b = tl.load(right, mask=is_depth[:, None] & is_column, other=0.0)
-        elif WIDTH % COLUMNS:
-            a = tl.load(left)
-            b = tl.load(right, mask=is_column, other=0.0)
-        else:
-            a = tl.load(left)
-            b = tl.load(right)
-        accumulator = tl.dot(a, b, accumulator)
-        left += STEP
-        right += STEP if IS_TRANSPOSED else STEP * WIDTH
-    return accumulator
+from jaxscale.kernels.triton_matmul import BAND, add_product, place
 
 
 @triton.jit
@@ -88,7 +37,7 @@ def _product(
     BAND: tl.constexpr,
 ):
     """One tile of rows times one tile of columns of their group's matrix, for one or two pairs."""
-    tile, column_tile = _place(tl.program_id(0), NUM_TILES, tl.cdiv(WIDTH, COLUMNS), BAND)
+    tile, column_tile = place(tl.program_id(0), NUM_TILES, tl.cdiv(WIDTH, COLUMNS), BAND)
     group = tl.load(table + tile)
     start = tl.load(table + NUM_TILES + tile)
     end = tl.load(table + 2 * NUM_TILES + tile)
@@ -100,15 +49,15 @@ def _product(
     row_read = tl.minimum(row, end - 1)
     # The rows past the last group have no matrix.
     depth = tl.where(group < NUM_GROUPS, DEPTH, 0)
-    group = tl.minimum(group, NUM_GROUPS - 1)
+    matrix = tl.minimum(group, NUM_GROUPS - 1).to(tl.int64) * (DEPTH * WIDTH)
     accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-    accumulator = _add_product(
-        left, right, accumulator, row_read, column, group, depth,
+    accumulator = add_product(
+        left, right + matrix, accumulator, row_read, column, depth,
         DEPTH, WIDTH, IS_TRANSPOSED, COLUMNS, STEP,
     )  # fmt: skip
     if NUM_PAIRS == 2:
-        accumulator = _add_product(
-            second_left, second_right, accumulator, row_read, column, group, depth,
+        accumulator = add_product(
+            second_left, second_right + matrix, accumulator, row_read, column, depth,
             DEPTH, WIDTH, IS_TRANSPOSED, COLUMNS, STEP,
         )  # fmt: skip
     out += row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -133,7 +82,7 @@ def _weight_gradient(
     num_rows, num_columns = tl.cdiv(DEPTH, ROWS), tl.cdiv(WIDTH, COLUMNS)
     group = tl.program_id(0) // (num_rows * num_columns)
     number = tl.program_id(0) % (num_rows * num_columns)
-    i, j = _place(number, num_rows, num_columns, BAND)
+    i, j = place(number, num_rows, num_columns, BAND)
     start = tl.load(ends + group)
     end = tl.load(ends + group + 1)
     depth = i * ROWS + tl.arange(0, ROWS)

@@ -1,6 +1,7 @@
 """Linear cross-entropy: each token's logit of its label, and log sum exp of all its logits."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ from jax import Array
 from jaxscale.kernels.checks import check_backend, require
 from jaxscale.kernels.linear_cross_entropy import pallas, reference
 from jaxscale.kernels.linear_cross_entropy.block_sizes import H200
+from jaxscale.kernels.triton_call import blocks_of, missing
 
-BACKENDS = ("reference", "mosaic")
+BACKENDS = ("reference", "mosaic", "triton")
 
 
 def label_and_normaliser(
@@ -34,8 +36,8 @@ def label_and_normaliser(
         h: [T, D].
         head: [V, D] of the same type.
         labels: [T] int32; one outside [0, V) has the logit 0.
-        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs.
-        interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
+        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, "triton" for Ampere and newer.
+        interpret: JAX's parameters of interpretation, to try a kernel on a CPU; False compiles it.
     Returns:
         (logit of the label [T], log sum exp [T]), float32.
     Raises:
@@ -48,9 +50,9 @@ def label_and_normaliser(
     require(is_fit, "label_and_normaliser", given, "[T, D], [V, D] and [T]")
     reason = refusal(implementation, h, head)
     check_backend("label_and_normaliser", implementation, BACKENDS, reason)
-    if implementation == "mosaic":
-        return _mosaic(h, head, labels, interpret)
-    return reference.label_and_normaliser(h, head, labels)
+    if implementation == "reference":
+        return reference.label_and_normaliser(h, head, labels)
+    return _by_kernel(h, head, labels, implementation, interpret)
 
 
 def refusal(implementation: str, h: Array, head: Array) -> str | None:
@@ -61,28 +63,41 @@ def refusal(implementation: str, h: Array, head: Array) -> str | None:
     if implementation == "reference":
         return None
     is_half = h.dtype in (jnp.bfloat16, jnp.float16)
-    if is_half and head.dtype == h.dtype:
-        return None
-    return f"h and head both bfloat16 or both float16, but they are {h.dtype} and {head.dtype}"
+    if not is_half or head.dtype != h.dtype:
+        return f"h and head both bfloat16 or both float16, but they are {h.dtype} and {head.dtype}"
+    return missing() if implementation == "triton" else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _mosaic(
+def _kernel(implementation: str) -> tuple[Callable, int]:
+    """(the backend's `exponentials`, columns of its tiles)."""
+    if implementation == "triton":
+        # Triton is optional, so it is imported where it is used.
+        from jaxscale.kernels.linear_cross_entropy import triton
+
+        return triton.exponentials, blocks_of(triton.OPERATION).columns
+    return functools.partial(pallas.exponentials, blocks=H200), H200.columns
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _by_kernel(
     h: Array,
     head: Array,
     labels: Array,
+    implementation: str,
     interpret: Any,
 ) -> tuple[Array, Array]:
-    return _forward(h, head, labels, interpret)[0]
+    return _forward(h, head, labels, implementation, interpret)[0]
 
 
 def _forward(
     h: Array,
     head: Array,
     labels: Array,
+    implementation: str,
     interpret: Any,
 ):
-    values, tops, sums = pallas.exponentials(h, head, blocks=H200, interpret=interpret)
+    exponentials, _ = _kernel(implementation)
+    values, tops, sums = exponentials(h, head, interpret=interpret)
     # Join the sums of the tiles, each of which is relative to its own largest logit.
     top = tops.max(0)
     total = (sums * jnp.exp(tops - top)).sum(0)
@@ -98,6 +113,7 @@ def _forward(
 
 
 def _backward(
+    implementation: str,
     interpret: Any,
     residuals: tuple[Array, ...],
     cotangents: tuple[Array, Array],
@@ -106,7 +122,8 @@ def _backward(
     dlabel, dnormaliser = cotangents
     vocabulary = head.shape[0]
     scale = (scales * dnormaliser).T
-    scale = jnp.repeat(scale, H200.columns, axis=1)[:, :vocabulary]
+    _, columns = _kernel(implementation)
+    scale = jnp.repeat(scale, columns, axis=1)[:, :vocabulary]
     is_label = jnp.arange(vocabulary) == labels[:, None]
     of_normaliser = values[:, :vocabulary].astype(jnp.float32) * scale
     of_label = jnp.where(is_label, dlabel[:, None], 0)
@@ -116,4 +133,4 @@ def _backward(
     return dh, dhead, None
 
 
-_mosaic.defvjp(_forward, _backward)
+_by_kernel.defvjp(_forward, _backward)

@@ -16,7 +16,9 @@ from tests.kernels.interpretation import (
     INTERPRET,
     assert_norm_close,
     assert_same_bits,
+    interpret_of,
     lower_for_gpu,
+    skip_unless_runnable,
 )
 
 EPSILON = 1e-3
@@ -38,15 +40,16 @@ LARGEST = 0.05  # root mean square of a row, whose square is next to EPSILON
 
 def by_backend(implementation):
     """Results and gradients: an interpreted kernel is run call by call, the twin as one program."""
-    settings = dict(implementation=implementation, interpret=INTERPRET)
+    settings = dict(implementation=implementation, interpret=interpret_of(implementation))
     f = functools.partial(results_and_gradients, functools.partial(residual_norm, **settings))
-    return f if implementation == "mosaic" else jax.jit(f)
+    return jax.jit(f) if implementation == "reference" else f
 
 
 @pytest.fixture(params=BACKENDS)
 def run(request):
     if request.param == "mosaic" and IS_OLD:
         pytest.skip(OLD_REASON)
+    skip_unless_runnable(request.param)
     return by_backend(request.param)
 
 
@@ -98,8 +101,8 @@ def test_twice_the_same_bits(run):
     assert_same_bits(run(*arguments), run(*arguments))
 
 
-@pytest.mark.skipif(IS_OLD, reason=OLD_REASON)
-def test_the_sum_of_both_gradients_is_rounded_once():
+@pytest.mark.parametrize("run", ["mosaic", "triton"], indirect=True)
+def test_the_sum_of_both_gradients_is_rounded_once(run):
     """Two rounded parts that cancel but for a bit would leave a wrong one.
 
     The kernel adds before it rounds.
@@ -108,7 +111,7 @@ def test_the_sum_of_both_gradients_is_rounded_once():
     no_dx = np.zeros_like(dy, np.float64)
     _, _, alone, _ = naive(x, scale, no_dx, dy)
     arguments = x, scale, jnp.asarray(-alone, "bfloat16"), dy
-    _, _, got, _ = by_backend("mosaic")(*arguments)
+    _, _, got, _ = run(*arguments)
     _, _, want, _ = naive(*arguments)
     assert_norm_close(got, want, TOLERANCE)
 
