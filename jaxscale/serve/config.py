@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from jaxscale.ops.device import is_hopper
+from jaxscale.ops.device import kernel_family
 from jaxscale.serve.packing import Buckets, powers_up_to
 from jaxscale.serve.placement import Placement
 from jaxscale.serve.scheduler import SchedulerConfig
@@ -74,7 +74,7 @@ class EngineConfig:
         context = self.scheduler(max_length).max_context // self.block_size
         most = self.max_sequences
         # Our kernels pass over rows and pages of padding, which XLA's gathers read.
-        is_free = is_hopper()
+        is_free = kernel_family() != "xla"
         return Buckets(
             # XLA multiplies a single row by other and slower means than two.
             singles=powers_up_to(most, smallest=min(2, most), factor=4),

@@ -25,13 +25,9 @@ from jaxscale.kernels.attention.tiles import (
     query_visits,
 )
 from jaxscale.kernels.triton_call import blocks_of, call
+from jaxscale.kernels.triton_softmax import capped, softmax_step
 
 LOG2E = math.log2(math.e)
-
-
-@triton.jit
-def _tanh(x):
-    return 1 - 2 / (1 + tl.exp2(x * 2.8853900817779268))
 
 
 @triton.jit
@@ -83,7 +79,6 @@ def _attend(
     BLOCK: tl.constexpr,
 ):
     """Goes over tiles of keys; `top` and the exponents are in powers of two."""
-    factor: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * 1.4426950408889634
     for number in range(begin, end):
         position = number
         if IS_MASKED:
@@ -96,28 +91,20 @@ def _attend(
             k = tl.load(k_tile + offset, mask=(key < NUM_KEYS)[None, :], other=0.0)
         else:
             k = tl.load(k_tile + offset)
-        logits = tl.dot(q, k)
-        if SOFTCAP > 0:
-            logits = _tanh(logits * (SCALE / SOFTCAP))
+        logits, factor = capped(tl.dot(q, k), SCALE, SOFTCAP)
         if IS_MASKED:
             sees = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
             if NUM_PATTERNS:
                 bit = query % ROWS // BLOCK
                 sees = sees & ((flags >> bit) & 1 > 0)[:, None]
             logits = tl.where(sees, logits, -float("inf"))
-        new = tl.maximum(top, tl.max(logits, 1) * factor)
-        # Where nothing is seen yet, -inf - -inf would be NaN.
-        safe = tl.where(new == -float("inf"), 0.0, new) if IS_MASKED else new
-        p = tl.exp2(logits * factor - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, total, top = softmax_step(logits, factor, total, top, IS_MASKED)
         o = o * shrink[:, None]
         if IS_MASKED and NUM_KEYS % COLUMNS:
             v = tl.load(v_tile + offset, mask=(key < NUM_KEYS)[:, None], other=0.0)
         else:
             v = tl.load(v_tile + offset)
         o = tl.dot(p.to(v.dtype), v, o)
-        top = new
     return o, total, top
 
 
@@ -224,7 +211,6 @@ def _add_gradients(
     BLOCK: tl.constexpr,
 ):
     """Goes over tiles of queries of one head; logits and their gradients are [keys, queries]."""
-    factor: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * 1.4426950408889634
     h = tl.arange(0, HEAD_DIM)
     for number in range(begin, end):
         position = number
@@ -240,9 +226,7 @@ def _add_gradients(
         else:
             q_tile = tl.load(q + at)
             do_tile = tl.load(do + at)
-        logits = tl.dot(k, tl.trans(q_tile))
-        if SOFTCAP > 0:
-            logits = _tanh(logits * (SCALE / SOFTCAP))
+        logits, factor = capped(tl.dot(k, tl.trans(q_tile)), SCALE, SOFTCAP)
         p = tl.exp2(logits * factor - tl.load(lse + query)[None, :])
         if IS_MASKED:
             low_query = tl.load(low + query)

@@ -8,10 +8,11 @@ from jax import Array
 
 from jaxscale.kernels.checks import check_backend, require
 from jaxscale.kernels.paged_attention import pallas, reference
+from jaxscale.kernels.triton_call import missing
 
-BACKENDS = ("reference", "mosaic")
+BACKENDS = ("reference", "mosaic", "triton")
 HEAD_DIMS = (64, 128, 256)
-PAGE_SIZES = (64, 128)
+PAGE_SIZES = {"mosaic": (64, 128), "triton": (16, 32, 64, 128)}
 
 
 def paged_attention(
@@ -40,13 +41,13 @@ def paged_attention(
         low, high: [D] int32, within 0 and P * page size; a query with high <= low sees nothing.
         scale: factor on the logits.
         softcap: c in c * tanh(logits / c); None for none.
-        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs.
-        interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
+        implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, "triton" for Ampere and newer.
+        interpret: JAX's parameters of interpretation, to try a kernel on a CPU; False compiles it.
     Returns:
         [D, N, H] in the type of `q`; 0 where a query sees nothing.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: "mosaic" reads the pages from low to high once, 4 H K bytes a key in bfloat16.
+    Cost: a kernel reads the pages from low to high once, 4 H K bytes a key in bfloat16.
     """
     _check_shapes(q, k_pages, v_pages, block_table)
     reason = refusal(implementation, q, k_pages)
@@ -54,7 +55,12 @@ def paged_attention(
     if implementation == "reference":
         settings = dict(scale=scale, softcap=softcap)
         return reference.paged_attention(q, k_pages, v_pages, block_table, low, high, **settings)
-    return pallas.paged_attention(
+    if implementation == "triton":
+        # Triton is optional, so it is imported where it is used.
+        from jaxscale.kernels.paged_attention import triton as kernel
+    else:
+        kernel = pallas
+    return kernel.paged_attention(
         q,
         k_pages,
         v_pages,
@@ -97,10 +103,13 @@ def refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
         return f"q and pages both bfloat16 or both float16, here {q.dtype} and {k_pages.dtype}"
     if q.shape[2] not in HEAD_DIMS:
         return f"head_dim one of {HEAD_DIMS}, here {q.shape[2]}"
-    if k_pages.shape[1] not in PAGE_SIZES:
-        return f"a page size of {PAGE_SIZES}, here {k_pages.shape[1]}"
+    page_sizes = PAGE_SIZES[implementation]
+    if k_pages.shape[1] not in page_sizes:
+        return f"a page size of {page_sizes}, here {k_pages.shape[1]}"
     if q.shape[1] // k_pages.shape[2] > pallas.MAX_GROUPS:
         return f"N / K <= {pallas.MAX_GROUPS}, here {q.shape[1]} / {k_pages.shape[2]}"
+    if implementation == "triton":
+        return missing()
     if jax.__version_info__ < (0, 11):
         return f"jax >= 0.11, but this is {jax.__version__}"
     return None

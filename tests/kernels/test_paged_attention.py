@@ -7,7 +7,14 @@ import pytest
 
 from jaxscale.kernels.paged_attention import pallas
 from jaxscale.kernels.paged_attention.api import BACKENDS, paged_attention, refusal
-from tests.kernels.interpretation import INTERPRET, assert_norm_close, long_but, lower_for_gpu
+from tests.kernels.interpretation import (
+    INTERPRET,
+    assert_norm_close,
+    interpret_of,
+    long_but,
+    lower_for_gpu,
+    skip_unless_runnable,
+)
 
 IS_NEW = jax.__version_info__ >= (0, 11)
 TOLERANCE = 4e-3  # of the norm, in bfloat16
@@ -65,7 +72,8 @@ def test_attention_over_pages(case, implementation):
     if implementation == "mosaic" and not IS_NEW:
         pytest.skip("the kernel needs jax 0.11")
     arrays, settings = draw(case)
-    interpret = INTERPRET if implementation == "mosaic" else False
+    skip_unless_runnable(implementation)
+    interpret = interpret_of(implementation)
     o = paged_attention(*arrays, **settings, implementation=implementation, interpret=interpret)
     assert o.dtype == arrays[0].dtype
     assert_norm_close(o, expected(arrays, **settings), TOLERANCE)

@@ -19,7 +19,8 @@ from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "mosaic", "invariant")
+FAMILIES = ("mosaic", "triton")
+BACKENDS = ("reference", *FAMILIES, "invariant")
 QUERY_CHUNK = 256  # queries of prompts whose logits exist at a time in the reference
 
 
@@ -126,17 +127,20 @@ def attend(
     if implementation is None:
         implementation = _choose(q, context, cache)
     check_choice("implementation", implementation, BACKENDS)
-    if implementation == "mosaic" and (reason := _refusal(q, context, cache)):
+    if implementation in FAMILIES and (reason := _refusal(implementation, q, context, cache)):
         raise InputError("implementation", implementation, reason)
     if implementation == "invariant":
         return _invariant(q[0], context, cache, rows)[None], cache
-    is_fast = implementation == "mosaic"
-    over_table = _kernel_over_table if is_fast else _reference_over_table
+    over_table, over_prompts = _reference_over_table, _reference_over_prompts
+    if implementation in FAMILIES:
+        over_table, over_prompts = (
+            functools.partial(f, family=implementation)
+            for f in (_kernel_over_table, _kernel_over_prompts)
+        )
     single = over_table(q[0], context, cache, rows)
     if not len(rows.prompt_pages):
         return single[None], cache
     num = len(single)
-    over_prompts = _kernel_over_prompts if is_fast else _reference_over_prompts
     k, v = (pages[rows.prompt_pages].astype(q.dtype) for pages in (cache.k, cache.v))
     of_prompts = over_prompts(q, k, v, context, rows)
     is_prompt = (rows.segments[:num] > 0)[:, None, None]
@@ -145,17 +149,23 @@ def attend(
 
 
 def _choose(q: Array, context: AttentionContext, cache: PagedCache) -> str:
-    is_fast = kernel_family() == "mosaic" and _refusal(q, context, cache) is None
-    chosen = "mosaic" if is_fast else "reference"
+    family = kernel_family()
+    is_fast = family in FAMILIES and _refusal(family, q, context, cache) is None
+    chosen = family if is_fast else "reference"
     logger.info("paged attention: backend %s for %s", chosen, q.dtype)
     return chosen
 
 
-def _refusal(q: Array, context: AttentionContext, cache: PagedCache) -> str | None:
+def _refusal(
+    family: str,
+    q: Array,
+    context: AttentionContext,
+    cache: PagedCache,
+) -> str | None:
     """What the kernels would need, as the text of an error; None when they can."""
     if context.layout is not None:
         return "a backend for a layout of blocks"
-    return single_kernel.refusal("mosaic", q[0], cache.k) or attention_refusal("mosaic", q, q)
+    return single_kernel.refusal(family, q[0], cache.k) or attention_refusal(family, q, q)
 
 
 def _invariant(
@@ -223,6 +233,8 @@ def _kernel_over_table(
     context: AttentionContext,
     cache: PagedCache,
     rows: RaggedRows,
+    *,
+    family: str,
 ) -> Array:
     """As `_reference_over_table`; 0 for padding and for tokens of prompts."""
     num = len(rows.block_table)
@@ -238,7 +250,7 @@ def _kernel_over_table(
         high,
         scale=context.logits_scale(q.shape[2]),
         softcap=context.softcap,
-        implementation="mosaic",
+        implementation=family,
     )
 
 
@@ -248,6 +260,8 @@ def _kernel_over_prompts(
     v: Array,
     context: AttentionContext,
     rows: RaggedRows,
+    *,
+    family: str,
 ) -> Array:
     """Attention of q [1, T, N, H] over the pages [C, S of a page, K, H] of its prompts.
 
@@ -263,7 +277,7 @@ def _kernel_over_prompts(
         high[None],
         scale=context.logits_scale(q.shape[3]),
         softcap=context.softcap,
-        implementation="mosaic",
+        implementation=family,
     )
     return o
 

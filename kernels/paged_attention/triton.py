@@ -1,0 +1,126 @@
+"""Attention over pages for any NVIDIA GPU since Ampere, as a Triton kernel.
+
+A program reads a stream of tiles of keys of one sequence and kv head; a tile is a page or a part
+of one. Where there are fewer sequences and heads than the GPU has room for, the tiles of each are
+dealt out to several streams, whose results are added up by their normalisers.
+
+Source: Dao 2023 (arXiv 2307.08691), algorithm 1; Dao et al. 2023, Flash-Decoding.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jax import Array
+
+from jaxscale.kernels.triton_call import blocks_of, call
+from jaxscale.kernels.triton_softmax import LEAST_ROWS, capped, softmax_step
+
+PROGRAMS = 264  # that run at a time: two on each multiprocessor of a large GPU
+
+
+@triton.jit
+def _over_pages(
+    block_table,
+    low,
+    high,
+    q,
+    k_pages,
+    v_pages,
+    o,
+    lse,
+    TABLE_WIDTH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One stream of one sequence and kv head."""
+    sequence, head, stream = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_streams = tl.num_programs(2)
+    low_key = tl.load(low + sequence)
+    high_key = tl.load(high + sequence)
+    row, h, key = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM), tl.arange(0, COLUMNS)
+    is_row = (row < GROUPS)[:, None]
+    first_row = (sequence.to(tl.int64) * KV_HEADS + head) * GROUPS
+    of_queries = (first_row + row[:, None]) * HEAD_DIM + h[None, :]
+    q_tile = tl.load(q + of_queries, mask=is_row, other=0.0)
+    stride: tl.constexpr = KV_HEADS * HEAD_DIM
+    k_page = k_pages + head * HEAD_DIM + key[None, :] * stride + h[:, None]
+    v_page = v_pages + head * HEAD_DIM + key[:, None] * stride + h[None, :]
+    o_tile = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    end = tl.where(high_key > low_key, tl.cdiv(high_key, COLUMNS), 0)
+    for number in range(low_key // COLUMNS + stream, end, num_streams):
+        first = number * COLUMNS
+        page = tl.load(block_table + sequence * TABLE_WIDTH + first // PAGE_SIZE).to(tl.int64)
+        slot = (page * PAGE_SIZE + first % PAGE_SIZE) * stride
+        logits = tl.dot(q_tile, tl.load(k_page + slot))
+        logits, factor = capped(logits, SCALE, SOFTCAP)
+        place = first + key
+        sees = (place >= low_key) & (place < high_key)
+        logits = tl.where(sees[None, :], logits, -float("inf"))
+        p, shrink, total, top = softmax_step(logits, factor, total, top, True)
+        v_tile = tl.load(v_page + slot)
+        o_tile = tl.dot(p.to(v_tile.dtype), v_tile, o_tile * shrink[:, None])
+    sees_any = total > 0
+    total = tl.where(sees_any, total, 1.0)
+    lse_tile = tl.where(sees_any, (top + tl.log2(total)) / 1.4426950408889634, -float("inf"))
+    row_out = ((sequence.to(tl.int64) * KV_HEADS + head) * num_streams + stream) * GROUPS + row
+    at = row_out[:, None] * HEAD_DIM + h[None, :]
+    tl.store(o + at, (o_tile / total[:, None]).to(o.dtype.element_ty), mask=is_row)
+    tl.store(lse + row_out, lse_tile, mask=row < GROUPS)
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Array,
+    low: Array,
+    high: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    interpret: Any = False,
+) -> Array:
+    """As `api.paged_attention`."""
+    num, num_heads, head_dim = q.shape
+    _, page_size, kv_heads, _ = k_pages.shape
+    groups, width = num_heads // kv_heads, block_table.shape[1]
+    blocks = blocks_of("paged_attention")
+    columns = min(blocks.columns, page_size)
+    num_tiles = width * page_size // columns
+    num_streams = max(min(PROGRAMS // (num * kv_heads), num_tiles), 1)
+    shape = num, kv_heads, num_streams, groups
+    o, lse = call(
+        _over_pages,
+        *(block_table, low, high, q, k_pages, v_pages),
+        out_type=(
+            jax.ShapeDtypeStruct((*shape, head_dim), q.dtype),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ),
+        grid=(num, kv_heads, num_streams),
+        blocks=blocks,
+        interpret=interpret,
+        TABLE_WIDTH=width,
+        KV_HEADS=kv_heads,
+        GROUPS=groups,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        SCALE=scale,
+        SOFTCAP=softcap or 0.0,
+        ROWS=max(triton.next_power_of_2(groups), LEAST_ROWS),
+        COLUMNS=columns,
+    )
+    # A stream that sees nothing has an lse of -inf and an output of 0.
+    weights = jax.nn.softmax(jnp.maximum(lse, jnp.finfo(lse.dtype).min), axis=2)
+    joined = (o * weights[..., None]).sum(2) if num_streams > 1 else o
+    return joined.reshape(q.shape).astype(q.dtype)

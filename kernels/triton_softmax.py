@@ -1,0 +1,39 @@
+"""The online softmax that the Triton attention kernels share; exponents are in powers of two.
+
+Source: Dao 2023, FlashAttention-2 (arXiv 2307.08691), algorithm 1.
+"""
+
+import triton
+import triton.language as tl
+
+LEAST_ROWS = 16  # of a product of tensor cores
+
+
+@triton.jit
+def capped(logits, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(logits or their tanh, what they are to be multiplied by to be exponents of two)."""
+    if SOFTCAP > 0:
+        # tanh, which Triton has not.
+        logits = 1 - 2 / (1 + tl.exp2(logits * (SCALE / SOFTCAP) * 2.8853900817779268))
+    factor: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * 1.4426950408889634
+    return logits, factor
+
+
+@triton.jit
+def softmax_step(logits, factor, total, top, IS_MASKED: tl.constexpr):
+    """One step over a tile of keys.
+
+    Args:
+        logits: [rows, keys], -inf where a key is not seen; only if IS_MASKED.
+        factor: makes them exponents.
+        total: [rows] the sum of the exponentials so far, relative to `top`.
+        top: [rows] the largest exponent so far.
+    Returns:
+        (exponentials [rows, keys], what the sums of before shrink by [rows], total, top).
+    """
+    new = tl.maximum(top, tl.max(logits, 1) * factor)
+    # Where nothing is seen yet, -inf - -inf would be NaN.
+    safe = tl.where(new == -float("inf"), 0.0, new) if IS_MASKED else new
+    p = tl.exp2(logits * factor - safe[:, None])
+    shrink = tl.exp2(top - safe)
+    return p, shrink, total * shrink + tl.sum(p, 1), new

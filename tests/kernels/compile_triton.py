@@ -1,0 +1,89 @@
+"""Compiles every Triton kernel for one GPU that is not here; prints name and shared memory.
+
+python tests/kernels/compile_triton.py 8.0
+"""
+
+import sys
+
+import jax
+import jax_triton.triton_lib as triton_lib
+
+from jaxscale.kernels import device
+from jaxscale.kernels.attention import triton as attention
+from jaxscale.kernels.attention.tiles import BlockLayout
+from jaxscale.kernels.grouped_matmul import triton as grouped_matmul
+from jaxscale.kernels.linear_cross_entropy import triton as linear_cross_entropy
+from jaxscale.kernels.paged_attention import triton as paged_attention
+from jaxscale.kernels.rms_norm import triton as rms_norm
+
+
+def array(*shape, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def integers(*shape):
+    return array(*shape, dtype="int32")
+
+
+def programs():
+    """(name, function, arguments) at shapes that models train and serve with."""
+    rows, weights, products = array(4096, 2048), array(16, 2048, 1408), array(4096, 1408)
+
+    def multiply(left, right, sizes, is_transposed):
+        return grouped_matmul.forward((left,), (right,), sizes, is_transposed=is_transposed)
+
+    sizes = integers(16)
+    yield "product", lambda *a: multiply(*a, False), (rows, weights, sizes)
+    yield "input gradient", lambda *a: multiply(*a, True), (products, weights, sizes)
+    yield "weight gradient", grouped_matmul.weight_gradient, (rows, products, sizes)
+    yield "cross-entropy", linear_cross_entropy.exponentials, (rows, array(32064, 2048))
+    scale = array(2048, dtype="float32")
+    yield "norm", lambda *a: rms_norm.backward(*a, epsilon=1e-5), (rows, scale, rows, rows)
+    for head_dim in (64, 128, 256):
+        yield from attention_programs(head_dim, None)
+        table = integers(64, 20), integers(64), integers(64)
+        pages = array(999, 128, 8, head_dim)
+        settings = dict(scale=0.1, softcap=None)
+        yield (
+            f"pages {head_dim}",
+            lambda *a, settings=settings: paged_attention.paged_attention(*a, **settings),
+            (array(64, 32, head_dim), pages, pages, *table),
+        )
+    yield from attention_programs(128, BlockLayout())
+
+
+def attention_programs(head_dim, layout):
+    settings = dict(scale=0.1, softcap=30.0, layout=layout)
+    q, kv, bounds = array(2, 2048, 32, head_dim), array(2, 2048, 8, head_dim), integers(1, 2048)
+    lse = array(2, 32, 2048, dtype="float32")
+    name = f"{head_dim}{' layout' if layout else ''}"
+    yield (
+        f"attention {name}",
+        lambda *a: attention.forward(*a, **settings),
+        (q, kv, kv, bounds, bounds),
+    )
+    yield (
+        f"attention gradient {name}",
+        lambda *a: attention.backward(*a, **settings),
+        (q, kv, kv, q, lse, lse, bounds, bounds),
+    )
+
+
+def main(capability):
+    """One line a kernel."""
+    device.compute_capability = lambda: capability
+    library, shared = triton_lib.triton_kernel_call_lib, []
+    make_kernel = library.TritonKernel
+
+    def noted(name, warps, blocks, shared_bytes, *rest):
+        shared.append(shared_bytes)
+        return make_kernel(name, warps, blocks, shared_bytes, *rest)
+
+    library.TritonKernel = noted
+    for name, f, arguments in programs():
+        jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",))
+        print(f"{name}: {shared.pop()}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
