@@ -1,4 +1,4 @@
-"""Saves to an S3 server, loses the directory and comes back; moto's server is enough:
+"""Saves to an S3 server, loses the directory, comes back and looks; moto's server is enough:
 
     pip install 'moto[server]' && moto_server -H 127.0.0.1 -p 5777
     AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=y PYTHONPATH=. \\
@@ -6,11 +6,13 @@
 """
 
 import contextlib
+import os
 import sys
 import tempfile
 import urllib.request
 from pathlib import Path
 
+from jaxscale import cli
 from jaxscale.checkpoint.mirror import MirrorConfig
 from tests.checkpoint.states import abstract, assert_same, make_state, mesh_of, open_at
 
@@ -30,6 +32,9 @@ def main() -> None:
         restored, position = checkpoints.restore(abstract(states[4], mesh_of(1, 1)))
     assert_same(restored, states[4])
     print(f"step {position['position']} came back bit by bit")
+    os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1"}
+    for words in (["ls"], ["verify"], ["diff", str(folder / "lost")]):
+        assert cli.main(["checkpoint", words[0], mirror.url, *words[1:]]) == 0
 
 
 if __name__ == "__main__":

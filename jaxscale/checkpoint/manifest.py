@@ -5,17 +5,21 @@ format, 200 came back as wrong weights without a word.
 """
 
 import concurrent.futures
+import functools
 import json
+import operator
 import os
 import pathlib
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 MANIFEST = "checksums.json"
 BLOCK_BYTES = 1 << 22
 MAX_THREADS = 8
 PARAMS_FILES = ("state/_", "state/array_metadatas/", "state/params.")
 
+Folder = Any  # a pathlib.Path or a `remote.RemotePath`
 FileFacts = tuple[int, str]  # size in bytes, or -1 for no file; CRC-32 in hexadecimal
 
 
@@ -35,7 +39,7 @@ def write_manifest(folder: pathlib.Path) -> None:
 
 
 def find_damage(
-    folder: pathlib.Path, is_wanted: Callable[[str], bool], share: slice = slice(None)
+    folder: Folder, is_wanted: Callable[[str], bool], share: slice = slice(None)
 ) -> str | None:
     """Returns what is wrong with the first damaged file below `folder`, or None.
 
@@ -65,7 +69,7 @@ def is_for_params(name: str) -> bool:
     return name.startswith(PARAMS_FILES)
 
 
-def _read_manifest(folder: pathlib.Path) -> dict[str, list]:
+def _read_manifest(folder: Folder) -> dict[str, list]:
     content = (folder / MANIFEST).read_text()
     crc, _, text = content.partition("\n")
     if crc != _crc_of(text):
@@ -73,14 +77,18 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, list]:
     return json.loads(text)
 
 
-def _facts_of(folder: pathlib.Path, names: list[str]) -> list[FileFacts]:
+def _facts_of(folder: Folder, names: list[str]) -> list[FileFacts]:
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-    paths = [folder / name for name in names]
+    paths = [_within(folder, name) for name in names]
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         return list(pool.map(_facts, paths))
 
 
-def _facts(path: pathlib.Path) -> FileFacts:
+def _within(folder: Folder, name: str) -> Folder:
+    return functools.reduce(operator.truediv, name.split("/"), folder)
+
+
+def _facts(path: Folder) -> FileFacts:
     if not path.is_file():
         return -1, ""
     size = 0

@@ -9,11 +9,12 @@ import dataclasses
 import datetime
 import json
 import logging
+import os
 import pathlib
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import tensorstore as ts
@@ -52,6 +53,15 @@ class MirrorConfig:
         scheme, separator, place = self.url.partition("://")
         if scheme not in SCHEMES or not separator or not place.strip("/"):
             raise InputError("MirrorConfig.url", self.url, "s3://BUCKET/PATH or gs://BUCKET/PATH")
+
+    @classmethod
+    def of_environment(cls, url: str) -> "MirrorConfig":
+        """The store at a URL; endpoint and region are those of the variables that AWS's tools read.
+
+        They are AWS_ENDPOINT_URL and AWS_REGION.
+        """
+        endpoint = os.environ.get("AWS_ENDPOINT_URL")
+        return cls(url, endpoint=endpoint, region=os.environ.get("AWS_REGION"))
 
     def spec(self) -> dict[str, Any]:
         """The store as tensorstore opens it."""
@@ -183,13 +193,17 @@ class Mirror:
     def _range(self, step: int) -> Any:
         return ts.KvStore.KeyRange(f"{step}/", f"{step}0")  # "0" comes after "/"
 
-    @contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        """Turns the store's refusals into InputError."""
-        try:
-            yield
-        except InputError:
-            raise
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
-            expected = f"a store that can be read and written ({error})"
-            raise InputError("MirrorConfig.url", self._config.url, expected) from error
+    def _errors_named(self) -> AbstractContextManager[None]:
+        return store_errors_named(self._config.url)
+
+
+@contextmanager
+def store_errors_named(url: str) -> Iterator[None]:
+    """Turns a store's refusals into InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        expected = f"a store that can be read and written ({error})"
+        raise InputError("MirrorConfig.url", url, expected) from error

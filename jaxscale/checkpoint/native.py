@@ -1,7 +1,9 @@
 """The leaves of our own checkpoints on disk: read as a source, written in parts."""
 
 import dataclasses
+import functools
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import tensorstore as ts
 
 from jaxscale.checkpoint import manifest
 from jaxscale.checkpoint.file_array import is_plain_name
+from jaxscale.checkpoint.remote import RemotePath
 from jaxscale.types import InputError
 
 STATE = "state"
@@ -38,7 +41,7 @@ class NativeArray:
         InputError: it is damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | RemotePath):
         self._folder = folder
         try:
             self._store = ts.open(_spec(folder), open=True, read=True).result()
@@ -99,7 +102,7 @@ class NativeCheckpoint:
         InputError: its list of leaves is damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | RemotePath):
         self._state = folder / STATE
         listed = self._json("_METADATA")["tree_metadata"].values()
         self._paths: list[str] = []
@@ -132,15 +135,15 @@ class NativeCheckpoint:
     def _keys(self) -> dict[str, str]:
         folders = {leaf_folder(path): path for path in self._paths}
         found = {}
-        for entry in self._json(f"{ARRAYS}/process_0")["array_metadatas"]:
+        for entry in self._json(ARRAYS, "process_0")["array_metadatas"]:
             array = entry["array_metadata"]
             extra = array["ext_metadata"] or {}
             if "random_key_impl" in extra:
                 found[folders[array["param_name"]]] = extra["random_key_impl"]
         return found
 
-    def _json(self, name: str) -> Any:
-        file = self._state / name
+    def _json(self, *names: str) -> Any:
+        file = functools.reduce(operator.truediv, names, self._state)
         try:
             return json.loads(file.read_text())
         except (OSError, ValueError) as error:
@@ -236,6 +239,8 @@ def _joined(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=SEPARATOR)
 
 
-def _spec(folder: Path) -> dict[str, Any]:
+def _spec(folder: Path | RemotePath) -> dict[str, Any]:
+    if isinstance(folder, RemotePath):
+        return {"driver": "zarr", "kvstore": folder.kvstore}
     kvstore = {"driver": "file", "path": f"{folder.absolute()}/"}
     return {"driver": "zarr", "kvstore": kvstore}

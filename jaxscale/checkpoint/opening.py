@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxscale.checkpoint import (
     deepspeed,
+    manifest,
     megatron,
     native,
     rank_files,
@@ -13,6 +14,7 @@ from jaxscale.checkpoint import (
     torch_distributed,
 )
 from jaxscale.checkpoint.patterns import Rule
+from jaxscale.checkpoint.remote import RemotePath
 from jaxscale.checkpoint.safetensors import INDEX, SINGLE, SafetensorsSource
 from jaxscale.checkpoint.source import Source
 from jaxscale.types import InputError
@@ -29,12 +31,15 @@ class Opened:
     """
 
     kind: str
-    path: Path
+    path: Path | RemotePath
     source: Source
 
     def identity(self) -> str:
         """Changes when a file of the checkpoint does."""
         digest = hashlib.sha256()
+        if isinstance(self.path, RemotePath):
+            digest.update((self.path / manifest.MANIFEST).read_text().encode())
+            return digest.hexdigest()
         for path in sorted(self.path.rglob("*")):
             if path.is_file():
                 facts = path.stat()
@@ -43,15 +48,46 @@ class Opened:
         return digest.hexdigest()
 
 
-def open_checkpoint(path: Path, rules: tuple[Rule, ...] | None = None) -> Opened:
+def place_of(path: str) -> Path | RemotePath:
+    """Where a path of the command line leads: into an object store, or on this machine."""
+    return RemotePath.of(path) if "://" in path else Path(path).expanduser()
+
+
+def steps_in(path: Path | RemotePath) -> list[int]:
+    """The committed steps in a folder, in ascending order."""
+    if isinstance(path, RemotePath):
+        return path.committed_steps()
+    return steps.committed_steps(path)
+
+
+def open_checkpoint(
+    path: Path | RemotePath,
+    rules: tuple[Rule, ...] | None = None,
+) -> Opened:
     """Opens the checkpoint at a path; of a run's folder the newest step.
 
     Args:
-        path: of a step, of a folder of steps, or of another system's folder.
+        path: of a step, of a folder of steps, or of another system's folder on this machine.
         rules: how the tensors of its ranks make up parameters; its own or its system's when None.
     Raises:
         InputError: there is none, or its list of arrays is damaged.
     """
+    if isinstance(path, RemotePath):
+        return _open_remote(path)
+    return _open_local(path, rules)
+
+
+def _open_remote(path: RemotePath) -> Opened:
+    numbers = path.committed_steps()
+    if numbers:
+        path = path / str(numbers[-1])
+    if not path.is_committed():
+        expected = "a step of jaxscale that is whole, or a folder of steps"
+        raise InputError("checkpoint", str(path), expected)
+    return Opened("jaxscale", path, native.NativeCheckpoint(path))
+
+
+def _open_local(path: Path, rules: tuple[Rule, ...] | None) -> Opened:
     if not path.exists():
         raise InputError("checkpoint", str(path), "a checkpoint's folder; there is nothing")
     numbers = steps.committed_steps(path)

@@ -18,7 +18,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxscale.checkpoint import handlers
-from jaxscale.types import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +79,13 @@ class Writer:
             args = ocp.args.Composite(state=handlers.state_to_save(state), **arguments)
             self._checkpointer.save(path, args=args)
 
-        if self._is_async and self._takes_snapshot(state):
+        if not (self._is_async and self._takes_snapshot(state)):
+            write(state, is_streamed=False)
+        elif jax.process_count() > 1:
+            # Processes wait for each other in between, in the order in which each of them calls.
+            write(_snapshot(state), is_streamed=True)
+        else:
             self._copying = self._thread.submit(write, _snapshot(state), is_streamed=True)
-            return
-        write(state, is_streamed=False)
 
     def wait(self) -> None:
         """Returns once the last step is committed; raises what went wrong with it."""
@@ -109,9 +111,6 @@ class Writer:
 
     def _takes_snapshot(self, state: Any) -> bool:
         if self._use_snapshot is not None:
-            if self._use_snapshot and jax.process_count() > 1:
-                expected = "False in a run of several processes, whose saves wait for each other"
-                raise InputError("CheckpointConfig.use_snapshot", True, expected)
             return self._use_snapshot
         reason = _why_not(state)
         if reason is None:
@@ -123,8 +122,6 @@ class Writer:
 
 def _why_not(state: Any) -> str | None:
     """Why there can be no snapshot; None where there can."""
-    if jax.process_count() > 1:
-        return "saves of several processes wait for each other"
     needed: dict[jax.Device, int] = collections.Counter()
     for leaf in _on_device(state):
         for shard in leaf.addressable_shards:

@@ -15,10 +15,9 @@ from jaxscale.checkpoint import conversion, manifest, native
 from jaxscale.checkpoint.boxes import boxes, chunk_shape
 from jaxscale.checkpoint.exports import KINDS, export
 from jaxscale.checkpoint.matching import check_leaves
-from jaxscale.checkpoint.opening import Opened, open_checkpoint
+from jaxscale.checkpoint.opening import Opened, open_checkpoint, place_of, steps_in
 from jaxscale.checkpoint.patterns import load_rules
 from jaxscale.checkpoint.source import LazyArray
-from jaxscale.checkpoint.steps import committed_steps
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.run import Run, load_run
@@ -35,13 +34,12 @@ def ls(path: str) -> None:
     """Prints the checkpoints in a folder: step, kind, arrays and bytes.
 
     Args:
-        path: of a folder of steps, or of one checkpoint.
+        path: of a folder of steps, or of one checkpoint; "s3://BUCKET/PATH" is one in a store.
     Raises:
         InputError: there is none.
     """
-    folder = Path(path).expanduser()
-    numbers = committed_steps(folder)
-    for found in [folder / str(number) for number in numbers] or [folder]:
+    folder = place_of(path)
+    for found in [folder / str(number) for number in steps_in(folder)] or [folder]:
         opened = open_checkpoint(found)
         leaves = opened.source.leaves()
         size = sum(map(_num_bytes, leaves.values()))
@@ -77,7 +75,7 @@ def verify(path: str, rules: str | None = None) -> None:
         InputError: it is damaged; names the file, or copies that should be equal.
     """
     opened = _open(path, rules)
-    if native.is_native(opened.path):
+    if isinstance(opened.source, native.NativeCheckpoint):
         damage = manifest.find_damage(opened.path, lambda name: True)
         if damage is not None:
             raise InputError("checkpoint", str(opened.path), f"a sound checkpoint; {damage}")
@@ -116,6 +114,8 @@ def convert(
         InputError: it is damaged, does not fit the run, or the step exists.
     """
     check_choice("to", to, ("jaxscale", *KINDS))
+    if "://" in destination:
+        raise InputError("destination", destination, "a folder of this machine")
     budget_bytes = _parsed(budget)
     opened = _open(path, rules)
     leaves = opened.source.leaves()
@@ -153,7 +153,7 @@ def diff(path: str, other: str, rules: str | None = None) -> None:
 
 def _open(path: str, rules: str | None) -> Opened:
     given = None if rules is None else load_rules(Path(rules).expanduser())
-    return open_checkpoint(Path(path).expanduser(), given)
+    return open_checkpoint(place_of(path), given)
 
 
 def _to_ours(

@@ -9,9 +9,12 @@ import shutil
 import threading
 import urllib.parse
 
+import numpy as np
 import pytest
 
+from jaxscale import cli
 from jaxscale.checkpoint.mirror import MARKER, MirrorConfig
+from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.types import InputError
 from tests.checkpoint.states import abstract, assert_same, committed, make_state, mesh_of, open_at
 
@@ -160,6 +163,33 @@ def test_a_store_that_refuses_is_named_and_the_local_step_is_kept(tmp_path, serv
         checkpoints.wait()
     checkpoints.close()
     assert committed(tmp_path) == [1]
+
+
+def test_the_command_reads_steps_in_a_store(tmp_path, server, monkeypatch, capsys):
+    states = save(tmp_path / "run", server, 1, 2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", mirror_of(server).endpoint)
+    monkeypatch.setenv("AWS_REGION", "here")
+    url = "s3://bucket/runs/main"
+    assert cli.main(["checkpoint", "ls", url]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == [f"{url}/1", f"{url}/2"]
+    assert cli.main(["checkpoint", "show", f"{url}/1"]) == 0
+    assert "params/embed " in capsys.readouterr().out
+    assert cli.main(["checkpoint", "verify", url]) == 0
+    assert cli.main(["checkpoint", "diff", f"{url}/2", str(tmp_path / "run" / "2")]) == 0
+    assert cli.main(["checkpoint", "convert", url, str(tmp_path / "converted")]) == 0
+    leaves = NativeCheckpoint(tmp_path / "converted" / "0").leaves()
+    want = np.asarray(states[2]["params"]["embed"])
+    np.testing.assert_array_equal(leaves["params/embed"][:], want)
+
+    key = "runs/main/2/state/params.embed/0.0"
+    server.objects[key] = server.objects[key][:-1] + b"?"
+    assert cli.main(["checkpoint", "verify", url]) == 2
+    assert "leaf params/embed: state/params.embed/0.0 has" in capsys.readouterr().err
+    del server.objects[f"runs/main/2/{MARKER}"]
+    assert cli.main(["checkpoint", "show", f"{url}/2"]) == 2
+    assert "a step of jaxscale that is whole" in capsys.readouterr().err
+    assert cli.main(["checkpoint", "convert", f"{url}/1", "s3://bucket/other"]) == 2
 
 
 @pytest.mark.parametrize("url", ["bucket/path", "ftp://bucket/path", "s3://", "s3:///"])

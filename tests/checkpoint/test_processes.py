@@ -1,4 +1,4 @@
-"""Two processes save together; another mesh in one process restores."""
+"""Two processes save together, from snapshots; another mesh in one process restores."""
 
 import os
 import pathlib
@@ -25,13 +25,16 @@ jax.distributed.initialize(address, 2, process)
 mesh = jax.make_mesh((4,), ("data",))
 sharding = NamedSharding(mesh, PartitionSpec("data"))
 whole = np.arange(32, dtype=np.float32).reshape(8, 4)
+wanted = {"params": {"w": jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=sharding)}}
+config = CheckpointConfig(directory, save_every=1, keep_last=2, use_snapshot=True)
+checkpoints = Checkpoints(config, fingerprint={})
+overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0, out_shardings=sharding)
+for step in (1, 2, 3):
+    w = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    assert checkpoints.save(step, {"params": {"w": w}}, {"position": step})
+    overwrite(w).block_until_ready()
 w = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 state = {"params": {"w": w}}
-wanted = {"params": {"w": jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=sharding)}}
-config = CheckpointConfig(directory, save_every=1, keep_last=2)
-checkpoints = Checkpoints(config, fingerprint={})
-for step in (1, 2, 3):
-    assert checkpoints.save(step, state, {"position": step})
 assert not checkpoints.save(3, state, {"position": 3})
 restored, data_state = checkpoints.restore(wanted)
 assert data_state == {"position": 3}

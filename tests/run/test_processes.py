@@ -115,6 +115,30 @@ def test_two_processes_train_as_one_does_and_one_goes_on(gin_file, whole, start,
 
 
 @LONG
+def test_a_run_that_lost_a_host_goes_on_with_the_other_and_then_with_both(
+    gin_file, whole, start, tmp_path
+):
+    """Its losses stay the same: data ranks are lost, micro-batches keep the global batch."""
+    elastic = "mesh.is_elastic=True"
+    directory = tmp_path / "run"
+    both = start(directory, elastic, "train.evaluate_every=100000", "checkpoint.save_every=5")
+    both.wait_for_step(12)
+    for process in both.processes:
+        process.kill()
+    both.end()
+    newest = committed(directory)[-1]
+    one = start(directory, elastic, number=1, num_devices=4)
+    one.wait_for_step(newest + 4)
+    one.processes[0].send_signal(signal.SIGTERM)
+    assert one.statuses() == [143], one.log(0)
+    assert f"resumed after step {newest}" in one.log(0)
+    assert "4 devices instead of 8: data = 2 and num_microbatches = 2" in one.log(0)
+    again = start(directory, elastic)
+    assert again.statuses() == [0, 0], again.all_logs()
+    runs.assert_close_run(gin_file, directory, whole)
+
+
+@LONG
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
