@@ -2,7 +2,10 @@
 
 fixtures/full_size.json holds what their config.json (of transformers 4) says of the model, the
 searched factors of LongRoPE replaced by others, and the count that Hugging Face publishes of their
-weights. Nothing is allocated.
+weights. Nothing is allocated. fixtures/llm_jp.json has the shapes of the LLM-jp releases as their
+cards and training scripts give them: of v4 the cards have the exact counts, total and active, to
+which vocabulary, hidden size of the experts and kv heads are the only fit; of v1 to v3 they have
+the size in the name.
 """
 
 import json
@@ -18,12 +21,13 @@ from jaxscale.models.parameters import count_parameters, parameter_table
 from jaxscale.run.run import Run
 
 MODELS = json.loads((Path(__file__).parent / "fixtures" / "full_size.json").read_text())
+LLM_JP = json.loads((Path(__file__).parent / "fixtures" / "llm_jp.json").read_text())
 PAPERS = Path(__file__).parents[2] / "experiments" / "configs" / "papers"
 IN_GIN = {"phi3_mini.gin": "Phi-3-mini 4K", "phi3_medium.gin": "Phi-3-medium 4K"}
 
 
-def model_of(name):
-    values = MODELS[name]["config"]
+def model_of(name, models=MODELS):
+    values = models[name]["config"]
     tensors = () if values["tie_word_embeddings"] else ("lm_head.weight",)
     return read_config(BY_MODEL_TYPE[values["model_type"]], values, name, tensors)
 
@@ -33,6 +37,19 @@ def test_parameters_are_as_many_as_published(name):
     model = model_of(name)
     unread = 2 * model.model_dim if name.startswith("OPT") else 0  # positions that no token has
     assert count_parameters(parameter_table(model))[0] + unread == MODELS[name]["parameters"]
+
+
+@pytest.mark.parametrize("name", LLM_JP)
+def test_the_llm_jp_releases_have_their_sizes(name):
+    release = LLM_JP[name]
+    total, active = count_parameters(parameter_table(model_of(name, LLM_JP)))
+    if "parameters" in release:
+        assert total == release["parameters"]
+    else:
+        assert abs(total / release["named"] - 1) < 0.06
+    if "active" in release:  # the card counts the embedding too
+        model = model_of(name, LLM_JP)
+        assert active + model.vocab_size * model.model_dim == release["active"]
 
 
 @pytest.mark.parametrize("file", IN_GIN)
