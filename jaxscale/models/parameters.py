@@ -25,6 +25,8 @@ from jaxscale.types import Params, Role
 
 Table = dict[str, Any]
 
+# What muP calls hidden weights: their inputs grow with the width.
+HIDDEN = (Role.MATRIX, Role.EXPERT, Role.ROUTER)
 SMALL_ROLES = (Role.NORM, Role.BIAS, Role.ROUTER, Role.LOGIT_BIAS)
 
 
@@ -107,7 +109,8 @@ class _Builder:
     ) -> Parameter:
         sizes = self.sizes | sizes
         shape = tuple(sizes[letter] for letter in dims)
-        return Parameter(dims, shape, role, std, mean, active=active)
+        width = self.config.width_multiplier if role in HIDDEN else 1.0
+        return Parameter(dims, shape, role, std / math.sqrt(width), mean, 1 / width, active)
 
     def norm(self, stack: str, dims: str = "D", **sizes: int) -> Table:
         mean = 1.0 - self.config.norm.scale_offset

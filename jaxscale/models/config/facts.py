@@ -18,7 +18,14 @@ from jaxscale.models.config.model import LayerConfig, ModelConfig, NormConfig
 from jaxscale.ops.rotary import RotaryConfig
 
 # They neither shape a parameter nor change what a trained model computes.
-TRAINING_ONLY = ("init_std", "balance_loss", "z_loss", "expert_gradient", "dropout")
+TRAINING_ONLY = (
+    "init_std",
+    "width_multiplier",
+    "balance_loss",
+    "z_loss",
+    "expert_gradient",
+    "dropout",
+)
 
 
 def checkpoint_facts(config: ModelConfig) -> dict[str, Any]:

@@ -104,6 +104,10 @@ class ModelConfig:
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
         lora: low-rank adapters beside the matrices; None for none.
         init_std: standard deviation of initial weights; output projections divide it by sqrt(2 L).
+        width_multiplier: m of muP (arXiv 2203.03466, table 8), D over that of the narrow model
+            whose learning rate is taken over: matrices and routers begin with init_std / sqrt(m)
+            and learn at 1 / m of AdamW's rate. It goes with an unembedding_scale of 1 / m and heads
+            of one size at all widths.
     """
 
     vocab_size: int
@@ -122,6 +126,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     lora: LoraConfig | None = None
     init_std: float = 0.02
+    width_multiplier: float = 1.0
 
     def __post_init__(self):
         check_types(self)
@@ -130,6 +135,7 @@ class ModelConfig:
         check_not_negative("ModelConfig.init_std", self.init_std)
         check_positive("ModelConfig.embedding_scale", self.embedding_scale)
         check_positive("ModelConfig.unembedding_scale", self.unembedding_scale)
+        check_positive("ModelConfig.width_multiplier", self.width_multiplier)
         if self.logit_softcap is not None:
             check_positive("ModelConfig.logit_softcap", self.logit_softcap)
         self._check_layers()
