@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import numpy as np
 
 from jaxscale import tree
 from jaxscale.checkpoint.safetensors import SafetensorsSource, write_safetensors
+from jaxscale.checkpoint.source import LazyArray
 from jaxscale.convert.families import BY_MODEL_TYPE, FAMILIES
 from jaxscale.convert.family import Family
 from jaxscale.convert.fields import IGNORED, Fields, read_json
+from jaxscale.convert.quantised import FIELD as QUANTISATION
+from jaxscale.convert.quantised import whole_leaves
 from jaxscale.convert.weights import export_tensors, import_params
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.config.facts import checkpoint_facts
@@ -27,22 +31,22 @@ class Folder:
 
     Args:
         path: of the folder.
-        values: config.json.
+        values: config.json, but for how weights are quantised.
         family: of its `model_type`.
         config: the model.
-        source: the weights.
+        leaves: the weights by name; quantised ones are whole.
     """
 
     path: Path
     values: dict[str, Any]
     family: Family
     config: ModelConfig
-    source: SafetensorsSource
+    leaves: Mapping[str, LazyArray]
 
     @property
     def dtype(self) -> np.dtype:
         """The widest type of a weight."""
-        dtypes = {leaf.dtype for leaf in self.source.leaves().values()}
+        dtypes = {leaf.dtype for leaf in self.leaves.values()}
         return max(dtypes, key=lambda dtype: dtype.itemsize)
 
     def params(self, stored: Params) -> Params:
@@ -50,7 +54,7 @@ class Folder:
         return import_params(
             self.config,
             self.family.layout,
-            self.source.leaves(),
+            self.leaves,
             stored=stored,
             where=str(self.path),
         )
@@ -66,11 +70,13 @@ def open_folder(directory: str | Path) -> Folder:
     path = Path(directory).expanduser()
     if not path.is_dir():
         raise InputError("source", str(path), "a folder of Hugging Face")
-    values = read_json(path / CONFIG)
-    source = SafetensorsSource(path)
+    values, where = read_json(path / CONFIG), str(path / CONFIG)
+    leaves = SafetensorsSource(path).leaves()
+    if QUANTISATION in values:
+        leaves = whole_leaves(leaves, values.pop(QUANTISATION), where)
     family = _family(values, path / CONFIG)
-    config = read_config(family, values, str(path / CONFIG), source.leaves().keys())
-    return Folder(path, values, family, config, source)
+    config = read_config(family, values, where, leaves.keys())
+    return Folder(path, values, family, config, leaves)
 
 
 def read_config(
@@ -149,6 +155,7 @@ def _values(
     """The family of an export, and its config.json."""
     if like is not None and like.exists():
         values = read_json(like)
+        values.pop(QUANTISATION, None)  # what is written are whole matrices
         family = _family(values, like)
         if model_type in (None, *family.model_types) and not _differences(family, values, config):
             # What is written beside it is in the form of transformers 4, which 5 reads too.

@@ -146,7 +146,7 @@ def unread(name, tensor):
 def test_import_then_export_gives_the_same_bytes(name):
     opened = folder(name)
     tensors = export_tensors(opened.config, opened.family.layout, params(name), dtype=BFLOAT16)
-    leaves = opened.source.leaves()
+    leaves = opened.leaves
     assert {tensor.name for tensor in tensors} == set(leaves)
     for tensor in tensors:
         skipped = unread(name, tensor.name)
@@ -164,7 +164,7 @@ def test_packed_experts_are_those_of_the_same_model_one_by_one():
 def test_the_configuration_that_is_written_is_read_as_the_same_model(name):
     opened = folder(name)
     written = opened.family.write(opened.config)
-    names = opened.source.leaves().keys()
+    names = opened.leaves.keys()
     assert read_config(opened.family, written, "config.json", names) == opened.config
 
 
@@ -224,7 +224,7 @@ def test_an_import_reads_each_tensor_once_and_one_at_a_time():
             held.append(self._leaf[index].nbytes)
             return self._leaf[index]
 
-    leaves = {name: Counting(leaf) for name, leaf in opened.source.leaves().items()}
+    leaves = {name: Counting(leaf) for name, leaf in opened.leaves.items()}
     stored = placed(opened.config, "float32")
     import_params(opened.config, opened.family.layout, leaves, stored=stored, where="llama")
     assert len(held) == len(leaves) and max(held) == 97 * 32 * 2

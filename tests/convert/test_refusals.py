@@ -33,7 +33,11 @@ def refused(path, message):
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
 FIELDS = {
     "unknown": ("llama", {"sandwich_norm": True}, "config.json: sandwich_norm: given True"),
-    "quantised": ("llama", {"quantization_config": {}}, "config.json: quantization_config"),
+    "quantised": (
+        "llama",
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        "config.json: quantization_config: quant_method: given 'bitsandbytes', expected one of awq",
+    ),
     "missing": ("llama", {"hidden_size": None}, "config.json: hidden_size: given None.*no default"),
     "no default": ("qwen3", {"attention_bias": None}, "config.json: attention_bias"),
     "type": ("llama", {"hidden_size": "32"}, "config.json: hidden_size: given '32'"),

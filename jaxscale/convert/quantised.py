@@ -1,0 +1,210 @@
+"""Quantised weights of Hugging Face's world, read as the matrices that they stand for.
+
+AWQ, GPTQ and compressed-tensors keep integers of 4 or 8 bits in words of 32, with a scale and a
+zero for each group of inputs and output. Nothing of what their packages execute is needed.
+
+Source: Lin et al. 2023, AWQ (arXiv 2306.00978); Frantar et al. 2022, GPTQ (arXiv 2210.17323); the
+    formats as AutoAWQ ("gemm"), GPTQModel ("gptq", "gptq_v2") and compressed-tensors
+    ("pack-quantized") write them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxscale.checkpoint.source import LazyArray
+from jaxscale.convert.fields import Fields
+from jaxscale.types import InputError
+
+FIELD = "quantization_config"
+WORD_BITS = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight outputs, those of a word's bits from 0 on
+Arrays = dict[str, LazyArray]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMatrix:
+    """A quantised matrix as a `LazyArray` of its values [out, in].
+
+    Args:
+        arrays: its tensors, by the last part of their names.
+        shape: of the matrix.
+        read: the tensors' values -> the matrix in float32.
+    """
+
+    arrays: Arrays
+    shape: tuple[int, int]
+    read: Callable[[dict[str, np.ndarray]], np.ndarray]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the scales."""
+        name = "scales" if "scales" in self.arrays else "weight_scale"
+        return self.arrays[name].dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Reads one box."""
+        values = {name: array[()] for name, array in self.arrays.items()}
+        return self.read(values)[index].astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """A format with its settings.
+
+    Args:
+        packed: last part of the name of the tensor of words.
+        others: last parts of the names of the other tensors; those that end with "?" may be absent.
+        shape: the tensors -> [out, in].
+        read: as of `PackedMatrix`.
+    """
+
+    packed: str
+    others: tuple[str, ...]
+    shape: Callable[[Arrays], tuple[int, int]]
+    read: Callable[[dict[str, np.ndarray]], np.ndarray]
+
+
+def whole_leaves(
+    leaves: Mapping[str, LazyArray],
+    given: Any,
+    where: str,
+) -> dict[str, LazyArray]:
+    """The tensors of a source, in which quantised matrices are whole.
+
+    Args:
+        leaves: the source's tensors by name.
+        given: `quantization_config` of config.json.
+        where: the file, for messages.
+    Raises:
+        InputError: the method or a setting of it is not known, or a tensor is missing.
+    """
+    place = f"{where}: {FIELD}"
+    if not isinstance(given, dict):
+        raise InputError(place, given, "a JSON object")
+    method = given.get("quant_method")
+    if method not in FORMATS:
+        raise InputError(f"{place}: quant_method", method, f"one of {', '.join(FORMATS)}")
+    form = FORMATS[method](Fields(given, place))
+    whole = dict(leaves)
+    for name in leaves:
+        module, _, last = name.rpartition(".")
+        if last == form.packed:
+            whole[f"{module}.weight"] = _matrix(form, module, whole)
+    return whole
+
+
+def _matrix(form: _Format, module: str, leaves: dict[str, LazyArray]) -> PackedMatrix:
+    """Takes a module's tensors out of the leaves."""
+    arrays = {}
+    for name in (form.packed, *form.others):
+        last = name.removesuffix("?")
+        array = leaves.pop(f"{module}.{last}", None)
+        if array is not None:
+            arrays[last] = array
+        elif not name.endswith("?"):
+            raise InputError(f"{module}.{last}", None, f"a tensor beside {module}.{form.packed}")
+    return PackedMatrix(arrays, form.shape(arrays), form.read)
+
+
+def _unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """Words [rows, columns] to unsigned integers, of which a word has several along an axis."""
+    shifts = np.arange(0, WORD_BITS, bits, dtype=np.uint32)
+    words = words.view(np.uint32)
+    words = np.moveaxis(words, axis, -1)
+    integers = words[..., None] >> shifts
+    integers &= np.uint32(2**bits - 1)
+    flat = integers.reshape(len(words), -1)
+    return np.moveaxis(flat.astype(np.int32), -1, axis)
+
+
+def _gptq(fields: Fields) -> _Format:
+    bits = _bits(fields)
+    version = fields.take("checkpoint_format", str, "gptq")
+    # The first version stores each zero less one.
+    more = {"gptq": 1, "gptq_v2": 0}.get(version)
+    if more is None:
+        raise InputError(fields.place("checkpoint_format"), version, "gptq or gptq_v2")
+
+    def shape(arrays: Arrays) -> tuple[int, int]:
+        rows, columns = arrays["qweight"].shape
+        return columns, rows * WORD_BITS // bits
+
+    def read(values: dict[str, np.ndarray]) -> np.ndarray:
+        integers = _unpacked(values["qweight"], bits, 0)
+        zeros = _unpacked(values["qzeros"], bits, 1) + more
+        groups = values["g_idx"]
+        scales = values["scales"].astype(np.float32)
+        return ((integers - zeros[groups]) * scales[groups]).T
+
+    return _Format("qweight", ("qzeros", "scales", "g_idx"), shape, read)
+
+
+def _awq(fields: Fields) -> _Format:
+    bits, num = 4, WORD_BITS // 4
+    fields.expect("bits", bits)
+    fields.expect("version", "gemm", "GEMM")
+
+    def in_order(integers: np.ndarray) -> np.ndarray:
+        by_word = integers.reshape(len(integers), -1, num)
+        places = np.argsort(AWQ_ORDER)
+        return by_word[:, :, places].reshape(integers.shape)
+
+    def shape(arrays: Arrays) -> tuple[int, int]:
+        rows, columns = arrays["qweight"].shape
+        return columns * num, rows
+
+    def read(values: dict[str, np.ndarray]) -> np.ndarray:
+        integers = in_order(_unpacked(values["qweight"], bits, 1))
+        zeros = in_order(_unpacked(values["qzeros"], bits, 1))
+        scales = values["scales"].astype(np.float32)
+        size = len(integers) // len(scales)
+        zeros, scales = zeros.repeat(size, 0), scales.repeat(size, 0)
+        return ((integers - zeros) * scales).T
+
+    return _Format("qweight", ("qzeros", "scales"), shape, read)
+
+
+def _compressed(fields: Fields) -> _Format:
+    fields.expect("format", "pack-quantized")
+    groups = fields.take("config_groups", dict)
+    place = fields.place("config_groups")
+    if len(groups) != 1:
+        raise InputError(place, list(groups), "one group of modules")
+    ((name, group),) = groups.items()
+    group = Fields(group, f"{place}: {name}")
+    for activations in ("input_activations", "output_activations"):
+        group.expect(activations)  # in integers they change the model
+    weights = Fields(group.take("weights", dict), group.place("weights"))
+    weights.expect("type", "int")
+    weights.expect("symmetric", True)
+    weights.expect("strategy", "group", "channel")
+    bits = _bits(weights, "num_bits")
+
+    def shape(arrays: Arrays) -> tuple[int, int]:
+        rows, columns = (int(size) for size in arrays["weight_shape"][()])
+        return rows, columns
+
+    def read(values: dict[str, np.ndarray]) -> np.ndarray:
+        rows, columns = values["weight_shape"]
+        integers = _unpacked(values["weight_packed"], bits, 1)[:rows, :columns]
+        scales = values["weight_scale"].astype(np.float32)
+        by_input = values.get("weight_g_idx")
+        if by_input is None:
+            by_input = np.arange(columns) * scales.shape[1] // columns
+        return (integers - 2 ** (bits - 1)) * scales[:, by_input]
+
+    others = ("weight_scale", "weight_shape", "weight_g_idx?")
+    return _Format("weight_packed", others, shape, read)
+
+
+def _bits(fields: Fields, name: str = "bits") -> int:
+    bits = fields.take(name, int)
+    if bits not in (4, 8):
+        raise InputError(fields.place(name), bits, "4 or 8")
+    return bits
+
+
+FORMATS = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}

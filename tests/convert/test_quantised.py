@@ -1,0 +1,150 @@
+"""AWQ, GPTQ and compressed-tensors, written here number by number as their formats say."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxscale import tree
+from jaxscale.convert.folder import CONFIG, open_folder, write_folder
+from jaxscale.types import InputError
+from tests.convert.test_families import FIXTURES, placed
+
+GROUP = 8
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+    "ignore": ["lm_head"],
+}
+CONFIGS = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True},
+    "gptq_v2": {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"},
+    "compressed": COMPRESSED,
+}
+
+
+def packed(integers, bits, places):
+    """Rows of unsigned integers as rows of words; `places` of each of a word's, from its bit 0."""
+    words = []
+    for row in integers.tolist():
+        for first in range(0, len(row), 32 // bits):
+            word = 0
+            for number, place in enumerate(places or range(32 // bits)):
+                word |= row[first + place] << bits * number
+            words.append(word)
+    return np.array(words, np.uint32).view(np.int32).reshape(len(integers), -1)
+
+
+def write_module(name, module, shape, rng):
+    """(tensors of a module [out, in], the matrix that they stand for)."""
+    outputs, inputs = shape
+    bits = 8 if name == "gptq_v2" else 4
+    scales = rng.uniform(0.01, 0.1, (inputs // GROUP, outputs)).astype(np.float16)
+    integers = rng.integers(0, 2**bits, (inputs, outputs))
+    groups = np.arange(inputs) // GROUP
+    if name == "compressed":
+        matrix = (integers - 8) * scales[groups].astype(np.float32)
+        tensors = {
+            "weight_packed": packed(integers.T, bits, None),
+            "weight_scale": np.ascontiguousarray(scales.T),
+            "weight_shape": np.array([outputs, inputs]),
+        }
+        return {f"{module}.{last}": array for last, array in tensors.items()}, matrix.T
+    zeros = rng.integers(1, 2**bits, scales.shape)
+    if name == "awq":
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        tensors = {"qweight": packed(integers, 4, order), "qzeros": packed(zeros, 4, order)}
+    else:
+        groups = rng.permutation(groups).astype(np.int32)
+        stored = zeros - 1 if name == "gptq" else zeros
+        tensors = {
+            "qweight": np.ascontiguousarray(packed(integers.T, bits, None).T),
+            "qzeros": packed(stored, bits, None),
+            "g_idx": groups,
+        }
+    matrix = (integers - zeros[groups]) * scales[groups].astype(np.float32)
+    tensors["scales"] = scales
+    return {f"{module}.{last}": array for last, array in tensors.items()}, matrix.T
+
+
+def write(name, path):
+    """A folder whose projections are quantised, and the same with whole matrices."""
+    rng = np.random.default_rng(0)
+    tensors = load_file(FIXTURES / "llama" / "model.safetensors")
+    whole = {key: array.astype(np.float16) for key, array in tensors.items()}
+    quantised = dict(whole)
+    for key in [key for key in whole if key.endswith("_proj.weight")]:
+        module = key.removesuffix(".weight")
+        more, matrix = write_module(name, module, whole[key].shape, rng)
+        del quantised[key]
+        quantised |= more
+        whole[key] = np.ascontiguousarray(matrix, np.float16)
+    config = json.loads((FIXTURES / "llama" / CONFIG).read_text())
+    for folder, arrays, values in (
+        ("quantised", quantised, config | {"quantization_config": CONFIGS[name]}),
+        ("whole", whole, config),
+    ):
+        (path / folder).mkdir()
+        (path / folder / CONFIG).write_text(json.dumps(values))
+        save_file(arrays, path / folder / "model.safetensors")
+    return path / "quantised", path / "whole"
+
+
+def params_of(path):
+    folder = open_folder(path)
+    return tree.flatten(folder.params(placed(folder.config, "float16")))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_quantised_folder_is_the_matrices_that_it_stands_for(tmp_path, name):
+    quantised, whole = map(params_of, write(name, tmp_path))
+    assert quantised.keys() == whole.keys()
+    for path, leaf in whole.items():
+        np.testing.assert_array_equal(quantised[path], leaf, path)
+
+
+def test_an_export_after_it_has_whole_matrices(tmp_path):
+    path, _ = write("awq", tmp_path)
+    folder = open_folder(path)
+    params = folder.params(placed(folder.config, "float16"))
+    target = tmp_path / "again"
+    write_folder(target, folder.config, params, dtype=np.dtype("float16"), like=path / CONFIG)
+    assert "quantization_config" not in json.loads((target / CONFIG).read_text())
+    assert open_folder(target).config == folder.config
+
+
+REFUSED = {
+    "bits": ("gptq", {"bits": 3}, "quantization_config: bits: given 3, expected 4 or 8"),
+    "version": ("awq", {"version": "marlin"}, "quantization_config: version: given 'marlin'"),
+    "format": ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format: given 'marlin'"),
+    "activations": (
+        "compressed",
+        {"config_groups": {"group_0": {"weights": WEIGHTS, "input_activations": {"num_bits": 8}}}},
+        "config_groups: group_0: input_activations",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_read_is_named(tmp_path, case):
+    name, changes, message = REFUSED[case]
+    shutil.copytree(FIXTURES / "llama", tmp_path, dirs_exist_ok=True)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    values["quantization_config"] = CONFIGS[name] | changes
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        open_folder(tmp_path)
+
+
+def test_a_missing_tensor_of_a_matrix_is_named(tmp_path):
+    path, _ = write("gptq", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.scales"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.scales: given None"):
+        open_folder(path)
