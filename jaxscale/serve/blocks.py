@@ -3,6 +3,7 @@
 import collections
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class BlockPool:
         self._holders = [0] * (num_blocks + 1)
         self._digests: dict[int, bytes] = {}
         self._blocks: dict[bytes, int] = {}
+        self._scores: dict[bytes, Sequence[Any]] = {}
         # Blocks that nobody holds and that still know a prefix, the least recently used first.
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
 
@@ -102,11 +104,21 @@ class BlockPool:
             self._blocks[digest] = block
             self._digests[block] = digest
 
+    def keep_scores(self, digest: bytes, scores: Sequence[Any]) -> None:
+        """Keeps what is known of a block's tokens as long as the block itself is known."""
+        if digest in self._blocks:
+            self._scores[digest] = scores
+
+    def scores_of(self, digest: bytes) -> Sequence[Any] | None:
+        """What `keep_scores` has kept of a block's tokens, if anything."""
+        return self._scores.get(digest)
+
     def forget(self) -> None:
         """Forgets all prefixes, as when the weights change; who holds what stays."""
         self._free.extend(self._idle)
         self._idle.clear()
         self._blocks.clear()
+        self._scores.clear()
         self._digests.clear()
 
     def _new(self) -> int:
@@ -114,7 +126,9 @@ class BlockPool:
             block = self._free.popleft()
         else:
             block, _ = self._idle.popitem(last=False)
-            del self._blocks[self._digests.pop(block)]
+            digest = self._digests.pop(block)
+            del self._blocks[digest]
+            self._scores.pop(digest, None)
         self._holders[block] = 1
         return block
 

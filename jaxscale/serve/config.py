@@ -7,11 +7,11 @@ from typing import Literal
 
 import jax
 
+from jaxscale.models.decoder import Decoder
 from jaxscale.ops.device import kernel_family
 from jaxscale.serve.packing import Buckets, powers_up_to
-from jaxscale.serve.placement import Placement
-from jaxscale.serve.scheduler import SchedulerConfig
-from jaxscale.types import InputError, Params, check_positive, check_types
+from jaxscale.serve.plan import SchedulerConfig
+from jaxscale.types import InputError, Params, check_not_negative, check_positive, check_types
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,16 @@ class EngineConfig:
 
     Args:
         token_budget, max_sequences, policy, admission, use_prefix_cache: as
-            `scheduler.SchedulerConfig`.
+            `plan.SchedulerConfig`.
         steps_a_launch: likewise; None takes 8 on a GPU, whose steps may be shorter than what the
             host does for one. A client gets as many tokens at a time.
         block_size: tokens a page of the cache.
         num_blocks: pages; None takes `memory_fraction` of what the device has left.
         memory_fraction: of the device's memory that weights and cache may fill.
         max_prompts: prompts of which a step runs a piece.
+        max_extra: as `plan.SchedulerConfig`.
+        num_drafts: tokens of a sequence that are guessed and checked in one step, at most; 0 for
+            none. See `serve.drafting`.
     """
 
     token_budget: int = 2048
@@ -42,11 +45,14 @@ class EngineConfig:
     num_blocks: int | None = None
     memory_fraction: float = 0.85
     max_prompts: int = 64
+    max_extra: int = 256
+    num_drafts: int = 0
     steps_a_launch: int | None = None
 
     def __post_init__(self):
         check_types(self)
         check_positive("EngineConfig.block_size", self.block_size)
+        check_not_negative("EngineConfig.num_drafts", self.num_drafts)
         if self.num_blocks is not None:
             check_positive("EngineConfig.num_blocks", self.num_blocks)
         if not 0 < self.memory_fraction <= 1:
@@ -64,6 +70,7 @@ class EngineConfig:
             max_context=self._num_pages(max_length + 2 * self.token_budget) * self.block_size,
             policy=self.policy,
             admission=self.admission,
+            max_extra=self.max_extra,
             use_prefix_cache=self.use_prefix_cache,
             steps_a_launch=self._steps_a_launch,
         )
@@ -92,6 +99,8 @@ class EngineConfig:
                 num_pages, smallest=num_pages if is_free else -(-num_pages // 4), factor=4
             ),
             prompt_pages=powers_up_to(context, smallest=-(-context // 4), factor=4),
+            extra=(0, *powers_up_to(self.max_extra, smallest=min(16, self.max_extra), factor=4)),
+            warm_extra=self.max_extra if self.num_drafts else 0,
             max_prompts=self.max_prompts,
             num_slots=most,
             block_size=self.block_size,
@@ -107,14 +116,24 @@ class EngineConfig:
         return -(-num_tokens // self.block_size)
 
 
-def num_blocks_for(placement: Placement, params: Params, config: EngineConfig) -> int:
-    """Pages for which the device has room, and no more than its sequences can fill."""
-    decoder = placement.decoder
-    itemsize = jax.numpy.dtype(decoder.policy.compute).itemsize
-    heads = [layer.attention for layer in decoder.config.layers]
-    # Of one member, which has a kv head at least.
-    width = sum(max(each.num_kv_heads // placement.tensor, 1) * each.head_dim for each in heads)
-    page_bytes = 2 * itemsize * config.block_size * width
+def num_blocks_for(
+    decoder: Decoder,
+    params: Params,
+    config: EngineConfig,
+    *,
+    tensor: int = 1,
+    draft: Decoder | None = None,
+) -> int:
+    """Pages for which the device has room, and no more than its sequences can fill.
+
+    Args:
+        decoder: the model.
+        params: of the model, which are on the device.
+        config: of the engine.
+        tensor: members of a tensor group.
+        draft: a model with pages beside.
+    """
+    page_bytes = sum(_page_bytes(each, config, tensor) for each in (decoder, draft) if each)
     most = config.max_sequences * -(-decoder.config.max_length // config.block_size)
     stats = jax.tree.leaves(params)[0].devices().pop().memory_stats()
     if stats is None:
@@ -132,3 +151,12 @@ def num_blocks_for(placement: Placement, params: Params, config: EngineConfig) -
         num_blocks * page_bytes / 2**30,
     )
     return num_blocks
+
+
+def _page_bytes(decoder: Decoder, config: EngineConfig, tensor: int) -> int:
+    """Of all layers together."""
+    itemsize = jax.numpy.dtype(decoder.policy.compute).itemsize
+    heads = [layer.attention for layer in decoder.config.layers]
+    # Of one member, which has a kv head at least.
+    width = sum(max(each.num_kv_heads // tensor, 1) * each.head_dim for each in heads)
+    return 2 * itemsize * config.block_size * width

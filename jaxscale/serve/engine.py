@@ -4,51 +4,24 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.models.decoder import Decoder
 from jaxscale.parallel.region import Region
 from jaxscale.serve.blocks import BlockPool
+from jaxscale.serve.collecting import Collector
 from jaxscale.serve.config import EngineConfig, num_blocks_for
 from jaxscale.serve.decoding import check_prompts
+from jaxscale.serve.drafting import Draft, make_drafter
+from jaxscale.serve.figures import Figures
 from jaxscale.serve.grammar import Grammars
-from jaxscale.serve.members import Member, logprobs_of
+from jaxscale.serve.members import Member
 from jaxscale.serve.placement import make_placement
-from jaxscale.serve.requests import Completion, Delta, RequestConfig, TokenLogprobs
+from jaxscale.serve.requests import NO_PENALTIES, Completion, Delta, RequestConfig
 from jaxscale.serve.runner import Launched, Runner
 from jaxscale.serve.scheduler import Scheduler
-from jaxscale.serve.sequences import FinishReason, Piece, Status
 from jaxscale.serve.sequences import Sequence as Scheduled
 from jaxscale.serve.text import TextStream
 from jaxscale.types import InputError, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class Figures:
-    """What the engine is doing and has done.
-
-    Args:
-        num_running, num_waiting: sequences.
-        num_blocks, num_held: of the cache, and those that sequences hold.
-        num_steps: run so far.
-        num_prompt_tokens: of the prompts admitted, those included that the cache has spared.
-        num_cached_tokens: of these, spared by a cached prefix.
-        num_new_tokens: drawn and given out.
-        num_preemptions: sequences whose keys were given up.
-        weights_version: of the weights.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_held: int
-    num_steps: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_new_tokens: int
-    num_preemptions: int
-    weights_version: int
 
 
 class Engine:
@@ -65,6 +38,8 @@ class Engine:
         tokenizer: of texts; None for an engine that is given tokens and returns them.
         region: of a mesh over whose tensor axis the model is spread, see
             `parallel.region.make_serving_operations`; None for one device.
+        draft: a smaller model that guesses `EngineConfig.num_drafts` tokens ahead; None guesses
+            them from the text itself.
         clock: seconds, for timeouts.
     Raises:
         InputError: the model is not causal, or the device has no room for a page.
@@ -78,6 +53,7 @@ class Engine:
         config: EngineConfig = EngineConfig(),
         tokenizer: Tokenizer | None = None,
         region: Region | None = None,
+        draft: Draft | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         if not decoder.config.is_causal:
@@ -88,12 +64,22 @@ class Engine:
         self.grammars = Grammars(tokenizer) if tokenizer else None
         self._clock = clock
         placement = make_placement(decoder, region, block_size=config.block_size)
-        num_blocks = config.num_blocks or num_blocks_for(placement, params, config)
+        if draft is not None and draft.decoder.config.vocab_size != self.model.vocab_size:
+            expected = f"a model of {self.model.vocab_size} tokens"
+            raise InputError("draft", draft.decoder.config.vocab_size, expected)
+        num_blocks = config.num_blocks or num_blocks_for(
+            decoder,
+            params,
+            config,
+            tensor=placement.tensor,
+            draft=draft.decoder if draft else None,
+        )
         self._blocks = BlockPool(num_blocks, config.block_size)
         limits = config.scheduler(self.model.max_length)
         if region is not None:
             limits = dataclasses.replace(limits, steps_a_launch=1)  # only one device loops
         self._scheduler = Scheduler(limits, self._blocks)
+        num_tokens = tokenizer.vocab_size if tokenizer else self.model.vocab_size
         self._runner = Runner(
             placement,
             params,
@@ -101,14 +87,14 @@ class Engine:
             num_blocks=num_blocks,
             block_size=config.block_size,
             cache_dtype=decoder.policy.compute,
-            num_tokens=tokenizer.vocab_size if tokenizer else self.model.vocab_size,
+            num_tokens=num_tokens,
         )
-        self._members: dict[Scheduled, Member] = {}
-        self._requests: dict[int, list[Member]] = {}
+        self._drafter = make_drafter(draft, config, num_blocks=num_blocks, num_tokens=num_tokens)
+        self._collector = Collector(self._scheduler, tokenizer)
         self._in_flight: Launched | None = None
         self.is_paused = False
         self._num_requests = self._num_sequences = self._num_steps = 0
-        self._num_prompt_tokens = self._num_cached_tokens = self._num_new_tokens = 0
+        self._num_prompt_tokens = self._num_cached_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -130,6 +116,7 @@ class Engine:
         request = self._num_requests
         timeout_s = config.timeout_s
         deadline_s = None if timeout_s is None else self._clock() + timeout_s
+        is_scored = config.num_prompt_logprobs is not None
         members = []
         for index in range(config.num_sequences):
             sequence = Scheduled(
@@ -138,7 +125,8 @@ class Engine:
                 max_new_tokens=config.max_new_tokens,
                 priority=config.priority,
                 deadline_s=deadline_s,
-                is_synchronous=config.grammar is not None,
+                is_synchronous=config.grammar is not None or self._can_speculate(config),
+                scores=[None] if is_scored and not index else None,
                 switch_lengths=self.model.switch_lengths,
             )
             text = None
@@ -148,8 +136,7 @@ class Engine:
             members.append(Member(request, index, config, sequence, text, matcher))
         for member in members:
             self._scheduler.add(member.sequence)
-            self._members[member.sequence] = member
-        self._requests[request] = members
+        self._collector.open(request, members)
         self._num_requests += 1
         self._num_sequences += len(members)
         return request
@@ -172,28 +159,27 @@ class Engine:
 
     def cancel(self, request: int) -> None:
         """Ends a request in whatever state it is; its blocks are free at once."""
-        for member in self._requests.pop(request, ()):
-            self._scheduler.finish(member.sequence, FinishReason.CANCELLED)
-            del self._members[member.sequence]
+        self._collector.cancel(request)
 
     def step(self) -> list[Delta]:
         """Launches the next step and returns what the one before it drew."""
         if self.is_paused:
             return []
+        self._propose()
         plan = self._scheduler.schedule(self._clock())
         for sequence in plan.admitted:
             self._admit(sequence)
         launched = None
         if plan.pieces:
-            members = [self._members[piece.sequence] for piece in plan.pieces]
+            members = [self._collector.members[piece.sequence] for piece in plan.pieces]
             pairs = zip(members, plan.pieces, strict=True)
-            masks = [member.mask(piece) for member, piece in pairs]
+            masks = [member.masks(piece) for member, piece in pairs]
             configs = [member.config for member in members]
             launched = self._runner.launch(plan.pieces, configs, masks)
             self._num_steps += plan.pieces[0].num_steps
-        expired = [self._last_delta(self._members[sequence]) for sequence in plan.expired]
+        expired = [self._collector.expire(sequence) for sequence in plan.expired]
         before, self._in_flight = self._in_flight, launched
-        return expired + self._collect(before)
+        return expired + self._collector.collect(before)
 
     def swap(self, params: Params) -> list[Delta]:
         """Takes other weights; what runs goes on with them, from the tokens it has.
@@ -205,6 +191,9 @@ class Engine:
         """
         deltas = self._stand_still()
         self._runner.swap(params)
+        for sequence in self._collector.members:
+            if sequence.is_scoring:
+                del sequence.scores[1:]  # the old weights'
         return deltas
 
     def pause(self) -> list[Delta]:
@@ -215,6 +204,8 @@ class Engine:
         """
         deltas = [] if self.is_paused else self._stand_still()
         self._runner.free_pages()
+        if self._drafter is not None:
+            self._drafter.pause()
         self.is_paused = True
         return deltas
 
@@ -222,6 +213,8 @@ class Engine:
         """Goes on after `pause`: what was running is computed again from the tokens it has."""
         if self.is_paused:
             self._runner.take_pages()
+            if self._drafter is not None:
+                self._drafter.resume()
             self.is_paused = False
 
     def warm_up(self) -> int:
@@ -266,85 +259,43 @@ class Engine:
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
-            num_new_tokens=self._num_new_tokens,
+            num_new_tokens=self._collector.num_new_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_drafts=self._collector.num_drafts,
+            num_accepted=self._collector.num_accepted,
             weights_version=self._runner.weights_version,
         )
 
     def _stand_still(self) -> list[Delta]:
         """Collects the step in flight and takes slots and blocks from all that run."""
         before, self._in_flight = self._in_flight, None
-        deltas = self._collect(before)
+        deltas = self._collector.collect(before)
         self._scheduler.preempt_all()
         return deltas
 
+    def _can_speculate(self, config: RequestConfig) -> bool:
+        """Whether drafts may be checked: penalties count what was drawn before each token."""
+        return self._drafter is not None and config.penalties == NO_PENALTIES
+
+    def _propose(self) -> None:
+        """Gives the sequences drafts whose next token has to be planned."""
+        if self._drafter is None:
+            return
+        ready = [
+            self._collector.members[sequence]
+            for sequence in self._scheduler.running
+            if sequence.is_decoding and not sequence.is_in_flight
+        ]
+        ready = [member for member in ready if self._can_speculate(member.config)]
+        drafts = self._drafter.propose(ready, self.config.num_drafts)
+        for member, tokens in zip(ready, drafts, strict=True):
+            member.sequence.drafts = tokens
+
     def _admit(self, sequence: Scheduled) -> None:
-        member = self._members[sequence]
+        member = self._collector.members[sequence]
+        if self._drafter is not None:
+            self._drafter.admit(member)
         self._runner.admit(sequence, member.config, member.index)
         if not sequence.num_preemptions:
             self._num_prompt_tokens += len(sequence.prompt)
             self._num_cached_tokens += sequence.num_cached
-
-    def _collect(self, launched: Launched | None) -> list[Delta]:
-        """Waits for a step, and hands out what it drew."""
-        if launched is None:
-            return []
-        tokens = np.asarray(launched.tokens).tolist()
-        logprobs = launched.logprobs and tuple(np.asarray(each) for each in launched.logprobs)
-        deltas = []
-        for piece, row in zip(launched.pieces, launched.rows, strict=True):
-            for step in range(len(tokens)):
-                if not piece.is_drawing or piece.sequence.status is Status.FINISHED:
-                    break
-                member = self._members[piece.sequence]
-                member.weights_version = launched.weights_version
-                of_token = logprobs_of(logprobs, (step, row), member.config.num_logprobs)
-                deltas.append(self._append(piece, tokens[step][row], of_token))
-        return deltas
-
-    def _append(
-        self,
-        piece: Piece,
-        token: int,
-        logprobs: tuple[TokenLogprobs, ...],
-    ) -> Delta:
-        """Gives a token to its sequence, and ends it there if it is the last."""
-        sequence = piece.sequence
-        member = self._members[sequence]
-        self._num_new_tokens += 1
-        self._scheduler.commit(piece, [token])
-        is_end = self._is_end(token, member.config)
-        text = ""
-        if member.text and not is_end:
-            text = member.text.add(token)
-        if member.matcher:
-            member.matcher.accept(token)
-            is_end |= member.matcher.is_stuck
-        if is_end or (member.text and member.text.is_stopped):
-            self._scheduler.finish(sequence, FinishReason.STOP)
-            sequence.finish_reason = FinishReason.STOP  # also at the longest length
-        if sequence.status is Status.FINISHED:
-            return self._last_delta(member, text, (token,), logprobs)
-        return member.delta(text, (token,), logprobs)
-
-    def _is_end(self, token: int, config: RequestConfig) -> bool:
-        is_eos = self.tokenizer is not None and token == self.tokenizer.eos_id
-        goes_on = config.ignore_eos and config.grammar is None
-        return (is_eos and not goes_on) or token in config.stop_ids
-
-    def _last_delta(
-        self,
-        member: Member,
-        text: str = "",
-        tokens: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprobs, ...] = (),
-    ) -> Delta:
-        """The end of a sequence, with the text that was held back; forgets the sequence."""
-        del self._members[member.sequence]
-        siblings = self._requests[member.request]
-        siblings.remove(member)
-        if not siblings:
-            del self._requests[member.request]
-        if member.text:
-            text += member.text.flush()
-        return member.delta(text, tokens, logprobs)

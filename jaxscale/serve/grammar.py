@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -118,6 +119,24 @@ class Matcher:
         words = np.zeros(self._num_words, np.int32)
         words[: len(found)] = found[: self._num_words]
         return words
+
+    def masks(self, drafts: Sequence[int]) -> list[np.ndarray]:
+        """The masks before each draft and behind the last.
+
+        They end where a draft is refused or ends the text: nothing behind it can count.
+        """
+        found, num_taken = [self.mask()], 0
+        for draft in drafts:
+            is_allowed = (found[-1][draft // WORD] >> (draft % WORD)) & 1
+            if not is_allowed or not self._matcher.consume_token(draft):
+                break
+            num_taken += 1
+            if self._matcher.is_stopped():
+                break
+            found.append(self.mask())
+        if num_taken:
+            self._matcher.rollback(num_taken)
+        return found
 
     def accept(self, token: int) -> None:
         """Takes the token drawn; one that the last mask allowed."""

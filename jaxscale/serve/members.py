@@ -1,6 +1,7 @@
 """A sequence of a request with its text, as the engine keeps it."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +9,31 @@ from jaxscale.serve.grammar import Matcher
 from jaxscale.serve.requests import Delta, RequestConfig, TokenLogprobs
 from jaxscale.serve.sequences import Piece, Sequence
 from jaxscale.serve.text import TextStream
+
+
+class Score(NamedTuple):
+    """What is known of a token's log-probability.
+
+    Args:
+        drawn: its own.
+        top: [MAX_LOGPROBS] of the most probable tokens, descending.
+        tokens: [MAX_LOGPROBS] which these are.
+    """
+
+    drawn: float
+    top: np.ndarray
+    tokens: np.ndarray
+
+    @classmethod
+    def at(cls, arrays: tuple[np.ndarray, ...], place: tuple[int, int]) -> "Score":
+        """That of a step and a row, of a launch's log-probabilities."""
+        drawn, top, tokens = arrays
+        return cls(float(drawn[place]), top[place].copy(), tokens[place].copy())
+
+    def logprobs(self, count: int) -> TokenLogprobs:
+        """With the `count` most probable tokens."""
+        pairs = zip(self.tokens[:count].tolist(), self.top[:count].tolist(), strict=True)
+        return TokenLogprobs(self.drawn, tuple(pairs))
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,6 +48,7 @@ class Member:
         text: None for an engine without texts.
         matcher: of its grammar.
         weights_version: of the weights that drew its last token.
+        is_prompt_told: whether the log-probabilities of its prompt have been handed out.
     """
 
     request: int
@@ -31,10 +58,29 @@ class Member:
     text: TextStream | None
     matcher: Matcher | None = None
     weights_version: int = 0
+    is_prompt_told: bool = False
 
-    def mask(self, piece: Piece) -> np.ndarray | None:
-        """What its grammar allows behind a piece."""
-        return self.matcher.mask() if self.matcher and piece.is_drawing else None
+    def masks(self, piece: Piece) -> list[np.ndarray] | None:
+        """What its grammar allows behind a piece and its drafts; None for all tokens."""
+        if self.matcher is None or not piece.is_drawing:
+            return None
+        return self.matcher.masks(piece.drafts)
+
+    def score(self, piece: Piece, found: list[Score]) -> None:
+        """Takes what is known behind the tokens of a piece of the prompt."""
+        scores, prompt = self.sequence.scores, self.sequence.prompt
+        for position, score in enumerate(found, piece.start + 1):
+            if position == len(scores) < len(prompt):
+                scores.append(score)
+
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """Of each prompt token but the first, as many as are asked for, the first time."""
+        is_first = self.sequence.scores is not None and not self.is_prompt_told
+        if not is_first or self.sequence.is_scoring:
+            return ()
+        self.is_prompt_told = True
+        count = self.config.num_prompt_logprobs
+        return tuple(score.logprobs(count) for score in self.sequence.scores[1:])
 
     def delta(
         self,
@@ -52,17 +98,5 @@ class Member:
             finish_reason=self.sequence.finish_reason,
             weights_version=self.weights_version,
             num_cached=self.sequence.num_cached or 0,
+            prompt_logprobs=self.prompt_logprobs() if tokens else (),
         )
-
-
-def logprobs_of(
-    arrays: tuple[np.ndarray, ...] | None,
-    place: tuple[int, int],
-    count: int | None,
-) -> tuple[TokenLogprobs, ...]:
-    """Log-probabilities of the token of a step and a row, as far as they are asked for."""
-    if count is None or arrays is None:
-        return ()
-    drawn, top, tokens = arrays
-    pairs = zip(tokens[place][:count].tolist(), top[place][:count].tolist(), strict=True)
-    return (TokenLogprobs(float(drawn[place]), tuple(pairs)),)

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from jaxscale.serve.engine import Figures
+from jaxscale.serve.figures import Figures
 from jaxscale.serve.requests import Delta
 from jaxscale.serve.sequences import FinishReason
 
@@ -106,6 +106,18 @@ def _plain(figures: Figures) -> list[tuple[str, str, str, float]]:
         ("num_requests_waiting", "gauge", "Sequences that wait.", figures.num_waiting),
         ("kv_cache_usage_perc", "gauge", "Share of the cache that is held, 0 to 1.", usage),
         ("num_preemptions_total", "counter", "Preemptions.", figures.num_preemptions),
+        (
+            "spec_decode_num_draft_tokens_total",
+            "counter",
+            "Tokens that were guessed and checked.",
+            figures.num_drafts,
+        ),
+        (
+            "spec_decode_num_accepted_tokens_total",
+            "counter",
+            "Guesses that were right.",
+            figures.num_accepted,
+        ),
         ("prompt_tokens_total", "counter", "Tokens of prompts.", figures.num_prompt_tokens),
         ("generation_tokens_total", "counter", "Tokens drawn.", figures.num_new_tokens),
         (

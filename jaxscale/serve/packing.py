@@ -60,6 +60,7 @@ class RowShape:
             "slot": Field(rows, "int32", self.num_slots),
             "slot_drawn": Field(rows, "int32", self.num_slots),
             "position": Field(rows, "int32", 0),
+            "target": Field(rows, "int32", -1),
         }
 
     @property
@@ -78,6 +79,7 @@ class StepShape:
         num_pages: P, pages of each of them.
         num_prompts: further sequences.
         num_prompt_pages: C, pages of all of these together.
+        num_extra: tokens beside the last of each sequence behind which logits are wanted.
         num_slots: rows of the device's state.
         block_size: tokens a page.
     """
@@ -87,13 +89,15 @@ class StepShape:
     num_pages: int
     num_prompts: int
     num_prompt_pages: int
+    num_extra: int
     num_slots: int
     block_size: int
 
     @property
     def rows(self) -> RowShape:
         """Of all sequences."""
-        return RowShape(self.num_single + self.num_prompts, self.num_slots)
+        num_rows = self.num_single + self.num_prompts + self.num_extra
+        return RowShape(num_rows, self.num_slots)
 
     @functools.cached_property
     def fields(self) -> dict[str, Field]:
@@ -186,6 +190,9 @@ class Buckets:
         tokens: tokens of a step with prompts.
         pages: pages of a sequence of one token.
         prompt_pages: pages of the prompts of a step together.
+        extra: tokens beside the last of each sequence behind which logits are wanted; the first
+            is 0.
+        warm_extra: up to which of these steps are compiled ahead.
         max_prompts: prompts a step.
         num_slots: rows of the device's state.
         block_size: tokens a page.
@@ -196,6 +203,8 @@ class Buckets:
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
     prompt_pages: tuple[int, ...]
+    extra: tuple[int, ...]
+    warm_extra: int
     max_prompts: int
     num_slots: int
     block_size: int
@@ -207,6 +216,7 @@ class Buckets:
         num_pages: int,
         num_tokens: int,
         num_prompt_pages: int,
+        num_extra: int = 0,
     ) -> StepShape:
         """The smallest shape that holds a step.
 
@@ -215,6 +225,7 @@ class Buckets:
             num_pages: most pages of one of them.
             num_tokens: of all sequences.
             num_prompt_pages: of the other sequences together; 0 where there is none.
+            num_extra: tokens beside the last of each of these behind which logits are wanted.
         """
         pages = _round_up(num_pages, self.pages)
         if not num_prompt_pages:
@@ -224,14 +235,16 @@ class Buckets:
             pages,
             _round_up(num_tokens, self.tokens),
             _round_up(num_prompt_pages, self.prompt_pages),
+            _round_up(num_extra, self.extra),
         )
 
     def all_shapes(self) -> list[StepShape]:
-        """Every shape that `shape` may return."""
+        """Every shape that `shape` may return, but for more than `warm_extra`."""
         found = itertools.starmap(
             self._without_prompts, itertools.product(self.singles, self.pages)
         )
-        mixed = (self.mixed_singles, self.pages, self.tokens, self.prompt_pages)
+        extra = [num for num in self.extra if num <= self.warm_extra]
+        mixed = (self.mixed_singles, self.pages, self.tokens, self.prompt_pages, extra)
         found_mixed = itertools.starmap(self._with_prompts, itertools.product(*mixed))
         return list(dict.fromkeys([*found, *found_mixed]))
 
@@ -242,6 +255,7 @@ class Buckets:
             num_pages=num_pages,
             num_prompts=0,
             num_prompt_pages=0,
+            num_extra=0,
             num_slots=self.num_slots,
             block_size=self.block_size,
         )
@@ -252,6 +266,7 @@ class Buckets:
         num_pages: int,
         num_tokens: int,
         num_prompt_pages: int,
+        num_extra: int,
     ) -> StepShape:
         return StepShape(
             num_tokens=max(num_tokens, num_single),
@@ -259,6 +274,7 @@ class Buckets:
             num_pages=num_pages,
             num_prompts=self.max_prompts,
             num_prompt_pages=num_prompt_pages,
+            num_extra=num_extra,
             num_slots=self.num_slots,
             block_size=self.block_size,
         )

@@ -210,7 +210,8 @@ class _Draw:
         logprobs = None
         if self.kind.has_logprobs:
             of_rows = functools.partial(drawing.log_probabilities, num_tokens=self.num_tokens)
-            logprobs = self._by_row(of_rows, logits, tokens)
+            target = jnp.where(fields["target"] >= 0, fields["target"], tokens)
+            logprobs = self._by_row(of_rows, logits, target)
         return (last_tokens, seen), tokens, logprobs
 
     def _by_row(self, f: Callable, *arrays: Any) -> Any:

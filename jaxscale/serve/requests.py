@@ -55,6 +55,7 @@ class RequestConfig:
         num_logprobs: how many of the most probable tokens are reported with their log-probability
             beside the one drawn; None reports nothing. They are the model's own, before
             temperature, filters and penalties.
+        num_prompt_logprobs: likewise of each token of the prompt but the first.
         grammar: that the continuation has to follow; it needs a tokenizer.
         priority: higher ones come first.
         timeout_s: after which the request is ended; None for never.
@@ -69,6 +70,7 @@ class RequestConfig:
     ignore_eos: bool = False
     penalties: Penalties = NO_PENALTIES
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     grammar: GrammarConfig | None = None
     priority: int = 0
     timeout_s: float | None = None
@@ -79,9 +81,10 @@ class RequestConfig:
         check_positive("num_sequences", self.num_sequences)
         if "" in self.stop:
             raise InputError("stop", self.stop, "texts of at least one character")
-        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
-            expected = f"0 <= num_logprobs <= {MAX_LOGPROBS}, or None"
-            raise InputError("num_logprobs", self.num_logprobs, expected)
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            num = getattr(self, name)
+            if num is not None and not 0 <= num <= MAX_LOGPROBS:
+                raise InputError(name, num, f"0 <= {name} <= {MAX_LOGPROBS}, or None")
         if self.timeout_s is not None:
             check_not_negative("timeout_s", self.timeout_s)
 
@@ -112,6 +115,8 @@ class Delta:
         finish_reason: on the last delta of a sequence, else None.
         weights_version: of the weights that drew the tokens.
         num_cached: prompt tokens that a cached prefix has spared.
+        prompt_logprobs: of each prompt token but the first, on the first delta with tokens; none
+            where they are not asked for.
     """
 
     request: int
@@ -122,6 +127,7 @@ class Delta:
     finish_reason: FinishReason | None
     weights_version: int
     num_cached: int
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclasses.dataclass
@@ -134,6 +140,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     weights_version: int = 0
     num_cached: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def add(self, delta: Delta) -> None:
         """Appends what is new."""
@@ -143,3 +150,4 @@ class Completion:
         self.finish_reason = delta.finish_reason
         self.weights_version = delta.weights_version
         self.num_cached = delta.num_cached
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs

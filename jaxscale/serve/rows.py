@@ -59,6 +59,7 @@ class Writer:
         self._shape = shape
         self._num_tokens = 0
         self._num_pages = 0  # of prompts
+        self._num_rows = shape.num_single + shape.num_prompts  # those of extra tokens come last
 
     def add_single(self, pieces: List[Piece]) -> None:
         """Sequences of one token, the first ones."""
@@ -77,10 +78,12 @@ class Writer:
         self._num_tokens = len(pieces)
 
     def add_prompts(self, pieces: List[Piece]) -> None:
-        """Sequences of several tokens, behind them."""
+        """Sequences of several tokens, behind them; a few of these may have a row for each."""
         slots = self._add_rows(self._shape.num_single, pieces)
         for segment, (piece, slot) in enumerate(zip(pieces, slots, strict=True), 1):
             self._add_prompt(piece, slot, segment)
+            if piece.num_extra:
+                self._add_extra(piece, slot)
 
     def _add_prompt(
         self,
@@ -92,7 +95,7 @@ class Writer:
         start, end = piece.start, piece.start + count
         here = slice(self._num_tokens, self._num_tokens + count)
         positions = np.arange(start, end, dtype=np.int32)
-        views["tokens"][here] = piece.sequence.known()[start:end]
+        views["tokens"][here] = piece.tokens()
         views["positions"][here] = positions
         views["slot_mapping"][here] = self._slots_of(slot, positions)
         views["segments"][here] = segment
@@ -105,6 +108,19 @@ class Writer:
         views["page_segments"][pages] = segment
         views["first_pages"][segment] = pages.start
         self._num_tokens, self._num_pages = here.stop, pages.stop
+
+    def _add_extra(self, piece: Piece, slot: int) -> None:
+        """Rows for all tokens but the last of a piece that has just been added."""
+        views, num = self._views, piece.num_extra
+        here = slice(self._num_rows, self._num_rows + num)
+        views["last_place"][here] = np.arange(self._num_tokens - num - 1, self._num_tokens - 1)
+        views["slot"][here] = slot
+        views["position"][here] = np.arange(piece.start + 1, piece.start + num + 1)
+        for name, array in self._rows.settings.items():
+            views[name][here] = array[slot]
+        if piece.is_scored:
+            views["target"][here] = piece.sequence.prompt[piece.start + 1 : piece.start + num + 1]
+        self._num_rows += num
 
     def _add_rows(self, first: int, pieces: List[Piece]) -> np.ndarray:
         """Settings and pages of the rows from `first` on; the pieces' slots."""
@@ -120,6 +136,9 @@ class Writer:
         views["position"][here] = ends
         for name, array in self._rows.settings.items():
             views[name][here] = array[slots]
+        for row, piece in enumerate(pieces, first):
+            if piece.is_scored and not piece.is_drawing:
+                views["target"][row] = piece.sequence.prompt[piece.start + piece.count]
         return slots
 
     def _slots_of(self, slots: Any, positions: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from jaxscale.serve import packing
 from jaxscale.serve.drawing import DrawKind
 from jaxscale.serve.packing import Buckets, StepShape
 from jaxscale.serve.placement import Placement
+from jaxscale.serve.plan import LOOPED_SEQUENCES
 from jaxscale.serve.programs import (
     Seen,
     draw_program,
@@ -23,7 +24,6 @@ from jaxscale.serve.programs import (
 )
 from jaxscale.serve.requests import NO_PENALTIES, RequestConfig
 from jaxscale.serve.rows import HostRows, Writer
-from jaxscale.serve.scheduler import LOOPED_SEQUENCES
 from jaxscale.serve.sequences import Piece, Sequence
 from jaxscale.types import Array, Params
 
@@ -35,6 +35,7 @@ class Launched:
     Args:
         pieces: what it runs, in the order of its rows.
         rows: the row of each piece.
+        extra: of a piece by its place in `pieces`, the rows of its tokens before the last.
         tokens: [steps, R] int32 drawn.
         logprobs: as `drawing.log_probabilities` of each step, or None.
         weights_version: of the weights that it runs with.
@@ -42,9 +43,14 @@ class Launched:
 
     pieces: tuple[Piece, ...]
     rows: tuple[int, ...]
+    extra: dict[int, range]
     tokens: Array
     logprobs: tuple[Array, Array, Array] | None
     weights_version: int
+
+    def rows_of(self, place: int) -> list[int]:
+        """The rows of a piece's tokens behind which logits were wanted, in their order."""
+        return [*self.extra.get(place, ()), self.rows[place]]
 
 
 class Runner:
@@ -136,33 +142,35 @@ class Runner:
         self,
         pieces: tuple[Piece, ...],
         configs: List[RequestConfig],
-        masks: List[np.ndarray | None],
+        masks: List[List[np.ndarray] | None],
     ) -> Launched:
         """Starts a step; nothing waits for the device.
 
         Args:
             pieces: what runs.
             configs: of each piece's request.
-            masks: what each piece's grammar allows, [words] int32; None for all tokens.
+            masks: what each piece's grammar allows, [words] int32 for each of its rows, of which
+                the last ones may be missing; None for all tokens.
         """
-        shape, packed, rows = self._pack(pieces)
+        shape, packed, rows, extra = self._pack(pieces)
         of_rows = None
-        if any(mask is not None for mask in masks):
-            num_words = max(len(mask) for mask in masks if mask is not None)
+        if any(masks):
+            num_words = len(next(filter(None, masks))[0])
             of_rows = np.full((shape.rows.num_rows, num_words), -1, np.int32)
-            for row, mask in zip(rows, masks, strict=True):
-                of_rows[row] = -1 if mask is None else mask
+            for place, of_piece in enumerate(masks):
+                for row, mask in zip((*extra.get(place, ()), rows[place]), of_piece or ()):
+                    of_rows[row] = mask
         tokens, logprobs = self._launch(
             shape,
             packed,
             masks=of_rows,
             is_penalised=any(config.penalties != NO_PENALTIES for config in configs),
-            kind=DrawKind.of(configs),
+            kind=DrawKind.of(configs, is_scored=any(piece.is_scored for piece in pieces)),
             num_steps=pieces[0].num_steps,
         )
         for array in jax.tree.leaves((tokens, logprobs)):
             array.copy_to_host_async()
-        return Launched(pieces, rows, tokens, logprobs, self.weights_version)
+        return Launched(pieces, rows, extra, tokens, logprobs, self.weights_version)
 
     def _launch(
         self,
@@ -195,8 +203,11 @@ class Runner:
         self._last_tokens, seen = state
         self._seen = self._seen if seen is None else seen
 
-    def _pack(self, pieces: tuple[Piece, ...]) -> tuple[StepShape, np.ndarray, tuple[int, ...]]:
-        """(shape, packed array, the row of each piece)."""
+    def _pack(
+        self,
+        pieces: tuple[Piece, ...],
+    ) -> tuple[StepShape, np.ndarray, tuple[int, ...], dict[int, range]]:
+        """(shape, packed array, the row of each piece, its extra rows as in `Launched`)."""
         single = [piece for piece in pieces if piece.count == 1]
         longer = [piece for piece in pieces if piece.count > 1]
         pages = [-(-(piece.start + piece.count) // self._block_size) for piece in longer]
@@ -206,6 +217,7 @@ class Runner:
             num_pages=last // self._block_size + 1,
             num_tokens=sum(piece.count for piece in pieces),
             num_prompt_pages=sum(pages),
+            num_extra=sum(piece.num_extra for piece in longer),
         )
         packed, views = packing.empty(shape)
         writer = Writer(views, self._rows, self._block_size, shape)
@@ -213,4 +225,9 @@ class Runner:
         writer.add_prompts(longer)
         order = {id(piece): row for row, piece in enumerate(single)}
         order |= {id(piece): shape.num_single + row for row, piece in enumerate(longer)}
-        return shape, packed, tuple(order[id(piece)] for piece in pieces)
+        extra, first = {}, shape.num_single + shape.num_prompts
+        for place, piece in enumerate(pieces):
+            if piece.num_extra:
+                extra[place] = range(first, first + piece.num_extra)
+                first += piece.num_extra
+        return shape, packed, tuple(order[id(piece)] for piece in pieces), extra

@@ -5,57 +5,11 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 from jaxscale.serve.blocks import BlockPool, PrefixChain
+from jaxscale.serve.plan import LOOPED_SEQUENCES, Plan, SchedulerConfig
 from jaxscale.serve.sequences import FinishReason, Piece, Sequence, Status, Step
-from jaxscale.types import InputError, RunError, check_positive, check_types
-
-# Of more sequences a step takes longer than what the host does for it, and nothing is won.
-LOOPED_SEQUENCES = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits of a step and the policies.
-
-    Args:
-        token_budget: tokens a step, of decoding sequences and prompts together.
-        max_sequences: sequences that run at a time.
-        max_prompts: prompts of which a step runs a piece.
-        max_context: tokens of these prompts up to the ends of their pieces, together, in whole
-            blocks; what their attention reads.
-        policy: "splitfuse" runs a token of every decoding sequence first and fills the budget up
-            with pieces of prompts; "prefill_first" lets decoding wait while there are prompts, as
-            engines did before, for comparison.
-        admission: "lifetime" admits a sequence once its blocks are free to its last token; "growth"
-            once those of its prompt are, and takes blocks from the newest when none is left, whose
-            keys are then computed again.
-        use_prefix_cache: whether sequences share the blocks of equal prefixes.
-        steps_a_launch: steps that are planned at once while nothing but at most LOOPED_SEQUENCES
-            decoding sequences is there.
-    """
-
-    token_budget: int = 2048
-    max_sequences: int = 256
-    max_prompts: int = 16
-    max_context: int = 8192
-    policy: Literal["splitfuse", "prefill_first"] = "splitfuse"
-    admission: Literal["lifetime", "growth"] = "lifetime"
-    use_prefix_cache: bool = True
-    steps_a_launch: int = 1
-
-    def __post_init__(self):
-        check_types(self)
-        counts = ("token_budget", "max_sequences", "max_prompts", "max_context", "steps_a_launch")
-        for name in counts:
-            check_positive(f"SchedulerConfig.{name}", getattr(self, name))
-        if self.max_sequences > self.token_budget:
-            expected = (
-                f"max_sequences <= token_budget = {self.token_budget}, so that every decoding "
-                "sequence has a token in each step"
-            )
-            raise InputError("SchedulerConfig.max_sequences", self.max_sequences, expected)
+from jaxscale.types import InputError
 
 
 class Scheduler:
@@ -127,7 +81,7 @@ class Scheduler:
     def schedule(self, now_s: float = 0.0) -> Step:
         """Plans a step; one without pieces if nothing can run."""
         expired = tuple(self._expire(now_s))
-        plan = _Plan(self.config, self.blocks.block_size)
+        plan = Plan(self.config, self.blocks.block_size)
         if self.config.policy == "splitfuse":
             self._decode(plan)
             self._continue_prompts(plan)
@@ -141,6 +95,18 @@ class Scheduler:
         for piece in pieces:
             self._advance(piece)
         return Step(tuple(pieces), tuple(plan.admitted), tuple(plan.preempted), expired)
+
+    def settle(self, piece: Piece, num_accepted: int) -> None:
+        """Takes back what was planned of drafts that turn out wrong; `commit` comes after it.
+
+        Args:
+            piece: with drafts.
+            num_accepted: tokens that will be committed.
+        """
+        sequence = piece.sequence
+        sequence.num_drawn = len(sequence.outputs) + num_accepted
+        if sequence.status is Status.RUNNING:
+            sequence.num_computed = piece.start + num_accepted
 
     def commit(self, piece: Piece, tokens: Iterable[int]) -> list[int]:
         """Appends what a piece drew to its sequence, which ends at its last token.
@@ -173,9 +139,10 @@ class Scheduler:
 
     # Parts of a plan
 
-    def _decode(self, plan: "_Plan") -> None:
+    def _decode(self, plan: Plan) -> None:
         """A token of each decoding sequence, by rank."""
-        for sequence in list(self.running):
+        running = list(self.running)
+        for number, sequence in enumerate(running):
             if sequence.status is not Status.RUNNING or not sequence.is_decoding:
                 continue  # it may have lost its blocks to one before it
             if sequence.side != sequence.admitted_side:
@@ -184,9 +151,37 @@ class Scheduler:
                 continue
             if self._is_held_up(sequence) or not self._grow(sequence, plan):
                 continue
-            plan.add(sequence, 1)
+            # Each of those behind has a token in this step before any draft has.
+            spare = plan.budget - (len(running) - number)
+            plan.add(sequence, 1, self._fitting_drafts(sequence, plan, spare))
 
-    def _continue_prompts(self, plan: "_Plan") -> None:
+    def _fitting_drafts(
+        self,
+        sequence: Sequence,
+        plan: Plan,
+        spare: int,
+    ) -> tuple[int, ...]:
+        """The drafts for which there is room in the step, the blocks and the sequence."""
+        limits = [switch - sequence.length for switch in sequence.switch_lengths]
+        left = sequence.max_new_tokens - sequence.num_drawn - 1
+        room = [
+            spare,
+            left,
+            plan.room_for_drafts(sequence),
+            *(each for each in limits if each >= 0),
+        ]
+        num = min(len(sequence.drafts), *room)
+        if num < 1:
+            return ()
+        size = self.blocks.block_size
+        while sequence.num_computed + num >= len(sequence.blocks) * size:
+            if not self.blocks.can_take((), 1):
+                break  # for drafts nobody is preempted
+            sequence.blocks += self.blocks.take((), 1)
+        num = min(num, len(sequence.blocks) * size - sequence.num_computed - 1)
+        return tuple(sequence.drafts[:num])
+
+    def _continue_prompts(self, plan: Plan) -> None:
         for sequence in self.running:
             if plan.is_full:
                 return
@@ -196,7 +191,7 @@ class Scheduler:
                     return
                 plan.add(sequence, count)
 
-    def _admit(self, plan: "_Plan") -> None:
+    def _admit(self, plan: Plan) -> None:
         while not plan.is_full and self._slots:
             sequence = self._next_waiting()
             if sequence is None or sequence in plan.preempted or self._is_held_up(sequence):
@@ -242,6 +237,8 @@ class Scheduler:
             # The last token has to run, for something to be drawn behind it.
             most = (len(tokens) - 1) // self.blocks.block_size
             shared = self.blocks.find(sequence.chain.digests(tokens)[:most])
+            if sequence.is_scoring:
+                shared = shared[: self._num_unscored(sequence)]
         is_whole = self.config.admission == "lifetime"
         num_tokens = sequence.max_cached if is_whole else len(tokens)
         num_new = self.blocks.num_for(num_tokens) - len(shared)
@@ -254,7 +251,21 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
         return True
 
-    def _grow(self, sequence: Sequence, plan: "_Plan") -> bool:
+    def _num_unscored(self, sequence: Sequence) -> int:
+        """Blocks that need not run for the log-probabilities that are missing.
+
+        Those that others have computed are taken over. What comes first behind a block is scored
+        by its last token, which is why that block runs, too.
+        """
+        size, scores = self.blocks.block_size, sequence.scores
+        for number, digest in enumerate(sequence.chain.digests(sequence.prompt)):
+            known = self.blocks.scores_of(digest)
+            if known is None or len(scores) < number * size:
+                break
+            scores += known[len(scores) - number * size :]
+        return (len(scores) - 1) // size
+
+    def _grow(self, sequence: Sequence, plan: Plan) -> bool:
         """Whether the sequence has a block for its next token, if need be that of another."""
         if sequence.num_computed < len(sequence.blocks) * self.blocks.block_size:
             return True
@@ -272,6 +283,7 @@ class Scheduler:
     def _advance(self, piece: Piece) -> None:
         sequence = piece.sequence
         sequence.num_computed += piece.count * piece.num_steps
+        sequence.drafts = []
         if piece.is_drawing:
             sequence.num_drawn += piece.num_steps
         self._register(sequence)
@@ -309,7 +321,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.release(sequence.blocks)
         self._slots.append(sequence.slot)
-        sequence.blocks, sequence.slot = [], None
+        sequence.blocks, sequence.drafts, sequence.slot = [], [], None
         sequence.num_computed = sequence.num_registered = 0
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -327,45 +339,3 @@ class Scheduler:
     def next_deadline_s(self) -> float:
         """When the next sequence may expire; infinity for never."""
         return self._deadlines[0][0] if self._deadlines else math.inf
-
-
-class _Plan:
-    """A step while it is planned.
-
-    Args:
-        config: limits.
-        block_size: tokens a block.
-    """
-
-    def __init__(self, config: SchedulerConfig, block_size: int):
-        self.budget = config.token_budget
-        self._max_prompts = config.max_prompts
-        self._context = config.max_context
-        self._block_size = block_size
-        self.pieces: list[Piece] = []
-        self.admitted: list[Sequence] = []
-        self.preempted: list[Sequence] = []
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no piece of a prompt has a place any more."""
-        return self.budget < 1 or self._max_prompts < 1
-
-    def fitting(self, sequence: Sequence) -> int:
-        """Tokens of a prompt that fit beside what is planned."""
-        room = self._context // self._block_size * self._block_size - sequence.num_computed
-        return max(min(sequence.num_missing, self.budget, room), 0)
-
-    def add(self, sequence: Sequence, count: int) -> None:
-        """Plans the next `count` tokens of a sequence."""
-        if count < 1 or count > self.budget:
-            raise RunError(f"{count} tokens are planned, {self.budget} are left of the budget")
-        is_decode = sequence.is_decoding
-        is_drawing = count == sequence.num_missing
-        piece = Piece(sequence, sequence.num_computed, count, is_decode, is_drawing)
-        self.pieces.append(piece)
-        self.budget -= count
-        if not is_decode:
-            num_blocks = -(-(piece.start + count) // self._block_size)
-            self._context -= num_blocks * self._block_size
-            self._max_prompts -= 1

@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence as List
+from typing import Any
 
 from jaxscale.serve.blocks import PrefixChain
 
@@ -36,6 +38,9 @@ class Sequence:
         is_synchronous: no step is planned while a token of it is being drawn, for what the step
             computes depends on it (a grammar).
         salt: what else its cached prefix depends on.
+        scores: of the first prompt tokens, what is known of their log-probabilities; None for a
+            sequence of which none are asked.
+        drafts: guesses of the tokens that come next, which the next step may check.
         switch_lengths: lengths above which all of its keys are others (LongRoPE).
         outputs: the tokens drawn, as far as they are known.
         num_drawn: tokens drawn or being drawn.
@@ -53,6 +58,7 @@ class Sequence:
     deadline_s: float | None = None
     is_synchronous: bool = False
     salt: str = ""
+    scores: list[Any] | None = None
     switch_lengths: tuple[int, ...] = ()
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -63,6 +69,7 @@ class Sequence:
     num_registered: int = 0
     num_preemptions: int = 0
     blocks: list[int] = dataclasses.field(default_factory=list)
+    drafts: list[int] = dataclasses.field(default_factory=list)
     slot: int | None = None
     admitted_side: int = 0
     chain: PrefixChain | None = None
@@ -100,6 +107,11 @@ class Sequence:
         return self.num_drawn > len(self.outputs)
 
     @property
+    def is_scoring(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still missing."""
+        return self.scores is not None and len(self.scores) < len(self.prompt)
+
+    @property
     def max_cached(self) -> int:
         """Tokens in the cache at its end: the last one drawn is never run."""
         return len(self.prompt) + self.max_new_tokens - 1
@@ -119,6 +131,9 @@ class Piece:
         count: how many.
         is_decode: whether the only token is the one drawn last, which the device knows.
         is_drawing: whether a token is drawn behind the last.
+        drafts: guesses that are run behind the token drawn last, to be compared with what is drawn
+            before each.
+        is_scored: whether the token behind each, of the prompt, is given its log-probability.
         num_steps: of the launch; each after the first runs the token that the one before drew.
     """
 
@@ -127,7 +142,25 @@ class Piece:
     count: int
     is_decode: bool
     is_drawing: bool
+    drafts: tuple[int, ...] = ()
+    is_scored: bool = False
     num_steps: int = 1
+
+    @property
+    def num_extra(self) -> int:
+        """Tokens before the last behind which logits are wanted, too."""
+        return self.count - 1 if self.drafts or self.is_scored else 0
+
+    def tokens(self) -> list[int]:
+        """What runs, as far as the host knows it."""
+        known = self.sequence.known()[self.start : self.start + self.count]
+        return [*known, *self.drafts]
+
+    def accepted(self, drawn: List[int]) -> list[int]:
+        """Of the tokens drawn behind each of its own, those whose context was right."""
+        is_right = [draft == token for draft, token in zip(self.drafts, drawn, strict=False)]
+        num_right = is_right.index(False) if False in is_right else len(is_right)
+        return list(drawn[: num_right + 1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_none_is_lost_and_nothing_is_left(num_requests, changes):
     assert load.num_cancelled > 10
     figures = engine.figures()
     assert (figures.num_held, figures.num_running, figures.num_waiting) == (0, 0, 0)
-    assert not engine._members
-    assert not engine._requests
+    assert not engine._collector.members
+    assert not engine._collector.num_open
     gc.collect()
     assert sum(array.nbytes for array in jax.live_arrays()) <= before

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from jaxscale.serve.blocks import BlockPool
-from jaxscale.serve.scheduler import Scheduler, SchedulerConfig
+from jaxscale.serve.plan import SchedulerConfig
+from jaxscale.serve.scheduler import Scheduler
 from jaxscale.serve.sequences import FinishReason, Sequence, Status
 from jaxscale.types import InputError
 
