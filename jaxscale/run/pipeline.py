@@ -11,6 +11,7 @@ from typing import Any
 from jaxscale.run.model import load
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
+from jaxscale.serve.drafting import Draft
 from jaxscale.serve.engine import Engine
 from jaxscale.serve.requests import Completion, RequestConfig
 
@@ -21,15 +22,26 @@ def make_engine(
     config: EngineConfig = EngineConfig(),
     step: int | None = None,
     tensor: int = 1,
+    draft: Run | str | Path | None = None,
 ) -> Engine:
-    """An engine with a run's model; arguments and errors as `run.model.load`."""
+    """An engine with a run's model.
+
+    Args:
+        run, step, tensor: as `run.model.load`.
+        config: sizes and policies.
+        draft: a run of a smaller model that guesses tokens, see `EngineConfig.num_drafts`.
+    Raises:
+        InputError: as `run.model.load`.
+    """
     model = load(run, step=step, tensor=tensor)
+    small = None if draft is None else load(draft)
     return Engine(
         model.decoder,
         model.pure_params(),
         config=config,
         tokenizer=model.tokenizer,
         region=model.region,
+        draft=small and Draft(small.decoder, small.pure_params()),
     )
 
 

@@ -32,6 +32,7 @@ def serve(
     engine: EngineConfig = EngineConfig(),
     step: int | None = None,
     tensor: int = 1,
+    draft: str | None = None,
     timeout_s: float | None = None,
     drain_s: int = 30,
     warm_up: bool = True,
@@ -47,6 +48,8 @@ def serve(
         engine: sizes and policies.
         step: which checkpoint; the newest when None.
         tensor: devices over which the model is spread.
+        draft: directory of a run of a smaller model that guesses tokens, see
+            `EngineConfig.num_drafts`.
         timeout_s: after which a request is ended; None for never.
         drain_s: seconds that running requests are given after SIGTERM.
         warm_up: whether all steps are compiled before the first request.
@@ -69,7 +72,7 @@ def serve(
         api_keys=read_keys(api_key_file) if api_key_file else (),
         timeout_s=timeout_s,
     )
-    made = make_engine(run, config=engine, step=step, tensor=tensor)
+    made = make_engine(run, config=engine, step=step, tensor=tensor, draft=draft)
     if warm_up:
         logger.info("compiled %d shapes of steps", made.warm_up())
     settings = uvicorn.Config(

@@ -85,6 +85,7 @@ class Form:
         model: its name.
         is_chat: whether chat completions or completions.
         tokenizer: spells tokens.
+        is_echo: whether a completion begins with its prompt.
         tools: the form of calls of tools; None where none may be called.
         id: of the answer.
         created_s: Unix time.
@@ -93,14 +94,21 @@ class Form:
     model: str
     is_chat: bool
     tokenizer: Tokenizer
+    is_echo: bool = False
     tools: ToolForm | None = None
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     created_s: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-    def whole(self, choices: Sequence[Completion], usage: Usage) -> dict[str, Any]:
-        """The answer to a request that is not streamed."""
+    def whole(
+        self,
+        choices: Sequence[Completion],
+        prompts: Sequence[Sequence[int]],
+        usage: Usage,
+    ) -> dict[str, Any]:
+        """The answer to a request that is not streamed, with the prompt of each choice."""
         versions = {choice.weights_version for choice in choices}
-        found = [self._choice(index, choice) for index, choice in enumerate(choices)]
+        pairs = zip(choices, prompts, strict=True)
+        found = [self._choice(index, *pair) for index, pair in enumerate(pairs)]
         kind = "chat.completion" if self.is_chat else "text_completion"
         fields = self._head(kind, found) | {"usage": usage.json()}
         return fields | {"weights_version": max(versions)}
@@ -148,7 +156,14 @@ class Form:
             "choices": choices,
         }
 
-    def _choice(self, index: int, choice: Completion) -> dict[str, Any]:
+    def _choice(
+        self,
+        index: int,
+        choice: Completion,
+        prompt: Sequence[int],
+    ) -> dict[str, Any]:
+        if self.is_echo:
+            return self._echoed(index, choice, prompt)
         said = Listener(self.tools).hear(choice.text, is_last=True)
         message: dict[str, Any] = {"role": "assistant", "content": said.text}
         if said.calls:
@@ -159,7 +174,49 @@ class Form:
             **({"message": message} if self.is_chat else {"text": choice.text}),
             "logprobs": self._logprobs(choice.tokens, choice.logprobs),
             "finish_reason": _reason(choice.finish_reason, bool(said.calls)),
+            **self._of_prompt(choice, prompt),
         }
+
+    def _echoed(
+        self,
+        index: int,
+        choice: Completion,
+        prompt: Sequence[int],
+    ) -> dict[str, Any]:
+        """A completion behind its prompt; the prompt's first token has no log-probability."""
+        tokens = [*prompt, *choice.tokens]
+        logprobs = None
+        if choice.logprobs:
+            rest = [*choice.prompt_logprobs, *choice.logprobs]
+            logprobs = self._logprobs(tokens[-len(rest) :], rest)
+            spelt = self.tokenizer.decode(tokens[:1])
+            for name, first in (
+                ("tokens", spelt),
+                ("token_logprobs", None),
+                ("top_logprobs", None),
+            ):
+                logprobs[name].insert(0, first)
+        return {
+            "index": index,
+            "text": self.tokenizer.decode(prompt) + choice.text,
+            "logprobs": logprobs,
+            "finish_reason": _reason(choice.finish_reason, has_calls=False),
+        }
+
+    def _of_prompt(self, choice: Completion, prompt: Sequence[int]) -> dict[str, Any]:
+        """vLLM's field for the log-probabilities of a prompt, where they are asked for."""
+        if not choice.prompt_logprobs:
+            return {}
+        found: list[dict[str, Any] | None] = [None]
+        for token, each in zip(prompt[1:], choice.prompt_logprobs, strict=True):
+            known = {**dict(each.top), token: each.drawn}
+            found.append(
+                {
+                    str(id): {"logprob": value, "decoded_token": self.tokenizer.decode([id])}
+                    for id, value in known.items()
+                }
+            )
+        return {"prompt_logprobs": found}
 
     def _chunk(
         self,

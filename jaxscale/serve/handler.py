@@ -59,6 +59,10 @@ class Asked:
         """Continuations of all prompts."""
         return len(self.prompts) * self.config.num_sequences
 
+    def of_choices(self) -> list[list[int]]:
+        """The prompt of each choice."""
+        return [prompt for prompt in self.prompts for _ in range(self.config.num_sequences)]
+
     def usage(self, choices: list[Completion]) -> Usage:
         """The tokens of the request; a prompt counts once for all of its choices."""
         firsts = choices[:: self.config.num_sequences]
@@ -104,7 +108,9 @@ class Handler:
             self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
-        return self._asked(body, prompts, body.max_tokens or 16, body.logprobs)
+        asked = self._asked(body, prompts, body.max_tokens or 16, body.logprobs)
+        form = dataclasses.replace(asked.form, is_echo=bool(body.echo))
+        return dataclasses.replace(asked, form=form)
 
     def chat(self, body: ChatRequest) -> Asked:
         """What a chat asks of the engine; Raises as `completion`."""
@@ -195,7 +201,7 @@ class Handler:
         async with contextlib.aclosing(self.observed(answers)) as deltas:
             async for choice, delta in deltas:
                 choices[choice].add(delta)
-        return asked.form.whole(choices, asked.usage(choices))
+        return asked.form.whole(choices, asked.of_choices(), asked.usage(choices))
 
     async def events(
         self,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxscale.serve.grammar import GrammarConfig, choice_grammar, json_grammar
-from jaxscale.serve.requests import Penalties, RequestConfig
+from jaxscale.serve.requests import MAX_LOGPROBS, Penalties, RequestConfig
 from jaxscale.serve.sampling import MAX_SEED, SamplingConfig
 from jaxscale.serve.tools import chosen_name, forced_grammar
 from jaxscale.types import InputError
@@ -75,6 +75,7 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool | None = False
     priority: int | None = 0
     structured_outputs: StructuredOutputs | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     # Named, so that they are refused and not ignored.
     logit_bias: dict[str, float] | None = None
 
@@ -119,10 +120,15 @@ class GenerationRequest(BaseModel):
             ignore_eos=bool(self.ignore_eos),
             penalties=penalties,
             num_logprobs=num_logprobs,
+            num_prompt_logprobs=self.num_prompt_logprobs(),
             grammar=self.grammar(),
             priority=_or(self.priority, 0),
             timeout_s=timeout_s,
         )
+
+    def num_prompt_logprobs(self) -> int | None:
+        """How many log-probabilities of the prompt's tokens are asked for."""
+        return self.prompt_logprobs
 
     def grammar(self) -> GrammarConfig | None:
         """The grammar of the answer.
@@ -173,8 +179,8 @@ class CompletionRequest(GenerationRequest):
         """
         if self.best_of not in (None, self.n):
             raise InputError("best_of", self.best_of, f"n = {self.n}, or nothing")
-        if self.echo:
-            raise InputError("echo", True, "false: it is not supported")
+        if self.echo and self.stream:
+            raise InputError("echo", True, "false in a stream")
         if self.suffix:
             raise InputError("suffix", self.suffix, "none: it is not supported")
         prompt = self.prompt
@@ -183,6 +189,10 @@ class CompletionRequest(GenerationRequest):
         if not 1 <= len(prompt) <= MAX_PROMPTS:
             raise InputError("prompt", f"{len(prompt)} prompts", f"1 to {MAX_PROMPTS}")
         return prompt
+
+    def num_prompt_logprobs(self) -> int | None:
+        """Those of an echo are as many as of new tokens."""
+        return self.logprobs if self.echo else self.prompt_logprobs
 
 
 class FunctionCall(BaseModel):

@@ -58,10 +58,10 @@ def client(served):
 
 
 @functools.cache
-def continued(prompt, max_new_tokens):
-    """Text, number of tokens and reason of the end of a greedy continuation."""
+def new_tokens(prompt, max_new_tokens):
+    """Of a greedy continuation."""
     greedy = SamplingConfig(temperature=0)
-    tokens = generate_tokens(
+    return generate_tokens(
         byte_decoder(),
         byte_params(),
         [list(prompt.encode())],
@@ -70,6 +70,11 @@ def continued(prompt, max_new_tokens):
         eos_id=256,
         num_tokens=257,
     )[0]
+
+
+def continued(prompt, max_new_tokens):
+    """Text, number of tokens and reason of the end of a greedy continuation."""
+    tokens = new_tokens(prompt, max_new_tokens)
     reason = "stop" if tokens[-1] == 256 else "length"
     return ByteTokenizer().decode(tokens), len(tokens), reason
 
@@ -142,6 +147,19 @@ def test_log_probabilities_are_spelt(client):
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 3
     assert all(value < 0 for value in logprobs["token_logprobs"])
     assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"])
+
+
+def test_an_echo_scores_the_prompt_as_it_scores_new_tokens(client):
+    """What evaluation harnesses ask for; the continuation as a prompt has the same scores."""
+    new = complete(client, logprobs=1, max_tokens=3).json()["choices"][0]["logprobs"]
+    fields = dict(prompt=[*b"def f", *new_tokens("def f", 3)], echo=True, logprobs=1, max_tokens=1)
+    choice = complete(client, **fields).json()["choices"][0]
+    assert choice["text"].startswith("def f")
+    scores = choice["logprobs"]["token_logprobs"]
+    assert scores[0] is None and len(scores) == len(choice["logprobs"]["tokens"]) == 9
+    assert scores[5:8] == pytest.approx(new["token_logprobs"], abs=1e-4)
+    asked = complete(client, prompt_logprobs=2, max_tokens=1).json()["choices"][0]
+    assert [each and len(each) >= 2 for each in asked["prompt_logprobs"]] == [None] + [True] * 4
 
 
 def test_a_chat_is_a_completion_of_its_template(client):
@@ -244,7 +262,7 @@ def test_openais_client_works(served):
         (dict(top_p=0), 400, "top_p", "0 < top_p <= 1"),
         (dict(n=1000), 400, "n", "less than or equal to 128"),
         (dict(temperature="hot"), 400, "temperature", "number"),
-        (dict(echo=True), 400, "echo", "not supported"),
+        (dict(prompt_logprobs=99), 400, "prompt_logprobs", "less than or equal to 20"),
         (dict(logit_bias={"5": 1}), 400, "logit_bias", "not supported"),
         (dict(stop=["x", ""]), 400, "stop", "at least one character"),
         (dict(structured_outputs={"regex": "(a"}), 400, "grammar", "can be compiled"),
