@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import operator
 from typing import Literal
 
 import jax
@@ -15,6 +16,7 @@ from jaxscale.types import InputError, Params, check_not_negative, check_positiv
 
 logger = logging.getLogger(__name__)
 
+SCALE_BYTES = 2
 HOST_CACHE_BYTES = 2**28  # of a cache whose size is not given, where a device has no limit
 
 
@@ -28,6 +30,8 @@ class EngineConfig:
         steps_a_launch: likewise; None takes 8 on a GPU, whose steps may be shorter than what the
             host does for one. A client gets as many tokens at a time.
         block_size: tokens a page of the cache.
+        cache_dtype: of keys and values; None for the compute type. In 8 bits there is a scale a
+            token and head, and no kernel of ours reads them yet.
         num_blocks: pages; None takes `memory_fraction` of what the device has left.
         memory_fraction: of the device's memory that weights and cache may fill.
         max_prompts: prompts of which a step runs a piece.
@@ -42,6 +46,7 @@ class EngineConfig:
     admission: Literal["lifetime", "growth"] = "lifetime"
     use_prefix_cache: bool = True
     block_size: int = 64
+    cache_dtype: Literal["int8", "float8_e4m3fn"] | None = None
     num_blocks: int | None = None
     memory_fraction: float = 0.85
     max_prompts: int = 64
@@ -155,8 +160,12 @@ def num_blocks_for(
 
 def _page_bytes(decoder: Decoder, config: EngineConfig, tensor: int) -> int:
     """Of all layers together."""
-    itemsize = jax.numpy.dtype(decoder.policy.compute).itemsize
-    heads = [layer.attention for layer in decoder.config.layers]
+    is_quantised = config.cache_dtype is not None
+    itemsize = jax.numpy.dtype(config.cache_dtype or decoder.policy.compute).itemsize
+    head_bytes = [
+        itemsize * layer.attention.head_dim + SCALE_BYTES * is_quantised
+        for layer in decoder.config.layers
+    ]
     # Of one member, which has a kv head at least.
-    width = sum(max(each.num_kv_heads // tensor, 1) * each.head_dim for each in heads)
-    return 2 * itemsize * config.block_size * width
+    heads = [max(layer.attention.num_kv_heads // tensor, 1) for layer in decoder.config.layers]
+    return 2 * config.block_size * sum(map(operator.mul, heads, head_bytes))

@@ -63,7 +63,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer) if tokenizer else None
         self._clock = clock
-        placement = make_placement(decoder, region, block_size=config.block_size)
+        placement = make_placement(
+            decoder,
+            region,
+            block_size=config.block_size,
+            cache_dtype=config.cache_dtype,
+        )
         if draft is not None and draft.decoder.config.vocab_size != self.model.vocab_size:
             expected = f"a model of {self.model.vocab_size} tokens"
             raise InputError("draft", draft.decoder.config.vocab_size, expected)
@@ -86,7 +91,7 @@ class Engine:
             buckets=config.buckets(self.model.max_length),
             num_blocks=num_blocks,
             block_size=config.block_size,
-            cache_dtype=decoder.policy.compute,
+            cache_dtype=config.cache_dtype or decoder.policy.compute,
             num_tokens=num_tokens,
         )
         self._drafter = make_drafter(draft, config, num_blocks=num_blocks, num_tokens=num_tokens)

@@ -17,7 +17,7 @@ from jaxscale.parallel.region import Region
 from jaxscale.types import InputError, Params
 
 EVERYWHERE = PartitionSpec()
-PAGES = PartitionSpec(None, None, TENSOR, None)  # [pages, S of a page, K, H]
+PAGES = PartitionSpec(None, None, TENSOR)  # [pages, S of a page, K, H], and without H
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,7 @@ def make_placement(
     region: Region | None,
     *,
     block_size: int,
+    cache_dtype: str | None = None,
 ) -> Placement:
     """A model as the engine runs it: its layers unrolled, its strategy kept if bits depend on it.
 
@@ -119,9 +120,10 @@ def make_placement(
         decoder: the model.
         region: as in `Placement`.
         block_size: tokens a page.
+        cache_dtype: of keys and values; None for the compute type.
     Raises:
-        InputError: with the strategy BatchInvariant there are several devices, adapters, or pages
-            that are no blocks of keys.
+        InputError: with the strategy BatchInvariant there are several devices, adapters, a cache of
+            8 bits, or pages that are no blocks of keys.
     """
     execution = decoder.execution
     strategy = execution.strategy if execution.is_batch_invariant else Whole()
@@ -135,6 +137,9 @@ def make_placement(
     if decoder.config.lora is not None:
         expected = "None with the strategy BatchInvariant: merge the adapters first"
         raise InputError("ModelConfig.lora", decoder.config.lora, expected)
+    if cache_dtype is not None:
+        expected = "None with the strategy BatchInvariant"
+        raise InputError("EngineConfig.cache_dtype", cache_dtype, expected)
     if block_size != KEY_BLOCK:
         expected = f"{KEY_BLOCK} with the strategy BatchInvariant, whose blocks of keys these are"
         raise InputError("EngineConfig.block_size", block_size, expected)

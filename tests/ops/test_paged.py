@@ -118,3 +118,24 @@ def test_the_cache_is_written_in_place():
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * np.prod(shape) / 2
     assert memory.alias_size_in_bytes >= 2 * 4 * np.prod(shape)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("int8", 0.02), ("float8_e4m3fn", 0.12)])
+def test_a_cache_of_8_bits_is_that_of_rounded_keys_and_values(dtype, error):
+    """Old and new tokens; what is read back is off by half a step of each token's own scale."""
+    rng = np.random.default_rng(0)
+    rows, positions, _ = layout()
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(1, T, heads, H)) * 10.0 ** rng.integers(-3, 3), jnp.float32)
+        for heads in (N, K, K)
+    )
+    context = AttentionContext(jnp.asarray(positions)[None], scale=1.0 / float(jnp.abs(k).max()))
+    attend = jax.jit(functools.partial(paged.attend, rows=rows))
+    outputs = []
+    for kind in ("float32", dtype):
+        cache = paged.empty_pages(NUM_PAGES, PAGE, K, H, kind)
+        o, cache = attend(q, k, v, context, cache)
+        outputs.append(np.asarray(o)[0][positions >= 0])
+    assert cache.k.values.dtype == dtype and cache.k.scales.shape == (NUM_PAGES, PAGE, K)
+    scale = np.abs(outputs[0]).max()
+    np.testing.assert_allclose(outputs[1] / scale, outputs[0] / scale, atol=error)

@@ -180,6 +180,21 @@ def test_log_probabilities_are_those_of_the_full_forward():
             np.testing.assert_allclose(given.drawn, row[token], atol=2e-5)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_a_cache_of_8_bits_changes_log_probabilities_a_little(dtype):
+    """The same tokens, for they are given; split, shared and preempted as ever."""
+    config = RequestConfig(GREEDY, max_new_tokens=1, num_prompt_logprobs=0)
+    engine = make(cache_dtype=dtype, admission="growth", num_blocks=6)
+    pairs = zip(engine.generate(PROMPTS, config), shared().generate(PROMPTS, config), strict=True)
+    for (one,), (exact,) in pairs:
+        found, wanted = (
+            np.asarray([each.drawn for each in which.prompt_logprobs]) for which in (one, exact)
+        )
+        np.testing.assert_allclose(found, wanted, atol=0.3)
+        assert not len(wanted) or np.abs(found - wanted).mean() < 0.08
+
+
 def test_other_weights_take_over_in_the_middle_and_no_cached_prefix_of_the_old_is_used():
     engine, config = make(), RequestConfig(GREEDY, max_new_tokens=NEW)
     request, found = engine.add(PROMPTS[0], config), []

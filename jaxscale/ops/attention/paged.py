@@ -11,9 +11,10 @@ from jax import lax
 from jaxscale.kernels.attention.api import attention
 from jaxscale.kernels.attention.api import refusal as attention_refusal
 from jaxscale.kernels.paged_attention import api as single_kernel
-from jaxscale.ops.attention import invariant
+from jaxscale.ops.attention import invariant, pages
 from jaxscale.ops.attention.cache import over_keys
 from jaxscale.ops.attention.context import AttentionContext
+from jaxscale.ops.attention.pages import Pages
 from jaxscale.ops.device import kernel_family
 from jaxscale.types import Array, InputError, check_choice
 
@@ -34,8 +35,8 @@ class PagedCache:
         v: as `k`.
     """
 
-    k: Array
-    v: Array
+    k: Pages
+    v: Pages
 
 
 def empty_pages(
@@ -45,9 +46,9 @@ def empty_pages(
     head_dim: int,
     dtype: str,
 ) -> PagedCache:
-    """Pages that hold nothing yet."""
+    """Pages that hold nothing yet, in the compute type or one of `pages.LARGEST`."""
     shape = num_pages, page_size, num_kv_heads, head_dim
-    return PagedCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return PagedCache(pages.empty(shape, dtype), pages.empty(shape, dtype))
 
 
 @functools.partial(
@@ -121,8 +122,8 @@ def attend(
         InputError: the named backend cannot do what is asked.
     """
     cache = PagedCache(
-        k=_written(cache.k, k[0], rows.slot_mapping),
-        v=_written(cache.v, v[0], rows.slot_mapping),
+        k=pages.written(cache.k, k[0], rows.slot_mapping),
+        v=pages.written(cache.v, v[0], rows.slot_mapping),
     )
     if implementation is None:
         implementation = _choose(q, context, cache)
@@ -141,7 +142,7 @@ def attend(
     if not len(rows.prompt_pages):
         return single[None], cache
     num = len(single)
-    k, v = (pages[rows.prompt_pages].astype(q.dtype) for pages in (cache.k, cache.v))
+    k, v = (pages.read(each, rows.prompt_pages, q.dtype) for each in (cache.k, cache.v))
     of_prompts = over_prompts(q, k, v, context, rows)
     is_prompt = (rows.segments[:num] > 0)[:, None, None]
     first = jnp.where(is_prompt, of_prompts[0, :num], single)
@@ -165,6 +166,8 @@ def _refusal(
     """What the kernels would need, as the text of an error; None when they can."""
     if context.layout is not None:
         return "a backend for a layout of blocks"
+    if isinstance(cache.k, pages.QuantisedPages):
+        return "pages in the type of the queries"
     return single_kernel.refusal(family, q[0], cache.k) or attention_refusal(family, q, q)
 
 
@@ -184,26 +187,15 @@ def _invariant(
     places = jnp.concatenate([jnp.tile(jnp.arange(num_pages), num), places])
     of_prompts = jnp.where(rows.page_segments > 0, rows.page_segments, -2)
     page_segments = jnp.concatenate([jnp.repeat(numbers, num_pages), of_prompts])
-    pages = jnp.concatenate([rows.block_table.reshape(-1), rows.prompt_pages])
-    size = cache.k.shape[1]
+    listed = jnp.concatenate([rows.block_table.reshape(-1), rows.prompt_pages])
+    size = pages.page_size(cache.k)
     keys = invariant.KeyBlocks(
-        k=cache.k[pages],
-        v=cache.v[pages],
+        k=pages.read(cache.k, listed, q.dtype),
+        v=pages.read(cache.v, listed, q.dtype),
         positions=places[:, None] * size + jnp.arange(size),
         segments=jnp.repeat(page_segments[:, None], size, 1),
     )
     return invariant.over_blocks(q, context.positions[0], segments, keys, context)
-
-
-def _written(pages: Array, x: Array, slot_mapping: Array) -> Array:
-    """Pages with x [T, K, H] in its slots; in place where the pages are donated.
-
-    Only padding shares a slot, which nobody reads. To be told that a slot is written once spares
-    XLA atomic writes, which took six times as long on an H200.
-    """
-    slots = pages.reshape(-1, *pages.shape[2:])
-    slots = slots.at[slot_mapping].set(x.astype(pages.dtype), unique_indices=True)
-    return slots.reshape(pages.shape)
 
 
 def _reference_over_table(
@@ -214,15 +206,15 @@ def _reference_over_table(
 ) -> Array:
     """Attention of the first D tokens of q [T, N, H], each over its sequence's pages: [D, N, H]."""
     num, num_pages = rows.block_table.shape
-    slots = jnp.arange(num_pages * cache.k.shape[1], dtype=jnp.int32)
+    slots = jnp.arange(num_pages * pages.page_size(cache.k), dtype=jnp.int32)
     own = dataclasses.replace(
         context,
         positions=context.positions[0, :num, None],
         key_positions=jnp.broadcast_to(slots, (num, len(slots))),
     )
 
-    def gathered(pages: Array) -> Array:
-        found = pages[rows.block_table]  # [D, P, S of a page, K, H]
+    def gathered(kept: Pages) -> Array:
+        found = pages.read(kept, rows.block_table, q.dtype)  # [D, P, S of a page, K, H]
         return jnp.moveaxis(found.reshape(num, len(slots), *found.shape[3:]), 1, 2)
 
     return over_keys(q[:num, None], gathered(cache.k), gathered(cache.v), own)[:, 0]
