@@ -1,4 +1,4 @@
-"""Loss and gradients of chunks on a GPU beside those of whole layers, in bfloat16 and on one device.
+"""Loss and gradients of chunks on a GPU beside those of whole layers, in bfloat16 on one device.
 
 python experiments/bench/fpdt_exact.py
 """
