@@ -18,7 +18,7 @@ from jaxscale.checkpoint.safetensors import NewTensor, read_header, write_file
 from jaxscale.convert.fields import Fields, read_json
 from jaxscale.convert.places import Layout, Share, plan
 from jaxscale.models.config import LoraConfig, ModelConfig
-from jaxscale.models.lora import ADAPTER, without_adapters
+from jaxscale.models.lora import ADAPTER, Adapters, without_adapters
 from jaxscale.models.parameters import parameter_table
 from jaxscale.types import InputError, Params
 
@@ -66,19 +66,6 @@ KINDS = (
     "use_qalora",
     "velora_config",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapters:
-    """Adapters of a model.
-
-    Args:
-        lora: their configuration.
-        leaves: float32 values by the paths of a tree that has them.
-    """
-
-    lora: LoraConfig
-    leaves: dict[str, np.ndarray]
 
 
 def read_adapters(

@@ -14,7 +14,7 @@ from jaxscale.models.config import LayerConfig, ModelConfig
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.joined import joined
 from jaxscale.models.layers import Layer, normalise
-from jaxscale.models.lora import adapted
+from jaxscale.models.lora import adapted, selected
 from jaxscale.models.moe import RouterSums, no_router, router_sums
 from jaxscale.models.parameters import in_order_of_use, parameter_table
 from jaxscale.models.quantised import dequantised
@@ -40,11 +40,13 @@ class Tokens(NamedTuple):
         context: mask structure of the tokens [B, T].
         weights: [B, T], 0 for padding, which the router's figures leave out.
         draws: what the tokens draw in training; None in evaluation and serving.
+        adapters: [B, T, sum of R], see `lora.selected`; None where tokens do not choose.
     """
 
     context: AttentionContext
     weights: Array
     draws: Draws | None = None
+    adapters: Array | None = None
 
 
 class Periods(NamedTuple):
@@ -112,7 +114,7 @@ class Decoder:
         if weights is None:
             weights = jnp.ones(batch["tokens"].shape, jnp.float32)
         draws = Draws(batch["token_keys"]) if "token_keys" in batch else None
-        return Tokens(context, weights, draws)
+        return Tokens(context, weights, draws, batch.get("adapters"))
 
     # The parts of a forward, in their order
 
@@ -341,7 +343,11 @@ class Decoder:
     ) -> tuple[Array, Any, RouterSums]:
         """One layer: residual [B, own T, D], cache and its router's sums."""
         operations = self._named(section)
-        params = adapted(self._use(section, params), self.config.lora)
+        params = self._use(section, params)
+        if tokens.adapters is None:
+            params = adapted(params, self.config.lora)
+        else:
+            params = selected(params, tokens.adapters)
         if "moe" in params:  # whose products take whole matrices
             params = params | {"moe": dequantised(params["moe"], self.policy.compute)}
         layer = Layer(params, config, self.config.norm, operations)

@@ -1,20 +1,34 @@
 """Low-rank adapters: made beside a trained model, used beside its matrices, merged for export."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxscale import tree
 from jaxscale.models.config import LoraConfig, ModelConfig
 from jaxscale.models.parameters import init_params, parameter_table
-from jaxscale.ops.linear import Adapted
+from jaxscale.ops.linear import Adapted, Selected
 from jaxscale.types import Array, Params
 
 ADAPTER = "_lora"
 TRAINABLE = rf".*{ADAPTER}/[ab]"  # paths of adapters, for `TrainConfig.trainable`
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Adapters of a model.
+
+    Args:
+        lora: their configuration.
+        leaves: values by the paths of a tree that has them.
+    """
+
+    lora: LoraConfig
+    leaves: dict[str, Any]
 
 
 def adapted(params: Params, lora: LoraConfig | None) -> Params:
@@ -29,6 +43,76 @@ def adapted(params: Params, lora: LoraConfig | None) -> Params:
         return Adapted(matrix, adapter["a"], adapter["b"], lora.scale)
 
     return params if lora is None else _joined(params, one)
+
+
+def selected(params: Params, factors: Array) -> Params:
+    """A layer's tree whose matrices have several adapters side by side, see `side_by_side`.
+
+    Args:
+        params: the tree of one layer.
+        factors: [B, T, sum of R] of each token: those of `factor_table` that its adapter has.
+    """
+
+    def one(matrix: Array, adapter: Params) -> Selected:
+        return Selected(matrix, adapter["a"], adapter["b"], factors)
+
+    return _joined(params, one)
+
+
+def side_by_side(
+    params: Params,
+    adapters: Sequence[Adapters],
+    dtype: str,
+) -> Params:
+    """The parameters of a model without adapters, with several of which each token has one.
+
+    Source: Chen et al. 2023, Punica (arXiv 2310.18547), section 2, adapters of a batch at once; as
+        one product of all ranks together, of which a token's own are not multiplied by 0.
+    Args:
+        params: of the model.
+        adapters: of the same model; ranks and targets may differ.
+        dtype: in which they are used.
+    """
+    paths = dict.fromkeys(path for each in adapters for path in each.leaves)
+    ranks = [each.lora.rank for each in adapters]
+    leaves = {}
+    for path in paths:
+        like = next(each.leaves[path] for each in adapters if path in each.leaves)
+        is_stacked = path.startswith("layers")
+        axis = like.ndim - 1 if path.endswith("/a") else int(is_stacked)
+
+        def part(each: Adapters, rank: int) -> Array:
+            if path in each.leaves:  # noqa: B023
+                return jnp.asarray(each.leaves[path], dtype)  # noqa: B023
+            shape = list(like.shape)  # noqa: B023
+            shape[axis] = rank  # noqa: B023
+            return jnp.zeros(shape, dtype)
+
+        leaves[path] = jnp.concatenate(list(map(part, adapters, ranks)), axis)
+    found = params
+    for path, leaf in leaves.items():
+        found = _inserted(found, path.split(tree.SEPARATOR), leaf)
+    return found
+
+
+def _inserted(params: Params, path: Sequence[str], leaf: Array) -> Params:
+    """The tree with a leaf more."""
+    name, *rest = path
+    part = _inserted(params.get(name, {}), rest, leaf) if rest else leaf
+    return params | {name: part}
+
+
+def factor_table(adapters: Sequence[Adapters]) -> np.ndarray:
+    """[1 + adapters, sum of R] float32: alpha / r in an adapter's own columns, else 0.
+
+    The first row is of tokens without an adapter.
+    """
+    ranks = [each.lora.rank for each in adapters]
+    table = np.zeros((1 + len(adapters), sum(ranks)), np.float32)
+    ends = np.cumsum(ranks)
+    for row, (each, end) in enumerate(zip(adapters, ends, strict=True), 1):
+        table[row, end - each.lora.rank : end] = each.lora.scale
+    return table
 
 
 def merged(params: Params, lora: LoraConfig | None) -> Params:

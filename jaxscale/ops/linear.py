@@ -40,7 +40,26 @@ class Adapted:
     scale: float = dataclasses.field(metadata={"static": True})
 
 
-Weights = Array | QuantisedMatrix | Adapted
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """A matrix W with several adapters side by side, of which each token has one or none.
+
+    Args:
+        matrix: W, [inputs, outputs]; both may be several dims.
+        a: [inputs, sum of R].
+        b: [sum of R, outputs].
+        factors: [B, T, sum of R] what x a is multiplied by: s for the token's own, else 0.
+    """
+
+    matrix: Array
+    a: Array
+    b: Array
+    factors: Array
+
+
+ADAPTED = (Adapted, Selected)
+Weights = Array | QuantisedMatrix | Adapted | Selected
 
 
 def linear(equation: str, x: Array, weights: Weights) -> Array:
@@ -73,7 +92,7 @@ def linear_each(
 
 def _matrices(weights: Sequence[Weights]) -> list[Array | QuantisedMatrix]:
     """The weights without their adapters."""
-    return [each.matrix if isinstance(each, Adapted) else each for each in weights]
+    return [each.matrix if isinstance(each, ADAPTED) else each for each in weights]
 
 
 def _with_adapters(
@@ -85,7 +104,7 @@ def _with_adapters(
     """The outputs of matrices with what adapters add to them."""
     found = []
     for y, each in zip(outputs, weights, strict=True):
-        if isinstance(each, Adapted):
+        if isinstance(each, ADAPTED):
             y = y + _low_rank(equation, x, each)
         found.append(y)
     return found
@@ -131,7 +150,7 @@ def _quantised(x: Array, weights: Sequence[QuantisedMatrix]) -> list[Array]:
     return outputs
 
 
-def _low_rank(equation: str, x: Array, weights: Adapted) -> Array:
+def _low_rank(equation: str, x: Array, weights: Adapted | Selected) -> Array:
     """s (x a) b, whose dims are those of the equation, "r" between the two."""
     operands, result = equation.split("->")
     of_x, of_weights = operands.split(",")
@@ -141,12 +160,14 @@ def _low_rank(equation: str, x: Array, weights: Adapted) -> Array:
     down = f"{of_x},{inputs}r->{kept}r"
     up = f"{kept}r,r{outputs}->{result}"
     h = jnp.einsum(down, x, weights.a)
-    return jnp.einsum(up, h * weights.scale, weights.b)
+    is_selected = isinstance(weights, Selected)
+    scale = weights.factors.astype(h.dtype) if is_selected else weights.scale
+    return jnp.einsum(up, h * scale, weights.b)
 
 
 def map_outputs(f: Callable[[Array], Array], weights: Weights) -> Weights:
     """The weights with `f` applied to whatever has the dims of the outputs."""
-    if not isinstance(weights, Adapted):
+    if not isinstance(weights, ADAPTED):
         return f(weights)
     matrix, b = f(weights.matrix), f(weights.b)
     return dataclasses.replace(weights, matrix=matrix, b=b)

@@ -2,10 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import jax.numpy as jnp
 
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.models.decoder import Decoder
+from jaxscale.models.lora import Adapters, factor_table, side_by_side
 from jaxscale.parallel.region import Region
 from jaxscale.serve.blocks import BlockPool
 from jaxscale.serve.collecting import Collector
@@ -15,7 +19,8 @@ from jaxscale.serve.drafting import Draft, make_drafter
 from jaxscale.serve.figures import Figures
 from jaxscale.serve.grammar import Grammars
 from jaxscale.serve.members import Member
-from jaxscale.serve.placement import make_placement
+from jaxscale.serve.placement import check_adapters, make_placement
+from jaxscale.serve.programs import FACTORS
 from jaxscale.serve.requests import NO_PENALTIES, Completion, Delta, RequestConfig
 from jaxscale.serve.runner import Launched, Runner
 from jaxscale.serve.scheduler import Scheduler
@@ -40,6 +45,7 @@ class Engine:
             `parallel.region.make_serving_operations`; None for one device.
         draft: a smaller model that guesses `EngineConfig.num_drafts` tokens ahead; None guesses
             them from the text itself.
+        adapters: low-rank ones by name, of which each request may have one; on one device.
         clock: seconds, for timeouts.
     Raises:
         InputError: the model is not causal, or the device has no room for a page.
@@ -54,6 +60,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         region: Region | None = None,
         draft: Draft | None = None,
+        adapters: Mapping[str, Adapters] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ):
         if not decoder.config.is_causal:
@@ -63,6 +70,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer) if tokenizer else None
         self._clock = clock
+        self._compute = decoder.policy.compute
         placement = make_placement(
             decoder,
             region,
@@ -85,14 +93,17 @@ class Engine:
             limits = dataclasses.replace(limits, steps_a_launch=1)  # only one device loops
         self._scheduler = Scheduler(limits, self._blocks)
         num_tokens = tokenizer.vocab_size if tokenizer else self.model.vocab_size
+        self.adapters = dict(adapters)
+        check_adapters(placement, adapters)
         self._runner = Runner(
             placement,
-            params,
+            self._with_adapters(params),
             buckets=config.buckets(self.model.max_length),
             num_blocks=num_blocks,
             block_size=config.block_size,
             cache_dtype=config.cache_dtype or decoder.policy.compute,
             num_tokens=num_tokens,
+            adapters=tuple(adapters),
         )
         self._drafter = make_drafter(draft, config, num_blocks=num_blocks, num_tokens=num_tokens)
         self._collector = Collector(self._scheduler, tokenizer)
@@ -118,6 +129,8 @@ class Engine:
         needs_text = [name for name in ("stop", "grammar") if getattr(config, name)]
         if needs_text and self.tokenizer is None:
             raise InputError(needs_text[0], getattr(config, needs_text[0]), "an engine with texts")
+        if config.adapter not in (None, *self.adapters):
+            raise InputError("adapter", config.adapter, f"None or one of {list(self.adapters)}")
         request = self._num_requests
         timeout_s = config.timeout_s
         deadline_s = None if timeout_s is None else self._clock() + timeout_s
@@ -131,6 +144,7 @@ class Engine:
                 priority=config.priority,
                 deadline_s=deadline_s,
                 is_synchronous=config.grammar is not None or self._can_speculate(config),
+                salt=f"{self.config.cache_dtype}/{config.adapter}",
                 scores=[None] if is_scored and not index else None,
                 switch_lengths=self.model.switch_lengths,
             )
@@ -195,7 +209,7 @@ class Engine:
             What the step in flight drew, by the old weights.
         """
         deltas = self._stand_still()
-        self._runner.swap(params)
+        self._runner.swap(self._with_adapters(params))
         for sequence in self._collector.members:
             if sequence.is_scoring:
                 del sequence.scores[1:]  # the old weights'
@@ -270,6 +284,14 @@ class Engine:
             num_accepted=self._collector.num_accepted,
             weights_version=self._runner.weights_version,
         )
+
+    def _with_adapters(self, params: Params) -> Params:
+        """The parameters as the programs take them."""
+        adapters = list(self.adapters.values())
+        if not adapters:
+            return params
+        table = {FACTORS: {"table": jnp.asarray(factor_table(adapters))}}
+        return side_by_side(params, adapters, self._compute) | table
 
     def _stand_still(self) -> list[Delta]:
         """Collects the step in flight and takes slots and blocks from all that run."""

@@ -110,6 +110,7 @@ class StepShape:
             "block_table": Field((self.num_single, self.num_pages), "int32", 0),
             "lengths": Field(tokens, "int32", 0),
             "segments": Field(tokens, "int32", 0),
+            "adapters": Field(tokens, "int32", 0),
             "prompt_pages": Field(pages, "int32", 0),
             "page_segments": Field(pages, "int32", 0),
             "first_pages": Field((self.num_prompts + 1,), "int32", 0),

@@ -1,7 +1,7 @@
 """Where the engine's programs run: on one device, or spread over a tensor group."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import BatchInvariant, ExecutionConfig, Whole
+from jaxscale.models.lora import Adapters
 from jaxscale.ops.attention.invariant import KEY_BLOCK
 from jaxscale.ops.attention.paged import PagedCache, empty_pages
 from jaxscale.parallel.mesh import TENSOR
@@ -144,6 +145,16 @@ def make_placement(
         expected = f"{KEY_BLOCK} with the strategy BatchInvariant, whose blocks of keys these are"
         raise InputError("EngineConfig.block_size", block_size, expected)
     return placement
+
+
+def check_adapters(placement: Placement, adapters: Mapping[str, Adapters]) -> None:
+    """Raises InputError for adapters by request where they cannot be used."""
+    if not adapters:
+        return
+    expected = "none with a tensor group, the strategy BatchInvariant or a model with adapters"
+    is_alone = placement.region is None and placement.invariant is None
+    if not is_alone or placement.decoder.config.lora is not None:
+        raise InputError("adapters", list(adapters), expected)
 
 
 def _is_shape(value: Any) -> bool:

@@ -18,6 +18,8 @@ from jaxscale.serve.packing import RowShape, StepShape
 from jaxscale.serve.placement import Placement
 from jaxscale.types import Array, Params
 
+FACTORS = "adapter_factors"  # where `lora.factor_table` stands beside the parameters
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["is_in_prompt", "counts"], meta_fields=[]
@@ -126,6 +128,8 @@ def _forward(
     positions = fields["positions"]
     batch = {"tokens": tokens[None], "positions": positions[None]}
     batch["weights"] = (positions >= 0).astype(jnp.float32)[None]
+    if FACTORS in params:
+        batch["adapters"] = params[FACTORS]["table"][fields["adapters"]][None]
     x = model.embed(params, batch)
     known = model.tokens(batch)
     if known.context.lengths is not None:

@@ -57,6 +57,7 @@ class RequestConfig:
             temperature, filters and penalties.
         num_prompt_logprobs: likewise of each token of the prompt but the first.
         grammar: that the continuation has to follow; it needs a tokenizer.
+        adapter: by its name, of those that the engine has; None for the model alone.
         priority: higher ones come first.
         timeout_s: after which the request is ended; None for never.
     """
@@ -72,6 +73,7 @@ class RequestConfig:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     grammar: GrammarConfig | None = None
+    adapter: str | None = None
     priority: int = 0
     timeout_s: float | None = None
 

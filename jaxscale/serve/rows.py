@@ -20,12 +20,19 @@ class HostRows:
         self.num_tokens = num_tokens
         self.block_table = np.zeros((buckets.num_slots, buckets.pages[-1]), np.int32)
         self.num_blocks = [0] * buckets.num_slots
+        self.adapters = np.zeros(buckets.num_slots, np.int32)
         self.settings = {
             name: np.zeros(buckets.num_slots, dtype)
             for name, (dtype, _) in packing.SETTINGS.items()
         }
 
-    def write(self, slot: int, config: RequestConfig, index: int) -> None:
+    def write(
+        self,
+        slot: int,
+        config: RequestConfig,
+        index: int,
+        adapter: int,
+    ) -> None:
         """Takes the settings of a sequence that has just been given the slot."""
         sampling = config.sampling
         values = dataclasses.asdict(sampling) | dataclasses.asdict(config.penalties)
@@ -34,6 +41,7 @@ class HostRows:
         for name, array in self.settings.items():
             array[slot] = values[name]
         self.num_blocks[slot] = 0
+        self.adapters[slot] = adapter
 
     def update(self, sequence: Sequence) -> None:
         """Takes the blocks that a sequence has been given since."""
@@ -74,6 +82,7 @@ class Writer:
         views["slot_mapping"][here] = self._slots_of(slots, positions)
         views["last_place"][here] = place
         views["lengths"][here] = _integers(piece.sequence.length for piece in pieces)
+        views["adapters"][here] = self._rows.adapters[slots]
         views["block_table"][here] = pages
         self._num_tokens = len(pieces)
 
@@ -99,6 +108,7 @@ class Writer:
         views["positions"][here] = positions
         views["slot_mapping"][here] = self._slots_of(slot, positions)
         views["segments"][here] = segment
+        views["adapters"][here] = self._rows.adapters[slot]
         views["lengths"][here] = piece.sequence.length
         row = self._shape.num_single + segment - 1
         views["last_place"][row] = here.stop - 1

@@ -67,6 +67,7 @@ class Runner:
         block_size: tokens a page.
         cache_dtype: of keys and values.
         num_tokens: only tokens below are drawn.
+        adapters: names of those that stand side by side in `params`.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Runner:
         block_size: int,
         cache_dtype: str,
         num_tokens: int,
+        adapters: tuple[str, ...] = (),
     ):
+        self._adapters = {name: number for number, name in enumerate(adapters, 1)}
         self._placement = placement
         self._buckets = buckets
         self._block_size = block_size
@@ -126,7 +129,7 @@ class Runner:
     def admit(self, sequence: Sequence, config: RequestConfig, index: int) -> None:
         """Writes a sequence's settings to its slot; call it before the first step that runs it."""
         slot = sequence.slot
-        self._rows.write(slot, config, index)
+        self._rows.write(slot, config, index, self._adapters.get(config.adapter, 0))
         if config.penalties == NO_PENALTIES:
             return
         if self._seen is None:

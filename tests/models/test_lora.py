@@ -13,7 +13,16 @@ from jaxscale.models.config import LoraConfig
 from jaxscale.models.config.facts import from_flat
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
-from jaxscale.models.lora import TRAINABLE, merged, new_adapters, with_adapters, without_adapters
+from jaxscale.models.lora import (
+    TRAINABLE,
+    Adapters,
+    factor_table,
+    merged,
+    new_adapters,
+    side_by_side,
+    with_adapters,
+    without_adapters,
+)
 from jaxscale.models.parameters import count_parameters, init_params, parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.decoding import generate_tokens
@@ -122,3 +131,24 @@ def test_gradients_reach_both_factors():
 def test_what_does_not_fit_is_refused(fields, message):
     with pytest.raises(InputError, match=message):
         LoraConfig(**fields)
+
+
+def test_each_token_may_have_an_adapter_of_its_own():
+    """Of other ranks and targets, one a row or none; each as if it were alone."""
+    others = LoraConfig(rank=2, alpha=5.0, targets=("o", "up"))
+    given = []
+    for lora in (LORA, others):
+        config = dataclasses.replace(BASE, lora=lora)
+        leaves = new_adapters(config, KEY, "float32")
+        leaves = {path: leaf + 0.1 for path, leaf in leaves.items()}
+        given.append(Adapters(lora, leaves))
+    tokens = np.random.default_rng(0).integers(0, 31, (3, 12))
+    batch = {"tokens": tokens, "positions": np.broadcast_to(np.arange(12), (3, 12))}
+    rows = np.repeat(np.arange(3)[:, None], 12, 1)
+    params = side_by_side(base_params(), given, "float32")
+    found = decoder(BASE).logits(params, batch | {"adapters": factor_table(given)[rows]})[0]
+    for row, each in enumerate([None, *given]):
+        config = dataclasses.replace(BASE, lora=each and each.lora)
+        alone = with_adapters(base_params(), config, each.leaves) if each else base_params()
+        wanted = decoder(config).logits(alone, batch)[0][row]
+        np.testing.assert_allclose(found[row], wanted, atol=2e-5)

@@ -51,7 +51,10 @@ def written(pages: Pages, x: Array, slots: Array) -> Pages:
     if not isinstance(pages, QuantisedPages):
         return _put(pages, x.astype(pages.dtype), slots)
     values, scales = quantise(x, str(pages.values.dtype))
-    return QuantisedPages(_put(pages.values, values, slots), _put(pages.scales, scales, slots))
+    return QuantisedPages(
+        values=_put(pages.values, values, slots),
+        scales=_put(pages.scales, scales, slots),
+    )
 
 
 def _put(pages: Array, x: Array, slots: Array) -> Array:
@@ -70,16 +73,21 @@ def read(pages: Pages, numbers: Array, dtype: jnp.dtype) -> Array:
     if not isinstance(pages, QuantisedPages):
         return pages[numbers].astype(dtype)
     values = pages.values[numbers].astype(dtype)
-    return values * pages.scales[numbers][..., None].astype(dtype)
+    scales = pages.scales[numbers].astype(dtype)
+    return values * scales[..., None]
 
 
 def quantise(x: Array, dtype: str) -> tuple[Array, Array]:
     """(values [..., H] of 8 bits, scales [...] bfloat16) of x [..., H]."""
     wide = accumulator(x)
-    scales = (jnp.abs(wide).max(-1) / LARGEST[dtype]).astype(jnp.bfloat16)
+    largest = LARGEST[dtype]
+    scales = jnp.abs(wide).max(-1) / largest
+    scales = scales.astype(jnp.bfloat16)
     # The scale is rounded first, so that the values fit the scale that is kept.
-    divisor = jnp.where(scales == 0, 1, scales).astype(wide.dtype)
-    scaled = jnp.clip(wide / divisor[..., None], -LARGEST[dtype], LARGEST[dtype])
+    divisor = jnp.where(scales == 0, 1, scales)
+    divisor = divisor.astype(wide.dtype)
+    scaled = wide / divisor[..., None]
+    scaled = jnp.clip(scaled, -largest, largest)
     if dtype == "int8":
         scaled = jnp.round(scaled)
     return scaled.astype(dtype), scales

@@ -1,0 +1,64 @@
+"""Adapters by request: in one batch each sequence is as with its adapter alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxscale.models.config import LoraConfig
+from jaxscale.models.lora import Adapters, new_adapters, with_adapters
+from jaxscale.serve.config import EngineConfig
+from jaxscale.serve.decoding import generate_tokens
+from jaxscale.serve.engine import Engine
+from jaxscale.serve.requests import RequestConfig
+from jaxscale.types import InputError
+from tests.serve.test_decoding import MODELS, decoder_of, params_of
+from tests.serve.test_engine import GREEDY, SMALL
+
+MODEL, NEW = MODELS["dense"], 6
+PROMPT = [7, 3, 9, 37, 1, 5, 5, 2, 40]
+
+
+def adapters(rank, targets, seed):
+    lora = LoraConfig(rank=rank, alpha=4.0, targets=targets)
+    config = dataclasses.replace(MODEL, lora=lora)
+    shapes = jax.eval_shape(lambda: new_adapters(config, jax.random.key(0), "float32"))
+    rng = np.random.default_rng(seed)
+    return Adapters(lora, {path: rng.normal(size=leaf.shape) for path, leaf in shapes.items()})
+
+
+GIVEN = {"sql": adapters(2, ("q", "v"), 0), "poem": adapters(3, ("o", "gate", "up", "down"), 1)}
+
+
+def alone(name):
+    """The tokens with an adapter, of a model that has it beside its matrices."""
+    model, params = MODEL, params_of(MODEL)
+    if name:
+        model = dataclasses.replace(MODEL, lora=GIVEN[name].lora)
+        params = with_adapters(params, model, GIVEN[name].leaves)
+    run = decoder_of(MODEL)
+    decoder = dataclasses.replace(run, config=model)
+    return generate_tokens(decoder, params, [PROMPT], sampling=GREEDY, max_new_tokens=NEW)[0]
+
+
+def test_several_adapters_in_one_batch_and_no_prefix_of_another():
+    engine = Engine(
+        decoder_of(MODEL), params_of(MODEL), config=EngineConfig(**SMALL), adapters=GIVEN
+    )
+    wanted = {name: alone(name) for name in (None, *GIVEN)}
+    assert len({tuple(tokens) for tokens in wanted.values()}) == 3
+    for is_again in (False, True):
+        requests = {}
+        for name in wanted:
+            config = RequestConfig(GREEDY, max_new_tokens=NEW, adapter=name)
+            requests[engine.add(PROMPT, config)] = name
+        found, cached = {request: [] for request in requests}, []
+        while engine.has_work:
+            for delta in engine.step():
+                found[delta.request] += delta.tokens
+                cached.append(delta.num_cached)
+        assert {requests[request]: tokens for request, tokens in found.items()} == wanted
+        assert set(cached) == {8 if is_again else 0}
+    with pytest.raises(InputError, match="adapter: given 'prose'"):
+        engine.add(PROMPT, RequestConfig(adapter="prose", max_new_tokens=NEW))
