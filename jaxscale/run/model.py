@@ -152,9 +152,7 @@ def load(
         InputError: there is no such checkpoint, it had another tokenizer, or the model does not fit
             `tensor` devices.
     """
-    if not isinstance(run, Run):
-        path = Path(run).expanduser()
-        run = dataclasses.replace(load_run([path / CONFIG], (), admitted), directory=str(path))
+    run = opened(run, admitted)
     tokenizer = load_tokenizer(run.data.tokenizer)
     check_vocabulary(tokenizer, run.model.vocab_size)
     if prompts:
@@ -191,6 +189,14 @@ def load(
         region = Region(devices, specs, operations)
     decoder = Decoder(config, operations, run.policy, execution)
     return LanguageModel(decoder, params, tokenizer, region)
+
+
+def opened(run: Run | str | Path, admitted: Sequence[str] = ()) -> Run:
+    """A run, or that of a directory, wherever it lies by now; `admitted` as for `load`."""
+    if isinstance(run, Run):
+        return run
+    path = Path(run).expanduser()
+    return dataclasses.replace(load_run([path / CONFIG], (), admitted), directory=str(path))
 
 
 def restore_model(

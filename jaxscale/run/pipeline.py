@@ -4,11 +4,16 @@ answer = pipeline("runs/tour")
 answer(["def ", "class "], max_new_tokens=40)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from jaxscale.run.model import load
+from jaxscale.convert.folder import family_of
+from jaxscale.convert.peft import read_adapters
+from jaxscale.models.lora import Adapters
+from jaxscale.run.huggingface import files_beside
+from jaxscale.run.model import load, opened
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.drafting import Draft
@@ -23,6 +28,7 @@ def make_engine(
     step: int | None = None,
     tensor: int = 1,
     draft: Run | str | Path | None = None,
+    adapters: Mapping[str, str] = MappingProxyType({}),
 ) -> Engine:
     """An engine with a run's model.
 
@@ -30,6 +36,8 @@ def make_engine(
         run, step, tensor: as `run.model.load`.
         config: sizes and policies.
         draft: a run of a smaller model that guesses tokens, see `EngineConfig.num_drafts`.
+        adapters: folders of PEFT by the name under which requests ask for them; of a model that was
+            imported from Hugging Face.
     Raises:
         InputError: as `run.model.load`.
     """
@@ -42,7 +50,22 @@ def make_engine(
         tokenizer=model.tokenizer,
         region=model.region,
         draft=small and Draft(small.decoder, small.pure_params()),
+        adapters=_read_adapters(run, adapters),
     )
+
+
+def _read_adapters(
+    run: Run | str | Path,
+    adapters: Mapping[str, str],
+) -> dict[str, Adapters]:
+    """Low-rank adapters by name; Args and Raises as `make_engine`."""
+    if not adapters:
+        return {}
+    run = opened(run)
+    family = family_of(run.model, files_beside(run))
+    return {
+        name: read_adapters(folder, run.model, family.layout) for name, folder in adapters.items()
+    }
 
 
 class Pipeline:

@@ -33,6 +33,7 @@ def serve(
     step: int | None = None,
     tensor: int = 1,
     draft: str | None = None,
+    adapters: dict[str, str] | None = None,
     timeout_s: float | None = None,
     drain_s: int = 30,
     warm_up: bool = True,
@@ -50,6 +51,7 @@ def serve(
         tensor: devices over which the model is spread.
         draft: directory of a run of a smaller model that guesses tokens, see
             `EngineConfig.num_drafts`.
+        adapters: folders of PEFT by the name under which clients ask for them as a model.
         timeout_s: after which a request is ended; None for never.
         drain_s: seconds that running requests are given after SIGTERM.
         warm_up: whether all steps are compiled before the first request.
@@ -72,7 +74,14 @@ def serve(
         api_keys=read_keys(api_key_file) if api_key_file else (),
         timeout_s=timeout_s,
     )
-    made = make_engine(run, config=engine, step=step, tensor=tensor, draft=draft)
+    made = make_engine(
+        run,
+        config=engine,
+        step=step,
+        tensor=tensor,
+        draft=draft,
+        adapters=adapters or {},
+    )
     if warm_up:
         logger.info("compiled %d shapes of steps", made.warm_up())
     settings = uvicorn.Config(

@@ -85,6 +85,7 @@ class Handler:
         self.service = service
         self.metrics = Metrics(service.model)
         self._model, self._tokenizer = engine.model, engine.tokenizer
+        self.adapters = tuple(engine.adapters)
         self._grammars = engine.grammars
         self._frontend = Frontend(engine)
 
@@ -103,7 +104,6 @@ class Handler:
         Raises:
             InputError: something in it is wrong.
         """
-        self._check_model(body)
         prompts = [
             self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
@@ -114,7 +114,6 @@ class Handler:
 
     def chat(self, body: ChatRequest) -> Asked:
         """What a chat asks of the engine; Raises as `completion`."""
-        self._check_model(body)
         if self.service.chat_template is None:
             raise InputError("messages", "a chat", "a model whose tokenizer has a chat template")
         messages = [message.plain() for message in body.messages]
@@ -161,8 +160,10 @@ class Handler:
         *,
         is_chat: bool = False,
     ) -> Asked:
+        adapter = self._adapter(body)
         check_prompts(prompts, self._model, max_new_tokens)
         config = body.config(
+            adapter=adapter,
             max_new_tokens=max_new_tokens,
             num_logprobs=num_logprobs,
             random_seed=secrets.randbelow(MAX_SEED + 1),
@@ -171,11 +172,20 @@ class Handler:
         if not config.ignore_eos:
             stop_ids = (*config.stop_ids, *self.service.stop_ids)
             config = dataclasses.replace(config, stop_ids=stop_ids)
-        return Asked(prompts, config, Form(self.service.model, is_chat, self._tokenizer))
+        return Asked(prompts, config, Form(body.model, is_chat, self._tokenizer))
 
-    def _check_model(self, body: GenerationRequest) -> None:
+    def _adapter(self, body: GenerationRequest) -> str | None:
+        """The adapter that is asked for by its name as a model; None for the model itself.
+
+        Raises:
+            InputError: there is no such model.
+        """
+        if body.model in self.adapters:
+            return body.model
         if body.model != self.service.model:
-            raise InputError("model", body.model, f"{self.service.model!r}")
+            expected = " or ".join(map(repr, (self.service.model, *self.adapters)))
+            raise InputError("model", body.model, expected)
+        return None
 
     async def submit(self, asked: Asked) -> Answers:
         """Has the engine continue what is asked; Raises as `Frontend.submit`."""

@@ -86,6 +86,7 @@ class GenerationRequest(BaseModel):
         num_logprobs: int | None,
         random_seed: int,
         timeout_s: float | None,
+        adapter: str | None = None,
     ) -> RequestConfig:
         """What the engine is asked.
 
@@ -122,6 +123,7 @@ class GenerationRequest(BaseModel):
             num_logprobs=num_logprobs,
             num_prompt_logprobs=self.num_prompt_logprobs(),
             grammar=self.grammar(),
+            adapter=adapter,
             priority=_or(self.priority, 0),
             timeout_s=timeout_s,
         )

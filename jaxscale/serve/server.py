@@ -96,17 +96,22 @@ async def _answer(
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    card = {"id": service.model, "object": "model", "created": 0, "owned_by": "jaxscale"}
+    def cards() -> list[dict[str, Any]]:
+        fields = {"object": "model", "created": 0, "owned_by": "jaxscale"}
+        adapters = app.state.handler.adapters
+        own = {"id": service.model, **fields}
+        return [own, *({"id": name, **fields, "parent": service.model} for name in adapters)]
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": cards()}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != service.model:
+        found = [card for card in cards() if card["id"] == name]
+        if not found:
             raise InputError("model", name, f"{service.model!r}")
-        return card
+        return found[0]
 
 
 def _add_state(app: FastAPI) -> None:
