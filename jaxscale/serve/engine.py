@@ -195,7 +195,7 @@ class Engine:
             masks = [member.masks(piece) for member, piece in pairs]
             configs = [member.config for member in members]
             launched = self._runner.launch(plan.pieces, configs, masks)
-            self._num_steps += plan.pieces[0].num_steps
+            self._num_steps += max(piece.num_steps for piece in plan.pieces)
         expired = [self._collector.expire(sequence) for sequence in plan.expired]
         before, self._in_flight = self._in_flight, launched
         return expired + self._collector.collect(before)

@@ -108,6 +108,7 @@ class StepShape:
             "positions": Field(tokens, "int32", -1),
             "slot_mapping": Field(tokens, "int32", 0),
             "block_table": Field((self.num_single, self.num_pages), "int32", 0),
+            "ends": Field((self.num_single,), "int32", 0),
             "lengths": Field(tokens, "int32", 0),
             "segments": Field(tokens, "int32", 0),
             "adapters": Field(tokens, "int32", 0),
@@ -147,9 +148,13 @@ def after(
     fields: dict[str, Array],
     num_steps: Array,
 ) -> dict[str, Array]:
-    """The fields of a step of single tokens as they are `num_steps` [] int32 steps later."""
-    is_token = fields["positions"] >= 0
-    positions = jnp.where(is_token, fields["positions"] + num_steps, -1)
+    """The fields of a step of single tokens as they are `num_steps` [] int32 steps later.
+
+    A sequence stands still from its end on.
+    """
+    positions = fields["positions"] + num_steps
+    is_token = (fields["positions"] >= 0) & (positions < fields["ends"])
+    positions = jnp.where(is_token, positions, -1)
     number, place = positions // shape.block_size, positions % shape.block_size
     pages = jnp.take_along_axis(fields["block_table"], number[:, None], 1)[:, 0]
     return fields | {
@@ -158,6 +163,7 @@ def after(
         "positions": positions,
         "slot_mapping": jnp.where(is_token, pages * shape.block_size + place, 0),
         "lengths": fields["lengths"] + num_steps,
+        "slot_drawn": jnp.where(is_token, fields["slot_drawn"], shape.num_slots),
         "position": fields["position"] + num_steps,
     }
 

@@ -81,6 +81,7 @@ class Writer:
         views["positions"][here] = positions
         views["slot_mapping"][here] = self._slots_of(slots, positions)
         views["last_place"][here] = place
+        views["ends"][here] = _integers(piece.start + piece.num_steps for piece in pieces)
         views["lengths"][here] = _integers(piece.sequence.length for piece in pieces)
         views["adapters"][here] = self._rows.adapters[slots]
         views["block_table"][here] = pages

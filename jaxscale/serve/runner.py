@@ -14,7 +14,7 @@ from jaxscale.serve import packing
 from jaxscale.serve.drawing import DrawKind
 from jaxscale.serve.packing import Buckets, StepShape
 from jaxscale.serve.placement import Placement
-from jaxscale.serve.plan import LOOPED_SEQUENCES
+from jaxscale.serve.plan import TOKENS_A_LAUNCH
 from jaxscale.serve.programs import (
     Seen,
     draw_program,
@@ -114,15 +114,18 @@ class Runner:
     def warm_up(self, num_steps: int) -> int:
         """Compiles every step, by running it on padding; returns how many there are.
 
-        Few sequences may run `num_steps` a launch.
+        Decoding sequences may run up to `num_steps` a launch.
         """
         shapes = self._buckets.all_shapes()
         kinds = DrawKind(), DrawKind(has_noise=True)
         for shape, kind in itertools.product(shapes, kinds):
             packed = packing.empty(shape)[0]
             self._launch(shape, packed, is_penalised=False, kind=kind)
-            if num_steps > 1 and not shape.num_prompts and shape.num_single <= LOOPED_SEQUENCES:
-                self._launch(shape, packed, is_penalised=False, kind=kind, num_steps=num_steps)
+            # What has room in a shape may be a quarter of it.
+            most = min(num_steps, 4 * TOKENS_A_LAUNCH // shape.num_single)
+            if not shape.num_prompts:
+                for num in packing.powers_up_to(most)[1:]:
+                    self._launch(shape, packed, is_penalised=False, kind=kind, num_steps=num)
         jax.block_until_ready(self._last_tokens)
         return len(shapes)
 
@@ -169,7 +172,7 @@ class Runner:
             masks=of_rows,
             is_penalised=any(config.penalties != NO_PENALTIES for config in configs),
             kind=DrawKind.of(configs, is_scored=any(piece.is_scored for piece in pieces)),
-            num_steps=pieces[0].num_steps,
+            num_steps=_power_of_two(max(piece.num_steps for piece in pieces)),
         )
         for array in jax.tree.leaves((tokens, logprobs)):
             array.copy_to_host_async()
@@ -234,3 +237,8 @@ class Runner:
                 extra[place] = range(first, first + piece.num_extra)
                 first += piece.num_extra
         return shape, packed, tuple(order[id(piece)] for piece in pieces), extra
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is no smaller."""
+    return 1 << (number - 1).bit_length()

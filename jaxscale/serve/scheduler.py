@@ -1,13 +1,12 @@
 """Which tokens run in the next step: Dynamic SplitFuse, as a state machine without arrays."""
 
 import bisect
-import dataclasses
 import heapq
 import math
 from collections.abc import Iterable, Iterator
 
 from jaxscale.serve.blocks import BlockPool, PrefixChain
-from jaxscale.serve.plan import LOOPED_SEQUENCES, Plan, SchedulerConfig
+from jaxscale.serve.plan import TOKENS_A_LAUNCH, Plan, SchedulerConfig
 from jaxscale.serve.sequences import FinishReason, Piece, Sequence, Status, Step
 from jaxscale.types import InputError
 
@@ -91,10 +90,10 @@ class Scheduler:
             self._admit(plan)
             if not plan.pieces:
                 self._decode(plan)
-        pieces = self._looped(plan.pieces)
-        for piece in pieces:
+        self._loop(plan.pieces)
+        for piece in plan.pieces:
             self._advance(piece)
-        return Step(tuple(pieces), tuple(plan.admitted), tuple(plan.preempted), expired)
+        return Step(tuple(plan.pieces), tuple(plan.admitted), tuple(plan.preempted), expired)
 
     def settle(self, piece: Piece, num_accepted: int) -> None:
         """Takes back what was planned of drafts that turn out wrong; `commit` comes after it.
@@ -153,7 +152,8 @@ class Scheduler:
                 continue
             # Each of those behind has a token in this step before any draft has.
             spare = plan.budget - (len(running) - number)
-            plan.add(sequence, 1, self._fitting_drafts(sequence, plan, spare))
+            drafts = self._fitting_drafts(sequence, plan, spare) if sequence.drafts else ()
+            plan.add(sequence, 1, drafts)
 
     def _fitting_drafts(
         self,
@@ -185,7 +185,8 @@ class Scheduler:
         for sequence in self.running:
             if plan.is_full:
                 return
-            is_prompt = sequence.num_missing > 0 and not sequence.is_decoding
+            num_missing = sequence.num_missing
+            is_prompt = num_missing > 1 or (num_missing and not sequence.num_drawn)
             if is_prompt and not self._is_held_up(sequence):
                 if not (count := plan.fitting(sequence)):
                     return
@@ -208,19 +209,22 @@ class Scheduler:
                 return
             plan.add(sequence, count)
 
-    def _looped(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces of a step, for several steps if no step could differ from the first."""
-        num = self.config.steps_a_launch
-        is_all = len(pieces) == len(self.running) <= LOOPED_SEQUENCES and not self._num_waiting
-        if not is_all or not all(self._can_loop(piece, num) for piece in pieces):
-            return pieces
-        return [dataclasses.replace(piece, num_steps=num) for piece in pieces]
+    def _loop(self, pieces: list[Piece]) -> None:
+        """Plans several steps at once where no step could differ from the first but by its ends."""
+        num = min(self.config.steps_a_launch, TOKENS_A_LAUNCH // max(len(pieces), 1))
+        is_all = len(pieces) == len(self.running) and not self._num_waiting
+        if num < 2 or not is_all or not all(map(self._can_loop, pieces)):
+            return
+        num = 1 << num.bit_length() - 1  # powers of two, so that few programs are compiled
+        for piece in pieces:
+            sequence = piece.sequence
+            room = len(sequence.blocks) * self.blocks.block_size - piece.start
+            left = sequence.max_new_tokens - sequence.num_drawn
+            piece.num_steps = min(num, room, left)
 
-    def _can_loop(self, piece: Piece, num: int) -> bool:
+    def _can_loop(self, piece: Piece) -> bool:
         sequence = piece.sequence
-        is_free = piece.is_decode and not sequence.is_synchronous and not sequence.switch_lengths
-        has_blocks = piece.start + num <= len(sequence.blocks) * self.blocks.block_size
-        return is_free and has_blocks and sequence.num_drawn + num <= sequence.max_new_tokens
+        return piece.is_decode and not sequence.is_synchronous and not sequence.switch_lengths
 
     def _is_held_up(self, sequence: Sequence) -> bool:
         return sequence.is_synchronous and sequence.is_in_flight

@@ -87,6 +87,8 @@ class Sequence:
     @property
     def side(self) -> int:
         """How many switch lengths it has outgrown."""
+        if not self.switch_lengths:
+            return 0
         return sum(self.length > switch for switch in self.switch_lengths)
 
     @property
@@ -121,7 +123,7 @@ class Sequence:
         return self.prompt + self.outputs if self.outputs else self.prompt
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False, slots=True)
 class Piece:
     """Tokens of one sequence that a step runs.
 
@@ -134,7 +136,8 @@ class Piece:
         drafts: guesses that are run behind the token drawn last, to be compared with what is drawn
             before each.
         is_scored: whether the token behind each, of the prompt, is given its log-probability.
-        num_steps: of the launch; each after the first runs the token that the one before drew.
+        num_steps: each after the first runs the token that the one before drew. The launch may have
+            more, in which the sequence stands still.
     """
 
     sequence: Sequence
