@@ -1,5 +1,6 @@
 """`serve`: answers OpenAI's clients with a run's checkpoint."""
 
+import gc
 import logging
 import socket
 from pathlib import Path
@@ -84,6 +85,9 @@ def serve(
     )
     if warm_up:
         logger.info("compiled %d shapes of steps", made.warm_up())
+    # What lives as long as the server need not be looked at again by each collection.
+    gc.collect()
+    gc.freeze()
     settings = uvicorn.Config(
         make_app(lambda: made, service),
         log_level="warning",
