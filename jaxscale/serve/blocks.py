@@ -3,17 +3,34 @@
 import collections
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxscale.types import RunError, check_positive
+from jaxscale.types import RunError, check_not_negative, check_positive
 
 PADDING_BLOCK = 0  # padding rows write here, so that nothing live can be overwritten by them
 
 
+class Move(NamedTuple):
+    """A block's content that goes to the host's memory, or comes back, before the next step.
+
+    Args:
+        block: of the device.
+        place: of the host.
+        is_spill: whether it goes.
+    """
+
+    block: int
+    place: int
+    is_spill: bool
+
+
 class BlockPool:
     """Allocates blocks and keeps what full ones hold until their place is wanted.
+
+    Then their content may go to the host's memory, from which it comes back when a prefix asks for
+    it. What has to be moved is listed, and has to be done in that order.
 
     Only full blocks are shared, and a sequence writes behind them, into blocks of its own: nothing
     is ever copied on write. A block is known by the digest of all tokens up to its end, so that
@@ -24,11 +41,14 @@ class BlockPool:
         num_blocks: blocks that sequences may hold; they are numbered from 1, for block 0 takes
             what padding writes.
         block_size: tokens a block.
+        num_places: blocks for which the host has room.
     """
 
-    def __init__(self, num_blocks: int, block_size: int):
+    def __init__(self, num_blocks: int, block_size: int, num_places: int = 0):
         check_positive("num_blocks", num_blocks)
         check_positive("block_size", block_size)
+        check_not_negative("num_places", num_places)
+        self.num_places = num_places
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = collections.deque(range(1, num_blocks + 1))
@@ -38,6 +58,10 @@ class BlockPool:
         self._scores: dict[bytes, Sequence[Any]] = {}
         # Blocks that nobody holds and that still know a prefix, the least recently used first.
         self._idle: collections.OrderedDict[int, None] = collections.OrderedDict()
+        # The host's places, the least recently used first, and what has to be moved.
+        self._spilled: collections.OrderedDict[bytes, int] = collections.OrderedDict()
+        self._places = list(range(num_places))
+        self._moves: list[Move] = []
 
     @property
     def num_free(self) -> int:
@@ -81,6 +105,34 @@ class BlockPool:
             self._holders[block] += 1
         return [*shared, *(self._new() for _ in range(num_new))]
 
+    def load(self, blocks: Sequence[int], digests: Sequence[bytes]) -> int:
+        """Has the host's content of a prefix brought into new blocks, as far as it has it.
+
+        Args:
+            blocks: that have just been taken and hold nothing yet.
+            digests: of what they are to hold.
+        Returns:
+            How many blocks get their content.
+        """
+        for number, (block, digest) in enumerate(zip(blocks, digests, strict=False)):
+            place = self._spilled.get(digest)
+            if place is None:
+                return number
+            self._spilled.move_to_end(digest)
+            self._moves.append(Move(block, place, is_spill=False))
+            self.register(block, digest)
+        return min(len(blocks), len(digests))
+
+    def take_moves(self) -> list[Move]:
+        """What has to be moved before the next step, in this order."""
+        moves, self._moves = self._moves, []
+        return moves
+
+    @property
+    def num_spilled(self) -> int:
+        """Blocks whose content is in the host's memory."""
+        return len(self._spilled)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Lets go of blocks; the last of a prefix is the first whose place is used again.
 
@@ -119,6 +171,9 @@ class BlockPool:
         self._idle.clear()
         self._blocks.clear()
         self._scores.clear()
+        self._places += self._spilled.values()
+        self._spilled.clear()
+        self._moves.clear()
         self._digests.clear()
 
     def _new(self) -> int:
@@ -129,8 +184,19 @@ class BlockPool:
             digest = self._digests.pop(block)
             del self._blocks[digest]
             self._scores.pop(digest, None)
+            if self.num_places:
+                self._spill(block, digest)
         self._holders[block] = 1
         return block
+
+    def _spill(self, block: int, digest: bytes) -> None:
+        """Has a block's content kept by the host, in the place of the least recently used."""
+        if digest in self._spilled:
+            self._spilled.move_to_end(digest)
+            return
+        place = self._places.pop() if self._places else self._spilled.popitem(last=False)[1]
+        self._spilled[digest] = place
+        self._moves.append(Move(block, place, is_spill=True))
 
 
 class PrefixChain:

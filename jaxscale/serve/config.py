@@ -34,6 +34,8 @@ class EngineConfig:
             token and head, and no kernel of ours reads them yet.
         num_blocks: pages; None takes `memory_fraction` of what the device has left.
         memory_fraction: of the device's memory that weights and cache may fill.
+        host_bytes: of the host's memory, for blocks of prefixes for which the device has no room
+            any more.
         max_prompts: prompts of which a step runs a piece.
         max_extra: as `plan.SchedulerConfig`.
         num_drafts: tokens of a sequence that are guessed and checked in one step, at most; 0 for
@@ -49,6 +51,7 @@ class EngineConfig:
     cache_dtype: Literal["int8", "float8_e4m3fn"] | None = None
     num_blocks: int | None = None
     memory_fraction: float = 0.85
+    host_bytes: int = 0
     max_prompts: int = 64
     max_extra: int = 256
     num_drafts: int = 0
@@ -58,6 +61,7 @@ class EngineConfig:
         check_types(self)
         check_positive("EngineConfig.block_size", self.block_size)
         check_not_negative("EngineConfig.num_drafts", self.num_drafts)
+        check_not_negative("EngineConfig.host_bytes", self.host_bytes)
         if self.num_blocks is not None:
             check_positive("EngineConfig.num_blocks", self.num_blocks)
         if not 0 < self.memory_fraction <= 1:
@@ -138,28 +142,28 @@ def num_blocks_for(
         tensor: members of a tensor group.
         draft: a model with pages beside.
     """
-    page_bytes = sum(_page_bytes(each, config, tensor) for each in (decoder, draft) if each)
+    size = sum(page_bytes(each, config, tensor) for each in (decoder, draft) if each)
     most = config.max_sequences * -(-decoder.config.max_length // config.block_size)
     stats = jax.tree.leaves(params)[0].devices().pop().memory_stats()
     if stats is None:
         room = HOST_CACHE_BYTES
     else:
         room = config.memory_fraction * stats["bytes_limit"] - stats["bytes_in_use"]
-    num_blocks = min(math.floor(room / page_bytes) - 1, most)
+    num_blocks = min(math.floor(room / size) - 1, most)
     if num_blocks < 1:
-        expected = f"room for a page of {page_bytes} bytes, here {math.floor(room)} bytes are left"
+        expected = f"room for a page of {size} bytes, here {math.floor(room)} bytes are left"
         raise InputError("EngineConfig.memory_fraction", config.memory_fraction, expected)
     logger.info(
         "cache: %d blocks of %d tokens, %.2f GiB",
         num_blocks,
         config.block_size,
-        num_blocks * page_bytes / 2**30,
+        num_blocks * size / 2**30,
     )
     return num_blocks
 
 
-def _page_bytes(decoder: Decoder, config: EngineConfig, tensor: int) -> int:
-    """Of all layers together."""
+def page_bytes(decoder: Decoder, config: EngineConfig, tensor: int = 1) -> int:
+    """Of a page of all layers together, of one of `tensor` members."""
     is_quantised = config.cache_dtype is not None
     itemsize = jax.numpy.dtype(config.cache_dtype or decoder.policy.compute).itemsize
     head_bytes = [

@@ -13,7 +13,7 @@ from jaxscale.models.lora import Adapters, factor_table, side_by_side
 from jaxscale.parallel.region import Region
 from jaxscale.serve.blocks import BlockPool
 from jaxscale.serve.collecting import Collector
-from jaxscale.serve.config import EngineConfig, num_blocks_for
+from jaxscale.serve.config import EngineConfig, num_blocks_for, page_bytes
 from jaxscale.serve.decoding import check_prompts
 from jaxscale.serve.drafting import Draft, make_drafter
 from jaxscale.serve.figures import Figures
@@ -87,7 +87,10 @@ class Engine:
             tensor=placement.tensor,
             draft=draft.decoder if draft else None,
         )
-        self._blocks = BlockPool(num_blocks, config.block_size)
+        if config.host_bytes and region is not None:
+            raise InputError("EngineConfig.host_bytes", config.host_bytes, "0 with a tensor group")
+        num_places = config.host_bytes // page_bytes(decoder, config)
+        self._blocks = BlockPool(num_blocks, config.block_size, num_places)
         limits = config.scheduler(self.model.max_length)
         if region is not None:
             limits = dataclasses.replace(limits, steps_a_launch=1)  # only one device loops
@@ -186,6 +189,7 @@ class Engine:
             return []
         self._propose()
         plan = self._scheduler.schedule(self._clock())
+        self._runner.move(self._blocks.take_moves())
         for sequence in plan.admitted:
             self._admit(sequence)
         launched = None
@@ -275,6 +279,7 @@ class Engine:
             num_waiting=scheduler.num_waiting,
             num_blocks=self._blocks.num_blocks,
             num_held=self._blocks.num_held,
+            num_spilled=self._blocks.num_spilled,
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,

@@ -10,6 +10,7 @@ class Figures:
     Args:
         num_running, num_waiting: sequences.
         num_blocks, num_held: of the cache, and those that sequences hold.
+        num_spilled: blocks whose content is in the host's memory.
         num_steps: run so far.
         num_prompt_tokens: of the prompts admitted, those included that the cache has spared.
         num_cached_tokens: of these, spared by a cached prefix.
@@ -24,6 +25,7 @@ class Figures:
     num_waiting: int
     num_blocks: int
     num_held: int
+    num_spilled: int
     num_steps: int
     num_prompt_tokens: int
     num_cached_tokens: int

@@ -122,7 +122,8 @@ class Plan:
             is_decode=is_decode,
             is_drawing=is_drawing,
             drafts=drafts,
-            is_scored=sequence.is_scoring,
+            # Of a prompt whose last piece is in flight the scores are as good as known.
+            is_scored=sequence.is_scoring and sequence.num_computed + 1 < len(sequence.prompt),
         )
         self.pieces.append(piece)
         self._extra -= piece.num_extra

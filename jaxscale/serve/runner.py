@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxscale.serve import packing
+from jaxscale.serve.blocks import Move
 from jaxscale.serve.drawing import DrawKind
 from jaxscale.serve.packing import Buckets, StepShape
 from jaxscale.serve.placement import Placement
@@ -25,6 +26,7 @@ from jaxscale.serve.programs import (
 from jaxscale.serve.requests import NO_PENALTIES, RequestConfig
 from jaxscale.serve.rows import HostRows, Writer
 from jaxscale.serve.sequences import Piece, Sequence
+from jaxscale.serve.spilling import HostPages
 from jaxscale.types import Array, Params
 
 
@@ -96,9 +98,11 @@ class Runner:
         self._last_tokens = placement.everywhere((buckets.num_slots,), jnp.int32)
         self._seen: Seen | None = None
         self._rows = HostRows(buckets, self._num_tokens)
+        self._host_pages = HostPages()
 
     def swap(self, params: Params) -> None:
         """Takes other weights from the next step on."""
+        self._host_pages.clear()
         self._params = None  # so that both do not have to fit
         self._params = self._placement.prepare(params)
         self.weights_version += 1
@@ -106,6 +110,7 @@ class Runner:
     def free_pages(self) -> None:
         """Gives the pages' memory back; `take_pages` comes before the next step."""
         self._caches = None
+        self._host_pages.clear()
 
     def take_pages(self) -> None:
         """Takes memory for pages that hold nothing."""
@@ -128,6 +133,10 @@ class Runner:
                     self._launch(shape, packed, is_penalised=False, kind=kind, num_steps=num)
         jax.block_until_ready(self._last_tokens)
         return len(shapes)
+
+    def move(self, moves: List[Move]) -> None:
+        """Has pages go to the host's memory or come back, before the next step."""
+        self._caches = self._host_pages.move(self._caches, moves)
 
     def admit(self, sequence: Sequence, config: RequestConfig, index: int) -> None:
         """Writes a sequence's settings to its slot; call it before the first step that runs it."""

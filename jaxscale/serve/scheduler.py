@@ -236,21 +236,24 @@ class Scheduler:
             salt = f"{sequence.salt}/{sequence.side}"
             sequence.chain = PrefixChain(self.blocks.block_size, salt)
             sequence.admitted_side = sequence.side
-        shared = []
+        shared, wanted = [], []
         if self.config.use_prefix_cache:
             # The last token has to run, for something to be drawn behind it.
             most = (len(tokens) - 1) // self.blocks.block_size
-            shared = self.blocks.find(sequence.chain.digests(tokens)[:most])
+            wanted = sequence.chain.digests(tokens)[:most]
             if sequence.is_scoring:
-                shared = shared[: self._num_unscored(sequence)]
+                wanted = wanted[: self._num_unscored(sequence)]
+            shared = self.blocks.find(wanted)
         is_whole = self.config.admission == "lifetime"
         num_tokens = sequence.max_cached if is_whole else len(tokens)
         num_new = self.blocks.num_for(num_tokens) - len(shared)
         if not self.blocks.can_take(shared, num_new):
             return False
         sequence.blocks = self.blocks.take(shared, num_new)
-        sequence.num_computed = len(shared) * self.blocks.block_size
-        sequence.num_registered = len(shared)
+        new = sequence.blocks[len(shared) :]
+        num_known = len(shared) + self.blocks.load(new, wanted[len(shared) :])
+        sequence.num_computed = num_known * self.blocks.block_size
+        sequence.num_registered = num_known
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         return True

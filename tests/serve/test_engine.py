@@ -104,6 +104,23 @@ def test_a_cached_prefix_changes_nothing_and_is_counted():
     assert after.num_prompt_tokens - before.num_prompt_tokens == sum(map(len, PROMPTS))
 
 
+@pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=LONG)])
+def test_prefixes_come_back_from_the_hosts_memory_and_not_after_other_weights(dtype):
+    """12 blocks, so that what other prompts hold has to go."""
+    engine = make(num_blocks=12, max_sequences=2, host_bytes=2**20, cache_dtype=dtype)
+    config = RequestConfig(GREEDY, max_new_tokens=4)
+    prompts = [[number] * 9 for number in range(6)]
+    first = tokens_of(engine.generate(prompts, config))
+    assert engine.figures().num_spilled > 0
+    again = engine.generate(prompts, config)
+    assert tokens_of(again) == first
+    assert [one.num_cached for (one,) in again] == [8] * 6
+    engine.swap(params_of(MODELS[GROUPED]))
+    assert engine.figures().num_spilled == 0
+    anew = engine.generate(prompts[:1], config)
+    assert (anew[0][0].tokens, anew[0][0].num_cached) == (first[0], 0)
+
+
 def test_draws_are_those_of_the_seed_in_any_company():
     engine = shared()
     samplings = [SamplingConfig(seed=5), SamplingConfig(temperature=0.7, top_p=0.9, seed=6)]
