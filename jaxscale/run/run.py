@@ -276,6 +276,12 @@ def _check_pipelined(run: Run) -> None:
     if mesh.ring > 1:
         expected = "1 with FullyPipelined, whose chunks every shard of the sequence exchanges"
         raise InputError("MeshConfig.ring", mesh.ring, expected)
+    if mesh.pipeline > 1 and not execution.strategy.is_on_device:
+        expected = (
+            'inputs and chunks = "device" and attention "device" or "nowhere" with '
+            "MeshConfig.pipeline > 1, whose slots for what a stage keeps are on the device"
+        )
+        raise InputError("FullyPipelined", execution.strategy, expected)
     num_rows = run.data.batch_size // (mesh.num_batch_shards * run.train.num_microbatches)
     if mesh.tensor > 1 and num_rows > 1:
         expected = (

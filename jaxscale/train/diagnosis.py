@@ -17,6 +17,7 @@ from jaxscale.ops.draws import with_token_keys
 from jaxscale.ops.loss import unembed
 from jaxscale.parallel import tensor
 from jaxscale.parallel.region import LossFn
+from jaxscale.parallel.sequence.layout import Chunked, Contiguous
 from jaxscale.train.setup import Setup
 from jaxscale.types import Array, Batch, Params
 
@@ -67,6 +68,8 @@ def _first_of_forward(
     loss_fn, region = setup.loss_fn, setup.region
     if not hasattr(loss_fn, "execution"):
         return None
+    if isinstance(region.token_layout, Chunked):
+        region = dataclasses.replace(region, token_layout=Contiguous())  # that of whole layers
     execution = dataclasses.replace(
         loss_fn.execution,
         is_scanned=False,

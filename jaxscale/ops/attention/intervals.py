@@ -66,6 +66,8 @@ class IntervalAttention:
     softcap: float | None
     implementation: str
 
+    # jit: the calls of all pairs of chunks share one trace.
+    @functools.partial(jax.jit, static_argnums=0)
     def forward(
         self,
         q: Array,
@@ -78,6 +80,7 @@ class IntervalAttention:
         o, lse = kernel.attention(q, k, v, low, high, **dataclasses.asdict(self))
         return Part(accumulator(o), lse)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def backward(
         self,
         q: Array,

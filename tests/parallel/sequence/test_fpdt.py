@@ -42,13 +42,15 @@ MESHES = [
         for places in (ON_DEVICE, dict(attention="nowhere"))
         if num_chunks in (2, 4) or not places.get("inputs")
     ],
+    pytest.param(
+        "moe", 2, dict(pipeline=2), dict(num_pieces=1) | ON_DEVICE, marks=pytest.mark.long
+    ),
     *[
         pytest.param(name, 2, sizes, dict(num_pieces=2), marks=pytest.mark.long)
         for name, sizes in (
             ("moe", dict(sequence=2, expert=2)),
             ("moe", dict(tensor=2, data=2, num_microbatches=4)),
             ("dense", dict(tensor=2, sequence=2, num_microbatches=8)),
-            ("dense", dict(pipeline=2, sequence=2)),
             ("moe", dict(sequence=2, zero=1, zero_axes=("data",))),
         )
     ],
@@ -97,10 +99,11 @@ def test_a_run_in_chunks_fits():
             r"here 2 % \(2 \* 1 \* 2\) = 2; nearest: 4",
         ),
         ("execution", dict(remat="full"), "ExecutionConfig.remat: given 'full', expected \"none\""),
+        ("mesh", dict(pipeline=2), 'inputs and chunks = "device" and attention "device" or "nowhere"'),
         ("mesh", dict(ring=2), "MeshConfig.ring: given 2, expected 1 with FullyPipelined"),
         ("mesh", dict(tensor=2), "== 1 with FullyPipelined and MeshConfig.tensor > 1, here 2"),
     ],
-    ids=["length", "shares", "remat", "ring", "tensor"],
+    ids=["length", "shares", "remat", "pipeline", "ring", "tensor"],
 )
 def test_what_does_not_go_with_chunks_is_refused_with_the_equation(part, fields, message):
     if part == "strategy":

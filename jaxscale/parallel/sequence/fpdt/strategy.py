@@ -85,6 +85,11 @@ class FullyPipelined:
         x, choices = stream_layer(stream, layer.params, x, tokens)
         return x, None, choices
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether nothing rests on the host."""
+        return "host" not in (self.inputs, self.attention, self.chunks)
+
     def check(
         self,
         *,
