@@ -18,8 +18,9 @@ from jaxscale.parallel.rules import Specs, all_axes_of, make_specs, mirror
 from jaxscale.planner.cluster import DEVICES
 from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
+from jaxscale.run.chunks import chunk_lines, is_chunked, memory_of_chunks
 from jaxscale.run.compile import memory_share
-from jaxscale.run.planned import job_of, layout_of
+from jaxscale.run.job import job_of, layout_of
 from jaxscale.run.run import Run, check_fit
 from jaxscale.train.host import is_on_host
 from jaxscale.train.optim import make_optimizer
@@ -103,6 +104,8 @@ def bytes_per_device(
 
 def _step_lines(run: Run) -> list[str]:
     """What a step needs at its fullest moment, and which devices have that much."""
+    if is_chunked(run):
+        return _chunk_lines(run)
     job, layout = job_of(run), layout_of(run)
     memory = step_memory(job, layout, StateCounter(job)(run.mesh))
     activations = memory.stashed + memory.workspace + memory.copies
@@ -112,6 +115,13 @@ def _step_lines(run: Run) -> list[str]:
         "fits": _fitting(run, memory.total),
     }
     return [f"{name:<13} {text}" for name, text in parts.items()]
+
+
+def _chunk_lines(run: Run) -> list[str]:
+    """The same of a run in chunks, on the largest device that is described."""
+    largest = max(DEVICES.values(), key=lambda device: device.memory_bytes)
+    lines = chunk_lines(run, largest.memory_bytes * memory_share())
+    return [*lines, f"{'fits':<13} {_fitting(run, memory_of_chunks(run).on_device)}"]
 
 
 def _fitting(run: Run, needed: float) -> str:

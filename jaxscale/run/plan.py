@@ -20,7 +20,8 @@ from jaxscale.planner.plan import Plan
 from jaxscale.planner.search import Candidate, Planner
 from jaxscale.planner.timing import BlockTimes
 from jaxscale.run.compile import lower_step, memory_share
-from jaxscale.run.planned import SHARE_OF_LIMIT, job_of, layout_of, planned, search
+from jaxscale.run.job import job_of, layout_of
+from jaxscale.run.planned import SHARE_OF_LIMIT, planned, search
 from jaxscale.run.run import Run
 from jaxscale.types import InputError, RunError
 from jaxscale.written import as_written, render

@@ -4,12 +4,12 @@ import dataclasses
 import logging
 from typing import Any
 
-from jaxscale.parallel.pipeline.loss import StagedLoss
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.explain import layout_text
 from jaxscale.planner.job import Job, Layout
 from jaxscale.planner.search import Found, Planner
 from jaxscale.run.compile import memory_share
+from jaxscale.run.job import job_of
 from jaxscale.run.run import Run
 from jaxscale.types import InputError, RunError, check_types
 
@@ -87,27 +87,6 @@ def _search(
     found = [Planner(job, each, limit).search(pinned) for each in clusters]
     possible = [each for each in found if each.ranked]
     return min(possible, key=lambda each: each.ranked[0].rank, default=None)
-
-
-def job_of(run: Run) -> Job:
-    """What of a run does not depend on its mesh."""
-    return Job(
-        model=run.model,
-        batch_size=run.data.batch_size,
-        length=run.data.sequence_length,
-        policy=run.policy,
-        optimizer=run.optimizer,
-        execution=run.execution,
-        train=run.train,
-        is_staged=isinstance(run.loss(run), StagedLoss),
-    )
-
-
-def layout_of(run: Run) -> Layout:
-    """How a run is spread now."""
-    execution = run.execution
-    num_microbatches = run.train.num_microbatches
-    return Layout(run.mesh, num_microbatches, execution.remat, execution.is_scanned)
 
 
 def planned(run: Run, layout: Layout) -> Run:

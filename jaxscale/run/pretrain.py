@@ -19,6 +19,7 @@ from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.evaluation import check_evaluators
 from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.batch import abstract_batch, batch_share
+from jaxscale.run.chunks import check_host
 from jaxscale.run.evaluation import all_figures, evaluation_context
 from jaxscale.run.progress import say_figures, say_what_begins, say_what_came
 from jaxscale.run.run import Run
@@ -51,6 +52,7 @@ def pretrain(*, run: Run) -> Outcome:
         # Those that a smaller mesh has no use for are left idle.
         devices = jax.devices()[: math.prod(run.mesh.sizes)] if run.mesh.is_elastic else None
         setup = run.setup(devices)
+        check_host(run)
         check_vocabulary(load_tokenizer(run.data.tokenizer), run.model.vocab_size)
         check_reporters(run.reporters)
         evaluate = _make_evaluate(setup, run)

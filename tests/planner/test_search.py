@@ -18,7 +18,8 @@ from jaxscale.planner.pipeline import num_in_flight, num_ticks
 from jaxscale.planner.search import Planner
 from jaxscale.planner.space import Space
 from jaxscale.run.inspect import bytes_per_device
-from jaxscale.run.planned import job_of, planned
+from jaxscale.run.job import job_of
+from jaxscale.run.planned import planned
 from jaxscale.run.run import check_fit, load_run
 from jaxscale.types import InputError
 from tests.run.runs import ROOT

@@ -99,7 +99,11 @@ def test_a_run_in_chunks_fits():
             r"here 2 % \(2 \* 1 \* 2\) = 2; nearest: 4",
         ),
         ("execution", dict(remat="full"), "ExecutionConfig.remat: given 'full', expected \"none\""),
-        ("mesh", dict(pipeline=2), 'inputs and chunks = "device" and attention "device" or "nowhere"'),
+        (
+            "mesh",
+            dict(pipeline=2),
+            'inputs and chunks = "device" and attention "device" or "nowhere"',
+        ),
         ("mesh", dict(ring=2), "MeshConfig.ring: given 2, expected 1 with FullyPipelined"),
         ("mesh", dict(tensor=2), "== 1 with FullyPipelined and MeshConfig.tensor > 1, here 2"),
     ],

@@ -80,6 +80,8 @@ def fetch(
     """The arrays of a tree, on the device, not before `token` has been computed.
 
     Without a token the compiler may begin every copy at once, and all chunks were on the device.
+    The token that is returned must be used: one that nobody reads is dropped, and then two copies
+    of the same array are taken for one.
 
     Returns:
         (tree, token).

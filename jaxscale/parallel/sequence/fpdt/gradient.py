@@ -128,10 +128,11 @@ class _Backward:
             dk = dk + dk_part
             dv = dv + dv_part
             self.token = first_of(dk)
-            self._wait(j, dq)
-        dq = self.waiting.pop(i).dq
-        dq, self.token = fetch(self.places.chunks, dq, self.token)
-        cotangents = dq, dk, dv
+            if j == i:
+                complete = dq
+            else:
+                self._wait(j, queries, dq)
+        cotangents = complete, dk, dv
         dparams, dx = pull(tuple(each.astype(q.dtype) for each in cotangents))
         self._add(dparams)
         dx = self.cuts.own(self.dx, i) + dx
@@ -151,10 +152,17 @@ class _Backward:
         attention = self.stream.attention
         return attention.backward(queries.q, k, v, queries.do, lse, delta, *seen)
 
-    def _wait(self, j: int, dq: Array) -> None:
-        """Puts what has changed of a chunk of queries to rest."""
-        dq = put(self.places.chunks, dq)
-        self.waiting[j] = self.waiting[j]._replace(dq=dq)
+    def _wait(
+        self,
+        j: int,
+        queries: _Queries,
+        dq: Array,
+    ) -> None:
+        """Puts what has changed of a chunk of queries to rest, the first time all of it."""
+        place = self.places.chunks
+        if j not in self.waiting:
+            self.waiting[j] = put(place, queries)
+        self.waiting[j] = self.waiting[j]._replace(dq=put(place, dq))
 
     def _coming(self, i: int, j: int) -> Any:
         """Begins to fetch what chunk j of the queries needs to meet chunk i of the keys."""
@@ -181,10 +189,7 @@ class _Backward:
         x, do = tied((saved.x, do))
         q, _, _ = stream.project(self.params, x, known)
         self.rows[j] = saved.lse, row_sums(saved.o, do)
-        at_rest = put(self.places.chunks, (q, do))
-        queries = _Queries(q, do, _zeros(q))
-        self.waiting[j] = queries._replace(q=at_rest[0], do=at_rest[1])
-        return queries
+        return _Queries(q, do, _zeros(q))
 
     def _finish(
         self,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.ops.attention.intervals import IntervalAttention, Part
-from jaxscale.parallel.sequence.fpdt.cuts import fetch, first_of, put, tied
+from jaxscale.parallel.sequence.fpdt.cuts import fetch, put, tied
 from jaxscale.types import Array
 
 
@@ -90,25 +90,21 @@ class Keys:
             self._add_to_whole(number, kv)
             seen = intervals.of(number, size)
             return self.attention.forward(q, *self.kept, *seen)
-        coming = self._coming(0, q)
+        coming = None
+        if number:
+            coming, q = fetch(self.place, self.kept[0], q)
         # Its own keys come first. Every token sees itself, so no sum is empty.
         seen = intervals.over(number, number, size)
         part = self.attention.forward(q, *kv, *seen)
         for i in range(number):
             q, part = tied((q, part))
             here = coming
-            coming = self._coming(i + 1, q)
+            if i + 1 < number:
+                coming, q = fetch(self.place, self.kept[i + 1], q)
             seen = intervals.over(number, i, size)
             part += self.attention.forward(q, *here, *seen)
         self.kept.append(put(self.place, kv))
         return part
-
-    def _coming(self, i: int, after: Array) -> list[Array] | None:
-        """Begins to fetch a chunk of keys and values when `after` has been computed."""
-        if i == len(self.kept):
-            return None
-        kv, _ = fetch(self.place, self.kept[i], first_of(after))
-        return kv
 
     def _add_to_whole(self, number: int, kv: list[Array]) -> None:
         """Keys that no chunk has written yet are seen by none of the queries."""

@@ -1,0 +1,229 @@
+"""The modelled memory of a step whose layers run in chunks, on the device and on its host.
+
+Counts the arrays that `parallel.sequence.fpdt` holds at its fullest moment, in a feed-forward's
+backward or attention's, and what every step holds; docs/long_sequences.md says how far it is off.
+
+Source: Yao et al. 2024, FPDT (arXiv 2408.16978), table 2, whose counts for GELU and multi-head
+    attention are taken again here for gated feed-forwards and grouped queries.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from jaxscale.models.config import AttentionConfig, ModelConfig
+from jaxscale.parallel.sequence.fpdt.strategy import DEFAULT_CHUNK_TOKENS, FullyPipelined
+from jaxscale.planner.job import Job, Layout
+from jaxscale.planner.state import StateBytes
+
+ACCUMULATED = 4  # bytes of an element that is added up
+# Arrays of a piece in a gated feed-forward's backward: gate, up, their product and their gradients.
+HIDDEN_ARRAYS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedMemory:
+    """Bytes of one device and of its share of the host.
+
+    Args:
+        device: by name, at the fullest moment.
+        host: by name.
+    """
+
+    device: dict[str, float]
+    host: dict[str, float]
+
+    @property
+    def on_device(self) -> float:
+        """Bytes on the device."""
+        return sum(self.device.values())
+
+    @property
+    def on_host(self) -> float:
+        """Bytes in the host's memory."""
+        return sum(self.host.values())
+
+
+def chunked_memory(
+    job: Job,
+    layout: Layout,
+    state: StateBytes,
+    strategy: FullyPipelined,
+) -> ChunkedMemory:
+    """The memory of a step.
+
+    Args:
+        job: what is trained.
+        layout: how it is spread.
+        state: its parameters under the layout's mesh.
+        strategy: where what is kept rests.
+    """
+    counts = _Counts(job, layout, strategy)
+    kept = {
+        "inputs": counts.inputs,
+        "attention's outputs": counts.outputs,
+        "chunks": counts.waiting,
+    }
+    on_host = {name: placed.host for name, placed in kept.items()}
+    moments = state.moments
+    if layout.mesh.is_optimizer_on_host:
+        on_host["moments"] = moments
+        moments = moments / 8
+    stack = state.gradients + state.outside * ACCUMULATED
+    device = {
+        "parameters": state.parameters,
+        "moments": moments,
+        "gradients": stack + state.largest * ACCUMULATED,
+        "gathered": state.largest * job.width if layout.mesh.zero == 3 else 0.0,
+        "residual": counts.residual,
+        "work": counts.work,
+    }
+    device |= {name: placed.device for name, placed in kept.items()}
+    return ChunkedMemory(device, on_host)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """Bytes of one kind on the device and on the host."""
+
+    device: float = 0.0
+    host: float = 0.0
+
+    @classmethod
+    def at(cls, place: str, size: float) -> "_Placed":
+        return cls(host=size) if place == "host" else cls(device=size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+    """What chunks hold, in bytes on one device."""
+
+    job: Job
+    layout: Layout
+    strategy: FullyPipelined
+
+    @property
+    def tokens(self) -> float:
+        """Own tokens."""
+        mesh = self.layout.mesh
+        return self.layout.rows(self.job) * self.job.length / (mesh.sequence * mesh.tensor)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.job.model
+
+    @property
+    def attention(self) -> AttentionConfig:
+        """Of the widest layer."""
+        return max((layer.attention for layer in self.model.layers), key=_width)
+
+    @property
+    def residual(self) -> float:
+        """The residual; beside it the loss has its gradient, in chunks and joined."""
+        return 3 * self.tokens * self.model.model_dim * self.job.width
+
+    @property
+    def inputs(self) -> _Placed:
+        """Layers' inputs until their backward."""
+        of_layer = self.tokens * self.model.model_dim * self.job.width
+        layers = len(self.model.layers)
+        if self.strategy.inputs == "device":
+            return _Placed(device=layers * of_layer)
+        here = min(self.strategy.device_input_bytes, of_layer)
+        return _Placed(layers * here, layers * (of_layer - here))
+
+    @property
+    def outputs(self) -> _Placed:
+        """Attention's outputs and lse until their backward."""
+        if self.strategy.attention == "nowhere":
+            return _Placed()
+        sizes = [
+            _width(layer.attention) * self.job.width + layer.attention.num_heads * ACCUMULATED
+            for layer in self.model.layers
+        ]
+        return _Placed.at(self.strategy.attention, sum(sizes) * self.tokens)
+
+    @property
+    def waiting(self) -> _Placed:
+        """What chunks of one layer wait with: in the backward q, do and dq of all but the first."""
+        share = 1 - self.strategy.chunk_tokens / self.job.length
+        of_token = _width(self.attention) * (2 * self.job.width + ACCUMULATED)
+        return _Placed.at(self.strategy.chunks, of_token * self.tokens * share)
+
+    @property
+    def work(self) -> float:
+        """A chunk at work: attention's backward, or a piece's feed-forward."""
+        tokens = self.tokens * self.strategy.chunk_tokens / self.job.length
+        heads = _width(self.attention)
+        # Twice q, do and dq, this step's and the next one's; this step's part of dq.
+        attention = heads * (2 * (2 * self.job.width + ACCUMULATED) + 2 * ACCUMULATED)
+        hidden = max(layer.feed_forward.dim for layer in self.model.layers)
+        piece = HIDDEN_ARRAYS * hidden * self.job.width / self.strategy.num_pieces
+        # x, o, dy and their gradients, and o of the next chunk.
+        around = 4 * (self.model.model_dim + heads) * self.job.width
+        return tokens * (around + max(attention, piece))
+
+
+def _width(attention: AttentionConfig) -> int:
+    return attention.num_heads * attention.head_dim
+
+
+def longest_length(
+    job: Job,
+    layout: Layout,
+    state: StateBytes,
+    strategy: FullyPipelined,
+    *,
+    device_bytes: float,
+    host_bytes: float = float("inf"),
+) -> int:
+    """The most tokens of a row, in whole chunks, whose step fits; 0 if not even one chunk does.
+
+    Args:
+        job, layout, state, strategy: as for `chunked_memory`; the job's own length is left aside.
+        device_bytes, host_bytes: of one device, and its share of the host's memory.
+    """
+
+    def fits(num_chunks: int) -> bool:
+        longer = dataclasses.replace(job, length=num_chunks * strategy.chunk_tokens)
+        memory = chunked_memory(longer, layout, state, strategy)
+        return memory.on_device <= device_bytes and memory.on_host <= host_bytes
+
+    return _largest(fits) * strategy.chunk_tokens
+
+
+def suggested_chunk(
+    job: Job,
+    layout: Layout,
+    state: StateBytes,
+    strategy: FullyPipelined,
+    *,
+    device_bytes: float,
+) -> int | None:
+    """The largest chunk up to the default that divides the sequence and fits; None if none does.
+
+    Larger ones are slightly faster and take more of the device; see docs/long_sequences.md.
+    """
+    mesh = layout.mesh
+    share = mesh.sequence * mesh.tensor * strategy.num_pieces
+    for chunk in range(min(DEFAULT_CHUNK_TOKENS, job.length), 0, -1):
+        if job.length % chunk or chunk % share:
+            continue
+        other = dataclasses.replace(strategy, chunk_tokens=chunk)
+        if chunked_memory(job, layout, state, other).on_device <= device_bytes:
+            return chunk
+    return None
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, given that all smaller ones do."""
+    above = 1
+    while fits(above):
+        above *= 2
+    below = above // 2
+    while above - below > 1:
+        middle = (below + above) // 2
+        if fits(middle):
+            below = middle
+        else:
+            above = middle
+    return below

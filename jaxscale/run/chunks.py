@@ -1,0 +1,96 @@
+"""What a run in chunks takes of devices and hosts, by arithmetic, before anything is allocated."""
+
+import dataclasses
+
+import jax
+
+from jaxscale.launch.memory import GIB, host_bytes
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.planner.chunks import (
+    ChunkedMemory,
+    chunked_memory,
+    longest_length,
+    suggested_chunk,
+)
+from jaxscale.planner.memory import step_memory
+from jaxscale.planner.state import StateCounter
+from jaxscale.run.job import job_of, layout_of
+from jaxscale.run.run import Run
+from jaxscale.types import InputError
+
+ON_DEVICE = dict(inputs="device", attention="device", chunks="device")
+# Strategies beside which a run's own is shown.
+STRATEGIES = {
+    "chunks, all on the device": ON_DEVICE,
+    "chunks, inputs alone on the host": ON_DEVICE | dict(inputs="host"),
+    "chunks, all on the host": dict(inputs="host", attention="host", chunks="host"),
+    "chunks, attention run twice": dict(inputs="host", attention="nowhere", chunks="host"),
+}
+
+
+def is_chunked(run: Run) -> bool:
+    """Whether a run's layers are executed by `FullyPipelined`."""
+    return isinstance(run.execution.strategy, FullyPipelined)
+
+
+def memory_of_chunks(run: Run) -> ChunkedMemory:
+    """What a step of a run in chunks holds."""
+    job, layout = job_of(run), layout_of(run)
+    state = StateCounter(job)(run.mesh)
+    return chunked_memory(job, layout, state, run.execution.strategy)
+
+
+def check_host(run: Run) -> None:
+    """Raises InputError, part by part, unless this machine has the host memory that a run takes."""
+    there = host_bytes()
+    if there is None or not is_chunked(run):
+        return
+    memory, num_here = memory_of_chunks(run), jax.local_device_count()
+    if memory.on_host * num_here <= there:
+        return
+    parts = " + ".join(f"{size / GIB:.2f} of {name}" for name, size in memory.host.items() if size)
+    given = f"{memory.on_host / GIB:.2f} GiB of host memory a device: {parts}"
+    expected = (
+        f"at most {there / num_here / GIB:.2f} GiB, {there / GIB:.2f} for {num_here} devices: a "
+        "shorter sequence_length, device_input_bytes above 0, or attention = 'nowhere'"
+    )
+    raise InputError("FullyPipelined", given, expected)
+
+
+def chunk_lines(run: Run, device_bytes: float) -> list[str]:
+    """What `inspect` says of a run in chunks: its memory, other strategies', lengths that fit.
+
+    Args:
+        run: the run.
+        device_bytes: that JAX may take of a device.
+    """
+    job, layout = job_of(run), layout_of(run)
+    state = StateCounter(job)(run.mesh)
+    strategy = run.execution.strategy
+    memory = chunked_memory(job, layout, state, strategy)
+    lines = [_parts("on a device", memory.device), _parts("on the host", memory.host)]
+    chunk = suggested_chunk(job, layout, state, strategy, device_bytes=device_bytes)
+    lines.append(f"chunk_tokens  {chunk or 'none'} would fit, {strategy.chunk_tokens} is set")
+    lines.append("by strategy   GiB on a device, GiB on the host, tokens that fit the device")
+    whole = step_memory(job, dataclasses.replace(layout, remat="full"), state)
+    rows = {"whole layers, full remat": (whole.total, whole.host, None)}
+    rows["as it is set"] = _row(job, layout, state, strategy, device_bytes)
+    for name, fields in STRATEGIES.items():
+        other = dataclasses.replace(strategy, **fields)
+        rows[name] = _row(job, layout, state, other, device_bytes)
+    for name, (device, host, longest) in rows.items():
+        tokens = "" if longest is None else f"{longest:>12,}"
+        lines.append(f"  {name:<34}{device / GIB:>9.2f}{host / GIB:>9.2f}{tokens}")
+    return lines
+
+
+def _row(job, layout, state, strategy, device_bytes) -> tuple[float, float, int]:
+    memory = chunked_memory(job, layout, state, strategy)
+    longest = longest_length(job, layout, state, strategy, device_bytes=device_bytes)
+    return memory.on_device, memory.on_host, longest
+
+
+def _parts(title: str, parts: dict[str, float]) -> str:
+    total = sum(parts.values())
+    named = " + ".join(f"{size / GIB:.2f} {name}" for name, size in parts.items() if size)
+    return f"{title:<13} {total / GIB:.2f} GiB, estimated: {named}"

@@ -1,0 +1,69 @@
+"""What a run in chunks takes of devices and hosts is told by arithmetic, and refused by it."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxscale import cli
+from jaxscale.launch.memory import GIB
+from jaxscale.planner.chunks import chunked_memory, longest_length
+from jaxscale.planner.state import StateCounter
+from jaxscale.run.chunks import check_host
+from jaxscale.run.job import job_of, layout_of
+from jaxscale.run.run import load_run
+from jaxscale.types import InputError
+
+FILE = Path(__file__).resolve().parents[2] / "experiments/configs/papers/fpdt_8b.gin"
+
+
+@pytest.fixture(scope="module")
+def run():
+    return load_run([FILE])
+
+
+def test_what_rests_on_the_host_is_what_is_kept(run):
+    """Of 32 layers 262,144 inputs and outputs of 4,096 elements in bfloat16, and the lse."""
+    job, layout = job_of(run), layout_of(run)
+    strategy = dataclasses.replace(run.execution.strategy, attention="host")
+    memory = chunked_memory(job, layout, StateCounter(job)(run.mesh), strategy)
+    of_layer = 262_144 * 4_096 * 2
+    assert memory.host["inputs"] == 32 * of_layer
+    assert memory.host["attention's outputs"] == 32 * (of_layer + 262_144 * 32 * 4)
+    some = dataclasses.replace(strategy, device_input_bytes=of_layer // 4)
+    memory = chunked_memory(job, layout, StateCounter(job)(run.mesh), some)
+    assert memory.host["inputs"] == 3 * memory.device["inputs"] == 24 * of_layer
+
+
+def test_the_longest_sequence_fits_and_one_chunk_more_does_not(run):
+    job, layout, strategy = job_of(run), layout_of(run), run.execution.strategy
+    state, limits = StateCounter(job)(run.mesh), (100 * GIB, 128 * GIB)
+    named = dict(zip(("device_bytes", "host_bytes"), limits))
+    longest = longest_length(job, layout, state, strategy, **named)
+    assert longest > strategy.chunk_tokens
+    for length, is_expected in ((longest, True), (longest + strategy.chunk_tokens, False)):
+        memory = chunked_memory(dataclasses.replace(job, length=length), layout, state, strategy)
+        needed = memory.on_device, memory.on_host
+        assert all(size <= limit for size, limit in zip(needed, limits)) == is_expected
+
+
+def test_inspect_shows_strategies_side_by_side(capsys):
+    assert cli.main(["inspect", str(FILE)]) == 0
+    shown = capsys.readouterr().out
+    row = r"^  {} +([\d.]+) +([\d.]+) +([\d,]+)$"
+    found = {}
+    for name in ("chunks, all on the device", "chunks, all on the host"):
+        device, host, longest = re.search(row.format(name), shown, re.MULTILINE).groups()
+        found[name] = float(device), float(host), int(longest.replace(",", ""))
+    device, host = found.values()
+    assert device[0] > host[0] and device[1] < host[1] and device[2] < host[2]
+    assert re.search(r"^chunk_tokens +65536 would fit, 65536 is set$", shown, re.MULTILINE)
+
+
+def test_a_host_that_is_too_small_is_refused_before_the_first_step(run, monkeypatch):
+    monkeypatch.setattr("jaxscale.run.chunks.host_bytes", lambda: 900 * GIB)
+    check_host(run)
+    monkeypatch.setattr("jaxscale.run.chunks.host_bytes", lambda: 80 * GIB)
+    with pytest.raises(InputError, match=r"64\.00 of inputs .* at most \d+\.\d+ GiB"):
+        check_host(run)
