@@ -75,28 +75,22 @@ def put(place: str, tree: Any) -> Any:
 def fetch(
     place: str,
     tree: Any,
-    token: Array,
-) -> tuple[Any, Array]:
-    """The arrays of a tree, on the device, not before `token` has been computed.
+    after: Any,
+) -> tuple[Any, Any]:
+    """The arrays of a tree, on the device, not before `after` has been computed.
 
-    Without a token the compiler may begin every copy at once, and all chunks were on the device.
-    The token that is returned must be used: one that nobody reads is dropped, and then two copies
-    of the same array are taken for one.
+    Else the compiler may begin every copy at once, and all chunks were on the device.
 
     Returns:
-        (tree, token).
+        (tree, after). Go on with this `after`: it must lead to a result. What leads nowhere the
+        compiler takes out, and with it the order; then two copies of one array become one.
     """
     if place == "device":
-        return tree, token
-    tree, token = tied((tree, token))
-    return jax.device_put(tree, jax.memory.Space.Device), token
+        return tree, after
+    tree, after = tied((tree, after))
+    return jax.device_put(tree, jax.memory.Space.Device), after
 
 
 def tied(tree: Any) -> Any:
     """The arrays of a tree, none of which is used before all have been computed."""
     return lax.optimization_barrier(tree)
-
-
-def first_of(x: Array) -> Array:
-    """A token: one element, which is known when all of `x` is."""
-    return x[(0,) * x.ndim]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxscale.ops.attention.intervals import row_sums
 from jaxscale.ops.precision import accumulator
-from jaxscale.parallel.sequence.fpdt.cuts import Cuts, fetch, first_of, put, tied
+from jaxscale.parallel.sequence.fpdt.cuts import Cuts, fetch, put, tied
 from jaxscale.parallel.sequence.fpdt.keys import Keys
 from jaxscale.parallel.sequence.fpdt.stream import Residuals, Saved, Stream, Tokens
 from jaxscale.types import Array, Params
@@ -90,8 +90,6 @@ class _Backward:
         # By chunk of queries: what waits for the next chunk of keys, and its (lse, delta).
         self.waiting: dict[int, _Queries] = {}
         self.rows: dict[int, tuple[Array, Array]] = {}
-        # Known when the last step is done.
-        self.token = first_of(dx)
 
     def run(self) -> tuple:
         """Cotangents of (params, x, tokens)."""
@@ -108,31 +106,28 @@ class _Backward:
 
     def _one_chunk_of_keys(self, i: int) -> None:
         """All queries that see chunk i of the keys, and the way back to that chunk's input."""
-        x = self._fetch(self.places.inputs[i], self.saved[i].x)
+        x, self.dx = fetch(self.places.inputs[i], self.saved[i].x, self.dx)
         known = self.cuts.known(self.tokens.known, i)
 
         def project(params: Params, x: Array) -> tuple[Array, ...]:
             return self.stream.project(params, x, known)
 
         (q, k, v), pull = jax.vjp(project, self.params, x)
-        dk, dv = _zeros(k), _zeros(v)
-        coming = self._coming(i, i)
+        dkv = _zeros(k), _zeros(v)
+        coming, dkv = self._coming(i, i, dkv)
         for j in range(i, self.cuts.num):
-            here = coming
+            here, dkv = tied((coming, dkv))
             if j + 1 < self.cuts.num:
-                coming = self._coming(i, j + 1)
-            here, self.token = tied((here, self.token))
+                coming, dkv = self._coming(i, j + 1, dkv)
             queries = self._enter(j, here) if i == 0 else here
-            dq_part, dk_part, dv_part = self._through(queries, k, v, i, j)
-            dq = queries.dq + dq_part
-            dk = dk + dk_part
-            dv = dv + dv_part
-            self.token = first_of(dk)
+            dq, *parts = self._through(queries, k, v, i, j)
+            dq = queries.dq + dq
+            dkv = jax.tree.map(jnp.add, dkv, tuple(parts))
             if j == i:
                 complete = dq
             else:
                 self._wait(j, queries, dq)
-        cotangents = complete, dk, dv
+        cotangents = complete, *dkv
         dparams, dx = pull(tuple(each.astype(q.dtype) for each in cotangents))
         self._add(dparams)
         dx = self.cuts.own(self.dx, i) + dx
@@ -164,16 +159,21 @@ class _Backward:
             self.waiting[j] = put(place, queries)
         self.waiting[j] = self.waiting[j]._replace(dq=put(place, dq))
 
-    def _coming(self, i: int, j: int) -> Any:
+    def _coming(
+        self,
+        i: int,
+        j: int,
+        after: Any,
+    ) -> tuple[Any, Any]:
         """Begins to fetch what chunk j of the queries needs to meet chunk i of the keys."""
         if i:
-            return self._fetch(self.places.chunks, self.waiting[j])
+            return fetch(self.places.chunks, self.waiting[j], after)
         saved = self.saved[j]
-        x = self._fetch(self.places.inputs[j], saved.x)
+        x, after = fetch(self.places.inputs[j], saved.x, after)
         is_again = self.places.attention == "nowhere"
         place = self.places.chunks if is_again else self.places.attention
-        o, lse = self._fetch(place, (saved.o, saved.lse))
-        return Saved(x, o, lse)
+        (o, lse), after = fetch(place, (saved.o, saved.lse), after)
+        return Saved(x, o, lse), after
 
     def _enter(self, j: int, saved: Saved) -> _Queries:
         """The backward of what comes after attention, and the queries of chunk j."""
@@ -186,7 +186,7 @@ class _Backward:
             o = stream.pieces.known(o_own, piece)
             parts.append(self._finish(x, o, number))
         (do,) = pull(stream.pieces.join(parts))
-        x, do = tied((saved.x, do))
+        x, do, self.dx, self.dparams = tied((saved.x, do, self.dx, self.dparams))
         q, _, _ = stream.project(self.params, x, known)
         self.rows[j] = saved.lse, row_sums(saved.o, do)
         return _Queries(q, do, _zeros(q))
@@ -224,18 +224,14 @@ class _Backward:
         stream, place = self.stream, self.places.chunks
         keys = Keys(stream.attention, self.cuts.num, place)
         for i, saved in enumerate(self.saved):
-            x = self._fetch(self.places.inputs[i], saved.x)
+            x, self.dx = fetch(self.places.inputs[i], saved.x, self.dx)
             known = self.cuts.known(self.tokens.known, i)
             q, *kv = stream.project(self.params, x, known)
             part = keys.attend(i, q, kv, self.tokens.intervals)
-            self.token = first_of(part.lse)
+            part, self.dx = tied((part, self.dx))
             o = part.o.astype(q.dtype)
             o, lse = put(place, (o, part.lse))
             self.saved[i] = Saved(saved.x, o, lse)
-
-    def _fetch(self, place: str, tree: Any) -> Any:
-        tree, self.token = fetch(place, tree, self.token)
-        return tree
 
     def _add(self, dparams: Params) -> None:
         def add(sum: Array, part: Array) -> Array:
@@ -251,8 +247,7 @@ class _Backward:
     ) -> None:
         """Puts a part into `dx`, after which the next step may begin."""
         self.dx = cuts.write(self.dx, dx, number)
-        state = self.dx, self.dparams, self.token
-        self.dx, self.dparams, self.token = tied(state)
+        self.dx, self.dparams = tied((self.dx, self.dparams))
 
 
 def _zeros(x: Array) -> Array:
