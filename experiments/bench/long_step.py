@@ -80,10 +80,11 @@ def cap(run):
 
 
 def idle_share(directory):
-    """The share of the profiled time in which a device has nothing to compute or copy."""
+    """The share of the profiled time in which a device computes nothing, be it that it copies."""
     devices = device_events(directory)
-    idle, _ = idle_times(devices)
     span = sum(max(end for _, end, _ in each) - each[0][0] for each in devices)
+    computing = [[event for event in each if "Memcpy" not in event[2]] for each in devices]
+    idle, _ = idle_times(computing)
     return sum(idle.values()) / span
 
 
