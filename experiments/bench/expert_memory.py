@@ -8,7 +8,7 @@ JAX_PLATFORMS=cpu python experiments/bench/expert_memory.py
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxscale.launch.ahead_of_time import as_on_gpus, described_devices, memory_of
+from jaxscale.launch.ahead_of_time import as_on, described_devices, memory_of
 from jaxscale.parallel import expert, tensor
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
 
@@ -64,7 +64,7 @@ def peak_gib(devices, kind, num_experts):
         out_specs=(rows, rows, by_expert),
         check_vma=False,
     )
-    with as_on_gpus(devices):
+    with as_on(devices):
         lowered = jax.jit(run_all).lower(*abstract_arguments(num_experts))
         return memory_of(lowered.compile()).peak / 2**30
 

@@ -1,8 +1,8 @@
-"""Machines that are not here: compiling for described GPUs, and the memory that the result needs.
+"""Machines that are not here: compiling for their devices, and the memory that the result needs.
 
 Some of this needs private parts of JAX, for which it has no public ones:
 
-- `as_on_gpus` and `compile_with_host` replace functions of `jax._src.cudnn` and `jax._src.compiler`
+- `as_on` and `compile_with_host` replace functions of `jax._src.cudnn` and `jax._src.compiler`
   for a time. If JAX renames one, `_replaced` raises AttributeError. If JAX no longer calls one,
   tests/launch/test_ahead_of_time.py fails.
 - `compile_with_host` reads `Lowered._lowering` and uses `jax._src.core` and XLA's own client. It
@@ -34,7 +34,8 @@ SINCE_JAX_0_11 = re.compile(
     "|collective_memory_granularity):.*$",
     re.MULTILINE,
 )
-MACHINES = {"h200": "h200.target_config.txtpb"}  # XLA's GpuTargetConfigProto, as text
+# Each is XLA's GpuTargetConfigProto, as text; that of the H200 is what XLA found on one.
+MACHINES = {name: f"{name}.target_config.txtpb" for name in ("a100", "b200", "h200")}
 CUDNN_VERSION = 91200  # against which JAX's plugin was built
 
 
@@ -112,8 +113,8 @@ def _replaced(replacements: Sequence[_Replacement]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_on_gpus(devices: Sequence[jax.Device]) -> Iterator[None]:
-    """Within it, what is traced is what a process on such GPUs would trace, though it has none.
+def as_on(devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Within it, what is traced is what a process on such devices would trace, though it has none.
 
     Backends are chosen by the platform that JAX has started and by its GPUs' capability. Before JAX
     emits a call of cuDNN's attention, it asks cuDNN for its version and the first local GPU for its
@@ -126,6 +127,9 @@ def as_on_gpus(devices: Sequence[jax.Device]) -> Iterator[None]:
 
 def _answers(devices: Sequence[jax.Device]) -> list[_Replacement]:
     device = devices[0]
+    started = [_Replacement(jax, "default_backend", lambda: device.platform)]
+    if device.platform == "tpu":
+        return started
     capability = _numbers(device.compute_capability)
 
     def is_at_least(least: str) -> bool:
@@ -135,7 +139,7 @@ def _answers(devices: Sequence[jax.Device]) -> list[_Replacement]:
         return capability == _numbers(asked)
 
     return [
-        _Replacement(jax, "default_backend", lambda: device.platform),
+        *started,
         _Replacement(ops_device.described, "compute_capability", lambda: device.compute_capability),
         # Private to JAX: jax._src.cudnn.fused_attention_stablehlo.
         _Replacement(cudnn_attention, "check_cudnn_version", lambda: CUDNN_VERSION),

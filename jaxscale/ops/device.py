@@ -54,6 +54,8 @@ def device_refusal(family: str) -> str | None:
     """
     capability = described.compute_capability()
     here = f"a GPU of compute capability {capability}" if capability else jax.default_backend()
+    if family == "splash" and here != "tpu":
+        return f"a TPU, but this is {here}"
     if family == "cudnn" and capability is None:
         return f"a GPU, but this is {here}"
     if family == "mosaic" and capability != HOPPER:

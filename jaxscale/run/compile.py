@@ -3,15 +3,15 @@
 import dataclasses
 import math
 import os
-import re
 import time
 from typing import Any
 
 import jax
 
+from jaxscale.launch import tpu
 from jaxscale.launch.ahead_of_time import (
     Memory,
-    as_on_gpus,
+    as_on,
     compile_with_host,
     described_devices,
     device_memory_bytes,
@@ -32,25 +32,34 @@ LARGEST_SHARE = 0.95  # the rest is for CUDA itself and NCCL's buffers
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many hosts of a described machine, with so many GPUs each."""
+    """So many hosts of a described machine with so many GPUs each, or a grid of TPU chips."""
 
     machine: str
-    num_hosts: int
-    gpus_per_host: int
+    sizes: tuple[int, ...]
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        """From text such as "h200:16x8"; raises InputError for another form."""
-        match = re.fullmatch(r"(\w+):(\d+)x(\d+)", text)
-        if match is None:
-            raise InputError("topology", text, 'MACHINE:HOSTSxGPUS_PER_HOST, such as "h200:16x8"')
-        return cls(match[1], int(match[2]), int(match[3]))
+        """From text such as "h200:16x8" or "v5p:2x2x4"; raises InputError for another form."""
+        machine, _, grid = text.partition(":")
+        num_sizes = (2, 3) if machine in tpu.MEMORY_BYTES else (2,)
+        sizes = grid.split("x")
+        if len(sizes) not in num_sizes or not all(size.isdecimal() for size in sizes):
+            expected = 'MACHINE:HOSTSxGPUS_PER_HOST, such as "h200:16x8", or a TPU\'s, "v5e:2x4"'
+            raise InputError("topology", text, expected)
+        return cls(machine, tuple(map(int, sizes)))
 
     def devices(self) -> list[jax.Device]:
         """Its devices, to compile for."""
-        return described_devices(
-            self.machine, num_hosts=self.num_hosts, gpus_per_host=self.gpus_per_host
-        )
+        if self.machine in tpu.MEMORY_BYTES:
+            grid = "x".join(map(str, self.sizes))
+            return tpu.described_chips(f"{self.machine}:{grid}")
+        num_hosts, gpus_per_host = self.sizes
+        return described_devices(self.machine, num_hosts=num_hosts, gpus_per_host=gpus_per_host)
+
+    def memory_bytes(self) -> int:
+        """Of one device."""
+        known = tpu.MEMORY_BYTES.get(self.machine)
+        return known or device_memory_bytes(self.machine)
 
 
 def compile_step(*, run: Run, topology: str) -> None:
@@ -62,7 +71,7 @@ def compile_step(*, run: Run, topology: str) -> None:
 
     Args:
         run: the run.
-        topology: such as "h200:16x8", 16 hosts of 8.
+        topology: such as "h200:16x8", 16 hosts of 8, or "v5e:2x4", a grid of TPU chips.
     Raises:
         InputError: the parts do not fit one another or the topology, or the compiler is missing.
         RunError: the step does not fit into the devices' memory, or the compiler failed.
@@ -78,7 +87,7 @@ def compile_step(*, run: Run, topology: str) -> None:
     traced = time.perf_counter()
     compiled = step.compile()
     seconds = time.perf_counter() - traced
-    memory, available = memory_of(compiled), device_memory_bytes(wanted.machine)
+    memory, available = memory_of(compiled), wanted.memory_bytes()
     print(f"{topology}: {len(devices)} x {devices[0].device_kind}")
     print(f"traced in {traced - began:.1f} s, compiled in {seconds:.1f} s\n")
     print(_memory_text(memory, step.setup, step.batch, available))
@@ -104,7 +113,7 @@ class LoweredStep:
 
 def lower_step(run: Run, devices: list[jax.Device]) -> LoweredStep:
     """The step of a run on described devices; raises InputError if the parts do not fit."""
-    with as_on_gpus(devices):
+    with as_on(devices):
         setup = run.setup(devices)
         batch = run_batch(run, setup)
         lowered = make_step(setup).lower(setup.state, batch)

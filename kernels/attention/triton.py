@@ -359,8 +359,9 @@ def forward(
         (o [B, T, N, H], lse [B, N, T] float32); 0 and -inf where a query sees nothing.
     """
     batch, length, num_heads, head_dim = q.shape
-    blocks = blocks_of(f"attention.forward.{head_dim}")
-    rows, columns = (2 * BLOCK, BLOCK) if layout else (blocks.rows, blocks.columns)
+    # Tiles of a layout are of two blocks of queries and one of keys.
+    blocks = blocks_of(f"attention.{'layout' if layout else 'forward'}.{head_dim}")
+    rows, columns = blocks.rows, blocks.columns
     num_tiles = triton.cdiv(length, rows)
     padded = num_tiles * rows
     low, high = (jnp.pad(x, ((0, 0), (0, padded - length))) for x in (low, high))

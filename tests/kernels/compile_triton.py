@@ -49,7 +49,7 @@ def programs():
             lambda *a, settings=settings: paged_attention.paged_attention(*a, **settings),
             (array(64, 32, head_dim), pages, pages, *table),
         )
-    yield from attention_programs(128, BlockLayout())
+        yield from attention_programs(head_dim, BlockLayout())
 
 
 def attention_programs(head_dim, layout):

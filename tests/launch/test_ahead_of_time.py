@@ -10,7 +10,7 @@ import pytest
 
 from jaxscale.launch import ahead_of_time
 from jaxscale.launch.ahead_of_time import (
-    as_on_gpus,
+    as_on,
     compile_with_host,
     described_devices,
     device_memory_bytes,
@@ -66,7 +66,7 @@ def test_attention_is_that_of_the_described_gpus():
     """cuDNN's calls forward and backward, where this process has no GPU; and afterwards none."""
     devices = described_devices("h200", num_hosts=1, gpus_per_host=1)
     arguments = attention_arguments(jax.sharding.SingleDeviceSharding(devices[0]))
-    with as_on_gpus(devices):
+    with as_on(devices):
         hlo = ATTENTION.lower(*arguments).compile().as_text()
     assert "__cudnn$fmhaSoftmaxBackward" in hlo and '__cudnn$fmhaSoftmax"' in hlo
     assert jax.default_backend() == "cpu"
@@ -88,7 +88,7 @@ def test_every_function_that_is_replaced_is_called(monkeypatch):
     device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
     replacements = [counted(each) for each in ahead_of_time._answers([device])]
     monkeypatch.setattr(ahead_of_time, "_answers", lambda devices: replacements)
-    with as_on_gpus([device]):
+    with as_on([device]):
         jax.jit(jax.grad(attention_loss, (0, 1, 2))).trace(*attention_arguments())
     assert calls.keys() == {replacement.name for replacement in replacements}
 
@@ -149,7 +149,7 @@ def test_attention_is_recomputed_only_by_full_remat(remat, times, head_dim, call
     def sum_loss(params, batch):
         return loss(params, batch, None)[0]
 
-    with as_on_gpus(devices):
+    with as_on(devices):
         hlo = jax.jit(jax.grad(sum_loss)).lower(params, batch).as_text()
     assert len(re.findall(call, hlo)) == times
 
@@ -195,7 +195,7 @@ def test_kernels_are_taken_on_every_axis_whatever_a_device_s_share(sizes, is_low
         devices=devices,
     )
     batch = abstract_batch(setup.mesh, 4, 120, is_packed=True)
-    with as_on_gpus(devices), caplog.at_level("INFO", logger="jaxscale"):
+    with as_on(devices), caplog.at_level("INFO", logger="jaxscale"):
         traced = make_step(setup).trace(setup.state, batch)
         if is_lowered:
             traced.lower()
@@ -218,7 +218,7 @@ def temporaries_on_a_gpu(f, arguments, differentiated):
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     arguments = [jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in arguments]
     found = []
-    with as_on_gpus(devices):
+    with as_on(devices):
         for program in (f, jax.grad(f, tuple(range(differentiated)))):
             compiled = jax.jit(program).lower(*arguments).compile()
             found.append(memory_of(compiled).temporaries)
@@ -264,5 +264,7 @@ def test_a_machine_has_memory():
 
 
 def test_an_unknown_machine_is_named():
-    with pytest.raises(InputError, match="machine: given 'h300', expected one of 'h200'"):
+    with pytest.raises(
+        InputError, match="machine: given 'h300', expected one of 'a100', 'b200', 'h200'"
+    ):
         described_devices("h300", num_hosts=1, gpus_per_host=8)

@@ -21,6 +21,7 @@ from jaxscale.ops.attention import (
     chunked,
     invariant,
     kernels,
+    splash,
 )
 from jaxscale.ops.attention import api as module
 from jaxscale.ops.device import device_refusal
@@ -259,6 +260,32 @@ def test_what_is_asked_of_cudnn(case, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": 40},
+        pytest.param({"softcap": 3.0}, marks=pytest.mark.long),
+        pytest.param({"is_causal": False}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_splash_interpreted_equals_the_reference(change):
+    """Two documents, grouped heads; results and gradients."""
+    token = jnp.arange(128)[None]
+    second = (token >= 50).astype("int32")
+    context = AttentionContext(token - 50 * second, segments=second + 1, **change)
+    shapes = [(1, 128, num_heads, 64) for num_heads in (4, 2, 2, 4)]
+    q, k, v, do = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
+
+    def both(attend):
+        o, pullback = jax.vjp(lambda *a: attend(*a, context), q, k, v)
+        return o, *pullback(do)
+
+    found = both(functools.partial(splash.attend, interpret=True))
+    for got, want in zip(found, both(module.MODULES["reference"].attend), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_asked_of_our_kernel(case, monkeypatch):
     """The same arguments, given to the kernel's slow twin, must give the same attention."""
@@ -313,7 +340,7 @@ def test_a_layout_of_no_blocks_is_refused(change):
 @pytest.mark.parametrize(
     "backend, change, expected_text",
     [
-        ("flash", {}, "'reference', 'chunked', 'cudnn', 'mosaic', 'triton'"),
+        ("flash", {}, "'reference', 'chunked', 'cudnn', 'mosaic', 'triton', 'splash'"),
         ("chunked", {"length": 11}, "T % 3 == 0, but T = 11"),
         ("cudnn", {"softcap": 3.0}, "soft-cap"),
         ("cudnn", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
@@ -326,6 +353,8 @@ def test_a_layout_of_no_blocks_is_refused(change):
         ),
         ("mosaic", {"key_positions": jnp.arange(12)[None]}, "keys at other positions"),
         ("mosaic", {"dim": 264}, "head_dim <= 256, but head_dim = 264"),
+        ("splash", {}, "T % 128 == 0, but T = 12"),
+        ("splash", {"layout": BlockLayout()}, "layouts of blocks"),
         (
             "cudnn",
             {"length": 9, "segments": jnp.ones((1, 9), int)},

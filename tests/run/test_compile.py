@@ -1,6 +1,9 @@
 """`compile` builds a run's step for GPUs that are not here, reads no data, says whether it fits."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -108,7 +111,7 @@ def test_a_compiler_that_fails_exits_1(file, capsys, monkeypatch):
             "topology: given 'h200', expected MACHINE:HOSTSxGPUS_PER_HOST, such as \"h200:16x8\"",
         ),
         ("h200:0x8", "num_hosts: given 0, expected a number above 0"),
-        ("h300:1x8", "machine: given 'h300', expected one of 'h200'"),
+        ("h300:1x8", "machine: given 'h300', expected one of 'a100', 'b200', 'h200'"),
         pytest.param(
             "h200:2x8",
             "1 * 4 * 1 * 1 * 2 = 8 to equal the number of devices, 16",
@@ -148,6 +151,24 @@ def test_a_share_that_is_no_number_is_named(file, capsys, monkeypatch):
 
 
 def test_topologies_are_hosts_by_gpus():
-    assert Topology.parse("h200:16x8") == Topology("h200", 16, 8)
+    assert Topology.parse("h200:16x8") == Topology("h200", (16, 8))
     with pytest.raises(InputError, match="topology"):
         Topology.parse("h200:16x8x1")
+
+
+@pytest.mark.long
+@pytest.mark.processes
+@needs_plugin
+@pytest.mark.parametrize("machine", ["a100", "b200"])
+def test_other_gpus_get_triton_kernels(machine):
+    """In a process of its own: where Triton interprets, as in tests/kernels, it cannot compile."""
+    run = Path(__file__).parents[2] / "experiments/configs/runs/mixtral_4b.gin"
+    sizes = "model.num_layers=1", "data.sequence_length=512", "mesh.expert=2", "mesh.tensor=2"
+    command = [sys.executable, "-m", "jaxscale", "compile", run, "--topology", f"{machine}:1x4"]
+    command += [f"--set={size}" for size in sizes]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "\nfits: " in done.stdout
+    for operation in ("experts", "cross-entropy", "norm"):
+        assert f"{operation}: backend triton" in done.stderr

@@ -5,7 +5,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from jaxscale.ops.attention import chunked, cudnn, invariant, kernels, reference
+from jaxscale.ops.attention import chunked, cudnn, invariant, kernels, reference, splash
 from jaxscale.ops.attention.context import AttentionContext
 from jaxscale.ops.device import device_refusal, kernel_family, named_kernels
 from jaxscale.types import Array, InputError, check_choice
@@ -18,6 +18,7 @@ MODULES = {
     "cudnn": cudnn,
     "mosaic": kernels.Kernel("mosaic"),
     "triton": kernels.Kernel("triton"),
+    "splash": splash,
     "invariant": invariant,
 }
 BACKENDS = tuple(MODULES)
@@ -122,6 +123,8 @@ def _choose(q: Array, context: AttentionContext) -> str:
     is_wanted = is_ours or is_faster or named_kernels()
     if family in MODULES and is_wanted and MODULES[family].refusal(q, context) is None:
         return family
+    if jax.default_backend() == "tpu" and splash.refusal(q, context) is None:
+        return "splash"
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     if jax.default_backend() == "gpu" and is_half and cudnn.refusal(q, context) is None:
         return "cudnn"

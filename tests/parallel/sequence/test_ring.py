@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxscale.launch.ahead_of_time import as_on_gpus, described_devices, has_plugin
+from jaxscale.launch.ahead_of_time import as_on, described_devices, has_plugin
 from jaxscale.launch.collectives import collective_bytes
 from jaxscale.ops.attention import AttentionContext, reference
 from jaxscale.parallel.mesh import PIPELINE, SEQUENCE, MeshConfig, make_mesh
@@ -168,7 +168,7 @@ def compiled(ring, uses_permute, f):
 
     local = functools.partial(f, attend)
     shared = jax.shard_map(local, mesh=mesh, in_specs=SHARE, out_specs=SHARE, check_vma=False)
-    with as_on_gpus(devices):
+    with as_on(devices):
         return jax.jit(shared).lower(*arguments).compile().as_text()
 
 
