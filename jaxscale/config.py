@@ -9,6 +9,7 @@ What a file may hold is a subset of gin, so that gin itself parses it too:
 - `from __gin__ import dynamic_registration`, first in every file that binds something;
 - `import a.b.c`, `from a.b import c`, each also with `as d`: modules only;
 - `include 'other.gin'`, relative to this file; the last binding of a name wins;
+  `jaxscale/configs/...` is a file that comes with the package, here and for `read`;
 - `c.Class.field = value`, where a value is a Python literal, `@c.Class()`, `@c.function`,
   `@scope/c.Class()`, `%MACRO`, or a list, tuple or dict of these;
 - `scope/c.Class.field = value`, used where c.Class is built in that scope;
@@ -40,6 +41,7 @@ from jaxscale.signatures import full_name
 from jaxscale.types import InputError, closest, one_of
 from jaxscale.written import Macro, Reference, render
 
+OURS = ("jaxscale", "configs")
 DYNAMIC_REGISTRATION = "__gin__.dynamic_registration"
 
 _operative_config = contextvars.ContextVar("operative_config", default="")
@@ -106,8 +108,14 @@ def read(files: Sequence[str | Path], admitted: Sequence[str] | None = None) -> 
     """All that the files bind, every name resolved and nothing built; Raises as in `run`."""
     bindings = Bindings()
     for file in files:
-        _read(Path(file), bindings, admitted)
+        _read(_place(Path(), file), bindings, admitted)
     return bindings
+
+
+def _place(folder: Path, name: str | Path) -> Path:
+    """Where a file is that is named relative to a folder, or as one of the package's own."""
+    is_ours = Path(name).parts[:2] == OURS
+    return (Path(__file__).parents[1] if is_ours else folder) / name
 
 
 class _Delegate(config_parser.ParserDelegate):
@@ -208,7 +216,7 @@ def _read(
             case config_parser.ImportStatement():
                 names.add(statement)
             case config_parser.IncludeStatement():
-                included = path.parent / statement.filename
+                included = _place(path.parent, statement.filename)
                 outer = (*including, path.resolve())
                 _read(included, bindings, admitted, outer, f"{location}: include")
             case config_parser.BlockDeclaration():

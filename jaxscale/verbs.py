@@ -140,6 +140,9 @@ examples:
   jaxscale export runs/phi3 models/phi3_tuned
   jaxscale checkpoint show runs/main_job/checkpoints
 
+The gin files come with the package, as jaxscale/configs/... wherever it is:
+  jaxscale pretrain jaxscale/configs/runs/main_job.gin
+
 A run leaves the file that repeats it in its directory, which may stand for the file:
   jaxscale pretrain runs/main_job/config.gin --set directory=runs/again
 

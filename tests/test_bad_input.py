@@ -251,6 +251,16 @@ def test_a_misfit_is_refused_before_anything_happens(root, capsys, name):
     assert all(part in message for part in parts), message
 
 
+def test_the_page_lists_them():
+    page = (ROOT / "docs" / "bad_input.md").read_text()
+    missing = [
+        name
+        for name, (overrides, *_) in CASES.items()
+        if f"| {name} | `{overrides[0][:12]}" not in page
+    ]
+    assert not missing
+
+
 def test_a_misspelt_name_in_the_file(root, capsys):
     write_file(
         root,

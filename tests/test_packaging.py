@@ -28,6 +28,7 @@ def checkout(tmp_path_factory) -> Path:
     skipped = shutil.ignore_patterns("__pycache__")
     for name in ("jaxscale", "kernels"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=skipped)
+    shutil.copytree(ROOT / "experiments/configs", copy / "experiments/configs")
     return copy
 
 
@@ -73,6 +74,18 @@ def test_wheel(checkout, wheel_site, tmp_path):
     assert modules_under(package) == modules_under(checkout / "jaxscale") | kernels
     installed = {path.name for path in wheel_site.iterdir() if path.suffix != ".dist-info"}
     assert installed == {"jaxscale", "bin"}
+
+
+def test_the_gin_files_come_with_the_wheel(checkout, wheel_site, tmp_path):
+    """A command names them wherever the package is, and they include one another."""
+    here, there = (
+        {path.relative_to(folder) for path in folder.rglob("*.gin")}
+        for folder in (checkout / "experiments/configs", wheel_site / "jaxscale/configs")
+    )
+    assert there == here and Path("runs/main_job.gin") in here
+    command = [sys.executable, "-m", "jaxscale", "inspect", "jaxscale/configs/runs/main_job.gin"]
+    printed = run(command, cwd=tmp_path, PYTHONPATH=str(wheel_site))
+    assert "ExpertsConfig.num_experts = 4" in printed
 
 
 def test_the_console_script_is_declared(wheel_site):
