@@ -40,6 +40,7 @@ from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.parallel.sequence.head_chunks import HeadChunks
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
 from jaxscale.run.run import Run, masked_token_loss, next_token_loss
@@ -64,6 +65,7 @@ __all__ = [
     "ExpertsConfig",
     "FeedForwardConfig",
     "FullyPipelined",
+    "HeadChunks",
     "HuggingFaceSource",
     "JsonLinesSource",
     "LayerConfig",

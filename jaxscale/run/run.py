@@ -24,6 +24,7 @@ from jaxscale.parallel.elastic import shrink
 from jaxscale.parallel.mesh import MeshConfig, check_batch, nearest_divisors
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.parallel.sequence.head_chunks import HeadChunks
 from jaxscale.parallel.sequence.layout import Chunked, TokenLayout
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
@@ -250,7 +251,7 @@ def check_fit(run: Run) -> None:
     )
     if isinstance(run.execution.strategy, FullyPipelined):
         _check_pipelined(run)
-    if isinstance(run.execution.strategy, ByChunk) and mesh.tensor > 1:
+    if isinstance(run.execution.strategy, ByChunk | HeadChunks) and mesh.tensor > 1:
         expected = "Whole() with MeshConfig.tensor > 1, whose members have other tokens each"
         raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
     if run.execution.is_batch_invariant and math.prod(mesh.sizes) > mesh.data:
