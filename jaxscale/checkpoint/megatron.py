@@ -1,22 +1,30 @@
-"""Weights that Megatron-LM saved by tensor, pipeline and expert rank (its format "torch").
+"""What Megatron-LM saved by tensor, pipeline and expert rank (its format "torch").
 
 `iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` holds the weights of one rank under the
-names of megatron-core; the layers of a stage count from 0. Its format "torch_dist" is that of
-`torch_distributed`. Optimizer states are left out: here they have no names.
+names of megatron-core; the layers of a stage count from 0. With them come the states of its
+optimizer, "exp_avg/NAME" and so on, and in place of 16-bit weights their float32 masters; those of
+the distributed optimizer are in files of its own, which are not read. Its format "torch_dist" is
+that of `torch_distributed`.
 """
 
+import dataclasses
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxscale.checkpoint.boxes import Merged
+from jaxscale.checkpoint.megatron_optimizer import Weight, states_of
 from jaxscale.checkpoint.patterns import Cut, Offset, Rule
 from jaxscale.checkpoint.pickled import Named
 from jaxscale.checkpoint.torch_file import Tensor, load_torch
 from jaxscale.checkpoint.universal import Shard, merge
 from jaxscale.types import InputError
 
+logger = logging.getLogger(__name__)
+
+DISTRIBUTED = "distrib_optim.pt"
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
@@ -70,7 +78,9 @@ class MegatronCheckpoint:
         num_stages = 1 + max(_ranks_of(path)["pipeline"] for path in files)
         shards = []
         for path, content in files.items():
-            shards += list(_shards(_ranks_of(path), content, num_stages))
+            if (path / DISTRIBUTED).exists():
+                logger.warning("%s is not read: no moments come along", path / DISTRIBUTED)
+            shards += list(_shards(path, content, num_stages))
         arguments = next(iter(files.values())).get("args")
         rules = self._rules or _used(megatron_rules(shards, arguments), shards)
         return merge(shards, rules)
@@ -132,21 +142,32 @@ def _ranks_of(path: Path) -> dict[str, int]:
     return {axis: int(number or 0) for axis, number in zip(AXES, found.groups())}
 
 
-def _shards(ranks: dict[str, int], content: dict[str, Any], num_stages: int) -> Iterator[Shard]:
-    """The weights of one rank; "virtual" numbers its chunks of layers in the model's order."""
+def _shards(path: Path, content: dict[str, Any], num_stages: int) -> Iterator[Shard]:
+    """What one rank holds; "virtual" numbers its chunks of layers in the model's order."""
     # The stage is in the number of its chunk.
+    ranks = _ranks_of(path)
     stage = ranks["pipeline"]
     others = {axis: number for axis, number in ranks.items() if axis != "pipeline"}
-    for key, weights in content.items():
+    shards: dict[tuple[int, str], Shard] = {}
+    weights = []
+    for key, chunk in content.items():
         found = MODEL.fullmatch(key)
-        if found is None or not isinstance(weights, dict):
+        if found is None or not isinstance(chunk, dict):
             continue
-        chunk = int(found[1] or 0)
-        own = others | {"virtual": chunk * num_stages + stage}
-        for name, tensor in weights.items():
+        number = int(found[1] or 0)
+        own = others | {"virtual": number * num_stages + stage}
+        for name, tensor in chunk.items():
             # "_extra_state" is bytes of another library and no weight.
             if isinstance(tensor, Tensor):
-                yield Shard(name, own, tensor)
+                shards[number, name] = Shard(name, own, tensor)
+                weights.append(Weight((number, name), name, tensor))
+    for key, state, values in states_of(content.get("optimizer"), weights, str(path)):
+        shard = dataclasses.replace(shards[key], array=values, state=state or "")
+        if state is None:
+            shards[key] = shard
+        else:
+            yield shard
+    yield from shards.values()
 
 
 def _first_layers(shards: list[Shard]) -> tuple[int, ...]:

@@ -2,16 +2,19 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxscale.checkpoint import megatron
+from jaxscale.checkpoint.megatron_optimizer import Weight, states_of
 from jaxscale.checkpoint.opening import open_checkpoint
 from jaxscale.checkpoint.pickled import Named
 from jaxscale.checkpoint.torch_writer import save_torch
 from jaxscale.types import InputError
 
+FIXTURES = Path(__file__).with_name("fixtures") / "megatron"
 NUM_TENSOR, NUM_STAGES, NUM_GROUPS = 2, 2, 2
 NUM_LAYERS, NUM_EXPERTS, DIM, FFN, VOCAB, PADDED = 3, 4, 6, 8, 10, 12
 STAGE_LAYERS = ([0, 1], [2])
@@ -119,3 +122,51 @@ def test_a_lost_expert_is_named(tmp_path, gated):
     write(tmp_path, whole_weights(), changed)
     with pytest.raises(InputError, match=r"local_experts.0.linear_fc2.*missing are \[1\]"):
         open_checkpoint(tmp_path).source.leaves()
+
+
+# What megatron-core itself has saved, see experiments/checkpoints/megatron_fixtures.py
+
+
+def oracle_of(name):
+    """What its ranks hold by its own account of where that belongs, layer by layer."""
+    apart = {}
+    for key, array in np.load(FIXTURES / name / "oracle.npz").items():
+        _, separator, state = key.partition("optimizer.state.")
+        state, _, weight = state.partition(".") if separator else ("", "", key)
+        renamed = weight.replace("self_attention.linear_qkv.layer_norm", "input_layernorm.")
+        renamed = renamed.replace("mlp.linear_fc1.layer_norm", "pre_mlp_layernorm.")
+        renamed = renamed.replace("layernorm._weight", "layernorm.weight")
+        start = f"{state}/" if state else ""
+        if ".layers." not in renamed:
+            apart[start + renamed] = array
+        for layer, own in enumerate(array if ".layers." in renamed else ()):
+            apart[start + renamed.replace(".layers.", f".layers.{layer}.")] = own
+    # In place of weights of 16 bits, their masters.
+    masters = {name: apart.pop(name) for name in list(apart) if name.startswith("fp32_param/")}
+    return apart | {name.removeprefix("fp32_param/"): array for name, array in masters.items()}
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_weights_masters_and_moments_are_those_of_megatron_core(name):
+    leaves = open_checkpoint(FIXTURES / name).source.leaves()
+    wanted = oracle_of(name)
+    assert leaves.keys() == wanted.keys()
+    for path, leaf in leaves.items():
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf[:], wanted[path], err_msg=path)
+
+
+def test_its_distributed_format_is_read():
+    folder = FIXTURES / "float32"
+    leaves = open_checkpoint(folder / "torch_dist").source.leaves()
+    for key, array in np.load(folder / "oracle.npz").items():
+        np.testing.assert_array_equal(leaves[key][:], array, err_msg=key)
+
+
+def test_states_of_other_weights_are_refused():
+    weight = Weight("w", "w", np.zeros((2, 3)))
+    group = {"wd_mult": 1.0, "params": [0]}
+    for state in ({}, {0: {"step": 1}}):
+        optimizer = {"param_groups": [group], "state": state or {1: {}}}
+        with pytest.raises(InputError, match=r"states of \['w'\] in this order"):
+            list(states_of(optimizer, [weight], "a file"))
