@@ -55,20 +55,19 @@ def huggingface(values, prompt, options):
 
 
 def measure(decode, options):
-    """(milliseconds a token, seconds of the prompt or None): of the fastest of two rounds.
+    """(milliseconds a token, seconds of the prompt or None) of the second round.
 
     A short prompt is read in about the time of one token, and counts as one.
     """
     is_short = options.length <= SHORT
-    nums, best = (options.new,) if is_short else (1, options.new + 1), {}
-    for number in range(3):  # the first round compiles
+    nums, took = (options.new,) if is_short else (1, options.new + 1), {}
+    for _ in range(2):  # the first round compiles
         for num in nums:
             began = time.perf_counter()
             decode(num)
-            seconds = time.perf_counter() - began
-            best[num] = min(best.get(num, seconds), seconds) if number > 1 else seconds
-    prompt_s = None if is_short else best[1]
-    return (best[nums[-1]] - (prompt_s or 0)) / options.new * 1e3, prompt_s
+            took[num] = time.perf_counter() - began
+    prompt_s = None if is_short else took[1]
+    return (took[nums[-1]] - (prompt_s or 0)) / options.new * 1e3, prompt_s
 
 
 def main():
