@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -63,19 +64,28 @@ FILES = (
 )
 
 
-def import_model(*, source: str, directory: str | None = None) -> Run:
+def import_model(
+    *,
+    source: str,
+    directory: str | None = None,
+    mesh: MeshConfig = MeshConfig(),
+) -> Run:
     """Makes a run directory of a folder of Hugging Face, for `load`, `generate` and fine-tuning.
 
     Args:
         source: the folder, with config.json, safetensors and a tokenizer.
         directory: of the new run: configuration, checkpoint of step 0 and tokenizer. The
             checkpoint's parameters have the weights' type. None for runs/NAME of the folder's name.
+        mesh: over whose devices the weights are spread as they are read, such as data 8 with zero 3
+            for a model that does not fit one device. The checkpoint is of no mesh.
     Returns:
         The run. `pretrain` with another directory starts from its weights.
     Raises:
-        InputError: the folder has something missing, unknown or contradictory, which is named, or
-            `directory` exists.
+        InputError: the folder has something missing, unknown or contradictory, which is named,
+            `directory` exists, or the mesh has a pipeline, whose layers are in another order.
     """
+    if mesh.pipeline > 1:
+        raise InputError("mesh.pipeline", mesh.pipeline, "1 for an import")
     folder = open_folder(source)
     directory = directory or f"runs/{folder.path.resolve().name}"
     path = Path(directory).expanduser()
@@ -85,8 +95,8 @@ def import_model(*, source: str, directory: str | None = None) -> Run:
     run = _run(folder, directory, tokenizer)
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, run.model.vocab_size)
-    devices = make_mesh(run.mesh, jax.devices()[:1])
-    specs = make_specs(run.table(), run.mesh)
+    devices = make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes)])
+    specs = make_specs(run.table(), mesh)
     stored = stored_params(run.table(), devices, specs, run.policy.parameters)
     params = folder.params(stored)
     position = {"depends_on": {"tokenizer": loaded.fingerprint}}

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from jaxscale import cli, config, tree
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import import_model
 from jaxscale.run.model import load
 from jaxscale.run.run import load_run
@@ -64,6 +65,17 @@ def test_an_export_is_the_folder_that_was_imported(imported, tmp_path):
         json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", source)
     )
     assert values["model_type"] == "phi3" and values["eos_token_id"] == before["eos_token_id"]
+
+
+def test_an_import_over_several_devices_has_the_same_weights(imported, tmp_path):
+    source, directory = imported
+    settings = [f"directory={tmp_path / 'run'}", "mesh.data=2", "mesh.zero=3"]
+    assert cli.main(["import", str(source), *(f"--set={each}" for each in settings)]) == 0
+    got, wanted = (tree.flatten(load(path).pure_params()) for path in (tmp_path / "run", directory))
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(got[path], leaf, path)
+    with pytest.raises(InputError, match=r"mesh.pipeline: given 2"):
+        import_model(source=str(source), directory="other", mesh=MeshConfig(pipeline=2))
 
 
 def test_the_weights_and_the_type_are_those_of_the_folder(imported):

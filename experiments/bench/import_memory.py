@@ -1,0 +1,84 @@
+"""Host memory of an import: the most that reading a sharded folder adds, over its largest shard.
+
+A random model in the 1.1B Llama shape is written in shards and read onto the device. The program's
+compilations come first, with a small model.
+
+python experiments/bench/import_memory.py  # --tiny tries it
+"""
+
+import argparse
+import functools
+import json
+import resource
+import tempfile
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from jaxscale.convert.folder import open_folder, write_folder
+from jaxscale.models.config.facts import from_flat
+from jaxscale.models.parameters import abstract_params, init_params, parameter_table
+
+SIZES = dict(num_layers=16, model_dim=2048, num_heads=16, num_kv_heads=8, head_dim=128)
+TINY = dict(num_layers=4, model_dim=64, num_heads=4, num_kv_heads=2, head_dim=16)
+
+
+def write(folder, sizes, ffn_dim, vocab_size, max_shard_bytes):
+    """A folder with random weights in bfloat16."""
+    model = from_flat(vocab_size=vocab_size, ffn_dim=ffn_dim, max_length=4096, **sizes)
+    draw = functools.partial(init_params, parameter_table(model), dtype="bfloat16")
+    params = jax.jit(draw)(jax.random.key(0))
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    write_folder(folder, model, params, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def read(folder):
+    """Puts a folder's weights onto the first device."""
+    opened = open_folder(folder)
+    device = SingleDeviceSharding(jax.devices()[0])
+    stored = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        abstract_params(parameter_table(opened.config), "bfloat16"),
+    )
+    return jax.block_until_ready(opened.params(stored))
+
+
+def peak_bytes():
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main():
+    """Prints one JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", help="one that `write` has written, to read")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    if options.folder is None:
+        folder = Path(tempfile.mkdtemp())
+        write(folder / "small", TINY, 256, 512, 1 << 20)
+        if not options.tiny:
+            write(folder / "model", SIZES, 8192, 32064, 400_000_000)
+        print(folder)
+        return
+    folder = Path(options.folder)
+    read(folder / "small")
+    before = peak_bytes()
+    params = read(folder / ("small" if options.tiny else "model"))
+    added = peak_bytes() - before
+    shards = [path.stat().st_size for path in (folder / "model").glob("*.safetensors")]
+    figures = {
+        "weights_mib": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) >> 20,
+        "largest_shard_mib": max(shards, default=0) >> 20,
+        "added_mib": added >> 20,
+    }
+    print(json.dumps(figures | {"ratio": added / max(shards, default=1)}))
+
+
+if __name__ == "__main__":
+    main()
