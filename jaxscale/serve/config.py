@@ -67,10 +67,15 @@ class EngineConfig:
         if not 0 < self.memory_fraction <= 1:
             expected = "0 < memory_fraction <= 1"
             raise InputError("EngineConfig.memory_fraction", self.memory_fraction, expected)
-        self.scheduler(max_length=1)
+        # A configuration is made before the run's settings are applied: no device may start yet.
+        steps = 1 if self.steps_a_launch is None else self.steps_a_launch
+        self._scheduler(max_length=1, steps_a_launch=steps)
 
     def scheduler(self, max_length: int) -> SchedulerConfig:
         """The part that the scheduler takes, for a model of `max_length` tokens."""
+        return self._scheduler(max_length, self._steps_a_launch)
+
+    def _scheduler(self, max_length: int, steps_a_launch: int) -> SchedulerConfig:
         return SchedulerConfig(
             token_budget=self.token_budget,
             max_sequences=self.max_sequences,
@@ -81,7 +86,7 @@ class EngineConfig:
             admission=self.admission,
             max_extra=self.max_extra,
             use_prefix_cache=self.use_prefix_cache,
-            steps_a_launch=self._steps_a_launch,
+            steps_a_launch=steps_a_launch,
         )
 
     def buckets(self, max_length: int) -> Buckets:
