@@ -177,7 +177,7 @@ class StagePlanner:
         """
         found, nearest = [], math.inf
         for num_microbatches in self._num_microbatches():
-            table = self._table(num_microbatches)
+            table = self.table(num_microbatches)
             seconds = table.within(self.limit_bytes)
             max_stages = min(len(self.blocks), self.cluster.num_devices)
             for cut in smallest_maxima(seconds, max_stages):
@@ -200,7 +200,8 @@ class StagePlanner:
         # has its shape already.
         return [num for num in fitting if num == 1 or self.num_rows // num > 1]
 
-    def _table(self, num_microbatches: int) -> Table:
+    def table(self, num_microbatches: int) -> Table:
+        """The costs of all stages with so many micro-batches."""
         num, devices = len(self.blocks), self.cluster.num_devices
         shape = (num + 1, num + 1, devices + 1)
         seconds, num_bytes = np.full(shape, np.inf), np.full(shape, np.inf)

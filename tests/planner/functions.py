@@ -1,9 +1,14 @@
-"""Losses that are not ours: an MLP and a small ResNet in plain JAX."""
+"""Losses that are not ours: an MLP, a small ResNet and random graphs in plain JAX."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from jaxscale.planner.atomic import make_components
+from jaxscale.planner.cluster import DEVICES
+from jaxscale.planner.costs import ModelledCosts
+from jaxscale.planner.trace import trace
 
 
 def mlp(num_layers=4, width=8, rows=8, seed=0):
@@ -72,3 +77,25 @@ def resnet(num_blocks=3, channels=4, rows=8, size=6, num_classes=5, seed=1):
         return -jnp.mean(picked)
 
     return loss, params, batch
+
+
+def random_loss(seed, num_values=14):
+    """A random directed graph of sums and products."""
+    rng = np.random.default_rng(seed)
+    choices = [
+        (rng.integers(0, i + 1), rng.integers(0, i + 1), rng.integers(0, 3))
+        for i in range(num_values)
+    ]
+
+    def loss(params, batch):
+        values = [batch["x"]]
+        for first, second, kind in choices:
+            a, b = values[first], values[second]
+            values.append((a + b, a * jnp.cos(b), a @ params)[kind])
+        return sum(value.sum() for value in values)
+
+    return loss, jnp.eye(3), {"x": jnp.ones((4, 3))}
+
+
+def costs_of(case):
+    return ModelledCosts(make_components(trace(*case)), DEVICES["h200"])

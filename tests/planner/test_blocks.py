@@ -4,34 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.planner.atomic import make_components
 from jaxscale.planner.blocks import make_blocks
-from jaxscale.planner.cluster import DEVICES
-from jaxscale.planner.costs import ModelledCosts, flops_of
+from jaxscale.planner.costs import flops_of
 from jaxscale.planner.trace import trace
-from tests.planner.functions import mlp, resnet
-
-
-def random_loss(seed, num_values=14):
-    """A random directed graph of sums and products."""
-    rng = np.random.default_rng(seed)
-    choices = [
-        (rng.integers(0, i + 1), rng.integers(0, i + 1), rng.integers(0, 3))
-        for i in range(num_values)
-    ]
-
-    def loss(params, batch):
-        values = [batch["x"]]
-        for first, second, kind in choices:
-            a, b = values[first], values[second]
-            values.append((a + b, a * jnp.cos(b), a @ params)[kind])
-        return sum(value.sum() for value in values)
-
-    return loss, jnp.eye(3), {"x": jnp.ones((4, 3))}
-
-
-def costs_of(case):
-    return ModelledCosts(make_components(trace(*case)), DEVICES["h200"])
+from tests.planner.functions import costs_of, mlp, random_loss, resnet
 
 
 def check(costs, blocks):

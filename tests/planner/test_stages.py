@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jaxscale.planner import timing
+from jaxscale.planner.blocks import make_blocks
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.execute import StagedGradient
 from jaxscale.planner.function import load_plan, plan_function
-from jaxscale.planner.stages import smallest_maxima
+from jaxscale.planner.stages import StagePlanner, smallest_maxima
 from jaxscale.types import InputError, RunError
-from tests.planner.functions import mlp, resnet
+from tests.planner.functions import costs_of, mlp, random_loss, resnet
 
 
 def brute_force(costs, num_stages):
@@ -30,17 +31,36 @@ def brute_force(costs, num_stages):
     return best
 
 
-def test_equals_brute_force_on_random_graphs():
+def random_table(rng):
+    """Costs of five blocks at most on five devices at most; three of ten places are impossible."""
+    num_blocks, num_devices = rng.integers(1, 6, 2)
+    shape = (num_blocks + 1, num_blocks + 1, num_devices + 1)
+    costs = rng.integers(1, 20, shape).astype(float)
+    costs[rng.random(shape) < 0.3] = math.inf
+    is_stage = np.triu(np.ones(shape[:2], bool), 1)
+    costs[~is_stage] = math.inf
+    costs[:, :, 0] = math.inf
+    return costs
+
+
+def table_of_a_graph(rng):
+    """Costs of the blocks of a random loss, within a random limit of memory."""
+    costs = costs_of(random_loss(int(rng.integers(1 << 30)), num_values=6))
+    blocks = make_blocks(costs, 2e11, int(rng.integers(2, 6)))
+    cluster = Cluster.parse(f"h200:1x{rng.integers(1, 5)}")
+    planner = StagePlanner(costs, blocks, num_rows=4, cluster=cluster, limit_bytes=0)
+    table = planner.table(int(rng.choice([1, 2])))
+    possible = table.num_bytes[np.isfinite(table.num_bytes)]
+    return table.within(rng.choice(possible))
+
+
+@pytest.mark.parametrize(("make", "count"), [(random_table, 200), (table_of_a_graph, 200)])
+def test_equals_brute_force(make, count):
     rng = np.random.default_rng(0)
     num_impossible = 0
-    for _ in range(300):
-        num_blocks, num_devices = rng.integers(1, 6, 2)
-        shape = (num_blocks + 1, num_blocks + 1, num_devices + 1)
-        costs = rng.integers(1, 20, shape).astype(float)
-        costs[rng.random(shape) < 0.3] = math.inf
-        is_stage = np.triu(np.ones(shape[:2], bool), 1)
-        costs[~is_stage] = math.inf
-        costs[:, :, 0] = math.inf
+    for _ in range(count):
+        costs = make(rng)
+        num_blocks, num_devices = costs.shape[1] - 1, costs.shape[2] - 1
         max_stages = min(num_blocks, num_devices)
         for num_stages, cut in enumerate(smallest_maxima(costs, max_stages), 1):
             assert cut.largest == brute_force(costs, num_stages)

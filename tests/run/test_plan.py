@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -167,3 +168,17 @@ def test_layers_of_the_best_plans_are_measured_by_a_flag(folder, capsys, monkeyp
     shown = capsys.readouterr()
     assert "impossible: M 1, remat none: a layer with 8 rows ran out of memory" in shown.out
     assert "in every layout a layer ran out of memory" in shown.err
+
+
+def test_plans_of_one_program_are_compiled_once(folder, capsys, monkeypatch):
+    module, compiled = importlib.import_module("jaxscale.run.plan"), []
+    lowered = types.SimpleNamespace(as_text=lambda: "one program")
+    step = types.SimpleNamespace(lowered=lowered, compile=lambda: compiled.append("a step"))
+    monkeypatch.setattr(module, "described_devices", lambda *args, **kwargs: [])
+    monkeypatch.setattr(module, "lower_step", lambda run, devices: step)
+    monkeypatch.setattr(module, "memory_of", lambda step: ahead_of_time.Memory(2**30, 0, 2**29))
+    assert plan_file(folder, "num_compiled=3") == 0
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^\d compiled in [\d.]+ s: 1.50 GiB", shown, re.MULTILINE)) == 3
+    assert compiled == ["a step"]
+    assert Plan.load(folder / "plan.json").candidate.memory.total == pytest.approx(1.5 * 2**30)
