@@ -41,7 +41,7 @@ def line(file, num_layers, pinned):
     run, plan = smallest(file, num_layers, pinned)
     devices = described_devices("h200", num_hosts=4, gpus_per_host=8)
     peak = memory_of(lower_step(planned(run, plan.layout), devices).compile()).peak
-    total, _ = count_parameters(run.model)
+    total, _ = count_parameters(run.table())
     sizes = {"modelled": plan.memory.total / 2**30, "compiled": peak / 2**30}
     text = {"layers": num_layers, "parameters": total, "layout": layout_text(plan.layout)}
     return text | sizes | {"fits": peak <= LIMIT}

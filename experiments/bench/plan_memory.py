@@ -3,8 +3,8 @@
 JAX_PLATFORMS=cpu python experiments/bench/plan_memory.py experiments/configs/runs/llama_1b.gin \\
     experiments/configs/runs/mixtral_4b.gin --count 100 --scanned --output grid.jsonl
 
-No GPU is needed. One JSON line a plan: GiB modelled and compiled, and whether it fits an H200. A
-file of lines that is there already is gone on with.
+No GPU is needed. One JSON line a plan: GiB modelled and compiled, and whether it fits an H200. Of
+plans in files of earlier lines (`--known`) the compiled memory is taken from there.
 """
 
 import argparse
@@ -29,8 +29,8 @@ LAYERS, LENGTHS = (8, 16, 48), (2048, 8192, 32768)
 ROWS, DEVICES = (1, 4, 16), ("1x1", "1x2", "1x8", "2x8")
 
 
-def tried(pinned, case):
-    """The line of one configuration."""
+def tried(pinned, known, case):
+    """The line of one configuration; what is known of its plan's memory is not compiled again."""
     layers, length, rows, devices, file = case
     cluster = Cluster.parse(f"h200:{devices}")
     sizes = f"model.num_layers={layers} model.max_length={length} data.sequence_length={length}"
@@ -39,13 +39,19 @@ def tried(pinned, case):
         best = search(job_of(run), cluster, pinned, memory_share()).ranked[0]
     except RunError as error:
         return {"case": case, "refused": str(error)}
+    plan, modelled = layout_text(best.layout), best.memory.total / GIB
+    gib = known.get((*case, plan)) or compiled_gib(run, cluster, best.layout)
+    fits = gib * GIB <= cluster.device.memory_bytes * memory_share()
+    figures = {"modelled": round(modelled, 2), "compiled": round(gib, 2)}
+    figures |= {"off": round(modelled / gib - 1, 3)}
+    return {"case": case, "plan": plan, "fits": fits} | figures
+
+
+def compiled_gib(run, cluster, layout):
+    """What the step of a layout needs."""
     hosts = {"num_hosts": cluster.num_hosts, "gpus_per_host": cluster.devices_per_host}
-    step = lower_step(planned(run, best.layout), described_devices("h200", **hosts))
-    compiled, modelled = memory_of(step.compile()).peak, best.memory.total
-    fits = compiled <= cluster.device.memory_bytes * memory_share()
-    sizes = {"modelled": round(modelled / GIB, 2), "compiled": round(compiled / GIB, 2)}
-    off = {"off": round(modelled / compiled - 1, 3)}
-    return {"case": case, "plan": layout_text(best.layout), "fits": fits} | sizes | off
+    devices = described_devices("h200", **hosts)
+    return memory_of(lower_step(planned(run, layout), devices).compile()).peak / GIB
 
 
 def main():
@@ -56,19 +62,20 @@ def main():
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--scanned", action="store_true", help="plans loop over layers")
     parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--known", type=pathlib.Path, nargs="*", default=[])
     options = parser.parse_args()
     grid = [list(c) for c in itertools.product(LAYERS, LENGTHS, ROWS, DEVICES, options.files)]
     cases = random.Random(0).sample(grid, options.count)
-    options.output.touch()
-    lines = [json.loads(line) for line in options.output.read_text().splitlines()]
-    left = [case for case in cases if case not in [line["case"] for line in lines]]
-    pinned = {"is_scanned": True} if options.scanned else {}
+    lines = [json.loads(line) for path in options.known for line in path.read_text().splitlines()]
+    known = {(*each["case"], each["plan"]): each["compiled"] for each in lines if "plan" in each}
+    pinned, lines = {"is_scanned": True} if options.scanned else {}, []
     spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
     with (
         concurrent.futures.ProcessPoolExecutor(options.processes, spawn) as pool,
-        options.output.open("a") as file,
+        options.output.open("w") as file,
     ):
-        for done in concurrent.futures.as_completed(pool.submit(tried, pinned, c) for c in left):
+        left = [pool.submit(tried, pinned, known, case) for case in cases]
+        for done in concurrent.futures.as_completed(left):
             lines.append(done.result())
             print(json.dumps(lines[-1]), file=file, flush=True)
             print(json.dumps(lines[-1]), flush=True)

@@ -9,7 +9,9 @@ from jaxscale.parallel.mesh import TENSOR, MeshConfig
 # profile in experiments/results/2026-11-23_h200_train_step.md: 16.7 ms of passes over memory.
 FORWARD_PASSES, BACKWARD_PASSES = 1.2, 2.2
 # Of what experts keep, with the buffers of an exchange; fitted to compiled steps as in `memory`.
-ROOM_OF_EXCHANGE = {"dense": 1.45, "ragged": 0.8}
+ROOM_OF_EXCHANGE = {"dense": 1.45, "ragged": 1.35}
+# Of what experts give back, what a loop keeps where the outputs of matmuls are kept; fitted too.
+DOTS_RETURNED = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +22,9 @@ class Kept:
         own: of the residual's width, on one member of a tensor group only.
         gathered: of the residual's width, on all members of a tensor group.
         sharded: heads and hidden vectors, of which each member has its share.
-        rows: of the residual's width, of all choices of experts.
+        rows: of the residual's width, what experts are given, of all choices.
         hidden: hidden vectors of all choices of experts.
+        returned: of the residual's width, what experts give back, of all choices.
     """
 
     own: float = 0.0
@@ -29,17 +32,32 @@ class Kept:
     sharded: float = 0.0
     rows: float = 0.0
     hidden: float = 0.0
+    returned: float = 0.0
+
+    def scaled(self, layer: float, experts: float) -> "Kept":
+        """With a factor on what experts keep and one on the rest."""
+        return Kept(
+            own=self.own * layer,
+            gathered=self.gathered * layer,
+            sharded=self.sharded * layer,
+            rows=self.rows * experts,
+            hidden=self.hidden * experts,
+            returned=self.returned * experts,
+        )
 
     def on_device(self, mesh: MeshConfig, room: float) -> float:
         """Elements on one device, a token of its tensor group.
 
         Args:
             mesh: how the layer is spread.
-            room: rows of experts that a device has room for, over its tokens' choices.
+            room: rows of experts that a device has room for, over its tokens' choices. A ragged
+                exchange returns only the rows that are used.
         """
         hidden = self.hidden if mesh.expert_axis == TENSOR else self.hidden / mesh.tensor
         shares = (self.own + self.sharded) / mesh.tensor
-        return self.gathered + shares + room * (self.rows + hidden)
+        room_back = room if mesh.expert_exchange == "dense" else 1.0
+        experts = room * (self.rows + hidden) + room_back * self.returned
+        return self.gathered + shares + experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +70,7 @@ class LayerWork:
         attention_flops: of the forward; its backward takes 2.5 times that.
         all, dots, full: what is kept when the backward recomputes nothing, what is elementwise, or
             everything.
+        dots_in_loop: the second of these in a loop over layers.
         staged: what a pipeline keeps when nothing is recomputed but activations, which its backward
             makes again, see `parallel.pipeline.programs`.
         split: what the backward leaves for a weight gradient that comes later: the gradients of
@@ -69,6 +88,7 @@ class LayerWork:
     all: Kept = Kept()
     dots: Kept = Kept()
     full: Kept = Kept()
+    dots_in_loop: Kept = Kept()
     staged: Kept = Kept()
     split: Kept = Kept()
     heads: float = 0.0
@@ -125,15 +145,17 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
     num_in = 1 + feed_forward.is_gated
     if isinstance(feed_forward, ExpertsConfig):
         active, hidden = feed_forward.num_active, feed_forward.dim
-        rows, hidden = active * 2 * dim, active * hidden
+        rows, hidden = active * dim, active * hidden
         return LayerWork(
             matmul_flops=attention_matmuls + 2 * dim * feed_forward.num_experts,
             expert_flops=2 * dim * hidden * (num_in + 1),
-            all=Kept(own, gathered, qkvo + normed, rows, hidden * (num_in + 1)),
-            dots=Kept(own, 0.0, qkvo, rows / 2, hidden * num_in),
+            all=Kept(own, gathered, qkvo + normed, rows, hidden * (num_in + 1), rows),
+            dots=Kept(own, 0.0, qkvo, rows, hidden * num_in),
+            # Matmuls of experts are no products to the policy, and a loop recomputes them.
+            dots_in_loop=Kept(own, 0.0, qkvo, returned=DOTS_RETURNED * rows),
             full=Kept(own=dim),
-            staged=Kept(own, gathered, qkvo + normed, rows, hidden * num_in),
-            split=Kept(2 * dim, 0.0, qkvo - heads, rows / 2, hidden * num_in),
+            staged=Kept(own, gathered, qkvo + normed, rows, hidden * num_in, rows),
+            split=Kept(2 * dim, 0.0, qkvo - heads, rows, hidden * num_in),
             choices=active,
             num_experts=feed_forward.num_experts,
             **shared,
@@ -143,6 +165,7 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
         matmul_flops=attention_matmuls + 2 * dim * hidden * (num_in + 1),
         all=Kept(own, gathered, qkvo + normed + hidden * (num_in + 1)),
         dots=Kept(own, 0.0, qkvo + hidden * num_in),
+        dots_in_loop=Kept(own, 0.0, qkvo + hidden * num_in),
         full=Kept(own=dim),
         staged=Kept(own, gathered, qkvo + normed + hidden * num_in),
         split=Kept(2 * dim, 0.0, qkvo - heads + hidden * num_in),

@@ -15,9 +15,11 @@ from jaxscale.planner.job import Job, Layout
 from jaxscale.planner.pipeline import num_in_flight
 from jaxscale.planner.state import StateBytes
 
-# What is really kept, over what `decoder` counts, when nothing is recomputed: a loop over layers
-# stacks an activation's intermediate results too.
-KEPT_UNROLLED, KEPT_SCANNED = 1.115, 1.75
+# What is really kept, over what `decoder` counts, when nothing is recomputed, by experts and by the
+# rest of a layer. A loop over layers stacks an activation's intermediate results too, but those of
+# experts are recomputed from their inputs.
+KEPT_UNROLLED = {"layer": 1.115, "experts": 1.115}
+KEPT_SCANNED = {"layer": 1.64, "experts": 0.56}
 # Of what unrolled layers should recompute, XLA keeps so much anyway: it starts early to recompute.
 KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
 # A layer at work, over what it keeps when nothing is recomputed.
@@ -121,7 +123,7 @@ class _Needs:
 
     def of_loop(self) -> dict[str, float]:
         """Sums of gradients lie there all the time, and one layer at a time is at work."""
-        update = self._update if self.layout.num_microbatches == 1 else 0.0
+        update = self._update if self.layout.num_microbatches == 1 else self._update / 2  # fitted
         work = max(self._head, WORKSPACE * self._largest_layer) + update
         return {
             "gradients": self._gradients(self.job.reduction_width) + self._sums_of_microbatches,
@@ -181,7 +183,7 @@ class _Needs:
         """Parameters that a loop over layers has in another form at a time."""
         state, job = self.state, self.job
         if self.layout.mesh.zero < 3:
-            return 0.0
+            return self._converted(state.gathered)
         kept = state.gathered if self.layout.remat == "none" else 0.0
         return kept * job.width + state.outside * job.parameter_width
 
@@ -210,11 +212,9 @@ class _Needs:
     @property
     def _largest_experts(self) -> float:
         """Bytes that the experts of a layer keep; its backward begins while logits are there."""
-        experts = (
-            Kept(rows=each.all.rows, hidden=each.all.hidden) for each in self.job.period_work
-        )
-        pairs = zip(self.job.period_work, experts, strict=True)
-        return self._bytes(max(self._on_device(*pair) for pair in pairs))
+        mesh = self.layout.mesh
+        experts = (each.all.scaled(layer=0.0, experts=1.0) for each in self.job.period_work)
+        return self._bytes(max(each.on_device(mesh, 1.0) for each in experts))
 
     @property
     def _head(self) -> float:
@@ -226,15 +226,14 @@ class _Needs:
         """Elements that a layer keeps of one token on this device."""
         layout = self.layout
         is_pipelined = layout.mesh.pipeline > 1
-        everything = work.staged if is_pipelined and not layout.is_scanned else work.all
-        kept = self._on_device(work, everything)
-        if layout.is_scanned:
-            kept *= KEPT_SCANNED
-        elif is_pipelined:
-            kept += self.job.model.model_dim / layout.mesh.tensor  # what the chunk was sent
-        else:
-            kept *= KEPT_UNROLLED
         mesh = layout.mesh
+        if layout.is_scanned:
+            kept = self._on_device(work, work.all.scaled(**KEPT_SCANNED))
+        elif is_pipelined:
+            kept = self._on_device(work, work.staged)
+            kept += self.job.model.model_dim / mesh.tensor  # what the chunk was sent
+        else:
+            kept = self._on_device(work, work.all.scaled(**KEPT_UNROLLED))
         if mesh.sequence > 1:
             kept += work.heads / mesh.tensor  # attention's output before its exchange
         if mesh.tensor > 1:
@@ -245,7 +244,8 @@ class _Needs:
         # What is recomputed in the backward is left for the weight gradient too.
         if layout.remat == "none" or split:
             return kept + split
-        wanted = self._on_device(work, work.dots if layout.remat == "dots" else work.full)
+        dots = work.dots_in_loop if layout.is_scanned else work.dots
+        wanted = self._on_device(work, dots if layout.remat == "dots" else work.full)
         is_exact = layout.is_scanned or is_pipelined
         anyway = 0.0 if is_exact else KEPT_ANYWAY[layout.remat]
         return wanted + anyway * (kept - wanted)
