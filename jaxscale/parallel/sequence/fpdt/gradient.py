@@ -90,6 +90,8 @@ class _Backward:
         # By chunk of queries: what waits for the next chunk of keys, and its (lse, delta).
         self.waiting: dict[int, _Queries] = {}
         self.rows: dict[int, tuple[Array, Array]] = {}
+        # Those that were put to rest last.
+        self.leaving: list[int] = []
 
     def run(self) -> tuple:
         """Cotangents of (params, x, tokens)."""
@@ -116,7 +118,7 @@ class _Backward:
         dkv = _zeros(k), _zeros(v)
         coming, dkv = self._coming(i, i, dkv)
         for j in range(i, self.cuts.num):
-            here, dkv = tied((coming, dkv))
+            here, dkv = tied((coming, self._settled(dkv)))
             if j + 1 < self.cuts.num:
                 coming, dkv = self._coming(i, j + 1, dkv)
             queries = self._enter(j, here) if i == 0 else here
@@ -158,6 +160,18 @@ class _Backward:
         if j not in self.waiting:
             self.waiting[j] = put(place, queries)
         self.waiting[j] = self.waiting[j]._replace(dq=put(place, dq))
+        self.leaving.append(j)
+
+    def _settled(self, after: Any) -> Any:
+        """`after`, once all but the last chunk of queries that was put to rest has arrived there.
+
+        Nothing else asks for it before the next chunk of keys does, and until it has arrived it
+        takes memory on the device too.
+        """
+        while len(self.leaving) > 1:
+            j = self.leaving.pop(0)
+            self.waiting[j], after = tied((self.waiting[j], after))
+        return after
 
     def _coming(
         self,
