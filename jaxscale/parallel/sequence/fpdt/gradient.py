@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxscale.ops.attention.intervals import row_sums
 from jaxscale.ops.precision import accumulator
@@ -59,6 +60,23 @@ class _Queries(NamedTuple):
     do: Array
     dq: Array
 
+    def packed(self) -> Array:
+        """All three as one array, [B, C, N', ...], bit by bit.
+
+        XLA keeps two copies between device and host in flight, one each way beside a kernel.
+        """
+        dq = lax.bitcast_convert_type(self.dq, self.q.dtype)
+        return jnp.concatenate([self.q, self.do, dq.reshape(*self.q.shape[:3], -1)], axis=-1)
+
+    @classmethod
+    def unpacked(cls, x: Array, head_dim: int) -> "_Queries":
+        """The three of which `packed` made `x`."""
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        q, do, dq = jnp.split(x, [head_dim, 2 * head_dim], axis=-1)
+        if wide != x.dtype:
+            dq = dq.reshape(*q.shape, -1)
+        return cls(q, do, lax.bitcast_convert_type(dq, wide))
+
 
 class _Backward:
     """The backward of one layer while it is traced.
@@ -87,8 +105,8 @@ class _Backward:
         # The output's cotangent, in which each chunk is replaced by the input's.
         self.dx = dx
         self.dparams = jax.tree.map(_zeros, self.params)
-        # By chunk of queries: what waits for the next chunk of keys, and its (lse, delta).
-        self.waiting: dict[int, _Queries] = {}
+        # By chunk of queries: `_Queries` that wait, packed, and (lse, delta).
+        self.waiting: dict[int, Array] = {}
         self.rows: dict[int, tuple[Array, Array]] = {}
         # Those that were put to rest last.
         self.leaving: list[int] = []
@@ -121,14 +139,14 @@ class _Backward:
             here, dkv = tied((coming, self._settled(dkv)))
             if j + 1 < self.cuts.num:
                 coming, dkv = self._coming(i, j + 1, dkv)
-            queries = self._enter(j, here) if i == 0 else here
+            queries = self._enter(j, here) if i == 0 else _Queries.unpacked(here, q.shape[3])
             dq, *parts = self._through(queries, k, v, i, j)
             dq = queries.dq + dq
             dkv = jax.tree.map(jnp.add, dkv, tuple(parts))
             if j == i:
                 complete = dq
             else:
-                self._wait(j, queries, dq)
+                self._wait(j, queries._replace(dq=dq))
         cotangents = complete, *dkv
         dparams, dx = pull(tuple(each.astype(q.dtype) for each in cotangents))
         self._add(dparams)
@@ -149,17 +167,9 @@ class _Backward:
         attention = self.stream.attention
         return attention.backward(queries.q, k, v, queries.do, lse, delta, *seen)
 
-    def _wait(
-        self,
-        j: int,
-        queries: _Queries,
-        dq: Array,
-    ) -> None:
-        """Puts what has changed of a chunk of queries to rest, the first time all of it."""
-        place = self.places.chunks
-        if j not in self.waiting:
-            self.waiting[j] = put(place, queries)
-        self.waiting[j] = self.waiting[j]._replace(dq=put(place, dq))
+    def _wait(self, j: int, queries: _Queries) -> None:
+        """Puts a chunk of queries to rest."""
+        self.waiting[j] = put(self.places.chunks, queries.packed())
         self.leaving.append(j)
 
     def _settled(self, after: Any) -> Any:

@@ -103,7 +103,8 @@ class Keys:
                 coming, q = fetch(self.place, self.kept[i + 1], q)
             seen = intervals.over(number, i, size)
             part += self.attention.forward(q, *here, *seen)
-        self.kept.append(put(self.place, kv))
+        # As one array, of which one copy is in flight.
+        self.kept.append(put(self.place, jnp.stack(kv)))
         return part
 
     def _add_to_whole(self, number: int, kv: list[Array]) -> None:
