@@ -13,6 +13,7 @@ from jaxscale.kernels.triton_call import missing
 BACKENDS = ("reference", "mosaic", "triton")
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = {"mosaic": (64, 128), "triton": (16, 32, 64, 128)}
+NARROW_TYPES = (jnp.int8, jnp.float8_e4m3fn)
 
 
 def paged_attention(
@@ -22,6 +23,7 @@ def paged_attention(
     block_table: Array,
     low: Array,
     high: Array,
+    scales: tuple[Array, Array] | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -38,6 +40,8 @@ def paged_attention(
         q: [D, N, H].
         k_pages, v_pages: [pages, page size, K, H]; query head n reads kv head n // (N / K).
         block_table: [D, P] int32.
+        scales: of keys and of values of 8 bits, [pages, 1, K, page size] bfloat16 each; None where
+            they have the type of `q`.
         low, high: [D] int32, within 0 and P * page size; a query with high <= low sees nothing.
         scale: factor on the logits.
         softcap: c in c * tanh(logits / c); None for none.
@@ -52,25 +56,16 @@ def paged_attention(
     _check_shapes(q, k_pages, v_pages, block_table)
     reason = refusal(implementation, q, k_pages)
     check_backend("paged_attention", implementation, BACKENDS, reason)
+    settings = dict(scale=scale, softcap=softcap)
+    arrays = (q, k_pages, v_pages, block_table, low, high)
     if implementation == "reference":
-        settings = dict(scale=scale, softcap=softcap)
-        return reference.paged_attention(q, k_pages, v_pages, block_table, low, high, **settings)
+        return reference.paged_attention(*arrays, scales, **settings)
     if implementation == "triton":
         # Triton is optional, so it is imported where it is used.
-        from jaxscale.kernels.paged_attention import triton as kernel
-    else:
-        kernel = pallas
-    return kernel.paged_attention(
-        q,
-        k_pages,
-        v_pages,
-        block_table,
-        low,
-        high,
-        scale=scale,
-        softcap=softcap,
-        interpret=interpret,
-    )
+        from jaxscale.kernels.paged_attention import triton
+
+        return triton.paged_attention(*arrays, **settings, interpret=interpret)
+    return pallas.paged_attention(*arrays, scales, **settings, interpret=interpret)
 
 
 def _check_shapes(
@@ -99,7 +94,11 @@ def refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
     if implementation == "reference":
         return None
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if not is_half or k_pages.dtype != q.dtype:
+    is_narrow = k_pages.dtype in NARROW_TYPES
+    if is_narrow and (implementation != "mosaic" or q.shape[2] % 128):
+        given = f"{implementation} and {q.shape[2]}"
+        return f"mosaic and head_dim % 128 == 0 for pages in {k_pages.dtype}, here {given}"
+    if not is_half or (k_pages.dtype != q.dtype and not is_narrow):
         return f"q and pages both bfloat16 or both float16, here {q.dtype} and {k_pages.dtype}"
     if q.shape[2] not in HEAD_DIMS:
         return f"head_dim one of {HEAD_DIMS}, here {q.shape[2]}"

@@ -3,8 +3,10 @@
 A block is one warpgroup that reads a stream of pages of one sequence and kv head. It fetches some
 pages ahead by itself, so that no warpgroup has to be told when a page's place is free. The tensor
 cores multiply 64 rows, of which a kv head's queries fill a few: reading the pages takes longer
-than that. Where there are fewer sequences and heads than the GPU has room for, the pages of each
-are dealt out to several streams, whose results are added up by their normalisers.
+than that. Keys and values of 8 bits are converted to float16 on their way, in which they are exact,
+and so are the queries; scales multiply the logits and the weights. Where there are fewer sequences
+and heads than the GPU has room for, the pages of each are dealt out to several streams, whose
+results are added up by their normalisers.
 
 Source: Dao 2023 (arXiv 2307.08691), algorithm 1; Dao et al. 2023, Flash-Decoding.
 """
@@ -20,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxscale.kernels.attention.products import (
+    COLUMN,
     MATRIX,
     ROW,
     accumulate,
@@ -28,9 +31,14 @@ from jaxscale.kernels.attention.products import (
     spread,
     tanh,
 )
-from jaxscale.kernels.persistent import LOG2E, NUM_SMS, ROWS, swizzled
+from jaxscale.kernels.persistent import LOG2E, NUM_SMS, ROWS, SWIZZLED, swizzled
 
 MAX_GROUPS = ROWS
+# Weights times scales of values are multiplied in float16, which has few digits below 2^-14.
+SHIFT = 2.0**8
+# 8 bits: how they lie in shared memory, and in registers while they are converted.
+NARROW = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+NARROW_LAYOUT = plgpu.Layout.WGMMA_UPCAST_4X
 UNIT = 8  # rows of a swizzled tile
 PAGES_BYTES = 64 * 1024  # of pages in shared memory, so that two blocks fit a multiprocessor
 BLOCKS_PER_SM = 2
@@ -48,6 +56,7 @@ class Problem:
         scale: factor on the logits.
         softcap: c in c * tanh(logits / c); None for none.
         stages: pages of keys, and of values, in shared memory.
+        is_narrow: whether pages have 8 bits a value.
     """
 
     groups: int
@@ -57,6 +66,7 @@ class Problem:
     scale: float
     softcap: float | None
     stages: int
+    is_narrow: bool
 
     @property
     def window(self) -> int:
@@ -73,6 +83,7 @@ def paged_attention(
     block_table: Array,
     low: Array,
     high: Array,
+    scales: tuple[Array, Array] | None = None,
     *,
     scale: float,
     softcap: float | None,
@@ -89,6 +100,9 @@ def paged_attention(
     is_padded = num_streams > 1 or num_heads % UNIT or (UNIT % groups and groups % UNIT)
     if is_padded:
         groups = pl.cdiv(groups, UNIT) * UNIT
+    is_narrow = scales is not None
+    num_elements = 2 * page_size * head_dim  # of a page of keys and one of values
+    room_bytes = PAGES_BYTES - (2 * num_elements if is_narrow else 0)
     problem = Problem(
         groups=groups,
         page_size=page_size,
@@ -96,14 +110,19 @@ def paged_attention(
         num_streams=num_streams,
         scale=scale,
         softcap=softcap,
-        stages=max(PAGES_BYTES // (2 * 2 * page_size * head_dim), 2),
+        stages=max(room_bytes // (k_pages.dtype.itemsize * num_elements), 2),
+        is_narrow=is_narrow,
     )
-    grouped = q.reshape(num, kv_heads, own_groups, head_dim)
+    wide = jnp.float16 if is_narrow else q.dtype
+    grouped = q.astype(wide).reshape(num, kv_heads, own_groups, head_dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, groups - own_groups), (0, 0)))
     grouped = grouped.reshape(num, -1, head_dim)
 
+    operands = (block_table, low, high, grouped, k_pages, v_pages, *(scales or ()))
+
     def body(*refs):
-        _run(_Refs(*refs), problem, interpret)
+        of_scales = () if is_narrow else (None, None)
+        _run(_Refs(*refs[:6], *of_scales, *refs[6:]), problem, interpret)
 
     shape = (num, kv_heads, problem.num_streams)
     o_type = jax.ShapeDtypeStruct((*shape, groups, head_dim), q.dtype)
@@ -111,7 +130,7 @@ def paged_attention(
     kernel = plgpu.kernel(
         body,
         out_type=(o_type, lse_type),
-        scratch_types=_scratch_types(problem, q.dtype, interpret),
+        scratch_types=_scratch_types(problem, k_pages.dtype, wide, q.dtype, interpret),
         grid=shape,
         grid_names=("sequence", "head", "stream"),
         compiler_params=plgpu.CompilerParams(
@@ -120,7 +139,7 @@ def paged_attention(
         ),
         interpret=interpret,
     )
-    o, lse = kernel(block_table, low, high, grouped, k_pages, v_pages)
+    o, lse = kernel(*operands)
     o = _joined(o, lse)[:, :, :own_groups]
     return o.reshape(q.shape).astype(q.dtype)
 
@@ -153,6 +172,8 @@ class _Refs(NamedTuple):
     q: Any
     k_pages: Any
     v_pages: Any
+    k_scales: Any
+    v_scales: Any
     o: Any
     lse: Any
     # Shared memory.
@@ -165,24 +186,46 @@ class _Refs(NamedTuple):
     q_full: Any
     k_full: Any
     v_full: Any
+    # Shared memory for pages of 8 bits: their scales, and a page in float16.
+    k_scales_smem: Any
+    v_scales_smem: Any
+    k_wide: Any
+    v_wide: Any
     # What interpretation needs.
-    p_smem: Any = None
+    p_smem: Any
 
 
-def _scratch_types(problem: Problem, dtype: Any, interpret: Any) -> tuple[Any, ...]:
+def _scratch_types(
+    problem: Problem,
+    pages_type: Any,
+    wide: Any,
+    o_type: Any,
+    interpret: Any,
+) -> tuple[Any, ...]:
     """Shared memory and barriers in the order of `_Refs`."""
-    page = (problem.stages, problem.page_size, problem.head_dim)
-    interpreted = (plgpu.SMEM((ROWS, problem.page_size), dtype),) if interpret else ()
+    page = (problem.page_size, problem.head_dim)
+    transforms = NARROW if problem.is_narrow else SWIZZLED
+    pages = plgpu.SMEM((problem.stages, *page), pages_type, transforms=transforms)
+    num_copies = 2 if problem.is_narrow else 1
+    full = plgpu.Barrier(num_arrivals=num_copies, num_barriers=problem.stages)
+    converted, scales = None, None
+    if problem.is_narrow:
+        converted = swizzled(page, wide)
+        scales = plgpu.SMEM((problem.stages, problem.page_size), jnp.bfloat16)
     return (
-        swizzled((ROWS, problem.head_dim), dtype),
-        swizzled(page, dtype),
-        swizzled(page, dtype),
-        plgpu.SMEM((ROWS, problem.head_dim), dtype),
+        swizzled((ROWS, problem.head_dim), wide),
+        pages,
+        pages,
+        plgpu.SMEM((ROWS, problem.head_dim), o_type),
         plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.Barrier(),
-        plgpu.Barrier(num_barriers=problem.stages),
-        plgpu.Barrier(num_barriers=problem.stages),
-        *interpreted,
+        full,
+        full,
+        scales,
+        scales,
+        converted,
+        converted,
+        plgpu.SMEM((ROWS, problem.page_size), wide) if interpret else None,
     )
 
 
@@ -203,12 +246,14 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
 
     def fetch(i, page):
         slot = lax.rem(i, problem.stages)
-        for pages, target, full in (
-            (refs.k_pages, refs.k_smem, refs.k_full),
-            (refs.v_pages, refs.v_smem, refs.v_full),
-        ):
+        keys = refs.k_pages, refs.k_smem, refs.k_scales, refs.k_scales_smem, refs.k_full
+        values = refs.v_pages, refs.v_smem, refs.v_scales, refs.v_scales_smem, refs.v_full
+        for pages, target, scales, scales_smem, full in (keys, values):
             source = pages.at[page, pl.ds(0, problem.page_size), head]
             plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+            if scales is not None:
+                source = scales.at[page, 0, head]
+                plgpu.copy_gmem_to_smem(source, scales_smem.at[slot], full.at[slot])
 
     @pl.when(count > 0)
     def _():
@@ -229,15 +274,21 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
         later = i + problem.stages
         page = page_at(later)  # read early: the wait for it would hold up the fetch
         plgpu.barrier_wait(refs.k_full.at[slot])
-        logits = _logits(refs.q_smem, refs.k_smem.at[slot], problem)
+        keys = _converted(refs.k_smem.at[slot], refs.k_wide)
+        logits = _logits(refs.q_smem, keys, problem)
+        if problem.is_narrow:
+            logits = _scaled(logits, refs.k_scales_smem.at[slot])
         p, shrink, top = _softmax(logits, top, *visible(i), problem)
         total = total * shrink + p.sum(axis=1)
         o = o * spread(shrink, o.shape, 0)
-        p = p.astype(refs.v_smem.dtype)
+        plgpu.barrier_wait(refs.v_full.at[slot])
+        if problem.is_narrow:
+            p = _scaled(p, refs.v_scales_smem.at[slot]) * SHIFT
+        p = p.astype(refs.q_smem.dtype)
+        values = _converted(refs.v_smem.at[slot], refs.v_wide)
 
         def product(o_ref):
-            plgpu.barrier_wait(refs.v_full.at[slot])
-            multiply(o_ref, p, refs.v_smem.at[slot], refs.p_smem)
+            multiply(o_ref, p, values, refs.p_smem)
             return ()
 
         (o,), _ = accumulate((o,), product, (), interpret=interpret)
@@ -249,7 +300,7 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
     start = zeros, total, minus_infinity(ROWS)
     o, total, top = lax.fori_loop(0, count, step, start)
     total = jnp.where(total == 0.0, 1.0, total)
-    o = o * spread(1 / total, o.shape, 0)
+    o = o * spread((1 / SHIFT if problem.is_narrow else 1.0) / total, o.shape, 0)
     refs.o_smem[...] = o.astype(refs.o_smem.dtype)
     refs.lse_smem[...] = top * (1 / LOG2E) + jnp.log(total)
     plgpu.commit_smem()
@@ -259,6 +310,21 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
         lse = refs.lse_smem.at[pl.ds(0, problem.window)]
         plgpu.copy_smem_to_gmem(lse, refs.lse.at[sequence, head, stream])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _scaled(x: Array, scales: Any) -> Array:
+    """x [ROWS, page size] times the scales of the keys or values."""
+    factors = plgpu.load(scales, layout=COLUMN).astype(jnp.float32)
+    return x * spread(factors, x.shape, 1)
+
+
+def _converted(page: Any, wide: Any) -> Any:
+    """A page as the tensor cores take it: itself, or in `wide` if that is given."""
+    if wide is None:
+        return page
+    wide[...] = plgpu.load(page, layout=NARROW_LAYOUT).astype(wide.dtype)
+    plgpu.commit_smem()
+    return wide
 
 
 def _logits(q: Any, keys: Any, problem: Problem) -> Array:

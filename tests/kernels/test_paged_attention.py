@@ -25,8 +25,12 @@ CASES = {
     "one sequence, streams": (1, 7, 6, 64, 8, 1, 64, "bfloat16", None, None),
     "long stream": (2, 11, 8, 64, 2, 1, 128, "bfloat16", None, None),
     "heads that share a tile": (2, 5, 2, 64, 8, 4, 64, "bfloat16", None, None),
+    "pages of int8": (2, 5, 2, 64, 2, 1, 128, "bfloat16", None, None),
+    "pages of float8": (2, 5, 2, 64, 2, 1, 128, "bfloat16", None, None),
     "pages of 128": (2, 5, 2, 128, 2, 2, 64, "bfloat16", None, None),
 }
+
+NARROW = {"pages of int8": "int8", "pages of float8": "float8_e4m3fn"}
 
 
 def draw(case):
@@ -39,14 +43,27 @@ def draw(case):
     # The first sequence is as long as it may be; if there are three, the last sees nothing.
     high = np.asarray([width * page, page // 2 + 7, 0][:num])
     low = np.zeros_like(high) if window is None else np.maximum(high - window, 0)
-    arrays = [jnp.asarray(each, dtype) for each in (q, *pages)]
+    arrays = [jnp.asarray(q, dtype), *(jnp.asarray(each, dtype) for each in pages)]
+    scales = ()
+    if case in NARROW:
+        largest = 120 if NARROW[case] == "int8" else 400
+        shape = (num_pages, 1, kv_heads, page)
+        narrow = [np.clip(each * largest / 4, -largest, largest) for each in pages]
+        arrays[1:] = [jnp.asarray(each, NARROW[case]) for each in narrow]
+        sizes = [rng.uniform(0.5, 2, shape) * 4 / largest for _ in range(2)]
+        scales = (tuple(jnp.asarray(each, "bfloat16") for each in sizes),)
     integers = [jnp.asarray(each, jnp.int32) for each in (table, low, high)]
-    return (*arrays, *integers), dict(scale=dim**-0.5, softcap=softcap)
+    return (*arrays, *integers, *scales), dict(scale=dim**-0.5, softcap=softcap)
 
 
 def expected(arrays, scale, softcap):
     """A sequence and a head at a time, in float64."""
+    arrays, scales = arrays[:6], arrays[6:]
     q, k_pages, v_pages, table, low, high = (np.asarray(each, np.float64) for each in arrays)
+    if scales:
+        of_keys, of_values = (np.asarray(each, np.float64)[:, 0] for each in scales[0])
+        k_pages = k_pages * np.moveaxis(of_keys, 1, 2)[..., None]
+        v_pages = v_pages * np.moveaxis(of_values, 1, 2)[..., None]
     out = np.zeros_like(q)
     groups = q.shape[1] // k_pages.shape[2]
     for d, pages in enumerate(table.astype(int)):
@@ -73,6 +90,8 @@ def test_attention_over_pages(case, implementation):
         pytest.skip("the kernel needs jax 0.11")
     arrays, settings = draw(case)
     skip_unless_runnable(implementation)
+    if refusal(implementation, *arrays[:2]):
+        pytest.skip("the kernel does not take pages of 8 bits")
     interpret = interpret_of(implementation)
     o = paged_attention(*arrays, **settings, implementation=implementation, interpret=interpret)
     assert o.dtype == arrays[0].dtype

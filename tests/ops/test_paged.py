@@ -136,6 +136,6 @@ def test_a_cache_of_8_bits_is_that_of_rounded_keys_and_values(dtype, error):
         cache = paged.empty_pages(NUM_PAGES, PAGE, K, H, kind)
         o, cache = attend(q, k, v, context, cache)
         outputs.append(np.asarray(o)[0][positions >= 0])
-    assert cache.k.values.dtype == dtype and cache.k.scales.shape == (NUM_PAGES, PAGE, K)
+    assert cache.k.values.dtype == dtype and cache.k.scales.shape == (NUM_PAGES, 1, K, PAGE)
     scale = np.abs(outputs[0]).max()
     np.testing.assert_allclose(outputs[1] / scale, outputs[0] / scale, atol=error)

@@ -166,9 +166,8 @@ def _refusal(
     """What the kernels would need, as the text of an error; None when they can."""
     if context.layout is not None:
         return "a backend for a layout of blocks"
-    if isinstance(cache.k, pages.QuantisedPages):
-        return "pages in the type of the queries"
-    return single_kernel.refusal(family, q[0], cache.k) or attention_refusal(family, q, q)
+    values, _ = pages.parts(cache.k)
+    return single_kernel.refusal(family, q[0], values) or attention_refusal(family, q, q)
 
 
 def _invariant(
@@ -233,13 +232,15 @@ def _kernel_over_table(
     is_single = rows.segments[:num] == 0
     high = jnp.where(is_single, context.positions[0, :num] + 1, 0)
     low = jnp.zeros_like(high) if context.window is None else jnp.maximum(high - context.window, 0)
+    (k, k_scales), (v, v_scales) = pages.parts(cache.k), pages.parts(cache.v)
     return single_kernel.paged_attention(
         q[:num],
-        cache.k,
-        cache.v,
+        k,
+        v,
         rows.block_table,
         low,
         high,
+        None if k_scales is None else (k_scales, v_scales),
         scale=context.logits_scale(q.shape[2]),
         softcap=context.softcap,
         implementation=family,

@@ -22,7 +22,9 @@ class QuantisedPages:
     Source: Liu et al. 2024, KIVI (arXiv 2402.02750), section 3.1, its quantisation a token.
     Args:
         values: [pages, S of a page, K, H], int8 or float8_e4m3fn.
-        scales: [pages, S of a page, K] bfloat16.
+        scales: [pages, 1, K, S of a page] bfloat16. Slots come last, so that the scales of a page
+            and head lie together, and heads stand where `values` has them, so that a mesh cuts both
+            alike.
     """
 
     values: Array
@@ -37,13 +39,18 @@ def empty(shape: tuple[int, int, int, int], dtype: str) -> Pages:
     values = jnp.zeros(shape, dtype)
     if dtype not in LARGEST:
         return values
-    return QuantisedPages(values, jnp.zeros(shape[:3], jnp.bfloat16))
+    num_pages, size, num_kv_heads, _ = shape
+    return QuantisedPages(values, jnp.zeros((num_pages, 1, num_kv_heads, size), jnp.bfloat16))
+
+
+def parts(pages: Pages) -> tuple[Array, Array | None]:
+    """(values, scales); None for pages in the compute type."""
+    return (pages.values, pages.scales) if isinstance(pages, QuantisedPages) else (pages, None)
 
 
 def page_size(pages: Pages) -> int:
     """Tokens a page."""
-    values = pages.values if isinstance(pages, QuantisedPages) else pages
-    return values.shape[1]
+    return parts(pages)[0].shape[1]
 
 
 def written(pages: Pages, x: Array, slots: Array) -> Pages:
@@ -51,9 +58,11 @@ def written(pages: Pages, x: Array, slots: Array) -> Pages:
     if not isinstance(pages, QuantisedPages):
         return _put(pages, x.astype(pages.dtype), slots)
     values, scales = quantise(x, str(pages.values.dtype))
+    size = page_size(pages)
+    here = pages.scales.at[slots // size, 0, :, slots % size]
     return QuantisedPages(
         values=_put(pages.values, values, slots),
-        scales=_put(pages.scales, scales, slots),
+        scales=here.set(scales, unique_indices=True),
     )
 
 
@@ -73,8 +82,8 @@ def read(pages: Pages, numbers: Array, dtype: jnp.dtype) -> Array:
     if not isinstance(pages, QuantisedPages):
         return pages[numbers].astype(dtype)
     values = pages.values[numbers].astype(dtype)
-    scales = pages.scales[numbers].astype(dtype)
-    return values * scales[..., None]
+    scales = jnp.swapaxes(pages.scales[numbers], -1, -3)  # [..., S of a page, K, 1]
+    return values * scales.astype(dtype)
 
 
 def quantise(x: Array, dtype: str) -> tuple[Array, Array]:
