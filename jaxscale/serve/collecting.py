@@ -69,7 +69,7 @@ class Collector:
                 places = places[-1:]
             if piece.is_drawing:
                 drawn = [tokens[step][row] for step, row in places]
-                deltas += self._take(member, piece, drawn, places, logprobs)
+                deltas.append(self._take(member, piece, drawn, places, logprobs))
         return deltas
 
     def _take(
@@ -79,21 +79,25 @@ class Collector:
         drawn: list[int],
         places: list[tuple[int, int]],
         logprobs: tuple[np.ndarray, ...] | None,
-    ) -> list[Delta]:
+    ) -> Delta:
         """Gives a sequence the tokens that a piece drew for it, until it ends."""
         if piece.drafts:
             drawn = piece.accepted(drawn)
             self.num_drafts += len(piece.drafts)
             self.num_accepted += len(drawn) - 1
             self._scheduler.settle(piece, len(drawn))
-        count, deltas = member.config.num_logprobs, []
+        count = None if logprobs is None else member.config.num_logprobs
+        text, tokens, scores = "", [], []
         for token, place in zip(drawn, places, strict=False):
+            text += self._append(member, piece, token)
+            tokens.append(token)
+            if count is not None:
+                scores.append(Score.at(logprobs, place).logprobs(count))
             if piece.sequence.status is Status.FINISHED:
                 break
-            is_asked = count is not None and logprobs is not None
-            of_token = (Score.at(logprobs, place).logprobs(count),) if is_asked else ()
-            deltas.append(self._append(piece, token, of_token))
-        return deltas
+        is_last = piece.sequence.status is Status.FINISHED
+        finish = self._last_delta if is_last else Member.delta
+        return finish(member, text, tuple(tokens), tuple(scores))
 
     def _score(self, member: Member, piece: Piece, scores: list[Score]) -> None:
         """Takes the log-probabilities of prompt tokens, and keeps those of known blocks."""
@@ -108,17 +112,15 @@ class Collector:
 
     def _append(
         self,
+        member: Member,
         piece: Piece,
         token: int,
-        logprobs: tuple[TokenLogprobs, ...],
-    ) -> Delta:
-        """Gives a token to its sequence, and ends it there if it is the last."""
-        sequence = piece.sequence
-        member = self.members[sequence]
+    ) -> str:
+        """Gives a token to its sequence, and ends it there if it is the last; its text."""
+        sequence, text = piece.sequence, ""
         self.num_new_tokens += 1
-        self._scheduler.commit(piece, [token])
+        self._scheduler.commit(piece, (token,))
         is_end = self._is_end(token, member.config)
-        text = ""
         if member.text and not is_end:
             text = member.text.add(token)
         if member.matcher:
@@ -127,9 +129,7 @@ class Collector:
         if is_end or (member.text and member.text.is_stopped):
             self._scheduler.finish(sequence, FinishReason.STOP)
             sequence.finish_reason = FinishReason.STOP  # also at the longest length
-        if sequence.status is Status.FINISHED:
-            return self._last_delta(member, text, (token,), logprobs)
-        return member.delta(text, (token,), logprobs)
+        return text
 
     def _is_end(self, token: int, config: RequestConfig) -> bool:
         is_eos = self._tokenizer is not None and token == self._tokenizer.eos_id

@@ -65,7 +65,9 @@ class Metrics:
             if clock.last_s is None:
                 self._first.observe(now - clock.began_s)
             else:
-                self._between.observe(now - clock.last_s)
+                # Several tokens of a launch come together.
+                for _ in delta.tokens:
+                    self._between.observe((now - clock.last_s) / len(delta.tokens))
             clock.last_s = now
         if delta.finish_reason is not None:
             self._whole.observe(now - clock.began_s)
