@@ -118,6 +118,7 @@ ACTIONS = {
 }
 CONVERT_OPTIONS = {
     "to": "jaxscale (the default), deepspeed, safetensors or npz",
+    "family": "model type of Hugging Face, by whose names the arrays are called",
     "run": "gin file of the run that is to start from it",
     "budget": "host memory, such as 512MiB; 4GiB when not given",
 }

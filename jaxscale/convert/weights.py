@@ -1,8 +1,10 @@
 """Weights by a family's plan: a source's tensors to our leaves, and our leaves to new tensors."""
 
+import dataclasses
 import functools
+import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxscale import tree
+from jaxscale.checkpoint.boxes import box_of
 from jaxscale.checkpoint.safetensors import NewTensor
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.convert.places import Layout, Share, plan
@@ -43,17 +46,74 @@ def import_params(
     Raises:
         InputError: a tensor is missing, unknown, of another shape or no float; it is named.
     """
-    tensors = plan(config, layout, leaves.keys())
-    check_tensors(tensors, leaves, where)
-    shares: dict[str, list[Share]] = {}
-    for parts in tensors.values():
-        for share in parts:
-            shares.setdefault(share.leaf, []).append(share)
+    found = family_leaves(config, layout, leaves, where=where)
 
     def leaf(path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
-        return _filled(target, shares[path], leaves)
+        return _filled(target, found[path].shares, leaves)
 
     return tree.map_with_path(leaf, stored)
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyLeaf:
+    """One of our leaves out of a family's tensors; a `LazyArray`. One tensor is read at a time.
+
+    Args:
+        shares: of the leaf, as `plan` has them.
+        tensors: of the source by name.
+    """
+
+    shares: tuple[Share, ...]
+    tensors: Mapping[str, LazyArray]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        return self.shares[0].parameter.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its type, that of the first tensor."""
+        return self.tensors[self.shares[0].tensor].dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads one box."""
+        corner, sizes = box_of(index, self.shape)
+        box = tuple(map(slice, corner, map(operator.add, corner, sizes)))
+        values = np.empty(sizes, self.dtype)
+        for share in self.shares:
+            numbers = share.index
+            if all(number in range(part.start, part.stop) for number, part in zip(numbers, box)):
+                whole = share.read(self.tensors[share.tensor][()])
+                place = tuple(map(operator.sub, numbers, corner))
+                values[place] = whole[box[len(numbers) :]]
+        return values
+
+
+def family_leaves(
+    config: ModelConfig,
+    layout: Layout,
+    tensors: Mapping[str, LazyArray],
+    *,
+    where: str,
+) -> dict[str, FamilyLeaf]:
+    """Our leaves by path out of a family's tensors; nothing of them is read.
+
+    Args:
+        config: the model.
+        layout: of the family.
+        tensors: the source's, by name.
+        where: the source, for messages.
+    Raises:
+        InputError: as `check_tensors`.
+    """
+    planned = plan(config, layout, tensors.keys())
+    check_tensors(planned, tensors, where)
+    shares: dict[str, list[Share]] = {}
+    for parts in planned.values():
+        for share in parts:
+            shares.setdefault(share.leaf, []).append(share)
+    return {path: FamilyLeaf(tuple(parts), tensors) for path, parts in shares.items()}
 
 
 def check_tensors(
@@ -80,7 +140,7 @@ def check_tensors(
 
 def _filled(
     target: jax.ShapeDtypeStruct,
-    shares: list[Share],
+    shares: Sequence[Share],
     leaves: Mapping[str, LazyArray],
 ) -> jax.Array:
     """A leaf, put together on its devices box by box."""

@@ -18,6 +18,8 @@ from jaxscale.checkpoint.matching import check_leaves
 from jaxscale.checkpoint.opening import Opened, open_checkpoint, place_of, steps_in
 from jaxscale.checkpoint.patterns import load_rules
 from jaxscale.checkpoint.source import LazyArray
+from jaxscale.convert.families import BY_MODEL_TYPE
+from jaxscale.convert.weights import family_leaves
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.run import Run, load_run
@@ -94,6 +96,7 @@ def convert(
     to: str = "jaxscale",
     rules: str | None = None,
     run: str | None = None,
+    family: str | None = None,
     step: int = 0,
     budget: str = "4GiB",
 ) -> None:
@@ -108,6 +111,8 @@ def convert(
         rules: as `show`.
         run: gin file of the run that is to start from it; its state says which arrays there must
             be. Without one the arrays are written under the names that they have.
+        family: `model_type` of Hugging Face, such as "llama", by whose names the arrays are called;
+            with `run`, whose model it must be.
         step: number of the new checkpoint.
         budget: bytes of host memory, such as 512MiB.
     Raises:
@@ -120,6 +125,8 @@ def convert(
     opened = _open(path, rules)
     leaves = opened.source.leaves()
     directory = Path(destination).expanduser()
+    if family is not None:
+        leaves = _of_family(leaves, family, run, str(opened.path))
     if to == "jaxscale":
         _to_ours(opened, leaves, directory, step, run, budget_bytes)
     elif run is not None:
@@ -178,6 +185,28 @@ def _to_ours(
             budget_bytes=budget_bytes,
             progress=lambda done, total: bar.update(done - bar.n),
         )
+
+
+def _of_family(
+    leaves: Mapping[str, LazyArray],
+    family: str,
+    file: str | None,
+    where: str,
+) -> dict[str, LazyArray]:
+    """A source's arrays under our names, each state of the optimizer too."""
+    check_choice("family", family, tuple(BY_MODEL_TYPE))
+    if file is None:
+        raise InputError("family", family, "a run, whose model the arrays are of")
+    states: dict[str, dict[str, LazyArray]] = {}
+    for name, array in leaves.items():
+        state, separator, tensor = name.rpartition("/")
+        states.setdefault(state + separator, {})[tensor] = array
+    model, layout = load_run([file]).model, BY_MODEL_TYPE[family].layout
+    renamed: dict[str, LazyArray] = {}
+    for start, tensors in states.items():
+        found = family_leaves(model, layout, tensors, where=f"{where}: {start}")
+        renamed |= {f"{start}params/{path}": array for path, array in found.items()}
+    return renamed
 
 
 def of_run(leaves: Mapping[str, LazyArray], file: str, step: int) -> dict[str, LazyArray]:

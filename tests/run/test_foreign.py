@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from jaxscale import cli
+from jaxscale.checkpoint.deepspeed_writer import write_universal
 from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.checkpoint.torch_writer import save_torch
+from jaxscale.convert.families.llama import LLAMA
+from jaxscale.convert.weights import export_tensors
 from tests.run import runs
 
 NUM_DATA, NUM_TENSOR = 3, 2
+STATES = {"fp32": "params/", "exp_avg": "opt_state/1/0/mu/", "exp_avg_sq": "opt_state/1/0/nu/"}
 RULES = r"""
 [[rule]]
 match = 'embed\.weight'
@@ -116,9 +120,8 @@ def step(whole):
 @pytest.fixture
 def foreign(step, tmp_path):
     leaves = {path: leaf[()] for path, leaf in NativeCheckpoint(step).leaves().items()}
-    starts = {"fp32": "params/", "exp_avg": "opt_state/1/0/mu/", "exp_avg_sq": "opt_state/1/0/nu/"}
     trees = {}
-    for state, start in starts.items():
+    for state, start in STATES.items():
         own = {path: leaf for path, leaf in leaves.items() if path.startswith(start)}
         trees[state] = {path.removeprefix(start): leaf for path, leaf in own.items()}
     folder = tmp_path / "deepspeed" / "global_step30"
@@ -174,3 +177,27 @@ def test_a_run_goes_on_from_it(converted, tmp_path):
     history = runs.read_history(tmp_path / "new" / "metrics.jsonl")
     (line,) = [line for line in history if "loss" in line]
     assert line["step"] == runs.STEPS + 1 and line["loss"] < 3  # a draw's is 5.6
+
+
+# Names of a family of Hugging Face instead of rules
+
+
+def test_a_family_of_hugging_face_comes_with_its_moments(step, gin_file, tmp_path, capsys):
+    """As a trainer of Hugging Face leaves it behind that DeepSpeed has partitioned."""
+    run = runs.load_run(gin_file, tmp_path)
+    leaves = {path: leaf[()] for path, leaf in NativeCheckpoint(step).leaves().items()}
+    named = {}
+    for state, start in STATES.items():
+        own = {path: leaf for path, leaf in leaves.items() if path.startswith(start)}
+        own = {path.removeprefix(start): leaf for path, leaf in own.items()}
+        for tensor in export_tensors(run.model, LLAMA.layout, own, dtype=np.dtype("float32")):
+            named[f"{state}/{tensor.name}"] = tensor.make()
+    write_universal(named, tmp_path / "universal", step=runs.STEPS, piece_bytes=1 << 20)
+    run_file = tmp_path / "run.gin"
+    text = f"from __gin__ import dynamic_registration\ninclude '{gin_file}'\nDIRECTORY = 'new'\n"
+    run_file.write_text(text)
+    options = ["--run", run_file, "--family", "llama", "--step", runs.STEPS]
+    words = ["checkpoint", "convert", tmp_path / "universal", tmp_path / "converted", *options]
+    assert cli.main(list(map(str, words))) == 0
+    assert cli.main(["checkpoint", "diff", str(step), str(tmp_path / "converted")]) == 0
+    assert "38 arrays are equal" in capsys.readouterr().out
