@@ -67,9 +67,9 @@ VERBS = {
     ),
     "compile": Verb(
         "jaxscale.run.compile:compile_step",
-        "compile a run's step for GPUs that are not here and print its memory and collectives;"
+        "compile a run's step for devices that are not here and print its memory and collectives;"
         " exit 1 if it does not fit",
-        option=("topology", "MACHINE:HOSTSxGPUS_PER_HOST, such as h200:16x8"),
+        option=("topology", "MACHINE:HOSTSxGPUS_PER_HOST, such as h200:16x8; or v5e:2x4"),
     ),
     "import": Verb(
         "jaxscale.run.huggingface:import_model",
@@ -98,6 +98,12 @@ VERBS = {
         "jaxscale.run.huggingface:export_model",
         "write a checkpoint as a folder that Hugging Face loads",
         words=(Word("directory", "the new folder"),),
+    ),
+    "tune": Verb(
+        "jaxscale.run.tune:tune",
+        "measure block sizes of the Triton kernels on this GPU and write the fastest to a file",
+        words=(Word("output", "the new file, for runtime.block_sizes"),),
+        has_file=False,
     ),
     "plan": Verb(
         "jaxscale.run.plan:plan",

@@ -52,6 +52,11 @@ def use_blocks(tuned: Mapping[str, Blocks]) -> None:
     _tuned.update(tuned)
 
 
+def operations() -> tuple[str, ...]:
+    """All that have blocks."""
+    return tuple(_table()[SMALLEST])
+
+
 def blocks_of(operation: str) -> Blocks:
     """The blocks of an operation, such as "grouped_matmul.forward", on this device.
 

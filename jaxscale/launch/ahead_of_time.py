@@ -127,7 +127,10 @@ def as_on(devices: Sequence[jax.Device]) -> Iterator[None]:
 
 def _answers(devices: Sequence[jax.Device]) -> list[_Replacement]:
     device = devices[0]
-    started = [_Replacement(jax, "default_backend", lambda: device.platform)]
+    started = [
+        _Replacement(jax, "default_backend", lambda: device.platform),
+        _Replacement(ops_device.described, "device_kind", lambda: device.device_kind),
+    ]
     if device.platform == "tpu":
         return started
     capability = _numbers(device.compute_capability)

@@ -16,6 +16,7 @@ from jaxscale.launch.processes import (
     start_processes,
 )
 from jaxscale.ops.device import FAMILIES, name_kernels
+from jaxscale.ops.tuned import use_tuned
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
 XLA_BRIDGE = "jax._src.xla_bridge"  # the name of JAX's logger of platforms and plugins
@@ -36,6 +37,8 @@ class RuntimeConfig:
         xla_flags: further XLA flags, such as "--xla_gpu_enable_triton_gemm=false".
         kernels: whose kernels compute: "mosaic" (Hopper GPUs), "triton" (GPUs since Ampere) or
             "xla" (none of ours); None takes the device's fastest and logs it.
+        block_sizes: a file that `jaxscale tune` wrote on this kind of device, for the Triton
+            kernels; None takes the package's own.
         processes: how the run's processes find one another; None for a run of one process.
         watchdog_timeout_s: a step that takes longer ends the process, see `launch.watchdog`; a
             process that is dead or frozen ends the others within twice that, whatever they do.
@@ -48,6 +51,7 @@ class RuntimeConfig:
     is_deterministic: bool = False
     xla_flags: tuple[str, ...] = ()
     kernels: str | None = None
+    block_sizes: str | None = None
     processes: ProcessesConfig | None = None
     watchdog_timeout_s: int | None = None
 
@@ -85,6 +89,7 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
     logging.getLogger(XLA_BRIDGE).addFilter(_without_traceback)
     _set_flags("RuntimeConfig.xla_flags", config.xla_flags, by_user=True)
     name_kernels(config.kernels)
+    use_tuned(config.block_sizes)
     if config.platform is not None:
         jax.config.update("jax_platforms", config.platform)
     if config.num_cpu_devices is not None:

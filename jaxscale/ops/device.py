@@ -7,6 +7,7 @@ import jax
 
 from jaxscale.kernels import device as described
 from jaxscale.kernels.triton_call import missing
+from jaxscale.ops.tuned import check_tuned
 from jaxscale.types import InputError
 
 HOPPER = "9.0"
@@ -37,8 +38,10 @@ def kernel_family() -> str:
     """The family whose kernels are taken: the one that was named, or else the device's fastest.
 
     Raises:
-        InputError: the device cannot run the one that was named.
+        InputError: the device cannot run the one that was named, or block sizes of another device
+            are in use.
     """
+    check_tuned()
     if _named is None:
         return next(family for family in FAMILIES if device_refusal(family) is None)
     if reason := device_refusal(_named):

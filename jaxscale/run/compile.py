@@ -79,8 +79,8 @@ def compile_step(*, run: Run, topology: str) -> None:
     wanted, share = Topology.parse(topology), memory_share()
     # The flag of a deterministic run stays out: it asks for tuning on a GPU, without which a
     # default will do.
-    runtime = run.runtime
-    settings = dict(xla_flags=runtime.xla_flags, kernels=runtime.kernels)
+    names = "xla_flags", "kernels", "block_sizes"
+    settings = {name: getattr(run.runtime, name) for name in names}
     apply_runtime(RuntimeConfig(platform="cpu", **settings), ".")
     devices, began = wanted.devices(), time.perf_counter()
     step = lower_step(run, devices)

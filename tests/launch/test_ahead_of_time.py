@@ -85,7 +85,9 @@ def test_every_function_that_is_replaced_is_called(monkeypatch):
 
         return replacement._replace(function=call)
 
-    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    device = types.SimpleNamespace(
+        platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200"
+    )
     replacements = [counted(each) for each in ahead_of_time._answers([device])]
     monkeypatch.setattr(ahead_of_time, "_answers", lambda devices: replacements)
     with as_on([device]):

@@ -1,0 +1,167 @@
+"""Times the Triton kernels on the GPU at hand, each with several block sizes."""
+
+import dataclasses
+import functools
+import importlib.resources
+import itertools
+import json
+import string
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxscale.kernels.attention.tiles import BlockLayout
+from jaxscale.kernels.triton_call import Blocks, use_blocks
+
+REPEATS, ROUNDS = 10, 3
+HEAD_DIMS = (64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What one operation is timed at.
+
+    Args:
+        operation: as `triton_call.blocks_of` knows it.
+        run: the function that is timed.
+        arguments: its arrays.
+        candidates: the block sizes that are tried.
+    """
+
+    operation: str
+    run: Callable
+    arguments: tuple[Array, ...]
+    candidates: tuple[Blocks, ...]
+
+
+def problems() -> Iterator[Problem]:
+    """One for each operation, at shapes of a model of a few billion parameters."""
+    yield from _matmuls()
+    yield _norm()
+    for head_dim in HEAD_DIMS:
+        yield from _attention(head_dim)
+    yield _paged_attention()
+
+
+def _problem(operation: str, run: Callable, *arguments: Array) -> Problem:
+    """With all combinations of the sizes that are to be tried for the operation."""
+    sizes = _candidates()[operation.rstrip(string.digits + ".")]
+    combinations = itertools.product(*sizes.values())
+    candidates = tuple(Blocks(**dict(zip(sizes, each))) for each in combinations)
+    return Problem(operation, run, arguments, candidates)
+
+
+@functools.cache
+def _candidates() -> dict[str, dict[str, list[int]]]:
+    folder = importlib.resources.files("jaxscale.kernels")
+    return json.loads((folder / "triton_candidates.json").read_text())
+
+
+def _matmuls() -> Iterator[Problem]:
+    # Triton is optional, so kernels are imported where they are used.
+    from jaxscale.kernels.grouped_matmul import triton as grouped_matmul
+    from jaxscale.kernels.linear_cross_entropy import triton as linear_cross_entropy
+
+    rows = _draw(8192, 2048)
+    cotangent = _draw(8192, 4096)
+    weights = _draw(8, 2048, 4096)
+    head = _draw(32768, 2048)
+    sizes = jnp.full(8, 1024, jnp.int32)
+
+    def multiply(rows, weights, sizes):
+        return grouped_matmul.forward((rows,), (weights,), sizes, is_transposed=False)
+
+    gradient = grouped_matmul.weight_gradient
+    yield _problem("grouped_matmul.forward", multiply, rows, weights, sizes)
+    yield _problem("grouped_matmul.weight_gradient", gradient, rows, cotangent, sizes)
+    yield _problem("linear_cross_entropy", linear_cross_entropy.exponentials, rows, head)
+
+
+def _norm() -> Problem:
+    from jaxscale.kernels.rms_norm import triton as rms_norm
+
+    def gradient(x, scale):
+        return rms_norm.backward(x, scale, x, x, epsilon=1e-5)
+
+    return _problem("rms_norm", gradient, _draw(8192, 4096), jnp.ones(4096))
+
+
+def _attention(head_dim: int) -> Iterator[Problem]:
+    """Causal attention and its gradient, and attention over a layout of blocks."""
+    from jaxscale.kernels.attention import triton as attention
+
+    batch, length, num_heads, kv_heads = 2, 4096, 16, 4
+    q = _draw(batch, length, num_heads, head_dim)
+    k = _draw(batch, length, kv_heads, head_dim)
+    low = jnp.zeros((1, length), jnp.int32)
+    high = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
+    settings = dict(scale=head_dim**-0.5, softcap=None)
+    forward = functools.partial(attention.forward, **settings)
+    over_blocks = functools.partial(forward, layout=BlockLayout())
+    backward = functools.partial(attention.backward, **settings)
+    arguments = q, k, k, low, high
+    yield _problem(f"attention.forward.{head_dim}", forward, *arguments)
+    yield _problem(f"attention.layout.{head_dim}", over_blocks, *arguments)
+    _, lse = jax.jit(forward)(*arguments)
+    of_output = q, lse, jnp.zeros_like(lse)
+    yield _problem(f"attention.backward.{head_dim}", backward, q, k, k, *of_output, low, high)
+
+
+def _paged_attention() -> Problem:
+    """Decoding of 64 sequences of 2,048 tokens."""
+    from jaxscale.kernels.paged_attention import triton as paged_attention
+
+    num, page_size, width = 64, 128, 16
+    q = _draw(num, 32, 128)
+    pages = _draw(num * width, page_size, 8, 128)
+    table = jnp.arange(num * width, dtype=jnp.int32).reshape(num, width)
+    low = jnp.zeros(num, jnp.int32)
+    high = jnp.full(num, width * page_size, jnp.int32)
+    settings = dict(scale=0.1, softcap=None)
+    decode = functools.partial(paged_attention.paged_attention, **settings)
+    return _problem("paged_attention", decode, q, pages, pages, table, low, high)
+
+
+def _draw(*shape: int) -> Array:
+    return jax.random.normal(jax.random.key(len(shape)), shape, jnp.bfloat16)
+
+
+def fastest(problem: Problem) -> tuple[Blocks, float]:
+    """The candidate that takes the least time, and its milliseconds.
+
+    Candidates that the GPU cannot run, for want of shared memory or registers, are left out.
+
+    Raises:
+        RuntimeError: it can run none of them.
+    """
+    timed, reason = {}, None
+    for blocks in problem.candidates:
+        use_blocks({problem.operation: blocks})
+        try:
+            timed[blocks] = milliseconds(problem)
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            reason = error
+        finally:
+            use_blocks({})
+    if not timed:
+        raise RuntimeError(f"{problem.operation}: no block sizes run here") from reason
+    return min(timed.items(), key=lambda item: item[1])
+
+
+def milliseconds(problem: Problem) -> float:
+    """Of the fastest of ROUNDS rounds of REPEATS calls."""
+    # A new function, because the block sizes are no argument of it.
+    run = jax.jit(lambda *arguments: problem.run(*arguments))
+    compiled = run.lower(*problem.arguments).compile()
+    jax.block_until_ready(compiled(*problem.arguments))
+    rounds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        for _ in range(REPEATS):
+            result = compiled(*problem.arguments)
+        jax.block_until_ready(result)
+        rounds.append((time.perf_counter() - began) / REPEATS * 1e3)
+    return min(rounds)
