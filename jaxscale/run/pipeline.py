@@ -12,6 +12,7 @@ from typing import Any
 from jaxscale.convert.folder import family_of
 from jaxscale.convert.peft import read_adapters
 from jaxscale.models.lora import Adapters
+from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.run.huggingface import files_beside
 from jaxscale.run.model import load, opened
 from jaxscale.run.run import Run
@@ -29,11 +30,12 @@ def make_engine(
     tensor: int = 1,
     draft: Run | str | Path | None = None,
     adapters: Mapping[str, str] = MappingProxyType({}),
+    quantisation: QuantisedConfig | None = None,
 ) -> Engine:
     """An engine with a run's model.
 
     Args:
-        run, step, tensor: as `run.model.load`.
+        run, step, tensor, quantisation: as `run.model.load`.
         config: sizes and policies.
         draft: a run of a smaller model that guesses tokens, see `EngineConfig.num_drafts`.
         adapters: folders of PEFT by the name under which requests ask for them; of a model that was
@@ -41,7 +43,7 @@ def make_engine(
     Raises:
         InputError: as `run.model.load`.
     """
-    model = load(run, step=step, tensor=tensor)
+    model = load(run, step=step, tensor=tensor, quantisation=quantisation)
     small = None if draft is None else load(draft)
     return Engine(
         model.decoder,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jaxscale.convert.tokenizer import stop_ids
 from jaxscale.launch.runtime import apply_runtime
+from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.run.huggingface import KEPT
 from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
@@ -35,6 +36,7 @@ def serve(
     tensor: int = 1,
     draft: str | None = None,
     adapters: dict[str, str] | None = None,
+    quantisation: QuantisedConfig | None = None,
     timeout_s: float | None = None,
     drain_s: int = 30,
     warm_up: bool = True,
@@ -53,6 +55,7 @@ def serve(
         draft: directory of a run of a smaller model that guesses tokens, see
             `EngineConfig.num_drafts`.
         adapters: folders of PEFT by the name under which clients ask for them as a model.
+        quantisation: of the matrices of layers, on one device; None keeps them as they are.
         timeout_s: after which a request is ended; None for never.
         drain_s: seconds that running requests are given after SIGTERM.
         warm_up: whether all steps are compiled before the first request.
@@ -82,6 +85,7 @@ def serve(
         tensor=tensor,
         draft=draft,
         adapters=adapters or {},
+        quantisation=quantisation,
     )
     if warm_up:
         logger.info("compiled %d shapes of steps", made.warm_up())

@@ -89,6 +89,8 @@ class Plan:
 
     def fitting(self, sequence: Sequence) -> int:
         """Tokens of a prompt that fit beside what is planned."""
+        if sequence.is_decoding:  # from a cached prefix of all its tokens but the last
+            return min(self.budget, 1)
         room = self._context_room(sequence)
         if sequence.is_scoring:
             room = min(room, self._extra + 1)

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from jaxscale import cli
+from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.run.huggingface import import_model
+from jaxscale.run.model import load
 from jaxscale.run.pipeline import make_engine, pipeline
 from jaxscale.run.run import load_run
 from jaxscale.run.serve import make_service, read_keys
 from jaxscale.serve.config import EngineConfig
+from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
 from tests.run.test_huggingface import with_tokenizer
@@ -45,6 +48,10 @@ def test_a_pipeline_continues_as_generate_does(run, loaded):  # noqa: F811
     found = answer(prompts, sampling=GREEDY, max_new_tokens=NEW)
     assert [each.text for (each,) in found] == wanted
     assert answer("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
+    quantised = load(run.directory, quantisation=QuantisedConfig(bits=8))
+    engine = make_engine(run.directory, config=SMALL, quantisation=QuantisedConfig(bits=8))
+    tokens = engine.generate(["x"], RequestConfig(GREEDY, max_new_tokens=NEW))[0][0].text
+    assert tokens == quantised.generate("x", max_new_tokens=NEW, sampling=GREEDY)[0]
     spread = pipeline(run.directory, config=SMALL, tensor=2)
     assert spread("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
 

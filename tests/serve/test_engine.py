@@ -104,6 +104,22 @@ def test_a_cached_prefix_changes_nothing_and_is_counted():
     assert after.num_prompt_tokens - before.num_prompt_tokens == sum(map(len, PROMPTS))
 
 
+def test_rows_of_padding_write_to_the_page_of_padding_alone():
+    """A step of one sequence, padded to more: of the live pages one slot a layer changes."""
+    engine = shared()
+    engine.generate([[50, 51, 52]], RequestConfig(GREEDY, max_new_tokens=1))
+    engine.add([50, 51, 52], RequestConfig(GREEDY, max_new_tokens=2))
+    engine.step()
+    before = [np.array(leaf) for leaf in jax.tree.leaves(engine._runner._caches)]  # copies
+    engine.step()
+    after = [np.array(leaf) for leaf in jax.tree.leaves(engine._runner._caches)]
+    for old, new in zip(before, after, strict=True):
+        changed = (old != new).any((2, 3))
+        assert changed[1:].sum() == 1
+    while engine.has_work:
+        engine.step()
+
+
 @pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=LONG)])
 def test_prefixes_come_back_from_the_hosts_memory_and_not_after_other_weights(dtype):
     """12 blocks, so that what other prompts hold has to go."""

@@ -86,3 +86,13 @@ def test_none_is_lost_and_nothing_is_left(num_requests, changes):
     assert not engine._collector.num_open
     gc.collect()
     assert sum(array.nbytes for array in jax.live_arrays()) <= before
+
+
+@pytest.mark.long
+def test_clients_over_http_that_go_and_that_are_wrong_leave_nothing():
+    pytest.importorskip("uvicorn", reason="the extra `serve`")
+    from tests.serve.http_load import measure
+
+    found = measure(300)
+    assert found["left"] > 10
+    assert found["MiB at most after"] - found["MiB at most before"] < 100

@@ -73,18 +73,32 @@ def test_each_member_has_the_pages_of_its_own_heads():
         assert pages.addressable_shards[0].data.shape[2] == 1
 
 
-def test_among_equal_maxima_on_several_members_the_lowest_token_is_drawn():
-    """Tokens of the first member and of the last have equal rows in the head."""
+def drawn_with_head(rows):
+    """The tokens that a group of two draws with a head of zeros but for rows, by token."""
     params = params_of("dense")
     head = np.zeros_like(params["head"]["weights"])
-    head[[9, 50]] = np.asarray(params["head"]["weights"])[9]
-    head[[8, 51]] = -head[9]
+    for token, row in rows.items():
+        head[token] = row
     changed = params | {"head": params["head"] | {"weights": jnp.asarray(head)}}
     spread = engine("dense", 2)
     spread.swap(changed)
     try:
-        drawn = {token for tokens in draw(spread, GREEDY) for token in tokens}
+        return {token for tokens in draw(spread, GREEDY) for token in tokens}
     finally:
         spread.swap(params)
+
+
+def test_among_equal_maxima_on_several_members_the_lowest_token_is_drawn():
+    """Tokens of the first member and of the last have equal rows in the head."""
+    row = np.asarray(params_of("dense")["head"]["weights"])[9]
+    drawn = drawn_with_head({9: row, 50: row, 8: -row, 51: -row})
     assert drawn
     assert drawn <= {8, 9}
+
+
+@pytest.mark.parametrize("pair", [(8, 9), (50, 51)], ids=["first member", "last member"])
+def test_a_maximum_is_drawn_on_whichever_member_it_is(pair):
+    row = np.asarray(params_of("dense")["head"]["weights"])[9]
+    drawn = drawn_with_head(dict(zip(pair, (row, -row), strict=True)))
+    assert drawn
+    assert drawn <= set(pair)
