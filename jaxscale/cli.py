@@ -16,7 +16,6 @@ from tqdm import tqdm
 import jaxscale
 from jaxscale import config
 from jaxscale.launch.preemption import Preemption
-from jaxscale.train.run_directory import CONFIG
 from jaxscale.types import InputError, RunError
 from jaxscale.verbs import ACTIONS, CHECKPOINT, CONVERT_OPTIONS, EXAMPLES, VERBS, Verb
 
@@ -88,9 +87,13 @@ def _run(options: argparse.Namespace) -> Any:
 
 
 def _run_saved(function: Callable, directory: Path, options: argparse.Namespace) -> Any:
-    """Calls a verb with what a run has saved in its directory, wherever that lies by now."""
+    """Calls a verb with what a run has saved in its directory, wherever that lies by now.
+
+    Or with a folder of Hugging Face, whose weights lie there.
+    """
     overrides = [f"run.directory={str(directory)!r}", *_overrides(options)]
-    return config.run(function, [directory / CONFIG], overrides, options.admit or ())
+    with load("jaxscale.run.huggingface:configuration_of")(directory) as file:
+        return config.run(function, [file], overrides, options.admit or ())
 
 
 def _run_action(options: argparse.Namespace) -> None:

@@ -5,17 +5,18 @@ import dataclasses
 import logging
 import math
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by it
 import numpy as np
 
-from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
+from jaxscale.checkpoint.manager import Checkpoints
 from jaxscale.convert.folder import (
     CONFIG,
     MAX_SHARD_BYTES,
-    Folder,
     family_of,
     open_folder,
     write_folder,
@@ -23,24 +24,20 @@ from jaxscale.convert.folder import (
 from jaxscale.convert.peft import write_adapters
 from jaxscale.convert.tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG, tokenizer_config
 from jaxscale.data.loader import DataConfig
-from jaxscale.data.sources import StandardLibrary
 from jaxscale.data.tokenizer import (
     HUGGING_FACE_FILE,
     SENTENCE_PIECE_FILE,
-    TokenizerConfig,
     check_vocabulary,
     load_tokenizer,
 )
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.lora import merged, without_adapters
-from jaxscale.ops.precision import FLOAT_TYPES, Policy
-from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.mesh import make_mesh
 from jaxscale.parallel.rules import make_specs
+from jaxscale.run.folder import KEPT, folder_run, is_folder, run_of
 from jaxscale.run.model import restore_model
 from jaxscale.run.run import Run
-from jaxscale.train.config import TrainConfig
-from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.run_directory import CONFIG as RUN_CONFIG
 from jaxscale.train.state import stored_params
 from jaxscale.types import InputError
@@ -48,8 +45,6 @@ from jaxscale.written import as_written, render
 
 logger = logging.getLogger(__name__)
 
-KEPT = "huggingface"  # folder of a run with the files beside the weights
-CHECKPOINTS = "checkpoints"
 FILES = (
     CONFIG,
     GENERATION_CONFIG,
@@ -92,7 +87,8 @@ def import_model(
     if path.exists():
         raise InputError("directory", str(path), "a folder that does not exist yet")
     tokenizer = tokenizer_config(folder.path)
-    run = _run(folder, directory, tokenizer)
+    tokenizer_there = dataclasses.replace(tokenizer, path=str(Path(directory) / KEPT))
+    run = run_of(folder, directory, tokenizer_there)
     loaded = load_tokenizer(tokenizer)
     check_vocabulary(loaded, run.model.vocab_size)
     devices = make_mesh(mesh, jax.devices()[: math.prod(mesh.sizes)])
@@ -173,6 +169,18 @@ def files_beside(run: Run) -> Path:
     return Path(run.data.tokenizer.path or run.path).expanduser()
 
 
+@contextlib.contextmanager
+def configuration_of(directory: Path) -> Iterator[Path]:
+    """The gin file of a run's directory; of a folder of Hugging Face one for the time being."""
+    if not is_folder(directory):
+        yield directory / RUN_CONFIG
+        return
+    with tempfile.TemporaryDirectory() as there:
+        file = Path(there) / RUN_CONFIG
+        file.write_text(gin_text(folder_run(directory)))
+        yield file
+
+
 def gin_text(run: Run) -> str:
     """The gin file that binds a run; its parts are in no scope, so that another file binds more."""
     values, fields = {}, {}
@@ -188,29 +196,6 @@ def gin_text(run: Run) -> str:
     for _, more in sources:
         fields |= more
     return render({((), Run): values} | fields)
-
-
-def _run(folder: Folder, directory: str, tokenizer: TokenizerConfig) -> Run:
-    """A run of an imported model; what is of the training waits to be said by another file."""
-    dtype = str(folder.dtype)
-    if dtype not in FLOAT_TYPES:
-        raise InputError(f"{folder.path}: dtype", dtype, f"weights of {', '.join(FLOAT_TYPES)}")
-    kept = dataclasses.replace(tokenizer, path=str(Path(directory) / KEPT))
-    return Run(
-        directory=directory,
-        model=folder.config,
-        mesh=MeshConfig(),
-        data=DataConfig(
-            sources=(StandardLibrary(),),
-            sequence_length=folder.config.max_length,
-            batch_size=1,
-            tokenizer=kept,
-        ),
-        optimizer=OptimizerConfig(),
-        train=TrainConfig(steps=1, init_from=str(Path(directory) / CHECKPOINTS)),
-        checkpoint=CheckpointConfig(CHECKPOINTS, save_every=1, keep_last=1, is_async=False),
-        policy=Policy(parameters=dtype, compute=dtype),
-    )
 
 
 def _keep_files(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxscale.checkpoint.restore import Restored, restore_params
+from jaxscale.convert.folder import open_folder
 from jaxscale.data.loader import check_tokenizer
 from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.launch.memory import check_fits
@@ -29,6 +30,7 @@ from jaxscale.models.quantised import QuantisedConfig, quantised
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_serving_operations
 from jaxscale.parallel.rules import make_specs
+from jaxscale.run.folder import folder_run, is_folder
 from jaxscale.run.run import Run, load_run
 from jaxscale.serve.decoding import check_prompts, generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
@@ -192,10 +194,15 @@ def load(
 
 
 def opened(run: Run | str | Path, admitted: Sequence[str] = ()) -> Run:
-    """A run, or that of a directory, wherever it lies by now; `admitted` as for `load`."""
+    """A run, or that of a directory, wherever it lies by now; `admitted` as for `load`.
+
+    A folder of Hugging Face is one, too.
+    """
     if isinstance(run, Run):
         return run
     path = Path(run).expanduser()
+    if is_folder(path):
+        return folder_run(path)
     return dataclasses.replace(load_run([path / CONFIG], (), admitted), directory=str(path))
 
 
@@ -221,6 +228,8 @@ def restore_model(
     specs = make_specs(run.table(), mesh)
     stored = stored_params(run.table(), devices, specs, run.policy.parameters)
     check_fits("model", {"parameters": stored})
+    if is_folder(run.path):
+        return Restored(0, open_folder(run.path).params(stored))
     return restore_params(
         run.checkpoint.within(run.path),
         checkpoint_facts(run.model),

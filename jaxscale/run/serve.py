@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jaxscale.convert.tokenizer import stop_ids
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.quantised import QuantisedConfig
-from jaxscale.run.huggingface import KEPT
+from jaxscale.run.folder import KEPT
 from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig

@@ -63,6 +63,11 @@ def test_an_imported_model_is_served_with_its_template_and_its_end_tokens(tmp_pa
     )
     directory = tmp_path / "run"
     import_model(source=str(source), directory=str(directory))
+    straight, imported = (
+        make_engine(where, config=SMALL).generate([[3, 4, 5]], RequestConfig(GREEDY, NEW))
+        for where in (source, directory)
+    )
+    assert straight == imported
     service = make_service(load_run([directory / "config.gin"]))
     assert (service.model, service.stop_ids) == ("run", (94, 96))
 
