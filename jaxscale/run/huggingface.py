@@ -33,7 +33,7 @@ from jaxscale.data.tokenizer import (
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.lora import merged, without_adapters
-from jaxscale.parallel.mesh import make_mesh
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.rules import make_specs
 from jaxscale.run.folder import KEPT, folder_run, is_folder, run_of
 from jaxscale.run.model import restore_model

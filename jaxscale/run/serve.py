@@ -1,5 +1,6 @@
 """`serve`: answers OpenAI's clients with a run's checkpoint."""
 
+import functools
 import gc
 import logging
 import socket
@@ -10,10 +11,11 @@ from jaxscale.convert.tokenizer import stop_ids
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.run.folder import KEPT
+from jaxscale.run.model import load
 from jaxscale.run.pipeline import make_engine
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
-from jaxscale.types import InputError
+from jaxscale.types import InputError, Params
 
 if TYPE_CHECKING:
     from jaxscale.serve.handler import Service
@@ -39,6 +41,7 @@ def serve(
     quantisation: QuantisedConfig | None = None,
     timeout_s: float | None = None,
     drain_s: int = 30,
+    is_steered: bool = False,
     warm_up: bool = True,
 ) -> None:
     """Serves a trained model over HTTP until a signal ends it.
@@ -57,6 +60,8 @@ def serve(
         adapters: folders of PEFT by the name under which clients ask for them as a model.
         quantisation: of the matrices of layers, on one device; None keeps them as they are.
         timeout_s: after which a request is ended; None for never.
+        is_steered: whether clients may pause the engine and have it take the weights of another
+            checkpoint of the run.
         drain_s: seconds that running requests are given after SIGTERM.
         warm_up: whether all steps are compiled before the first request.
     Raises:
@@ -77,6 +82,7 @@ def serve(
         model_name=model_name,
         api_keys=read_keys(api_key_file) if api_key_file else (),
         timeout_s=timeout_s,
+        is_steered=is_steered,
     )
     made = make_engine(
         run,
@@ -108,6 +114,7 @@ def make_service(
     model_name: str | None = None,
     api_keys: tuple[str, ...] = (),
     timeout_s: float | None = None,
+    is_steered: bool = False,
 ) -> "Service":
     """What of a run is served; Args and Raises as `serve`."""
     from jaxscale.data.chat_template import find_chat_template
@@ -120,7 +127,12 @@ def make_service(
         api_keys=api_keys,
         stop_ids=stop_ids(folder),
         timeout_s=timeout_s,
+        read_params=functools.partial(_read_params, run) if is_steered else None,
     )
+
+
+def _read_params(run: Run, step: int | None) -> Params:
+    return load(run, step=step).pure_params()
 
 
 def chat_folder(run: Run) -> Path:

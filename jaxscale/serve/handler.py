@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from jaxscale.data.chat_template import ChatTemplate
@@ -18,7 +18,7 @@ from jaxscale.serve.requests import Completion, Delta, RequestConfig
 from jaxscale.serve.sampling import MAX_SEED
 from jaxscale.serve.tools import BARE, find_form
 from jaxscale.serve.worker import Answers, Frontend
-from jaxscale.types import InputError, RunError
+from jaxscale.types import InputError, Params, RunError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Service:
         api_keys: of which a client must send one; empty for none.
         stop_ids: tokens that end an answer, beside the tokenizer's end token.
         timeout_s: after which a request is ended; None for never.
+        read_params: (step or None for the newest) -> the parameters of that checkpoint, for clients
+            that steer the engine; None lets nobody steer it.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Service:
     api_keys: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     timeout_s: float | None = None
+    read_params: Callable[[int | None], Params] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,24 @@ class Handler:
     def failure(self) -> BaseException | None:
         """What ended the engine, if anything did."""
         return self._frontend.failure
+
+    async def pause(self) -> None:
+        """Gives the cache's memory back; requests wait until `resume`."""
+        await self._frontend.steer(lambda engine: engine.pause())
+
+    async def resume(self) -> None:
+        """Goes on after `pause`."""
+        await self._frontend.call(lambda engine: engine.resume())
+
+    async def swap(self, step: int | None) -> int:
+        """Has the engine take a checkpoint's weights; returns their version.
+
+        Raises:
+            InputError: there is no such checkpoint.
+        """
+        params = await asyncio.to_thread(self.service.read_params, step)
+        await self._frontend.steer(lambda engine: engine.swap(params))
+        return await self._frontend.call(lambda engine: engine.figures().weights_version)
 
     async def figures(self) -> str:
         """The metrics in Prometheus' text format."""

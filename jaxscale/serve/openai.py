@@ -197,6 +197,12 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs if self.echo else self.prompt_logprobs
 
 
+class WeightsRequest(BaseModel):
+    """Of /v1/weights: a checkpoint of the run, None for the newest."""
+
+    step: Annotated[int, Field(ge=0)] | None = None
+
+
 class FunctionCall(BaseModel):
     """A call that an assistant made before."""
 

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from jaxscale.serve.answers import error_json
 from jaxscale.serve.engine import Engine
 from jaxscale.serve.handler import Asked, Handler, Service
-from jaxscale.serve.openai import ChatRequest, CompletionRequest, GenerationRequest
+from jaxscale.serve.openai import ChatRequest, CompletionRequest, GenerationRequest, WeightsRequest
 from jaxscale.types import InputError, RunError
 
 METRICS_TYPE = "text/plain; version=0.0.4"
@@ -59,6 +59,8 @@ def make_app(make_engine: Callable[[], Engine], service: Service) -> FastAPI:
         app.add_middleware(_KeyCheck, keys=service.api_keys)
     _add_models(app, service)
     _add_state(app)
+    if service.read_params is not None:
+        _add_steering(app)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -132,6 +134,24 @@ def _add_state(app: FastAPI) -> None:
     async def metrics() -> Response:
         text = await app.state.handler.figures()
         return PlainTextResponse(text, media_type=METRICS_TYPE)
+
+
+def _add_steering(app: FastAPI) -> None:
+    """What a training loop asks of an engine that draws its samples."""
+
+    @app.post("/v1/pause")
+    async def pause() -> dict[str, str]:
+        await app.state.handler.pause()
+        return {"status": "paused"}
+
+    @app.post("/v1/resume")
+    async def resume() -> dict[str, str]:
+        await app.state.handler.resume()
+        return {"status": "ok"}
+
+    @app.post("/v1/weights")
+    async def weights(body: WeightsRequest) -> dict[str, int]:
+        return {"weights_version": await app.state.handler.swap(body.step)}
 
 
 class _KeyCheck:

@@ -101,6 +101,10 @@ class Frontend:
         self._check()
         return await asyncio.wrap_future(self._worker.call(function))
 
+    async def steer(self, function: Callable[[Engine], list[Delta]]) -> None:
+        """Calls a function of the engine that returns what was being drawn; Raises as `call`."""
+        await self.call(lambda engine: self._deliver(function(engine)))
+
     async def submit(
         self,
         prompts: Sequence[str | Sequence[int]],

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 
+import jax
 import pytest
 
 from jaxscale.data.tokenizer import ByteTokenizer
@@ -79,9 +80,9 @@ def continued(prompt, max_new_tokens):
     return ByteTokenizer().decode(tokens), len(tokens), reason
 
 
-def complete(client, **fields):
+def complete(client, timeout=60, **fields):
     fields = dict(model="tiny", prompt="def f", max_tokens=9, temperature=0) | fields
-    return client.post("/v1/completions", json=fields)
+    return client.post("/v1/completions", json=fields, timeout=timeout)
 
 
 def events(response):
@@ -360,6 +361,25 @@ def test_a_key_is_asked_for():
         assert response.json()["error"]["code"] == "invalid_api_key"
         assert get(headers={"authorization": f"Bearer {KEY}"}).status_code == 200
         assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_training_loop_pauses_the_engine_and_gives_it_other_weights(client):
+    """Requests that run go on with them; a server that is not to be steered has no such page."""
+    assert client.post("/v1/pause").status_code == 404
+    other = jax.tree.map(lambda leaf: leaf * 1.1, byte_params())
+    with (
+        running(read_params=lambda step: other) as (address, _),
+        httpx.Client(base_url=address, timeout=60) as steering,
+    ):
+        assert steering.post("/v1/pause").json() == {"status": "paused"}
+        with contextlib.suppress(httpx.ReadTimeout):
+            complete(steering, timeout=0.3)
+        steering.post("/v1/resume")
+        assert complete(steering).json()["choices"][0]["text"] == continued("def f", 9)[0]
+        assert steering.post("/v1/weights", json={}).json() == {"weights_version": 1}
+        changed = complete(steering).json()
+        assert changed["weights_version"] == 1
+        assert changed["choices"][0]["text"] != continued("def f", 9)[0]
 
 
 def test_an_engine_that_fails_is_reported_and_nobody_hangs(monkeypatch):
