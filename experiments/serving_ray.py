@@ -9,11 +9,6 @@ python experiments/serving_ray.py runs/llama_1b --replicas 2
 import argparse
 import sys
 
-from jaxscale.run.model import opened
-from jaxscale.run.pipeline import make_engine
-from jaxscale.run.serve import make_service
-from jaxscale.serve.config import EngineConfig
-
 
 def main(words):
     from ray import serve
@@ -30,6 +25,10 @@ def deployment(options):
 
     def build():
         """In each replica, which reads the run itself: only its directory's name is sent."""
+        from jaxscale.run.model import opened
+        from jaxscale.run.pipeline import make_engine
+        from jaxscale.run.serve import make_service
+        from jaxscale.serve.config import EngineConfig
         from jaxscale.serve.server import make_app
 
         service = make_service(opened(options.directory))

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.members import Member
@@ -23,7 +24,7 @@ from jaxscale.serve.plan import Plan, SchedulerConfig
 from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.runner import Launched, Runner
 from jaxscale.serve.sequences import Sequence
-from jaxscale.types import Params
+from jaxscale.types import InputError, Params
 
 LONGEST_NGRAM = 4
 
@@ -189,6 +190,21 @@ class ModelDrafter:
             piece.sequence.num_drawn += piece.is_drawing
         configs = [self._configs[piece.sequence] for piece in plan.pieces]
         return self._runner.launch(tuple(plan.pieces), configs, [None] * len(plan.pieces))
+
+
+def check_draft(
+    draft: Draft | None,
+    config: EngineConfig,
+    model: ModelConfig,
+) -> None:
+    """Raises InputError for a smaller model that cannot guess for a model."""
+    if draft is None:
+        return
+    if not config.num_drafts:
+        raise InputError("EngineConfig.num_drafts", 0, "above 0 with a model that guesses")
+    if draft.decoder.config.vocab_size != model.vocab_size:
+        expected = f"a model of {model.vocab_size} tokens"
+        raise InputError("draft", draft.decoder.config.vocab_size, expected)
 
 
 def make_drafter(

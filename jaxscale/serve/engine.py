@@ -15,7 +15,7 @@ from jaxscale.serve.blocks import BlockPool
 from jaxscale.serve.collecting import Collector
 from jaxscale.serve.config import EngineConfig, num_blocks_for, page_bytes
 from jaxscale.serve.decoding import check_prompts
-from jaxscale.serve.drafting import Draft, make_drafter
+from jaxscale.serve.drafting import Draft, check_draft, make_drafter
 from jaxscale.serve.figures import Figures
 from jaxscale.serve.grammar import Grammars
 from jaxscale.serve.members import Member
@@ -77,9 +77,7 @@ class Engine:
             block_size=config.block_size,
             cache_dtype=config.cache_dtype,
         )
-        if draft is not None and draft.decoder.config.vocab_size != self.model.vocab_size:
-            expected = f"a model of {self.model.vocab_size} tokens"
-            raise InputError("draft", draft.decoder.config.vocab_size, expected)
+        check_draft(draft, config, self.model)
         num_blocks = config.num_blocks or num_blocks_for(
             decoder,
             params,

@@ -120,7 +120,8 @@ def test_rows_of_padding_write_to_the_page_of_padding_alone():
         engine.step()
 
 
-@pytest.mark.parametrize("dtype", [None, pytest.param("int8", marks=LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [None, "int8"])
 def test_prefixes_come_back_from_the_hosts_memory_and_not_after_other_weights(dtype):
     """12 blocks, so that what other prompts hold has to go."""
     engine = make(num_blocks=12, max_sequences=2, host_bytes=2**20, cache_dtype=dtype)

@@ -8,6 +8,7 @@ from jaxscale.serve.engine import Engine
 from jaxscale.serve.grammar import GrammarConfig
 from jaxscale.serve.requests import Penalties, RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import InputError
 from tests.serve.examples import byte_engine
 from tests.serve.test_decoding import MODELS, decoder_of, params_of
 from tests.serve.test_engine import GREEDY, GROUPED, NEW, PROMPTS, SMALL, alone, tokens_of
@@ -50,7 +51,7 @@ class Planted:
         pass
 
 
-@pytest.mark.parametrize("num_right", [0, 2])
+@pytest.mark.parametrize("num_right", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_right_drafts_save_steps_and_wrong_ones_change_nothing(num_right):
     engine = speculating(num_right)
     before = engine.figures()
@@ -81,6 +82,7 @@ def test_draws_at_any_temperature_are_those_without_speculation():
         assert tokens_of(engine.generate(PROMPTS, config)) == alone(GROUPED, sampling)
 
 
+@pytest.mark.long
 def test_penalised_requests_beside_speculating_ones_are_right():
     engine, plain = speculating(), RequestConfig(GREEDY, max_new_tokens=NEW)
     config = RequestConfig(GREEDY, max_new_tokens=NEW, penalties=Penalties(presence=1e4))
@@ -161,3 +163,11 @@ def test_the_text_itself_is_continued_where_it_repeats():
     text.tokens = [1, 2, 3, 9, 1, 2, 4, 1, 2]
     assert drafter.propose([text], 2) == [[4, 1]]  # the last time counts
     assert drafter.propose([Text([5, 6, 7])], 2) == [[]]
+
+
+def test_a_model_of_other_tokens_or_for_nothing_is_refused():
+    with pytest.raises(InputError, match="num_drafts: given 0"):
+        make(same_model(), num_drafts=0)
+    other = MODELS["post norms, qk norm over all heads"]
+    with pytest.raises(InputError, match="draft: given 40"):
+        make(Draft(decoder_of(other), params_of(other)))
