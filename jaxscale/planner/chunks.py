@@ -118,8 +118,11 @@ class _Counts:
 
     @property
     def residual(self) -> float:
-        """The residual; beside it the loss has its gradient, in chunks and joined."""
-        return 3 * self.tokens * self.model.model_dim * self.job.width
+        """The residual; beside it the loss has its gradient, in chunks and joined.
+
+        In the backward the input of the layer at work stays on the device once it has come.
+        """
+        return 4 * self.tokens * self.model.model_dim * self.job.width
 
     @property
     def inputs(self) -> _Placed:

@@ -105,8 +105,8 @@ class _Backward:
         # The output's cotangent, in which each chunk is replaced by the input's.
         self.dx = dx
         self.dparams = jax.tree.map(_zeros, self.params)
-        # By chunk of queries: `_Queries` that wait, packed, and (lse, delta).
-        self.waiting: dict[int, Array] = {}
+        # By chunk of queries: what waits, `_Queries` or their packed array, and (lse, delta).
+        self.waiting: dict[int, Any] = {}
         self.rows: dict[int, tuple[Array, Array]] = {}
         # Those that were put to rest last.
         self.leaving: list[int] = []
@@ -139,7 +139,7 @@ class _Backward:
             here, dkv = tied((coming, self._settled(dkv)))
             if j + 1 < self.cuts.num:
                 coming, dkv = self._coming(i, j + 1, dkv)
-            queries = self._enter(j, here) if i == 0 else _Queries.unpacked(here, q.shape[3])
+            queries = self._enter(j, here) if i == 0 else self._back(here, q.shape[3])
             dq, *parts = self._through(queries, k, v, i, j)
             dq = queries.dq + dq
             dkv = jax.tree.map(jnp.add, dkv, tuple(parts))
@@ -169,8 +169,17 @@ class _Backward:
 
     def _wait(self, j: int, queries: _Queries) -> None:
         """Puts a chunk of queries to rest."""
+        if self.places.chunks == "device":
+            self.waiting[j] = queries
+            return
         self.waiting[j] = put(self.places.chunks, queries.packed())
         self.leaving.append(j)
+
+    def _back(self, here: Any, head_dim: int) -> _Queries:
+        """A chunk of queries that has been at rest."""
+        if self.places.chunks == "device":
+            return here
+        return _Queries.unpacked(here, head_dim)
 
     def _settled(self, after: Any) -> Any:
         """`after`, once all but the last chunk of queries that was put to rest has arrived there.
