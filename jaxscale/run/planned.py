@@ -4,6 +4,8 @@ import dataclasses
 import logging
 from typing import Any
 
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.parallel.sequence.head_chunks import HeadChunks
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.explain import layout_text
 from jaxscale.planner.job import Job, Layout
@@ -53,9 +55,14 @@ def search(
     Where devices are gone, fewer than are left may be faster, as 12 often are than 13.
 
     Raises:
-        InputError: no layout has the pinned values.
+        InputError: no layout has the pinned values, or the run's strategy of execution is one whose
+            time and memory are not modelled.
         RunError: nothing fits.
     """
+    strategy = job.execution.strategy
+    if isinstance(strategy, FullyPipelined | HeadChunks):
+        expected = "Whole() or ByChunk(...) for the planner, which does not model this one's time"
+        raise InputError("ExecutionConfig.strategy", strategy, expected)
     found = _search(job, cluster, pinned, share)
     if found is None:
         expected = f"values that the model and {cluster.num_devices} devices allow"
