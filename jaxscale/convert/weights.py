@@ -19,8 +19,12 @@ from jaxscale.convert.places import Layout, Share, plan
 from jaxscale.models.config import ModelConfig
 from jaxscale.types import InputError, Params
 
-# Rotary frequencies and causal masks, which files of old versions hold; nothing reads them.
-UNREAD = re.compile(r".*(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias))")
+# Rotary frequencies, causal masks and positions, which files of old versions hold; nothing reads
+# them. BERT's other heads, of which its family tells.
+UNREAD = re.compile(
+    r".*(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.embeddings\.position_ids)"
+    r"|bert\.pooler\..*|cls\.seq_relationship\..*"
+)
 UNEMBEDDING = "head/weights"
 
 

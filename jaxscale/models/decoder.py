@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale import tree
+from jaxscale.models import ends
 from jaxscale.models.config import LayerConfig, ModelConfig
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.joined import joined
-from jaxscale.models.layers import Layer, normalise
+from jaxscale.models.layers import Layer
 from jaxscale.models.lora import adapted, selected
 from jaxscale.models.moe import RouterSums, no_router, router_sums
 from jaxscale.models.parameters import in_order_of_use, parameter_table
@@ -128,11 +129,8 @@ class Decoder:
         gather = self.operations.collectives.gather_parameters
         embedding = gather("embedding", params["embedding"])
         x = self.operations.backends.embed(embedding["tokens"], batch["tokens"])
-        if self.config.embedding_scale != 1:
-            x = x * self.config.embedding_scale
-        if self.config.use_learned_positions:
-            own_positions = self.operations.collectives.own_tokens(batch["positions"])
-            x = x + embedding["positions"][own_positions]
+        own_tokens = self.operations.collectives.own_tokens
+        x = ends.complete(embedding, x, batch, self.config, own_tokens)
         return self.operations.backends.name("embedding", x.astype(self.policy.compute))
 
     def add_noise(
@@ -247,7 +245,7 @@ class Decoder:
     def hidden(self, params: Params, x: Array) -> Array:
         """Final norm: residual [B, own T, D] to the unembedding's input [B, T, D]."""
         norm = self._use("final_norm", params["final_norm"])
-        h = self._by_token(lambda x: normalise(norm, x, self.config.norm), x)
+        h = self._by_token(lambda x: ends.finished(norm, x, self.config), x)
         if self.config.unembedding_scale != 1:
             h = h * self.config.unembedding_scale
         h = self.operations.collectives.gather_tokens(h)
@@ -309,7 +307,7 @@ class Decoder:
         Every forward converts what is not yet in the compute type, so that it computes the same.
         """
         ready = {name: self.to_compute(name, part) for name, part in params.items()}
-        if self.config.use_learned_positions:
+        if self.config.use_learned_positions or self.config.num_token_types:
             ready["embedding"] = params["embedding"]  # both vectors are added in their own type
         if not self.execution.is_scanned:
             ready["layers"] = tuple(periods_of(ready["layers"]))

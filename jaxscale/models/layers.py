@@ -229,13 +229,14 @@ class Layer:
         if self.config.is_parallel:
             y_ffn, choices = self._feed_forward(h, draws)
             return _add(self._name("attended", _add(x, y)), y_ffn), choices
-        x = self._name("attended", _add(x, y))
+        x = self._name("attended", self._normalise_sum(attention, _add(x, y)))
         if self.config.has_norm_before:
             x, h = self._residual_and_norm("moe" if self.config.is_moe else "ffn", x)
         else:
             h = x
         y, choices = self._feed_forward(h, draws)
-        return _add(x, y), choices
+        feed_forward = self.params["moe" if self.config.is_moe else "ffn"]
+        return self._normalise_sum(feed_forward, _add(x, y)), choices
 
     def _feed_forward(self, h: Array, draws: Draws | None) -> tuple[Array, moe.Choices | None]:
         """What the feed-forward adds to the residual, [B, own T, D], of its input `h`."""
@@ -285,6 +286,9 @@ class Layer:
         if not self.config.has_norm_after:
             return y
         return normalise(params["norm_after"], y, self.norm)
+
+    def _normalise_sum(self, params: Params, x: Array) -> Array:
+        return normalise(params["norm_after"], x, self.norm) if self.config.has_norm_of_sum else x
 
     def _normalise_all_heads(self, params: Params, x: Array) -> Array:
         """The norm of x [B, T, N, H] over all heads of a token, those of other devices included."""

@@ -68,6 +68,11 @@ def parameter_table(config: ModelConfig) -> Table:
     if config.use_learned_positions:
         positions = build("UD", Role.POSITIONS, config.init_std, active=0.0)
         table["embedding"]["positions"] = positions
+    if num := config.num_token_types:
+        types = build("UD", Role.POSITIONS, config.init_std, active=0.0, U=num)
+        table["embedding"]["types"] = types
+    if config.use_embedding_norm:
+        table["embedding"]["norm"] = build.norm("")
     if config.prefix:
         table["prefix"] = {
             str(i): build.layer(layer, stack="") for i, layer in enumerate(config.prefix)
@@ -76,6 +81,11 @@ def parameter_table(config: ModelConfig) -> Table:
         str(i): build.layer(layer, stack="L") for i, layer in enumerate(config.pattern)
     }
     table["final_norm"] = build.norm("")
+    if config.head_activation is not None:
+        # Of its two sizes, which are equal, only the first is the residual's.
+        dense = build("DH", Role.MATRIX, config.init_std, H=config.model_dim)
+        bias = build("H", Role.BIAS, H=config.model_dim)
+        table["final_norm"] = {"dense": dense, "dense_bias": bias} | table["final_norm"]
     head = {}
     if not config.is_tied:
         head["weights"] = build("VD", Role.UNEMBEDDING, config.init_std)
@@ -128,7 +138,7 @@ class _Builder:
         feed_forward = make(layer.feed_forward, stack)
         if layer.has_norm_before and not layer.is_parallel:
             feed_forward = {"norm": self.norm(stack)} | feed_forward
-        if layer.has_norm_after:
+        if layer.has_norm_after or layer.has_norm_of_sum:
             attention["norm_after"] = self.norm(stack)
             feed_forward["norm_after"] = self.norm(stack)
         return {"attention": attention, "moe" if is_moe else "ffn": feed_forward}

@@ -1,13 +1,19 @@
 """Feed-forward activations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from jaxscale.types import Array
 
-ACTIVATIONS = ("swiglu", "geglu", "gegelu", "gelu", "relu")
+ACTIVATIONS = ("swiglu", "geglu", "gegelu", "gelu", "gelu_exact", "relu")
 GEGELU_LIMIT = 20.0
-UNGATED = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
+UNGATED = {
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
 
 
 def is_gated(activation: str) -> bool:
@@ -20,10 +26,10 @@ def activate(activation: str, gate: Array | None, up: Array) -> Array:
 
     "gegelu" is Phi-3-small's: both clamped at 20, GELU in its sigmoid form, and 1 added to `up`.
 
-    Source: Shazeer 2020 (arXiv 2002.05202), equation 6; GELU in its tanh form.
+    Source: Shazeer 2020 (arXiv 2002.05202), equation 6; GELU in its tanh form, but "gelu_exact".
     Args:
         activation: one of ACTIVATIONS.
-        gate: [..., F], None for "gelu" and "relu".
+        gate: [..., F], None without a gate.
         up: [..., F].
     Returns:
         [..., F].

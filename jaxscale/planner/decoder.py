@@ -131,8 +131,9 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
     seen = window - window**2 / (2 * length) if model.is_causal else length
     qkvo = 2 * heads + 2 * kv_heads
     normed = heads + kv_heads if attention.qk_norm else 0
-    num_norms = (1 if layer.is_parallel else 2) * layer.has_norm_before + 2 * layer.has_norm_after
-    own = (2 + 2 * layer.has_norm_after) * dim
+    num_after = 2 * (layer.has_norm_after or layer.has_norm_of_sum)
+    num_norms = (1 if layer.is_parallel else 2) * layer.has_norm_before + num_after
+    own = (2 + num_after) * dim
     gathered = min(num_norms, 1 if layer.is_parallel else 2) * dim
     shared = dict(
         attention_flops=4 * seen * heads,

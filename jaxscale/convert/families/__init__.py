@@ -1,5 +1,6 @@
 """The families that are known, by the `model_type` of a config.json."""
 
+from jaxscale.convert.families.bert import BERT
 from jaxscale.convert.families.gemma2 import GEMMA2
 from jaxscale.convert.families.gpt2 import GPT2
 from jaxscale.convert.families.llama import LLAMA
@@ -32,5 +33,6 @@ FAMILIES: tuple[Family, ...] = (
     PHI,
     GPT2,
     OPT,
+    BERT,
 )
 BY_MODEL_TYPE = {name: family for family in FAMILIES for name in family.model_types}

@@ -6,6 +6,7 @@ from jaxscale.models.config.attention import AttentionConfig
 from jaxscale.models.config.experts import ExpertsConfig
 from jaxscale.models.config.feed_forward import FeedForwardConfig
 from jaxscale.models.config.lora import LoraConfig
+from jaxscale.ops.activation import UNGATED
 from jaxscale.types import (
     InputError,
     check_choice,
@@ -14,7 +15,7 @@ from jaxscale.types import (
     check_types,
 )
 
-NORM_POSITIONS = ("before", "after", "both")
+NORM_POSITIONS = ("before", "after", "both", "sum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,8 @@ class LayerConfig:
         attention: its attention.
         feed_forward: a dense feed-forward or a mixture of experts.
         norm_position: "before" normalises what enters attention and feed-forward, x + f(norm(x));
-            "after" normalises what leaves them, x + norm(f(x)); "both" does both.
+            "after" normalises what leaves them, x + norm(f(x)); "both" does both; "sum" normalises
+            the residual after each, norm(x + f(x)), as the first transformers do.
         is_parallel: attention and feed-forward side by side on one norm,
             x + attention(norm(x)) + feed_forward(norm(x)), instead of one after the other.
     """
@@ -81,6 +83,11 @@ class LayerConfig:
         """Whether what leaves attention and feed-forward is normalised."""
         return self.norm_position in ("after", "both")
 
+    @property
+    def has_norm_of_sum(self) -> bool:
+        """Whether the residual is normalised after each has been added to it."""
+        return self.norm_position == "sum"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -96,9 +103,14 @@ class ModelConfig:
         norm: the norm of all layers and of the end.
         is_causal: whether a token sees no later token.
         use_learned_positions: whether a learned vector a position is added to the embeddings.
+        num_token_types: learned vectors of token types, of which a batch's `types` say which is
+            added to each embedding, the first where it has none; 0 for no types.
+        use_embedding_norm: whether the sum of the embeddings is normalised.
         embedding_scale: factor on the embeddings of tokens; sqrt(D) in Gemma.
         unembedding_scale: factor on what the unembedding takes, 1 / width in muP
             (arXiv 2203.03466, table 8).
+        head_activation: of a dense layer with a bias before the final norm, as in BERT; None for no
+            such layer.
         is_tied: whether the unembedding is the embedding.
         use_head_bias: whether the logits have a bias.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
@@ -119,8 +131,11 @@ class ModelConfig:
     norm: NormConfig = NormConfig()
     is_causal: bool = True
     use_learned_positions: bool = False
+    num_token_types: int = 0
+    use_embedding_norm: bool = False
     embedding_scale: float = 1.0
     unembedding_scale: float = 1.0
+    head_activation: str | None = None
     is_tied: bool = False
     use_head_bias: bool = False
     logit_softcap: float | None = None
@@ -133,9 +148,12 @@ class ModelConfig:
         for name in ("vocab_size", "num_layers", "model_dim", "max_length"):
             check_positive(f"ModelConfig.{name}", getattr(self, name))
         check_not_negative("ModelConfig.init_std", self.init_std)
+        check_not_negative("ModelConfig.num_token_types", self.num_token_types)
         check_positive("ModelConfig.embedding_scale", self.embedding_scale)
         check_positive("ModelConfig.unembedding_scale", self.unembedding_scale)
         check_positive("ModelConfig.width_multiplier", self.width_multiplier)
+        if self.head_activation is not None:
+            check_choice("ModelConfig.head_activation", self.head_activation, tuple(UNGATED))
         if self.logit_softcap is not None:
             check_positive("ModelConfig.logit_softcap", self.logit_softcap)
         self._check_layers()
