@@ -24,35 +24,22 @@ SHAPE = {
 }
 
 
-def write_model(
-    folder,
-    kind,
-    fields,
-    packed=False,
-    is_bare=False,
-    is_masked=False,
-    length=24,
-    lengths=(),
-):
+def write_model(folder, kind, fields, packed=False, is_bare=False, length=24, lengths=()):
     """A folder, no weight at a value that would hide it; logits of two rows and of prefixes."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**AROUND | ({} if is_bare else SHAPE) | fields)
-    auto = transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
-    model = auto.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for path, parameter in model.named_parameters():
-        mean = float(("norm" in path.lower() or "ln_" in path) and path.endswith("weight"))
+        mean = float(("norm" in path or "ln_" in path) and path.endswith("weight"))
         parameter.data = (mean + 0.2 * torch.randn(parameter.shape)).bfloat16().float()
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 97, (2, length)))
     with torch.no_grad():
         logits = {f"logits_{n}": model(tokens[:, :n]).logits.numpy() for n in (*lengths, length)}
-        if is_masked:
-            logits["typed"] = model(tokens, token_type_ids=tokens % 2).logits.numpy()
     greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": min(8, length - 12)}
     mask = torch.ones(1, 12)  # else what has the number of the padding token is masked
-    if not is_masked:
-        logits["greedy"] = model.generate(tokens[:1, :12], attention_mask=mask, **greedy).numpy()
+    logits["greedy"] = model.generate(tokens[:1, :12], attention_mask=mask, **greedy).numpy()
     model.bfloat16().save_pretrained(folder, save_original_format=not packed)
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").unlink()
     np.savez_compressed(folder / "logits.npz", tokens=tokens.numpy(), **logits)
 
 

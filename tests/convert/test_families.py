@@ -1,6 +1,6 @@
 """Each family: Hugging Face's own logits and greedy tokens, and the same bytes after a round trip.
 
-experiments/huggingface_fixtures.py has made the folders in fixtures/.
+experiments/huggingface_fixtures.py and bert_fixture.py have made the folders in fixtures/.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jaxscale.serve.sampling import SamplingConfig
 from tests.models.naive import Naive
 
 FIXTURES = Path(__file__).parent / "fixtures"
-NAMES = sorted(json.loads((FIXTURES / "families.json").read_text()))
+NAMES = sorted([*json.loads((FIXTURES / "families.json").read_text()), "bert"])
 PACKED = "mixtral_packed"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_ERROR = 2e-5  # relative to the largest logit; both compute in float32

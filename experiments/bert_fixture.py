@@ -1,0 +1,41 @@
+"""Write the tests' fixture of BERT: a tiny random model of Hugging Face with its logits.
+
+Needs torch and transformers; the tests need neither. Weights are random bfloat16, logits float32.
+Command: python experiments/bert_fixture.py"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "convert" / "fixtures" / "bert"
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+}
+
+
+def main(folder=FOLDER):
+    """A folder, no weight at a value that would hide it; logits without types and with them."""
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SHAPE, attn_implementation="eager")).eval()
+    for path, parameter in model.named_parameters():
+        mean = float(path.endswith("LayerNorm.weight"))
+        parameter.data = (mean + 0.2 * torch.randn(parameter.shape)).bfloat16().float()
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 97, (2, 24)))
+    with torch.no_grad():
+        plain = model(tokens).logits.numpy()
+        typed = model(tokens, token_type_ids=tokens % 2).logits.numpy()
+    model.bfloat16().save_pretrained(folder)
+    arrays = {"tokens": tokens.numpy(), "logits_24": plain, "typed": typed}
+    np.savez_compressed(Path(folder) / "logits.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
