@@ -81,6 +81,7 @@ class Plan:
         self.pieces: list[Piece] = []
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
+        self.advanced: set[Sequence] = set()  # whose state is that after the step
 
     @property
     def is_full(self) -> bool:

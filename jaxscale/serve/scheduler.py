@@ -92,7 +92,8 @@ class Scheduler:
                 self._decode(plan)
         self._loop(plan.pieces)
         for piece in plan.pieces:
-            self._advance(piece)
+            if piece.sequence not in plan.advanced:
+                self._advance(piece)
         return Step(tuple(plan.pieces), tuple(plan.admitted), tuple(plan.preempted), expired)
 
     def settle(self, piece: Piece, num_accepted: int) -> None:
@@ -190,7 +191,7 @@ class Scheduler:
             if is_prompt and not self._is_held_up(sequence):
                 if not (count := plan.fitting(sequence)):
                     return
-                plan.add(sequence, count)
+                self._add_prompt(plan, sequence, count)
 
     def _admit(self, plan: Plan) -> None:
         while not plan.is_full and self._slots:
@@ -207,7 +208,20 @@ class Scheduler:
             plan.admitted.append(sequence)
             if not (count := plan.fitting(sequence)):
                 return
-            plan.add(sequence, count)
+            self._add_prompt(plan, sequence, count)
+
+    def _add_prompt(
+        self,
+        plan: Plan,
+        sequence: Sequence,
+        count: int,
+    ) -> None:
+        """Plans a piece of a prompt; those admitted behind it already share its blocks."""
+        plan.add(sequence, count)
+        piece = plan.pieces[-1]
+        if not piece.is_decode:  # of which several steps may yet be planned
+            plan.advanced.add(sequence)
+            self._advance(piece)
 
     def _loop(self, pieces: list[Piece]) -> None:
         """Plans several steps at once where no step could differ from the first but by its ends."""

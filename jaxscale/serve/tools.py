@@ -47,7 +47,7 @@ class ToolForm:
 
 BARE = ToolForm("", "", "<|python_tag|>")
 FORMS = (
-    ToolForm("<|tool_call|>", "<|/tool_call|>", "<|tool_call|>"),  # Phi-4-mini
+    ToolForm("<|tool_call|>", "<|/tool_call|>", "<|tool|>"),  # Phi-4-mini
     ToolForm("[TOOL_CALLS]", "", "[TOOL_CALLS]"),  # Mistral
     ToolForm("<tool_call>", "</tool_call>", "<tool_call>"),  # Hermes and Qwen
     BARE,  # Llama 3.1

@@ -29,7 +29,7 @@ def test_random_loads_end_with_every_token_right(changes, num_places):
 @pytest.mark.parametrize("changes", CASES, ids=str)
 def test_a_quarter_of_a_million_steps(changes):
     load = Load(dataclasses.replace(SMALL, **changes), 12, random.Random(1), 20)
-    load.run(50_000)
+    load.run(30_000)
     load.drain()
     assert load.num_loaded > 0 or changes.get("use_prefix_cache") is False
 
@@ -104,6 +104,37 @@ def test_a_shared_prefix_is_computed_once_and_admits_more():
     assert [piece.count for piece in step.pieces] == [1, 1]
     assert second.blocks[:2] == step.pieces[0].sequence.blocks[:2]
     assert scheduler.blocks.num_held == 4  # 2 shared, 1 each
+
+
+def test_sequences_of_one_prompt_compute_it_once_in_the_same_step():
+    scheduler = make(token_budget=16)
+    for number in range(3):
+        scheduler.add(Sequence(number, [3] * 9, 4))
+    step = run(scheduler)
+    assert [(piece.start, piece.count) for piece in step.pieces] == [(0, 9), (8, 1), (8, 1)]
+    assert scheduler.blocks.num_held == 2 + 3
+
+
+def test_drafts_end_where_keys_become_others_and_where_the_others_tokens_begin():
+    """A switch length of LongRoPE, the tokens that are left, and a token for each sequence."""
+    scheduler = make(token_budget=8, max_extra=8)
+    switched = Sequence(0, [1] * 5, 20, switch_lengths=(8,), is_synchronous=True)
+    short = Sequence(1, [2] * 2, 4, is_synchronous=True)
+    for sequence in (switched, short):
+        scheduler.add(sequence)
+    run(scheduler)
+    for sequence in (switched, short):
+        sequence.drafts = [3] * 9
+    first, second = run(scheduler).pieces
+    assert (len(first.drafts), len(second.drafts)) == (2, 2)
+    assert first.count + second.count <= 8
+    many = make(token_budget=8, max_extra=8)
+    for number in range(3):
+        many.add(Sequence(number, [number], 20, is_synchronous=True))
+    run(many)
+    for sequence in many.running:
+        sequence.drafts = [3] * 9
+    assert [piece.count for piece in run(many).pieces] == [6, 1, 1]
 
 
 def test_another_salt_or_other_weights_share_nothing():

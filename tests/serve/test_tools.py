@@ -45,6 +45,7 @@ def test_calls_are_told_from_text_in_any_pieces(form, text, said, num_calls, siz
 def test_the_form_is_that_which_the_template_teaches():
     assert find_form("... <tool_call>\n{...}") is HERMES
     assert find_form("{{ '[TOOL_CALLS]' }}") is MISTRAL
+    assert find_form("'<|tool|>' + message['tools'] + '<|/tool|>'") is PHI
     assert find_form("{{ messages }}") is None
 
 
