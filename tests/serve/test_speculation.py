@@ -1,6 +1,8 @@
 """Speculation changes no token, whoever guesses, whatever the temperature and the company."""
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.drafting import Draft, NgramDrafter
@@ -10,7 +12,7 @@ from jaxscale.serve.requests import Penalties, RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
 from tests.serve.examples import byte_engine
-from tests.serve.test_decoding import MODELS, decoder_of, params_of
+from tests.serve.test_decoding import MODELS, decoder_of, full_logits, params_of
 from tests.serve.test_engine import GREEDY, GROUPED, NEW, PROMPTS, SMALL, alone, tokens_of
 
 SPECULATING = SMALL | dict(num_drafts=3, token_budget=16, max_extra=16)
@@ -80,6 +82,34 @@ def test_draws_at_any_temperature_are_those_without_speculation():
     for sampling in (SamplingConfig(seed=5), SamplingConfig(temperature=0.7, top_p=0.9, seed=6)):
         config = RequestConfig(sampling, max_new_tokens=NEW)
         assert tokens_of(engine.generate(PROMPTS, config)) == alone(GROUPED, sampling)
+
+
+@pytest.mark.long
+def test_the_second_token_is_distributed_as_the_model_says():
+    """Of 512 sequences with drafts, against its exact law, summed over all first tokens."""
+    model, prompt = MODELS[GROUPED], PROMPTS[1]
+    engine = speculating()
+    counts = np.zeros(model.vocab_size)
+    before = engine.figures()
+    for seed in range(4):
+        config = RequestConfig(SamplingConfig(seed=seed), max_new_tokens=3, num_sequences=128)
+        for each in engine.generate([prompt], config)[0]:
+            counts[each.tokens[1]] += 1
+    after = engine.figures()
+    assert 0 < after.num_accepted - before.num_accepted < after.num_drafts - before.num_drafts
+
+    def law(tokens):
+        logits = full_logits(model, tokens)[-1].astype(np.float64)
+        weights = np.exp(logits - logits.max())
+        return weights / weights.sum()
+
+    firsts = law(prompt)
+    wanted = sum(p * law([*prompt, token]) for token, p in enumerate(firsts)) * counts.sum()
+    is_rare = wanted < 5
+    observed, expected = (
+        np.append(each[~is_rare], each[is_rare].sum()) for each in (counts, wanted)
+    )
+    assert scipy.stats.chisquare(observed, expected).pvalue > 1e-4
 
 
 @pytest.mark.long
