@@ -26,6 +26,7 @@ from tests.parallel.comparison import (
 T = 16  # of the batches that are compared
 DENSE = dense(num_layers=2)
 MOE = mixture(num_layers=2)
+DEEP_MOE = mixture(num_layers=4)  # two periods, one for each of two stages
 ON_DEVICE = dict(inputs="device", attention="device", chunks="device")
 # Packed documents, padding, and rows without any token that counts are in every batch.
 MESHES = [
@@ -43,7 +44,7 @@ MESHES = [
         if num_chunks in (2, 4) or not places.get("inputs")
     ],
     pytest.param(
-        "moe", 2, dict(pipeline=2), dict(num_pieces=1) | ON_DEVICE, marks=pytest.mark.long
+        "deep moe", 2, dict(pipeline=2), dict(num_pieces=1) | ON_DEVICE, marks=pytest.mark.long
     ),
     *[
         pytest.param(name, 2, sizes, dict(num_pieces=2), marks=pytest.mark.long)
@@ -59,10 +60,10 @@ MESHES = [
 
 @pytest.mark.parametrize(("name", "num_chunks", "sizes", "settings"), MESHES, ids=str)
 def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, sizes, settings):
-    model = {"dense": DENSE, "moe": MOE}[name]
+    model = {"dense": DENSE, "moe": MOE, "deep moe": DEEP_MOE}[name]
     strategy = FullyPipelined(chunk_tokens=T // num_chunks, **settings)
     settings = dict(zero=3, num_microbatches=2) | sizes
-    num_microbatches = settings["num_microbatches"] if name == "moe" else 1
+    num_microbatches = settings["num_microbatches"] if "moe" in name else 1
     with jax.enable_x64(True):
         wanted = single_device(model, num_microbatches)
         result = on_mesh(model, strategy=strategy, remat="none", **settings)
