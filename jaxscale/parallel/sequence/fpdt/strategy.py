@@ -12,7 +12,7 @@ from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.attention.intervals import IntervalAttention
 from jaxscale.ops.backends import ROUTER
 from jaxscale.ops.draws import Draws
-from jaxscale.parallel.sequence.fpdt.cuts import Cuts
+from jaxscale.parallel.sequence.fpdt.cuts import Cuts, tied
 from jaxscale.parallel.sequence.fpdt.gradient import stream_layer
 from jaxscale.parallel.sequence.fpdt.keys import Intervals
 from jaxscale.parallel.sequence.fpdt.stream import Places, Stream, Tokens
@@ -198,7 +198,8 @@ def _intervals(layer: Any, context: AttentionContext, cuts: Cuts) -> Intervals:
     whole_context = dataclasses.replace(
         context, positions=whole(context.positions), segments=segments
     )
-    return Intervals(*whole_context.key_intervals())
+    # Tied, or else XLA would work out while it compiles which tiles each pair of chunks sees.
+    return tied(Intervals(*whole_context.key_intervals()))
 
 
 def _unnamed(layer: Any) -> Any:
