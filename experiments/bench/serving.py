@@ -55,7 +55,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--mixture", action="store_true")
-    for name, default in (("token_budget", 2048), ("max_sequences", 256), ("max_prompts", 64)):
+    for name, default in (("token_budget", 4096), ("max_sequences", 512), ("max_prompts", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--cache_dtype", choices=["int8", "float8_e4m3fn"])
     parser.add_argument("--workloads", type=int, nargs="+", default=range(len(WORKLOADS)))
