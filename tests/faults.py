@@ -238,6 +238,14 @@ FAULTS = (
         "tests/evaluate/test_perplexity.py::test_models_with_different_tokenizers_can_be_compared",
     ),
     Fault(
+        "a sequence that stands still in a launch forgets its last token",
+        "jaxscale/serve/packing.py",
+        '"slot_drawn": jnp.where(is_token, fields["slot_drawn"], shape.num_slots),',
+        '"slot_drawn": fields["slot_drawn"],',
+        "tests/serve/test_engine.py::test_greedy_tokens_are_those_of_a_sequence_alone",
+        "still",
+    ),
+    Fault(
         "a decoded token has the position of the one before",
         "jaxscale/serve/decoding.py",
         "position = lengths + state.count - 1",

@@ -61,7 +61,8 @@ class Collector:
                 continue
             member = self.members[piece.sequence]
             member.weights_version = launched.weights_version
-            places = [(step, launched.rows[number]) for step in range(piece.num_steps)]
+            row = launched.rows[number]
+            places = [(step, row) for step in range(piece.num_steps)]
             if piece.num_extra:
                 places = [(0, row) for row in launched.rows_of(number)]
             if piece.is_scored:

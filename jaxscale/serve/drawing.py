@@ -72,11 +72,9 @@ class DrawKind:
     @classmethod
     def of(cls, configs: Iterable[RequestConfig], *, is_scored: bool = False) -> "DrawKind":
         """That of a batch of requests; `is_scored` if it has prompt tokens to be scored."""
-        configs = list(configs)
-        drawn = [each.sampling for each in configs if each.sampling.temperature > 0]
-        filters = (each.top_k is not None or each.top_p < 1 or each.min_p > 0 for each in drawn)
-        has_logprobs = is_scored or any(each.num_logprobs is not None for each in configs)
-        return cls(bool(drawn), any(filters), has_logprobs)
+        kinds = {config.draws_with for config in configs}
+        has_noise, has_filters, has_logprobs = map(any, zip(*kinds, strict=True))
+        return cls(has_noise, has_filters, is_scored or has_logprobs)
 
 
 def draw(logits: Array, rows: DrawRows, kind: DrawKind) -> Array:

@@ -21,7 +21,7 @@ from jaxscale.serve.grammar import Grammars
 from jaxscale.serve.members import Member
 from jaxscale.serve.placement import check_adapters, make_placement
 from jaxscale.serve.programs import FACTORS
-from jaxscale.serve.requests import NO_PENALTIES, Completion, Delta, RequestConfig
+from jaxscale.serve.requests import Completion, Delta, RequestConfig
 from jaxscale.serve.runner import Launched, Runner
 from jaxscale.serve.scheduler import Scheduler
 from jaxscale.serve.sequences import Sequence as Scheduled
@@ -305,7 +305,7 @@ class Engine:
 
     def _can_speculate(self, config: RequestConfig) -> bool:
         """Whether drafts may be checked: penalties count what was drawn before each token."""
-        return self._drafter is not None and config.penalties == NO_PENALTIES
+        return self._drafter is not None and not config.is_penalised
 
     def _propose(self) -> None:
         """Gives the sequences drafts whose next token has to be planned."""

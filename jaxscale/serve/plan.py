@@ -113,11 +113,12 @@ class Plan:
         drafts: tuple[int, ...] = (),
     ) -> None:
         """Plans the next `count` tokens of a sequence, and drafts behind them."""
-        is_drawing = count == sequence.num_missing
+        num_missing = sequence.num_missing
+        is_drawing = count == num_missing
+        is_decode = num_missing == 1 and sequence.num_drawn > 0 and not drafts
         count += len(drafts)
         if count < 1 or count > self.budget:
             raise RunError(f"{count} tokens are planned, {self.budget} are left of the budget")
-        is_decode = sequence.is_decoding and not drafts
         piece = Piece(
             sequence=sequence,
             start=sequence.num_computed,

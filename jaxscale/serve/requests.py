@@ -1,7 +1,9 @@
 """What is asked of the engine, and what it answers."""
 
 import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 from jaxscale.serve.grammar import GrammarConfig
 from jaxscale.serve.sampling import SamplingConfig
@@ -90,6 +92,20 @@ class RequestConfig:
         if self.timeout_s is not None:
             check_not_negative("timeout_s", self.timeout_s)
 
+    @property
+    def is_penalised(self) -> bool:
+        """Whether penalties change its logits."""
+        # Most have the default itself, which is told sooner than that another one is equal.
+        return self.penalties is not NO_PENALTIES and self.penalties != NO_PENALTIES
+
+    @functools.cached_property
+    def draws_with(self) -> tuple[bool, bool, bool]:
+        """Whether it draws with noise, with noise and filters, and with log-probabilities."""
+        sampling = self.sampling
+        has_noise = sampling.temperature > 0
+        has_filters = sampling.top_k is not None or sampling.top_p < 1 or sampling.min_p > 0
+        return has_noise, has_noise and has_filters, self.num_logprobs is not None
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
@@ -104,8 +120,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What is new of one sequence after a step.
 
     Args:

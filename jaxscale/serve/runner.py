@@ -23,7 +23,7 @@ from jaxscale.serve.programs import (
     loop_program,
     write_seen,
 )
-from jaxscale.serve.requests import NO_PENALTIES, RequestConfig
+from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.rows import HostRows, Writer
 from jaxscale.serve.sequences import Piece, Sequence
 from jaxscale.serve.spilling import HostPages
@@ -142,7 +142,7 @@ class Runner:
         """Writes a sequence's settings to its slot; call it before the first step that runs it."""
         slot = sequence.slot
         self._rows.write(slot, config, index, self._adapters.get(config.adapter, 0))
-        if config.penalties == NO_PENALTIES:
+        if not config.is_penalised:
             return
         if self._seen is None:
             shape = (self._buckets.num_slots, self._num_tokens)
@@ -179,7 +179,7 @@ class Runner:
             shape,
             packed,
             masks=of_rows,
-            is_penalised=any(config.penalties != NO_PENALTIES for config in configs),
+            is_penalised=any(config.is_penalised for config in configs),
             kind=DrawKind.of(configs, is_scored=any(piece.is_scored for piece in pieces)),
             num_steps=_power_of_two(max(piece.num_steps for piece in pieces)),
         )
@@ -238,14 +238,15 @@ class Runner:
         writer = Writer(views, self._rows, self._block_size, shape)
         writer.add_single(single)
         writer.add_prompts(longer)
-        order = {id(piece): row for row, piece in enumerate(single)}
-        order |= {id(piece): shape.num_single + row for row, piece in enumerate(longer)}
+        # Sequences of one token have the first rows, and both kinds keep their order.
+        of_single, of_longer = itertools.count(), itertools.count(shape.num_single)
+        rows = tuple(next(of_single if piece.count == 1 else of_longer) for piece in pieces)
         extra, first = {}, shape.num_single + shape.num_prompts
-        for place, piece in enumerate(pieces):
+        for place, piece in enumerate(pieces if longer else ()):
             if piece.num_extra:
                 extra[place] = range(first, first + piece.num_extra)
                 first += piece.num_extra
-        return shape, packed, tuple(order[id(piece)] for piece in pieces), extra
+        return shape, packed, rows, extra
 
 
 def _power_of_two(number: int) -> int:
