@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import socket
 import urllib.request
 from pathlib import Path
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_replica_answers_behind_rays_proxy(run):  # noqa: F811
     from ray import serve
 
@@ -26,7 +28,8 @@ def test_a_replica_answers_behind_rays_proxy(run):  # noqa: F811
         port = free.getsockname()[1]
     words = [run.directory, "--replicas=1", "--gpus=0", "--num-blocks=16", f"--port={port}"]
     options = script.parse(words)
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": environment})
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

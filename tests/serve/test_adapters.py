@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxscale.data.tokenizer import ByteTokenizer
 from jaxscale.models.config import LoraConfig
 from jaxscale.models.lora import Adapters, new_adapters, with_adapters
 from jaxscale.serve.config import EngineConfig
@@ -13,6 +14,7 @@ from jaxscale.serve.decoding import generate_tokens
 from jaxscale.serve.engine import Engine
 from jaxscale.serve.requests import RequestConfig
 from jaxscale.types import InputError
+from tests.serve.examples import BYTE_MODEL, SIZES, byte_decoder, byte_params
 from tests.serve.test_decoding import MODELS, decoder_of, params_of
 from tests.serve.test_engine import GREEDY, SMALL
 
@@ -62,3 +64,38 @@ def test_several_adapters_in_one_batch_and_no_prefix_of_another():
         assert set(cached) == {8 if is_again else 0}
     with pytest.raises(InputError, match="adapter: given 'prose'"):
         engine.add(PROMPT, RequestConfig(adapter="prose", max_new_tokens=NEW))
+
+
+@pytest.mark.long
+def test_clients_ask_for_an_adapter_as_for_a_model():
+    pytest.importorskip("fastapi", reason="the extra `serve`")
+    from starlette.testclient import TestClient
+
+    from jaxscale.serve.handler import Service
+    from jaxscale.serve.server import make_app
+
+    lora = LoraConfig(rank=2, alpha=8.0, targets=("q", "v"))
+    config = dataclasses.replace(BYTE_MODEL, lora=lora)
+    shapes = jax.eval_shape(lambda: new_adapters(config, jax.random.key(0), "float32"))
+    rng = np.random.default_rng(0)
+    given = Adapters(lora, {path: rng.normal(size=leaf.shape) for path, leaf in shapes.items()})
+    engine = Engine(
+        byte_decoder(),
+        byte_params(),
+        config=EngineConfig(**SIZES),
+        tokenizer=ByteTokenizer(),
+        adapters={"sql": given},
+    )
+    with TestClient(make_app(lambda: engine, Service("tiny"))) as client:
+        cards = client.get("/v1/models").json()["data"]
+        assert [card["id"] for card in cards] == ["tiny", "sql"]
+        assert client.get("/v1/models/sql").json()["parent"] == "tiny"
+        fields = dict(prompt="def f", max_tokens=9, temperature=0)
+        texts = {}
+        for model in ("tiny", "sql"):
+            found = client.post("/v1/completions", json=fields | {"model": model}).json()
+            assert found["model"] == model
+            texts[model] = found["choices"][0]["text"]
+        assert texts["tiny"] != texts["sql"]
+        refused = client.post("/v1/completions", json=fields | {"model": "poem"})
+        assert refused.status_code == 404
