@@ -30,9 +30,9 @@ def draw_longrope(record):
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, found in record.items():
         if isinstance(found, dict):
-            positions = np.arange(len(found["curve"])) * 32 + 16
+            positions = (np.arange(len(found["curve"])) + 0.5) * record["bin"]
             axis.plot(positions, found["curve"], label=name)
-    axis.axvline(128, color="gray", linewidth=0.8)
+    axis.axvline(record["short"], color="gray", linewidth=0.8)
     axis.set(xlabel="position", ylabel="held-out nats a byte")
     axis.legend()
     return figure

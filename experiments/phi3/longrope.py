@@ -1,6 +1,6 @@
 """LongRoPE's search: factors on rotary frequencies that extend a small model's context 8 times.
 
-A model trained on rows of 128 bytes reads rows of 1,024. Candidates mutate and cross; the fittest
+A model trained on rows of 64 bytes reads rows of 512. Candidates mutate and cross; the fittest
 have the lowest loss on rows for the search, and the result is measured on others. Nothing is
 trained after the first training. Writes a JSON file, of which draw.py makes a picture.
 
@@ -25,8 +25,8 @@ from small import draw_rows, losses, make_model, read_text, train
 from jaxscale.models.parameters import init_params, parameter_table
 from jaxscale.ops.rotary import LinearScaling, LongRopeScaling, RotaryConfig, YarnScaling
 
-DIM, HEAD_DIM, SHORT, STRETCH, BATCH = 256, 64, 128, 8, 64
-PAIRS, LONG = HEAD_DIM // 2, SHORT * STRETCH
+DIM, HEAD_DIM, SHORT, STRETCH, BATCH = 128, 32, 64, 8, 32
+PAIRS, LONG, BIN = HEAD_DIM // 2, SHORT * STRETCH, 16
 MAGNITUDE = math.sqrt(1 + math.log(STRETCH) / math.log(SHORT))
 
 
@@ -46,7 +46,7 @@ class Candidate(LongRopeScaling):
 
 def model_with(scaling):
     """The model with a scaling of its rotary positions."""
-    return make_model(DIM, head_dim=HEAD_DIM, rotary=RotaryConfig(scaling=scaling), init_std=0.06)
+    return make_model(DIM, head_dim=HEAD_DIM, rotary=RotaryConfig(scaling=scaling), init_std=0.09)
 
 
 def by_position(scaling, params, rows):
@@ -93,6 +93,7 @@ def search(params, rows, population, generations, rng):
         found = np.asarray(fitness(jnp.asarray(genes, jnp.float32), params, rows))
         parents = genes[np.argsort(found)[: max(population // 4, 1)]]
         best.append(float(found.min()))
+        print(f"generation {len(best)}: {best[-1]:.4f}", flush=True)
         pairs = parents[rng.integers(0, len(parents), (2, population - len(parents)))]
         crossed = np.where(rng.random(pairs[0].shape) < 0.5, *pairs)
         genes = np.concatenate([parents, mutated(crossed, rng)])
@@ -103,16 +104,17 @@ def main():
     """Trains, searches, writes the record, prints the losses."""
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--population", type=int, default=64)
-    parser.add_argument("--generations", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--generations", type=int, default=12)
     options = parser.parse_args()
     (text, held_out), plain = read_text(), model_with(None)
     half = len(held_out) // 2
     rows = draw_rows(text, options.steps * BATCH, SHORT, 0).reshape(options.steps, BATCH, -1)
     params = init_params(parameter_table(plain), jax.random.key(0), "float32")
-    params, _ = train(plain, params, jnp.asarray(rows), 2e-3)
-    searched_on = jnp.asarray(draw_rows(held_out[:half], 8, LONG, 1))
+    params, history = train(plain, params, jnp.asarray(rows), 4e-3)
+    print(f"trained to {history[-50:].mean():.4f} nats a byte", flush=True)
+    searched_on = jnp.asarray(draw_rows(held_out[:half], 4, LONG, 1))
     rng = np.random.default_rng(2)
     genes, best = search(params, searched_on, options.population, options.generations, rng)
     factors = tuple(float(each) for each in genes[:PAIRS])
@@ -122,11 +124,17 @@ def main():
         "YaRN": YarnScaling(float(STRETCH), SHORT),
         "after: searched factors": LongRopeScaling(factors, float(genes[PAIRS])),
     }
-    test = draw_rows(held_out[half:], 64, LONG, 3)
-    record = {"factors": factors, "magnitude": float(genes[PAIRS]), "best_by_generation": best}
+    test = draw_rows(held_out[half:], 32, LONG, 3)
+    record = {
+        "short": SHORT,
+        "bin": BIN,
+        "factors": factors,
+        "magnitude": float(genes[PAIRS]),
+        "best_by_generation": best,
+    }
     for name, scaling in ways.items():
-        curve = by_position(scaling, params, test).reshape(-1, 32).mean(1)
-        within, beyond = curve[: SHORT // 32].mean(), curve[SHORT // 32 :].mean()
+        curve = by_position(scaling, params, test).reshape(-1, BIN).mean(1)
+        within, beyond = curve[: SHORT // BIN].mean(), curve[SHORT // BIN :].mean()
         record[name] = {"within": float(within), "beyond": float(beyond), "curve": curve.tolist()}
         print(f"{name}: {within:.4f} nats a byte up to {SHORT}, {beyond:.4f} beyond", flush=True)
     options.output.write_text(json.dumps(record, indent=1) + "\n")

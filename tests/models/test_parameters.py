@@ -1,5 +1,6 @@
 """The parameter table and the initial draws."""
 
+import dataclasses
 import functools
 
 import jax
@@ -159,3 +160,13 @@ def test_parts_that_a_configuration_lacks_have_no_parameters():
     }
     side_by_side = paths_of(MODELS["side_by_side"], Role.NORM)
     assert not {path for path in side_by_side if "ffn" in path or "moe" in path}
+
+
+def test_a_wide_model_of_mup_has_smaller_matrices_that_learn_more_slowly():
+    """arXiv 2203.03466, table 8: variance and rate of hidden weights fall as 1 / m."""
+    plain = dict(in_order_of_use(TABLE))
+    wide = dict(in_order_of_use(parameter_table(dataclasses.replace(CONFIG, width_multiplier=4.0))))
+    for path, parameter in plain.items():
+        is_hidden = parameter.role in (Role.MATRIX, Role.EXPERT, Role.ROUTER)
+        assert wide[path].std == (parameter.std / 2 if is_hidden else parameter.std), path
+        assert wide[path].learning_rate_factor == (0.25 if is_hidden else 1.0), path
