@@ -1,6 +1,6 @@
 """LongRoPE's search: factors on rotary frequencies that extend a small model's context 8 times.
 
-A model trained on rows of 64 bytes reads rows of 512. Candidates mutate and cross; the fittest
+A model trained on rows of 32 bytes reads rows of 256. Candidates mutate and cross; the fittest
 have the lowest loss on rows for the search, and the result is measured on others. Nothing is
 trained after the first training. Writes a JSON file, of which draw.py makes a picture.
 
@@ -25,7 +25,7 @@ from small import draw_rows, losses, make_model, read_text, train
 from jaxscale.models.parameters import init_params, parameter_table
 from jaxscale.ops.rotary import LinearScaling, LongRopeScaling, RotaryConfig, YarnScaling
 
-DIM, HEAD_DIM, SHORT, STRETCH, BATCH = 128, 32, 64, 8, 32
+DIM, HEAD_DIM, SHORT, STRETCH, BATCH = 64, 32, 32, 8, 32
 PAIRS, LONG, BIN = HEAD_DIM // 2, SHORT * STRETCH, 16
 MAGNITUDE = math.sqrt(1 + math.log(STRETCH) / math.log(SHORT))
 
@@ -104,9 +104,9 @@ def main():
     """Trains, searches, writes the record, prints the losses."""
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--population", type=int, default=16)
-    parser.add_argument("--generations", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--population", type=int, default=12)
+    parser.add_argument("--generations", type=int, default=8)
     options = parser.parse_args()
     (text, held_out), plain = read_text(), model_with(None)
     half = len(held_out) // 2

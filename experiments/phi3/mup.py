@@ -56,9 +56,9 @@ def main():
     """Trains all, writes the record, prints the best rates."""
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
-    parser.add_argument("--widths", type=int, nargs="+", default=(32, 64, 128))
+    parser.add_argument("--widths", type=int, nargs="+", default=(16, 32, 64))
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rates", type=int, default=7)
+    parser.add_argument("--rates", type=int, default=5)
     options = parser.parse_args()
     rates = 2.0 ** (-4.0 - np.arange(options.rates)[::-1])
     texts, record = read_text(), {"rates": rates.tolist(), "steps": options.steps}
