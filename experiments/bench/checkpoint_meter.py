@@ -47,18 +47,19 @@ def _run(step: Callable, save: Callable = lambda: None) -> list[float]:
 
 
 class Meter:
-    """Seconds and the largest resident memory of what runs within."""
+    """Seconds, those of all cores, and the largest resident memory of what runs within."""
 
     def __enter__(self):
         self._is_done = threading.Event()
         self.rest = self.peak = resident()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
-        self._began = time.perf_counter()
+        self._began = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, *_):
-        self.seconds = time.perf_counter() - self._began
+        self.seconds = time.perf_counter() - self._began[0]
+        self.core_seconds = time.process_time() - self._began[1]
         self._is_done.set()
         self._thread.join()
 
@@ -82,4 +83,5 @@ def measured(name: str):
     with Meter() as meter:
         yield meter
     memory = f"host +{meter.peak - meter.rest:6.2f} GiB over {meter.rest:5.2f}"
-    print(f"{name:<46} {meter.seconds:8.3f} s   {memory}", flush=True)
+    seconds = f"{meter.seconds:8.3f} s, of cores {meter.core_seconds:8.3f} s"
+    print(f"{name:<46} {seconds}   {memory}", flush=True)

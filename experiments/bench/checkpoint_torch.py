@@ -17,14 +17,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_meter import measured, stall
 
-DIM, FFN, VOCAB, KEYS, WIDTH = 2048, 8192, 32064, 1024, 4096
+FFN, VOCAB, HEADS, KEYS, WIDTH = 8192, 32064, 2048, 1024, 4096
 
 
 def draw(layers: int, dim: int, device: str) -> dict:
-    scale = dim / DIM
-    ffn, keys = int(FFN * scale), int(KEYS * scale)
-    shapes = {"q": (dim, dim), "k": (keys, dim), "v": (keys, dim), "o": (dim, dim)}
-    shapes |= {"gate": (ffn, dim), "up": (ffn, dim), "down": (dim, ffn)}
+    shapes = {"q": (HEADS, dim), "k": (KEYS, dim), "v": (KEYS, dim), "o": (dim, HEADS)}
+    shapes |= {"gate": (FFN, dim), "up": (FFN, dim), "down": (dim, FFN)}
     names = {f"{n}.{name}": shape for n in range(layers) for name, shape in shapes.items()}
     names |= {"embed": (VOCAB, dim), "head": (VOCAB, dim)}
     return {
@@ -53,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--dim", type=int, default=DIM)
+    parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--work", type=int, default=0)
     options = parser.parse_args()
     logging.disable(logging.WARNING)

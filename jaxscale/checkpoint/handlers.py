@@ -38,6 +38,7 @@ class LeafFolders(ocp.PyTreeCheckpointHandler):
         )
         super().__init__(
             use_ocdbt=False,
+            use_compression=False,  # see experiments/results/LOG.md
             type_handler_registry=ocp.type_handlers.create_type_handler_registry(
                 (jax.Array, arrays),
             ),

@@ -34,8 +34,8 @@ PIECE_BYTES = 1 << 27
 MAX_AHEAD = 8
 # Of a piece: what is read or cast, a part that is made contiguous, and the transfer's copy.
 NUM_COPIES = 3
-_Place = tuple["_Share", SingleDeviceSharding]
-_Sent = list[tuple["_Share", Box, jax.Array]]
+_Key = tuple[tuple[int, ...], tuple[int, ...]]  # first element and sizes of a share
+_Sent = list[tuple["_Share", Box, jax.Array | np.ndarray]]
 
 
 def load(leaves: Mapping[str, LazyArray], abstract: Any, *, budget_bytes: int) -> Any:
@@ -99,15 +99,15 @@ class _Target:
         shape = self._wanted.shape
         if tuple(array.shape) != shape:
             raise InputError(path, tuple(array.shape), f"shape {shape}")
-        self._shares: dict[Any, _Share] = {}
-        self._places: list[_Place] = []
+        self._shares: dict[_Key, _Share] = {}
+        self._places: list[tuple[_Key, SingleDeviceSharding]] = []
         sharding = self._wanted.sharding
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
             corner_and_sizes = box_of(index, shape)
             first = _Share(corner_and_sizes, place, self._wanted.dtype)
-            share = self._shares.setdefault(corner_and_sizes, first)
-            self._places.append((share, place))
+            self._shares.setdefault(corner_and_sizes, first)
+            self._places.append((corner_and_sizes, place))
 
     def pieces(self, piece_bytes: int) -> Iterator[Box]:
         """Boxes that together are what the shares need, of at most so many bytes."""
@@ -136,7 +136,8 @@ class _Target:
     def assembled(self) -> jax.Array:
         """The array, once all is written."""
         # Replicas are copied from the device that has read, not read again.
-        parts = [jax.device_put(share.whole(), place) for share, place in self._places]
+        whole = {key: share.whole() for key, share in self._shares.items()}
+        parts = [jax.device_put(whole[key], place) for key, place in self._places]
         array = jax.make_array_from_single_device_arrays(
             self._wanted.shape,
             self._wanted.sharding,
@@ -151,42 +152,57 @@ class _Target:
 
 
 class _Share:
-    """The box of an array that a device holds, as it fills."""
+    """The box of an array that a device holds, as it fills.
+
+    In a device's own memory it fills there. What rests in host memory fills as an array of NumPy,
+    because a compiled write would take it to the device.
+    """
 
     def __init__(
         self,
-        corner_and_sizes: tuple[tuple[int, ...], tuple[int, ...]],
+        corner_and_sizes: _Key,
         place: SingleDeviceSharding,
         dtype: Any,
     ):
         corner, self._sizes = corner_and_sizes
         ends = map(operator.add, corner, self._sizes)
         self.box = tuple(map(slice, corner, ends))
-        self.values: jax.Array | None = None
+        self._values: jax.Array | np.ndarray | None = None
         self._place = place
         self._dtype = dtype
+        (device,) = place.device_set
+        self._is_on_host = place.memory_kind not in (None, device.default_memory().kind)
 
-    def put(self, values: np.ndarray) -> jax.Array:
+    def put(self, values: np.ndarray) -> jax.Array | np.ndarray:
         """A part of it on its device."""
-        return jax.device_put(values, self._place)
+        return values if self._is_on_host else jax.device_put(values, self._place)
 
-    def take(self, box: Box, part: jax.Array) -> None:
+    def take(self, box: Box, part: Any) -> None:
         """Takes what has been put of a box within its own."""
         if box == self.box:
-            self.values = part
+            self._values = part
             return
-        if self.values is None:
-            self.values = self._zeros()
-        offsets = [each.start for each in relative(box, self.box)]
-        written = _writer(self._place)(self.values, part, offsets)
+        if self._values is None:
+            self._values = self._zeros()
+        place = relative(box, self.box)
+        if self._is_on_host:
+            self._values[place] = part
+            return
+        offsets = [each.start for each in place]
+        written = _writer(self._place)(self._values, part, offsets)
         # Parts that wait to be written would add up in memory.
-        self.values = written.block_until_ready()
+        self._values = written.block_until_ready()
 
     def whole(self) -> jax.Array:
-        """Its values; zeros where it has no element."""
-        return self._zeros() if self.values is None else self.values
+        """Its values, or zeros where it has no element; it lets go of them."""
+        values, self._values = self._values, None
+        if values is None:
+            values = self._zeros()
+        return jax.device_put(values, self._place)
 
-    def _zeros(self) -> jax.Array:
+    def _zeros(self) -> jax.Array | np.ndarray:
+        if self._is_on_host:
+            return np.zeros(self._sizes, self._dtype)
         zeros = functools.partial(jnp.zeros, self._sizes, self._dtype)
         return jax.jit(zeros, out_shardings=self._place)()
 

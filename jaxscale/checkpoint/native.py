@@ -21,7 +21,6 @@ STATE = "state"
 PARAMS = "params/"  # what the paths of parameters begin with
 SEPARATOR = "/"
 FILE_SEPARATOR = "."
-COMPRESSOR = {"id": "zstd", "level": 1}
 EMPTY = {"value_type": "None", "skip_deserialize": True}
 ARRAYS = "array_metadatas"
 ITEM, KEY = 1, 2  # orbax's numbers for a place in a sequence and a key of a mapping
@@ -168,7 +167,7 @@ def create_leaf(
     Returns:
         A tensorstore to write to.
     """
-    metadata = {"shape": shape, "chunks": chunk, "compressor": COMPRESSOR}
+    metadata = {"shape": shape, "chunks": chunk, "compressor": None}
     return ts.open(
         _spec(state / leaf_folder(path))
         | {"metadata": metadata, "store_data_equal_to_fill_value": True},

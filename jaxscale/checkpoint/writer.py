@@ -123,7 +123,9 @@ class Writer:
 def _why_not(state: Any) -> str | None:
     """Why there can be no snapshot; None where there can."""
     needed: dict[jax.Device, int] = collections.Counter()
-    for leaf in _on_device(state):
+    for leaf in jax.tree.leaves(state):
+        if not _is_on_device(leaf):
+            return "a part of the state rests in host memory, where a copy takes as long"
         for shard in leaf.addressable_shards:
             needed[shard.device] += shard.data.nbytes
     for device, num_bytes in needed.items():
@@ -164,16 +166,10 @@ def _is_on_device(leaf: jax.Array) -> bool:
     return leaf.sharding.memory_kind == device.default_memory().kind
 
 
-def _on_device(state: Any) -> list[jax.Array]:
-    return [leaf for leaf in jax.tree.leaves(state) if _is_on_device(leaf)]
-
-
 def _snapshot(state: Any) -> Any:
-    """The state copied in device memory; what rests on the host is a copy already."""
+    """The state copied where it lies."""
 
     def copied(leaf: jax.Array) -> jax.Array:
-        if not _is_on_device(leaf):
-            return leaf
         # By the runtime: a compiled copy would hold the first save up for its compilation.
         return jax.device_put(leaf, leaf.sharding, may_alias=False)
 

@@ -60,6 +60,16 @@ def test_stored_chunks_are_read_once_and_whole():
     assert whole.reads == [2 * 8 * 8 * 4] * 4, "not in whole chunks"
 
 
+def test_host_memory_is_filled_in_pieces_too():
+    whole = Recorded(np.random.default_rng(0).normal(size=(4, 16, 8)).astype(np.float32))
+    spec = PartitionSpec(None, "data", None)
+    sharding = NamedSharding(mesh_of(2, 4), spec, memory_kind="pinned_host")
+    wanted = {"w": jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=sharding)}
+    got = load({"w": whole}, wanted, budget_bytes=750)["w"]
+    assert got.sharding == sharding
+    np.testing.assert_array_equal(np.asarray(got), whole.whole)
+
+
 def test_what_is_loaded_stays_when_the_source_changes():
     source = np.ones((16, 16), np.float32)
     sharding = NamedSharding(mesh_of(1, 1), PartitionSpec())
