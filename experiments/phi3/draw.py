@@ -13,15 +13,17 @@ import numpy as np
 
 def draw_mup(record):
     """Held-out loss over the learning rate, a curve for each width."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, name in zip(axes, ("muP", "standard"), strict=True):
+    names = [name for name in ("muP", "standard") if record.get(name)]
+    size = (4.5 * len(names), 3.6)
+    figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
         for width, found in record[name].items():
             label = f"width {width}, best {found['best_rate']:.4f}"
             axis.plot(record["rates"], found["losses"], "o-", label=label)
         axis.set(title=name, xlabel="learning rate", xscale="log")
         axis.legend()
     lowest = min(min(found["losses"]) for found in record["muP"].values())
-    axes[0].set(ylabel="held-out nats a byte", ylim=(lowest - 0.05, lowest + 0.8))
+    axes[0, 0].set(ylabel="held-out nats a byte", ylim=(lowest - 0.05, lowest + 0.8))
     return figure
 
 
