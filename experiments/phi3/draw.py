@@ -20,7 +20,8 @@ def draw_mup(record):
         for width, found in record[name].items():
             label = f"width {width}, best {found['best_rate']:.4f}"
             axis.plot(record["rates"], found["losses"], "o-", label=label)
-        axis.set(title=name, xlabel="learning rate", xscale="log")
+        axis.set(title=name, xlabel="learning rate")
+        axis.set_xscale("log", base=2)
         axis.legend()
     lowest = min(min(found["losses"]) for found in record["muP"].values())
     axes[0, 0].set(ylabel="held-out nats a byte", ylim=(lowest - 0.05, lowest + 0.8))
