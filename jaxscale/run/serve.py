@@ -4,6 +4,7 @@ import functools
 import gc
 import logging
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,12 +78,13 @@ def serve(
         expected = "the extra: pip install 'jaxscale[serve]'"
         raise InputError("serve", f"no module {error.name}", expected) from error
     listening = listen(host, port)
+    read_params = functools.partial(_read_params, run, tensor, quantisation)
     service = make_service(
         run,
         model_name=model_name,
         api_keys=read_keys(api_key_file) if api_key_file else (),
         timeout_s=timeout_s,
-        is_steered=is_steered,
+        read_params=read_params if is_steered else None,
     )
     made = make_engine(
         run,
@@ -114,7 +116,7 @@ def make_service(
     model_name: str | None = None,
     api_keys: tuple[str, ...] = (),
     timeout_s: float | None = None,
-    is_steered: bool = False,
+    read_params: Callable[[int | None], Params] | None = None,
 ) -> "Service":
     """What of a run is served; Args and Raises as `serve`."""
     from jaxscale.data.chat_template import find_chat_template
@@ -127,12 +129,18 @@ def make_service(
         api_keys=api_keys,
         stop_ids=stop_ids(folder),
         timeout_s=timeout_s,
-        read_params=functools.partial(_read_params, run) if is_steered else None,
+        read_params=read_params,
     )
 
 
-def _read_params(run: Run, step: int | None) -> Params:
-    return load(run, step=step).pure_params()
+def _read_params(
+    run: Run,
+    tensor: int,
+    quantisation: QuantisedConfig | None,
+    step: int | None,
+) -> Params:
+    """A checkpoint's parameters in the form in which the engine has those of another."""
+    return load(run, step=step, tensor=tensor, quantisation=quantisation).pure_params()
 
 
 def chat_folder(run: Run) -> Path:

@@ -17,7 +17,7 @@ from jaxscale.run.huggingface import import_model
 from jaxscale.run.model import load
 from jaxscale.run.pipeline import make_engine, pipeline
 from jaxscale.run.run import load_run
-from jaxscale.run.serve import make_service, read_keys
+from jaxscale.run.serve import _read_params, make_service, read_keys
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
@@ -48,10 +48,14 @@ def test_a_pipeline_continues_as_generate_does(run, loaded):  # noqa: F811
     found = answer(prompts, sampling=GREEDY, max_new_tokens=NEW)
     assert [each.text for (each,) in found] == wanted
     assert answer("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
-    quantised = load(run.directory, quantisation=QuantisedConfig(bits=8))
-    engine = make_engine(run.directory, config=SMALL, quantisation=QuantisedConfig(bits=8))
-    tokens = engine.generate(["x"], RequestConfig(GREEDY, max_new_tokens=NEW))[0][0].text
-    assert tokens == quantised.generate("x", max_new_tokens=NEW, sampling=GREEDY)[0]
+    eight = QuantisedConfig(bits=8)
+    quantised = load(run.directory, quantisation=eight)
+    engine = make_engine(run.directory, config=SMALL, quantisation=eight)
+    request = RequestConfig(GREEDY, max_new_tokens=NEW)
+    in_eight = quantised.generate("x", max_new_tokens=NEW, sampling=GREEDY)
+    assert [engine.generate(["x"], request)[0][0].text] == in_eight
+    engine.swap(_read_params(load_run([f"{run.directory}/config.gin"]), 1, eight, None))
+    assert [engine.generate(["x"], request)[0][0].text] == in_eight
     spread = pipeline(run.directory, config=SMALL, tensor=2)
     assert spread("x", sampling=GREEDY, max_new_tokens=NEW)[0].text == wanted[1]
 
