@@ -243,16 +243,21 @@ def test_a_rank_that_owns_nothing_is_no_hole(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.processes
-def test_the_fixtures_are_what_deepspeed_writes_today(tmp_path):
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        ("deepspeed_fixtures.py", ("zero_1", "zero_2", "zero_3")),
+        ("deepspeed_rank_fixtures.py", ("experts_1", "experts_2", "stages_1")),
+    ],
+)
+def test_the_fixtures_are_what_deepspeed_writes_today(tmp_path, script, names):
     pytest.importorskip("deepspeed")
-    root = Path(__file__).resolve().parents[2]
-    script = root / "experiments" / "checkpoints" / "deepspeed_fixtures.py"
+    path = Path(__file__).resolve().parents[2] / "experiments" / "checkpoints" / script
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, script, tmp_path / "new"], env=environment, check=True)
-    for stage in (1, 2, 3):
-        leaves = open_checkpoint(tmp_path / "new" / f"zero_{stage}" / "step3").source.leaves()
-        wanted = dict(np.load(tmp_path / "new" / f"zero_{stage}" / "oracle.npz"))
-        assert_equal(leaves, wanted)
+    subprocess.run([sys.executable, path, tmp_path / "new"], env=environment, check=True)
+    for name in names:
+        leaves = open_checkpoint(tmp_path / "new" / name / "step3").source.leaves()
+        assert_equal(leaves, dict(np.load(tmp_path / "new" / name / "oracle.npz")))
 
 
 # What we write. That DeepSpeed loads it is seen by experiments/checkpoints/deepspeed_loads.py.

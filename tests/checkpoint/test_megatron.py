@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,10 +129,10 @@ def test_a_lost_expert_is_named(tmp_path, gated):
 # What megatron-core itself has saved, see experiments/checkpoints/megatron_fixtures.py
 
 
-def oracle_of(name):
+def oracle_of(folder):
     """What its ranks hold by its own account of where that belongs, layer by layer."""
     apart = {}
-    for key, array in np.load(FIXTURES / name / "oracle.npz").items():
+    for key, array in np.load(folder / "oracle.npz").items():
         _, separator, state = key.partition("optimizer.state.")
         state, _, weight = state.partition(".") if separator else ("", "", key)
         renamed = weight.replace("self_attention.linear_qkv.layer_norm", "input_layernorm.")
@@ -146,14 +148,29 @@ def oracle_of(name):
     return apart | {name.removeprefix("fp32_param/"): array for name, array in masters.items()}
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_weights_masters_and_moments_are_those_of_megatron_core(name):
-    leaves = open_checkpoint(FIXTURES / name).source.leaves()
-    wanted = oracle_of(name)
+def check(folder):
+    leaves = open_checkpoint(folder).source.leaves()
+    wanted = oracle_of(folder)
     assert leaves.keys() == wanted.keys()
     for path, leaf in leaves.items():
         assert leaf.dtype == np.float32
         np.testing.assert_array_equal(leaf[:], wanted[path], err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_weights_masters_and_moments_are_those_of_megatron_core(name):
+    check(FIXTURES / name)
+
+
+@pytest.mark.long
+@pytest.mark.processes
+def test_the_fixtures_are_what_megatron_core_writes_today(tmp_path):
+    pytest.importorskip("megatron.core")
+    root = Path(__file__).resolve().parents[2]
+    script = root / "experiments" / "checkpoints" / "megatron_fixtures.py"
+    subprocess.run([sys.executable, script, tmp_path / "new"], check=True)
+    for name in ("float32", "bfloat16"):
+        check(tmp_path / "new" / name)
 
 
 def test_its_distributed_format_is_read():
