@@ -20,6 +20,8 @@ from jaxscale.planner.state import StateBytes
 # experts are recomputed from their inputs.
 KEPT_UNROLLED = {"layer": 1.115, "experts": 1.03}
 KEPT_SCANNED = {"layer": 1.64, "experts": 0.56}
+KEPT_SCANNED_WITH_EXCHANGE = {"layer": 1.64, "experts": 0.63}
+KEPT_SCANNED_IN_PIPELINE = {"layer": 1.64, "experts": 1.64}
 # Of what unrolled layers should recompute, XLA keeps so much anyway: it starts early to recompute.
 KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
 # A layer at work, over what it keeps when nothing is recomputed.
@@ -84,7 +86,9 @@ def step_memory(job: Job, layout: Layout, state: StateBytes) -> StepMemory:
     needs = _Needs(job, layout, state)
     moments, host = state.moments, 0.0
     if layout.mesh.is_optimizer_on_host:
-        moments, host = state.moments / 8, state.moments
+        # The moments of a leaf come to the device together, and new ones are made beside them.
+        share = state.largest_leaf / state.whole
+        moments, host = 1.5 * share * state.moments, state.moments
     if layout.mesh.pipeline > 1:
         temporaries = needs.of_pipeline()
     elif layout.is_scanned:
@@ -109,9 +113,12 @@ class _Needs:
         in_flight += mesh.schedule == "gpipe"  # fitted
         stashed = in_flight * self.layout.stages(job).num_slots * self._kept_by_period
         between = NUM_SLOTS_BETWEEN_STAGES * self._bytes(job.model.model_dim / mesh.tensor)
-        # A loop over layers stacks a micro-batch's gradients before they are added to the sums.
+        # A loop over layers stacks a micro-batch's gradients before they are added to the sums. If
+        # they are of one chunk among several, the sums are there twice.
         is_stacked = self.layout.is_scanned and mesh.zero < 3
         stack = self.state.gathered * job.width if is_stacked else 0.0
+        if self.layout.is_scanned and mesh.num_chunks > 1:
+            stack += self.state.gradients
         is_by_layer = mesh.zero == 3 and self.layout.remat == "full"
         layers = 2 * self.state.largest if is_by_layer else self.state.gathered
         return {
@@ -123,7 +130,7 @@ class _Needs:
 
     def of_loop(self) -> dict[str, float]:
         """Sums of gradients lie there all the time, and one layer at a time is at work."""
-        update = self._update if self.layout.num_microbatches == 1 else self._update / 2  # fitted
+        update = self._update if self.layout.num_microbatches == 1 else 0.0
         work = max(self._head, WORKSPACE * self._largest_layer) + update
         return {
             "gradients": self._gradients(self.job.reduction_width) + self._sums_of_microbatches,
@@ -182,9 +189,10 @@ class _Needs:
     def _gathered_at_once(self) -> float:
         """Parameters that a loop over layers has in another form at a time."""
         state, job = self.state, self.job
-        if self.layout.mesh.zero < 3:
-            return self._converted(state.gathered)
+        # A loop whose backward recomputes nothing keeps each layer's parameters for it.
         kept = state.gathered if self.layout.remat == "none" else 0.0
+        if self.layout.mesh.zero < 3:
+            return max(kept * job.width, self._converted(state.gathered))
         return kept * job.width + state.outside * job.parameter_width
 
     def _converted(self, elements: float) -> float:
@@ -228,7 +236,9 @@ class _Needs:
         is_pipelined = layout.mesh.pipeline > 1
         mesh = layout.mesh
         if layout.is_scanned:
-            kept = self._on_device(work, work.all.scaled(**KEPT_SCANNED))
+            shares = KEPT_SCANNED_WITH_EXCHANGE if mesh.expert > 1 else KEPT_SCANNED
+            shares = KEPT_SCANNED_IN_PIPELINE if is_pipelined else shares
+            kept = self._on_device(work, work.all.scaled(**shares))
         elif is_pipelined:
             kept = self._on_device(work, work.staged)
             kept += self.job.model.model_dim / mesh.tensor  # what the chunk was sent

@@ -126,8 +126,8 @@ def test_a_model_too_large_says_what_is_nearest(folder, capsys):
 
 
 def test_moments_go_to_the_host_only_where_they_must(folder, capsys):
-    for vocabulary, is_on_host in ((20_000, False), (36_000, True)):
-        overrides = (f"model.vocab_size={vocabulary}", "model.model_dim=65536")
+    for num_layers, is_on_host in ((60, False), (110, True)):
+        overrides = (f"model.num_layers={num_layers}", "model.model_dim=65536")
         assert plan_file(folder, *overrides, devices="v100_32gb:1x1") == 0
         layout = Plan.load(folder / "plan.json").candidate.layout
         assert layout.mesh.is_optimizer_on_host == is_on_host
