@@ -18,7 +18,8 @@ from jaxscale.planner.state import StateBytes
 # What is really kept, over what `decoder` counts, when nothing is recomputed, by experts and by the
 # rest of a layer. A loop over layers stacks an activation's intermediate results too, but those of
 # experts are recomputed from their inputs.
-KEPT_UNROLLED = {"layer": 1.115, "experts": 1.03}
+KEPT_UNROLLED = {"layer": 1.115, "experts": 0.80}
+KEPT_UNROLLED_WITH_EXCHANGE = {"layer": 1.115, "experts": 1.03}
 KEPT_SCANNED = {"layer": 1.64, "experts": 0.56}
 KEPT_SCANNED_WITH_EXCHANGE = {"layer": 1.64, "experts": 0.63}
 KEPT_SCANNED_IN_PIPELINE = {"layer": 1.64, "experts": 1.64}
@@ -147,13 +148,16 @@ class _Needs:
         outside = state.outside * job.reduction_width
         sums = self._sums_of_microbatches
         work = self._head + WORKSPACE * self._largest_experts
-        begin = stashed + outside + work
         # Layers' gradients stay in the compute type until they are copied into stacks.
         gradients = self._gradients(job.width)
+        # Those of experts, unless ZeRO-3 cuts them, lie there before what forwards kept is freed.
+        is_whole = job.model.num_experts and self.layout.mesh.zero < 3
+        beside = max(outside, gradients) if is_whole else outside
+        begin = stashed + beside + work
         stack = state.largest_leaf * job.width
         end = gradients + stack + WORKSPACE * self._largest_layer + self._update
         if begin >= end:
-            found = {"gradients": sums + outside, "stashed": stashed, "workspace": work}
+            found = {"gradients": sums + beside, "stashed": stashed, "workspace": work}
         else:
             found = {
                 "gradients": sums + gradients,
@@ -243,7 +247,8 @@ class _Needs:
             kept = self._on_device(work, work.staged)
             kept += self.job.model.model_dim / mesh.tensor  # what the chunk was sent
         else:
-            kept = self._on_device(work, work.all.scaled(**KEPT_UNROLLED))
+            shares = KEPT_UNROLLED_WITH_EXCHANGE if mesh.expert > 1 else KEPT_UNROLLED
+            kept = self._on_device(work, work.all.scaled(**shares))
         if mesh.sequence > 1:
             kept += work.heads / mesh.tensor  # attention's output before its exchange
         if mesh.tensor > 1:

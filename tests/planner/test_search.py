@@ -31,8 +31,8 @@ LONG = (
     "data.batch_size=1 model.max_length=262144 mesh.sequence=2 mesh.zero=3 execution.remat='full'"
 )
 # Milliseconds and GiB of steps on H200s, from experiments/results: 2026-11-23_h200_train_step.md,
-# 2026-11-24_h200_grin_table3.md, 2026-11-27_two_h200_scaling.md and
-# 2026-11-27_two_h200_long_sequences.md.
+# 2026-11-23_h200_grouped_matmul.md, 2026-11-24_h200_grin_table3.md, 2026-11-27_two_h200_scaling.md
+# and 2026-11-27_two_h200_long_sequences.md.
 MEASURED = [
     ("runs/llama_1b", 1, "", 212.7, 38.1),
     ("runs/llama_1b", 2, "data.batch_size=8 mesh.data=2 mesh.zero=0", 228.6, 37.8),
@@ -50,6 +50,8 @@ MEASURED = [
     ("runs/llama_3b", 2, "data.batch_size=8 mesh.data=2 mesh.zero=3", 586.6, 67.4),
     ("runs/llama_3b", 2, "data.batch_size=8 mesh.sequence=2 mesh.zero=3", 619.7, 69.8),
     ("runs/llama_3b", 2, "data.batch_size=8 mesh.tensor=2", 629.2, 71.8),
+    ("runs/mixtral_4b", 1, "", 162.6, 45.3),
+    ("runs/mixtral_4b", 1, "data.batch_size=24", 837.6, 123.1),
     ("papers/grin/table3_4b", 1, "", 1129.3, 97.4),
     ("papers/grin/table3_10b", 1, "", 3368.7, 100.2),
     ("runs/llama_1b", 2, f"{LONG} data.sequence_length=32768", 541.0, 26.0),
