@@ -127,15 +127,20 @@ def call(
     import jax_triton
 
     capability = device.compute_capability() or DEFAULT_CAPABILITY
-    results = jax_triton.triton_call(
-        *operands,
-        kernel=kernel,
-        out_shape=out_type,
-        grid=grid,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-        zeroed_outputs=zeroed,
-        compute_capability=math.floor(float(capability) * 10 + 0.5),
-        **constants,
-    )
-    return tuple(results)
+
+    # jax-triton has no rule for vmap.
+    @jax.custom_batching.sequential_vmap
+    def run(*operands: Array) -> list[Array]:
+        return jax_triton.triton_call(
+            *operands,
+            kernel=kernel,
+            out_shape=out_type,
+            grid=grid,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            zeroed_outputs=zeroed,
+            compute_capability=math.floor(float(capability) * 10 + 0.5),
+            **constants,
+        )
+
+    return tuple(run(*operands))

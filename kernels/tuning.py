@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxscale.kernels.attention.api import TRITON_LAYOUT_HEAD_DIM
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.kernels.triton_call import Blocks, use_blocks
 
@@ -100,14 +101,19 @@ def _attention(head_dim: int) -> Iterator[Problem]:
     high = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
     settings = dict(scale=head_dim**-0.5, softcap=None)
     forward = functools.partial(attention.forward, **settings)
-    over_blocks = functools.partial(forward, layout=BlockLayout())
+    has_layouts = head_dim <= TRITON_LAYOUT_HEAD_DIM
     backward = functools.partial(attention.backward, **settings)
     arguments = q, k, k, low, high
     yield _problem(f"attention.forward.{head_dim}", forward, *arguments)
-    yield _problem(f"attention.layout.{head_dim}", over_blocks, *arguments)
+    if has_layouts:
+        over_blocks = functools.partial(forward, layout=BlockLayout())
+        yield _problem(f"attention.layout.{head_dim}", over_blocks, *arguments)
     _, lse = jax.jit(forward)(*arguments)
-    of_output = q, lse, jnp.zeros_like(lse)
-    yield _problem(f"attention.backward.{head_dim}", backward, q, k, k, *of_output, low, high)
+    arguments = q, k, k, q, lse, jnp.zeros_like(lse), low, high
+    yield _problem(f"attention.backward.{head_dim}", backward, *arguments)
+    if has_layouts:
+        over_blocks = functools.partial(backward, layout=BlockLayout())
+        yield _problem(f"attention.layout_backward.{head_dim}", over_blocks, *arguments)
 
 
 def _paged_attention() -> Problem:

@@ -1,10 +1,14 @@
-"""TFLOP/s of attention on one GPU, ours beside cuDNN's in one process; unseen pairs do not count.
+"""TFLOP/s of attention on one GPU, ours beside cuDNN and XLA in one process.
 
-python experiments/bench/attention.py
+Unseen pairs do not count.
+
+python experiments/bench/attention.py           # our kernels for Hopper GPUs
+python experiments/bench/attention.py triton    # others of ours, one row each
 """
 
 import dataclasses
 import functools
+import sys
 import time
 
 import jax
@@ -13,6 +17,8 @@ import numpy as np
 
 from jaxscale.kernels.attention.api import attention
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
+from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.attention import attention as ops_attention
 
 SHAPES = (
     (4, 4096, 32, 8, 128),
@@ -89,8 +95,8 @@ def masks(length):
         yield block_sparse(length)
 
 
-def ours(q, k, v, low, high, layout):
-    """Our kernel."""
+def kernel(q, k, v, low, high, layout, implementation):
+    """One of our kernels."""
     scale = q.shape[-1] ** -0.5
     o, *_ = attention(
         q,
@@ -100,14 +106,21 @@ def ours(q, k, v, low, high, layout):
         high,
         scale=scale,
         layout=layout,
-        implementation="mosaic",
+        implementation=implementation,
     )
     return o
 
 
-def cudnn(q, k, v, low, high, layout):
+def cudnn(q, k, v, low, high, layout, implementation):
     """cuDNN, causal."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def xla(q, k, v, low, high, layout, implementation):
+    """A chunk of queries at a time, causal."""
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    o, _ = ops_attention(q, k, v, AttentionContext(positions), implementation="chunked")
+    return o
 
 
 def with_gradients(f):
@@ -118,6 +131,10 @@ def with_gradients(f):
         return o, *pullback(do)
 
     return run
+
+
+PEERS = {"cudnn": cudnn, "xla": xla}
+LONGEST = {"cudnn": np.inf, "xla": 8192}  # tokens, beyond which it takes too long
 
 
 def seconds(f, *arrays):
@@ -143,33 +160,35 @@ def draw(shape):
     ]
 
 
-def measure(f, mask, arrays):
+def measure(implementation, mask, arrays):
     """Seconds of the forward, and of the forward with the backward."""
     _, q, k, v = arrays
     ends = np.arange(len(mask.first_key)) + 1
     bounds = [jnp.asarray(each[None], jnp.int32) for each in (mask.first_key, ends)]
-    run = functools.partial(f, layout=mask.layout)
+    f = PEERS.get(implementation, kernel)
+    run = functools.partial(f, layout=mask.layout, implementation=implementation)
     forward = seconds(run, q, k, v, *bounds)
     return forward, seconds(with_gradients(run), *arrays, *bounds)
 
 
-def main():
-    """One row per shape, mask and backend; tiles per second relative to our causal kernel."""
+def main(families):
+    """One row per shape, mask and backend; tiles per second relative to the first causal one."""
     print(HEADER)
     for shape in SHAPES:
         B, T, N, K, H = shape
         arrays, causal_rates = draw(shape), None
         for mask in masks(T):
             tflop = 4 * H * B * N * mask.num_pairs / 1e12
-            for f in (ours, cudnn) if mask.name == "causal" else (ours,):
-                forward, both = measure(f, mask, arrays)
+            peers = [name for name in PEERS if LONGEST[name] >= T and mask.name == "causal"]
+            for name in (*families, *peers):
+                forward, both = measure(name, mask, arrays)
                 rates = mask.num_tiles / forward, mask.num_tiles / both
                 causal_rates = causal_rates or rates
                 relative = [a / b for a, b in zip(rates, causal_rates, strict=True)]
                 # The backward counts 2.5 times the forward.
                 cells = [
                     f"{B}x{T}x{N}/{K}x{H} {mask.name}",
-                    f.__name__,
+                    name,
                     f"{tflop / forward:.0f}, {3.5 * tflop / both:.0f}",
                     f"{forward * 1e3:.2f}, {both * 1e3:.2f}",
                     f"{relative[0]:.2f}, {relative[1]:.2f}",
@@ -178,4 +197,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["mosaic"])

@@ -1,6 +1,7 @@
 """TFLOP/s of the grouped matmul and its two gradients beside `torch._grouped_mm`, on one GPU.
 
 python experiments/bench/grouped_matmul.py 16384 4096 6400 16  # rows, K, N, groups
+python experiments/bench/grouped_matmul.py 16384 4096 6400 16 triton  # or xla
 """
 
 import functools
@@ -15,9 +16,10 @@ os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 import jax
 import jax.numpy as jnp
 import torch
+from jax import lax
 
+from jaxscale.kernels.grouped_matmul import pallas
 from jaxscale.kernels.grouped_matmul.block_sizes import H200
-from jaxscale.kernels.grouped_matmul.pallas import forward, weight_gradient
 
 REPEATS, ROUNDS = 20, 5
 HEADER = """\
@@ -33,17 +35,40 @@ def group_sizes(num_rows, num_groups):
     return sizes
 
 
-def ours(shapes, sizes):
+def kernels(family):
+    """The products of our kernels in one language, or of XLA."""
+    if family == "xla":
+
+        def multiply(lefts, rights, groups, is_transposed):
+            right = jnp.swapaxes(rights[0], 1, 2) if is_transposed else rights[0]
+            return lax.ragged_dot(lefts[0], right, groups)
+
+        def transpose(rows, cotangent, groups):
+            weights = jnp.zeros((len(groups), rows.shape[1], cotangent.shape[1]), rows.dtype)
+            _, pullback = jax.vjp(lambda w: lax.ragged_dot(rows, w, groups), weights)
+            return pullback(cotangent)
+
+        return jax.jit(multiply, static_argnames="is_transposed"), jax.jit(transpose)
+    if family == "triton":
+        from jaxscale.kernels.grouped_matmul import triton
+
+        product = jax.jit(triton.forward, static_argnames="is_transposed")
+        return product, jax.jit(triton.weight_gradient)
+    product = functools.partial(pallas.forward, blocks=H200)
+    return product, functools.partial(pallas.weight_gradient, blocks=H200)
+
+
+def ours(shapes, sizes, family):
     """Part -> a function that starts it."""
     rows, weights, cotangent = (
         jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes)
     )
     groups = jnp.asarray(sizes, jnp.int32)
-    product = functools.partial(forward, blocks=H200)
+    product, gradient = kernels(family)
     return {
         "forward": lambda: product((rows,), (weights,), groups, is_transposed=False),
         "input gradient": lambda: product((cotangent,), (weights,), groups, is_transposed=True),
-        "weight gradient": lambda: weight_gradient(rows, cotangent, groups, blocks=H200),
+        "weight gradient": lambda: gradient(rows, cotangent, groups),
     }
 
 
@@ -80,18 +105,18 @@ def wait_for_torch(result):
     torch.cuda.synchronize()
 
 
-def main(num_rows, K, N, num_groups):
+def main(num_rows, K, N, num_groups, family="mosaic"):
     """One row per part."""
     sizes = group_sizes(num_rows, num_groups)
     shapes = (num_rows, K), (num_groups, K, N), (num_rows, N)
     flops = 2 * num_rows * K * N
     theirs = peers(shapes, sizes)
     print(f"groups of {sizes.tolist()} rows\n{HEADER}")
-    for part, run in ours(shapes, sizes).items():
+    for part, run in ours(shapes, sizes, family).items():
         of_peers = ", ".join(tflops(each, wait_for_torch, flops) for each in theirs[part])
         of_ours = tflops(run, jax.block_until_ready, flops)
         print(f"| {part} | {of_ours} | {of_peers} |")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:5]), *sys.argv[5:])

@@ -1,5 +1,6 @@
 """What the device is that a program is traced for, and whose kernels compute on it."""
 
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ OLDEST_FOR_TRITON = 8.0  # Ampere: older ones do not multiply bfloat16
 # Our kernels by the language that they are written in; "xla" stands for none of them.
 FAMILIES = ("mosaic", "triton", "xla")
 
+logger = logging.getLogger(__name__)
 _named: str | None = None
 
 
@@ -43,7 +45,10 @@ def kernel_family() -> str:
     """
     check_tuned()
     if _named is None:
-        return next(family for family in FAMILIES if device_refusal(family) is None)
+        chosen = next(family for family in FAMILIES if device_refusal(family) is None)
+        if chosen == "xla" and described.compute_capability():
+            logger.info("kernels: xla alone; those in Triton need %s", device_refusal("triton"))
+        return chosen
     if reason := device_refusal(_named):
         raise InputError("RuntimeConfig.kernels", _named, reason)
     return _named

@@ -27,6 +27,9 @@ from jaxscale.kernels.attention.tiles import (
 from jaxscale.kernels.triton_call import blocks_of, call
 from jaxscale.kernels.triton_softmax import capped, softmax_step
 
+# Heads whose programs are started in turn, longest first. Of a head alone the last and longest ones
+# would run when most of the GPU is idle; of all at once too much would be in work for the L2 cache.
+TOGETHER = 4
 LOG2E = math.log2(math.e)
 
 
@@ -119,6 +122,7 @@ def _forward(
     v,
     o,
     lse,
+    BATCH: tl.constexpr,
     NUM_QUERIES: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     NUM_TILES: tl.constexpr,
@@ -136,9 +140,12 @@ def _forward(
 ):
     """Attention of one tile of queries of one head."""
     # Under a causal mask the last tiles see most keys, so they come first.
-    tile = NUM_TILES - 1 - tl.program_id(0)
-    head = tl.program_id(1) % NUM_HEADS
-    batch = tl.program_id(1) // NUM_HEADS
+    tile = NUM_TILES - 1 - tl.program_id(1)
+    number = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    if number >= BATCH * NUM_HEADS:
+        return
+    head = number % NUM_HEADS
+    batch = number // NUM_HEADS
     bounds_row = batch % NUM_BOUNDS
     place = (head % NUM_PATTERNS if NUM_PATTERNS else bounds_row) * NUM_TILES + tile
     query = tile * ROWS + tl.arange(0, ROWS)
@@ -177,7 +184,7 @@ def _forward(
     o_tile = o_tile / total[:, None]
     tl.store(o + of_queries, o_tile.to(o.dtype.element_ty), mask=is_query[:, None])
     lse_tile = tl.where(sees, (top + tl.log2(total)) / 1.4426950408889634, -float("inf"))
-    tl.store(lse + tl.program_id(1) * NUM_TILES * ROWS + query, lse_tile)
+    tl.store(lse + number * NUM_TILES * ROWS + query, lse_tile)
 
 
 @triton.jit
@@ -263,6 +270,7 @@ def _backward(
     dq,
     dk,
     dv,
+    BATCH: tl.constexpr,
     NUM_QUERIES: tl.constexpr,
     PADDED: tl.constexpr,
     NUM_KEYS: tl.constexpr,
@@ -280,9 +288,13 @@ def _backward(
     BLOCK: tl.constexpr,
 ):
     """Gradients of one tile of keys and values of one kv head, and its part of the queries'."""
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1) % KV_HEADS
-    batch = tl.program_id(1) // KV_HEADS
+    # Under a causal mask the first tiles are seen by most queries, so they come first.
+    tile = tl.program_id(1)
+    number = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    if number >= BATCH * KV_HEADS:
+        return
+    kv_head = number % KV_HEADS
+    batch = number // KV_HEADS
     groups: tl.constexpr = NUM_HEADS // KV_HEADS
     stride: tl.constexpr = NUM_HEADS * HEAD_DIM
     bounds_row = batch % NUM_BOUNDS
@@ -321,10 +333,17 @@ def _backward(
     tl.store(dv + of_keys, dv_tile.to(dv.dtype.element_ty), mask=is_key)
 
 
+def _grid(num_tiles: int, num_heads: int) -> tuple[int, int, int]:
+    """The tiles of TOGETHER heads, then those of the next; the first varies fastest."""
+    together = min(TOGETHER, num_heads)
+    return together, num_tiles, triton.cdiv(num_heads, together)
+
+
 def _sizes(q: Array, k: Array, low: Array, layout: BlockLayout | None) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    _, length, num_heads, head_dim = q.shape
+    batch, length, num_heads, head_dim = q.shape
     return dict(
+        BATCH=batch,
         NUM_QUERIES=length,
         NUM_KEYS=k.shape[1],
         NUM_BOUNDS=low.shape[0],
@@ -377,7 +396,7 @@ def forward(
         _forward,
         *(table, entries, low, high, q, k, v),
         out_type=(o_type, lse_type),
-        grid=(num_tiles, batch * num_heads),
+        grid=_grid(num_tiles, batch * num_heads),
         blocks=blocks,
         interpret=interpret,
         **_sizes(q, k, low, layout),
@@ -414,8 +433,9 @@ def backward(
     """
     batch, length, _, head_dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
-    blocks = blocks_of(f"attention.backward.{head_dim}")
-    keys, queries = blocks.rows, BLOCK if layout else blocks.columns
+    # Tiles of a layout are of one or two blocks of keys and one of queries.
+    blocks = blocks_of(f"attention.{'layout_' if layout else ''}backward.{head_dim}")
+    keys, queries = blocks.rows, blocks.columns
     margin = -length % queries
     padded, num_tiles = length + margin, triton.cdiv(num_keys, keys)
     by_row = (0, 0), (0, margin)
@@ -439,7 +459,7 @@ def backward(
         *(table, entries, low, high, lse, delta, q, k, v, do),
         out_type=(wide, narrow, narrow),
         zeroed=(0,),
-        grid=(num_tiles, batch * kv_heads),
+        grid=_grid(num_tiles, batch * kv_heads),
         blocks=blocks,
         interpret=interpret,
         **_sizes(q, k, low, layout),

@@ -10,6 +10,7 @@ import jax_triton.triton_lib as triton_lib
 
 from jaxscale.kernels import device
 from jaxscale.kernels.attention import triton as attention
+from jaxscale.kernels.attention.api import TRITON_LAYOUT_HEAD_DIM
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.kernels.grouped_matmul import triton as grouped_matmul
 from jaxscale.kernels.linear_cross_entropy import triton as linear_cross_entropy
@@ -35,6 +36,8 @@ def programs():
     sizes = integers(16)
     yield "product", lambda *a: multiply(*a, False), (rows, weights, sizes)
     yield "input gradient", lambda *a: multiply(*a, True), (products, weights, sizes)
+    alike = array(2, 4096, 1024), array(2, 16, 1024, 512), integers(2, 16)
+    yield "product under vmap", jax.vmap(lambda *a: multiply(*a, False)), alike
     yield "weight gradient", grouped_matmul.weight_gradient, (rows, products, sizes)
     yield "cross-entropy", linear_cross_entropy.exponentials, (rows, array(32064, 2048))
     scale = array(2048, dtype="float32")
@@ -49,7 +52,8 @@ def programs():
             lambda *a, settings=settings: paged_attention.paged_attention(*a, **settings),
             (array(64, 32, head_dim), pages, pages, *table),
         )
-        yield from attention_programs(head_dim, BlockLayout())
+        if head_dim <= TRITON_LAYOUT_HEAD_DIM:
+            yield from attention_programs(head_dim, BlockLayout())
 
 
 def attention_programs(head_dim, layout):

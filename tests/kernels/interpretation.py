@@ -59,6 +59,19 @@ def but_triton(backends):
     return long_but(backends, [name for name in backends if name != "triton"])
 
 
+def pairs(backends, names, chosen):
+    """(backend, name) of which Triton runs the chosen name alone by default."""
+    return [
+        pytest.param(
+            backend,
+            name,
+            marks=pytest.mark.long if backend == "triton" and name != chosen else (),
+        )
+        for backend in backends
+        for name in names
+    ]
+
+
 def lower_for_gpu(f, *arguments):
     """The text of f's program for an NVIDIA GPU, which needs none."""
     traced = jax.jit(f).trace(*arguments)

@@ -128,6 +128,7 @@ def test_twice_the_same_bits(implementation):
     assert_same_bits(found_in_case(implementation, case), again)
 
 
+@pytest.mark.parametrize("implementation", but_triton(BACKENDS), indirect=True)
 def test_a_long_contraction_is_added_up_in_float32(implementation):
     """Rounded to bfloat16 after each of 16 steps, the sum would be off by more than twice this."""
     arguments = draw([40, 24], size=(64, 1024, 64))
