@@ -71,7 +71,7 @@ def blocks_of(operation: str) -> Blocks:
 def _table() -> dict[str, dict[str, Blocks]]:
     """The package's blocks by compute capability and operation.
 
-    They are measured on 9.0 alone; for the others they are what fits the shared memory.
+    Grouped matmul and attention are measured on 9.0; the others are what fits the shared memory.
     """
     text = (importlib.resources.files("jaxscale.kernels") / "triton_blocks.json").read_text()
     return {
