@@ -22,7 +22,6 @@ KEPT_UNROLLED = {"layer": 1.115, "experts": 0.80}
 KEPT_UNROLLED_WITH_EXCHANGE = {"layer": 1.115, "experts": 1.03}
 KEPT_SCANNED = {"layer": 1.64, "experts": 0.56}
 KEPT_SCANNED_WITH_EXCHANGE = {"layer": 1.64, "experts": 0.63}
-KEPT_SCANNED_IN_PIPELINE = {"layer": 1.64, "experts": 1.64}
 # Of what unrolled layers should recompute, XLA keeps so much anyway: it starts early to recompute.
 KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
 # A layer at work, over what it keeps when nothing is recomputed.
@@ -114,12 +113,14 @@ class _Needs:
         in_flight += mesh.schedule == "gpipe"  # fitted
         stashed = in_flight * self.layout.stages(job).num_slots * self._kept_by_period
         between = NUM_SLOTS_BETWEEN_STAGES * self._bytes(job.model.model_dim / mesh.tensor)
-        # A loop over layers stacks a micro-batch's gradients before they are added to the sums. If
-        # they are of one chunk among several, the sums are there twice.
-        is_stacked = self.layout.is_scanned and mesh.zero < 3
-        stack = self.state.gathered * job.width if is_stacked else 0.0
-        if self.layout.is_scanned and mesh.num_chunks > 1:
-            stack += self.state.gradients
+        stack = 0.0
+        if self.layout.is_scanned:
+            # A loop stacks a micro-batch's gradients before they are added to the sums.
+            whole = self.state.gathered * job.width
+            stack = self.state.gradients if mesh.zero == 3 else whole
+            if self.layout.remat == "none":
+                # What each micro-batch in flight keeps has its chunk's parameters in it.
+                stashed += in_flight * whole / mesh.num_chunks
         is_by_layer = mesh.zero == 3 and self.layout.remat == "full"
         layers = 2 * self.state.largest if is_by_layer else self.state.gathered
         return {
@@ -241,7 +242,6 @@ class _Needs:
         mesh = layout.mesh
         if layout.is_scanned:
             shares = KEPT_SCANNED_WITH_EXCHANGE if mesh.expert > 1 else KEPT_SCANNED
-            shares = KEPT_SCANNED_IN_PIPELINE if is_pipelined else shares
             kept = self._on_device(work, work.all.scaled(**shares))
         elif is_pipelined:
             kept = self._on_device(work, work.staged)
