@@ -261,7 +261,7 @@ FAULTS = (
     ),
     Fault(
         "the grouped matmul gives a tile to the wrong expert",
-        "kernels/grouped_matmul/pallas.py",
+        "kernels/grouped_matmul/tiles.py",
         "begin = jnp.clip(starts[group] - first, 0, tile)",
         "begin = jnp.zeros_like(starts[group])",
         "tests/kernels/test_grouped_matmul.py",

@@ -163,7 +163,7 @@ def test_a_grouped_matmul_gets_no_more_rows_than_there_are(variant, monkeypatch)
     """Empty rows of the worst-case buffers lie past the last expert's."""
     seen = []
 
-    def grouped_ffn(rows, group_sizes, weights, activation, dropout):
+    def grouped_ffn(rows, group_sizes, weights, activation, dropout, tile=None):
         jax.debug.callback(lambda sizes: seen.append(int(sizes.sum())), group_sizes)
         return rows
 
