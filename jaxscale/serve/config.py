@@ -112,7 +112,12 @@ class EngineConfig:
             pages=powers_up_to(
                 num_pages, smallest=num_pages if is_free else -(-num_pages // 4), factor=4
             ),
-            prompt_pages=powers_up_to(context, smallest=-(-context // 4), factor=4),
+            # Pages of prompts are gathered, those of padding too.
+            prompt_pages=powers_up_to(
+                context,
+                smallest=-(-context // 4),
+                factor=2 if is_free else 4,
+            ),
             extra=(0, *powers_up_to(self.max_extra, smallest=min(16, self.max_extra), factor=4)),
             warm_extra=self.max_extra if self.num_drafts else 0,
             max_prompts=self.max_prompts,
