@@ -31,7 +31,8 @@ class EngineConfig:
             host does for one. A client gets as many tokens at a time.
         block_size: tokens a page of the cache.
         cache_dtype: of keys and values; None for the compute type. In 8 bits there is a scale a
-            token and head and twice as many tokens fit; no kernel of ours is chosen for them yet.
+            token and head and twice as many tokens fit; the kernel for Hopper GPUs reads them if
+            the head dim is a multiple of 128.
         num_blocks: pages; None takes `memory_fraction` of what the device has left.
         memory_fraction: of the device's memory that weights and cache may fill.
         host_bytes: of the host's memory, for blocks of prefixes for which the device has no room

@@ -152,8 +152,6 @@ def attend(
 def _choose(q: Array, context: AttentionContext, cache: PagedCache) -> str:
     family = kernel_family()
     is_fast = family in FAMILIES and _refusal(family, q, context, cache) is None
-    # The kernel over pages of 8 bits is compiled and interpreted, and has not run on a GPU yet.
-    is_fast &= not isinstance(cache.k, pages.QuantisedPages)
     chosen = family if is_fast else "reference"
     logger.info("paged attention: backend %s for %s", chosen, q.dtype)
     return chosen
