@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.resources
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +18,9 @@ from jax import Array
 
 from jaxscale.kernels import device
 
-# The releases whose interface this file knows: 0.4 renamed arguments and asks for Triton 3.7.
-OLDEST, FIRST_UNKNOWN = "0.3.1", "0.4"
+# The releases whose interface this file knows, from the oldest on and before the first unknown one:
+# jax-triton 0.4 renamed arguments and asks for Triton 3.7.
+RELEASES = {"jax-triton": ("0.3.1", "0.4"), "triton": ("3.6", "3.7")}
 # Where no GPU says otherwise, kernels are built for this one.
 DEFAULT_CAPABILITY = "9.0"
 
@@ -83,19 +85,21 @@ def _table() -> dict[str, dict[str, Blocks]]:
 @functools.cache
 def missing() -> str | None:
     """What Triton kernels lack here, as the text of an error; None where they can be built."""
-    wanted = f"jax-triton >= {OLDEST}, < {FIRST_UNKNOWN} (pip install 'jaxscale[gpu-kernels]')"
-    try:
-        found = importlib.metadata.version("jax-triton")
-        importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError as error:
-        return f"{wanted}, but {error.name} is not installed"
-    if not _numbers(OLDEST) <= _numbers(found) < _numbers(FIRST_UNKNOWN):
-        return f"{wanted}, but it is {found}"
+    for package, (oldest, unknown) in RELEASES.items():
+        wanted = f"{package} >= {oldest}, < {unknown} (pip install 'jaxscale[gpu-kernels]')"
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{wanted}, but it is not installed"
+        if not _numbers(oldest) <= _numbers(found) < _numbers(unknown):
+            return f"{wanted}, but it is {found}"
     return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    """(3, 6, 0) of "3.6.0+cu13"; a part such as "0rc1" counts by the digits it begins with."""
+    parts = re.match(r"[\d.]*", version).group().split(".")
+    return tuple(int(part) for part in parts if part)
 
 
 def call(

@@ -8,6 +8,7 @@ import json
 import string
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -143,31 +144,39 @@ def fastest(problem: Problem) -> tuple[Blocks, float]:
     Raises:
         RuntimeError: it can run none of them.
     """
+    with futures.ThreadPoolExecutor() as pool:
+        compiling = {each: pool.submit(_traced(problem, each)) for each in problem.candidates}
+    # Timed when all are compiled, which would keep the host from calling them at its full rate.
     timed, reason = {}, None
-    for blocks in problem.candidates:
-        use_blocks({problem.operation: blocks})
+    for blocks, compiled in compiling.items():
         try:
-            timed[blocks] = milliseconds(problem)
+            timed[blocks] = milliseconds(compiled.result(), problem.arguments)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             reason = error
-        finally:
-            use_blocks({})
     if not timed:
         raise RuntimeError(f"{problem.operation}: no block sizes run here") from reason
     return min(timed.items(), key=lambda item: item[1])
 
 
-def milliseconds(problem: Problem) -> float:
+def _traced(problem: Problem, blocks: Blocks) -> Callable[[], jax.stages.Compiled]:
+    """What compiles the problem with these blocks, which are looked up while it is traced."""
+    use_blocks({problem.operation: blocks})
+    try:
+        # A new function, because the block sizes are no argument of it.
+        traced = jax.jit(lambda *arguments: problem.run(*arguments)).trace(*problem.arguments)
+    finally:
+        use_blocks({})
+    return lambda: traced.lower().compile()
+
+
+def milliseconds(compiled: Callable, arguments: tuple[Array, ...]) -> float:
     """Of the fastest of ROUNDS rounds of REPEATS calls."""
-    # A new function, because the block sizes are no argument of it.
-    run = jax.jit(lambda *arguments: problem.run(*arguments))
-    compiled = run.lower(*problem.arguments).compile()
-    jax.block_until_ready(compiled(*problem.arguments))
+    jax.block_until_ready(compiled(*arguments))
     rounds = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         for _ in range(REPEATS):
-            result = compiled(*problem.arguments)
+            result = compiled(*arguments)
         jax.block_until_ready(result)
         rounds.append((time.perf_counter() - began) / REPEATS * 1e3)
     return min(rounds)

@@ -235,6 +235,16 @@ CASES = {
         "RuntimeConfig.xla_flags: given 'xla_x=1'",
         "--xla_",
     ),
+    "kernels": (
+        ["runtime.kernels='triton'"],
+        "RuntimeConfig.kernels: given 'triton'",
+        "a GPU of compute capability 8.0 or newer, but this is cpu",
+    ),
+    "block sizes": (
+        ["runtime.block_sizes='/absent.json'"],
+        "RuntimeConfig.block_sizes: given '/absent.json'",
+        "No such file",
+    ),
     "seed": (
         ["train.seed=9999999999"],
         "TrainConfig.seed: given 9999999999",
@@ -268,6 +278,14 @@ def test_a_misspelt_name_in_the_file(root, capsys):
         "run.TrainConfig.stepz = 3",
     )
     assert "run.gin:8" in (message := refused(capsys, root)) and "closest is 'steps'" in message
+
+
+def test_block_sizes_of_another_device(root, capsys):
+    (root / "a10.json").write_text('{"device": "NVIDIA A10", "blocks": {}}')
+    message = refused(capsys, root, f"runtime.block_sizes='{root}/a10.json'")
+    assert (
+        "a file of this device, cpu, but it is of NVIDIA A10: jaxscale tune writes one" in message
+    )
 
 
 def test_experts_that_do_not_divide_over_the_mesh(root, capsys):

@@ -15,7 +15,7 @@ from jaxscale.launch.processes import (
     process_index,
     start_processes,
 )
-from jaxscale.ops.device import FAMILIES, name_kernels
+from jaxscale.ops.device import FAMILIES, kernel_family, name_kernels
 from jaxscale.ops.tuned import use_tuned
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
@@ -83,7 +83,8 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         directory: of the run; holds the saved autotuning of a deterministic run.
     Raises:
         InputError: this machine has no such platform, JAX has already started with other devices or
-            flags than the configuration asks for, or a launcher's variable is missing.
+            flags than the configuration asks for, its devices cannot run the kernels or are not
+            those of the block sizes, or a launcher's variable is missing.
         RunError: this process could not join the others.
     """
     logging.getLogger(XLA_BRIDGE).addFilter(_without_traceback)
@@ -103,6 +104,8 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         _set_flags("RuntimeConfig.is_deterministic", flags)
     if config.platform is not None:
         _check_platform(config.platform)
+    if config.kernels is not None or config.block_sizes is not None:
+        kernel_family()
 
 
 def _autotune_flags(directory: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from jaxscale.kernels import device, tuning
 from jaxscale.kernels.triton_call import Blocks, operations, use_blocks
 from jaxscale.types import InputError, RunError
 
+logger = logging.getLogger(__name__)
 _used: tuple[str, str] | None = None  # the file, and the device that it was measured on
 
 
@@ -44,6 +46,7 @@ def use_tuned(path: str | None) -> None:
     name, blocks = _read(path)
     use_blocks(blocks)
     _used = path, name
+    logger.info("block sizes of %d operations: %s, measured on %s", len(blocks), path, name)
 
 
 def check_tuned() -> None:

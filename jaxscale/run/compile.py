@@ -19,6 +19,8 @@ from jaxscale.launch.ahead_of_time import (
 )
 from jaxscale.launch.collectives import KINDS, Collective, collectives
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
+from jaxscale.ops.device import name_kernels
+from jaxscale.ops.tuned import use_tuned
 from jaxscale.run.pretrain import run_batch
 from jaxscale.run.run import Run
 from jaxscale.train.setup import Setup
@@ -79,9 +81,9 @@ def compile_step(*, run: Run, topology: str) -> None:
     wanted, share = Topology.parse(topology), memory_share()
     # The flag of a deterministic run stays out: it asks for tuning on a GPU, without which a
     # default will do.
-    names = "xla_flags", "kernels", "block_sizes"
-    settings = {name: getattr(run.runtime, name) for name in names}
-    apply_runtime(RuntimeConfig(platform="cpu", **settings), ".")
+    apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
+    name_kernels(run.runtime.kernels)
+    use_tuned(run.runtime.block_sizes)
     devices, began = wanted.devices(), time.perf_counter()
     step = lower_step(run, devices)
     traced = time.perf_counter()

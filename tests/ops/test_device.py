@@ -79,16 +79,32 @@ def test_a_named_family_is_taken_where_another_is_faster_and_logged(on, caplog):
     assert "experts: backend xla for rows(4, 8)" in caplog.text
 
 
-@pytest.mark.parametrize("version", ["0.2.0", "0.4.1", None])
-def test_jax_triton_that_is_missing_or_of_another_version_is_named(monkeypatch, version):
+JAX_TRITON, TRITON = "jax-triton >= 0.3.1, < 0.4", "triton >= 3.6, < 3.7"
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "wanted"),
+    [
+        ("jax-triton", "0.2.0", JAX_TRITON),
+        ("jax-triton", "0.4.1", JAX_TRITON),
+        ("jax-triton", None, JAX_TRITON),
+        ("triton", "3.5.1", TRITON),
+        ("triton", "3.7.0+git", TRITON),
+        ("triton", None, TRITON),
+        ("triton", "3.6.0+cu13", None),
+    ],
+)
+def test_a_package_that_is_missing_or_of_another_version_is_named(
+    monkeypatch, package, version, wanted
+):
+    versions = {"jax-triton": "0.3.1", "triton": "3.6.0"} | {package: version}
+
     def installed(name):
-        if name == "jax-triton" and version is None:
+        if versions[name] is None:
             raise importlib.metadata.PackageNotFoundError(name)
-        return version
+        return versions[name]
 
     monkeypatch.setattr(importlib.metadata, "version", installed)
-    reason = triton_call.missing.__wrapped__()
-    assert reason.startswith(
-        "jax-triton >= 0.3.1, < 0.4 (pip install 'jaxscale[gpu-kernels]'), but"
-    )
-    assert (version or "not installed") in reason
+    here = version or "not installed"
+    message = f"{wanted} (pip install 'jaxscale[gpu-kernels]'), but it is {here}"
+    assert triton_call.missing.__wrapped__() == (wanted and message)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxscale import cli
@@ -21,13 +22,16 @@ SLOW, FAST, TOO_LARGE = Blocks(64, 64), Blocks(128, 64), Blocks(256, 256)
 def file(tmp_path, monkeypatch, capsys):
     """Written by `tune` on an L4 on which one of three candidates does not fit."""
 
-    def milliseconds(problem):
-        blocks = blocks_of(problem.operation)
-        if blocks == TOO_LARGE:
-            raise jax.errors.JaxRuntimeError("out of shared memory")
-        return {SLOW: 2.0, FAST: 1.0}[blocks]
+    def run(x):
+        return x + blocks_of("rms_norm").rows
 
-    problem = tuning.Problem("rms_norm", None, (), (SLOW, TOO_LARGE, FAST))
+    def milliseconds(compiled, arguments):
+        rows = int(compiled(*arguments))
+        if rows == TOO_LARGE.rows:
+            raise jax.errors.JaxRuntimeError("out of shared memory")
+        return {SLOW.rows: 2.0, FAST.rows: 1.0}[rows]
+
+    problem = tuning.Problem("rms_norm", run, (jnp.int32(0),), (SLOW, TOO_LARGE, FAST))
     monkeypatch.setattr(tuning, "problems", lambda: [problem])
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     monkeypatch.setattr(device, "device_kind", lambda: "NVIDIA L4")
@@ -38,9 +42,11 @@ def file(tmp_path, monkeypatch, capsys):
     tuned.use_tuned(None)
 
 
-def test_what_tune_wrote_is_used(file):
+def test_what_tune_wrote_is_used(file, caplog):
     before = blocks_of("rms_norm")
-    apply_runtime(RuntimeConfig(block_sizes=str(file)), ".")
+    with caplog.at_level("INFO", logger="jaxscale"):
+        apply_runtime(RuntimeConfig(block_sizes=str(file)), ".")
+    assert f"block sizes of 1 operations: {file}, measured on NVIDIA L4" in caplog.text
     assert blocks_of("rms_norm") == FAST
     assert blocks_of("paged_attention") != FAST, "what the file lacks is the package's own"
     assert kernel_family() == "xla"
