@@ -212,13 +212,44 @@ class _State:
         count: [] new tokens a row so far.
         output: [B, max_new_tokens] the tokens.
         is_finished: [B] rows that have drawn the end token.
-        caches: of all tokens but the last.
+        caches: of all tokens but the last, see `_with_slots_once`.
     """
 
     count: Array
     output: Array
     is_finished: Array
     caches: Any
+
+
+def _with_slots_once(caches: Any) -> Any:
+    """The caches, of which the first of a single layer alone has positions, segments and length.
+
+    They are equal in all layers. Carried by each, they would take four small kernels a layer in
+    every step.
+    """
+    leaves, structure = jax.tree.flatten(caches, is_leaf=_is_cache)
+    is_first = True
+    for i, cache in enumerate(leaves):
+        if cache.length.ndim:  # of a stack of layers
+            continue
+        if not is_first:
+            leaves[i] = dataclasses.replace(cache, positions=None, segments=None, length=None)
+        is_first = False
+    return structure.unflatten(leaves)
+
+
+def _with_slots(caches: Any) -> Any:
+    """The caches that `_with_slots_once` was given."""
+    leaves, structure = jax.tree.flatten(caches, is_leaf=_is_cache)
+    first = next((each for each in leaves if each.length is not None and not each.length.ndim), None)
+    for i, cache in enumerate(leaves):
+        if cache.length is None:
+            leaves[i] = dataclasses.replace(first, k=cache.k, v=cache.v)
+    return structure.unflatten(leaves)
+
+
+def _is_cache(leaf: Any) -> bool:
+    return isinstance(leaf, kv_cache.KVCache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,19 +296,21 @@ class _Loop:
         def decode(state: _State) -> _State:
             last = lax.dynamic_slice_in_dim(state.output, state.count - 1, 1, axis=1)
             position = lengths + state.count - 1
-            logits, caches = advance(next_pass, params, last, position[:, None], state.caches)
+            caches = _with_slots(state.caches)
+            logits, caches = advance(next_pass, params, last, position[:, None], caches)
             token = jnp.where(state.is_finished, end, draw(logits, position + 1))
             put = lax.dynamic_update_slice_in_dim
             output = put(state.output, token[:, None], state.count, axis=1)
             is_finished = state.is_finished | (token == end)
-            return _State(state.count + 1, output, is_finished, caches)
+            return _State(state.count + 1, output, is_finished, _with_slots_once(caches))
 
         capacity = tokens.shape[1] + self.max_new_tokens - 1  # the last token drawn is not run
         caches = empty_caches(self.decoder, len(tokens), capacity, tensor)
         logits, caches = advance(first_pass, params, tokens, positions, caches)
         first = draw(logits, lengths)
         output = jnp.full((len(tokens), self.max_new_tokens), end, jnp.int32)
-        start = _State(jnp.int32(1), output.at[:, 0].set(first), first == end, caches)
+        output = output.at[:, 0].set(first)
+        start = _State(jnp.int32(1), output, first == end, _with_slots_once(caches))
         return lax.while_loop(is_going, decode, start).output
 
 
