@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxscale.models.decoder import Decoder
 from jaxscale.ops.attention import cache as kv_cache
 from jaxscale.ops.backends import Operations
 from jaxscale.parallel.region import Region
+from jaxscale.serve.caches import empty_caches, slots_everywhere, slots_once
 from jaxscale.serve.sampling import SamplingConfig, sample, token_keys
 from jaxscale.types import Array, InputError, Params, check_positive
 
@@ -114,7 +115,7 @@ def _generate(
 ) -> list[list[int]]:
     """One prefill and one loop; `numbers` are the sequences, the rest is as `generate_tokens`."""
     tokens, positions = _pad_left(prompts)
-    loop = _Loop(
+    loop = Loop(
         decoder,
         dataclasses.replace(sampling, seed=0),  # the seed is data: another one compiles nothing
         max_new_tokens,
@@ -125,45 +126,6 @@ def _generate(
     sequences = np.asarray(numbers, np.int32)
     output = compiled(params, tokens, positions, sequences, jax.random.key(sampling.seed))
     return [_until(row, eos_id) for row in np.asarray(output).tolist()]
-
-
-def empty_caches(
-    decoder: Decoder,
-    batch_size: int,
-    capacity: int,
-    tensor: int = 1,
-) -> dict[str, Any]:
-    """Caches for `Decoder.run_layers`.
-
-    Args:
-        decoder: the model.
-        batch_size: rows.
-        capacity: slots a row.
-        tensor: members of a tensor group, each of which has a share of the kv heads.
-    Returns:
-        One cache for each layer of the prefix; and for the stack one for each position of the
-        pattern, with a leading dim of periods, or a tuple of the periods' where layers are
-        unrolled.
-    """
-    config, dtype = decoder.config, decoder.policy.compute
-
-    def of_layer(layer: Any) -> kv_cache.KVCache:
-        # A member of a group larger than the number of kv heads has one of them.
-        num_kv_heads = max(layer.attention.num_kv_heads // tensor, 1)
-        head_dim = layer.attention.head_dim
-        return kv_cache.empty_cache(batch_size, capacity, num_kv_heads, head_dim, dtype)
-
-    def of_period() -> dict[str, kv_cache.KVCache]:
-        return {str(i): of_layer(layer) for i, layer in enumerate(config.pattern)}
-
-    prefix = {str(i): of_layer(layer) for i, layer in enumerate(config.prefix)}
-    if not decoder.execution.is_scanned:
-        return {"prefix": prefix, "layers": tuple(of_period() for _ in range(config.num_periods))}
-
-    def stacked(leaf: Array) -> Array:
-        return jnp.broadcast_to(leaf, (config.num_periods, *leaf.shape))
-
-    return {"prefix": prefix, "layers": jax.tree.map(stacked, of_period())}
 
 
 def advance(
@@ -212,7 +174,7 @@ class _State:
         count: [] new tokens a row so far.
         output: [B, max_new_tokens] the tokens.
         is_finished: [B] rows that have drawn the end token.
-        caches: of all tokens but the last, see `_with_slots_once`.
+        caches: of all tokens but the last, see `slots_once`.
     """
 
     count: Array
@@ -221,39 +183,21 @@ class _State:
     caches: Any
 
 
-def _with_slots_once(caches: Any) -> Any:
-    """The caches, of which the first of a single layer alone has positions, segments and length.
+class _Draws(NamedTuple):
+    """How tokens are drawn from logits [B, V]; arguments as `generate_tokens` and `token_keys`."""
 
-    They are equal in all layers. Carried by each, they would take four small kernels a layer in
-    every step.
-    """
-    leaves, structure = jax.tree.flatten(caches, is_leaf=_is_cache)
-    is_first = True
-    for i, cache in enumerate(leaves):
-        if cache.length.ndim:  # of a stack of layers
-            continue
-        if not is_first:
-            leaves[i] = dataclasses.replace(cache, positions=None, segments=None, length=None)
-        is_first = False
-    return structure.unflatten(leaves)
+    sampling: SamplingConfig
+    num_tokens: int | None
+    sequences: Array
+    key: Array
 
-
-def _with_slots(caches: Any) -> Any:
-    """The caches that `_with_slots_once` was given."""
-    leaves, structure = jax.tree.flatten(caches, is_leaf=_is_cache)
-    first = next((each for each in leaves if each.length is not None and not each.length.ndim), None)
-    for i, cache in enumerate(leaves):
-        if cache.length is None:
-            leaves[i] = dataclasses.replace(first, k=cache.k, v=cache.v)
-    return structure.unflatten(leaves)
-
-
-def _is_cache(leaf: Any) -> bool:
-    return isinstance(leaf, kv_cache.KVCache)
+    def __call__(self, logits: Array, positions: Array) -> Array:
+        keys = token_keys(self.key, self.sequences, positions)
+        return sample(logits[:, : self.num_tokens], keys, self.sampling)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loop:
+class Loop:
     """What a compiled decoding depends on; arguments as `generate_tokens`."""
 
     decoder: Decoder
@@ -276,19 +220,38 @@ class _Loop:
 
         What comes after the end token is filled up with it.
         """
-        end = PADDING if self.eos_id is None else self.eos_id
-        lengths = positions[:, -1] + 1
         backend = self.decoder.execution.attention
         prefill = functools.partial(kv_cache.prefill, implementation=backend)
-        first_pass = with_attention(self.decoder, prefill)
-        next_pass = with_attention(self.decoder, kv_cache.attend)
         # Converted and taken apart once, before the loop: its steps read every weight anyway, and
         # would write them too.
         params = self.decoder.prepared(params)
+        capacity = tokens.shape[1] + self.max_new_tokens - 1  # the last token drawn is not run
+        caches = empty_caches(self.decoder, len(tokens), capacity, tensor)
+        first_pass = with_attention(self.decoder, prefill)
+        logits, caches = advance(first_pass, params, tokens, positions, caches)
+        draws = _Draws(self.sampling, self.num_tokens, sequences, key)
+        lengths = positions[:, -1] + 1
+        return self.onwards(params, caches, lengths, draws(logits, lengths), draws)[0]
 
-        def draw(logits: Array, positions: Array) -> Array:
-            keys = token_keys(key, sequences, positions)
-            return sample(logits[:, : self.num_tokens], keys, self.sampling)
+    def onwards(
+        self,
+        params: Params,
+        caches: Any,
+        lengths: Array,
+        first: Array,
+        draw: Callable[[Array, Array], Array],
+    ) -> tuple[Array, Any]:
+        """The new tokens [B, max_new_tokens] of rows whose caches are filled, and the caches.
+
+        Args:
+            params: as `Decoder.prepared` returns them.
+            caches: as of `empty_caches`, with the prompts.
+            lengths: [B] tokens of each prompt.
+            first: [B] the first new tokens.
+            draw: logits [B, V] and the positions [B] of what is drawn -> tokens [B].
+        """
+        end = PADDING if self.eos_id is None else self.eos_id
+        next_pass = with_attention(self.decoder, kv_cache.attend)
 
         def is_going(state: _State) -> Array:
             return (state.count < self.max_new_tokens) & ~state.is_finished.all()
@@ -296,26 +259,23 @@ class _Loop:
         def decode(state: _State) -> _State:
             last = lax.dynamic_slice_in_dim(state.output, state.count - 1, 1, axis=1)
             position = lengths + state.count - 1
-            caches = _with_slots(state.caches)
+            caches = slots_everywhere(state.caches)
             logits, caches = advance(next_pass, params, last, position[:, None], caches)
             token = jnp.where(state.is_finished, end, draw(logits, position + 1))
             put = lax.dynamic_update_slice_in_dim
             output = put(state.output, token[:, None], state.count, axis=1)
             is_finished = state.is_finished | (token == end)
-            return _State(state.count + 1, output, is_finished, _with_slots_once(caches))
+            return _State(state.count + 1, output, is_finished, slots_once(caches))
 
-        capacity = tokens.shape[1] + self.max_new_tokens - 1  # the last token drawn is not run
-        caches = empty_caches(self.decoder, len(tokens), capacity, tensor)
-        logits, caches = advance(first_pass, params, tokens, positions, caches)
-        first = draw(logits, lengths)
-        output = jnp.full((len(tokens), self.max_new_tokens), end, jnp.int32)
+        output = jnp.full((len(first), self.max_new_tokens), end, jnp.int32)
         output = output.at[:, 0].set(first)
-        start = _State(jnp.int32(1), output, first == end, _with_slots_once(caches))
-        return lax.while_loop(is_going, decode, start).output
+        start = _State(jnp.int32(1), output, first == end, slots_once(caches))
+        end_state = lax.while_loop(is_going, decode, start)
+        return end_state.output, end_state.caches
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(loop: _Loop, region: Region | None) -> Any:
+def _compiled(loop: Loop, region: Region | None) -> Any:
     if region is None:
         return jax.jit(loop)
     tensor = region.mesh.shape["tensor"]

@@ -18,10 +18,10 @@ from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import DATA, EXPERT, TENSOR, MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_serving_operations
 from jaxscale.parallel.rules import make_specs
+from jaxscale.serve.caches import empty_caches
 from jaxscale.serve.decoding import (
     PADDING,
     advance,
-    empty_caches,
     generate_tokens,
     with_attention,
 )

@@ -14,11 +14,11 @@ from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.ops.attention import cache as kv_cache
 from jaxscale.ops.precision import Policy
+from jaxscale.serve.caches import empty_caches
 from jaxscale.serve.decoding import (
     PADDING,
-    _Loop,
+    Loop,
     advance,
-    empty_caches,
     generate_tokens,
     with_attention,
 )
@@ -240,7 +240,7 @@ def test_decoding_keeps_one_cache_and_little_beside_it(execution, num_layers):
         ffn_dim=16,
         max_length=4096,
     )
-    loop = _Loop(decoder_of(config, execution), GREEDY, new, None, None)
+    loop = Loop(decoder_of(config, execution), GREEDY, new, None, None)
     tokens = jax.ShapeDtypeStruct((batch_size, length), "int32")
     rows = jax.ShapeDtypeStruct((batch_size,), "int32")
     key = jax.eval_shape(lambda: jax.random.key(0))
