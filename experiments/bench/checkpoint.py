@@ -11,7 +11,7 @@ Parts, one process each, as memory is counted from a process at rest:
 - `reshard`: loads what was written with every leaf cut over all devices along its last dim that
   they divide, and saves it so into FOLDER given by `--from`.
 `checkpoint_torch.py` is torch's distributed checkpoint beside it. Steps are a matmul of `--work`
-rounds and a donated update of the whole state.
+rounds and a donated update of the whole state; there are `--steps` without a save and with one.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def run_save(abstract, options) -> None:
                     checkpoints.save(step, training.state, {})
 
                 with measured(f"  {name}: until committed"):
-                    stall(name, training.step, save)
+                    stall(name, training.step, save, options.steps)
                     checkpoints.wait()
     host = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), abstract)
     for which in ("first", "second"):
@@ -125,7 +125,7 @@ def run_orbax(abstract, options) -> None:
             orbax.save(options.directory / "1", training.state)
 
         with measured("  orbax, save: until committed"):
-            stall("orbax, save", training.step, save)
+            stall("orbax, save", training.step, save, options.steps)
             orbax.wait_until_finished()
         training.state = None
         with measured("orbax, restore"):
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--from", dest="source", type=Path)
     parser.add_argument("--work", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--budget", type=float, default=4.0)
     options = parser.parse_args()
     run = start_run(options.file, options.set)

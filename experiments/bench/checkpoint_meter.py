@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-NUM_STEPS, SAVED_AT = 24, 3
+SAVED_AT = 3
 
 
-def stall(name: str, step: Callable, save: Callable) -> None:
+def stall(name: str, step: Callable, save: Callable, num_steps: int) -> None:
     """Prints what a save before one of several steps costs them, beside as many without one.
 
     Args:
         name: of what saves.
         step: does one step and waits for it.
         save: starts a save.
+        num_steps: how many steps, of which the fourth comes after the save.
     """
-    usual = float(np.median(_run(step)))
+    usual = float(np.median(_run(step, num_steps)))
     calls: list[float] = []
 
     def timed():
@@ -27,7 +28,7 @@ def stall(name: str, step: Callable, save: Callable) -> None:
         save()
         calls.append(time.perf_counter() - began)
 
-    lost = [1e3 * (seconds - usual) for seconds in _run(step, timed)[SAVED_AT:]]
+    lost = [1e3 * (seconds - usual) for seconds in _run(step, num_steps, timed)[SAVED_AT:]]
     print(
         f"{name:<46} call {1e3 * calls[0]:.1f} ms, its step {lost[0]:+.1f} ms, worst after it "
         f"{max(lost[1:]):+.1f} ms, all {sum(lost):+.1f} ms (step {1e3 * usual:.1f} ms)",
@@ -35,9 +36,9 @@ def stall(name: str, step: Callable, save: Callable) -> None:
     )
 
 
-def _run(step: Callable, save: Callable = lambda: None) -> list[float]:
+def _run(step: Callable, num_steps: int, save: Callable = lambda: None) -> list[float]:
     seconds = []
-    for number in range(NUM_STEPS):
+    for number in range(num_steps):
         began = time.perf_counter()
         if number == SAVED_AT:
             save()

@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--work", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=24)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
@@ -67,7 +68,7 @@ def main() -> None:
         saves.append(dcp.async_save(state, checkpoint_id=options.directory))
 
     with measured("  torch, async_save: until committed"):
-        stall("torch, async_save", step, save)
+        stall("torch, async_save", step, save, options.steps)
         saves[0].result()
     with measured("torch, load"):
         dcp.load(state, checkpoint_id=options.directory)
