@@ -6,7 +6,7 @@ Needs torch and deepspeed (0.19.8 was used) and no GPU:
 Of a mixture with 4 experts on 4 data ranks, of which 2 share each, under ZeRO 1 and 2, and of a
 pipeline module with a tied embedding on 2 stages by 2 data ranks it keeps what `save_checkpoint`
 wrote, and in `oracle.npz` what the ranks have in memory, put together by the places that
-DeepSpeed's engine gives their fragments.
+DeepSpeed's engine gives their fragments. Each has frozen biases.
 """
 
 import os
@@ -26,6 +26,12 @@ def loss_of(logits, tokens):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
 
+class FrozenBias(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(DIM, DIM)
+        self.bias.requires_grad_(False)
+
+
 class Mixture(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -33,7 +39,7 @@ class Mixture(torch.nn.Module):
 
         self.embed = torch.nn.Embedding(VOCAB, DIM)
         settings = {"num_experts": 4, "ep_size": 2, "min_capacity": 8, "use_rts": False}
-        self.moe = MoE(hidden_size=DIM, expert=torch.nn.Linear(DIM, DIM), **settings)
+        self.moe = MoE(hidden_size=DIM, expert=FrozenBias(), **settings)
         self.head = torch.nn.Linear(DIM, VOCAB, bias=False)
 
     def forward(self, tokens):
@@ -65,7 +71,7 @@ def train_pipeline(config, batches):
         return torch.nn.functional.linear(hidden, layer.weight)
 
     embed = ("embed", torch.nn.Embedding, VOCAB, DIM)
-    inner = [LayerSpec(torch.nn.Linear, DIM, DIM), LayerSpec(torch.nn.LayerNorm, DIM)]
+    inner = [LayerSpec(FrozenBias), LayerSpec(torch.nn.LayerNorm, DIM)]
     layers = [TiedLayerSpec(*embed), *inner, TiedLayerSpec(*embed, forward_fn=head)]
     module = PipelineModule(layers, 2, loss_fn=loss_of, partition_method="uniform")
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
@@ -89,6 +95,10 @@ def fragments(engine, expert_rank):
             for state, values in {"fp32": flat, **states}.items():
                 held = values.detach().narrow(0, place.start, place.numel).numpy().copy()
                 yield f"{state}/{name}", tuple(parameter.shape), start, held
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            held = parameter.detach().float().numpy().reshape(-1)
+            yield f"fp32/{name_in_model(name, expert_rank)}", tuple(parameter.shape), 0, held
 
 
 def name_in_model(name, expert_rank):

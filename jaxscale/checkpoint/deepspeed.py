@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxscale.checkpoint import deepspeed_copies
 from jaxscale.checkpoint.boxes import Merged, Placement, flat_boxes
 from jaxscale.checkpoint.deepspeed_patterns import rules_of
 from jaxscale.checkpoint.file_array import FileArray, is_plain_name
@@ -27,9 +28,6 @@ from jaxscale.types import InputError
 LATEST = ("latest_universal", "latest")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-# Weights in the training's type of what the optimizer files hold in float32: of one expert, and of
-# one layer of a pipeline module.
-COPY_FILE = re.compile(r"layer_\d+(_expert_\d+_mp_rank_\d+_|-model_\d+-|-)model_states\.pt")
 EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 UNREAD_SETTING = "use_data_before_expert_parallelism"
 WEIGHTS = "fp32"
@@ -92,6 +90,8 @@ class DeepSpeedCheckpoint:
             joined = _joined_over_data(by_data, model) | _untrained([model, *others])
             for (state, name), array in joined.items():
                 shards.append(Shard(name, ranks, array, state))
+        weights = [shard for shard in shards if shard.state == WEIGHTS]
+        shards += deepspeed_copies.untrained(self._folder, weights)
         rules = self._rules or rules_of(info, shards)
         return merge(shards, rules)
 
@@ -109,7 +109,7 @@ class DeepSpeedCheckpoint:
                 optimizers.setdefault(int(found[2]), {})[int(found[1])] = path
             elif found := MODEL_FILE.fullmatch(path.name):
                 models.setdefault(int(found[2]), []).append(path)
-            elif not COPY_FILE.fullmatch(path.name):
+            elif not deepspeed_copies.is_copy(path):
                 expected = "files of ZeRO over data and tensor ranks; this one is not read"
                 raise InputError("checkpoint", str(path), expected)
         for number in optimizers:

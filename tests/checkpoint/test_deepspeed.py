@@ -46,9 +46,15 @@ def test_partitions_of_each_stage_make_up_what_deepspeed_makes_of_them(stage):
 
 @pytest.mark.parametrize("name", ["experts_1", "experts_2", "stages_1"])
 def test_experts_of_several_ranks_and_stages_are_read(name):
-    """Experts have their numbers in the model; a tied embedding is the same on both stages."""
+    """Experts have their numbers in the model; a tied embedding is the same on both stages.
+
+    Frozen biases of each are in files of single layers and experts alone.
+    """
     leaves = open_checkpoint(FIXTURES / name).source.leaves()
     assert_equal(leaves, dict(np.load(FIXTURES / name / "oracle.npz")))
+    frozen = [path for path in leaves if leaves[path].dtype != np.float32]
+    assert len(frozen) == (4 if name.startswith("experts") else 1)
+    assert all(path.endswith("bias") for path in frozen)
     for file in (FIXTURES / name / "step3").glob("layer_*expert_*"):
         for expert, rounded in load_torch(file).items():
             own = leaves[f"fp32/{expert}"][:].astype(rounded.dtype)
