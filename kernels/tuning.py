@@ -93,7 +93,7 @@ def _norm() -> Problem:
 
 def _attention(head_dim: int) -> Iterator[Problem]:
     """Causal attention and its gradient, and attention over a layout of blocks."""
-    from jaxscale.kernels.attention import triton as attention
+    from jaxscale.kernels.attention import triton_backward, triton_forward
 
     batch, length, num_heads, kv_heads = 2, 4096, 16, 4
     q = _draw(batch, length, num_heads, head_dim)
@@ -101,9 +101,9 @@ def _attention(head_dim: int) -> Iterator[Problem]:
     low = jnp.zeros((1, length), jnp.int32)
     high = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
     settings = dict(scale=head_dim**-0.5, softcap=None)
-    forward = functools.partial(attention.forward, **settings)
+    forward = functools.partial(triton_forward.forward, **settings)
     has_layouts = head_dim <= TRITON_LAYOUT_HEAD_DIM
-    backward = functools.partial(attention.backward, **settings)
+    backward = functools.partial(triton_backward.backward, **settings)
     arguments = q, k, k, low, high
     yield _problem(f"attention.forward.{head_dim}", forward, *arguments)
     if has_layouts:

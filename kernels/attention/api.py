@@ -153,9 +153,9 @@ def _kernels(implementation: str) -> tuple[Callable, Callable]:
     """The backend's `forward` and `backward`."""
     if implementation == "triton":
         # Triton is optional, so it is imported where it is used.
-        from jaxscale.kernels.attention import triton
+        from jaxscale.kernels.attention import triton_backward, triton_forward
 
-        return triton.forward, triton.backward
+        return triton_forward.forward, triton_backward.backward
     return pallas_forward.forward, pallas_backward.backward
 
 

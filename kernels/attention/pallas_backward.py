@@ -94,15 +94,12 @@ def backward(
     by_head = (0, 0), *by_row
     low, high = (jnp.pad(x, by_row) for x in (low, high))
     # With an lse of +inf the probabilities of a query that sees nothing are 0, not NaN.
-    sees_nothing = lse == -jnp.inf
-    lse = jnp.where(sees_nothing, jnp.inf, lse * LOG2E)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
     lse = jnp.pad(lse, by_head, constant_values=jnp.inf)
     delta = jnp.pad(delta, by_head)
     if layout:
         blocks = problem.keys // BLOCK
-        num_query_blocks = padded // BLOCK
-        num_key_blocks = problem.num_tiles * blocks
-        visited = query_visits(layout, num_query_blocks, num_key_blocks, blocks)
+        visited = query_visits(layout, padded // BLOCK, problem.num_tiles * blocks, blocks)
         table, entries = map(jnp.asarray, visited)
     else:
         table = query_tiles(low, high, queries=QUERIES, keys=problem.keys, num_keys=num_keys)
@@ -120,11 +117,10 @@ def backward(
         def _():
             _compute(refs, problem, queue, interpret)
 
-    dk_type = jax.ShapeDtypeStruct(k.shape, k.dtype)
-    dv_type = jax.ShapeDtypeStruct(v.shape, v.dtype)
+    types = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (k, v))
     scratch = scratch_types(problem, q.dtype, interpret)
     num_blocks = 1 if interpret else NUM_SMS
-    kernel = make_kernel(body, (dk_type, dv_type), scratch, num_blocks, interpret)
+    kernel = make_kernel(body, types, scratch, num_blocks, interpret)
     # Interpretation cannot add in memory: there each warpgroup has a sum of its own.
     num_sums = COMPUTE if interpret else 1
     dq_shape = num_sums, batch, padded, num_heads, head_dim
@@ -132,8 +128,7 @@ def backward(
     order = longest_first(table, problem.num_patterns)
     work = order, table, entries, low, high
     dk, dv = kernel(*work, lse, delta, q, k, v, do, dq_ref)
-    dq = dq_ref[...].sum(0)[:, :length] * scale
-    return dq, dk, dv
+    return dq_ref[...].sum(0)[:, :length] * scale, dk, dv
 
 
 def _fetch(refs: Refs, problem: Problem, queue: Any) -> None:

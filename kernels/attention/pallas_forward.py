@@ -8,9 +8,8 @@ turns, so that the softmax of one also runs beside the products of the other.
 Source: Dao 2023 (arXiv 2307.08691), algorithm 1; Shah et al. 2024 (arXiv 2407.08608), section 3.
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,89 +17,35 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxscale.kernels.attention.forward_problem import (
+    QUERIES,
+    STAGES,
+    Problem,
+    Refs,
+    scratch_types,
+)
 from jaxscale.kernels.attention.products import (
     MATRIX,
     ROW,
     accumulate,
-    interpreted_buffers,
     minus_infinity,
     multiply,
     spread,
     tanh,
     visit_at,
 )
-from jaxscale.kernels.attention.scheduler import (
-    SLOTS,
-    item_at,
-    longest_first,
-    make_queue,
-    over_items,
-)
+from jaxscale.kernels.attention.scheduler import longest_first, make_queue, over_items
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_visits
 from jaxscale.kernels.persistent import (
     COMPUTE,
     LOG2E,
     NUM_SMS,
     ROWS,
-    TILE_ROWS,
     drain,
     make_kernel,
     part,
-    swizzled,
     wait_if,
 )
-
-QUERIES = TILE_ROWS  # in a tile
-STAGES = 2  # tiles of keys, and of values, in shared memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Sizes and settings that a kernel is compiled for.
-
-    Args:
-        num_tiles: tiles of queries in a row.
-        batch: number of rows.
-        num_heads: number of query heads.
-        groups: query heads that read one kv head.
-        head_dim: H.
-        head_bytes: bytes of a kv head's keys and values, divided among its query heads.
-        keys: keys in a tile.
-        query_slots: tiles of queries in shared memory.
-        scale: factor on the logits.
-        softcap: c in c * tanh(logits / c); None for none.
-        num_patterns: patterns of a block-sparse layout; 0 without one.
-    """
-
-    num_tiles: int
-    batch: int
-    num_heads: int
-    groups: int
-    head_dim: int
-    head_bytes: int
-    keys: int
-    query_slots: int
-    scale: float
-    softcap: float | None
-    num_patterns: int
-
-    @property
-    def num_items(self) -> int:
-        """Tiles of queries of all heads and rows."""
-        return self.num_tiles * self.batch * self.num_heads
-
-    def item_at(
-        self,
-        order: Any,
-        table: Any,
-        number: Any,
-    ) -> tuple[Any, ...]:
-        """(row, head, row of the intervals, place in `table`, tiles of keys to visit)."""
-        b, head, row, tile = item_at(order, number, self.batch, self.num_heads, self.head_bytes)
-        table_row = lax.rem(head, self.num_patterns) if self.num_patterns else row
-        place = table_row, tile
-        tiles = tuple(table[(*place, field)] for field in range(4))
-        return b, head, row, place, tiles
 
 
 # jit: the kernel is lowered once for all layers.
@@ -156,7 +101,7 @@ def forward(
         entries = jnp.zeros((1, 1, 1), jnp.int32)
 
     def body(*refs):
-        refs = _Refs(*refs)
+        refs = Refs(*refs)
         queue = make_queue(interpret)
 
         @pl.when(lax.axis_index("warpgroup") == COMPUTE)
@@ -169,76 +114,15 @@ def forward(
 
     o_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
     lse_type = jax.ShapeDtypeStruct((batch, num_heads, padded), jnp.float32)
-    scratch_types = _scratch_types(problem, q.dtype, interpret)
+    scratch = scratch_types(problem, q.dtype, interpret)
     num_blocks = 2 if interpret else NUM_SMS
-    kernel = make_kernel(body, (o_type, lse_type), scratch_types, num_blocks, interpret)
+    kernel = make_kernel(body, (o_type, lse_type), scratch, num_blocks, interpret)
     order = longest_first(table, problem.num_patterns)
     o, lse = kernel(order, table, entries, low, high, q, k, v)
     return o, lse[:, :, :length]
 
 
-class _Refs(NamedTuple):
-    """A kernel's references: to its operands and results in global memory, then to its scratch."""
-
-    # How work is divided: `scheduler.longest_first`, and what `tiles` makes of the mask.
-    order: Any
-    table: Any
-    entries: Any
-    low: Any
-    high: Any
-    q: Any
-    k: Any
-    v: Any
-    o: Any
-    lse: Any
-    # Shared memory.
-    q_smem: Any
-    k_smem: Any
-    v_smem: Any
-    low_smem: Any
-    high_smem: Any
-    lse_smem: Any
-    # Barriers: a slot's copies have come; both warpgroups are done with it.
-    q_full: Any
-    q_empty: Any
-    k_full: Any
-    k_empty: Any
-    v_full: Any
-    v_empty: Any
-    # Barriers: a warpgroup may use the tensor cores; the number of the next item has come.
-    turn: Any
-    ready: Any
-    # What interpretation needs.
-    p_smem: Any = None
-
-
-def _scratch_types(
-    problem: Problem,
-    dtype: Any,
-    interpret: Any,
-) -> tuple[Any, ...]:
-    """Shared memory and barriers in the order of `_Refs`."""
-    slots, keys, head_dim = problem.query_slots, problem.keys, problem.head_dim
-    return (
-        swizzled((slots, QUERIES, head_dim), dtype),
-        swizzled((STAGES, keys, head_dim), dtype),
-        swizzled((STAGES, keys, head_dim), dtype),
-        plgpu.SMEM((slots, QUERIES), jnp.int32),
-        plgpu.SMEM((slots, QUERIES), jnp.int32),
-        plgpu.SMEM((QUERIES,), jnp.float32),
-        plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots),
-        plgpu.Barrier(num_barriers=STAGES),
-        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
-        plgpu.Barrier(num_barriers=STAGES),
-        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
-        plgpu.Barrier(num_barriers=COMPUTE),
-        plgpu.Barrier(num_barriers=SLOTS),
-        *interpreted_buffers(interpret, (ROWS, keys), dtype=dtype),
-    )
-
-
-def _fetch(refs: _Refs, problem: Problem, queue: Any) -> None:
+def _fetch(refs: Refs, problem: Problem, queue: Any) -> None:
     """What the fetching warpgroup does: copies queries, keys and values of the block's items."""
     # The other warpgroups take the registers that this one gives back.
     plgpu.set_max_registers(24, action="decrease")
@@ -281,7 +165,7 @@ def _fetch(refs: _Refs, problem: Problem, queue: Any) -> None:
 
 
 def _compute(
-    refs: _Refs,
+    refs: Refs,
     problem: Problem,
     queue: Any,
     interpret: Any,
@@ -334,7 +218,7 @@ def _compute(
 
 
 def _softmax(
-    refs: _Refs,
+    refs: Refs,
     problem: Problem,
     place,
     slot,
@@ -370,7 +254,7 @@ def _softmax(
 
 
 def _mask(
-    refs: _Refs,
+    refs: Refs,
     problem: Problem,
     place,
     slot,
@@ -392,7 +276,7 @@ def _mask(
 
 
 def _attend(
-    refs: _Refs,
+    refs: Refs,
     problem: Problem,
     q_mine,
     tiles,

@@ -9,7 +9,7 @@ import jax
 import jax_triton.triton_lib as triton_lib
 
 from jaxscale.kernels import device
-from jaxscale.kernels.attention import triton as attention
+from jaxscale.kernels.attention import triton_backward, triton_forward
 from jaxscale.kernels.attention.api import TRITON_LAYOUT_HEAD_DIM
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.kernels.grouped_matmul import triton as grouped_matmul
@@ -63,12 +63,12 @@ def attention_programs(head_dim, layout):
     name = f"{head_dim}{' layout' if layout else ''}"
     yield (
         f"attention {name}",
-        lambda *a: attention.forward(*a, **settings),
+        lambda *a: triton_forward.forward(*a, **settings),
         (q, kv, kv, bounds, bounds),
     )
     yield (
         f"attention gradient {name}",
-        lambda *a: attention.backward(*a, **settings),
+        lambda *a: triton_backward.backward(*a, **settings),
         (q, kv, kv, q, lse, lse, bounds, bounds),
     )
 

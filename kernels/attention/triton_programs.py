@@ -1,0 +1,57 @@
+"""How the Triton attention kernels divide their work: programs and the tiles that each visits."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from jax import Array
+
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
+
+# Heads whose programs are started in turn, longest first. Of a head alone the last and longest ones
+# would run when most of the GPU is idle; of all at once too much would be in work for the L2 cache.
+TOGETHER = 4
+
+
+@triton.jit
+def visit(entries, position, NUM_PATTERNS: tl.constexpr):
+    """(tile, flags) of a place in the list; without a layout a tile's place is its number."""
+    if NUM_PATTERNS:
+        entry = tl.load(entries + position)
+        return entry >> 2, entry & 3
+    return position, 0
+
+
+@triton.jit
+def runs(table):
+    """(first of the tiles of which all see all, their end, first and end of the others).
+
+    The others are numbered as if those in between were missing.
+    """
+    first = tl.load(table)
+    end = tl.load(table + 1)
+    whole_first = tl.load(table + 2)
+    whole_end = tl.load(table + 3)
+    return whole_first, whole_end, first, end - (whole_end - whole_first)
+
+
+def grid_of(num_tiles: int, num_heads: int) -> tuple[int, int, int]:
+    """Programs: tiles of TOGETHER heads, then those of the next; the first dim varies fastest."""
+    together = min(TOGETHER, num_heads)
+    return together, num_tiles, triton.cdiv(num_heads, together)
+
+
+def sizes_of(q: Array, k: Array, low: Array, layout: BlockLayout | None) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    batch, length, num_heads, head_dim = q.shape
+    return dict(
+        BATCH=batch,
+        NUM_QUERIES=length,
+        NUM_KEYS=k.shape[1],
+        NUM_BOUNDS=low.shape[0],
+        NUM_HEADS=num_heads,
+        KV_HEADS=k.shape[2],
+        HEAD_DIM=head_dim,
+        NUM_PATTERNS=layout.stride if layout else 0,
+        BLOCK=BLOCK,
+    )
