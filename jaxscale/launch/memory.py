@@ -11,6 +11,7 @@ from jaxscale.types import InputError
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # version 2
 GIB = 1 << 30
+PINNED_SHARE = 0.9  # of the host's memory; the rest is left to what runs on it
 
 
 def check_fits(parameter: str, parts: dict[str, Any]) -> None:
@@ -61,6 +62,12 @@ def host_bytes() -> int | None:
     """Memory that this machine could give this process; None where it does not say."""
     available = [size for size in (_available(), _left_in_cgroup()) if size is not None]
     return min(available) if available else None
+
+
+def pinnable_bytes() -> int | None:
+    """Memory of this machine that its GPUs together may pin; None where it does not say."""
+    there = host_bytes()
+    return None if there is None else int(PINNED_SHARE * there)
 
 
 def _available() -> int | None:

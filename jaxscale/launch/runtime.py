@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from jaxscale.launch.memory import GIB, pinnable_bytes
 from jaxscale.launch.processes import (
     ProcessesConfig,
     first_process_says,
@@ -20,6 +21,7 @@ from jaxscale.ops.tuned import use_tuned
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
 XLA_BRIDGE = "jax._src.xla_bridge"  # the name of JAX's logger of platforms and plugins
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # what a GPU may pin, in GiB; 64 by default
 MAX_CPU_DEVICES = 1024
 DEFAULT_WATCHDOG_S = 300  # where several processes wait for one another
 
@@ -89,6 +91,8 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
     """
     logging.getLogger(XLA_BRIDGE).addFilter(_without_traceback)
     _set_flags("RuntimeConfig.xla_flags", config.xla_flags, by_user=True)
+    if there := pinnable_bytes():
+        os.environ.setdefault(PINNED_LIMIT, str(max(there // GIB, 1)))
     name_kernels(config.kernels)
     use_tuned(config.block_sizes)
     if config.platform is not None:

@@ -238,7 +238,7 @@ class Decoder:
             x, (caches, sums) = unrolled(period, x, (params, caches or {}, periods))
             return x, caches, sums
         if not caches:
-            x, (_, sums) = lax.scan(period, x, (params, {}, periods))
+            x, (_, sums) = self.execution.scan(period, x, (params, {}, periods))
             return x, {}, sums
         return scanned_with_caches(period, x, params, caches, periods)
 

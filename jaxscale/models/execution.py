@@ -12,6 +12,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.models.layers import Layer
 from jaxscale.models.moe import Choices
@@ -23,6 +24,7 @@ from jaxscale.ops.draws import Draws
 from jaxscale.ops.tiles import over_tiles
 from jaxscale.types import Array, InputError, check_choice, check_positive, check_types
 
+GROUP_INPUT = "group_input"
 NAMES = ("residual", "q", "k", "v", "attention", "attended", "feed_forward")
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # the name of JAX's primitive
 
@@ -202,6 +204,8 @@ class ExecutionConfig:
 
     is_scanned: bool = True
     remat: str = "full"
+    checkpoint_every: int = 1
+    checkpoint_place: str = "device"
     saved_names: tuple[str, ...] = ()
     offloaded_names: tuple[str, ...] = ()
     num_loss_chunks: int = 8
@@ -212,7 +216,12 @@ class ExecutionConfig:
         check_types(self)
         check_choice("ExecutionConfig.remat", self.remat, ("none", "full", "dots", "names"))
         check_choice("ExecutionConfig.attention", self.attention, (None, *BACKENDS))
+        check_choice("ExecutionConfig.checkpoint_place", self.checkpoint_place, ("device", "host"))
         check_positive("ExecutionConfig.num_loss_chunks", self.num_loss_chunks)
+        check_positive("ExecutionConfig.checkpoint_every", self.checkpoint_every)
+        if self.checkpoint_every > 1 and not self.is_scanned:
+            expected = "1 with is_scanned False"
+            raise InputError("ExecutionConfig.checkpoint_every", self.checkpoint_every, expected)
         if isinstance(self.strategy, type):
             name = self.strategy.__name__
             expected = f"a strategy: @{name}() with brackets builds it"
@@ -243,6 +252,47 @@ class ExecutionConfig:
         of_chunks = functools.partial(attention_over_intervals, implementation=self.attention)
         return Operations(backends=Backends(attention=named, chunk_attention=of_chunks))
 
+    def check_periods(self, num: int) -> None:
+        """Raises InputError, with the equation, unless groups of periods divide `num` of them."""
+        size = self.checkpoint_every
+        if rest := num % size:
+            fitting = [k for k in range(1, num + 1) if num % k == 0]
+            expected = f"periods % checkpoint_every == 0, but {num} % {size} = {rest}: {fitting}"
+            raise InputError("ExecutionConfig.checkpoint_every", size, expected)
+
+    def scan(
+        self,
+        body: Callable,
+        x: Array,
+        inputs: Any,
+    ) -> tuple[Array, Any]:
+        """`lax.scan(body, x, inputs)` over periods, of whose inputs every k-th is kept.
+
+        Raises:
+            InputError: k does not divide the number of periods.
+        """
+        size = self.checkpoint_every
+        if size == 1:
+            return lax.scan(body, x, inputs)
+        num = len(jax.tree.leaves(inputs)[0])
+        self.check_periods(num)
+        is_on_host = self.checkpoint_place == "host"
+        here, away = ([], [GROUP_INPUT]) if is_on_host else ([GROUP_INPUT], [])
+        policy = _kept_or_offloaded([ROUTER, *here], away)
+
+        def group(x: Array, inputs: Any) -> tuple[Array, Any]:
+            return lax.scan(body, checkpoint_name(x, GROUP_INPUT), inputs)
+
+        def split(leaf: Array) -> Array:
+            return leaf.reshape(num // size, size, *leaf.shape[1:])
+
+        def join(leaf: Array) -> Array:
+            return leaf.reshape(num, *leaf.shape[2:])
+
+        group = jax.checkpoint(group, policy=policy, prevent_cse=False)
+        x, outputs = lax.scan(group, x, jax.tree.map(split, inputs))
+        return x, jax.tree.map(join, outputs)
+
     def rematerialise(self, f: Callable) -> Callable:
         """`f` under the configured policy, which keeps a router's logits whatever else it does.
 
@@ -256,13 +306,19 @@ class ExecutionConfig:
         if self.remat == "dots":
             policy = _is_product
         elif self.remat == "names":
-            policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[ROUTER, *_with_kernel(self.saved_names)],
-                names_which_can_be_offloaded=_with_kernel(self.offloaded_names),
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
+            saved = [ROUTER, *_with_kernel(self.saved_names)]
+            policy = _kept_or_offloaded(saved, _with_kernel(self.offloaded_names))
         return jax.checkpoint(f, policy=policy, prevent_cse=not self.is_scanned)
+
+
+def _kept_or_offloaded(saved: list[str], offloaded: list[str]) -> Callable:
+    """Policy: keep names on the device and in host memory."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved,
+        names_which_can_be_offloaded=offloaded,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def _with_kernel(names: tuple[str, ...]) -> list[str]:

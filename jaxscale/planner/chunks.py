@@ -10,7 +10,7 @@ Source: Yao et al. 2024, FPDT (arXiv 2408.16978), table 2, whose counts for GELU
 import dataclasses
 from collections.abc import Callable
 
-from jaxscale.models.config import AttentionConfig, ModelConfig
+from jaxscale.models.config import AttentionConfig, LayerConfig, ModelConfig
 from jaxscale.parallel.sequence.fpdt.strategy import DEFAULT_CHUNK_TOKENS, FullyPipelined
 from jaxscale.planner.job import Job, Layout
 from jaxscale.planner.state import StateBytes
@@ -62,6 +62,7 @@ def chunked_memory(
     """
     counts = _Counts(job, layout, strategy)
     kept = {
+        "groups' inputs": counts.group_inputs,
         "inputs": counts.inputs,
         "attention's outputs": counts.outputs,
         "chunks": counts.waiting,
@@ -136,17 +137,36 @@ class _Counts:
 
         In the backward the input of the layer at work stays on the device once it has come.
         """
-        return 4 * self.tokens * self.model.model_dim * self.job.width
+        return 4 * self.of_input
+
+    @property
+    def of_input(self) -> float:
+        """One layer's input."""
+        return self.tokens * self.model.model_dim * self.job.width
+
+    @property
+    def kept_layers(self) -> tuple[LayerConfig, ...]:
+        """Those whose inputs and outputs are kept at once: all, or those of one group."""
+        every = self.job.execution.checkpoint_every
+        return self.model.layers if every == 1 else every * self.model.pattern
+
+    @property
+    def group_inputs(self) -> _Placed:
+        """Inputs of groups of layers until their backward."""
+        execution = self.job.execution
+        if execution.checkpoint_every == 1:
+            return _Placed()
+        num = self.model.num_periods // execution.checkpoint_every
+        return _Placed.at(execution.checkpoint_place, num * self.of_input)
 
     @property
     def inputs(self) -> _Placed:
         """Layers' inputs until their backward."""
-        of_layer = self.tokens * self.model.model_dim * self.job.width
-        layers = len(self.model.layers)
+        num = len(self.kept_layers)
         if self.strategy.inputs == "device":
-            return _Placed(device=layers * of_layer)
-        here = min(self.strategy.device_input_bytes, of_layer)
-        return _Placed(layers * here, layers * (of_layer - here))
+            return _Placed(device=num * self.of_input)
+        here = min(self.strategy.device_input_bytes, self.of_input)
+        return _Placed(num * here, num * (self.of_input - here))
 
     @property
     def outputs(self) -> _Placed:
@@ -155,7 +175,7 @@ class _Counts:
             return _Placed()
         sizes = [
             _width(layer.attention) * self.job.width + layer.attention.num_heads * ACCUMULATED
-            for layer in self.model.layers
+            for layer in self.kept_layers
         ]
         return _Placed.at(self.strategy.attention, sum(sizes) * self.tokens)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from jaxscale.launch.memory import GIB, host_bytes
+from jaxscale.launch.memory import GIB, pinnable_bytes
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.planner.chunks import (
     ChunkedMemory,
@@ -41,8 +41,8 @@ def memory_of_chunks(run: Run) -> ChunkedMemory:
 
 
 def check_host(run: Run) -> None:
-    """Raises InputError, part by part, unless this machine has the host memory that a run takes."""
-    there = host_bytes()
+    """Raises InputError, part by part, unless this machine can pin the memory that a run takes."""
+    there = pinnable_bytes()
     if there is None or not is_chunked(run):
         return
     memory, num_here = memory_of_chunks(run), jax.local_device_count()

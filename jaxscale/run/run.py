@@ -249,6 +249,8 @@ def check_fit(run: Run) -> None:
         length=length,
         num_microbatches=run.train.num_microbatches,
     )
+    if mesh.pipeline == 1:
+        run.execution.check_periods(run.model.num_periods)
     if isinstance(run.execution.strategy, FullyPipelined):
         _check_pipelined(run)
     if isinstance(run.execution.strategy, ByChunk | HeadChunks) and mesh.tensor > 1:

@@ -19,6 +19,7 @@ from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 apply_runtime({config}, sys.argv[1])
 import jax
 print(jax.device_count(), jax.devices()[0].platform, os.environ["XLA_FLAGS"])
+print(int(os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]) > 0)
 """
 
 
@@ -33,7 +34,7 @@ def started_with(config, directory):
 def test_platform_devices_and_flags(tmp_path):
     flag = "--xla_cpu_enable_fast_math=false"
     config = f"RuntimeConfig(platform='cpu', num_cpu_devices=3, xla_flags=('{flag}',))"
-    assert started_with(config, tmp_path) == f"3 cpu {flag}\n"
+    assert started_with(config, tmp_path) == f"3 cpu {flag}\nTrue\n"
 
 
 SAVED = """

@@ -1,5 +1,6 @@
 """How the layers run never changes what they compute; one step's fingerprint."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -20,6 +21,7 @@ from jaxscale.ops.attention import KERNEL_OUTPUT
 from jaxscale.ops.backends import EXCHANGED
 from jaxscale.ops.draws import with_token_keys
 from jaxscale.ops.precision import Policy
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.types import InputError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "one_step.json"
@@ -152,8 +154,9 @@ def test_one_step_fingerprint(execution):
         dict(remat="dots"),
         dict(remat="names", saved_names=("q",), offloaded_names=("residual",)),
         dict(remat="names", offloaded_names=("attention",), is_scanned=False),
+        dict(remat="none", checkpoint_every=2, checkpoint_place="host"),
     ],
-    ids=["none", "dots", "offloaded", "offloaded_unrolled"],
+    ids=["none", "dots", "offloaded", "offloaded_unrolled", "in groups"],
 )
 def test_remat_changes_no_gradient(execution):
     check_same(value_and_gradient(DENSE, **execution), value_and_gradient(DENSE))
@@ -206,14 +209,25 @@ def test_a_number_of_chunks_that_does_not_divide_is_refused():
         jax.eval_shape(loss, make_params(DENSE))
 
 
-def test_remat_keeps_less_the_more_it_recomputes():
-    def kept(remat):
-        loss = loss_of(DENSE, remat=remat)
-        pullback = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], make_params(DENSE))
-        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+def kept(remat, model=DENSE, **settings):
+    """Elements that the backward is given."""
+    loss = loss_of(model, remat=remat, **settings)
+    pullback = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], make_params(model))
+    return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
+
+def test_remat_keeps_less_the_more_it_recomputes():
     residuals = DENSE.num_layers * 2 * 16 * DENSE.model_dim
     assert kept("full") + residuals < kept("dots") < kept("none") - residuals
+
+
+def test_of_a_group_of_layers_one_input_is_kept():
+    model = dataclasses.replace(DENSE, num_layers=4)
+    of_layer = 2 * 16 * model.model_dim
+    assert kept("full", model) - kept("full", model, checkpoint_every=4) == 3 * of_layer
+    in_chunks = dict(strategy=FullyPipelined(8, num_pieces=1), checkpoint_every=4)
+    of_whole = kept("full", model, checkpoint_every=4)
+    assert abs(kept("none", model, **in_chunks) - of_whole) < of_layer / 2
 
 
 def test_offloaded_names_go_to_the_host():
@@ -261,6 +275,15 @@ def test_a_router_s_logits_are_not_made_again(settings):
     assert jaxpr.count("name=router") == sum(layer.is_moe for layer in DRAWING.pattern)
 
 
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_a_router_s_logits_are_not_made_again_where_groups_of_layers_are(num_chunks):
+    model = dataclasses.replace(DRAWING, num_layers=5)
+    strategy = FullyPipelined(16 // num_chunks, num_pieces=1)
+    loss = loss_of(model, remat="none", checkpoint_every=2, strategy=strategy)
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(make_params(model)))
+    assert jaxpr.count("name=router") == num_chunks
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -276,6 +299,10 @@ def test_a_router_s_logits_are_not_made_again(settings):
         (
             dict(attention="flash"),
             "ExecutionConfig.attention: given 'flash', expected one of None, 'reference'",
+        ),
+        (
+            dict(checkpoint_every=2, is_scanned=False),
+            "ExecutionConfig.checkpoint_every: given 2, expected 1 with is_scanned False",
         ),
         (dict(num_loss_chunks=0), "ExecutionConfig.num_loss_chunks: given 0"),
         (dict(strategy=ByChunk), "a strategy: @ByChunk() with brackets builds it"),

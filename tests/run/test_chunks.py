@@ -34,6 +34,11 @@ def test_what_rests_on_the_host_is_what_is_kept(run):
     some = dataclasses.replace(strategy, device_input_bytes=of_layer // 4)
     memory = chunked_memory(job, layout, StateCounter(job)(run.mesh), some)
     assert memory.host["inputs"] == 3 * memory.device["inputs"] == 24 * of_layer
+    execution = dataclasses.replace(job.execution, checkpoint_every=4, checkpoint_place="host")
+    in_groups = dataclasses.replace(job, execution=execution)
+    memory = chunked_memory(in_groups, layout, StateCounter(job)(run.mesh), strategy)
+    assert memory.host["groups' inputs"] == 8 * of_layer
+    assert memory.host["inputs"] == 4 * of_layer
 
 
 def test_the_longest_sequence_fits_and_one_chunk_more_does_not(run):
@@ -62,8 +67,8 @@ def test_inspect_shows_strategies_side_by_side(capsys):
 
 
 def test_a_host_that_is_too_small_is_refused_before_the_first_step(run, monkeypatch):
-    monkeypatch.setattr("jaxscale.run.chunks.host_bytes", lambda: 900 * GIB)
+    monkeypatch.setattr("jaxscale.run.chunks.pinnable_bytes", lambda: 900 * GIB)
     check_host(run)
-    monkeypatch.setattr("jaxscale.run.chunks.host_bytes", lambda: 80 * GIB)
+    monkeypatch.setattr("jaxscale.run.chunks.pinnable_bytes", lambda: 80 * GIB)
     with pytest.raises(InputError, match=r"64\.00 of inputs .* at most \d+\.\d+ GiB"):
         check_host(run)

@@ -53,6 +53,7 @@ MESHES = [
             ("moe", dict(tensor=2, data=2, num_microbatches=4)),
             ("dense", dict(tensor=2, sequence=2, num_microbatches=8)),
             ("moe", dict(sequence=2, zero=1, zero_axes=("data",))),
+            ("deep moe", dict(sequence=2, checkpoint_every=2, checkpoint_place="host")),
         )
     ],
 ]

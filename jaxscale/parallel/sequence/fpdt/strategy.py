@@ -203,8 +203,16 @@ def _intervals(layer: Any, context: AttentionContext, cuts: Cuts) -> Intervals:
 
 
 def _unnamed(layer: Any) -> Any:
-    """The layer without names for its tensors, which no policy sees inside a stream."""
-    return _with_names(layer, lambda path, x: x)
+    """The layer without names for its tensors but the router's logits.
+
+    A stream keeps what it keeps. Where it runs again as a whole, a policy keeps the logits.
+    """
+    name = layer.operations.backends.name
+    return _with_names(layer, lambda path, x: name(path, x) if _is_router(path) else x)
+
+
+def _is_router(path: str) -> bool:
+    return path.rsplit("/", 1)[-1] == ROUTER
 
 
 def _with_names(layer: Any, name: Callable) -> Any:
@@ -218,7 +226,7 @@ def _router_again(logits: Array, path: str, x: Array) -> Array:
 
     Made again they may differ in the last bit, and a token could be sent to another expert.
     """
-    return _replaced(x, logits) if path.rsplit("/", 1)[-1] == ROUTER else x
+    return _replaced(x, logits) if _is_router(path) else x
 
 
 @jax.custom_vjp
