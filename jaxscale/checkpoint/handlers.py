@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from jaxscale.types import InputError
 # A restore reads whole chunks, so the chunk's size bounds what it reads in vain when the sharding
 # is another than that of the save.
 CHUNK_BYTES = 1 << 26
-# Of a snapshot in device memory that are on the host at once.
-STREAMED_GB = 1
+# Of a state on devices that are copied to the host at once; less than any leaf: one by one.
+COPIED_GB = 1e-9
 # tensorstore reports a full disk as a ValueError with this in its message.
 TENSORSTORE_OS_ERROR = "os_error_code="
 STREAMED_WARNING = "No prioritized params found for saving"
@@ -31,10 +31,9 @@ class LeafFolders(ocp.PyTreeCheckpointHandler):
     """Stores each leaf in a folder of its own, so that a damaged file names its leaf."""
 
     def __init__(self):
-        self._order = _Order()
-        arrays = ocp.type_handlers.ArrayHandler(
+        arrays = _LargestFirst(
             array_metadata_store=array_metadata_store.Store(),
-            callback=self._order,
+            callback=_WhileWriting(),
         )
         super().__init__(
             use_ocdbt=False,
@@ -42,31 +41,43 @@ class LeafFolders(ocp.PyTreeCheckpointHandler):
             type_handler_registry=ocp.type_handlers.create_type_handler_registry(
                 (jax.Array, arrays),
             ),
-            save_device_host_concurrent_gb=STREAMED_GB,
+            save_device_host_concurrent_gb=COPIED_GB,
         )
-
-    def set_streamed(self, is_streamed: bool) -> None:
-        """Says of the saves that begin from now on whether they return before leaves are copied.
-
-        A streamed one copies STREAMED_GB to the host at once, or one leaf where that is larger, and
-        writes them before it copies the next. So its leaves must stay as they are.
-        """
-        self._order.is_streamed = is_streamed
 
     def finalize(self, directory: Any) -> None:
         """Does nothing: orbax would merge the files of all processes here."""
 
 
-class _Order(transfer.SerializationStatusCallback):
-    """When orbax copies a leaf to the host."""
+class _WhileWriting(transfer.SerializationStatusCallback):
+    """Leaves are copied to the host while others are written, not all before a save returns.
 
-    is_streamed = False
+    So they must stay as they are until it is committed.
+    """
 
     def key_priority(self, keypath: Any) -> transfer.TransferPriority:
-        """Before a save returns, or while it writes."""
-        if self.is_streamed:
-            return transfer.TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
-        return transfer.TransferPriority.SYNCHRONOUS
+        """The same for each leaf."""
+        return transfer.TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
+
+
+class _LargestFirst(ocp.type_handlers.ArrayHandler):
+    """Copies the largest leaves to the host first.
+
+    Orbax holds a leaf until the next one is copied. In this order memory for two of the largest is
+    enough: each leaf fits where one before it was. In another what is free comes to lie in pieces,
+    and memory is pinned anew, which holds the device up.
+    """
+
+    async def serialize(
+        self,
+        values: Sequence[jax.Array],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Any:
+        """As of the class above."""
+        args = args or [ocp.SaveArgs()] * len(values)
+        order = sorted(range(len(values)), key=lambda number: -values[number].nbytes)
+        columns = [[column[number] for number in order] for column in (values, infos, args)]
+        return await super().serialize(*columns)
 
 
 def make_handler(leaves: LeafFolders) -> ocp.CompositeCheckpointHandler:

@@ -1,8 +1,8 @@
-"""Writes and reads steps through orbax; where device memory has room, from a snapshot of the state.
+"""Writes and reads steps through orbax, from a copy of the state.
 
-Orbax's asynchronous save returns when the state is copied to the host, which holds a step up by
-its bytes over the link. A snapshot is a copy in device memory, a read and a write of it; the copy
-to the host then goes on beside the next steps.
+Where device memory has room the copy is a snapshot there, a read and a write of it, whose own copy
+to the host goes on beside the next steps. Else it is in host memory, and holds a step up by the
+state's bytes over the link.
 """
 
 import collections
@@ -43,9 +43,8 @@ class Writer:
         handlers.silence()
         self._is_async = is_async
         self._use_snapshot = use_snapshot
-        self._leaves = handlers.LeafFolders()
         self._checkpointer = ocp.AsyncCheckpointer(
-            handlers.make_handler(self._leaves),
+            handlers.make_handler(handlers.LeafFolders()),
             async_options=ocp.options.AsyncOptions(
                 post_finalization_callback=on_written,
                 create_directories_asynchronously=False,
@@ -65,27 +64,27 @@ class Writer:
         place = _pinned_memory()
         if place is None or not self._is_async or self._use_snapshot is False:
             return
-        # Orbax lets go of a batch, which is a leaf at least, when the next one is copied.
+        # One leaf is copied while the one before is written.
         largest = max(map(_own_bytes, jax.tree.leaves(abstract_state)), default=0)
-        batch = max(largest, handlers.STREAMED_GB * 10**9)
-        jax.device_put(np.empty(2 * batch, np.uint8), place).block_until_ready()
+        jax.device_put(np.empty(2 * largest, np.uint8), place).block_until_ready()
 
     def save(self, path: pathlib.Path, state: Any, **items: Any) -> None:
-        """Starts writing a step; the state may be donated as soon as this returns."""
+        """Starts writing a step; where that is asynchronous, the state may be donated at once."""
         arguments = {name: ocp.args.JsonSave(item) for name, item in items.items()}
 
-        def write(state: Any, *, is_streamed: bool) -> None:
-            self._leaves.set_streamed(is_streamed)
+        def write(state: Any) -> None:
             args = ocp.args.Composite(state=handlers.state_to_save(state), **arguments)
             self._checkpointer.save(path, args=args)
 
-        if not (self._is_async and self._takes_snapshot(state)):
-            write(state, is_streamed=False)
-        elif jax.process_count() > 1:
+        if not self._is_async:
+            write(state)
+            return
+        copied = _copied(state, is_on_device=self._takes_snapshot(state))
+        if jax.process_count() > 1:
             # Processes wait for each other in between, in the order in which each of them calls.
-            write(_snapshot(state), is_streamed=True)
+            write(copied)
         else:
-            self._copying = self._thread.submit(write, _snapshot(state), is_streamed=True)
+            self._copying = self._thread.submit(write, copied)
 
     def wait(self) -> None:
         """Returns once the last step is committed; raises what went wrong with it."""
@@ -166,11 +165,19 @@ def _is_on_device(leaf: jax.Array) -> bool:
     return leaf.sharding.memory_kind == device.default_memory().kind
 
 
-def _snapshot(state: Any) -> Any:
-    """The state copied where it lies."""
+def _copied(state: Any, *, is_on_device: bool) -> Any:
+    """The state copied by the runtime, which compiles nothing; on the host, it is there already.
+
+    Args:
+        state: tree of jax arrays.
+        is_on_device: copy each leaf where it lies, and do not wait.
+    """
+    place = None if is_on_device else _pinned_memory()
 
     def copied(leaf: jax.Array) -> jax.Array:
-        # By the runtime: a compiled copy would hold the first save up for its compilation.
-        return jax.device_put(leaf, leaf.sharding, may_alias=False)
+        is_moved = place is not None and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        sharding = leaf.sharding.with_memory_kind(PINNED) if is_moved else leaf.sharding
+        return jax.device_put(leaf, sharding, may_alias=False)
 
-    return jax.tree.map(copied, state)
+    copies = jax.tree.map(copied, state)
+    return copies if is_on_device else jax.block_until_ready(copies)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.serialization import replica_slices
 
 from jaxscale.checkpoint import writer
 from jaxscale.types import InputError
@@ -36,6 +37,24 @@ def test_a_whole_state_with_its_key_goes_there_and_back(tmp_path):
     restored, _ = checkpoints.restore(abstract(state, mesh_of(2, 2)))
     checkpoints.close()
     assert_same(restored, state)
+
+
+def test_leaves_are_copied_to_the_host_one_by_one_and_the_largest_first(tmp_path, monkeypatch):
+    """So memory for two of the largest is enough, and none is pinned later."""
+    copied = []
+    copy = replica_slices.transfer_arrays_to_host
+
+    def recorded(arrays, **options):
+        copied.append([array.nbytes for array in arrays])
+        return copy(arrays, **options)
+
+    monkeypatch.setattr(replica_slices, "transfer_arrays_to_host", recorded)
+    state = make_state(mesh_of(4, 2))
+    checkpoints = open_at(tmp_path, use_snapshot=True)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    sizes = sorted((leaf.nbytes for leaf in jax.tree.leaves(state)), reverse=True)
+    assert copied == [[size] for size in sizes]
 
 
 def test_a_write_that_fails_is_raised_by_the_next_call(tmp_path, monkeypatch):
