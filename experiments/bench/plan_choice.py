@@ -2,10 +2,10 @@
 
 python experiments/bench/plan_choice.py experiments/bench/planner_two_gpus.txt dense
 
-The list is one of `in_turn.py`, of which the lines run whose names begin with the group; all run in
+The list is one of `in_turn.py`, of which the lines run whose names begin with the group. All run in
 one process, which spares them most of XLA's choosing of matmul algorithms. One JSON line a mesh,
-then what the planner chooses and the share of the fastest mesh's rate that it has. With `--foretell`
-nothing runs and no GPU is needed.
+then what the planner chooses and the share of the fastest mesh's rate that it has.
+With `--foretell` nothing runs and no GPU is needed.
 """
 
 import argparse
