@@ -1,8 +1,9 @@
 """Stages: the dynamic programme over blocks, devices, replicas and micro-batches.
 
 Source: Tanaka et al. 2021, RaNNC (arXiv 2103.16063), its third phase. Here the slowest stage's
-forward and backward together are minimised, exactly; any number of replicas is allowed that divides
-a micro-batch; and the inputs of all micro-batches in flight count as memory.
+forward and backward and the longest sum of gradients are minimised together, exactly; any number
+of replicas is allowed that divides a micro-batch; and the inputs of all micro-batches in flight
+count as memory.
 """
 
 import dataclasses
@@ -63,15 +64,27 @@ class Table:
     Args:
         seconds: [L + 1, L + 1, D + 1] of a stage of blocks i to j - 1 on r devices, at [i, j, r];
             infinite where it is impossible.
+        sums: the same, seconds in which its replicas add up their gradients, once a step.
         num_bytes: the same, on each device.
+        num_microbatches: M.
     """
 
     seconds: np.ndarray
+    sums: np.ndarray
     num_bytes: np.ndarray
+    num_microbatches: int
 
     def within(self, limit_bytes: float) -> np.ndarray:
         """The seconds, infinite where the memory does not suffice."""
         return np.where(self.num_bytes <= limit_bytes, self.seconds, np.inf)
+
+    def ticks_s(self, cut: "Cut") -> float:
+        """Seconds of a step's M + S - 1 ticks."""
+        return (self.num_microbatches + len(cut.stages) - 1) * cut.largest
+
+    def longest_sum(self, cut: "Cut") -> float:
+        """Seconds of the longest sum of gradients; the stages' run at the same time."""
+        return max(float(self.sums[place]) for place in cut.places())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +98,36 @@ class Cut:
 
     largest: float
     stages: list[tuple[int, int]]
+
+    def places(self) -> list[tuple[int, int, int]]:
+        """Of each stage its first block, the block after its last, and its devices."""
+        ends = [end for end, _ in self.stages]
+        pairs = zip([0, *ends], self.stages)
+        return [(begin, end, replicas) for begin, (end, replicas) in pairs]
+
+
+def fastest_cut(
+    table: Table,
+    limit_bytes: float,
+    max_stages: int,
+    bound_s: float,
+) -> Cut | None:
+    """The cut whose step is shortest, if it is shorter than `bound_s`: its ticks and longest sum.
+
+    The cut with the shortest ticks may have a long sum. Another one can beat it only with shorter
+    sums, so stages with sums as long are forbidden then, until the ticks alone take too long.
+    """
+    allowed, found = table.within(limit_bytes), None
+    while True:
+        cuts = [cut for cut in smallest_maxima(allowed, max_stages) if cut.stages]
+        for cut in cuts:
+            seconds = table.ticks_s(cut) + table.longest_sum(cut)
+            if seconds < bound_s:
+                bound_s, found = seconds, cut
+        left = [table.longest_sum(cut) for cut in cuts if table.ticks_s(cut) < bound_s]
+        if not left:
+            return found
+        allowed = np.where(table.sums < max(left), allowed, np.inf)
 
 
 def smallest_maxima(costs: np.ndarray, max_stages: int) -> list[Cut]:
@@ -175,23 +218,23 @@ class StagePlanner:
             RunError: no plan fits; says how many bytes the nearest is above the limit, or that a
                 block could not be measured.
         """
-        found, nearest = [], math.inf
+        best, nearest = None, math.inf
+        max_stages = min(len(self.blocks), self.cluster.num_devices)
         for num_microbatches in self._num_microbatches():
             table = self.table(num_microbatches)
-            seconds = table.within(self.limit_bytes)
-            max_stages = min(len(self.blocks), self.cluster.num_devices)
-            for cut in smallest_maxima(seconds, max_stages):
-                if cut.stages:
-                    found.append(self._plan(cut, num_microbatches, table))
-            if not found:
+            bound_s = best.seconds if best else math.inf
+            cut = fastest_cut(table, self.limit_bytes, max_stages, bound_s)
+            if cut is not None:
+                best = self._plan(cut, table)
+            elif best is None:
                 by_memory = smallest_maxima(table.num_bytes, max_stages)
                 nearest = min(nearest, *(cut.largest for cut in by_memory))
-        if not found and nearest <= self.limit_bytes:
+        if best is not None:
+            return best
+        if nearest <= self.limit_bytes:
             raise RunError("no plan fits: a block ran out of memory when it was measured")
-        if not found:
-            over = f"{nearest - self.limit_bytes:,.0f} bytes above {self.limit_bytes:,.0f}"
-            raise RunError(f"no plan fits; the nearest is {over} on its fullest device")
-        return min(found, key=lambda plan: plan.seconds)
+        over = f"{nearest - self.limit_bytes:,.0f} bytes above {self.limit_bytes:,.0f}"
+        raise RunError(f"no plan fits; the nearest is {over} on its fullest device")
 
     def _num_microbatches(self) -> list[int]:
         powers = [2**k for k in range(MAX_MICROBATCHES.bit_length())]
@@ -204,15 +247,16 @@ class StagePlanner:
         """The costs of all stages with so many micro-batches."""
         num, devices = len(self.blocks), self.cluster.num_devices
         shape = (num + 1, num + 1, devices + 1)
-        seconds, num_bytes = np.full(shape, np.inf), np.full(shape, np.inf)
+        seconds, sums, num_bytes = (np.full(shape, np.inf) for _ in range(3))
         rows = self.num_rows // num_microbatches
         for (i, j), cost in self._costs.items():
             for replicas in range(1, devices + 1):
                 if rows % replicas == 0:
                     share = 1 / (num_microbatches * replicas)
                     seconds[i, j, replicas] = self._seconds(cost, share, num_microbatches)
+                    sums[i, j, replicas] = self._sum_s(cost, replicas)
                     num_bytes[i, j, replicas] = _bytes(cost, share, num_microbatches)
-        return Table(seconds, num_bytes)
+        return Table(seconds, sums, num_bytes, num_microbatches)
 
     def _seconds(self, cost: PartCost, share: float, num_microbatches: int) -> float:
         """Of a micro-batch through a stage, forward and backward."""
@@ -228,30 +272,21 @@ class StagePlanner:
         peak = device.link_bandwidth if is_one_host else device.network_bandwidth
         return peak * device.link_share
 
-    def _plan(
-        self,
-        cut: Cut,
-        num_microbatches: int,
-        table: Table,
-    ) -> StagePlan:
-        stages, begin, longest_sum = [], 0, 0.0
-        for end, replicas in cut.stages:
-            place = begin, end, replicas
-            stages.append(
-                Stage(
-                    self._parts[begin, end],
-                    replicas,
-                    float(table.seconds[place]),
-                    float(table.num_bytes[place]),
-                )
-            )
-            if replicas > 1:
-                moved = 2 * (replicas - 1) / replicas * self._costs[begin, end].params_bytes
-                longest_sum = max(longest_sum, LATENCY_S + moved / self._bandwidth)
-            begin = end
-        num_ticks = num_microbatches + len(stages) - 1
-        seconds = num_ticks * cut.largest + longest_sum
-        return StagePlan(tuple(stages), num_microbatches, seconds)
+    def _sum_s(self, cost: PartCost, replicas: int) -> float:
+        """Of an all-reduce of a stage's gradients."""
+        if replicas == 1:
+            return 0.0
+        moved = 2 * (replicas - 1) / replicas * cost.params_bytes
+        return LATENCY_S + moved / self._bandwidth
+
+    def _plan(self, cut: Cut, table: Table) -> StagePlan:
+        stages = []
+        for place in cut.places():
+            begin, end, replicas = place
+            seconds, num_bytes = float(table.seconds[place]), float(table.num_bytes[place])
+            stages.append(Stage(self._parts[begin, end], replicas, seconds, num_bytes))
+        seconds = table.ticks_s(cut) + table.longest_sum(cut)
+        return StagePlan(tuple(stages), table.num_microbatches, seconds)
 
 
 def _bytes(cost: PartCost, share: float, num_microbatches: int) -> float:

@@ -13,21 +13,30 @@ from jaxscale.planner.blocks import make_blocks
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.execute import StagedGradient
 from jaxscale.planner.function import load_plan, plan_function
-from jaxscale.planner.stages import StagePlanner, smallest_maxima
+from jaxscale.planner.stages import StagePlanner, Table, fastest_cut
 from jaxscale.types import InputError, RunError
 from tests.planner.functions import costs_of, mlp, random_loss, resnet
 
 
-def brute_force(costs, num_stages):
-    """The smallest largest cost over all cuts and all replicas."""
-    num_blocks, num_devices = costs.shape[0] - 1, costs.shape[2] - 1
+def cuts_of(num_blocks, num_devices):
+    """The places of all cuts into stages with all replicas."""
+    for num_stages in range(1, min(num_blocks, num_devices) + 1):
+        for inner in itertools.combinations(range(1, num_blocks), num_stages - 1):
+            ends = (0, *inner, num_blocks)
+            for replicas in itertools.product(range(1, num_devices + 1), repeat=num_stages):
+                if sum(replicas) <= num_devices:
+                    yield list(zip(ends, ends[1:], replicas))
+
+
+def shortest(table, limit_bytes):
+    """The seconds of the fastest step, by trying all cuts."""
+    num_blocks, num_devices = table.seconds.shape[1] - 1, table.seconds.shape[2] - 1
     best = math.inf
-    for inner in itertools.combinations(range(1, num_blocks), num_stages - 1):
-        ends = (0, *inner, num_blocks)
-        for replicas in itertools.product(range(1, num_devices + 1), repeat=num_stages):
-            if sum(replicas) <= num_devices:
-                each = zip(ends, ends[1:], replicas)
-                best = min(best, max(costs[place] for place in each))
+    for places in cuts_of(num_blocks, num_devices):
+        if all(table.num_bytes[place] <= limit_bytes for place in places):
+            ticks = table.num_microbatches + len(places) - 1
+            slowest = max(table.seconds[place] for place in places)
+            best = min(best, ticks * slowest + max(table.sums[place] for place in places))
     return best
 
 
@@ -35,43 +44,52 @@ def random_table(rng):
     """Costs of five blocks at most on five devices at most; three of ten places are impossible."""
     num_blocks, num_devices = rng.integers(1, 6, 2)
     shape = (num_blocks + 1, num_blocks + 1, num_devices + 1)
-    costs = rng.integers(1, 20, shape).astype(float)
-    costs[rng.random(shape) < 0.3] = math.inf
+    seconds, num_bytes = rng.integers(1, 20, (2, *shape)).astype(float)
+    sums = rng.integers(0, 200, shape).astype(float)
     is_stage = np.triu(np.ones(shape[:2], bool), 1)
-    costs[~is_stage] = math.inf
-    costs[:, :, 0] = math.inf
-    return costs
+    is_possible = is_stage[:, :, None] & (rng.random(shape) > 0.3) & (np.arange(shape[2]) > 0)
+    each = (np.where(is_possible, costs, math.inf) for costs in (seconds, sums, num_bytes))
+    return Table(*each, num_microbatches=int(rng.integers(1, 9)))
 
 
-def table_of_a_graph(rng):
-    """Costs of the blocks of a random loss, within a random limit of memory."""
-    costs = costs_of(random_loss(int(rng.integers(1 << 30)), num_values=6))
-    blocks = make_blocks(costs, 2e11, int(rng.integers(2, 6)))
-    cluster = Cluster.parse(f"h200:1x{rng.integers(1, 5)}")
-    planner = StagePlanner(costs, blocks, num_rows=4, cluster=cluster, limit_bytes=0)
-    table = planner.table(int(rng.choice([1, 2])))
-    possible = table.num_bytes[np.isfinite(table.num_bytes)]
-    return table.within(rng.choice(possible))
-
-
-@pytest.mark.parametrize(("make", "count"), [(random_table, 200), (table_of_a_graph, 200)])
-def test_equals_brute_force(make, count):
+def test_the_fastest_cut_is_that_of_trying_everything():
+    """Short ticks, a long sum of gradients and little memory pull apart."""
     rng = np.random.default_rng(0)
     num_impossible = 0
-    for _ in range(count):
-        costs = make(rng)
-        num_blocks, num_devices = costs.shape[1] - 1, costs.shape[2] - 1
-        max_stages = min(num_blocks, num_devices)
-        for num_stages, cut in enumerate(smallest_maxima(costs, max_stages), 1):
-            assert cut.largest == brute_force(costs, num_stages)
-            num_impossible += not cut.stages
-            if cut.stages:
-                ends, replicas = zip(*cut.stages)
-                begins = (0, *ends[:-1])
-                found = max(costs[place] for place in zip(begins, ends, replicas))
-                assert (len(ends), ends[-1], found) == (num_stages, num_blocks, cut.largest)
-                assert sum(replicas) <= num_devices
-    assert num_impossible > 0
+    for _ in range(300):
+        table, limit_bytes = random_table(rng), rng.integers(8, 20)
+        wanted = shortest(table, limit_bytes)
+        cut = fastest_cut(table, limit_bytes, 5, math.inf)
+        num_impossible += cut is None
+        if cut is None:
+            assert wanted == math.inf
+            continue
+        assert table.ticks_s(cut) + table.longest_sum(cut) == wanted
+        assert cut.largest == max(table.seconds[place] for place in cut.places())
+        assert all(table.num_bytes[place] <= limit_bytes for place in cut.places())
+        assert cut.places() in cuts_of(*(size - 1 for size in table.seconds.shape[1:]))
+    assert 0 < num_impossible < 150
+
+
+def test_the_plan_of_a_random_graph_is_that_of_trying_everything():
+    """Its micro-batches, too, within a random limit of memory."""
+    rng = np.random.default_rng(0)
+    num_impossible = 0
+    for _ in range(200):
+        costs = costs_of(random_loss(int(rng.integers(1 << 30)), num_values=6))
+        blocks = make_blocks(costs, 2e11, int(rng.integers(2, 6)))
+        cluster = Cluster.parse(f"h200:1x{rng.integers(1, 5)}")
+        planner = StagePlanner(costs, blocks, num_rows=4, cluster=cluster, limit_bytes=0)
+        num_bytes = planner.table(1).num_bytes
+        planner.limit_bytes = rng.choice(num_bytes[np.isfinite(num_bytes)])
+        wanted = min(shortest(planner.table(num), planner.limit_bytes) for num in (1, 2))
+        if math.isinf(wanted):
+            num_impossible += 1
+            with pytest.raises(RunError, match="no plan fits"):
+                planner.search()
+        else:
+            assert planner.search().seconds == wanted
+    assert 0 < num_impossible < 100
 
 
 def test_more_memory_or_devices_are_never_worse():
