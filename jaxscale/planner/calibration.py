@@ -1,10 +1,8 @@
 """A device table's shares measured on the devices that are here."""
 
 import dataclasses
-import functools
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.parallel.mesh import DATA
 from jaxscale.planner.cluster import Device
+from jaxscale.planner.timing import drawn, median_s
 from jaxscale.types import Array
 
-NUM_TIMED = 5
 MATMUL_WIDTH, PASS_BYTES, LINK_BYTES = 8192, 2**30, 2**27
 
 
@@ -55,12 +53,12 @@ def measured(
 
 
 def _matmul_s(width: int) -> float:
-    matrix = jnp.ones((width, width), jnp.bfloat16)
-    return _median_s(jnp.matmul, matrix, matrix)
+    shape = jax.ShapeDtypeStruct((width, width), jnp.bfloat16)
+    return median_s(jax.jit(jnp.matmul), *drawn((shape, shape)))
 
 
 def _pass_s(num_bytes: int) -> float:
-    return _median_s(jnp.negative, jnp.ones(num_bytes // 2, jnp.bfloat16))
+    return median_s(jax.jit(jnp.negative), jnp.ones(num_bytes // 2, jnp.bfloat16))
 
 
 def _all_gather_s(num_bytes: int, devices: Sequence[jax.Device]) -> float:
@@ -79,15 +77,4 @@ def _all_gather_s(num_bytes: int, devices: Sequence[jax.Device]) -> float:
         check_vma=False,
     )
     values = jax.device_put(jnp.ones(num, jnp.bfloat16), jax.NamedSharding(mesh, spec))
-    return _median_s(spread, values)
-
-
-def _median_s(function: Callable, *arguments: Array) -> float:
-    call = functools.partial(jax.jit(function), *arguments)
-    jax.block_until_ready(call())
-    seconds = []
-    for _ in range(NUM_TIMED):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds))
+    return median_s(jax.jit(spread), values)

@@ -64,7 +64,7 @@ class BlockTimes:
     def _run(self, forward: Callable, arguments: Any) -> Seconds:
         try:
             with jax.default_device(self.device):
-                values = jax.jit(functools.partial(_drawn, arguments))()
+                values = drawn(arguments)
                 alone = median_s(jax.jit(forward), *values)
                 both = median_s(jax.jit(functools.partial(_gradient, forward)), *values)
         except jax.errors.JaxRuntimeError as error:
@@ -88,13 +88,17 @@ def median_s(function: Callable, *values: Any) -> float:
     return float(np.median(seconds))
 
 
-def _drawn(shapes: Any) -> Any:
+def drawn(shapes: Any) -> Any:
     """Numbers from -0.1 to 0.1; integers are 0, which every table has a row for.
 
     A GPU that multiplies zeros draws less power and clocks higher.
     """
     leaves, structure = jax.tree.flatten(shapes)
-    return structure.unflatten(_draw(number, leaf) for number, leaf in enumerate(leaves))
+
+    def draw() -> list[Array]:
+        return [_draw(number, leaf) for number, leaf in enumerate(leaves)]
+
+    return structure.unflatten(jax.jit(draw)())
 
 
 def _draw(number: int, leaf: jax.ShapeDtypeStruct) -> Array:
