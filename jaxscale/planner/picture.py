@@ -1,30 +1,63 @@
-"""A plan as a picture: where the time goes on each stage, and the memory of a device."""
+"""Plans as pictures: time and memory by stage."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxscale.planner.explain import layout_text
 from jaxscale.planner.plan import GIB, Plan
+from jaxscale.planner.stages import StagePlan
+
+MIB = 2**20
 
 
 def draw(plan: Plan, path: str | Path) -> None:
-    """Writes a PNG: seconds at work and idle by stage, and bytes by what they are for."""
+    """Writes a PNG: seconds at work and idle by stage, and a device's bytes by what they are for.
+
+    All stages run one program, so their devices need the same.
+    """
     candidate = plan.candidate
     time, memory = candidate.time, candidate.memory
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    of_time, of_memory = figure.subplots(1, 2)
-    names = [str(number) for number in range(len(time.stages))]
-    busy = [seconds * 1e3 for seconds in time.stages]
-    idle = [time.total * 1e3 - milliseconds for milliseconds in busy]
-    of_time.barh(names, busy, label="layers, head and their exchanges")
-    of_time.barh(names, idle, left=busy, color="lightgrey", label="bubble, reduction, update")
-    of_time.set(xlabel="ms of a step", ylabel="stage")
-    of_time.invert_yaxis()
-    of_time.legend(loc="lower right")
+    title = f"{plan.devices}: {layout_text(candidate.layout)}"
+    figure, of_time, of_memory = _panels(title)
+    _draw_time(of_time, time.stages, time.total, "layers, head and their exchanges")
     parts = memory.parts()
     of_memory.barh(list(parts), [size / GIB for size in parts.values()])
-    of_memory.set(xlabel=f"GiB, of {candidate.limit_bytes / GIB:.1f} in all")
-    of_memory.invert_yaxis()
-    figure.suptitle(f"{plan.devices}: {layout_text(candidate.layout)}")
+    limit = candidate.limit_bytes / GIB
+    of_memory.set(xlabel=f"GiB on a device of any stage, {limit:.1f} in all")
     figure.savefig(path)
+
+
+def draw_stages(plan: StagePlan, path: str | Path) -> None:
+    """Writes a PNG of a plan of any function: seconds at work and idle, and bytes, by stage."""
+    num_devices = [stage.num_replicas for stage in plan.stages]
+    title = f"devices by stage: {num_devices}, {plan.num_microbatches} micro-batches"
+    figure, of_time, of_memory = _panels(title)
+    busy = [plan.num_microbatches * stage.seconds for stage in plan.stages]
+    _draw_time(of_time, busy, plan.seconds, "all micro-batches, forward and backward")
+    names = list(map(str, range(len(busy))))
+    of_memory.barh(names, [stage.num_bytes / MIB for stage in plan.stages])
+    of_memory.set(xlabel="MiB on each device of a stage", ylabel="stage")
+    figure.savefig(path)
+
+
+def _panels(title: str) -> tuple[Figure, Axes, Axes]:
+    """A figure with room for time and memory; the first stage is at the top."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure.suptitle(title)
+    of_time, of_memory = figure.subplots(1, 2)
+    of_time.invert_yaxis()
+    of_memory.invert_yaxis()
+    return figure, of_time, of_memory
+
+
+def _draw_time(axes: Axes, busy_s: Sequence[float], step_s: float, label: str) -> None:
+    names = list(map(str, range(len(busy_s))))
+    busy = [seconds * 1e3 for seconds in busy_s]
+    idle = [step_s * 1e3 - milliseconds for milliseconds in busy]
+    axes.barh(names, busy, label=label)
+    axes.barh(names, idle, left=busy, color="lightgrey", label="bubble, sums, update")
+    axes.set(xlabel="ms of a step", ylabel="stage")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)

@@ -164,9 +164,9 @@ def _memory_text(
     available: int,
 ) -> str:
     rows = {
-        "parameters": _bytes_per_device(setup.state.params),
-        "optimizer state": _bytes_per_device(setup.state.opt_state),
-        "batch": _bytes_per_device(batch),
+        "parameters": bytes_per_device(setup.state.params),
+        "optimizer state": bytes_per_device(setup.state.opt_state),
+        "batch": bytes_per_device(batch),
         "arguments, all": memory.arguments,
         "outputs, new": memory.outputs,
         "temporaries": memory.temporaries,
@@ -179,7 +179,8 @@ def _memory_text(
     )
 
 
-def _bytes_per_device(abstract: Any) -> int:
+def bytes_per_device(abstract: Any) -> int:
+    """Bytes that one device has of arrays that are given as shapes with shardings."""
     leaves = jax.tree.leaves(abstract)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from jaxscale.config import operative_config
-from jaxscale.launch.ahead_of_time import described_devices, memory_of
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 from jaxscale.planner.calibration import measured
 from jaxscale.planner.cluster import Cluster
@@ -19,9 +18,10 @@ from jaxscale.planner.picture import draw
 from jaxscale.planner.plan import Plan
 from jaxscale.planner.search import Candidate, Planner
 from jaxscale.planner.timing import BlockTimes
-from jaxscale.run.compile import lower_step, memory_share
+from jaxscale.run.compile import memory_share
 from jaxscale.run.job import job_of, layout_of
 from jaxscale.run.planned import SHARE_OF_LIMIT, planned, search
+from jaxscale.run.planned_memory import CompiledMemory
 from jaxscale.run.run import Run
 from jaxscale.types import InputError, RunError
 from jaxscale.written import as_written, render
@@ -157,21 +157,12 @@ def _first_that_fits(
 ) -> Candidate:
     """The first whose step, compiled for the devices, fits; with the compiler's memory."""
     apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
-    devices = described_devices(
-        cluster.device.name,
-        num_hosts=cluster.num_hosts,
-        gpus_per_host=cluster.devices_per_host,
-    )
-    limit = cluster.device.memory_bytes * share
-    peaks: dict[str, int] = {}  # by program, as several plans may be one
-    fitting = []
+    peak_of = CompiledMemory(run, cluster)
+    limit, fitting = cluster.device.memory_bytes * share, []
     for number, each in enumerate(ranked, 1):
         began = time.perf_counter()
-        step = lower_step(planned(run, each.layout), devices[: each.layout.num_devices])
-        program = step.lowered.as_text()
-        if program not in peaks:
-            peaks[program] = memory_of(step.compile()).peak
-        peak, seconds = peaks[program], time.perf_counter() - began
+        peak = peak_of(each.layout)
+        seconds = time.perf_counter() - began
         modelled = f"{each.memory.total / GIB:.2f} modelled"
         print(f"{number} compiled in {seconds:.1f} s: {peak / GIB:.2f} GiB, {modelled}", flush=True)
         if peak <= limit:

@@ -13,6 +13,7 @@ from jaxscale.planner.blocks import make_blocks
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.execute import StagedGradient
 from jaxscale.planner.function import load_plan, plan_function
+from jaxscale.planner.picture import draw_stages
 from jaxscale.planner.stages import StagePlanner, Table, fastest_cut
 from jaxscale.types import InputError, RunError
 from tests.planner.functions import costs_of, mlp, random_loss, resnet
@@ -115,7 +116,7 @@ def test_what_fits_nowhere_says_by_how_much():
         )
 
 
-def test_a_function_is_planned_and_trained():
+def test_a_function_is_planned_drawn_and_trained(tmp_path):
     """Memory for two of the blocks makes stages."""
     loss, params, batch = resnet(num_blocks=4, channels=16, rows=8)
     found = plan_function(
@@ -123,6 +124,8 @@ def test_a_function_is_planned_and_trained():
     )
     plan = found.stages
     assert len(plan.stages) > 1 and plan.num_devices <= 4
+    draw_stages(plan, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     staged = StagedGradient(loss, params, batch, plan=plan, devices=jax.devices())
     value, gradient = staged(params, batch)
     wanted, wanted_gradient = jax.value_and_grad(loss)(params, batch)

@@ -171,7 +171,7 @@ def test_layers_of_the_best_plans_are_measured_by_a_flag(folder, capsys, monkeyp
 
 
 def test_plans_of_one_program_are_compiled_once(folder, capsys, monkeypatch):
-    module, compiled = importlib.import_module("jaxscale.run.plan"), []
+    module, compiled = importlib.import_module("jaxscale.run.planned_memory"), []
     lowered = types.SimpleNamespace(as_text=lambda: "one program")
     step = types.SimpleNamespace(lowered=lowered, compile=lambda: compiled.append("a step"))
     monkeypatch.setattr(module, "described_devices", lambda *args, **kwargs: [])
