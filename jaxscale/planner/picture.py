@@ -19,12 +19,13 @@ def draw(plan: Plan, path: str | Path) -> None:
     All stages run one program, so their devices need the same.
     """
     candidate = plan.candidate
-    time, memory = candidate.time, candidate.memory
+    time = candidate.time
     title = f"{plan.devices}: {layout_text(candidate.layout)}"
     figure, of_time, of_memory = _panels(title)
     _draw_time(of_time, time.stages, time.total, "layers, head and their exchanges")
-    parts = memory.parts()
-    of_memory.barh(list(parts), [size / GIB for size in parts.values()])
+    parts = candidate.memory.parts()
+    sizes = [size / GIB for size in parts.values()]
+    of_memory.barh(list(parts), sizes)
     limit = candidate.limit_bytes / GIB
     of_memory.set(xlabel=f"GiB on a device of any stage, {limit:.1f} in all")
     figure.savefig(path)
@@ -37,8 +38,9 @@ def draw_stages(plan: StagePlan, path: str | Path) -> None:
     figure, of_time, of_memory = _panels(title)
     busy = [plan.num_microbatches * stage.seconds for stage in plan.stages]
     _draw_time(of_time, busy, plan.seconds, "all micro-batches, forward and backward")
-    names = list(map(str, range(len(busy))))
-    of_memory.barh(names, [stage.num_bytes / MIB for stage in plan.stages])
+    names = _numbers(len(busy))
+    sizes = [stage.num_bytes / MIB for stage in plan.stages]
+    of_memory.barh(names, sizes)
     of_memory.set(xlabel="MiB on each device of a stage", ylabel="stage")
     figure.savefig(path)
 
@@ -53,8 +55,17 @@ def _panels(title: str) -> tuple[Figure, Axes, Axes]:
     return figure, of_time, of_memory
 
 
-def _draw_time(axes: Axes, busy_s: Sequence[float], step_s: float, label: str) -> None:
-    names = list(map(str, range(len(busy_s))))
+def _numbers(count: int) -> list[str]:
+    return list(map(str, range(count)))
+
+
+def _draw_time(
+    axes: Axes,
+    busy_s: Sequence[float],
+    step_s: float,
+    label: str,
+) -> None:
+    names = _numbers(len(busy_s))
     busy = [seconds * 1e3 for seconds in busy_s]
     idle = [step_s * 1e3 - milliseconds for milliseconds in busy]
     axes.barh(names, busy, label=label)
