@@ -68,6 +68,9 @@ def parse_arguments():
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=WARMUP_STEPS)
+    help_of_layers = "compiles one layer for all, and the loss, instead of the whole model"
+    parser.add_argument("--by_layer", action="store_true", help=help_of_layers)
     return parser.parse_args()
 
 
@@ -87,7 +90,11 @@ class Trainer:
         if options.precision == "masters":
             self.masters = [w.detach().float().requires_grad_() for w in self.weights]
         self.optimizer = torch.optim.AdamW(self.masters or self.weights, lr=1e-4, fused=True)
-        self.compiled = torch.compile(model)
+        self.compiled = model if options.by_layer else torch.compile(model)
+        if options.by_layer:
+            for layer in model.model.layers:
+                layer.compile()
+            model.loss_function = torch.compile(model.loss_function)
 
     def step(self):
         """Forward, backward, clipping and update; returns the loss on the device."""
@@ -110,7 +117,7 @@ def main():
     """Warm up, time, and print the figures."""
     options = parse_arguments()
     trainer = Trainer(options)
-    for _ in range(WARMUP_STEPS):
+    for _ in range(options.warmup):
         trainer.step()
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -119,6 +126,7 @@ def main():
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / options.steps
     figures = {
+        "by_layer": options.by_layer,
         "peer": f"huggingface {options.model} {options.precision}",
         "ms": seconds * 1e3,
         "tokens_per_second": options.rows * options.length / seconds,

@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits for inference.
 
-Matrices of layers and experts are quantised; embedding, unembedding, norms, routers and biases keep
-their type.
+Matrices of layers and experts are quantised, and embedding and unembedding if it is said; norms,
+routers, biases and positions keep their type.
 """
 
 import dataclasses
@@ -12,8 +12,10 @@ import jax
 
 from jaxscale import tree
 from jaxscale.models.parameters import Parameter, Table
-from jaxscale.ops.quantised import QuantisedMatrix, quantise
+from jaxscale.ops.quantised import QuantisedMatrix, QuantisedTable, quantise
 from jaxscale.types import Array, Params, Role, check_choice, check_types
+
+TABLES = (Role.EMBEDDING, Role.UNEMBEDDING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +23,23 @@ class QuantisedConfig:
     """How weights are quantised: round to nearest, symmetric, with a scale for each 128 inputs.
 
     Args:
-        bits: 8 or 4.
+        bits: of the matrices, 8 or 4.
+        embedding_bits: of embedding and unembedding, 8 or 4; None keeps their type.
     """
 
     bits: int
+    embedding_bits: int | None = None
 
     def __post_init__(self):
         check_types(self)
         check_choice("QuantisedConfig.bits", self.bits, (8, 4))
+        check_choice("QuantisedConfig.embedding_bits", self.embedding_bits, (None, 8, 4))
+
+    def bits_of(self, role: Role) -> int | None:
+        """Bits of the parameters of a role; None for those that keep their type."""
+        if role in TABLES:
+            return self.embedding_bits
+        return self.bits if role in (Role.MATRIX, Role.EXPERT) else None
 
 
 def quantised(
@@ -36,7 +47,7 @@ def quantised(
     table: Table,
     config: QuantisedConfig,
 ) -> Params:
-    """The tree in which each matrix is a `QuantisedMatrix`.
+    """The tree in which each matrix is a `QuantisedMatrix`, a quantised table a `QuantisedTable`.
 
     Args:
         params: the parameter tree; its arrays may be freed one by one.
@@ -47,9 +58,12 @@ def quantised(
 
     def one(path: str, leaf: Array) -> Any:
         parameter = parameters[path]
-        if parameter.role not in (Role.MATRIX, Role.EXPERT):
+        bits = config.bits_of(parameter.role)
+        if bits is None:
             return leaf
-        return quantise(leaf, *_dims(path, parameter), config.bits)
+        if parameter.role in TABLES:
+            return QuantisedTable(quantise(leaf.T, 0, 1, bits))
+        return quantise(leaf, *dims_of(path, parameter), bits)
 
     return tree.map_with_path(one, params)
 
@@ -64,11 +78,11 @@ def dequantised(params: Params, dtype: str) -> Params:
 
 
 def is_quantised(leaf: Any) -> bool:
-    """Whether a matrix is in few bits."""
-    return isinstance(leaf, QuantisedMatrix)
+    """Whether a matrix or a table is in few bits."""
+    return isinstance(leaf, (QuantisedMatrix, QuantisedTable))
 
 
-def _dims(path: str, parameter: Parameter) -> tuple[int, int]:
+def dims_of(path: str, parameter: Parameter) -> tuple[int, int]:
     """(stacked dims, dims of a matrix's inputs): "o" has heads and a head's elements as inputs."""
     stacked = parameter.dims.startswith("L") + ("E" in parameter.dims)
     return stacked, 2 if path.endswith("attention/o") else 1

@@ -84,7 +84,7 @@ def linear_each(
     """The products of activations with several weights, each as `linear`."""
     matrices = _matrices(weights)
     if isinstance(matrices[0], QuantisedMatrix):
-        outputs = _quantised(x, matrices)
+        outputs = quantised_products(x, matrices, x.dtype)
     else:
         outputs = [_product(equation, x, each) for each in matrices]
     return _with_adapters(equation, x, weights, outputs)
@@ -126,10 +126,19 @@ def _product(equation: str, x: Array, weights: Array) -> Array:
     return y.reshape(*lead, *weights.shape[num_inputs:])
 
 
-def _quantised(x: Array, weights: Sequence[QuantisedMatrix]) -> list[Array]:
+def quantised_products(
+    x: Array,
+    weights: Sequence[QuantisedMatrix],
+    dtype: jnp.dtype,
+) -> list[Array]:
     """Products [..., outputs] of x [..., inputs]: of a few tokens by the kernel on Hopper GPUs.
 
     Of many tokens, the matrices are made whole first.
+
+    Args:
+        x: activations.
+        weights: with the same inputs.
+        dtype: of the products; sums are in at least float32.
     """
     first = weights[0]
     lead = x.shape[: x.ndim - first.num_inputs]
@@ -140,9 +149,10 @@ def _quantised(x: Array, weights: Sequence[QuantisedMatrix]) -> list[Array]:
     if is_kernel:
         padded = jnp.pad(flat, ((0, 0), (0, -first.depth % INPUTS)))
         matrices = [(each.words, each.scales) for each in weights]
-        products = kernel.matmul(padded, matrices, implementation="mosaic")
+        products = kernel.matmul(padded, matrices, dtype=dtype, implementation="mosaic")
     else:
-        products = [flat @ each.whole(x.dtype).reshape(first.depth, -1) for each in weights]
+        whole = [each.whole(x.dtype).reshape(first.depth, -1) for each in weights]
+        products = [jnp.matmul(flat, each, preferred_element_type=dtype) for each in whole]
     outputs = []
     for y, each in zip(products, weights, strict=True):
         shape = each.shape[each.num_inputs :]

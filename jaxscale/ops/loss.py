@@ -11,7 +11,9 @@ from jax import lax
 
 from jaxscale.kernels.linear_cross_entropy import api as linear_cross_entropy
 from jaxscale.ops.device import kernel_for
+from jaxscale.ops.linear import quantised_products
 from jaxscale.ops.precision import accumulator
+from jaxscale.ops.quantised import QuantisedTable
 from jaxscale.ops.split_product import parts_of
 from jaxscale.types import Array, InputError
 
@@ -86,7 +88,11 @@ def unembed(
 
     With a soft-cap c they become c * tanh(logits / c).
     """
-    logits = project(h, _matrix(head))
+    matrix = _matrix(head)
+    if isinstance(matrix, QuantisedTable):
+        (logits,) = quantised_products(h, [matrix.matrix], accumulator(h).dtype)
+    else:
+        logits = project(h, matrix)
     if isinstance(head, Head):
         logits = logits + accumulator(head.bias)
     if softcap is None:

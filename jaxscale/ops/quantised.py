@@ -3,14 +3,27 @@
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxscale.kernels.quantised_matmul import reference
-from jaxscale.kernels.quantised_matmul.packing import INPUTS, OUTPUTS, pack
+from jaxscale.kernels.quantised_matmul.packing import INPUTS, OUTPUTS, look_up, pack, unpack
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
+
+
+class Integers(NamedTuple):
+    """A matrix in few bits as others store it.
+
+    Args:
+        values: [*inputs, *outputs] int8.
+        scales: [groups of INPUTS inputs, *outputs].
+    """
+
+    values: Array
+    scales: Array
 
 
 @functools.partial(
@@ -56,6 +69,75 @@ class QuantisedMatrix:
             one = jax.vmap(one)
         return one(self.words, self.scales)
 
+    def integers(self, index: tuple[int, ...] = ()) -> Integers:
+        """One matrix of the stack as it is stored."""
+        values = unpack(self.words[index])[: self.depth, : self.width]
+        scales = jnp.moveaxis(self.scales[index], 0, 1)
+        scales = scales.reshape(scales.shape[0], -1)[:, : self.width]
+        outputs = self.shape[self.num_inputs :]
+        values = values.astype(jnp.int8).reshape(self.shape)
+        return Integers(values, scales.reshape(-1, *outputs))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantisedTable:
+    """A table [V, D] in 4 or 8 bits, whose rows are looked up or multiplied with.
+
+    Args:
+        matrix: [D, V].
+    """
+
+    matrix: QuantisedMatrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, D)."""
+        return self.matrix.width, self.matrix.depth
+
+    def __len__(self) -> int:
+        """V."""
+        return self.matrix.width
+
+    def __getitem__(self, tokens: Array) -> Array:
+        """Rows [..., D] of tokens [...], in the type of the scales."""
+        numbers, matrix = tokens.reshape(-1), self.matrix
+        integers = look_up(matrix.words, numbers).reshape(len(numbers), -1, INPUTS)
+        scales = matrix.scales[numbers // OUTPUTS, :, numbers % OUTPUTS]
+        rows = (integers * accumulator(scales)[..., None]).reshape(len(numbers), -1)
+        return rows[:, : matrix.depth].astype(scales.dtype).reshape(*tokens.shape, matrix.depth)
+
+    def whole(self, dtype: str) -> Array:
+        """The table in a type of floating point."""
+        return self.matrix.whole(dtype).T
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def from_integers(integers: Integers, num_inputs: int, bits: int) -> QuantisedMatrix:
+    """The matrix of integers that somebody has rounded.
+
+    Args:
+        integers: with as many dims of outputs in both.
+        num_inputs: dims that are inputs.
+        bits: 8 or 4, which the integers fit.
+    """
+    shape = integers.values.shape
+    depth = math.prod(shape[:num_inputs])
+    values = _padded(integers.values.reshape(depth, -1))
+    scales = integers.scales.reshape(len(integers.scales), -1)
+    scales = jnp.pad(scales, ((0, 0), (0, -scales.shape[1] % OUTPUTS)))
+    return QuantisedMatrix(pack(values, bits), _by_tile(scales), shape, num_inputs)
+
+
+def _padded(matrix: Array) -> Array:
+    """A matrix [inputs, outputs] with zeros up to whole units."""
+    return jnp.pad(matrix, ((0, -matrix.shape[0] % INPUTS), (0, -matrix.shape[1] % OUTPUTS)))
+
+
+def _by_tile(scales: Array) -> Array:
+    """Scales [groups, outputs] as they are stored."""
+    return scales.reshape(len(scales), -1, OUTPUTS).swapaxes(0, 1)
+
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def quantise(
@@ -77,17 +159,14 @@ def quantise(
     depth = math.prod(shape[:num_inputs])
 
     def one(matrix: Array) -> tuple[Array, Array]:
-        flat = accumulator(matrix.reshape(depth, -1))
-        margins = ((0, -depth % INPUTS), (0, -flat.shape[1] % OUTPUTS))
-        flat = jnp.pad(flat, margins)
+        flat = _padded(accumulator(matrix.reshape(depth, -1)))
         largest = 2 ** (bits - 1) - 1
         by_group = flat.reshape(-1, INPUTS, flat.shape[1])
         # The scale is rounded first, so that the integers fit the scale that is kept.
         scales = (jnp.abs(by_group).max(1) / largest).astype(matrix.dtype)
         divisor = jnp.where(scales == 0, 1, scales).astype(flat.dtype)[:, None]
         values = jnp.clip(jnp.round(by_group / divisor), -largest, largest)
-        by_tile = scales.reshape(len(scales), -1, OUTPUTS).swapaxes(0, 1)
-        return pack(values.reshape(flat.shape), bits), by_tile
+        return pack(values.reshape(flat.shape), bits), _by_tile(scales)
 
     for _ in range(num_stacked):
         one = jax.vmap(one)

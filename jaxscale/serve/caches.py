@@ -1,6 +1,5 @@
 """The contiguous caches of all layers of a decoder."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -48,34 +47,3 @@ def empty_caches(
         return jnp.broadcast_to(leaf, (config.num_periods, *leaf.shape))
 
     return {"prefix": prefix, "layers": jax.tree.map(stacked, of_period())}
-
-
-def slots_once(caches: Any) -> Any:
-    """The caches, of which the first of a single layer alone has positions, segments and length.
-
-    They are equal in all layers. Carried by each, they would take four small kernels a layer in
-    every step.
-    """
-    leaves, structure = jax.tree.flatten(caches, is_leaf=_is_cache)
-    is_first = True
-    for i, cache in enumerate(leaves):
-        if cache.length.ndim:  # of a stack of layers
-            continue
-        if not is_first:
-            leaves[i] = dataclasses.replace(cache, positions=None, segments=None, length=None)
-        is_first = False
-    return structure.unflatten(leaves)
-
-
-def slots_everywhere(caches: Any) -> Any:
-    """The caches that `slots_once` was given."""
-    leaves, structure = jax.tree.flatten(caches, is_leaf=_is_cache)
-    single = [each for each in leaves if each.length is not None and not each.length.ndim]
-    for i, cache in enumerate(leaves):
-        if cache.length is None:
-            leaves[i] = dataclasses.replace(single[0], k=cache.k, v=cache.v)
-    return structure.unflatten(leaves)
-
-
-def _is_cache(leaf: Any) -> bool:
-    return isinstance(leaf, kv_cache.KVCache)

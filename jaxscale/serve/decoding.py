@@ -17,7 +17,7 @@ from jaxscale.models.decoder import Decoder
 from jaxscale.ops.attention import cache as kv_cache
 from jaxscale.ops.backends import Operations
 from jaxscale.parallel.region import Region
-from jaxscale.serve.caches import empty_caches, slots_everywhere, slots_once
+from jaxscale.serve.caches import empty_caches
 from jaxscale.serve.sampling import SamplingConfig, sample, token_keys
 from jaxscale.types import Array, InputError, Params, check_positive
 
@@ -174,7 +174,7 @@ class _State:
         count: [] new tokens a row so far.
         output: [B, max_new_tokens] the tokens.
         is_finished: [B] rows that have drawn the end token.
-        caches: of all tokens but the last, see `slots_once`.
+        caches: of all tokens but the last.
     """
 
     count: Array
@@ -259,17 +259,16 @@ class Loop:
         def decode(state: _State) -> _State:
             last = lax.dynamic_slice_in_dim(state.output, state.count - 1, 1, axis=1)
             position = lengths + state.count - 1
-            caches = slots_everywhere(state.caches)
-            logits, caches = advance(next_pass, params, last, position[:, None], caches)
+            logits, caches = advance(next_pass, params, last, position[:, None], state.caches)
             token = jnp.where(state.is_finished, end, draw(logits, position + 1))
             put = lax.dynamic_update_slice_in_dim
             output = put(state.output, token[:, None], state.count, axis=1)
             is_finished = state.is_finished | (token == end)
-            return _State(state.count + 1, output, is_finished, slots_once(caches))
+            return _State(state.count + 1, output, is_finished, caches)
 
         output = jnp.full((len(first), self.max_new_tokens), end, jnp.int32)
         output = output.at[:, 0].set(first)
-        start = _State(jnp.int32(1), output, first == end, slots_once(caches))
+        start = _State(jnp.int32(1), output, first == end, caches)
         end_state = lax.while_loop(is_going, decode, start)
         return end_state.output, end_state.caches
 

@@ -21,6 +21,7 @@ def matmul(
     matrices: Sequence[tuple[Array, Array]],
     *,
     implementation: str,
+    dtype: Any = None,
     interpret: Any = False,
 ) -> list[Array]:
     """x @ W of each matrix W, of integers with a scale for each INPUTS inputs and output.
@@ -32,9 +33,10 @@ def matmul(
         matrices: of each its words and scales: integers [K, N] as `packing.pack` packs them, and
             [N / OUTPUTS, K / INPUTS, OUTPUTS]; all of the same K and bits.
         implementation: one of BACKENDS; "mosaic" is for Hopper GPUs.
+        dtype: of the results; None for that of `x`. Sums are in float32.
         interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
     Returns:
-        [M, N] of each, in the type of `x`; sums are in float32.
+        [M, N] of each.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
     Cost: "mosaic" reads the words once, in one launch for all matrices.
@@ -47,9 +49,10 @@ def matmul(
         require(is_fit and x.shape[1] % INPUTS == 0, "quantised_matmul", given, expected)
     refusal = mosaic_refusal(x) if implementation == "mosaic" else None
     check_backend("quantised_matmul", implementation, BACKENDS, refusal)
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     if implementation == "reference":
-        return [reference.matmul(x, *matrix) for matrix in matrices]
-    return pallas.matmul(x, tuple(matrices), interpret=interpret)
+        return [reference.matmul(x, *matrix).astype(dtype) for matrix in matrices]
+    return pallas.matmul(x, tuple(matrices), dtype=dtype, interpret=interpret)
 
 
 def mosaic_refusal(x: Array) -> str | None:

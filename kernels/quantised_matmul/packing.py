@@ -6,6 +6,7 @@ A unit is 64 outputs by 128 inputs. Each of a warpgroup's 128 threads takes 8 wo
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 OUTPUTS, INPUTS = 64, 128
@@ -66,11 +67,38 @@ def unpack(words: Array) -> Array:
     return by_input.reshape(chunks * INPUTS, tiles * OUTPUTS)
 
 
+def look_up(words: Array, outputs: Array) -> Array:
+    """The integers of some outputs, of which nothing else is read.
+
+    Args:
+        words: as of `pack`.
+        outputs: [M] numbers of outputs.
+    Returns:
+        [M, K] int32.
+    """
+    _, chunks, num_planes, _ = words.shape
+    places = jnp.asarray(_in_order(np.arange(WORDS * 8)))[
+        outputs % OUTPUTS
+    ]  # [M, INPUTS] within a unit
+    tiles = (outputs // OUTPUTS)[:, None, None]
+    total = 0
+    for plane, offset in enumerate(OFFSETS[4 * num_planes]):
+        found = words[tiles, np.arange(chunks)[:, None], plane, (places // 8)[:, None]]
+        total = 16 * total + (found >> 4 * (places % 8)[:, None] & 15) - offset
+    return total.reshape(len(outputs), chunks * INPUTS)
+
+
 def unpack_unit(words: Array) -> Array:
     """Words [..., WORDS] to their unsigned integers [..., OUTPUTS, INPUTS] int32."""
     lead = words.shape[:-1]
     integers = (words[..., None] >> 4 * jnp.arange(8)) & 15
-    parts = integers.reshape(*lead, *(PARTS[name] for name in STORED))
+    return _in_order(integers.reshape(*lead, WORDS * 8))
+
+
+def _in_order(stored: Array) -> Array:
+    """What is as stored [..., WORDS * 8] as [..., OUTPUTS, INPUTS]."""
+    lead = stored.shape[:-1]
+    parts = stored.reshape(*lead, *(PARTS[name] for name in STORED))
     places = [STORED.index(name) for name in PARTS]
     parts = parts.transpose(*range(len(lead)), *(len(lead) + i for i in places))
     return parts.reshape(*lead, OUTPUTS, INPUTS)

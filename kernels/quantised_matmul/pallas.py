@@ -31,11 +31,12 @@ LAYOUT = plgpu.Layout.WG_STRIDED((WORDS,), vec_size=4)
 
 
 # jit: the kernel is lowered once for all layers.
-@functools.partial(jax.jit, static_argnames="interpret")
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
 def matmul(
     x: Array,
     matrices: tuple[tuple[Array, Array], ...],
     *,
+    dtype: Any,
     interpret: Any = False,
 ) -> list[Array]:
     """As `api.matmul`."""
@@ -83,7 +84,7 @@ def matmul(
     )
     parts = kernel(x, *(array for matrix in matrices for array in matrix))
     sums = (part.sum(0)[..., :num_rows].reshape(-1, num_rows) for part in parts)
-    return [each.T.astype(x.dtype) for each in sums]
+    return [each.T.astype(dtype) for each in sums]
 
 
 def _num_splits(chunks: int, num_tiles: int, room: int) -> int:

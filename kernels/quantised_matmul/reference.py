@@ -16,6 +16,5 @@ def dequantise(words: Array, scales: Array) -> Array:
 
 
 def matmul(x: Array, words: Array, scales: Array) -> Array:
-    """As `api.matmul` of one matrix."""
-    wide = x.astype(jnp.float32)
-    return (wide @ dequantise(words, scales)).astype(x.dtype)
+    """As `api.matmul` of one matrix, in float32."""
+    return x.astype(jnp.float32) @ dequantise(words, scales)

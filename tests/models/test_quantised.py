@@ -26,7 +26,11 @@ from jaxscale.types import InputError
 SIZES = dict(vocab_size=31, num_layers=2, model_dim=16, max_length=32, ffn_dim=24)
 DENSE = from_flat(num_heads=4, num_kv_heads=2, head_dim=8, **SIZES)
 LAYER = dataclasses.replace(DENSE.pattern[0], feed_forward=ExpertsConfig(num_experts=4, dim=12))
-MODELS = {"dense": DENSE, "mixture": dataclasses.replace(DENSE, pattern=(LAYER,))}
+MODELS = {
+    "dense": DENSE,
+    "mixture": dataclasses.replace(DENSE, pattern=(LAYER,)),
+    "tied": dataclasses.replace(DENSE, is_tied=True),
+}
 PHI3 = Path(__file__).parents[2] / "experiments/configs/papers/phi3_mini.gin"
 
 
@@ -58,15 +62,23 @@ def test_a_group_is_rounded_to_multiples_of_its_own_scale(bits):
     assert found.words.nbytes == 3 * 384 * 64 * bits // 8  # 5 outputs are padded to 64
 
 
+CONFIGS = {
+    "dense": QuantisedConfig(4),
+    "mixture": QuantisedConfig(4, embedding_bits=8),
+    "tied": QuantisedConfig(8, embedding_bits=4),
+}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_on_integers_is_the_model_on_what_they_stand_for(name):
-    small = quantised(params(name), parameter_table(MODELS[name]), QuantisedConfig(4))
+    small = quantised(params(name), parameter_table(MODELS[name]), CONFIGS[name])
     whole = dequantised(small, "float32")
     changed = {path for path, leaf in tree.flatten(whole).items() if is_changed(name, path, leaf)}
     roles = {
         path: entry.role for path, entry in tree.flatten(parameter_table(MODELS[name])).items()
     }
-    assert changed == {path for path in roles if roles[path] in ("matrix", "expert")}
+    tables = ("embedding", "unembedding") if CONFIGS[name].embedding_bits else ()
+    assert changed == {path for path in roles if roles[path] in ("matrix", "expert", *tables)}
     tokens = np.random.default_rng(0).integers(0, 31, (2, 12))
     batch = {"tokens": tokens, "positions": np.broadcast_to(np.arange(12), (2, 12))}
     run = jax.jit(lambda params: decoder(name).logits(params, batch)[0])
@@ -93,15 +105,17 @@ def test_decoding_on_integers(is_scanned):
     assert greedy(small) == greedy(dequantised(small, "float32"))
 
 
-@pytest.mark.parametrize(("bits", "gigabytes"), [(4, 2.28), (8, 4.1)])
-def test_the_bytes_of_phi3_mini(bits, gigabytes):
-    """With embedding and unembedding in bfloat16."""
+@pytest.mark.parametrize(("bits", "of_tables", "gigabytes"), [(4, None, 2.28), (4, 8, 2.08)])
+def test_the_bytes_of_phi3_mini(bits, of_tables, gigabytes):
+    """With embedding and unembedding in bfloat16, or in 8 bits."""
 
     def the_model(*, run: Run) -> ModelConfig:
         return run.model
 
     table = parameter_table(config.run(the_model, [PHI3]))
-    quantise_all = functools.partial(quantised, table=table, config=QuantisedConfig(bits))
+    quantise_all = functools.partial(
+        quantised, table=table, config=QuantisedConfig(bits, of_tables)
+    )
     shapes = jax.eval_shape(quantise_all, abstract_params(table, "bfloat16"))
     assert num_bytes(shapes) <= gigabytes * 1e9
 
