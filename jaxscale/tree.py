@@ -11,14 +11,17 @@ from jaxscale.types import InputError
 SEPARATOR = "/"
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves by path, in the tree's order; None is no leaf.
 
+    Args:
+        tree: any tree.
+        is_leaf: what is not taken apart.
     Raises:
         ValueError: two leaves have the same path, because a key contains "/".
     """
     flat = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf):
         name = _name(path)
         if name in flat:
             raise ValueError(f"two leaves are called {name}")

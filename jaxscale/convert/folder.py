@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxscale import tree
@@ -14,11 +15,13 @@ from jaxscale.checkpoint.source import LazyArray
 from jaxscale.convert.families import BY_MODEL_TYPE, FAMILIES
 from jaxscale.convert.family import Family
 from jaxscale.convert.fields import IGNORED, Fields, read_json
+from jaxscale.convert.packed import import_packed, is_packed, packed_tensors
 from jaxscale.convert.quantised import FIELD as QUANTISATION
 from jaxscale.convert.quantised import whole_leaves
 from jaxscale.convert.weights import export_tensors, import_params
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.models.quantised import is_quantised
 from jaxscale.types import InputError, Params, one_of
 
 CONFIG = "config.json"
@@ -52,6 +55,21 @@ class Folder:
     def params(self, stored: Params) -> Params:
         """The parameters, placed and cast as `stored` says; see `convert.weights.import_params`."""
         return import_params(
+            self.config,
+            self.family.layout,
+            self.leaves,
+            stored=stored,
+            where=str(self.path),
+        )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether matrices have integers that can be kept as they are."""
+        return any(is_packed(leaf) for leaf in self.leaves.values())
+
+    def packed_params(self, stored: Params) -> Params:
+        """As `params`; matrices keep the integers that they have in the folder."""
+        return import_packed(
             self.config,
             self.family.layout,
             self.leaves,
@@ -114,7 +132,8 @@ def write_folder(
     Args:
         directory: a folder without a config.json; made if need be.
         config: the model.
-        params: its parameters, in the canonical order of the layers.
+        params: its parameters, in the canonical order of the layers; those in few bits are written
+            as they are, by compressed-tensors' "pack-quantized" format.
         dtype: of the weights.
         family: `model_type` to write; None for the first that has all that the model has.
         like: a config.json of the same model, which is kept with all its fields.
@@ -128,7 +147,10 @@ def write_folder(
         raise InputError("directory", str(path), f"a folder without a {CONFIG}")
     chosen, values = _values(config, family, like)
     values = values | {"dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name}
-    tensors = export_tensors(config, chosen.layout, params, dtype=dtype)
+    if any(map(is_quantised, jax.tree.leaves(params, is_leaf=is_quantised))):
+        tensors, values[QUANTISATION] = packed_tensors(config, chosen.layout, params, dtype=dtype)
+    else:
+        tensors = export_tensors(config, chosen.layout, params, dtype=dtype)
     path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, tensors, max_shard_bytes=max_shard_bytes)
     # Last, so that a folder with it is whole.

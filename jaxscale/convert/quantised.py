@@ -9,6 +9,7 @@ Source: Lin et al. 2023, AWQ (arXiv 2306.00978); Frantar et al. 2022, GPTQ (arXi
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,12 +17,14 @@ import numpy as np
 
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.convert.fields import Fields
-from jaxscale.types import InputError
+from jaxscale.ops.quantised import GROUP, Integers
+from jaxscale.types import InputError, check_positive
 
 FIELD = "quantization_config"
 WORD_BITS = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight outputs, those of a word's bits from 0 on
 Arrays = dict[str, LazyArray]
+Values = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +35,14 @@ class PackedMatrix:
         arrays: its tensors, by the last part of their names.
         shape: of the matrix.
         read: the tensors' values -> the matrix in float32.
+        integers: the tensors' values -> integers [out, in] and scales [out, groups], where they are
+            as `ops.quantised` has them; None for other forms.
     """
 
     arrays: Arrays
     shape: tuple[int, int]
-    read: Callable[[dict[str, np.ndarray]], np.ndarray]
+    read: Callable[[Values], np.ndarray]
+    integers: Callable[[Values], Integers] | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -46,8 +52,16 @@ class PackedMatrix:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Reads one box."""
-        values = {name: array[()] for name, array in self.arrays.items()}
-        return self.read(values)[index].astype(self.dtype)
+        return self.read(self.values())[index].astype(self.dtype)
+
+    def values(self) -> Values:
+        """The tensors, read."""
+        return {name: array[()] for name, array in self.arrays.items()}
+
+    @property
+    def bits(self) -> int:
+        """Of an integer of compressed-tensors."""
+        return _bits_of(self.arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +73,14 @@ class _Format:
         others: last parts of the names of the other tensors; those that end with "?" may be absent.
         shape: the tensors -> [out, in].
         read: as of `PackedMatrix`.
+        integers: as of `PackedMatrix`, of matrices whose groups are consecutive inputs.
     """
 
     packed: str
     others: tuple[str, ...]
     shape: Callable[[Arrays], tuple[int, int]]
-    read: Callable[[dict[str, np.ndarray]], np.ndarray]
+    read: Callable[[Values], np.ndarray]
+    integers: Callable[[Values], Integers] | None = None
 
 
 def whole_leaves(
@@ -106,7 +122,8 @@ def _matrix(form: _Format, module: str, leaves: dict[str, LazyArray]) -> PackedM
             arrays[last] = array
         elif not name.endswith("?"):
             raise InputError(f"{module}.{last}", None, f"a tensor beside {module}.{form.packed}")
-    return PackedMatrix(arrays, form.shape(arrays), form.read)
+    integers = None if "weight_g_idx" in arrays else form.integers
+    return PackedMatrix(arrays, form.shape(arrays), form.read, integers)
 
 
 def _unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
@@ -132,7 +149,7 @@ def _gptq(fields: Fields) -> _Format:
         rows, columns = arrays["qweight"].shape
         return columns, rows * WORD_BITS // bits
 
-    def read(values: dict[str, np.ndarray]) -> np.ndarray:
+    def read(values: Values) -> np.ndarray:
         integers = _unpacked(values["qweight"], bits, 0)
         zeros = _unpacked(values["qzeros"], bits, 1) + more
         groups = values["g_idx"]
@@ -156,7 +173,7 @@ def _awq(fields: Fields) -> _Format:
         rows, columns = arrays["qweight"].shape
         return columns * num, rows
 
-    def read(values: dict[str, np.ndarray]) -> np.ndarray:
+    def read(values: Values) -> np.ndarray:
         integers = in_order(_unpacked(values["qweight"], bits, 1))
         zeros = in_order(_unpacked(values["qzeros"], bits, 1))
         scales = values["scales"].astype(np.float32)
@@ -170,34 +187,75 @@ def _awq(fields: Fields) -> _Format:
 def _compressed(fields: Fields) -> _Format:
     fields.expect("format", "pack-quantized")
     groups = fields.take("config_groups", dict)
-    place = fields.place("config_groups")
-    if len(groups) != 1:
-        raise InputError(place, list(groups), "one group of modules")
-    ((name, group),) = groups.items()
-    group = Fields(group, f"{place}: {name}")
-    for activations in ("input_activations", "output_activations"):
-        group.expect(activations)  # in integers they change the model
-    weights = Fields(group.take("weights", dict), group.place("weights"))
-    weights.expect("type", "int")
-    weights.expect("symmetric", True)
-    weights.expect("strategy", "group", "channel")
-    bits = _bits(weights, "num_bits")
+    settings = {
+        _read_group(group, f"{fields.place('config_groups')}: {name}")
+        for name, group in groups.items()
+    }
+    if len(settings) != 1:
+        expected = "groups of modules with one strategy and one group_size"
+        raise InputError(fields.place("config_groups"), list(groups), expected)
+    (group_size,) = settings
 
     def shape(arrays: Arrays) -> tuple[int, int]:
+        _bits_of(arrays)
         rows, columns = (int(size) for size in arrays["weight_shape"][()])
         return rows, columns
 
-    def read(values: dict[str, np.ndarray]) -> np.ndarray:
+    def integers(values: Values) -> Integers:
         rows, columns = values["weight_shape"]
-        integers = _unpacked(values["weight_packed"], bits, 1)[:rows, :columns]
-        scales = values["weight_scale"].astype(np.float32)
+        bits = _bits_of(values)
+        unsigned = _unpacked(values["weight_packed"], bits, 1)[:rows, :columns]
+        return Integers((unsigned - 2 ** (bits - 1)).astype(np.int8), values["weight_scale"])
+
+    def read(values: Values) -> np.ndarray:
+        found = integers(values)
         by_input = values.get("weight_g_idx")
         if by_input is None:
-            by_input = np.arange(columns) * scales.shape[1] // columns
-        return (integers - 2 ** (bits - 1)) * scales[:, by_input]
+            columns = found.values.shape[1]
+            by_input = np.arange(columns) // (group_size or columns)
+        return found.values * found.scales.astype(np.float32)[:, by_input]
 
     others = ("weight_scale", "weight_shape", "weight_g_idx?")
-    return _Format("weight_packed", others, shape, read)
+    as_ours = integers if group_size == GROUP else None
+    return _Format("weight_packed", others, shape, read, as_ours)
+
+
+def _read_group(group: Any, place: str) -> int | None:
+    """Inputs that share a scale, of a group of modules; None where all inputs do."""
+    fields = Fields(group, place)
+    for activations in ("input_activations", "output_activations"):
+        fields.expect(activations)  # in integers they change the model
+    weights = Fields(fields.take("weights", dict), fields.place("weights"))
+    weights.expect("type", "int")
+    weights.expect("symmetric", True)
+    _bits(weights, "num_bits")
+    if weights.choose("strategy", {"group": "group", "channel": "channel"}) == "channel":
+        return None
+    group_size = weights.take("group_size", int)
+    check_positive(weights.place("group_size"), group_size)
+    return group_size
+
+
+def _bits_of(arrays: Mapping[str, Any]) -> int:
+    """Bits of an integer, by the number of words that a row takes."""
+    num_words = arrays["weight_packed"].shape[1]
+    columns = int(arrays["weight_shape"][()][1])
+    for bits in (4, 8):
+        if num_words == math.ceil(columns * bits / WORD_BITS):
+            return bits
+    expected = f"words for {columns} integers of 4 or 8 bits"
+    raise InputError("weight_packed", arrays["weight_packed"].shape, expected)
+
+
+def packed(integers: np.ndarray, bits: int) -> np.ndarray:
+    """Signed integers [out, in] as the words of compressed-tensors."""
+    num = WORD_BITS // bits
+    unsigned = np.pad(
+        integers.astype(np.int32) + 2 ** (bits - 1), ((0, 0), (0, -integers.shape[1] % num))
+    )
+    by_word = unsigned.astype(np.uint32).reshape(len(integers), -1, num)
+    shifted = by_word << np.arange(0, WORD_BITS, bits, dtype=np.uint32)
+    return np.bitwise_or.reduce(shifted, -1).view(np.int32)
 
 
 def _bits(fields: Fields, name: str = "bits") -> int:

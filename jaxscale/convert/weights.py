@@ -53,7 +53,7 @@ def import_params(
     found = family_leaves(config, layout, leaves, where=where)
 
     def leaf(path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
-        return _filled(target, found[path].shares, leaves)
+        return filled(target, found[path].shares, leaves)
 
     return tree.map_with_path(leaf, stored)
 
@@ -142,12 +142,12 @@ def check_tensors(
             raise InputError(f"{where}: {name}", leaves[name].shape, expected)
 
 
-def _filled(
+def filled(
     target: jax.ShapeDtypeStruct,
     shares: Sequence[Share],
     leaves: Mapping[str, LazyArray],
 ) -> jax.Array:
-    """A leaf, put together on its devices box by box."""
+    """A leaf of shares out of tensors by name, put together on its devices box by box."""
     first = shares[0]
     if not first.index:
         values = first.read(leaves[first.tensor][()]).astype(target.dtype)
@@ -188,7 +188,7 @@ def export_tensors(
     leaves = tree.flatten(params)
 
     def maker(shares: list[Share]) -> Callable[[], np.ndarray]:
-        return lambda: _assembled(shares, leaves, dtype)
+        return lambda: assembled(shares, leaves, dtype)
 
     return [
         NewTensor(name, shares[0].tensor_shape, dtype, maker(shares))
@@ -196,11 +196,12 @@ def export_tensors(
     ]
 
 
-def _assembled(
+def assembled(
     shares: list[Share],
     leaves: dict[str, Any],
     dtype: np.dtype,
 ) -> np.ndarray:
+    """A tensor of shares of leaves by path."""
     tensor = np.zeros(shares[0].tensor_shape, dtype)
     for share in shares:
         box = np.asarray(leaves[share.leaf][share.index]).astype(dtype)

@@ -13,13 +13,15 @@ from jaxscale.kernels.quantised_matmul.packing import INPUTS, OUTPUTS, look_up, 
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
 
+GROUP = INPUTS  # inputs that share a scale
+
 
 class Integers(NamedTuple):
     """A matrix in few bits as others store it.
 
     Args:
         values: [*inputs, *outputs] int8.
-        scales: [groups of INPUTS inputs, *outputs].
+        scales: [groups of GROUP inputs, *outputs].
     """
 
     values: Array
@@ -49,6 +51,16 @@ class QuantisedMatrix:
     num_inputs: int
 
     @property
+    def bits(self) -> int:
+        """Of an integer."""
+        return 4 * self.words.shape[-2]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the scales."""
+        return self.scales.dtype
+
+    @property
     def depth(self) -> int:
         """Inputs."""
         return math.prod(self.shape[: self.num_inputs])
@@ -71,12 +83,18 @@ class QuantisedMatrix:
 
     def integers(self, index: tuple[int, ...] = ()) -> Integers:
         """One matrix of the stack as it is stored."""
-        values = unpack(self.words[index])[: self.depth, : self.width]
-        scales = jnp.moveaxis(self.scales[index], 0, 1)
-        scales = scales.reshape(scales.shape[0], -1)[:, : self.width]
-        outputs = self.shape[self.num_inputs :]
-        values = values.astype(jnp.int8).reshape(self.shape)
-        return Integers(values, scales.reshape(-1, *outputs))
+        one = dataclasses.replace(self, words=self.words[index], scales=self.scales[index])
+        return _integers(one)
+
+
+@jax.jit
+def _integers(matrix: QuantisedMatrix) -> Integers:
+    shape, num_inputs = matrix.shape, matrix.num_inputs
+    values = unpack(matrix.words)[: matrix.depth, : matrix.width]
+    by_group = jnp.moveaxis(matrix.scales, 0, 1)
+    scales = by_group.reshape(len(by_group), -1)[:, : matrix.width]
+    scales = scales.reshape(-1, *shape[num_inputs:])
+    return Integers(values.astype(jnp.int8).reshape(shape), scales)
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +112,16 @@ class QuantisedTable:
     def shape(self) -> tuple[int, int]:
         """(V, D)."""
         return self.matrix.width, self.matrix.depth
+
+    @property
+    def bits(self) -> int:
+        """Of an integer."""
+        return self.matrix.bits
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the scales."""
+        return self.matrix.dtype
 
     def __len__(self) -> int:
         """V."""

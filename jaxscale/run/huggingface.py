@@ -33,6 +33,8 @@ from jaxscale.data.tokenizer import (
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.lora import merged, without_adapters
+from jaxscale.models.parameters import parameter_table
+from jaxscale.models.quantised import QuantisedConfig, quantised
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.rules import make_specs
 from jaxscale.run.folder import KEPT, folder_run, is_folder, run_of
@@ -115,6 +117,7 @@ def export_model(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     is_peft: bool = False,
+    quantisation: QuantisedConfig | None = None,
 ) -> None:
     """Writes a checkpoint as a folder that Hugging Face loads, with its tokenizer.
 
@@ -129,6 +132,8 @@ def export_model(
         dtype: of the weights; None for that of the run's parameters.
         max_shard_bytes: largest file of weights.
         is_peft: writes the adapters alone, as a folder of PEFT.
+        quantisation: writes matrices in few bits, as "pack-quantized" of compressed-tensors; None
+            writes them whole.
     Raises:
         InputError: no such checkpoint, no family has all that the model has, or the folder has a
             model already.
@@ -139,13 +144,17 @@ def export_model(
         layout = family_of(without_adapters(run.model), kept).layout
         write_adapters(directory, run.model, layout, params)
         return
-    params = merged(params, run.model.lora)
+    params, model = merged(params, run.model.lora), without_adapters(run.model)
+    dtype = dtype or run.policy.parameters
+    if quantisation is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)  # and so the scales
+        params = quantised(params, parameter_table(model), quantisation)
     path = Path(directory).expanduser()
     write_folder(
         path,
-        without_adapters(run.model),
+        model,
         params,
-        dtype=np.dtype(dtype or run.policy.parameters),
+        dtype=np.dtype(dtype),
         family=family,
         like=kept / CONFIG,
         max_shard_bytes=max_shard_bytes,

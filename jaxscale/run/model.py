@@ -146,7 +146,8 @@ def load(
             one in that directory, wherever it was when the run trained.
         step: which checkpoint; the newest when None.
         tensor: devices over which the model is spread.
-        quantisation: of the matrices of layers, on one device; None keeps them as they are.
+        quantisation: of the matrices of layers, on one device; None keeps them as they are, those
+            of a folder in few bits too.
         prompts: checked before anything large is read, with `max_new_tokens`.
         max_new_tokens: longest continuation.
         admitted: modules beside jaxscale that a saved configuration may name, see `config.run`.
@@ -169,7 +170,8 @@ def load(
     if run.execution.is_batch_invariant and (tensor > 1 or quantisation is not None):
         expected = "one device and whole weights with the strategy BatchInvariant"
         raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
-    params = restore_model(run, step=step, tensor=tensor, check=check).params
+    is_kept = quantisation is None and tensor == 1 and not run.execution.is_batch_invariant
+    params = restore_model(run, step=step, tensor=tensor, check=check, is_packed=is_kept).params
     config = run.model
     if quantisation is not None:
         params, config = merged(params, config.lora), without_adapters(config)
@@ -212,6 +214,7 @@ def restore_model(
     step: int | None = None,
     tensor: int = 1,
     check: Callable[[dict[str, Any]], None] | None = None,
+    is_packed: bool = False,
 ) -> Restored:
     """The parameters of a run's checkpoint, spread over the first `tensor` devices.
 
@@ -220,6 +223,7 @@ def restore_model(
         step: which checkpoint; the newest when None.
         tensor: devices over which each matrix is spread.
         check: as `checkpoint.restore.restore_params`.
+        is_packed: keeps the integers of a folder in few bits; else its matrices are made whole.
     Raises:
         InputError: there is no such checkpoint, it is damaged, or it is of another model.
     """
@@ -227,9 +231,12 @@ def restore_model(
     devices = make_mesh(mesh, jax.devices()[:tensor])
     specs = make_specs(run.table(), mesh)
     stored = stored_params(run.table(), devices, specs, run.policy.parameters)
+    folder = open_folder(run.path) if is_folder(run.path) else None
+    if folder is not None and folder.is_packed and is_packed:
+        return Restored(0, folder.packed_params(stored))
     check_fits("model", {"parameters": stored})
-    if is_folder(run.path):
-        return Restored(0, open_folder(run.path).params(stored))
+    if folder is not None:
+        return Restored(0, folder.params(stored))
     return restore_params(
         run.checkpoint.within(run.path),
         checkpoint_facts(run.model),

@@ -13,7 +13,13 @@ from jaxscale.types import InputError
 from tests.convert.test_families import FIXTURES, placed
 
 GROUP = 8
-WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+WEIGHTS = {
+    "num_bits": 4,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": GROUP,
+}
 COMPRESSED = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
