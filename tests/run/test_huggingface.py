@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from jaxscale import cli, config, tree
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.models.config.facts import checkpoint_facts
+from jaxscale.models.quantised import QuantisedConfig
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.run.huggingface import import_model
 from jaxscale.run.model import load
@@ -65,6 +66,17 @@ def test_an_export_is_the_folder_that_was_imported(imported, tmp_path):
         json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", source)
     )
     assert values["model_type"] == "phi3" and values["eos_token_id"] == before["eos_token_id"]
+
+
+@pytest.mark.long
+def test_an_export_in_few_bits_generates_as_the_model_in_few_bits(imported, tmp_path):
+    _, directory = imported
+    few = QuantisedConfig(4, embedding_bits=8)
+    bits = [f"--set=quantisation.{name}={value}" for name, value in vars(few).items()]
+    assert cli.main(["export", str(directory), str(tmp_path / "out"), *bits]) == 0
+    got, wanted = load(tmp_path / "out"), load(directory, quantisation=few)
+    tokens = wanted.encode("hello")
+    np.testing.assert_array_equal(got(tokens), wanted(tokens))
 
 
 def test_an_import_over_several_devices_has_the_same_weights(imported, tmp_path):
