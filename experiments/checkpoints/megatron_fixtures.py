@@ -23,13 +23,16 @@ import torch.multiprocessing as mp
 NUM_RANKS, VOCAB, STEP = 4, 12, 3
 
 
-def make_model(dtype, tensor, stage):
+def make_model(dtype, tensor, stage, num_tensor=2, *, is_tied=False, num_experts=None):
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     sizes = {"num_layers": 4, "hidden_size": 8, "ffn_hidden_size": 16}
     heads = {"num_attention_heads": 4, "num_query_groups": 2}
-    degrees = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    degrees = {"tensor_model_parallel_size": num_tensor, "pipeline_model_parallel_size": 2}
+    if num_experts:
+        degrees |= {"num_moe_experts": num_experts, "expert_model_parallel_size": 2}
+        degrees |= {"moe_ffn_hidden_size": 16, "moe_token_dispatcher_type": "allgather"}
     types = {"pipeline_dtype": dtype, "params_dtype": dtype, "bf16": dtype == torch.bfloat16}
     gate = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
     plain = {"use_cpu_initialization": True, "add_bias_linear": False, "normalization": "RMSNorm"}
@@ -37,12 +40,12 @@ def make_model(dtype, tensor, stage):
     torch.manual_seed(10 * tensor + stage)
     return GPTModel(
         config,
-        gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm"),
+        gpt_layer_specs.get_gpt_layer_local_spec(num_experts, normalization="RMSNorm"),
         vocab_size=VOCAB,
         max_sequence_length=8,
         pre_process=stage == 0,
         post_process=stage == 1,
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=is_tied,
         position_embedding_type="rope",
     ).to(dtype)
 

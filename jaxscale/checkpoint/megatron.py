@@ -3,17 +3,17 @@
 `iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` holds the weights of one rank under the
 names of megatron-core; the layers of a stage count from 0. With them come the states of its
 optimizer, "exp_avg/NAME" and so on, and in place of 16-bit weights their float32 masters; those of
-the distributed optimizer are in files of its own, which are not read. Its format "torch_dist" is
-that of `torch_distributed`.
+the distributed optimizer are in a file beside it. Its format "torch_dist" is that of
+`torch_distributed`.
 """
 
 import dataclasses
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxscale.checkpoint import megatron_buffers
 from jaxscale.checkpoint.boxes import Merged
 from jaxscale.checkpoint.megatron_optimizer import Weight, states_of
 from jaxscale.checkpoint.patterns import Cut, Offset, Rule
@@ -22,9 +22,6 @@ from jaxscale.checkpoint.torch_file import Tensor, load_torch
 from jaxscale.checkpoint.universal import Shard, merge
 from jaxscale.types import InputError
 
-logger = logging.getLogger(__name__)
-
-DISTRIBUTED = "distrib_optim.pt"
 LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
@@ -78,8 +75,6 @@ class MegatronCheckpoint:
         num_stages = 1 + max(_ranks_of(path)["pipeline"] for path in files)
         shards = []
         for path, content in files.items():
-            if (path / DISTRIBUTED).exists():
-                logger.warning("%s is not read: no moments come along", path / DISTRIBUTED)
             shards += list(_shards(path, content, num_stages))
         arguments = next(iter(files.values())).get("args")
         rules = self._rules or _used(megatron_rules(shards, arguments), shards)
@@ -161,13 +156,37 @@ def _shards(path: Path, content: dict[str, Any], num_stages: int) -> Iterator[Sh
             if isinstance(tensor, Tensor):
                 shards[number, name] = Shard(name, own, tensor)
                 weights.append(Weight((number, name), name, tensor))
-    for key, state, values in states_of(content.get("optimizer"), weights, str(path)):
+    for key, state, values in _states(path, content, weights, num_stages):
+        if values is None:
+            del shards[key]
+            continue
         shard = dataclasses.replace(shards[key], array=values, state=state or "")
         if state is None:
             shards[key] = shard
         else:
             yield shard
     yield from shards.values()
+
+
+def _states(
+    path: Path,
+    content: dict[str, Any],
+    weights: list[Weight],
+    num_stages: int,
+) -> Iterator[megatron_buffers.Found]:
+    """What a rank's optimizer has of its weights."""
+    buffers = path / megatron_buffers.FILE
+    if not buffers.is_file():
+        return states_of(content.get("optimizer"), weights, str(path))
+    arguments, stage = content.get("args"), _ranks_of(path)["pipeline"]
+    given = arguments.state if isinstance(arguments, Named) else {}
+    return megatron_buffers.buffered_states(
+        buffers,
+        weights,
+        given or {},
+        stage=stage,
+        num_stages=num_stages,
+    )
 
 
 def _first_layers(shards: list[Shard]) -> tuple[int, ...]:

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxscale.checkpoint import megatron
+from jaxscale.checkpoint import megatron, megatron_buffers
+from jaxscale.checkpoint.megatron_buffers import buffered_states
 from jaxscale.checkpoint.megatron_optimizer import Weight, states_of
 from jaxscale.checkpoint.opening import open_checkpoint
 from jaxscale.checkpoint.pickled import Named
+from jaxscale.checkpoint.torch_file import load_torch
 from jaxscale.checkpoint.torch_writer import save_torch
 from jaxscale.types import InputError
 
@@ -139,9 +141,10 @@ def oracle_of(folder):
         renamed = renamed.replace("mlp.linear_fc1.layer_norm", "pre_mlp_layernorm.")
         renamed = renamed.replace("layernorm._weight", "layernorm.weight")
         start = f"{state}/" if state else ""
-        if ".layers." not in renamed:
+        is_stacked = ".layers." in renamed and not re.search(r"\.layers\.\d", renamed)
+        if not is_stacked:
             apart[start + renamed] = array
-        for layer, own in enumerate(array if ".layers." in renamed else ()):
+        for layer, own in enumerate(array if is_stacked else ()):
             apart[start + renamed.replace(".layers.", f".layers.{layer}.")] = own
     # In place of weights of 16 bits, their masters.
     masters = {name: apart.pop(name) for name in list(apart) if name.startswith("fp32_param/")}
@@ -157,7 +160,7 @@ def check(folder):
         np.testing.assert_array_equal(leaf[:], wanted[path], err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "buckets", "buckets_experts"])
 def test_weights_masters_and_moments_are_those_of_megatron_core(name):
     check(FIXTURES / name)
 
@@ -166,11 +169,39 @@ def test_weights_masters_and_moments_are_those_of_megatron_core(name):
 @pytest.mark.processes
 def test_the_fixtures_are_what_megatron_core_writes_today(tmp_path):
     pytest.importorskip("megatron.core")
-    root = Path(__file__).resolve().parents[2]
-    script = root / "experiments" / "checkpoints" / "megatron_fixtures.py"
-    subprocess.run([sys.executable, script, tmp_path / "new"], check=True)
-    for name in ("float32", "bfloat16"):
-        check(tmp_path / "new" / name)
+    scripts = Path(__file__).resolve().parents[2] / "experiments" / "checkpoints"
+    for script, names in {
+        "megatron_fixtures.py": ("float32", "bfloat16"),
+        "megatron_distributed_fixtures.py": ("buckets", "buckets_experts"),
+    }.items():
+        subprocess.run([sys.executable, scripts / script, tmp_path / "new"], check=True)
+        for name in names:
+            check(tmp_path / "new" / name)
+
+
+def test_buffers_of_other_weights_are_refused():
+    folder = FIXTURES / "buckets" / "iter_0000003" / "mp_rank_00_000"
+    content = load_torch(folder / megatron.FILE)
+    weights = []
+    for name, tensor in content["model"].items():
+        if hasattr(tensor, "dtype"):
+            weights.append(Weight((0, name), name, tensor))
+    given = content["args"].state
+
+    def read(weights, arguments):
+        path = folder / megatron_buffers.FILE
+        return list(buffered_states(path, weights, arguments, stage=0, num_stages=2))
+
+    assert len(read(weights, given)) == 3 * len(weights)
+    with pytest.raises(InputError, match="with buckets of 1000000 elements"):
+        read(weights, given | {"ddp_bucket_size": 1_000_000})
+    with pytest.raises(InputError, match="'1 buffers', expected one for each of"):
+        read([*weights, Weight((1, "w"), "w", weights[0].tensor)], given)
+    same = [number for number, weight in enumerate(weights) if weight.tensor.shape == (8, 8)]
+    first, second = (weights[number] for number in same)
+    weights[same[0]], weights[same[1]] = second, first
+    with pytest.raises(InputError, match="the float32 master of decoder.layers"):
+        read(weights, given)
 
 
 def test_its_distributed_format_is_read():
