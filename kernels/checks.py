@@ -29,3 +29,9 @@ def check_backend(
     given = f"implementation {implementation!r}"
     require(implementation in backends, operation, given, f"one of {backends}")
     require(refusal is None, operation, repr(implementation), refusal)
+
+
+def check_invariant(operation: str, implementation: str, is_invariant: bool) -> None:
+    """Raises ValueError if invariant bits are asked of a backend that does not have them."""
+    given = f"is_invariant with {implementation!r}"
+    require(not is_invariant or implementation == "mosaic", operation, given, "'mosaic'")

@@ -22,6 +22,7 @@ DEPTH = 64  # elements of the contraction in one step: 128 bytes, the widest swi
 PIECE = 64  # columns that are stored at a time
 # The layout that wgmma reads without bank conflicts: tiles of 8 rows of 128 bytes, swizzled.
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+SWIZZLED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 NUM_SMS = 132  # multiprocessors of an H100 or H200
 LOG2E = math.log2(math.e)
 

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxscale.models.by_row import layer_has_kernels, prepared
 from jaxscale.models.layers import Layer
 from jaxscale.models.moe import Choices
 from jaxscale.ops import moe
 from jaxscale.ops.attention import BACKENDS, KERNEL_OUTPUT, AttentionContext, attention
 from jaxscale.ops.attention.intervals import attention_over_intervals
 from jaxscale.ops.backends import EXCHANGED, ROUTER, Backends, Operations
+from jaxscale.ops.by_row import PRODUCT
 from jaxscale.ops.draws import Draws
 from jaxscale.ops.tiles import over_tiles
 from jaxscale.types import Array, InputError, check_choice, check_positive, check_types
@@ -108,7 +110,10 @@ class ByChunk:
 
 @dataclasses.dataclass(frozen=True)
 class BatchInvariant:
-    """Tokens in tiles of one size, so that a token's bits depend on its own sequence alone.
+    """Sums in one order, so that a token's bits depend on its own sequence alone.
+
+    Tokens are computed in tiles of one size; on a Hopper GPU dense layers by kernels that need no
+    tiles, see `models.by_row`.
 
     Training and serving both honour it, on one device or on data alone: the log-probabilities of a
     sequence have the same bits in any batch, prompts split or not, from a cached prefix or not, and
@@ -137,6 +142,9 @@ class BatchInvariant:
         draws: Draws | None,
     ) -> tuple[Array, Any, Choices | None]:
         """As `LayerStrategy`, with attention by the backend "invariant"."""
+        if layer_has_kernels(layer.params, layer.config, layer.norm, x.dtype):
+            whole = dataclasses.replace(layer, params=prepared(layer.params))
+            return whole(x, context, cache, draws)
         backends = layer.operations.backends
         experts = functools.partial(moe.experts, tile=self.expert_rows)
         operations = dataclasses.replace(
@@ -337,7 +345,7 @@ def _is_product(primitive: jax.extend.core.Primitive, *avals: Any, **params: Any
     """
     if primitive.name == CUDNN_ATTENTION:
         return True
-    if params.get("name") in (KERNEL_OUTPUT, EXCHANGED, ROUTER):
+    if params.get("name") in (KERNEL_OUTPUT, EXCHANGED, ROUTER, PRODUCT):
         return True
     is_matmul = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return is_matmul(primitive, *avals, **params)

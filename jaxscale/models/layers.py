@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,6 +17,7 @@ from jaxscale.models.config import LayerConfig, NormConfig
 from jaxscale.ops.activation import activate
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.backends import Operations
+from jaxscale.ops.by_row import ByRow
 from jaxscale.ops.draws import Draws
 from jaxscale.ops.linear import (
     Weights,
@@ -43,11 +45,11 @@ def normalise(
     return layer_norm(x, scale, params.get("bias"), epsilon=config.epsilon)
 
 
-def norm_scale(params: Params, config: NormConfig) -> Array:
+def norm_scale(params: Params, config: NormConfig) -> Array | ByRow:
     """The scale of a norm; with an offset in at least float32, in which a small one counts."""
     if not config.scale_offset:
         return params["scale"]
-    return accumulator(params["scale"]) + config.scale_offset
+    return jax.tree.map(lambda s: accumulator(s) + config.scale_offset, params["scale"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,8 @@ from jax import lax
 
 from jaxscale.kernels.quantised_matmul import api as kernel
 from jaxscale.kernels.quantised_matmul.packing import INPUTS
+from jaxscale.ops import by_row
+from jaxscale.ops.by_row import ByRow
 from jaxscale.ops.device import is_hopper
 from jaxscale.ops.quantised import QuantisedMatrix
 from jaxscale.types import Array
@@ -59,7 +61,7 @@ class Selected:
 
 
 ADAPTED = (Adapted, Selected)
-Weights = Array | QuantisedMatrix | Adapted | Selected
+Weights = Array | QuantisedMatrix | Adapted | Selected | ByRow
 
 
 def linear(equation: str, x: Array, weights: Weights) -> Array:
@@ -90,7 +92,7 @@ def linear_each(
     return _with_adapters(equation, x, weights, outputs)
 
 
-def _matrices(weights: Sequence[Weights]) -> list[Array | QuantisedMatrix]:
+def _matrices(weights: Sequence[Weights]) -> list[Array | QuantisedMatrix | ByRow]:
     """The weights without their adapters."""
     return [each.matrix if isinstance(each, ADAPTED) else each for each in weights]
 
@@ -110,10 +112,12 @@ def _with_adapters(
     return found
 
 
-def _product(equation: str, x: Array, weights: Array) -> Array:
+def _product(equation: str, x: Array, weights: Array | ByRow) -> Array:
     """The einsum of both."""
     of_weights, result = equation.split(",")[1].split("->")
     num_inputs = sum(dim not in result for dim in of_weights)
+    if isinstance(weights, ByRow):
+        return _by_row(x, weights.array, num_inputs)
     depth = math.prod(weights.shape[:num_inputs])
     if jax.default_backend() != "gpu" or x.size != depth:
         return jnp.einsum(equation, x, weights)
@@ -124,6 +128,13 @@ def _product(equation: str, x: Array, weights: Array) -> Array:
     y = jnp.matmul(rows, weights.reshape(depth, -1))[0]
     lead = x.shape[: x.ndim - num_inputs]
     return y.reshape(*lead, *weights.shape[num_inputs:])
+
+
+def _by_row(x: Array, matrix: Array, num_inputs: int) -> Array:
+    """The product over the first `num_inputs` dims of a matrix, see `ops.by_row`."""
+    depth = math.prod(matrix.shape[:num_inputs])
+    y = by_row.matmul(x.reshape(-1, depth), matrix.reshape(depth, -1))
+    return y.reshape(*x.shape[: x.ndim - num_inputs], *matrix.shape[num_inputs:])
 
 
 def quantised_products(
@@ -177,6 +188,8 @@ def _low_rank(equation: str, x: Array, weights: Adapted | Selected) -> Array:
 
 def map_outputs(f: Callable[[Array], Array], weights: Weights) -> Weights:
     """The weights with `f` applied to whatever has the dims of the outputs."""
+    if isinstance(weights, ByRow):
+        return ByRow(f(weights.array))
     if not isinstance(weights, ADAPTED):
         return f(weights)
     matrix, b = f(weights.matrix), f(weights.b)
@@ -195,12 +208,15 @@ class Joined:
         shapes: of the output of each, such as (heads, H).
     """
 
-    weights: Array
+    weights: Array | ByRow
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, matrices: Sequence[Array]) -> "Joined":
+    def of(cls, matrices: Sequence[Array | ByRow]) -> "Joined":
         """Joins matrices [D, *shape]."""
+        if isinstance(matrices[0], ByRow):
+            joined = cls.of([each.array for each in matrices])
+            return dataclasses.replace(joined, weights=ByRow(joined.weights))
         flat = [each.reshape(len(each), -1) for each in matrices]
         return cls(jnp.concatenate(flat, 1), tuple(each.shape[1:] for each in matrices))
 

@@ -79,6 +79,10 @@ def _matrix(head: Array | Head) -> Array:
     return head.weights if isinstance(head, Head) else head
 
 
+def _total_over_tokens(x: Array) -> Array:
+    return x.sum(-1)
+
+
 def unembed(
     h: Array,
     head: Array | Head,
@@ -124,9 +128,13 @@ def token_loss(
     return nll, normaliser
 
 
-def loss_of_logits(logits: Array, labels: Array) -> tuple[Array, Array]:
-    """What `token_loss` returns, of logits [B, T, V] and labels [B, T]."""
-    label, normaliser = from_logits(logits, labels)
+def loss_of_logits(
+    logits: Array,
+    labels: Array,
+    total: Callable = _total_over_tokens,
+) -> tuple[Array, Array]:
+    """What `token_loss` returns, of logits [B, T, V] and labels [B, T]; `total` adds up V."""
+    label, normaliser = from_logits(logits, labels, total)
     is_known = (labels >= 0) & (labels < logits.shape[-1])
     return jnp.where(is_known, normaliser - label, 0), normaliser
 
@@ -165,15 +173,19 @@ def label_and_normaliser(
     return label.reshape(labels.shape), normaliser.reshape(labels.shape)
 
 
-def from_logits(logits: Array, labels: Array) -> tuple[Array, Array]:
+def from_logits(
+    logits: Array,
+    labels: Array,
+    total: Callable = _total_over_tokens,
+) -> tuple[Array, Array]:
     """What `label_and_normaliser` returns, of logits [B, T, V] and labels [B, T]."""
     # The maximum only keeps the exponentials finite, so it needs no gradient. In this form XLA
     # computes the gradient of the logits in one pass.
     top = lax.stop_gradient(logits.max(-1))
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
     label = jnp.where(is_label, logits, 0).sum(-1)
-    total = jnp.exp(logits - top[..., None]).sum(-1)
-    return label, jnp.log(total) + top
+    sums = total(jnp.exp(logits - top[..., None]))
+    return label, jnp.log(sums) + top
 
 
 def _with_bias_in_columns(

@@ -7,6 +7,7 @@ from jax import lax
 
 from jaxscale.kernels.rms_norm import api as kernel
 from jaxscale.kernels.rms_norm import reference
+from jaxscale.ops.by_row import ByRow, norm_with_gradients_of
 from jaxscale.ops.device import kernel_for
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 def rms_norm(
     x: Array,
-    scale: Array,
+    scale: Array | ByRow,
     *,
     epsilon: float,
 ) -> Array:
@@ -25,11 +26,13 @@ def rms_norm(
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
     Args:
         x: [..., D]; the mean is taken in at least float32.
-        scale: [D].
+        scale: [D]; for the same bits beside any other rows see `ops.by_row`.
         epsilon: added to the mean square.
     Returns:
         [..., D] in the type of `x`; has no forward-mode derivative.
     """
+    if isinstance(scale, ByRow):
+        return norm_with_gradients_of(rms_norm, epsilon)(x, scale.array)
     return _rms_norm(x, scale, epsilon)
 
 
@@ -64,7 +67,7 @@ _rms_norm.defvjp(_forward, _backward)
 
 def residual_norm(
     x: Array,
-    scale: Array,
+    scale: Array | ByRow,
     *,
     epsilon: float,
 ) -> tuple[Array, Array]:
@@ -78,6 +81,8 @@ def residual_norm(
     Args:
         x, scale, epsilon: as for `rms_norm`.
     """
+    if isinstance(scale, ByRow):
+        return norm_with_gradients_of(residual_norm, epsilon)(x, scale.array)
     rows = x.reshape(-1, x.shape[-1])
     family = kernel_for(kernel, rows)
     if family is None:

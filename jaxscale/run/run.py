@@ -19,6 +19,7 @@ from jaxscale.models.masked import MaskedTokenLoss
 from jaxscale.models.parameters import Table, parameter_table
 from jaxscale.ops.attention import DETERMINISTIC, AttentionContext, check_backend
 from jaxscale.ops.attention.chunked import QUERY_CHUNK
+from jaxscale.ops.device import is_hopper
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.elastic import shrink
 from jaxscale.parallel.mesh import MeshConfig, check_batch, nearest_divisors
@@ -200,7 +201,8 @@ class Run:
         if not self.runtime.is_deterministic:
             return self
         given = self.execution.attention_backend
-        if given not in (None, *DETERMINISTIC):
+        is_kernel = given == "invariant" and is_hopper()
+        if given not in (None, *DETERMINISTIC) or is_kernel:
             expected = (
                 f"one of {DETERMINISTIC} with RuntimeConfig.is_deterministic: the others' backward "
                 "is not deterministic"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.ops import by_row
 from jaxscale.ops.loss import loss_of_logits
 from jaxscale.ops.precision import accumulator
 from jaxscale.serve import sampling
@@ -159,6 +160,8 @@ def log_probabilities(
     logits: Array,
     drawn: Array,
     num_tokens: int,
+    *,
+    is_invariant: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Log-probabilities of the tokens drawn and of the most probable ones, as training has them.
 
@@ -166,10 +169,12 @@ def log_probabilities(
         logits: [..., R, V] of the whole vocabulary.
         drawn: [..., R] int32.
         num_tokens: only tokens below are among the most probable.
+        is_invariant: whether they are added up as in `models.by_row.loss`.
     Returns:
         ([..., R] of the tokens drawn, [..., R, MAX_LOGPROBS] of the most probable, which these are,
         int32); fewer where there are fewer tokens.
     """
-    nll, normaliser = loss_of_logits(logits, drawn)
+    totals = (by_row.total,) if is_invariant else ()
+    nll, normaliser = loss_of_logits(logits, drawn, *totals)
     top, tokens = lax.top_k(logits[..., :num_tokens], min(MAX_LOGPROBS, num_tokens))
     return -nll, top - normaliser[..., None], tokens.astype(jnp.int32)

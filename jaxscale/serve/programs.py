@@ -213,7 +213,11 @@ class _Draw:
             seen = dataclasses.replace(seen, counts=counts)
         logprobs = None
         if self.kind.has_logprobs:
-            of_rows = functools.partial(drawing.log_probabilities, num_tokens=self.num_tokens)
+            of_rows = functools.partial(
+                drawing.log_probabilities,
+                num_tokens=self.num_tokens,
+                is_invariant=self.invariant is not None,
+            )
             target = jnp.where(fields["target"] >= 0, fields["target"], tokens)
             logprobs = self._by_row(of_rows, logits, target)
         return (last_tokens, seen), tokens, logprobs

@@ -1,8 +1,10 @@
 """Runs the steps of a plan on the device, whose state stays there."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Sequence as List
 from typing import Any
 
@@ -117,22 +119,43 @@ class Runner:
         self._caches = self._empty_caches()
 
     def warm_up(self, num_steps: int) -> int:
-        """Compiles every step, by running it on padding; returns how many there are.
+        """Compiles every step, and runs it on padding; returns how many there are.
 
         Decoding sequences may run up to `num_steps` a launch.
         """
         shapes = self._buckets.all_shapes()
         kinds = DrawKind(), DrawKind(has_noise=True)
+        launches = []
         for shape, kind in itertools.product(shapes, kinds):
-            packed = packing.empty(shape)[0]
-            self._launch(shape, packed, is_penalised=False, kind=kind)
             # What has room in a shape may be a quarter of it.
             most = min(num_steps, 4 * TOKENS_A_LAUNCH // shape.num_single)
-            if not shape.num_prompts:
-                for num in packing.powers_up_to(most)[1:]:
-                    self._launch(shape, packed, is_penalised=False, kind=kind, num_steps=num)
+            nums = (1,) if shape.num_prompts else packing.powers_up_to(most)
+            launches += [(shape, kind, num) for num in nums]
+        # Forwards are the same for all kinds.
+        apart = [each for each in launches if each[2] > 1 or each[1] == kinds[0]]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(lambda launch: self._compile(*launch), apart))
+        for shape, kind, num in launches:
+            packed = packing.empty(shape)[0]
+            self._launch(shape, packed, is_penalised=False, kind=kind, num_steps=num)
         jax.block_until_ready(self._last_tokens)
         return len(shapes)
+
+    def _compile(
+        self,
+        shape: StepShape,
+        kind: DrawKind,
+        num_steps: int,
+    ) -> None:
+        """Compiles a forward, or a loop of several steps, which then runs without delay."""
+        packed = packing.empty(shape)[0]
+        if num_steps > 1:
+            program = loop_program(self._placement, shape, self._num_tokens, kind, num_steps)
+            state: Any = (self._last_tokens, None), packed
+        else:
+            program = forward_program(self._placement, shape)
+            state = self._last_tokens, packed
+        program.lower(self._params, self._caches, *state).compile()
 
     def move(self, moves: List[Move]) -> None:
         """Has pages go to the host's memory or come back, before the next step."""

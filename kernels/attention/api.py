@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.kernels.attention import pallas_backward, pallas_forward, reference
 from jaxscale.kernels.attention.tiles import BlockLayout
-from jaxscale.kernels.checks import check_backend, require
+from jaxscale.kernels.checks import check_backend, check_invariant, require
 from jaxscale.kernels.triton_call import missing
 
 BACKENDS = ("reference", "mosaic", "triton")
@@ -38,6 +38,7 @@ def attention(
     scale: float,
     softcap: float | None = None,
     layout: BlockLayout | None = None,
+    is_invariant: bool = False,
     implementation: str,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
@@ -58,6 +59,8 @@ def attention(
         softcap: c in c * tanh(logits / c); None for none.
         layout: hides blocks of keys. The intervals must then be those of the causal mask, low 0 and
             high t + 1: blocks that a layout sees whole are not compared with them.
+        is_invariant: whether a query's bits may depend on its own keys alone, where these begin at
+            a multiple of 64. They are then taken in tiles of 64. By "mosaic" alone.
         implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, "triton" for Ampere and newer.
         interpret: JAX's parameters of interpretation, to try a kernel on a CPU; False compiles it.
     Returns:
@@ -72,6 +75,7 @@ def attention(
     require(softcap is None or softcap > 0, "attention", f"softcap {softcap}", "above 0, or None")
     reason = refusal(implementation, q, k, layout)
     check_backend("attention", implementation, BACKENDS, reason)
+    check_invariant("attention", implementation, is_invariant)
     if implementation == "reference":
         settings = dict(scale=scale, softcap=softcap, layout=layout)
         return reference.attention(q, k, v, low, high, **settings)
@@ -79,7 +83,8 @@ def attention(
     q, k, v = map(_pad, (q, k, v))
     margins = ((0, 0), (0, -length % ALIGNMENT))
     low, high = (jnp.pad(x, margins) for x in (low, high))
-    o, lse = _by_kernel(q, k, v, low, high, scale, softcap, layout, implementation, interpret)
+    settings = scale, softcap, layout, is_invariant, implementation, interpret
+    o, lse = _by_kernel(q, k, v, low, high, *settings)
     o = o[:, :length, :, :head_dim]
     return o, lse[:, :, :length]
 
@@ -159,7 +164,7 @@ def _kernels(implementation: str) -> tuple[Callable, Callable]:
     return pallas_forward.forward, pallas_backward.backward
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9, 10))
 def _by_kernel(
     q,
     k,
@@ -169,10 +174,11 @@ def _by_kernel(
     scale,
     softcap,
     layout,
+    is_invariant,
     implementation,
     interpret,
 ):
-    settings = scale, softcap, layout, implementation, interpret
+    settings = scale, softcap, layout, is_invariant, implementation, interpret
     results, _ = _forward(q, k, v, low, high, *settings)
     return results
 
@@ -186,18 +192,30 @@ def _forward(
     scale,
     softcap,
     layout,
+    is_invariant,
     implementation,
     interpret,
 ):
     forward, _ = _kernels(implementation)
     settings = dict(scale=scale, softcap=softcap, layout=layout, interpret=interpret)
+    if is_invariant:
+        settings["is_invariant"] = True
     o, lse = forward(q, k, v, low, high, **settings)
     o = checkpoint_name(o, OUTPUT_NAME)
     lse = checkpoint_name(lse, OUTPUT_NAME)
     return (o, lse), (q, k, v, low, high, o, lse)
 
 
-def _backward(scale, softcap, layout, implementation, interpret, residuals, cotangents):
+def _backward(
+    scale,
+    softcap,
+    layout,
+    is_invariant,
+    implementation,
+    interpret,
+    residuals,
+    cotangents,
+):
     q, k, v, low, high, o, lse = residuals
     do, dlse = cotangents
     _, backward = _kernels(implementation)

@@ -8,9 +8,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxscale.kernels.attention.products import SWIZZLED_FLOAT32, interpreted_buffers
+from jaxscale.kernels.attention.products import interpreted_buffers
 from jaxscale.kernels.attention.scheduler import SLOTS, item_at
-from jaxscale.kernels.persistent import COMPUTE, ROWS, TILE_ROWS, part, swizzled
+from jaxscale.kernels.persistent import (
+    COMPUTE,
+    ROWS,
+    SWIZZLED_FLOAT32,
+    TILE_ROWS,
+    part,
+    swizzled,
+)
 
 QUERIES = 64  # in a tile
 STAGES = 2  # tiles of queries, and of the output's gradients, in shared memory

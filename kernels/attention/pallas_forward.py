@@ -49,7 +49,9 @@ from jaxscale.kernels.persistent import (
 
 
 # jit: the kernel is lowered once for all layers.
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("scale", "softcap", "layout", "is_invariant", "interpret")
+)
 def forward(
     q: Array,
     k: Array,
@@ -60,6 +62,7 @@ def forward(
     scale: float,
     softcap: float | None,
     layout: BlockLayout | None = None,
+    is_invariant: bool = False,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
     """Attention of every query t over the keys low[t] <= s < high[t].
@@ -68,7 +71,7 @@ def forward(
         q: [B, T, N, H], H one of 64, 128 and 256.
         k, v: [B, S, K, H].
         low, high: [B or 1, T] int32; with a layout they must be those of a causal mask.
-        scale, softcap, layout, interpret: as for `api.attention`.
+        scale, softcap, layout, is_invariant, interpret: as for `api.attention`.
     Returns:
         (o [B, T, N, H], lse [B, N, T] float32); 0 and -inf where a query sees nothing.
     """
@@ -87,7 +90,7 @@ def forward(
         groups=groups,
         head_dim=head_dim,
         head_bytes=2 * 2 * num_keys * head_dim // groups,
-        keys=BLOCK if is_wide or layout else 128,
+        keys=BLOCK if is_wide or layout or is_invariant else 128,
         query_slots=1 if is_wide else 2,
         scale=scale,
         softcap=softcap,

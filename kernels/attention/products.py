@@ -19,7 +19,6 @@ from jaxscale.kernels.persistent import COMPUTE, LOG2E
 MATRIX = plgpu.Layout.WGMMA
 ROW = MATRIX.reduce(1)
 COLUMN = MATRIX.reduce(0)
-SWIZZLED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def interpreted_buffers(interpret: Any, *shapes: tuple[int, ...], dtype: Any) -> tuple[Any, ...]:

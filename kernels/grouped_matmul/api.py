@@ -10,8 +10,8 @@ from jax import Array, lax
 
 from jaxscale.kernels.checks import check_backend, require
 from jaxscale.kernels.grouped_matmul import pallas, reference, swiglu
-from jaxscale.kernels.grouped_matmul.block_sizes import H200
-from jaxscale.kernels.persistent import DEPTH, pad_to_units
+from jaxscale.kernels.grouped_matmul.block_sizes import H200, NARROW, WIDE_RESULTS
+from jaxscale.kernels.persistent import DEPTH, NUM_SMS, TILE_ROWS, BlockSizes, pad_to_units
 from jaxscale.kernels.triton_call import missing
 
 BACKENDS = ("reference", "xla", "mosaic", "triton")
@@ -56,6 +56,58 @@ def grouped_matmul(
     filled = _filled(rows), _filled(weights)
     product = _by_kernel(*filled, group_sizes, implementation, interpret)
     return product[: rows.shape[0], : weights.shape[2]]
+
+
+def matmul(
+    rows: Array,
+    weights: Array,
+    *,
+    is_transposed: bool = False,
+    dtype: Any = None,
+    interpret: Any = False,
+) -> Array:
+    """The product of rows and a matrix, each row of which has the same bits beside any others.
+
+    Each element is summed over D in one order, by the kernel for Hopper GPUs. Not differentiated.
+
+    Source: He 2025, "Defeating nondeterminism in LLM inference" (Thinking Machines Lab), its
+        section on batch-invariant matmuls.
+    Args:
+        rows: [rows, D].
+        weights: [D, F] of the same type; [F, D] where `is_transposed`.
+        dtype: of the product, accumulated in float32; None for the type of `rows`.
+        interpret: as in `grouped_matmul`.
+    Returns:
+        [rows, F].
+    Raises:
+        ValueError: as `grouped_matmul`.
+    """
+    group_sizes = jnp.full(1, len(rows), jnp.int32)
+    shape = weights.shape[::-1] if is_transposed else weights.shape
+    _check("matmul", rows, group_sizes, (1, *shape), shape[-1])
+    check_backend("matmul", "mosaic", BACKENDS, refusal("mosaic", rows, weights))
+    filled, matrix = _filled(rows), _filled(weights[None])
+    product = pallas.forward(
+        (filled,),
+        (matrix,),
+        group_sizes,
+        is_transposed=is_transposed,
+        blocks=WIDE_RESULTS if dtype == jnp.float32 else _blocks_for(len(filled), shape[-1]),
+        dtype=dtype,
+        interpret=interpret,
+    )
+    return product[: len(rows), : shape[-1]]
+
+
+def _blocks_for(num_rows: int, width: int) -> BlockSizes:
+    """The widest tiles but for few rows, of which narrow ones keep more multiprocessors busy."""
+
+    def cost(blocks: BlockSizes) -> float:
+        num_tiles = -(-num_rows // TILE_ROWS) * -(-width // blocks.columns)
+        # The rows are read again for each tile of columns.
+        return -(-num_tiles // NUM_SMS) * (blocks.columns + TILE_ROWS / 4)
+
+    return min((H200, *NARROW), key=cost)
 
 
 def _check(

@@ -15,6 +15,8 @@ from jaxscale.kernels.persistent import (
     DEPTH,
     PIECE,
     ROWS,
+    SWIZZLED,
+    SWIZZLED_FLOAT32,
     TILE_ROWS,
     BlockSizes,
     make_matmul,
@@ -101,7 +103,7 @@ class RowTiles:
 
 
 # jit: the kernel is lowered once for all layers.
-@functools.partial(jax.jit, static_argnames=("is_transposed", "blocks", "interpret"))
+@functools.partial(jax.jit, static_argnames=("is_transposed", "blocks", "dtype", "interpret"))
 def forward(
     lefts: tuple[Array, ...],
     rights: tuple[Array, ...],
@@ -109,6 +111,7 @@ def forward(
     *,
     is_transposed: bool,
     blocks: BlockSizes,
+    dtype: Any = None,
     interpret: Any = False,
 ) -> Array:
     """The sum of the grouped products of each of `lefts` with its one of `rights`.
@@ -117,11 +120,12 @@ def forward(
         lefts: [rows, depth] each.
         rights: [E, depth, width] each, or [E, width, depth] where `is_transposed`.
         group_sizes: [E] int32.
+        dtype: of the result; None for that of `lefts`.
     Returns:
         [rows, width].
     """
     num_rows, depth = lefts[0].shape
-    num_groups, dtype = rights[0].shape[0], lefts[0].dtype
+    num_groups = rights[0].shape[0]
     width = rights[0].shape[1 if is_transposed else 2]
     table = row_tiles(group_sizes, num_rows, tile=TILE_ROWS, alignment=ALIGNMENT)
     num_columns, steps = pl.cdiv(width, blocks.columns), depth // DEPTH
@@ -180,12 +184,12 @@ def forward(
     right = (blocks.columns, DEPTH) if is_transposed else (DEPTH, blocks.columns)
     kernel = make_matmul(
         body,
-        jax.ShapeDtypeStruct((num_rows, width), dtype),
+        jax.ShapeDtypeStruct((num_rows, width), dtype or lefts[0].dtype),
         blocks,
         interpret,
-        swizzled((blocks.stages, TILE_ROWS, DEPTH), dtype),
-        swizzled((blocks.stages, *right), dtype),
-        *out_buffers(dtype),
+        swizzled((blocks.stages, TILE_ROWS, DEPTH), lefts[0].dtype),
+        swizzled((blocks.stages, *right), lefts[0].dtype),
+        *out_buffers(dtype or lefts[0].dtype),
     )
     return kernel(table, *lefts, *rights)
 
@@ -196,7 +200,9 @@ def out_buffers(dtype: Any) -> tuple[Any, Any]:
     Each warpgroup has two pieces in turn, and one more from which single rows are stored: it is not
     swizzled, because the rows of a swizzled tile cannot be copied one by one.
     """
-    pieces = swizzled((COMPUTE, 2, ROWS, PIECE), dtype)
+    is_wide = jnp.dtype(dtype).itemsize == 4
+    transforms = SWIZZLED_FLOAT32 if is_wide else SWIZZLED
+    pieces = plgpu.SMEM((COMPUTE, 2, ROWS, PIECE), dtype, transforms=transforms)
     edge = plgpu.SMEM((COMPUTE, ROWS, PIECE), dtype)
     return pieces, edge
 

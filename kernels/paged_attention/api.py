@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxscale.kernels.checks import check_backend, require
+from jaxscale.kernels.checks import check_backend, check_invariant, require
 from jaxscale.kernels.paged_attention import pallas, reference
 from jaxscale.kernels.triton_call import missing
 
@@ -27,6 +27,7 @@ def paged_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    is_invariant: bool = False,
     implementation: str,
     interpret: Any = False,
 ) -> Array:
@@ -45,6 +46,8 @@ def paged_attention(
         low, high: [D] int32, within 0 and P * page size; a query with high <= low sees nothing.
         scale: factor on the logits.
         softcap: c in c * tanh(logits / c); None for none.
+        is_invariant: whether a result's bits may depend on its own sequence alone; in pages of 64
+            keys they are then those of `attention.api.attention` so asked. By "mosaic" alone.
         implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, "triton" for Ampere and newer.
         interpret: JAX's parameters of interpretation, to try a kernel on a CPU; False compiles it.
     Returns:
@@ -56,6 +59,7 @@ def paged_attention(
     _check_shapes(q, k_pages, v_pages, block_table)
     reason = refusal(implementation, q, k_pages)
     check_backend("paged_attention", implementation, BACKENDS, reason)
+    check_invariant("paged_attention", implementation, is_invariant)
     settings = dict(scale=scale, softcap=softcap)
     arrays = (q, k_pages, v_pages, block_table, low, high)
     if implementation == "reference":
@@ -65,6 +69,7 @@ def paged_attention(
         from jaxscale.kernels.paged_attention import triton
 
         return triton.paged_attention(*arrays, **settings, interpret=interpret)
+    settings["is_invariant"] = is_invariant
     return pallas.paged_attention(*arrays, scales, **settings, interpret=interpret)
 
 

@@ -75,7 +75,7 @@ class Problem:
 
 
 # jit: the kernel is lowered once for all layers.
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "is_invariant", "interpret"))
 def paged_attention(
     q: Array,
     k_pages: Array,
@@ -87,6 +87,7 @@ def paged_attention(
     *,
     scale: float,
     softcap: float | None,
+    is_invariant: bool = False,
     interpret: Any = False,
 ) -> Array:
     """As `api.paged_attention`."""
@@ -96,6 +97,7 @@ def paged_attention(
     groups = own_groups
     room = BLOCKS_PER_SM * NUM_SMS
     num_streams = max(min(room // (num * kv_heads), block_table.shape[1]), 1)
+    num_streams = 1 if is_invariant else num_streams
     # Several streams write their normalisers, at least UNIT of them at a time.
     is_padded = num_streams > 1 or num_heads % UNIT or (UNIT % groups and groups % UNIT)
     if is_padded:
@@ -239,7 +241,8 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
     count = jnp.where(high > low, jnp.maximum(count, 0), 0)
 
     def number_at(i):
-        return first + i * problem.num_streams
+        # The last page comes first, as in the kernel for prompts, whose sums are to be the same.
+        return first + (count - 1 - i) * problem.num_streams
 
     def page_at(i):
         return refs.block_table[sequence, number_at(jnp.minimum(i, count - 1))]

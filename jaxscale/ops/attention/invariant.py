@@ -2,7 +2,8 @@
 
 Keys are taken in blocks of one size from position 0 upwards and queries in tiles of one size, so
 that every product has the same shape whatever else is in the batch. A block of which a query sees
-nothing changes none of its sums: they are multiplied by 1, and 0 is added.
+nothing changes none of its sums: they are multiplied by 1, and 0 is added. On a Hopper GPU our
+kernels do as much, from the last block downwards.
 
 Source: He 2025, "Defeating nondeterminism in LLM inference" (Thinking Machines Lab), its section on
     batch-invariant attention; the sums are those of FlashAttention-2 (arXiv 2307.08691), section
@@ -11,12 +12,17 @@ Source: He 2025, "Defeating nondeterminism in LLM inference" (Thinking Machines 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.kernels.attention.api import refusal as attention_refusal
+from jaxscale.kernels.paged_attention.api import refusal as paged_refusal
 from jaxscale.ops.attention.context import NEVER, AttentionContext
+from jaxscale.ops.attention.kernels import Kernel
+from jaxscale.ops.device import kernel_family
 from jaxscale.ops.precision import accumulator
 from jaxscale.ops.tiles import over_tiles
 from jaxscale.types import Array
@@ -56,6 +62,8 @@ def attend(
 
     A document that begins within a row has them if it begins at a multiple of KEY_BLOCK.
     """
+    if context.is_aligned and has_kernels(q.shape[2], k.shape[2], q.shape[3], q.dtype):
+        return Kernel("mosaic", is_invariant=True).attend(q, k, v, context)
     batch, length = k.shape[:2]
     keyed = context.positions if context.is_aligned else context.key_positions
     segments = context.segments if context.is_aligned else context.key_segments
@@ -78,6 +86,19 @@ def attend(
         return over_blocks(q, positions, segments, keys, context)
 
     return lax.map(of_row, (q, context.positions, own, keys))
+
+
+def has_kernels(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+) -> bool:
+    """Whether our kernels compute these heads here, in training and over pages."""
+    q = jax.ShapeDtypeStruct((1, num_heads, head_dim), dtype)
+    keys = jax.ShapeDtypeStruct((1, KEY_BLOCK, num_kv_heads, head_dim), dtype)
+    refusals = paged_refusal("mosaic", q, keys), attention_refusal("mosaic", keys, keys)
+    return kernel_family() == "mosaic" and refusals == (None, None)
 
 
 def refusal(q: Array, context: AttentionContext) -> str | None:

@@ -16,9 +16,11 @@ class Kernel:
 
     Args:
         family: "mosaic" or "triton".
+        is_invariant: as for `kernels.attention.api.attention`.
     """
 
     family: str
+    is_invariant: bool = False
 
     def attend(
         self,
@@ -36,6 +38,7 @@ class Kernel:
             scale=context.logits_scale(q.shape[3]),
             softcap=context.softcap,
             layout=context.layout,
+            is_invariant=self.is_invariant,
             implementation=self.family,
         )
         return o

@@ -130,12 +130,15 @@ def attend(
     check_choice("implementation", implementation, BACKENDS)
     if implementation in FAMILIES and (reason := _refusal(implementation, q, context, cache)):
         raise InputError("implementation", implementation, reason)
-    if implementation == "invariant":
-        return _invariant(q[0], context, cache, rows)[None], cache
+    is_invariant = implementation == "invariant"
+    if is_invariant:
+        if not invariant.has_kernels(*q.shape[2:3], *cache.k.shape[2:], q.dtype):
+            return _invariant(q[0], context, cache, rows)[None], cache
+        implementation = "mosaic"
     over_table, over_prompts = _reference_over_table, _reference_over_prompts
     if implementation in FAMILIES:
         over_table, over_prompts = (
-            functools.partial(f, family=implementation)
+            functools.partial(f, family=implementation, is_invariant=is_invariant)
             for f in (_kernel_over_table, _kernel_over_prompts)
         )
     single = over_table(q[0], context, cache, rows)
@@ -226,6 +229,7 @@ def _kernel_over_table(
     rows: RaggedRows,
     *,
     family: str,
+    is_invariant: bool,
 ) -> Array:
     """As `_reference_over_table`; 0 for padding and for tokens of prompts."""
     num = len(rows.block_table)
@@ -243,6 +247,7 @@ def _kernel_over_table(
         None if k_scales is None else (k_scales, v_scales),
         scale=context.logits_scale(q.shape[2]),
         softcap=context.softcap,
+        is_invariant=is_invariant,
         implementation=family,
     )
 
@@ -255,6 +260,7 @@ def _kernel_over_prompts(
     rows: RaggedRows,
     *,
     family: str,
+    is_invariant: bool,
 ) -> Array:
     """Attention of q [1, T, N, H] over the pages [C, S of a page, K, H] of its prompts.
 
@@ -270,6 +276,7 @@ def _kernel_over_prompts(
         high[None],
         scale=context.logits_scale(q.shape[3]),
         softcap=context.softcap,
+        is_invariant=is_invariant,
         implementation=family,
     )
     return o
