@@ -15,6 +15,7 @@ from decode_work import FULL, TINY
 
 from jaxscale.models.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
 from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import BatchInvariant, ExecutionConfig, Whole
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.engine import Engine
 from jaxscale.serve.requests import RequestConfig
@@ -55,6 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--mixture", action="store_true")
+    parser.add_argument("--invariant", action="store_true", help="bits that no batch changes")
     for name, default in (("token_budget", 4096), ("max_sequences", 512), ("max_prompts", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--cache_dtype", choices=["int8", "float8_e4m3fn"])
@@ -65,8 +67,11 @@ def main():
     model = dataclasses.replace(make_model((TINY if is_tiny else FULL).shape), max_length=8192)
     if options.pop("mixture"):
         model = mixture()
+    strategy = BatchInvariant() if options.pop("invariant") else Whole()
+    execution = ExecutionConfig(strategy=strategy)
+    decoder = Decoder(model, execution.operations(), BFLOAT16, execution)
     config = EngineConfig(**options, use_prefix_cache=False)
-    engine = Engine(Decoder(model, policy=BFLOAT16), draw_params(model), config=config)
+    engine = Engine(decoder, draw_params(model), config=config)
     print(f"{jax.devices()[0].device_kind}, {config}\n")
     print("| workload | requests/s | new tokens/s | behind the first |\n|---|---|---|---|")
     for workload in workloads:

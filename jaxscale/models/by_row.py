@@ -6,20 +6,30 @@ serving decide alike, by the model's shape and the device.
 
 import functools
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxscale.models.config import LayerConfig, ModelConfig, NormConfig
-from jaxscale.ops import by_row
+from jaxscale.ops import by_row, loss
 from jaxscale.ops.attention import invariant
 from jaxscale.ops.by_row import ByRow
 from jaxscale.ops.device import kernel_family
 from jaxscale.ops.linear import Joined
-from jaxscale.ops.loss import Head, loss_of_logits, token_loss
-from jaxscale.ops.precision import accumulator
+from jaxscale.ops.precision import Policy, accumulator
 from jaxscale.ops.tiles import over_tiles
 from jaxscale.types import Array, Params
+
+
+class Bound(Protocol):
+    """What is asked here of a decoder."""
+
+    config: ModelConfig
+    policy: Policy
+    execution: Any
+
 
 # The matrices of a dense layer, and what norms multiply by.
 PARAMETERS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "scale")
@@ -45,11 +55,23 @@ def layer_has_kernels(
     return is_plain and is_whole and invariant.has_kernels(*heads, dtype)
 
 
-def ends_have_kernels(config: ModelConfig, dtype: str) -> bool:
-    """Whether the final norm and the unembedding are computed by kernels here."""
+def are_shapes_free(decoder: Bound, periods: tuple[Params, ...]) -> bool:
+    """Whether no bit that is to be invariant depends on the shapes of a stack's products."""
+    norm, dtype = decoder.config.norm, decoder.policy.compute
+    return not decoder.execution.is_batch_invariant or all(
+        layer_has_kernels(period[str(i)], layer, norm, dtype)
+        for period in periods
+        for i, layer in enumerate(decoder.config.pattern)
+    )
+
+
+def are_ends_by_row(decoder: Bound) -> bool:
+    """Whether kernels give the final norm and the unembedding invariant bits, without tiles."""
+    config = decoder.config
     is_plain = config.norm.kind == "rmsnorm" and config.head_activation is None
-    is_half = jnp.dtype(dtype).itemsize == 2
-    return is_plain and is_half and kernel_family() == "mosaic"
+    is_half = jnp.dtype(decoder.policy.compute).itemsize == 2
+    is_asked = decoder.execution.is_batch_invariant
+    return is_asked and is_plain and is_half and kernel_family() == "mosaic"
 
 
 def prepared(params: Params) -> Params:
@@ -63,11 +85,11 @@ def prepared(params: Params) -> Params:
     return found
 
 
-def logits(h: Array, head: Array | Head, softcap: float | None) -> Array:
+def logits(h: Array, head: Array | loss.Head, softcap: float | None) -> Array:
     """As `ops.loss.unembed`; not differentiated."""
-    matrix = head.weights if isinstance(head, Head) else head
+    matrix = head.weights if isinstance(head, loss.Head) else head
     found = by_row.project(h.reshape(-1, h.shape[-1]), matrix)
-    if isinstance(head, Head):
+    if isinstance(head, loss.Head):
         found = found + accumulator(head.bias)
     if softcap is not None:
         found = softcap * jnp.tanh(found / softcap)
@@ -75,15 +97,23 @@ def logits(h: Array, head: Array | Head, softcap: float | None) -> Array:
 
 
 @functools.cache
-def loss(softcap: float | None) -> Callable:
-    """(h [B, T, D], head, labels [B, T]) -> as `ops.loss.token_loss`, whose gradients it has."""
+def token_loss(softcap: float | None, num_rows: int | None) -> Callable:
+    """(h [B, T, D], head, labels [B, T]) -> as `ops.loss.token_loss`, whose gradients it has.
 
-    @by_row.with_gradients_of(functools.partial(token_loss, softcap=softcap))
-    def of_tokens(h: Array, head: Array | Head, labels: Array) -> tuple[Array, Array]:
+    Args:
+        softcap: of the logits.
+        num_rows: of a tile, which is part of the bits; None for kernels, whose bits depend on none.
+    """
+    project = logits if num_rows is None else loss.unembed
+
+    @by_row.with_gradients_of(functools.partial(loss.token_loss, softcap=softcap))
+    def of_tokens(h: Array, head: Array | loss.Head, labels: Array) -> tuple[Array, Array]:
         def of_tile(tile: tuple[Array, Array]) -> tuple[Array, Array]:
             h, labels = tile
-            return loss_of_logits(logits(h, head, softcap), labels, by_row.total)
+            # As serving does: the logits first, then their sums.
+            found = lax.optimization_barrier(project(h, head, softcap))
+            return loss.loss_of_logits(found, labels, by_row.total)
 
-        return over_tiles(of_tile, (h, labels), LOSS_ROWS)
+        return over_tiles(of_tile, (h, labels), num_rows or LOSS_ROWS)
 
     return of_tokens

@@ -22,10 +22,9 @@ from jaxscale.models.quantised import dequantised
 from jaxscale.models.unroll import periods_of, scanned_with_caches, unrolled
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.backends import Operations
-from jaxscale.ops.by_row import total
 from jaxscale.ops.collectives import Collectives
 from jaxscale.ops.draws import EMBEDDING, Draws
-from jaxscale.ops.loss import Head, loss_of_logits, unembed
+from jaxscale.ops.loss import Head
 from jaxscale.ops.precision import Policy, cast
 from jaxscale.ops.rotary import document_lengths
 from jaxscale.types import Array, Batch, Params, Role
@@ -246,10 +245,8 @@ class Decoder:
     def hidden(self, params: Params, x: Array) -> Array:
         """Final norm: residual [B, own T, D] to the unembedding's input [B, T, D]."""
         norm = self._use("final_norm", params["final_norm"])
-        if self._has_by_row:
-            h = ends.finished(by_row.prepared(norm), x, self.config)
-        else:
-            h = self._by_token(lambda x: ends.finished(norm, x, self.config), x)
+        norm = by_row.prepared(norm) if by_row.are_ends_by_row(self) else norm
+        h = self._by_token(lambda x: ends.finished(norm, x, self.config), x)
         if self.config.unembedding_scale != 1:
             h = h * self.config.unembedding_scale
         h = self.operations.collectives.gather_tokens(h)
@@ -265,9 +262,8 @@ class Decoder:
     def unembed(self, params: Params, h: Array) -> Array:
         """Logits [B, T, V] of h [B, T, D], in at least float32."""
         head, softcap = self.head(params), self.config.logit_softcap
-        if self._has_by_row:
-            return by_row.logits(h, head, softcap)
-        return self._by_token(lambda h: self.operations.backends.logits(h, head, softcap), h)
+        logits = by_row.logits if by_row.are_ends_by_row(self) else self.operations.backends.logits
+        return self._by_token(lambda h: logits(h, head, softcap), h)
 
     def token_loss(
         self,
@@ -279,30 +275,12 @@ class Decoder:
         softcap = self.config.logit_softcap
         if not self.execution.is_batch_invariant:
             return self.operations.backends.token_loss(h, head, labels, softcap)
-        if self._has_by_row:
-            return by_row.loss(softcap)(h, head, labels)
-        # As serving does: the logits first, then their sums.
-        logits = self._by_token(lambda h: unembed(h, head, softcap), h)
-        return self._by_token(lambda pair: loss_of_logits(*pair, total), (logits, labels))
-
-    def _has_free_shapes(self, periods: tuple[Params, ...]) -> bool:
-        """Whether no bit that is to be invariant depends on the shape of a product."""
-        norm, dtype = self.config.norm, self.policy.compute
-        return not self.execution.is_batch_invariant or all(
-            by_row.layer_has_kernels(period[str(i)], layer, norm, dtype)
-            for period in periods
-            for i, layer in enumerate(self.config.pattern)
-        )
-
-    @property
-    def _has_by_row(self) -> bool:
-        """Whether kernels give the ends of the model invariant bits, so that they need no tiles."""
-        is_asked = self.execution.is_batch_invariant
-        return is_asked and by_row.ends_have_kernels(self.config, self.policy.compute)
+        num_rows = None if by_row.are_ends_by_row(self) else self.execution.strategy.num_rows
+        return by_row.token_loss(softcap, num_rows)(h, head, labels)
 
     def _by_token(self, f: Callable, arrays: Any) -> Any:
         """f of arrays [B, T, ...], which treats each token by itself."""
-        if self.execution.is_batch_invariant:
+        if self.execution.is_batch_invariant and not by_row.are_ends_by_row(self):
             return self.execution.strategy.over_tiles(f, arrays)
         return f(arrays)
 
@@ -336,9 +314,9 @@ class Decoder:
             ready["layers"] = tuple(periods_of(ready["layers"]))
             # Those of a mesh stay apart, for their parts are gathered by their names; and so do
             # those whose products must have the shapes that training has.
-            is_alone = self.operations.collectives == Collectives()
-            if is_alone and self._has_free_shapes(ready["layers"]):
-                ready["layers"] = joined(ready["layers"])
+            is_alone, periods = self.operations.collectives == Collectives(), ready["layers"]
+            if is_alone and by_row.are_shapes_free(self, periods):
+                ready["layers"] = joined(periods)
         return ready
 
     def _use(self, section: str, params: Params) -> Params:

@@ -169,7 +169,7 @@ def log_probabilities(
         logits: [..., R, V] of the whole vocabulary.
         drawn: [..., R] int32.
         num_tokens: only tokens below are among the most probable.
-        is_invariant: whether they are added up as in `models.by_row.loss`.
+        is_invariant: whether they are added up as in `models.by_row.token_loss`.
     Returns:
         ([..., R] of the tokens drawn, [..., R, MAX_LOGPROBS] of the most probable, which these are,
         int32); fewer where there are fewer tokens.

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxscale.kernels.grouped_matmul import pallas
 from jaxscale.kernels.grouped_matmul.api import (
     BACKENDS,
     feed_forward,
     grouped_matmul,
+    matmul,
     refusal,
 )
+from jaxscale.kernels.grouped_matmul.block_sizes import H200, NARROW
 from jaxscale.kernels.grouped_matmul.swiglu import swiglu
 from tests.kernels.interpretation import (
     INTERPRET,
@@ -336,3 +339,22 @@ def test_feed_forward_refuses_what_the_kernel_cannot_do():
     message = "feed_forward: given 'mosaic', expected rows and weights both bfloat16"
     with pytest.raises(ValueError, match=message):
         feed_forward(rows, up, up, down, jnp.zeros(2, jnp.int32), implementation="mosaic")
+
+
+@pytest.mark.parametrize("is_wide", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_matrix_product_has_the_same_bits_beside_any_rows(is_wide):
+    """Whatever the tiles, which its number of rows decides; in float32 from a transposed matrix."""
+    skip_unless_runnable("mosaic")
+    rng = np.random.default_rng(0)
+    rows, weights = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((150, 128), (128, 192)))
+    asked = dict(interpret=INTERPRET)
+    if is_wide:
+        weights, asked = weights.T, asked | dict(is_transposed=True, dtype=jnp.float32)
+    found = matmul(rows, weights, **asked)
+    exact = np.asarray(rows, np.float64) @ np.asarray(weights.T if is_wide else weights, np.float64)
+    assert_norm_close(found, exact, 1e-6 if is_wide else 4e-3)
+    np.testing.assert_array_equal(matmul(rows[37:40], weights, **asked), found[37:40])
+    for blocks in () if is_wide else (H200, *NARROW):
+        operands = (rows,), (weights[None],), jnp.full(1, 150, jnp.int32)
+        other = pallas.forward(*operands, is_transposed=False, blocks=blocks, **asked)
+        np.testing.assert_array_equal(other, found)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.kernels.attention.api import attention
 from jaxscale.kernels.paged_attention import pallas
 from jaxscale.kernels.paged_attention.api import BACKENDS, paged_attention, refusal
 from tests.kernels.interpretation import (
@@ -129,3 +130,23 @@ def test_it_lowers_for_a_gpu():
         return paged_attention(*arrays, **settings, implementation="mosaic")
 
     assert "mosaic_gpu" in lower_for_gpu(run, *arrays)
+
+
+@pytest.mark.skipif(not IS_NEW, reason="the kernel needs jax 0.11")
+def test_invariant_bits_are_those_of_the_kernel_for_prompts():
+    """A decoding token has the bits of a prompt's last one, wherever its tile of queries ends."""
+    rng, length, dim = np.random.default_rng(0), 200, 64
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 256, n, dim)), "bfloat16") for n in (2, 1, 1))
+    asked = dict(scale=dim**-0.5, is_invariant=True, implementation="mosaic", interpret=INTERPRET)
+    place = jnp.arange(256, dtype=jnp.int32)[None]
+    high = jnp.where(place < length, place + 1, 0)
+    of_prompt, _ = attention(q, k, v, jnp.zeros_like(high), high, **asked)
+    pages = [each[0].reshape(4, 64, 1, dim) for each in (k, v)]
+    last = jnp.asarray([199, 64, 3])
+    table = jnp.tile(jnp.arange(4, dtype=jnp.int32), (3, 1))
+    of_tokens = paged_attention(
+        q[0, last], *pages, table, jnp.zeros(3, jnp.int32), last + 1, **asked
+    )
+    np.testing.assert_array_equal(of_tokens, of_prompt[0, last])
+    with pytest.raises(ValueError, match="expected 'mosaic'"):
+        attention(q, k, v, high, high, **asked | dict(implementation="reference"))
