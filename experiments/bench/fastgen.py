@@ -20,7 +20,7 @@ from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
 
 GREEDY, CLIENTS = SamplingConfig(temperature=0), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-FEW = 32  # requests of a point with at most two clients; of others 128, or one a client
+FEW = 16  # requests of a point with at most two clients; of others 128, or one a client
 SPAN = 16  # of FastGen's exponential moving average of the time between tokens
 
 
