@@ -39,7 +39,9 @@ def test_products_go_to_the_kernel_as_matrices(monkeypatch):
     """One input or two, joined or not: values and gradients are those of plain weights."""
     monkeypatch.setattr(by_row.kernel, "matmul", lambda rows, matrix: rows @ matrix)
     h, o = (jnp.asarray(RNG.normal(size=s), "float32") for s in ((2, 3, 8), (2, 3, 4, 2)))
-    q, k, out = (jnp.asarray(RNG.normal(size=s), "float32") for s in ((8, 4, 2), (8, 1, 2), (4, 2, 8)))
+    q, k, out = (
+        jnp.asarray(RNG.normal(size=s), "float32") for s in ((8, 4, 2), (8, 1, 2), (4, 2, 8))
+    )
 
     def value(wrap, q, k, out):
         heads = linear.linear_heads(h, [wrap(q), wrap(k)])
