@@ -16,7 +16,11 @@ VERSIONED := tests/kernels tests/test_golden.py tests/launch/test_ahead_of_time.
 	tests/parallel/pipeline/test_programs.py tests/parallel/test_composition.py \
 	tests/checkpoint/test_manager.py
 
-.PHONY: train test long versions faults docs lint clean
+# The compiler for TPUs that goes with the jax that is installed.
+LIBTPU := "from importlib import metadata; names = metadata.requires('jax'); \
+	print(next(name.split(';')[0] for name in names if name.startswith('libtpu')))"
+
+.PHONY: train test long versions tpu faults docs lint clean
 
 train: $(VENV)/.installed
 	$(BIN)/python experiments/main_job.py
@@ -30,6 +34,12 @@ versions: $(VENV)/.installed-test
 
 long: $(VENV)/.installed-test
 	$(PYTEST) --maxschedchunk 1 -m 'long and not gpu' $(TESTS)
+
+# Compiles train steps for TPUs. Their compiler lies in a folder of its own: beside jax every process
+# would load it and complain that there is no TPU. Only one process at a time may use it.
+tpu: $(VENV)/.installed-test
+	@test -d $(VENV)/tpu || $(PIP) --no-deps --target $(VENV)/tpu "$$($(BIN)/python -c $(LIBTPU))"
+	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -q -m '' tests/launch/test_tpu.py
 
 # Puts faults into copies of the code and says which tests catch them.
 faults: $(VENV)/.installed-test

@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxscale.kernels.attention.api import TRITON_LAYOUT_HEAD_DIM
+from jaxscale.kernels.attention.api import HEAD_DIMS
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.kernels.triton_call import Blocks, use_blocks
 
 REPEATS, ROUNDS = 10, 3
-HEAD_DIMS = (64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +101,16 @@ def _attention(head_dim: int) -> Iterator[Problem]:
     high = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
     settings = dict(scale=head_dim**-0.5, softcap=None)
     forward = functools.partial(triton_forward.forward, **settings)
-    has_layouts = head_dim <= TRITON_LAYOUT_HEAD_DIM
     backward = functools.partial(triton_backward.backward, **settings)
     arguments = q, k, k, low, high
     yield _problem(f"attention.forward.{head_dim}", forward, *arguments)
-    if has_layouts:
-        over_blocks = functools.partial(forward, layout=BlockLayout())
-        yield _problem(f"attention.layout.{head_dim}", over_blocks, *arguments)
+    over_blocks = functools.partial(forward, layout=BlockLayout())
+    yield _problem(f"attention.layout.{head_dim}", over_blocks, *arguments)
     _, lse = jax.jit(forward)(*arguments)
     arguments = q, k, k, q, lse, jnp.zeros_like(lse), low, high
     yield _problem(f"attention.backward.{head_dim}", backward, *arguments)
-    if has_layouts:
-        over_blocks = functools.partial(backward, layout=BlockLayout())
-        yield _problem(f"attention.layout_backward.{head_dim}", over_blocks, *arguments)
+    over_blocks = functools.partial(backward, layout=BlockLayout())
+    yield _problem(f"attention.layout_backward.{head_dim}", over_blocks, *arguments)
 
 
 def _paged_attention() -> Problem:

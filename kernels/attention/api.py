@@ -20,8 +20,6 @@ BACKENDS = ("reference", "mosaic", "triton")
 VARYING = {"mosaic": ("dq",), "triton": ("dq",)}
 # Those that the kernels take; heads of others are padded with zeros.
 HEAD_DIMS = (64, 128, 256)
-# Beyond it a block of queries and one of keys do not fit the shared memory of many GPUs.
-TRITON_LAYOUT_HEAD_DIM = 128
 # Names the kernel's results, for rematerialisation policies that keep them.
 OUTPUT_NAME = "attention_kernel"
 # The length of a row is a multiple of the rows of a swizzled tile.
@@ -73,7 +71,7 @@ def attention(
     """
     _check_shapes(q, k, v, low, high)
     require(softcap is None or softcap > 0, "attention", f"softcap {softcap}", "above 0, or None")
-    reason = refusal(implementation, q, k, layout)
+    reason = refusal(implementation, q, k)
     check_backend("attention", implementation, BACKENDS, reason)
     check_invariant("attention", implementation, is_invariant)
     if implementation == "reference":
@@ -112,12 +110,7 @@ def _check_shapes(
     require(is_fit, "attention", given, expected)
 
 
-def refusal(
-    implementation: str,
-    q: Array,
-    k: Array,
-    layout: BlockLayout | None = None,
-) -> str | None:
+def refusal(implementation: str, q: Array, k: Array) -> str | None:
     """What a kernel would need to compute the request, as the text of an error.
 
     None when it can, and for what is no kernel. Shapes and types are enough.
@@ -129,9 +122,6 @@ def refusal(
         return f"q, k and v all bfloat16 or all float16, but they are {q.dtype} and {k.dtype}"
     if q.shape[3] > max(HEAD_DIMS):
         return f"head_dim <= {max(HEAD_DIMS)}, but head_dim = {q.shape[3]}"
-    if implementation == "triton" and layout is not None and q.shape[3] > TRITON_LAYOUT_HEAD_DIM:
-        limit = f"head_dim <= {TRITON_LAYOUT_HEAD_DIM} with a layout of blocks"
-        return f"{limit}, but head_dim = {q.shape[3]}"
     # jax 0.10 cannot put a kernel that writes to a reference into a scan.
     if implementation == "mosaic" and jax.__version_info__ < (0, 11):
         return f"jax >= 0.11, but this is {jax.__version__}"

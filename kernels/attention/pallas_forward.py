@@ -97,7 +97,7 @@ def forward(
         num_patterns=layout.stride if layout else 0,
     )
     if layout:
-        visited = key_visits(layout, padded // BLOCK, pl.cdiv(num_keys, BLOCK))
+        visited = key_visits(layout, padded // BLOCK, pl.cdiv(num_keys, BLOCK), 2)
         table, entries = map(jnp.asarray, visited)
     else:
         table = key_tiles(low, high, queries=QUERIES, keys=problem.keys)

@@ -180,16 +180,17 @@ def key_visits(
     layout: BlockLayout,
     num_queries: int,
     num_keys: int,
+    tile: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks of keys that each tile of two blocks of queries visits.
+    """The blocks of keys that each tile of `tile` blocks of queries, 1 or 2, visits.
 
-    Lengths are in blocks; that of the queries is even.
+    Lengths are in blocks; that of the queries is a multiple of `tile`.
     """
-    num_tiles = num_queries // 2
+    num_tiles = num_queries // tile
     sees = _seen_blocks(layout, num_queries, num_keys)
-    by_tile = sees.reshape(layout.stride, num_tiles, 2, num_keys)
+    by_tile = sees.reshape(layout.stride, num_tiles, tile, num_keys)
     pairs = by_tile.swapaxes(2, 3)
-    first_block = 2 * np.arange(num_tiles)[:, None]
+    first_block = tile * np.arange(num_tiles)[:, None]
     is_past = np.arange(num_keys) < first_block
     return visits(pairs, pairs.all(-1) & is_past)
 

@@ -50,7 +50,7 @@ def _add_gradients(
     QUERIES: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    NUM_PATTERNS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Goes over tiles of queries of one head; logits and their gradients are [keys, queries]."""
@@ -59,7 +59,7 @@ def _add_gradients(
         position = number
         if IS_MASKED:
             position = tl.where(number < skip_from, number, number + skip)
-        tile, flags = visit(entries, position, NUM_PATTERNS)
+        tile, flags = visit(entries, position, PARTS)
         query = tile * QUERIES + tl.arange(0, QUERIES)
         at = query.to(tl.int64)[:, None] * STRIDE + h[None, :]
         is_query = (query < NUM_QUERIES)[:, None]
@@ -75,7 +75,7 @@ def _add_gradients(
             low_query = tl.load(low + query)
             high_query = tl.load(high + query)
             sees = (key[:, None] >= low_query[None, :]) & (key[:, None] < high_query[None, :])
-            if NUM_PATTERNS:
+            if PARTS:
                 bit = key % KEYS // BLOCK
                 sees = sees & ((flags >> bit) & 1 > 0)[:, None]
             p = tl.where(sees, p, 0.0)
@@ -117,6 +117,7 @@ def _backward(
     HEAD_DIM: tl.constexpr,
     NUM_VISITS: tl.constexpr,
     NUM_PATTERNS: tl.constexpr,
+    PARTS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KEYS: tl.constexpr,
@@ -148,7 +149,7 @@ def _backward(
     for group in range(groups):
         head = kv_head * groups + group
         place = (head % NUM_PATTERNS if NUM_PATTERNS else bounds_row) * NUM_TILES + tile
-        whole_first, whole_end, first, end = runs(table + place * 4)
+        whole_first, whole_end, first, end = runs(table + place * 4, PARTS)
         of_queries = batch.to(tl.int64) * NUM_QUERIES * stride + head * HEAD_DIM
         of_sums = (batch * NUM_HEADS + head) * PADDED
         dk_tile, dv_tile = _add_gradients(
@@ -156,14 +157,14 @@ def _backward(
             q + of_queries, do + of_queries, dq + of_queries,
             low, high, lse + of_sums, delta + of_sums, key,
             whole_first, whole_end, 0, 0, False,
-            stride, HEAD_DIM, NUM_QUERIES, KEYS, QUERIES, SCALE, SOFTCAP, NUM_PATTERNS, BLOCK,
+            stride, HEAD_DIM, NUM_QUERIES, KEYS, QUERIES, SCALE, SOFTCAP, PARTS, BLOCK,
         )  # fmt: skip
         dk_tile, dv_tile = _add_gradients(
             dk_tile, dv_tile, k_tile, v_tile, entries + place * NUM_VISITS,
             q + of_queries, do + of_queries, dq + of_queries,
             low, high, lse + of_sums, delta + of_sums, key,
             first, end, whole_first, whole_end - whole_first, True,
-            stride, HEAD_DIM, NUM_QUERIES, KEYS, QUERIES, SCALE, SOFTCAP, NUM_PATTERNS, BLOCK,
+            stride, HEAD_DIM, NUM_QUERIES, KEYS, QUERIES, SCALE, SOFTCAP, PARTS, BLOCK,
         )  # fmt: skip
     tl.store(dk + of_keys, (dk_tile * SCALE).to(dk.dtype.element_ty), mask=is_key)
     tl.store(dv + of_keys, dv_tile.to(dv.dtype.element_ty), mask=is_key)
@@ -192,7 +193,7 @@ def backward(
     """
     batch, length, _, head_dim = q.shape
     num_keys, kv_heads = k.shape[1:3]
-    # Tiles of a layout are of one or two blocks of keys and one of queries.
+    # Tiles of a layout are of one or two blocks of keys and of a part of one of queries.
     blocks = blocks_of(f"attention.{'layout_' if layout else ''}backward.{head_dim}")
     keys, queries = blocks.rows, blocks.columns
     margin = -length % queries
@@ -225,6 +226,7 @@ def backward(
         PADDED=padded,
         NUM_TILES=num_tiles,
         NUM_VISITS=entries.shape[-1],
+        PARTS=BLOCK // queries if layout else 0,
         SCALE=scale,
         SOFTCAP=softcap or 0.0,
         KEYS=keys,

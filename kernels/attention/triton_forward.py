@@ -42,7 +42,7 @@ def _attend(
     COLUMNS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    NUM_PATTERNS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Goes over tiles of keys; `top` and the exponents are in powers of two."""
@@ -50,7 +50,7 @@ def _attend(
         position = number
         if IS_MASKED:
             position = tl.where(number < skip_from, number, number + skip)
-        tile, flags = visit(entries, position, NUM_PATTERNS)
+        tile, flags = visit(entries, position, PARTS)
         first = tile * COLUMNS
         key = first + tl.arange(0, COLUMNS)
         offset = first.to(tl.int64) * STRIDE
@@ -61,7 +61,7 @@ def _attend(
         logits, factor = capped(tl.dot(q, k), SCALE, SOFTCAP)
         if IS_MASKED:
             sees = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-            if NUM_PATTERNS:
+            if PARTS:
                 bit = query % ROWS // BLOCK
                 sees = sees & ((flags >> bit) & 1 > 0)[:, None]
             logits = tl.where(sees, logits, -float("inf"))
@@ -96,6 +96,7 @@ def _forward(
     HEAD_DIM: tl.constexpr,
     NUM_VISITS: tl.constexpr,
     NUM_PATTERNS: tl.constexpr,
+    PARTS: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -128,7 +129,7 @@ def _forward(
     key = tl.arange(0, COLUMNS)
     k_tile = k + of_keys + key[None, :] * stride + h[:, None]
     v_tile = v + of_keys + key[:, None] * stride + h[None, :]
-    whole_first, whole_end, first, end = runs(table + place * 4)
+    whole_first, whole_end, first, end = runs(table + place * 4, PARTS)
     entries += place * NUM_VISITS
     o_tile = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -136,12 +137,12 @@ def _forward(
     o_tile, total, top = _attend(
         o_tile, total, top, q_tile, k_tile, v_tile, entries, query, low_query, high_query,
         whole_first, whole_end, 0, 0, False,
-        stride, NUM_KEYS, ROWS, COLUMNS, SCALE, SOFTCAP, NUM_PATTERNS, BLOCK,
+        stride, NUM_KEYS, ROWS, COLUMNS, SCALE, SOFTCAP, PARTS, BLOCK,
     )  # fmt: skip
     o_tile, total, top = _attend(
         o_tile, total, top, q_tile, k_tile, v_tile, entries, query, low_query, high_query,
         first, end, whole_first, whole_end - whole_first, True,
-        stride, NUM_KEYS, ROWS, COLUMNS, SCALE, SOFTCAP, NUM_PATTERNS, BLOCK,
+        stride, NUM_KEYS, ROWS, COLUMNS, SCALE, SOFTCAP, PARTS, BLOCK,
     )  # fmt: skip
     sees = total > 0
     total = tl.where(sees, total, 1.0)
@@ -174,14 +175,15 @@ def forward(
         (o [B, T, N, H], lse [B, N, T] float32); 0 and -inf where a query sees nothing.
     """
     batch, length, num_heads, head_dim = q.shape
-    # Tiles of a layout are of two blocks of queries and one of keys.
+    # Tiles of a layout are of one or two blocks of queries and of a part of one of keys.
     blocks = blocks_of(f"attention.{'layout' if layout else 'forward'}.{head_dim}")
     rows, columns = blocks.rows, blocks.columns
     num_tiles = triton.cdiv(length, rows)
     padded = num_tiles * rows
     low, high = (jnp.pad(x, ((0, 0), (0, padded - length))) for x in (low, high))
     if layout:
-        visited = key_visits(layout, padded // BLOCK, triton.cdiv(k.shape[1], BLOCK))
+        num_key_blocks = triton.cdiv(k.shape[1], BLOCK)
+        visited = key_visits(layout, padded // BLOCK, num_key_blocks, rows // BLOCK)
         table, entries = map(jnp.asarray, visited)
     else:
         table = key_tiles(low, high, queries=rows, keys=columns)
@@ -198,6 +200,7 @@ def forward(
         **sizes_of(q, k, low, layout),
         NUM_TILES=num_tiles,
         NUM_VISITS=entries.shape[-1],
+        PARTS=BLOCK // columns if layout else 0,
         SCALE=scale,
         SOFTCAP=softcap or 0.0,
         ROWS=rows,

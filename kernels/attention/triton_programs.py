@@ -14,24 +14,30 @@ TOGETHER = 4
 
 
 @triton.jit
-def visit(entries, position, NUM_PATTERNS: tl.constexpr):
-    """(tile, flags) of a place in the list; without a layout a tile's place is its number."""
-    if NUM_PATTERNS:
-        entry = tl.load(entries + position)
-        return entry >> 2, entry & 3
+def visit(entries, position, PARTS: tl.constexpr):
+    """(tile, flags) of the `position`-th visit.
+
+    Args:
+        entries: the list of blocks that `tiles.visits` makes, of which each is visited in PARTS.
+        PARTS: 0 without a layout, where a tile's place is its number.
+    """
+    if PARTS:
+        entry = tl.load(entries + position // PARTS)
+        return (entry >> 2) * PARTS + position % PARTS, entry & 3
     return position, 0
 
 
 @triton.jit
-def runs(table):
-    """(first of the tiles of which all see all, their end, first and end of the others).
+def runs(table, PARTS: tl.constexpr):
+    """(first of the visits of which all see all, their end, first and end of the others).
 
     The others are numbered as if those in between were missing.
     """
-    first = tl.load(table)
-    end = tl.load(table + 1)
-    whole_first = tl.load(table + 2)
-    whole_end = tl.load(table + 3)
+    parts: tl.constexpr = PARTS if PARTS else 1
+    first = tl.load(table) * parts
+    end = tl.load(table + 1) * parts
+    whole_first = tl.load(table + 2) * parts
+    whole_end = tl.load(table + 3) * parts
     return whole_first, whole_end, first, end - (whole_end - whole_first)
 
 

@@ -10,7 +10,6 @@ import jax_triton.triton_lib as triton_lib
 
 from jaxscale.kernels import device
 from jaxscale.kernels.attention import triton_backward, triton_forward
-from jaxscale.kernels.attention.api import TRITON_LAYOUT_HEAD_DIM
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.kernels.grouped_matmul import triton as grouped_matmul
 from jaxscale.kernels.linear_cross_entropy import triton as linear_cross_entropy
@@ -52,8 +51,7 @@ def programs():
             lambda *a, settings=settings: paged_attention.paged_attention(*a, **settings),
             (array(64, 32, head_dim), pages, pages, *table),
         )
-        if head_dim <= TRITON_LAYOUT_HEAD_DIM:
-            yield from attention_programs(head_dim, BlockLayout())
+        yield from attention_programs(head_dim, BlockLayout())
 
 
 def attention_programs(head_dim, layout):

@@ -156,7 +156,6 @@ def results_and_gradients(run, arrays, bounds, cotangents, settings):
             pytest.param(name, case, marks=pytest.mark.long)
             for name, case in itertools.product(BACKENDS, CASES)
             if case not in DEFAULT or (name, case) == ("triton", "documents")
-            if (name, case) != ("triton", "wide_heads_block_sparse")  # which it refuses
         ],
     ],
     indirect=["run"],
@@ -289,7 +288,7 @@ def test_visited_blocks_are_those_of_phi_3_small():
     layout, num_blocks = BlockLayout(), 40
     i, j = np.ogrid[:num_blocks, :num_blocks]
     visits = (
-        (False, 2, key_visits(layout, 40, 40)),
+        *((False, n, key_visits(layout, 40, 40, n)) for n in (1, 2)),
         *((True, n, query_visits(layout, 40, 40, n)) for n in (1, 2)),
     )
     for pattern in (0, 3, 7):
@@ -363,12 +362,6 @@ def test_what_the_kernel_cannot_do_is_refused(q, k, message):
     assert message in refusal("mosaic", q, k)
     with pytest.raises(ValueError, match=message):
         attention(q, k, k, bounds, bounds, scale=1.0, implementation="mosaic")
-
-
-def test_wide_heads_under_a_layout_are_refused_in_triton():
-    q = jnp.zeros((1, 64, 2, 256), "bfloat16")
-    message = "head_dim <= 128 with a layout of blocks, but head_dim = 256"
-    assert message in refusal("triton", q, q, BlockLayout())
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)

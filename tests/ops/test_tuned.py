@@ -87,11 +87,10 @@ def test_without_a_gpu_nothing_is_tuned(tmp_path, capsys):
 
 
 def test_every_operation_has_candidates_that_a_layout_can_have():
-    """Tiles of a layout are of two blocks of 64 queries and one of keys, or turned."""
+    """Tiles of a layout are of one or two blocks of 64 tokens and of a part of one."""
     names = {name.rstrip("0123456789.") for name in operations()}
     assert tuning._candidates().keys() == names
     for name, sizes in tuning._candidates().items():
         assert sizes.keys() == {field.name for field in dataclasses.fields(Blocks)}
-        if name == "attention.layout_backward":
-            assert (sizes["rows"], sizes["columns"]) == ([64, 128], [64])
-        assert name != "attention.layout" or (sizes["rows"], sizes["columns"]) == ([128], [64])
+        if "layout" in name:
+            assert set(sizes["rows"]) <= {64, 128} and set(sizes["columns"]) <= {16, 32, 64}

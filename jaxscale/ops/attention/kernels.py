@@ -50,4 +50,4 @@ class Kernel:
         has_documents = context.segments is not None or context.window is not None
         if context.layout is not None and has_documents:
             return "a backend that combines a layout of blocks with documents or a window"
-        return kernel.refusal(self.family, q, q, context.layout)
+        return kernel.refusal(self.family, q, q)
