@@ -42,10 +42,10 @@ def time_steps(step, state, batch, num_steps):
     return (time.perf_counter() - began) / num_steps * 1e3, state
 
 
-def profile_steps(step, state, batch, directory):
-    """Write a profile of two steps."""
+def profile_steps(step, state, batch, directory, num_steps=2):
+    """Write a profile of some steps."""
     with jax.profiler.trace(directory):
-        for _ in range(2):
+        for _ in range(num_steps):
             state, _ = step(state, batch)
         jax.block_until_ready(state)
 

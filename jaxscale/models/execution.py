@@ -32,7 +32,10 @@ CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # the name of JAX's primi
 
 
 class LayerStrategy(Protocol):
-    """How the tokens of one layer are run."""
+    """How the tokens of one layer are run.
+
+    A strategy that keeps by itself what its backward needs says by `kept_names` how that is named.
+    """
 
     def __call__(
         self,
@@ -307,10 +310,11 @@ class ExecutionConfig:
         Recomputed, they may differ in the last bit, for XLA fuses them with other operations then,
         and a token could be sent to another expert.
         """
-        if self.remat == "none":
-            return f
         policies = jax.checkpoint_policies
-        policy = policies.save_only_these_names(ROUTER)
+        kept = getattr(self.strategy, "kept_names", (ROUTER,))
+        if self.remat == "none" and kept == (ROUTER,):
+            return f
+        policy = policies.save_only_these_names(*kept)
         if self.remat == "dots":
             policy = _is_product
         elif self.remat == "names":

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxscale.ops.draws import Draws
 from jaxscale.parallel.sequence.fpdt.cuts import Cuts, tied
 from jaxscale.parallel.sequence.fpdt.gradient import stream_layer
 from jaxscale.parallel.sequence.fpdt.keys import Intervals
-from jaxscale.parallel.sequence.fpdt.stream import Places, Stream, Tokens
+from jaxscale.parallel.sequence.fpdt.stream import STREAM, Places, Stream, Tokens
 from jaxscale.types import Array, InputError, Params, check_choice, check_positive, check_types
 
 DEFAULT_CHUNK_TOKENS = 65_536
@@ -37,6 +37,9 @@ class FullyPipelined:
         chunks: where chunks of the layer at work rest, "host" or "device": keys and values in the
             forward; queries, their gradients and the output's cotangents in the backward.
     """
+
+    # All else is made again: the layer's parameters as they are gathered and converted.
+    kept_names: ClassVar[tuple[str, ...]] = (STREAM, ROUTER)
 
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     num_pieces: int = 2

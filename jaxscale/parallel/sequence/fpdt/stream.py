@@ -7,10 +7,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jax.ad_checkpoint import checkpoint_name
+
 from jaxscale.ops.attention.intervals import IntervalAttention
 from jaxscale.parallel.sequence.fpdt.cuts import Cuts, put, tied
 from jaxscale.parallel.sequence.fpdt.keys import Intervals, Keys
 from jaxscale.types import Array, Params
+
+STREAM = "stream"  # the name of what a layer's forward keeps for its backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +129,12 @@ class Stream:
             # Tied here and below. Else the compiler makes all chunks' widest arrays at once, and
             # reads a chunk where it lies in `x`, so that the result cannot take its place.
             x, x_i = tied((x, self.chunks.own(x, i)))
+            # What is kept leaves as soon as it is there, beside what is computed next.
+            kept = put(self.places.inputs[i], x_i)
             q, *kv = self.project(params, x_i, self.chunks.known(tokens.known, i))
             part = keys.attend(i, q, kv, tokens.intervals)
             o = part.o.astype(q.dtype)
+            saved.append(Saved(_named(kept), *self._keep(o, part.lse)))
             o_own = self.leave(o)
             for piece, number in self.pieces_of(i):
                 known = self.all_pieces.known(tokens.known, number)
@@ -135,13 +142,16 @@ class Stream:
                 y, chosen = self.finish(params, *arrays, known, None)
                 x, x_i, o_own = tied((self.all_pieces.write(x, y, number), x_i, o_own))
                 choices.append(chosen)
-            saved.append(self._save(i, x_i, o, part.lse))
         choices = None if choices[0] is None else self.all_pieces.join(choices)
         logits = None if choices is None else choices.logits
         return (x, choices), Residuals(params, saved, logits, tokens)
 
-    def _save(self, number: int, x: Array, o: Array, lse: Array) -> Saved:
-        x = put(self.places.inputs[number], x)
+    def _keep(self, o: Array, lse: Array) -> tuple[Array, ...]:
+        """Attention's output and its lse at rest, unless they are made again."""
         if self.places.attention == "nowhere":
-            return Saved(x)
-        return Saved(x, *put(self.places.attention, (o, lse)))
+            return ()
+        return tuple(map(_named, put(self.places.attention, (o, lse))))
+
+
+def _named(x: Array) -> Array:
+    return checkpoint_name(x, STREAM)
