@@ -79,12 +79,12 @@ def cap(run):
     }
 
 
-def idle_share(devices):
-    """The share of the profiled time in which a device computes nothing, be it that it copies."""
-    span = sum(max(end for _, end, _ in each) - each[0][0] for each in devices)
+def profiled(devices):
+    """Milliseconds of a profiled step, and of them the share without a kernel, be it in copies."""
+    spans = [max(end for _, end, _ in each) - each[0][0] for each in devices]
     computing = [[event for event in each if "Memcpy" not in event[2]] for each in devices]
     idle, _ = idle_times(computing)
-    return sum(idle.values()) / span
+    return {"ms": max(spans) / 1e6, "idle": sum(idle.values()) / sum(spans)}
 
 
 def main():
@@ -92,7 +92,9 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--profile", help="directory for a profile of one more step")
+    parser.add_argument(
+        "--profile", help="directory for a profile of one step, which is timed by it"
+    )
     parser.add_argument("--no-cap", action="store_true")
     options = parser.parse_args()
     run = start_run(options.file, options.set)
@@ -104,16 +106,15 @@ def main():
     for _ in range(options.warmup):
         state, metrics = step(state, batch)
         compiled["loss"] = float(metrics["loss"])
-    figures["ms"], state = time_steps(step, state, batch, options.steps)
+    if options.profile:
+        profile_steps(step, state, batch, options.profile, num_steps=1)
+        figures |= profiled(device_events(options.profile))
+    else:
+        figures["ms"], state = time_steps(step, state, batch, options.steps)
     memory = step.memory_analysis()
     figures |= compiled | rates(run, figures["ms"])
     figures["host_gib"] = memory.host_temp_size_in_bytes / 2**30
     figures["peak_gib"] = peak_gib()
-    if options.profile:
-        profile_steps(step, state, batch, options.profile, num_steps=1)
-        devices = device_events(options.profile)
-        span = max(end for _, end, _ in devices[0]) - devices[0][0][0]
-        figures |= {"idle": idle_share(devices), "profiled_ms": span / 1e6}
     rounded = {name: round(value, 4) for name, value in figures.items()}
     print(json.dumps({"overrides": options.set} | rounded), flush=True)
 
