@@ -74,6 +74,7 @@ def grouped_ffn(
     dropout: Dropout | None = None,
     *,
     tile: int | None = None,
+    needs_tail: bool = True,
 ) -> Array:
     """The feed-forward of expert e on its consecutive `group_sizes[e]` rows.
 
@@ -85,6 +86,8 @@ def grouped_ffn(
         weights, activation: as in `experts`.
         dropout: with a key [rows, 2] a row.
         tile: as in `experts`.
+        needs_tail: False where nobody reads the rows past the last group, nor their gradient:
+            see `kernels.grouped_matmul.api.feed_forward`.
     Returns:
         [rows, D].
     """
@@ -97,7 +100,9 @@ def grouped_ffn(
     logger.info("experts: backend %s for rows%s %s", implementation, rows.shape, rows.dtype)
     if family and activation == "swiglu" and dropout is None:
         matrices = (weights[name] for name in ("gate", "up", "down"))
-        return kernel.feed_forward(rows, *matrices, group_sizes, implementation=family)
+        return kernel.feed_forward(
+            rows, *matrices, group_sizes, implementation=family, needs_tail=needs_tail
+        )
     multiply = functools.partial(
         kernel.grouped_matmul,
         group_sizes=group_sizes,

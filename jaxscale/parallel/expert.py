@@ -155,7 +155,7 @@ def ragged_experts(
         keys = dispatch.keys(dropout.keys)
         dropout = dataclasses.replace(dropout, keys=send(keys))
     received = send(rows)
-    outputs = grouped_ffn(received, sizes.sum(0), weights, activation, dropout)
+    outputs = grouped_ffn(received, sizes.sum(0), weights, activation, dropout, needs_tail=False)
     returned = send_back(outputs, jnp.zeros_like(rows))
     return _combine(returned, dispatch, gates, slopes)
 
@@ -244,7 +244,7 @@ def _apply(
         counts: [shards, local E] rows for each expert in each block.
         weights, activation, dropout: as `experts`.
     Returns:
-        [shards, C, D]; 0 in the unused rows.
+        [shards, C, D]; undefined in the unused rows.
     """
     num_shards, capacity, width = received.shape
     ends = jnp.cumsum(counts, 1)
@@ -257,6 +257,6 @@ def _apply(
     if dropout is not None:
         keys = dropout.keys.reshape(-1, 2)[order]
         dropout = dataclasses.replace(dropout, keys=keys)
-    y = grouped_ffn(rows, counts.sum(0), weights, activation, dropout)
+    y = grouped_ffn(rows, counts.sum(0), weights, activation, dropout, needs_tail=False)
     in_blocks = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
     return in_blocks.reshape(num_shards, capacity, -1)

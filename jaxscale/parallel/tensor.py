@@ -109,13 +109,16 @@ def column_then_row_by_member(
         return column_then_row(column, row, x, *by_token)
     group = num_rows // num_members
     x_here = x.reshape(group, -1, dim)
+    x_next = x_here
     done: list[Array] = []  # the hidden rows of this device, then each other member's partial sums
     for distance in range(num_members):
-        x_group = _shift(x_here, -distance)
+        x_group = x_next
         if done:
             # Tie this group to the one before: XLA would otherwise begin with rows that have yet
-            # to arrive.
-            x_group, done[-1] = lax.optimization_barrier((x_group, done[-1]))
+            # to arrive, and send all groups' rows at once with nothing beside them.
+            x_group, x_here, done[-1] = lax.optimization_barrier((x_group, x_here, done[-1]))
+        if distance + 1 < num_members:
+            x_next = _shift(x_here, -distance - 1)
         member = (lax.axis_index(TENSOR) + distance) % num_members
         group_rows = _rows_from(by_token, member * group, group)
         hidden, kept = column(x_group, *group_rows)
@@ -123,9 +126,13 @@ def column_then_row_by_member(
         done.append(row(hidden) if distance else hidden)
     # This device's rows are projected while the last sums are under way.
     done[0], done[-1] = lax.optimization_barrier((done[0], done[-1]))
-    received = []
+    received: list[Array] = []
     for distance in range(1, num_members):
-        received.append(_shift(done[distance], distance))
+        leaving = done[distance]
+        if received:
+            # The backward sends the other way round. Without this it would send all at once.
+            leaving, received[-1] = lax.optimization_barrier((leaving, received[-1]))
+        received.append(_shift(leaving, distance))
     total = accumulator(row(done[0]))
     for y in received:
         total = total + accumulator(y)

@@ -156,6 +156,7 @@ def _kernels(
     implementation: str,
     group_sizes: Array,
     interpret: Any,
+    needs_tail: bool = True,
 ) -> tuple[Callable, Callable]:
     """`forward` and `weight_gradient` of a backend's module, for these groups."""
     settings = dict(group_sizes=group_sizes, interpret=interpret)
@@ -166,7 +167,8 @@ def _kernels(
         functions = triton.forward, triton.weight_gradient
     else:
         settings["blocks"] = H200
-        functions = pallas.forward, pallas.weight_gradient
+        multiply = functools.partial(pallas.forward, needs_tail=needs_tail)
+        functions = multiply, pallas.weight_gradient
     multiply, weight_gradient = (functools.partial(f, **settings) for f in functions)
     return multiply, weight_gradient
 
@@ -218,6 +220,7 @@ def feed_forward(
     group_sizes: Array,
     *,
     implementation: str,
+    needs_tail: bool = True,
     interpret: Any = False,
 ) -> Array:
     """The SwiGLU feed-forward of each group's expert; rows past the last group give zero.
@@ -232,6 +235,9 @@ def feed_forward(
         gate, up: [E, D, F] of the same type.
         down: [E, F, D].
         group_sizes, implementation, interpret: as in `grouped_matmul`.
+        needs_tail: whether rows past the last group give zero. If not, these rows of the result and
+            of the gradient of `rows` are undefined, and "mosaic" spends next to nothing on them.
+            They must be finite in `rows` and in the result's cotangent.
     Returns:
         [rows, D] in the type of `rows`.
     Raises:
@@ -246,10 +252,10 @@ def feed_forward(
     first_refusal = next(filter(None, refusals), None)
     check_backend("feed_forward", implementation, BACKENDS, first_refusal)
     if implementation == "triton":
-        return _feed_forward(rows, gate, up, down, group_sizes, implementation, interpret)
+        return _feed_forward(rows, gate, up, down, group_sizes, implementation, True, interpret)
     if implementation == "mosaic":
         filled = map(_filled, (rows, gate, up, down))
-        y = _feed_forward(*filled, group_sizes, implementation, interpret)
+        y = _feed_forward(*filled, group_sizes, implementation, needs_tail, interpret)
         return y[: rows.shape[0], : rows.shape[1]]
 
     def multiply(rows: Array, weights: Array) -> Array:
@@ -260,7 +266,7 @@ def feed_forward(
     return multiply(h, down)
 
 
-def _hidden(implementation, rows, gate, up, group_sizes, interpret, is_for_backward):
+def _hidden(implementation, rows, gate, up, group_sizes, interpret, needs_tail, is_for_backward):
     """(h,) or (h, g, u) of a kernel backend: h = silu(g) * u, and the products g and u."""
     if implementation == "mosaic":
         return swiglu.forward(
@@ -269,6 +275,7 @@ def _hidden(implementation, rows, gate, up, group_sizes, interpret, is_for_backw
             up,
             group_sizes,
             is_for_backward=is_for_backward,
+            needs_tail=needs_tail,
             blocks=H200,
             interpret=interpret,
         )
@@ -277,27 +284,29 @@ def _hidden(implementation, rows, gate, up, group_sizes, interpret, is_for_backw
     return swiglu.swiglu(g, u), g, u
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _feed_forward(rows, gate, up, down, group_sizes, implementation, interpret):
-    multiply, _ = _kernels(implementation, group_sizes, interpret)
-    h, *_ = _hidden(implementation, rows, gate, up, group_sizes, interpret, False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _feed_forward(rows, gate, up, down, group_sizes, implementation, needs_tail, interpret):
+    multiply, _ = _kernels(implementation, group_sizes, interpret, needs_tail)
+    h, *_ = _hidden(implementation, rows, gate, up, group_sizes, interpret, needs_tail, False)
     return multiply((h,), (down,), is_transposed=False)
 
 
-def _feed_forward_forward(rows, gate, up, down, group_sizes, implementation, interpret):
-    multiply, _ = _kernels(implementation, group_sizes, interpret)
-    h, g, u = _hidden(implementation, rows, gate, up, group_sizes, interpret, True)
+def _feed_forward_forward(rows, gate, up, down, group_sizes, implementation, needs_tail, interpret):
+    multiply, _ = _kernels(implementation, group_sizes, interpret, needs_tail)
+    h, g, u = _hidden(implementation, rows, gate, up, group_sizes, interpret, needs_tail, True)
     y = multiply((h,), (down,), is_transposed=False)
     return y, (rows, gate, up, down, group_sizes, g, u)
 
 
-def _feed_forward_backward(implementation, interpret, residuals, dy):
+def _feed_forward_backward(implementation, needs_tail, interpret, residuals, dy):
     rows, gate, up, down, group_sizes, g, u = residuals
-    multiply, weight_gradient = _kernels(implementation, group_sizes, interpret)
-    # h is computed again from g and u, so that it need not be kept.
-    h, pullback = jax.vjp(swiglu.swiglu, g, u)
+    multiply, weight_gradient = _kernels(implementation, group_sizes, interpret, needs_tail)
     dh = multiply((dy,), (down,), is_transposed=True)
-    dg, du = pullback(dh)
+    # h is computed again from g and u, so that it need not be kept.
+    if needs_tail:
+        h, dg, du = swiglu.backward(g, u, dh)
+    else:
+        h, dg, du = swiglu.backward_of_some(g, u, dh, group_sizes.sum(), interpret=interpret)
     drows = multiply((dg, du), (gate, up), is_transposed=True)
     dgate = weight_gradient(rows, dg)
     dup = weight_gradient(rows, du)

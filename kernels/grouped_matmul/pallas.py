@@ -31,6 +31,18 @@ from jaxscale.kernels.persistent import (
 ALIGNMENT = 8
 
 
+def cover(group_sizes: Array, num_rows: int, needs_tail: bool) -> Array:
+    """`row_tiles` of a block's rows.
+
+    Of a tail that nobody needs one tile is covered all the same, whose rows give zero: a step of
+    `weight_gradient` reads up to DEPTH - 1 rows past the last group and multiplies them by zero,
+    which must not meet an infinity.
+    """
+    return row_tiles(
+        group_sizes, num_rows, tile=TILE_ROWS, alignment=ALIGNMENT, needs_tail=needs_tail
+    )
+
+
 class RowTiles:
     """The tiles of `row_tiles` times tiles of columns, as a kernel's blocks go through them.
 
@@ -103,13 +115,16 @@ class RowTiles:
 
 
 # jit: the kernel is lowered once for all layers.
-@functools.partial(jax.jit, static_argnames=("is_transposed", "blocks", "dtype", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("is_transposed", "needs_tail", "blocks", "dtype", "interpret")
+)
 def forward(
     lefts: tuple[Array, ...],
     rights: tuple[Array, ...],
     group_sizes: Array,
     *,
     is_transposed: bool,
+    needs_tail: bool = True,
     blocks: BlockSizes,
     dtype: Any = None,
     interpret: Any = False,
@@ -120,6 +135,7 @@ def forward(
         lefts: [rows, depth] each.
         rights: [E, depth, width] each, or [E, width, depth] where `is_transposed`.
         group_sizes: [E] int32.
+        needs_tail: as in `api.feed_forward`.
         dtype: of the result; None for that of `lefts`.
     Returns:
         [rows, width].
@@ -127,7 +143,7 @@ def forward(
     num_rows, depth = lefts[0].shape
     num_groups = rights[0].shape[0]
     width = rights[0].shape[1 if is_transposed else 2]
-    table = row_tiles(group_sizes, num_rows, tile=TILE_ROWS, alignment=ALIGNMENT)
+    table = cover(group_sizes, num_rows, needs_tail)
     num_columns, steps = pl.cdiv(width, blocks.columns), depth // DEPTH
     all_steps = steps * len(lefts)
 

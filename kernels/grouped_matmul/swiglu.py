@@ -4,6 +4,7 @@ Source: Shazeer 2020 (arXiv 2002.05202), equation 6: h = silu(g) * u of g = x W_
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,10 +13,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxscale.kernels.grouped_matmul.pallas import ALIGNMENT, RowTiles, out_buffers
-from jaxscale.kernels.grouped_matmul.tiles import row_tiles
+from jaxscale.kernels.grouped_matmul.pallas import RowTiles, cover, out_buffers
 from jaxscale.kernels.persistent import (
     DEPTH,
+    NUM_SMS,
     PIECE,
     ROWS,
     TILE_ROWS,
@@ -26,8 +27,15 @@ from jaxscale.kernels.persistent import (
     swizzled,
 )
 
+STATIC = ("is_for_backward", "needs_tail", "blocks", "interpret")
+# Of `backward_of_some`:
+THREADS = 128  # of a warpgroup, which is a block
+CHUNK = 2048  # elements that a block has at a time, so that they fit its registers
+BLOCKS = 4  # of a multiprocessor
+STAGES = 2  # chunks of a block that are on their way or in work
 
-@functools.partial(jax.jit, static_argnames=("is_for_backward", "blocks", "interpret"))
+
+@functools.partial(jax.jit, static_argnames=STATIC)
 def forward(
     rows: Array,
     gate: Array,
@@ -35,6 +43,7 @@ def forward(
     group_sizes: Array,
     *,
     is_for_backward: bool,
+    needs_tail: bool = True,
     blocks: BlockSizes,
     interpret: Any = False,
 ) -> tuple[Array, ...]:
@@ -45,12 +54,13 @@ def forward(
         gate, up: [E, D, F].
         group_sizes: [E] int32.
         is_for_backward: whether g and u are needed too.
+        needs_tail: as in `api.feed_forward`.
     Returns:
         (h,) or (h, g, u), [rows, F] each.
     """
     num_rows, depth = rows.shape
     num_groups, _, width = gate.shape
-    table = row_tiles(group_sizes, num_rows, tile=TILE_ROWS, alignment=ALIGNMENT)
+    table = cover(group_sizes, num_rows, needs_tail)
     # The left half of a tile's columns is the gate's product, the right half that of `up`.
     half = blocks.columns // 2
     num_columns = pl.cdiv(width, half)
@@ -122,3 +132,95 @@ def swiglu(g: Array, u: Array) -> Array:
     g_wide = g.astype(jnp.float32)
     h = jax.nn.silu(g_wide) * u.astype(jnp.float32)
     return h.astype(g.dtype)
+
+
+def backward(g: Array, u: Array, dh: Array) -> tuple[Array, Array, Array]:
+    """(h, dg, du): the result again, and its gradients given the cotangent."""
+    h, pullback = jax.vjp(swiglu, g, u)
+    return h, *pullback(dh)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def backward_of_some(
+    g: Array,
+    u: Array,
+    dh: Array,
+    num_used: Array,
+    *,
+    interpret: Any = False,
+) -> tuple[Array, Array, Array]:
+    """`backward` of the first rows, as a kernel that spends nothing on the others.
+
+    A block is one warpgroup, which copies CHUNK elements at a time into shared memory, STAGES
+    chunks ahead.
+
+    Args:
+        g, u, dh: [rows, F], with F a multiple of 64 and the rows of 8.
+        num_used: of rows; the tile of rows after them is taken too, the others are undefined.
+    Returns:
+        (h, dg, du), [rows, F] each.
+    """
+    chunk = math.gcd(g.size, CHUNK)
+    shape = (chunk // THREADS, THREADS)
+    all_chunks = g.size // chunk
+    # In units of 64 elements, whose number does not overflow.
+    units = jnp.minimum(num_used + TILE_ROWS, len(g)) * (g.shape[1] // 64)
+    num_chunks = -(-units // (chunk // 64)).reshape(1).astype(jnp.int32)
+    num_blocks = min(all_chunks, 2 if interpret else NUM_SMS * BLOCKS)
+    vector = next(n for n in (8, 4, 2, 1) if chunk % (THREADS * n) == 0)
+    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=vector)
+
+    def body(num_gmem, *refs):
+        sources, targets, (chunk_smem, full) = refs[:3], refs[3:6], refs[6:]
+        block = lax.axis_index("block")
+        num_mine = lax.div(num_gmem[0] - block + num_blocks - 1, num_blocks)
+
+        def fetch(i):
+            slot = lax.rem(i, STAGES)
+
+            @pl.when(i < num_mine)
+            def _():
+                for number, source in enumerate(sources):
+                    of_block = source.at[block + i * num_blocks]
+                    plgpu.copy_gmem_to_smem(of_block, chunk_smem.at[slot, number], full.at[slot])
+
+        def load(slot, number):
+            values = plgpu.load(chunk_smem.at[slot, number], layout=layout, optimized=False)
+            return values.astype(jnp.float32)
+
+        def compute(i, _):
+            slot = lax.rem(i, STAGES)
+            plgpu.barrier_wait(full.at[slot])
+            g, u, dh = (load(slot, number) for number in range(3))
+            # All threads must have read the chunk before another takes its place.
+            plgpu.commit_smem()
+            fetch(i + STAGES)
+            share = jax.nn.sigmoid(g)
+            silu = g * share
+            slope = share + silu * (1 - share)
+            for values, target in zip((silu * u, dh * u * slope, dh * silu), targets, strict=True):
+                target[block + i * num_blocks] = values.astype(target.dtype)
+            return _
+
+        for i in range(STAGES):
+            fetch(jnp.int32(i))
+        lax.fori_loop(0, num_mine, compute, None)
+
+    out_type = jax.ShapeDtypeStruct((all_chunks, *shape), g.dtype)
+    kernel = plgpu.kernel(
+        body,
+        out_type=(out_type,) * 3,
+        scratch_types=(
+            plgpu.SMEM((STAGES, 3, *shape), g.dtype),
+            plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+        ),
+        grid=(num_blocks,),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            approx_math=True,
+        ),
+        interpret=interpret,
+    )
+    results = kernel(num_chunks, *(x.reshape(all_chunks, *shape) for x in (g, u, dh)))
+    return tuple(x.reshape(g.shape) for x in results)

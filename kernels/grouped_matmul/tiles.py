@@ -10,18 +10,28 @@ def row_tiles(
     *,
     tile: int,
     alignment: int,
+    needs_tail: bool = True,
 ) -> Array:
     """The tiles of rows that cover every group and the rows past the last.
 
     A tile begins at a multiple of `alignment`, so the first tile of a group may begin with rows of
     the group before it.
 
+    Args:
+        group_sizes: [E].
+        num_rows: of all groups and past them.
+        tile: rows of a tile.
+        alignment: as above.
+        needs_tail: whether all rows past the last group are covered; else at most one tile is.
     Returns:
         [4, tiles] int32: group (the number of groups for the rows past the last), first row, and
         begin and end, within the tile, of the group's rows. The range is empty in the tiles that
         are left over at the end.
     """
-    past_last = num_rows - group_sizes.sum(keepdims=True)
+    used = group_sizes.sum(keepdims=True)
+    past_last = num_rows - used
+    if not needs_tail:
+        past_last = jnp.minimum(past_last, tile - used % alignment)
     sizes = jnp.concatenate([group_sizes, past_last]).astype(jnp.int32)
     ends = jnp.cumsum(sizes)
     starts = ends - sizes

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxscale.kernels.grouped_matmul import pallas
+from jaxscale.kernels.grouped_matmul import pallas, swiglu
 from jaxscale.kernels.grouped_matmul.api import (
     BACKENDS,
     feed_forward,
@@ -20,7 +20,9 @@ from jaxscale.kernels.grouped_matmul.api import (
     refusal,
 )
 from jaxscale.kernels.grouped_matmul.block_sizes import H200, NARROW
-from jaxscale.kernels.grouped_matmul.swiglu import swiglu
+from jaxscale.kernels.grouped_matmul.pallas import cover
+from jaxscale.kernels.grouped_matmul.swiglu import backward, backward_of_some
+from jaxscale.kernels.persistent import TILE_ROWS
 from tests.kernels.interpretation import (
     INTERPRET,
     assert_norm_close,
@@ -318,6 +320,61 @@ def test_feed_forward_and_its_gradients_are_those_of_float64(implementation, cas
 
 
 @pytest.mark.long
+def test_a_tail_that_nobody_needs_changes_nothing_else(monkeypatch):
+    """What a GPU leaves undefined is NaN here, and reaches neither groups nor matrices."""
+    skip_unless_runnable("mosaic")
+    sizes, num_rows = jnp.array([1, 40, 3], jnp.int32), 320
+    used = int(sizes.sum())
+    rng = np.random.default_rng(0)
+    shapes = (num_rows, DEPTH), (num_rows, DEPTH), (3, DEPTH, 128), (3, DEPTH, 128), (3, 128, DEPTH)
+    x, dy, *weights = (jnp.asarray(rng.normal(size=shape), "bfloat16") for shape in shapes)
+
+    def leave(function):
+        def left(*arguments, needs_tail, **settings):
+            results = function(*arguments, needs_tail=needs_tail, **settings)
+            undefined = (jnp.arange(num_rows) >= used + TILE_ROWS)[:, None] & (not needs_tail)
+            return jax.tree.map(lambda y: jnp.where(undefined, jnp.nan, y), results)
+
+        return left
+
+    for module in (pallas, swiglu):
+        monkeypatch.setattr(module, "forward", leave(module.forward))
+
+    def run(needs_tail):
+        settings = dict(implementation="mosaic", interpret=interpret_of("mosaic"))
+
+        def f(x, *weights):
+            return feed_forward(x, *weights, sizes, needs_tail=needs_tail, **settings)
+
+        y, pullback = jax.vjp(f, x, *weights)
+        dx, *dweights = pullback(dy)
+        return y[:used], dx[:used], *dweights
+
+    assert_same_bits(run(False), run(True))
+
+
+def test_of_a_tail_that_nobody_needs_one_tile_is_covered():
+    """A step of the weights' gradient reads no further."""
+    table = cover(jnp.array([1, 40, 3]), 1024, False)
+    _, first, begin, end = np.asarray(table[:, table[0] == 3]).T[0]
+    assert (first + begin, first + end) == (44, 40 + TILE_ROWS)
+    assert (table[3] > table[2]).sum() == 4, "a tile each"
+
+
+@pytest.mark.parametrize("num_used", [0, 5, 200])
+def test_the_backward_of_swiglu_of_the_rows_that_are_used(num_used):
+    skip_unless_runnable("mosaic")
+    keys = jax.random.split(jax.random.key(0), 3)
+    drawn = [3 * jax.random.normal(key, (200, 64), "bfloat16") for key in keys]
+    with jax.enable_x64(True):
+        wanted = backward(*(jnp.asarray(x, "float64") for x in drawn))
+    got = backward_of_some(*drawn, jnp.int32(num_used), interpret=interpret_of("mosaic"))
+    for some, whole in zip(got, wanted, strict=True):
+        first = slice(min(num_used + TILE_ROWS, 200))
+        assert_norm_close(some[first], whole[first], TOLERANCE)
+
+
+@pytest.mark.long
 def test_feed_forward_twice_the_same_bits(implementation):
     case = "one_row_each_and_a_rest"
     arguments = implementation, CASES[case], draw_feed_forward(case)
@@ -328,7 +385,7 @@ def test_feed_forward_twice_the_same_bits(implementation):
 def test_a_gate_far_below_zero_has_a_gradient_of_zero():
     """exp(-g) is infinite there."""
     g = jnp.asarray([-80.0, -89.0, -1e4], jnp.bfloat16)
-    value, gradient = jax.value_and_grad(lambda g: swiglu(g, jnp.ones_like(g)).sum())(g)
+    value, gradient = jax.value_and_grad(lambda g: swiglu.swiglu(g, jnp.ones_like(g)).sum())(g)
     assert abs(value) < 1e-30
     assert (jnp.abs(gradient) < 1e-30).all()
 

@@ -61,7 +61,7 @@ def ragged_all_to_all_on_a_cpu(monkeypatch):
         is_from = (place >= first) & (place < first + counts[..., None])
         source = jnp.clip(place - first + starts[..., None], 0, len(operand) - 1)
         rows = jax.vmap(lambda rows, where: rows[where])(operands, source)
-        arrived = jnp.einsum("sur,surd->rd", is_from * 1.0, rows).astype(output.dtype)
+        arrived = jnp.where(is_from[..., None], rows, 0).sum((0, 1)).astype(output.dtype)
         return jnp.where(is_from.any((0, 1))[:, None], arrived, output)
 
     monkeypatch.setattr(lax, "ragged_all_to_all", twin)
@@ -158,12 +158,48 @@ def test_keys_of_dropout_travel_with_their_rows(variant):
         np.testing.assert_allclose(got, wanted, atol=1e-12)
 
 
+@jax.custom_vjp
+def undefined_gradient_past(rows, used):
+    return rows
+
+
+undefined_gradient_past.defvjp(
+    lambda rows, used: (rows, used), lambda used, dx: (undefined_past(dx, used), None)
+)
+
+
+def undefined_past(rows, used):
+    return jnp.where(jnp.arange(len(rows))[:, None] < used, rows, jnp.nan)
+
+
+@pytest.mark.parametrize("variant", ["dense", "ragged"])
+def test_what_a_kernel_leaves_undefined_reaches_nobody(variant, monkeypatch):
+    """Rows past the last expert's, in the output and in the gradient."""
+
+    def grouped_ffn(rows, sizes, *arguments, needs_tail):
+        assert not needs_tail
+        rows = undefined_gradient_past(rows, sizes.sum())
+        return undefined_past(moe.grouped_ffn(rows, sizes, *arguments), sizes.sum())
+
+    monkeypatch.setattr("jaxscale.parallel.expert.grouped_ffn", grouped_ffn)
+    spread_anew = functools.partial(both["swiglu"])  # compiled with this `grouped_ffn`
+    index = jnp.asarray(ROUTINGS["random"])
+    rng = np.random.default_rng(4)
+    shapes = {"up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)}
+    with jax.enable_x64(True):
+        weights = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+        x, gates = jnp.asarray(rng.normal(size=(B, T, D))), jnp.ones(index.shape)
+        arguments = x, index, gates, weights, x
+        got, wanted = spread(variant, spread_anew)(*arguments), reference(*arguments)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, wanted)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_grouped_matmul_gets_no_more_rows_than_there_are(variant, monkeypatch):
     """Empty rows of the worst-case buffers lie past the last expert's."""
     seen = []
 
-    def grouped_ffn(rows, group_sizes, weights, activation, dropout, tile=None):
+    def grouped_ffn(rows, group_sizes, weights, activation, dropout, tile=None, needs_tail=True):
         jax.debug.callback(lambda sizes: seen.append(int(sizes.sum())), group_sizes)
         return rows
 

@@ -6,7 +6,7 @@ Source: Liu et al. 2023 (arXiv 2310.01889), section 3. The tokens lie in the zig
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,12 @@ from jax import lax
 
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.attention import blockwise as block_attention
+from jaxscale.ops.attention.context import NEVER
 from jaxscale.parallel.mesh import SEQUENCE
 from jaxscale.types import Array
 
-Sums = tuple[Array, Array]  # output and lse over the keys seen so far
+Sums = tuple[Array, Array]  # output and lse over the keys seen so far, half by half
+Attend = Callable[[Array, Any, Any], tuple[Any, Any]]  # see `_Transport.go_round`
 
 
 def ring_attention(
@@ -93,37 +95,46 @@ class _Transport:
         rounds = range(1, self.ring)
         return [(self.member() - number) % self.ring for number in rounds]
 
-    def rounds(self, block: Any) -> Iterator[tuple[Array, Any]]:
-        """Yields (source, its block) for every other member, given this member's block."""
-        raise NotImplementedError
-
-    def sum_at_source(self, gradients: list[Any]) -> Any:
-        """Sends the gradients of blocks back and sums them.
+    def go_round(self, block: Any, attend: Attend, sums: Any) -> tuple[Any, Any]:
+        """Attends to the block of every other member.
 
         Args:
-            gradients: this member's, of the block of each of `sources`.
+            block: this member's.
+            attend: (is_earlier, block, sums) -> (sums, gradient of the block), where `is_earlier`
+                says whether the block's member comes before this one in the ring.
+            sums: what `attend` is given first.
         Returns:
-            The sum of the other members' gradients of this member's block.
+            (sums, the other members' gradients of this member's block, summed), None for the latter
+            in a ring of one.
         """
         raise NotImplementedError
 
 
 class _Permute(_Transport):
-    """Each member passes the block that it has to the next, R - 1 times."""
+    """Each member passes the block that it has to the next, R - 1 times.
 
-    def rounds(self, block: Any) -> Iterator[tuple[Array, Any]]:
-        for source in self.sources():
+    The sum of a block's gradients travels behind it, one round later, and each member adds its
+    part. The block of the last round came from the next member, so one more pass brings the sum
+    home.
+
+    Both are on their way while a member attends to the block before. Left to itself XLA would send
+    every block before the first round, with nothing beside them, and keep them all.
+    """
+
+    def go_round(self, block: Any, attend: Attend, sums: Any) -> tuple[Any, Any]:
+        sources, gradient = self.sources(), None
+        if sources:
             block = self._pass_on(block)
-            yield source, block
-
-    def sum_at_source(self, gradients: list[Any]) -> Any:
-        # A sum travels on from member to member as its block did, and each adds its part. The
-        # block of the last round came from the next member, so one more pass brings the sum there.
-        total = self._pass_on(gradients[0])
-        for part in gradients[1:]:
-            total = jax.tree.map(jnp.add, total, part)
-            total = self._pass_on(total)
-        return total
+        for number, source in enumerate(sources, 1):
+            # What is sent in this round leaves when the round before has ended.
+            block, gradient, sums = lax.optimization_barrier((block, gradient, sums))
+            here = block
+            if number < len(sources):
+                block = self._pass_on(block)
+            arriving = self._pass_on(gradient)
+            sums, part = attend(source < self.member(), here, sums)
+            gradient = part if number == 1 else jax.tree.map(jnp.add, arriving, part)
+        return sums, self._pass_on(gradient)
 
     def _pass_on(self, block: Any) -> Any:
         size = self.ring * self.num_ulysses
@@ -134,15 +145,21 @@ class _Permute(_Transport):
 class _Gather(_Transport):
     """Every member gathers all blocks at once."""
 
-    def rounds(self, block: Any) -> Iterator[tuple[Array, Any]]:
+    def go_round(self, block: Any, attend: Attend, sums: Any) -> tuple[Any, Any]:
         def gather(x: Array) -> Array:
             return lax.all_gather(x, SEQUENCE, axis_index_groups=self._groups())
 
         blocks = jax.tree.map(gather, block)
+        gradients = []
         for source in self.sources():
-            yield source, _index(blocks, source)
+            of_source = jax.tree.map(lambda x, source=source: x[source], blocks)
+            sums, part = attend(source < self.member(), of_source, sums)
+            gradients.append(part)
+        return sums, self._sum_at_source(gradients) if gradients else None
 
-    def sum_at_source(self, gradients: list[Any]) -> Any:
+    def _sum_at_source(self, gradients: list[Any]) -> Any:
+        """The sum of all members' gradients of this member's block, given those of `sources`."""
+
         def summed(*parts: Array) -> Array:
             by_member = jnp.zeros((self.ring, *parts[0].shape), parts[0].dtype)
             for source, part in zip(self.sources(), parts, strict=True):
@@ -191,21 +208,21 @@ def _forward(
     v: Array,
     context: AttentionContext,
 ) -> tuple[Array, _Saved]:
-    def add(queries: slice, keys: slice, sums: Sums, block: Any) -> Sums:
-        """`sums` with what some of the queries see of some of the block's keys."""
-        k, v, key_tokens = _take(block, keys)
-        visible = _context_over(context, queries, k, key_tokens)
-        part = block_attention.forward(q[:, queries], k, v, visible, backend)
-        o, lse = _merge(_take(sums, queries), part)
-        o_sums, lse_sums = sums
-        return _put(o_sums, o, queries), _put(lse_sums, lse, queries)
+    queries = _halves((q, _query_tokens(context)))
 
-    length = q.shape[1]
-    sums = block_attention.forward(q, k, v, context, backend)
-    for source, block in transport.rounds((k, v, _key_tokens(context))):
-        is_earlier = source < transport.member()
-        sums = _add_visible(is_earlier, length, add, sums, block)
-    o, lse = sums
+    def attend(is_earlier: Array, block: Any, sums: Sums) -> tuple[Sums, tuple]:
+        for query_half, key_half in _visible(is_earlier):
+            q, tokens = _index(queries, query_half)
+            (k, v), key_tokens = _index(block, key_half)
+            visible = _context_over(context, tokens, k, key_tokens)
+            o, lse = block_attention.forward(q, k, v, visible, backend)
+            part = _only_in(query_half, o, 0), _only_in(query_half, lse, NEVER)
+            sums = _merge(sums, part)
+        return sums, ()
+
+    sums = _halves(block_attention.forward(q, k, v, context, backend))
+    sums, _ = transport.go_round(_block(k, v, context), attend, sums)
+    o, lse = _whole(sums)
     o = o.astype(q.dtype)
     return o, _Saved(q, k, v, context, o, lse)
 
@@ -217,73 +234,43 @@ def _backward(
     do: Array,
 ) -> tuple:
     q, k, v, context, o, lse = saved
+    # Blocks go round again: XLA would otherwise keep the first that came in the forward.
+    k, v, do = lax.optimization_barrier((k, v, do))
+    queries = _halves((q, o, lse, do, _query_tokens(context)))
 
-    def add(
-        queries: slice,
-        keys: slice,
-        dq: Array,
-        block: Any,
-    ) -> tuple[Array, list[Array]]:
-        """`dq` with what comes through some of the block's keys, and the gradients of the block."""
-        k, v, key_tokens = _take(block, keys)
-        visible = _context_over(context, queries, k, key_tokens)
-        o_part, lse_part, do_part = _take((o, lse, do), queries)
-        dq_part, *dkv_part = block_attention.backward(
-            q[:, queries],
-            k,
-            v,
-            visible,
-            o_part,
-            lse_part,
-            do_part,
-            backend,
-        )
-        zeros = [jnp.zeros(block[0].shape, part.dtype) for part in dkv_part]
-        dkv = [_put(*each, keys) for each in zip(zeros, dkv_part, strict=True)]
-        dq_part = dq[:, queries] + dq_part
-        return _put(dq, dq_part, queries), dkv
+    def attend(is_earlier: Array, block: Any, dq: Array) -> tuple[Array, Array]:
+        dkv = 0
+        for query_half, key_half in _visible(is_earlier):
+            q, o, lse, do, tokens = _index(queries, query_half)
+            (k, v), key_tokens = _index(block, key_half)
+            visible = _context_over(context, tokens, k, key_tokens)
+            dq_part, *dkv_part = block_attention.backward(q, k, v, visible, o, lse, do, backend)
+            dq = dq + _only_in(query_half, dq_part, 0)
+            dkv = dkv + _only_in(key_half, jnp.stack(dkv_part), 0)
+        return dq, dkv
 
-    length = q.shape[1]
     dq, *dkv = block_attention.backward(q, k, v, context, o, lse, do, backend)
-    gradients = []
-    for source, block in transport.rounds((k, v, _key_tokens(context))):
-        is_earlier = source < transport.member()
-        dq, of_block = _add_visible(is_earlier, length, add, dq, block)
-        gradients.append(of_block)
-    if gradients:
-        of_others = transport.sum_at_source(gradients)
-        dkv = jax.tree.map(jnp.add, dkv, of_others)
+    dq, of_others = transport.go_round(_block(k, v, context), attend, _halves(dq))
+    if of_others is not None:
+        of_others = jnp.moveaxis(of_others, 1, 0)
+        dkv = [mine + _whole(others) for mine, others in zip(dkv, of_others, strict=True)]
     dk, dv = dkv
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return _whole(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _add_visible(
-    is_earlier: Array,
-    length: int,
-    add: Callable,
-    sums: Any,
-    block: Any,
-) -> Any:
-    """Adds what this member's queries see of the source's block.
+def _visible(is_earlier: Array) -> tuple[tuple, tuple]:
+    """What this member's queries see of another's keys: (half of the queries, half of the keys).
 
-    Of an earlier member's two chunks, every query comes after the first and before the second. Of a
-    later member's, only the queries of the second chunk come after, and they come after both.
-
-    Args:
-        is_earlier: whether the source's number in the ring is below this member's.
-        length: T / R, tokens of a member.
-        add: (part of the queries, part of the block's keys, sums, block) -> sums.
-        sums, block: as `add` takes them.
+    The halves are the member's two chunks. Of an earlier member's chunks, every query comes after
+    the first and before the second. Of a later member's, only the queries of the second chunk come
+    after, and they come after both. So the second half always sees the first, and the other half
+    that is seen is the first by the first, or the second by the second.
     """
-    middle = length // 2
-    first, second = slice(0, middle), slice(middle, length)
-    both = slice(0, length)
-    add_earlier = functools.partial(add, both, first)
-    add_later = functools.partial(add, second, both)
-    return lax.cond(is_earlier, add_earlier, add_later, sums, block)
+    half = jnp.where(is_earlier, 0, 1)
+    return (1, 0), (half, half)
 
 
 def _merge(one: Sums, other: Sums) -> Sums:
@@ -293,6 +280,19 @@ def _merge(one: Sums, other: Sums) -> Sums:
     weight_one = jnp.exp(lse_one - lse)[..., None]
     weight_other = jnp.exp(lse_other - lse)[..., None]
     return weight_one * o_one + weight_other * o_other, lse
+
+
+def _block(k: Array, v: Array, context: AttentionContext) -> tuple[Array, Any]:
+    """What travels: keys and values [2, 2, B, T / 2, K, H], half by half, and their tokens.
+
+    Keys and values are one array, because XLA keeps one exchange on its way at a time.
+    """
+    kv = jnp.stack(_halves((k, v)), axis=1)
+    return kv, _halves(_key_tokens(context))
+
+
+def _query_tokens(context: AttentionContext) -> tuple[Array, Array | None]:
+    return context.positions, context.segments
 
 
 def _key_tokens(context: AttentionContext) -> tuple[Array, Array | None] | None:
@@ -307,12 +307,12 @@ def _key_tokens(context: AttentionContext) -> tuple[Array, Array | None] | None:
 
 def _context_over(
     context: AttentionContext,
-    queries: slice,
+    query_tokens: tuple,
     k: Array,
     key_tokens: tuple | None,
 ) -> AttentionContext:
-    """The context of some of the queries over another member's keys, given `_key_tokens` of it."""
-    positions = context.positions[:, queries]
+    """The context of some queries over another member's keys, given the tokens of both."""
+    positions, segments = query_tokens
     if key_tokens is None:
         # All of these keys come before all of these queries. Equal positions make them visible.
         key_positions = jnp.zeros(k.shape[:2], positions.dtype)
@@ -321,7 +321,6 @@ def _context_over(
             positions=jnp.zeros_like(positions),
             key_positions=key_positions,
         )
-    segments = None if context.segments is None else context.segments[:, queries]
     key_positions, key_segments = key_tokens
     return dataclasses.replace(
         context,
@@ -332,18 +331,32 @@ def _context_over(
     )
 
 
-def _index(tree: Any, index: Array) -> Any:
-    """One block of every array, axis 0."""
-    return jax.tree.map(lambda x: x[index], tree)
+def _halves(tree: Any) -> Any:
+    """[B, T, ...] to the two halves of the tokens, [2, B, T / 2, ...]."""
+
+    def one(x: Array) -> Array:
+        num_rows, length, *rest = x.shape
+        return jnp.moveaxis(x.reshape(num_rows, 2, length // 2, *rest), 1, 0)
+
+    return jax.tree.map(one, tree)
 
 
-def _take(tree: Any, part: slice) -> Any:
-    """A part of the tokens, axis 1, of every array."""
-    return jax.tree.map(lambda x: x[:, part], tree)
+def _whole(tree: Any) -> Any:
+    """`_halves` undone."""
+
+    def one(x: Array) -> Array:
+        _, num_rows, _, *rest = x.shape
+        return jnp.moveaxis(x, 0, 1).reshape(num_rows, -1, *rest)
+
+    return jax.tree.map(one, tree)
 
 
-def _put(x: Array, values: Array, part: slice) -> Array:
-    """`x` with `values` as that part of its tokens."""
-    # Not x.at[:, part].set(values): that scatters, and XLA's CPU compiler crashes on a scatter in
-    # these branches.
-    return lax.dynamic_update_slice_in_dim(x, values, part.start, axis=1)
+def _index(tree: Any, half: Array | int) -> Any:
+    """One half of every array."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, half, keepdims=False), tree)
+
+
+def _only_in(half: Array | int, x: Array, elsewhere: float) -> Array:
+    """Both halves, of which one is `x` and the other a constant."""
+    number = lax.broadcasted_iota(jnp.int32, (2, *[1] * x.ndim), 0)
+    return jnp.where(number == half, x, elsewhere)

@@ -188,9 +188,8 @@ def test_what_is_sent_round_is_keys_values_and_their_gradients():
     there = (ring - 1) * 2 * block  # k and v
     back = (ring - 1) * 2 * 2 * block  # their gradients, in float32
     assert sum(collective_bytes(compiled(ring, True, forward))["collective-permute"]) == there
-    # Side by side the forward's passes serve the backward; in a step they are made again: see
-    # test_communication.
-    assert sum(found.pop("collective-permute")) == there + back
+    # The backward sends the blocks again.
+    assert sum(found.pop("collective-permute")) == 2 * there + back
     assert not any(found.values())
     assert hlo.count('"__cudnn$fmhaSoftmaxBackward"') == 1 + 2 * (ring - 1)
 
@@ -199,6 +198,6 @@ def test_what_is_sent_round_is_keys_values_and_their_gradients():
 def test_what_is_gathered_is_keys_and_values_and_scattered_their_gradients():
     ring, block = 4, 64 * 2 * 64 * 2
     found = collective_bytes(compiled(ring, False, both_ways))
-    assert sum(found.pop("all-gather")) == ring * 2 * block  # once, as above
+    assert sum(found.pop("all-gather")) == 2 * ring * 2 * block  # there and back
     assert sum(found.pop("reduce-scatter")) == 2 * 2 * block
     assert not any(found.values())
