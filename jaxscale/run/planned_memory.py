@@ -1,5 +1,6 @@
 """The memory of planned steps as the compiler says, a long pipeline's by two short ones."""
 
+import concurrent.futures
 import dataclasses
 
 from jaxscale.launch.ahead_of_time import described_devices, memory_of
@@ -16,7 +17,8 @@ class CompiledMemory:
 
     A pipeline's program has the whole stage in it for each micro-batch in flight, up to 2 S - 1
     times, and takes minutes to compile; what it needs grows by one slot with each. So it is
-    compiled for one micro-batch and for two, and their difference counts for all others in flight.
+    compiled for one micro-batch and for two, side by side, and their difference counts for all
+    others in flight.
 
     Args:
         run: whose mesh, micro-batches and remat a layout replaces.
@@ -35,12 +37,15 @@ class CompiledMemory:
         """Bytes that a device needs."""
         if not _is_long(layout):
             return self._peak(self._lowered(layout, layout.num_microbatches))
-        one, two = self._lowered(layout, 1), self._lowered(layout, 2)
-        batch = bytes_per_device(one.batch)
-        slot = self._peak(two) - self._peak(one) - batch
+        steps = [self._lowered(layout, num) for num in (1, 2)]
+        # Moments on the host are told to the compiler by replacing a function of JAX for a time.
+        num_threads = 1 if layout.mesh.is_optimizer_on_host else len(steps)
+        with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+            one, two = pool.map(self._peak, steps)
+        batch = bytes_per_device(steps[0].batch)
         num = layout.num_microbatches
         num_more = num_in_flight(layout.mesh, num) - 1
-        return self._peak(one) + num_more * slot + (num - 1) * batch
+        return one + num_more * (two - one - batch) + (num - 1) * batch
 
     def _lowered(self, layout: Layout, num_microbatches: int) -> LoweredStep:
         """The step with so many micro-batches, of as many rows as the layout's."""
