@@ -65,6 +65,12 @@ class Job:
         """A kind of layer that has this work."""
         return next(layer for layer, own in self._work.items() if own == work)
 
+    def is_attention_kept(self, remat: str) -> bool:
+        """Whether a backward that recomputes layers finds attention's output, on device or host."""
+        execution = self.execution
+        kept = (*execution.saved_names, *execution.offloaded_names)
+        return remat == "names" and "attention" in kept
+
     @property
     def head_flops(self) -> float:
         """FLOPs of the unembedding's forward for one token."""

@@ -89,7 +89,8 @@ class LayerClock:
         if remat == "dots":
             seconds[BACKWARD, RECOMPUTE] = seconds[FORWARD, MEMORY]
         elif remat != "none":
-            seconds[BACKWARD, RECOMPUTE] = seconds[FORWARD].sum()
+            kept = ATTENTION if self.job.is_attention_kept(remat) else []
+            seconds[BACKWARD, RECOMPUTE] = np.delete(seconds[FORWARD], kept).sum()
         return seconds
 
     def head(self, tokens: float, tensor: int) -> float:

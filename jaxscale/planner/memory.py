@@ -26,6 +26,10 @@ KEPT_SCANNED_WITH_EXCHANGE = {"layer": 1.64, "experts": 0.63}
 KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
 # A layer at work, over what it keeps when nothing is recomputed.
 WORKSPACE, WORKSPACE_IN_PIPELINE = 1.35, 1.25
+# The same in a loop that recomputes the layer, but for its experts.
+WORKSPACE_RECOMPUTED = 1.6
+# Attention's output that a remat keeps, with what else of it the kernel's backward reads.
+KEPT_ATTENTION = 1.75
 # Compiled by jax 0.10, a pipeline's step has its slots twice.
 COPIES_OF_SLOTS = 1 if jax.__version_info__ >= (0, 11) else 2
 NUM_SLOTS_BETWEEN_STAGES = 4  # activations and cotangents that wait
@@ -133,7 +137,9 @@ class _Needs:
     def of_loop(self) -> dict[str, float]:
         """Sums of gradients lie there all the time, and one layer at a time is at work."""
         update = self._update if self.layout.num_microbatches == 1 else 0.0
-        work = max(self._head, WORKSPACE * self._largest_layer) + update
+        is_again = self.layout.remat in ("full", "names")
+        of_layer = WORKSPACE_RECOMPUTED if is_again else WORKSPACE
+        work = max(self._head, self._at_work(layer=of_layer, experts=WORKSPACE)) + update
         return {
             "gradients": self._gradients(self.job.reduction_width) + self._sums_of_microbatches,
             "copies": self._gathered_at_once,
@@ -218,9 +224,13 @@ class _Needs:
     @property
     def _largest_layer(self) -> float:
         """Bytes that the largest layer keeps when nothing is recomputed."""
-        mesh = self.layout.mesh
-        layers = self.job.period_work
-        return self._bytes(max(each.kept(each.all, mesh, is_at_work=True) for each in layers))
+        return self._at_work(layer=1.0, experts=1.0)
+
+    def _at_work(self, *, layer: float, experts: float) -> float:
+        """The same with factors on what its experts keep and on the rest."""
+        mesh, layers = self.layout.mesh, self.job.period_work
+        scaled = ((each, each.all.scaled(layer, experts)) for each in layers)
+        return self._bytes(max(each.kept(kept, mesh, is_at_work=True) for each, kept in scaled))
 
     @property
     def _largest_experts(self) -> float:
@@ -261,6 +271,8 @@ class _Needs:
             return kept + split
         dots = work.dots_in_loop if layout.is_scanned else work.dots
         wanted = self._on_device(work, dots if layout.remat == "dots" else work.full)
+        if layout.remat == "names" and "attention" in self.job.execution.saved_names:
+            wanted += KEPT_ATTENTION * work.heads / mesh.tensor
         is_exact = layout.is_scanned or is_pipelined
         anyway = 0.0 if is_exact else KEPT_ANYWAY[layout.remat]
         return wanted + anyway * (kept - wanted)

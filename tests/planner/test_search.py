@@ -31,8 +31,8 @@ LONG = (
     "data.batch_size=1 model.max_length=262144 mesh.sequence=2 mesh.zero=3 execution.remat='full'"
 )
 # Milliseconds and GiB of steps on H200s, from experiments/results: 2026-11-23_h200_train_step.md,
-# 2026-11-23_h200_grouped_matmul.md, 2026-11-24_h200_grin_table3.md, 2026-11-27_two_h200_scaling.md
-# and 2026-11-27_two_h200_long_sequences.md.
+# 2026-11-23_h200_grouped_matmul.md, 2026-11-24_h200_grin_table3.md, 2026-11-27_two_h200_scaling.md,
+# 2026-11-27_two_h200_long_sequences.md and 2026-11-29_h200_fpdt.md.
 MEASURED = [
     ("runs/llama_1b", 1, "", 212.7, 38.1),
     ("runs/llama_1b", 2, "data.batch_size=8 mesh.data=2 mesh.zero=0", 228.6, 37.8),
@@ -56,6 +56,7 @@ MEASURED = [
     ("papers/grin/table3_10b", 1, "", 3368.7, 100.2),
     ("runs/llama_1b", 2, f"{LONG} data.sequence_length=32768", 541.0, 26.0),
     ("runs/llama_1b", 2, f"{LONG} data.sequence_length=32768 mesh.ring=2", 560.4, 27.3),
+    ("runs/long_1b", 1, "model.num_layers=4", 2282, 23.98),
 ]
 RAGGED = "mesh.zero=3 mesh.expert_exchange='ragged'"
 LOOP = "execution.is_scanned=True"
