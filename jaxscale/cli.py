@@ -197,6 +197,8 @@ def _add_checkpoint(verbs: Any) -> None:
             for option, help_text in CONVERT_OPTIONS.items():
                 parser.add_argument(f"--{option}", help=help_text)
             parser.add_argument("--step", type=int, help="number of the new checkpoint")
+            rate = "of the next step, which deepspeed's form keeps"
+            parser.add_argument("--learning_rate", type=float, help=rate)
         parser.add_argument("--debug", action="store_true", help="show the traceback of bad input")
 
 

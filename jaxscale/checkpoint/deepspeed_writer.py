@@ -19,7 +19,7 @@ LATEST = "latest_universal"
 # What the file format is like, not who wrote it: DeepSpeed refuses a file that names no version.
 VERSION = "0.19.8"
 # DeepSpeed reads as many groups of parameters as both it and the file have; what is in a group of
-# the file replaces what the program has set, such as its learning rate, so each is empty.
+# the file replaces what the program has set, so each has a learning rate at most.
 MAX_GROUPS = 64
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
@@ -30,6 +30,7 @@ def write_universal(
     *,
     step: int,
     piece_bytes: int,
+    learning_rate: float | None = None,
 ) -> None:
     """Writes parameters, and Adam's moments where there are any, for DeepSpeed's `load_universal`.
 
@@ -39,11 +40,12 @@ def write_universal(
         folder: new; it gets a folder of the step and the file `latest_universal`.
         step: finished steps.
         piece_bytes: of an array in memory at once.
+        learning_rate: of the next step; None leaves what the program begins with.
     Raises:
         InputError: `folder` has such a checkpoint, or the leaves are no parameters and moments.
     """
     states = adam_states(leaves)
-    tag = f"step{step}_universal"
+    tag = f"global_step{step}_universal"  # trainers look for "global_step*"
     if (folder / tag).exists():
         raise InputError("destination", str(folder / tag), "a folder that does not exist yet")
     root = folder / tag / "zero"
@@ -57,10 +59,11 @@ def write_universal(
         save_torch(root / name / f"{state}.pt", content, piece_bytes=piece_bytes)
     for name in names:
         save_torch(root / name / "step.pt", _step(step), piece_bytes=piece_bytes)
-    inner = {"state": {0: {"step": _step(step)}}, "param_groups": [{}]}
+    group = {} if learning_rate is None else {"lr": learning_rate}
+    inner = {"state": {0: {"step": _step(step)}}, "param_groups": [group]}
     optimizer = {
         "ds_version": VERSION,
-        "param_groups": [{} for _ in range(MAX_GROUPS)],
+        "param_groups": [group for _ in range(MAX_GROUPS)],
         "optimizer_state_dict": inner,
     }
     save_torch(root / "optimizer_state.pt", optimizer, piece_bytes=piece_bytes)

@@ -24,6 +24,7 @@ def export(
     kind: Kind,
     step: int,
     budget_bytes: int,
+    learning_rate: float | None = None,
 ) -> None:
     """Writes arrays in pieces; of safetensors one whole tensor is in memory.
 
@@ -33,13 +34,20 @@ def export(
         kind: "deepspeed", a universal folder; "safetensors"; "npz", one uncompressed file.
         step: finished steps, of which DeepSpeed's form keeps the number.
         budget_bytes: of host memory.
+        learning_rate: of the next step, which DeepSpeed's form keeps where it is given.
     Raises:
         InputError: there is such a checkpoint, or an array cannot be part of one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     piece_bytes = max(1, budget_bytes // MAX_COPIES)
     if kind == "deepspeed":
-        write_universal(leaves, directory, step=step, piece_bytes=piece_bytes)
+        write_universal(
+            leaves,
+            directory,
+            step=step,
+            piece_bytes=piece_bytes,
+            learning_rate=learning_rate,
+        )
     elif kind == "safetensors":
         tensors = [_new_tensor(name, array) for name, array in leaves.items()]
         write_safetensors(directory, tensors, max_shard_bytes=MAX_SHARD_BYTES)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 MANIFEST = "checksums.json"
+VERSION = "2"  # 1 had none
 BLOCK_BYTES = 1 << 22
 MAX_THREADS = 8
 PARAMS_FILES = ("state/_", "state/array_metadatas/", "state/params.")
@@ -26,7 +27,7 @@ FileFacts = tuple[int, str]  # size in bytes, or -1 for no file; CRC-32 in hexad
 def write_manifest(folder: pathlib.Path) -> None:
     """Writes size and CRC-32 of every file in the folders of `folder` into its manifest.
 
-    The manifest begins with its own checksum.
+    The manifest begins with its own checksum and version.
     """
     names = []
     for path in folder.glob("*/**/*"):
@@ -35,7 +36,7 @@ def write_manifest(folder: pathlib.Path) -> None:
     names.sort()
     facts = _facts_of(folder, names)
     text = json.dumps(dict(zip(names, facts)), indent=0)
-    (folder / MANIFEST).write_text(f"{_crc_of(text)}\n{text}")
+    (folder / MANIFEST).write_text(f"{_crc_of(text)} {VERSION}\n{text}")
 
 
 def find_damage(
@@ -71,7 +72,10 @@ def is_for_params(name: str) -> bool:
 
 def _read_manifest(folder: Folder) -> dict[str, list]:
     content = (folder / MANIFEST).read_text()
-    crc, _, text = content.partition("\n")
+    first, _, text = content.partition("\n")
+    crc, _, version = first.partition(" ")
+    if version not in ("", VERSION):
+        raise ValueError(f"version {version}, of a newer jaxscale")
     if crc != _crc_of(text):
         raise ValueError("its own checksum differs")
     return json.loads(text)

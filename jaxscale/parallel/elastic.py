@@ -64,9 +64,11 @@ def _expected(mesh: MeshConfig, num_devices: int, num_model: int) -> str:
     fitting = []
     for axis in ("pipeline", "expert", "sequence", "tensor"):
         others = num_model // getattr(mesh, axis)
-        size = num_devices // others
-        if 1 <= size < getattr(mesh, axis):
-            fitting.append(f"{axis} = {size} with data = 1")
+        # A divisor cuts whatever the axis itself did.
+        sizes = [n for n in range(1, getattr(mesh, axis)) if getattr(mesh, axis) % n == 0]
+        sizes = [n for n in sizes if n * others <= num_devices]
+        if sizes:
+            fitting.append(f"{axis} = {sizes[-1]} with data = 1")
     nearest = " or ".join(fitting) or "data alone"
     return (
         f"{needed} and a batch that data * expert divides, with {num_devices}; nearest: {nearest}"

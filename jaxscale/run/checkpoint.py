@@ -98,6 +98,7 @@ def convert(
     run: str | None = None,
     family: str | None = None,
     step: int = 0,
+    learning_rate: float | None = None,
     budget: str = "4GiB",
 ) -> None:
     """Writes a checkpoint of any system as one of ours or of another; ours goes on after a kill.
@@ -114,6 +115,7 @@ def convert(
         family: `model_type` of Hugging Face, such as "llama", by whose names the arrays are called;
             with `run`, whose model it must be.
         step: number of the new checkpoint.
+        learning_rate: of the next step, for "deepspeed": a schedule sets it only after that step.
         budget: bytes of host memory, such as 512MiB.
     Raises:
         InputError: it is damaged, does not fit the run, or the step exists.
@@ -132,7 +134,14 @@ def convert(
     elif run is not None:
         raise InputError("run", run, f"none with to={to!r}")
     else:
-        export(leaves, directory, kind=to, step=step, budget_bytes=budget_bytes)
+        export(
+            leaves,
+            directory,
+            kind=to,
+            step=step,
+            budget_bytes=budget_bytes,
+            learning_rate=learning_rate,
+        )
     print(f"{directory}: {len(leaves)} arrays")
 
 

@@ -272,8 +272,8 @@ def test_the_fixtures_are_what_deepspeed_writes_today(tmp_path, script, names):
 def test_a_run_becomes_a_universal_folder(tmp_path, saved_run):
     folder, states = saved_run
     leaves = NativeCheckpoint(folder / "2").leaves()
-    write_universal(leaves, tmp_path, step=2, piece_bytes=100)
-    assert (tmp_path / "latest_universal").read_text() == "step2_universal"
+    write_universal(leaves, tmp_path, step=2, piece_bytes=100, learning_rate=0.5)
+    assert (tmp_path / "latest_universal").read_text() == "global_step2_universal"
     got = open_checkpoint(tmp_path).source.leaves()
     adam = states[2]["opt_state"][1][0]
     for name, path in {"embed": ("embed",), "layers.0.attention.q": None}.items():
@@ -285,8 +285,11 @@ def test_a_run_becomes_a_universal_folder(tmp_path, saved_run):
             wanted = tree["embed"] if path else tree["layers"]["0"]["attention"]["q"]
             np.testing.assert_array_equal(got[f"{state}/{name}"][:], np.asarray(wanted))
     assert len(got) == 6
-    step = load_torch(tmp_path / "step2_universal" / "zero" / "embed" / "step.pt")
+    step = load_torch(tmp_path / "global_step2_universal" / "zero" / "embed" / "step.pt")
     assert step[()] == 2
+    optimizer = load_torch(tmp_path / "global_step2_universal" / "zero" / "optimizer_state.pt")
+    inner = optimizer["optimizer_state_dict"]["param_groups"]
+    assert all(group == {"lr": 0.5} for group in (*optimizer["param_groups"], *inner))
     with pytest.raises(InputError, match="a folder that does not exist yet"):
         write_universal(leaves, tmp_path, step=2, piece_bytes=100)
 

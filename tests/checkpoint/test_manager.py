@@ -41,6 +41,13 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
+def swap(path):
+    """Puts what another step has under this name in its place."""
+    step = next(parent for parent in path.parents if parent.name.isdecimal())
+    other = step.with_name(str(int(step.name) - 1)) / path.relative_to(step)
+    path.write_bytes(other.read_bytes())
+
+
 # What comes back
 
 
@@ -197,7 +204,7 @@ def test_half_written_and_half_deleted_steps_are_ignored_then_removed(tmp_path, 
 
 # Files of orbax in the step's folder that nothing reads.
 UNREAD = {"_CHECKPOINT_METADATA", "commit_success.txt"}
-DAMAGES = (flip_byte, truncate, pathlib.Path.unlink)
+DAMAGES = (flip_byte, truncate, pathlib.Path.unlink, swap)
 
 
 def test_every_damaged_file_is_named_with_its_step(tmp_path, saved_steps):

@@ -41,3 +41,6 @@ def test_too_few_devices_for_the_model_are_refused_with_meshes_that_fit():
     message = r"= 4 devices or more .* with 3; nearest: pipeline = 1 with data = 1 or tensor = 1"
     with pytest.raises(InputError, match=message):
         shrink(MESH, 3, batch_size=16, num_microbatches=2)
+    wide = MeshConfig(tensor=8)  # heads that 8 ranks divide are not divided by 7
+    with pytest.raises(InputError, match=r"nearest: tensor = 4 with data = 1$"):
+        shrink(wide, 7, batch_size=16, num_microbatches=2)
