@@ -108,7 +108,8 @@ def mirror(abstract: Any, params: Any, values: Any, default: Any) -> Any:
     """A value for each leaf of a tree that repeats the parameters, such as an optimizer state.
 
     Such a tree has the parameters under longer paths. A leaf takes the value of the parameter whose
-    path ends its own and whose shape it has; any other leaf takes the default.
+    path ends its own and whose shape it has, but for a last dim of 1, which no axis shards; any
+    other leaf takes the default.
 
     Args:
         abstract: the optimizer state as shapes.
@@ -130,6 +131,9 @@ def mirror(abstract: Any, params: Any, values: Any, default: Any) -> Any:
             shape, value = by_path.get(end_of_path, (None, None))
             if shape == leaf.shape:
                 return value
+            if shape and (*shape[:-1], 1) == leaf.shape:
+                is_spec = isinstance(value, PartitionSpec)
+                return PartitionSpec(*value[: len(shape) - 1]) if is_spec else value
         return default
 
     return tree.map_with_path(one, abstract)

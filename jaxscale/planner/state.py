@@ -85,7 +85,7 @@ class StateCounter:
         found = dict.fromkeys(flat, 0.0)
         for path, leaf in tree.flatten(state).items():
             if owner := owners[path]:
-                found[owner] += leaf.dtype.itemsize
+                found[owner] += leaf.dtype.itemsize * leaf.size / flat[owner].size
         return found
 
     def _count(self, mesh: MeshConfig, specs: Specs) -> StateBytes:

@@ -10,6 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxscale import tree
+from jaxscale.train.eight_bits import in_eight_bits
 from jaxscale.types import (
     InputError,
     Role,
@@ -44,6 +45,8 @@ class OptimizerConfig:
         weight_decay: decoupled, on parameters whose role is in `decayed`.
         decayed: roles of parameters, see `types.Role`.
         clip_norm: largest global gradient norm; None for no clipping.
+        use_8bit_moments: whether the moments rest in 8 bits, see `train.eight_bits`; otherwise they
+            have the type of the stored parameters.
     """
 
     name: str = "adamw"
@@ -58,6 +61,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     decayed: tuple[str, ...] = DECAYED
     clip_norm: float | None = 1.0
+    use_8bit_moments: bool = False
 
     def __post_init__(self):
         check_types(self)
@@ -85,8 +89,10 @@ def check_moments(config: OptimizerConfig, dtype: str) -> None:
     """Raises InputError if a moment stored in `dtype` would be too coarse to follow its gradients.
 
     A step moves a moment by 1 - beta of itself at most when the gradients vanish. If that is less
-    than the distance of two numbers of the type, it stands still.
+    than the distance of two numbers of the type, it stands still; in 8 bits chance moves it.
     """
+    if config.use_8bit_moments:
+        return
     step = float(jnp.finfo(dtype).eps)
     for name in ("beta1", "beta2"):
         beta = getattr(config, name)
@@ -147,6 +153,8 @@ def make_optimizer(
         return tree.map_with_path(lambda path, _: path in decayed, params)
 
     optimizer = _make_direction(config, learning_rates(config, steps), decay_mask, entries)
+    if config.use_8bit_moments:
+        optimizer = in_eight_bits(optimizer)
     factors = {path: entry.learning_rate_factor for path, entry in entries.items()}
     if any(factor != 1 for factor in factors.values()):
         optimizer = optax.chain(optimizer, _scale_by(factors))

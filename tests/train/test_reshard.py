@@ -14,6 +14,7 @@ import pytest
 from jaxscale import tree
 from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.train.eight_bits import in_eight_bits
 from jaxscale.train.state import abstract_state
 from tests.train.examples import make_stacked
 from tests.train.test_host import make_checkpoints
@@ -28,6 +29,7 @@ MESHES = {
 OPTIMIZERS = {
     "adamw": optax.adamw(1e-3),
     "lion": optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-3)),
+    "adamw in 8 bits": in_eight_bits(optax.adamw(1e-3)),
     "muon": optax.contrib.muon(1e-3),
     "accumulated": optax.MultiSteps(optax.chain(optax.ema(0.9), optax.adamw(1e-3)), 4),
 }
