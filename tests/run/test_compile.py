@@ -156,19 +156,29 @@ def test_topologies_are_hosts_by_gpus():
         Topology.parse("h200:16x8x1")
 
 
+MIXTURE = "mixtral_4b.gin", "mesh.expert=2", "mesh.tensor=2"
+DENSE = "llama_1b.gin", "mesh.data=2", "mesh.sequence=2", "mesh.zero=3", "data.batch_size=2"
+
+
 @pytest.mark.long
 @pytest.mark.processes
 @needs_plugin
-@pytest.mark.parametrize("machine", ["a100", "b200"])
-def test_other_gpus_get_triton_kernels(machine):
+@pytest.mark.parametrize(
+    ("machine", "run"),
+    [("a100", MIXTURE), ("b200", MIXTURE), ("a100", DENSE)],
+    ids=["a100_mixture", "b200_mixture", "a100_dense"],
+)
+def test_other_gpus_get_triton_kernels(machine, run):
     """In a process of its own: where Triton interprets, as in tests/kernels, it cannot compile."""
-    run = Path(__file__).parents[2] / "experiments/configs/runs/mixtral_4b.gin"
-    sizes = "model.num_layers=1", "data.sequence_length=512", "mesh.expert=2", "mesh.tensor=2"
-    command = [sys.executable, "-m", "jaxscale", "compile", run, "--topology", f"{machine}:1x4"]
-    command += [f"--set={size}" for size in sizes]
+    name, *overrides = run
+    file = Path(__file__).parents[2] / "experiments/configs/runs" / name
+    overrides += "model.num_layers=1", "data.sequence_length=512", "data.is_packed=True"
+    command = [sys.executable, "-m", "jaxscale", "compile", file, "--topology", f"{machine}:1x4"]
+    command += [f"--set={each}" for each in overrides]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "\nfits: " in done.stdout
-    for operation in ("experts", "cross-entropy", "norm"):
-        assert f"{operation}: backend triton" in done.stderr
+    operations = {"attention", "norm", "cross-entropy"} | ({"experts"} if run is MIXTURE else set())
+    chosen = set(re.findall(r"^([\w-]+): backend (\w+)", done.stderr, re.MULTILINE))
+    assert chosen == {(operation, "triton") for operation in operations}
