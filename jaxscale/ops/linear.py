@@ -14,7 +14,7 @@ from jaxscale.kernels.quantised_matmul import api as kernel
 from jaxscale.kernels.quantised_matmul.packing import INPUTS
 from jaxscale.ops import by_row
 from jaxscale.ops.by_row import ByRow
-from jaxscale.ops.device import is_hopper
+from jaxscale.ops.device import kernel_family
 from jaxscale.ops.quantised import QuantisedMatrix
 from jaxscale.types import Array
 
@@ -154,7 +154,7 @@ def quantised_products(
     first = weights[0]
     lead = x.shape[: x.ndim - first.num_inputs]
     flat = x.reshape(-1, first.depth)
-    is_kernel = is_hopper() and kernel.mosaic_refusal(flat) is None
+    is_kernel = kernel_family() == "mosaic" and kernel.mosaic_refusal(flat) is None
     backend = "mosaic" if is_kernel else "whole matrices"
     logger.info("quantised weights: backend %s for x%s", backend, flat.shape)
     if is_kernel:

@@ -10,7 +10,9 @@ from jaxscale.kernels import device as described
 from jaxscale.kernels import triton_call
 from jaxscale.ops import device
 from jaxscale.ops.attention import AttentionContext, attention
+from jaxscale.ops.linear import quantised_products
 from jaxscale.ops.moe import grouped_ffn
+from jaxscale.ops.quantised import quantise
 from jaxscale.types import InputError
 
 
@@ -76,7 +78,10 @@ def test_a_named_family_is_taken_where_another_is_faster_and_logged(on, caplog):
     weights = {name: jnp.ones((1, 8, 8), jnp.bfloat16) for name in ("gate", "up", "down")}
     with caplog.at_level("INFO", logger="jaxscale"):
         grouped_ffn(jnp.ones((4, 8), jnp.bfloat16), jnp.asarray([4]), weights, "swiglu")
+        x = jnp.ones((1, 128), jnp.bfloat16)
+        quantised_products(x, [quantise(jnp.ones((128, 64), jnp.bfloat16), 0, 1, bits=8)], x.dtype)
     assert "experts: backend xla for rows(4, 8)" in caplog.text
+    assert "quantised weights: backend whole matrices for x(1, 128)" in caplog.text
 
 
 JAX_TRITON, TRITON = "jax-triton >= 0.3.1, < 0.4", "triton >= 3.6, < 3.7"
