@@ -44,7 +44,8 @@ def add_product(
     k = tl.arange(0, STEP)
     left += row.to(tl.int64)[:, None] * DEPTH + k[None, :]
     if IS_TRANSPOSED:
-        right += column[None, :] * DEPTH + k[:, None]
+        # A vocabulary times a model's width may be 2^31 and more.
+        right += column.to(tl.int64)[None, :] * DEPTH + k[:, None]
     else:
         right += k[:, None] * WIDTH + column[None, :]
     is_column = (column < WIDTH)[None, :]
