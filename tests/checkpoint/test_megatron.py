@@ -200,7 +200,7 @@ def test_buffers_of_other_weights_are_refused():
     same = [number for number, weight in enumerate(weights) if weight.tensor.shape == (8, 8)]
     first, second = (weights[number] for number in same)
     weights[same[0]], weights[same[1]] = second, first
-    with pytest.raises(InputError, match="the float32 master of decoder.layers"):
+    with pytest.raises(InputError, match=r"the float32 master of decoder\.layers"):
         read(weights, given)
 
 
