@@ -5,7 +5,9 @@ of `tensor`, which have the tokens already.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +106,8 @@ def ragged_experts(
 ) -> Array:
     """`experts` with an exchange that carries only the rows that are used, on GPUs.
 
-    The numbers of rows are exchanged first. Each expert's rows are sent separately, so that the
-    rows of an expert arrive side by side from all devices and need no sorting there.
+    The numbers of rows are gathered first. Each expert's rows are sent separately, so that the rows
+    of an expert arrive side by side from all devices and need no sorting there.
 
     Args and Returns as `ops.moe.experts`.
     Cost: 2 n A D elements exchanged, forward. As shapes are static and no token is dropped, the
@@ -115,49 +117,86 @@ def ragged_experts(
     num_shards = lax.axis_size(EXPERT)
     num_local = _num_experts(weights)
     dispatch, rows = _sort(x, index, num_local * num_shards)
-    # Numbers of rows that this device sends to each expert, and where they begin here.
-    counts = dispatch.group_sizes
-    starts = jnp.cumsum(counts) - counts
-    # [sender, local expert]: numbers of rows that arrive here, and where they go in the buffer. All
-    # senders' rows of an expert lie together.
-    sizes = _exchange(counts.reshape(num_shards, num_local))
-    ends = jnp.cumsum(sizes.T).reshape(num_local, num_shards).T
-    places = ends - sizes
+    there, back = _routes(dispatch.group_sizes, num_local)
     num_received = num_shards * _capacity(x, index, num_local)
 
     def send(rows: Array) -> Array:
-        width = rows.shape[-1]
-        buffer = jnp.zeros((num_received, width), rows.dtype)
-        places_there = _exchange(places).reshape(-1)
-        return lax.ragged_all_to_all(
-            rows,
-            buffer,
-            starts,
-            counts,
-            places_there,
-            sizes.reshape(-1),
-            axis_name=EXPERT,
-        )
-
-    def send_back(rows: Array, buffer: Array) -> Array:
-        starts_there = _exchange(starts.reshape(num_shards, num_local)).reshape(-1)
-        return lax.ragged_all_to_all(
-            rows,
-            buffer,
-            places.reshape(-1),
-            sizes.reshape(-1),
-            starts_there,
-            counts,
-            axis_name=EXPERT,
-        )
+        return _carry(rows, num_received, there, back)
 
     if dropout is not None:
         keys = dispatch.keys(dropout.keys)
         dropout = dataclasses.replace(dropout, keys=send(keys))
-    received = send(rows)
-    outputs = grouped_ffn(received, sizes.sum(0), weights, activation, dropout, needs_tail=False)
-    returned = send_back(outputs, jnp.zeros_like(rows))
+    sizes = there.sizes.reshape(num_shards, num_local).sum(0)
+    outputs = grouped_ffn(send(rows), sizes, weights, activation, dropout, needs_tail=False)
+    returned = _carry(outputs, len(rows), back, there)
     return _combine(returned, dispatch, gates, slopes)
+
+
+class _Route(NamedTuple):
+    """One way of a ragged exchange; each [devices * local experts], by device and then by expert.
+
+    Args:
+        starts: where the rows that go to a device for an expert begin here.
+        counts: how many they are.
+        places: where they begin there.
+        sizes: numbers of rows that come from a device for an expert.
+    """
+
+    starts: Array
+    counts: Array
+    places: Array
+    sizes: Array
+
+
+def _routes(counts: Array, num_local: int) -> tuple[_Route, _Route]:
+    """The way of this device's rows, `counts` [E] of them for each expert, and the way back.
+
+    The rows of an expert lie side by side at its device, sender after sender.
+    """
+    num_shards, me = lax.axis_size(EXPERT), lax.axis_index(EXPERT)
+    # All arrays are [sender, receiver, local expert] of all devices.
+    all_counts = lax.all_gather(counts, EXPERT)
+    starts = jnp.cumsum(all_counts, 1) - all_counts
+    by_pair = num_shards, num_shards, num_local
+    all_counts, starts = all_counts.reshape(by_pair), starts.reshape(by_pair)
+    in_order = all_counts.transpose(1, 2, 0)  # [receiver, local expert, sender]
+    ends = jnp.cumsum(in_order.reshape(num_shards, -1), 1).reshape(in_order.shape)
+    places = ends.transpose(2, 0, 1) - all_counts
+
+    def sent(x: Array) -> Array:
+        return x[me].reshape(-1)
+
+    def received(x: Array) -> Array:
+        return x[:, me].reshape(-1)
+
+    counts, sizes = sent(all_counts), received(all_counts)
+    there = _Route(sent(starts), counts, sent(places), sizes)
+    back = _Route(received(places), sizes, received(starts), counts)
+    return there, back
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _carry(rows: Array, num_received: int, there: _Route, back: _Route) -> Array:
+    """Rows [sent, D] to [num_received, D], 0 where none arrives; the gradient takes the way back.
+
+    The buffer is made when the rows are there: XLA would otherwise make those of all layers at the
+    beginning of the step.
+    """
+    zero, rows = lax.optimization_barrier((jnp.zeros((), rows.dtype), rows))
+    buffer = jnp.full((num_received, rows.shape[-1]), zero)
+    return lax.ragged_all_to_all(rows, buffer, *there, axis_name=EXPERT)
+
+
+def _carry_forward(rows: Array, num_received: int, there: _Route, back: _Route) -> tuple:
+    return _carry(rows, num_received, there, back), (len(rows), there, back)
+
+
+def _carry_backward(num_received: int, residuals: tuple, cotangent: Array) -> tuple:
+    num_sent, there, back = residuals
+    return _carry(cotangent, num_sent, back, there), None, None
+
+
+_carry.defvjp(_carry_forward, _carry_backward)
 
 
 def tensor_experts(
