@@ -85,8 +85,6 @@ class Engine:
             tensor=placement.tensor,
             draft=draft.decoder if draft else None,
         )
-        if config.host_bytes and region is not None:
-            raise InputError("EngineConfig.host_bytes", config.host_bytes, "0 with a tensor group")
         num_places = config.host_bytes // page_bytes(decoder, config)
         self._blocks = BlockPool(num_blocks, config.block_size, num_places)
         limits = config.scheduler(self.model.max_length)

@@ -60,7 +60,9 @@ class HostPages:
         pages = [self._contents[move.place] for move in moves]
         pages += [pages[0]] * (len(blocks) - len(pages))
         contents = jax.tree.map(lambda *leaves: np.stack(leaves), *pages)
-        return _put(caches, blocks, contents)
+        leaves, tree = jax.tree.flatten(caches)
+        put = _put_to(tuple(leaf.sharding for leaf in leaves))
+        return jax.tree.unflatten(tree, put(leaves, blocks, jax.tree.leaves(contents)))
 
 
 def _padded(blocks: list[int]) -> np.ndarray:
@@ -74,9 +76,12 @@ def _gathered(caches: Any, blocks: Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[blocks], caches)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(caches: Any, blocks: Array, contents: Any) -> Any:
-    def one(leaf: Array, content: Array) -> Array:
-        return leaf.at[blocks].set(content)
+@functools.cache
+def _put_to(shardings: tuple[Any, ...]) -> Any:
+    """(leaves of caches, blocks, contents) -> the leaves, on the devices that have them."""
 
-    return jax.tree.map(one, caches, contents)
+    def put(leaves: list[Array], blocks: Array, contents: list[Array]) -> tuple[Array, ...]:
+        pairs = zip(leaves, contents, strict=True)
+        return tuple(leaf.at[blocks].set(content) for leaf, content in pairs)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=shardings)

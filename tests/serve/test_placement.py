@@ -1,6 +1,8 @@
 """An engine over a tensor group draws what one device draws."""
 
+import dataclasses
 import functools
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.engine import Engine
 from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import InputError
 from tests.parallel.comparison import dense, make_params, mixture
 
 GREEDY = SamplingConfig(temperature=0)
@@ -36,16 +39,21 @@ def params_of(name):
 
 @functools.cache
 def engine(name, tensor):
-    model = MODELS[name]
+    return make(name, tensor)
+
+
+def make(name, tensor, adapters=MappingProxyType({}), **changes):
+    model, config = MODELS[name], dataclasses.replace(SMALL, **changes)
     if tensor == 1:
         decoder = Decoder(model, Operations(), POLICY)
-        return Engine(decoder, params_of(name), config=SMALL)
+        return Engine(decoder, params_of(name), config=config)
     mesh = MeshConfig(tensor=tensor)
     specs = make_specs(parameter_table(model), mesh)
     devices = make_mesh(mesh, jax.devices()[:tensor])
     operations = make_serving_operations(mesh, specs, attention=kv_cache.attend)
     region = Region(devices, specs, operations)
-    return Engine(Decoder(model, operations, POLICY), params_of(name), config=SMALL, region=region)
+    decoder = Decoder(model, operations, POLICY)
+    return Engine(decoder, params_of(name), config=config, region=region, adapters=adapters)
 
 
 def draw(engine, sampling):
@@ -71,6 +79,24 @@ def test_each_member_has_the_pages_of_its_own_heads():
     for pages in jax.tree.leaves(caches):
         assert pages.shape[2] == 2
         assert pages.addressable_shards[0].data.shape[2] == 1
+
+
+@pytest.mark.long
+def test_prefixes_of_a_group_come_back_from_the_hosts_memory():
+    spread = make("dense", 2, num_blocks=8, max_sequences=2, host_bytes=2**20)
+    config = RequestConfig(GREEDY, max_new_tokens=4)
+    prompts = [[number] * 9 for number in range(6)]
+    first = [one.tokens for (one,) in spread.generate(prompts, config)]
+    assert spread.figures().num_spilled > 0
+    again = spread.generate(prompts, config)
+    assert [(one.tokens, one.num_cached) for (one,) in again] == [(each, 8) for each in first]
+    for pages in jax.tree.leaves(spread._runner._caches):
+        assert pages.addressable_shards[0].data.shape[2] == 1
+
+
+def test_a_group_has_no_adapters_by_request():
+    with pytest.raises(InputError, match=r"adapters: given \['sql'\], expected none with a tensor"):
+        make("dense", 2, adapters={"sql": None})
 
 
 def drawn_with_head(rows):
