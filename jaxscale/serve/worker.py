@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import queue
 import threading
@@ -37,12 +38,18 @@ class Worker:
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._is_stopping = False
+        self._failure: BaseException | None = None
         self._thread.start()
 
     def call(self, function: Callable[[Engine], Any]) -> concurrent.futures.Future:
-        """Calls a function of the engine between two steps; the future has its result."""
+        """Calls a function of the engine between two steps; the future has its result.
+
+        It has a RunError if the engine has failed.
+        """
         future: concurrent.futures.Future = concurrent.futures.Future()
         self._commands.put((function, future))
+        if self._failure is not None:
+            self._refuse()
         return future
 
     def stop(self) -> None:
@@ -62,7 +69,18 @@ class Worker:
                     self._deliver(self._engine.step())
         except BaseException as error:
             logger.error("the engine failed:\n%s", traceback.format_exc())
+            self._failure = error
+            self._refuse()
             self._fail(error)
+
+    def _refuse(self) -> None:
+        """Answers what was asked of an engine that has failed; nobody else will."""
+        error = RunError(f"the engine failed: {self._failure}")
+        with contextlib.suppress(queue.Empty):
+            while True:
+                _, future = self._commands.get_nowait()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
 
     def _run_commands(self) -> None:
         """Runs what is asked for; waits for it where there is nothing else to do."""

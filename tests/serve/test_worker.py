@@ -1,0 +1,35 @@
+"""The engine's thread: what is asked of it is answered, also when it fails."""
+
+import threading
+
+import pytest
+
+from jaxscale.serve.worker import Worker
+from jaxscale.types import RunError
+
+
+class Failing:
+    """An engine whose first step fails once it is told to."""
+
+    has_work = True
+
+    def __init__(self):
+        self.has_begun, self.is_told = threading.Event(), threading.Event()
+
+    def step(self):
+        self.has_begun.set()
+        self.is_told.wait(10)
+        raise ValueError("planted")
+
+
+def test_what_is_asked_while_the_engine_fails_and_after_it_is_answered():
+    engine, failures = Failing(), []
+    worker = Worker(engine, deliver=lambda deltas: None, fail=failures.append)
+    engine.has_begun.wait(10)
+    meanwhile = worker.call(lambda engine: engine)
+    engine.is_told.set()
+    for future in (meanwhile, worker.call(lambda engine: engine)):
+        with pytest.raises(RunError, match="planted"):
+            future.result(10)
+    worker.stop()
+    assert [str(error) for error in failures] == ["planted"]
