@@ -60,9 +60,11 @@ class HostPages:
         pages = [self._contents[move.place] for move in moves]
         pages += [pages[0]] * (len(blocks) - len(pages))
         contents = jax.tree.map(lambda *leaves: np.stack(leaves), *pages)
-        leaves, tree = jax.tree.flatten(caches)
+        leaves, structure = jax.tree.flatten(caches)
+        new = jax.tree.leaves(contents)
         put = _put_to(tuple(leaf.sharding for leaf in leaves))
-        return jax.tree.unflatten(tree, put(leaves, blocks, jax.tree.leaves(contents)))
+        leaves = put(leaves, blocks, new)
+        return jax.tree.unflatten(structure, leaves)
 
 
 def _padded(blocks: list[int]) -> np.ndarray:
@@ -80,7 +82,11 @@ def _gathered(caches: Any, blocks: Array) -> Any:
 def _put_to(shardings: tuple[Any, ...]) -> Any:
     """(leaves of caches, blocks, contents) -> the leaves, on the devices that have them."""
 
-    def put(leaves: list[Array], blocks: Array, contents: list[Array]) -> tuple[Array, ...]:
+    def put(
+        leaves: list[Array],
+        blocks: Array,
+        contents: list[Array],
+    ) -> tuple[Array, ...]:
         pairs = zip(leaves, contents, strict=True)
         return tuple(leaf.at[blocks].set(content) for leaf, content in pairs)
 
