@@ -36,7 +36,7 @@ FULL = Work(
     num_new=128,
 )
 TINY = Work(
-    shape=peer.Shape(V=4099, L=2, D=16, N=4, K=2, H=4, F=32),
+    shape=peer.Shape(V=4100, L=2, D=16, N=4, K=2, H=4, F=32),
     prompt=12,
     num_prompts=3,
     long_prompt=20,

@@ -16,6 +16,10 @@ from decode_work import FULL, TINY
 from jaxscale.models.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import BatchInvariant, ExecutionConfig, Whole
+from jaxscale.models.parameters import parameter_table
+from jaxscale.parallel.mesh import MeshConfig, make_mesh
+from jaxscale.parallel.region import Region, make_serving_operations
+from jaxscale.parallel.rules import make_specs
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.engine import Engine
 from jaxscale.serve.requests import RequestConfig
@@ -52,12 +56,24 @@ def mixture():
     )
 
 
+def spread(model, tensor, execution):
+    """The model over so many devices; None for one."""
+    if tensor == 1:
+        return None
+    mesh = MeshConfig(tensor=tensor)
+    specs = make_specs(parameter_table(model), mesh)
+    attention = execution.operations().backends.attention
+    operations = make_serving_operations(mesh, specs, attention=attention)
+    return Region(make_mesh(mesh, jax.devices()[:tensor]), specs, operations)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--mixture", action="store_true")
     parser.add_argument("--invariant", action="store_true", help="bits that no batch changes")
-    for name, default in (("token_budget", 4096), ("max_sequences", 512), ("max_prompts", 64)):
+    sizes = dict(token_budget=4096, max_sequences=512, max_prompts=64, tensor=1)
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--cache_dtype", choices=["int8", "float8_e4m3fn"])
     parser.add_argument("--workloads", type=int, nargs="+", default=range(len(WORKLOADS)))
@@ -69,9 +85,11 @@ def main():
         model = mixture()
     strategy = BatchInvariant() if options.pop("invariant") else Whole()
     execution = ExecutionConfig(strategy=strategy)
-    decoder = Decoder(model, execution.operations(), BFLOAT16, execution)
+    region = spread(model, options.pop("tensor"), execution)
+    operations = region.operations if region else execution.operations()
+    decoder = Decoder(model, operations, BFLOAT16, execution)
     config = EngineConfig(**options, use_prefix_cache=False)
-    engine = Engine(decoder, draw_params(model), config=config)
+    engine = Engine(decoder, draw_params(model), config=config, region=region)
     print(f"{jax.devices()[0].device_kind}, {config}\n")
     print("| workload | requests/s | new tokens/s | behind the first |\n|---|---|---|---|")
     for workload in workloads:
