@@ -157,14 +157,12 @@ def _first_that_fits(
 ) -> Candidate:
     """The first whose step, compiled for the devices, fits; with the compiler's memory."""
     apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
-    peak_of = CompiledMemory(run, cluster)
     limit, fitting = cluster.device.memory_bytes * share, []
-    for number, each in enumerate(ranked, 1):
-        began = time.perf_counter()
-        peak = peak_of(each.layout)
-        seconds = time.perf_counter() - began
-        modelled = f"{each.memory.total / GIB:.2f} modelled"
-        print(f"{number} compiled in {seconds:.1f} s: {peak / GIB:.2f} GiB, {modelled}", flush=True)
+    began = time.perf_counter()
+    peaks = CompiledMemory(run, cluster)([each.layout for each in ranked])
+    print(f"compiled {len(ranked)} in {time.perf_counter() - began:.1f} s")
+    for number, (each, peak) in enumerate(zip(ranked, peaks, strict=True), 1):
+        print(f"{number} compiled: {peak / GIB:.2f} GiB, {each.memory.total / GIB:.2f} modelled")
         if peak <= limit:
             memory = each.memory.corrected(peak)
             fitting.append(dataclasses.replace(each, memory=memory, limit_bytes=limit))

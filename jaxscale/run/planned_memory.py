@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import dataclasses
+import os
+from collections.abc import Sequence
 
 from jaxscale.launch.ahead_of_time import described_devices, memory_of
 from jaxscale.planner.cluster import Cluster
@@ -17,8 +19,7 @@ class CompiledMemory:
 
     A pipeline's program has the whole stage in it for each micro-batch in flight, up to 2 S - 1
     times, and takes minutes to compile; what it needs grows by one slot with each. So it is
-    compiled for one micro-batch and for two, side by side, and their difference counts for all
-    others in flight.
+    compiled for one micro-batch and for two, and their difference counts for all others in flight.
 
     Args:
         run: whose mesh, micro-batches and remat a layout replaces.
@@ -31,38 +32,45 @@ class CompiledMemory:
         self.run = run
         hosts = {"num_hosts": cluster.num_hosts, "gpus_per_host": cluster.devices_per_host}
         self.devices = described_devices(cluster.device.name, **hosts)
-        self._peaks: dict[str, int] = {}  # by program, as several layouts may be one
 
-    def __call__(self, layout: Layout) -> int:
-        """Bytes that a device needs."""
-        if not _is_long(layout):
-            return self._peak(self._lowered(layout, layout.num_microbatches))
-        steps = [self._lowered(layout, num) for num in (1, 2)]
+    def __call__(self, layouts: Sequence[Layout]) -> list[int]:
+        """Bytes that a device needs under each layout; each distinct program is compiled once."""
+        steps = [self._steps(layout) for layout in layouts]
+        programs = {step.lowered.as_text(): step for each in steps for step in each}
         # Moments on the host are told to the compiler by replacing a function of JAX for a time.
-        num_threads = 1 if layout.mesh.is_optimizer_on_host else len(steps)
-        with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-            one, two = pool.map(self._peak, steps)
-        batch = bytes_per_device(steps[0].batch)
-        num = layout.num_microbatches
-        num_more = num_in_flight(layout.mesh, num) - 1
-        return one + num_more * (two - one - batch) + (num - 1) * batch
+        is_on_host = any(layout.mesh.is_optimizer_on_host for layout in layouts)
+        with concurrent.futures.ThreadPoolExecutor(1 if is_on_host else os.cpu_count()) as pool:
+            peaks = dict(zip(programs, pool.map(_peak, programs.values()), strict=True))
+        found = []
+        for layout, each in zip(layouts, steps, strict=True):
+            one, *two = (peaks[step.lowered.as_text()] for step in each)
+            found.append(_extended(layout, each[0], one, two[0]) if two else one)
+        return found
 
-    def _lowered(self, layout: Layout, num_microbatches: int) -> LoweredStep:
-        """The step with so many micro-batches, of as many rows as the layout's."""
-        run = planned(self.run, layout)
-        rows = run.data.batch_size // layout.num_microbatches * num_microbatches
-        run = dataclasses.replace(
-            run,
-            data=dataclasses.replace(run.data, batch_size=rows),
-            train=dataclasses.replace(run.train, num_microbatches=num_microbatches),
-        )
-        return lower_step(run, self.devices[: layout.num_devices])
+    def _steps(self, layout: Layout) -> list[LoweredStep]:
+        """The programs that say what a layout needs: its own, or those of one and two slots."""
+        whole = planned(self.run, layout)
+        if not _is_long(layout):
+            return [lower_step(whole, self.devices[: layout.num_devices])]
+        rows = whole.data.batch_size // layout.num_microbatches
+        found = []
+        for num in (1, 2):
+            data = dataclasses.replace(whole.data, batch_size=rows * num)
+            train = dataclasses.replace(whole.train, num_microbatches=num)
+            short = dataclasses.replace(whole, data=data, train=train)
+            found.append(lower_step(short, self.devices[: layout.num_devices]))
+        return found
 
-    def _peak(self, step: LoweredStep) -> int:
-        program = step.lowered.as_text()
-        if program not in self._peaks:
-            self._peaks[program] = memory_of(step.compile()).peak
-        return self._peaks[program]
+
+def _peak(step: LoweredStep) -> int:
+    return memory_of(step.compile()).peak
+
+
+def _extended(layout: Layout, step: LoweredStep, one: int, two: int) -> int:
+    """The peak of a layout, given those of the same step with one micro-batch and with two."""
+    batch, num = bytes_per_device(step.batch), layout.num_microbatches
+    num_more = num_in_flight(layout.mesh, num) - 1
+    return one + num_more * (two - one - batch) + (num - 1) * batch
 
 
 def _is_long(layout: Layout) -> bool:

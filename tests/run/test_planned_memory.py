@@ -23,7 +23,7 @@ def test_the_memory_of_a_long_pipeline_is_that_of_its_whole_program():
     run = load_run([file], [*SMALL.split(), "data.sequence_length=1024"])
     apply_runtime(RuntimeConfig(platform="cpu"), ".")
     layout = Layout(MeshConfig(pipeline=4, schedule="zero_bubble"), 16, "none", False)
-    found = CompiledMemory(run, Cluster.parse("h200:1x4"))(layout)
+    (found,) = CompiledMemory(run, Cluster.parse("h200:1x4"))([layout])
     devices = described_devices("h200", num_hosts=1, gpus_per_host=4)
     whole = memory_of(lower_step(planned(run, layout), devices).compile()).peak
     assert found == pytest.approx(whole, rel=0.02)
