@@ -36,37 +36,51 @@ class CompiledMemory:
     def __call__(self, layouts: Sequence[Layout]) -> list[int]:
         """Bytes that a device needs under each layout; each distinct program is compiled once."""
         steps = [self._steps(layout) for layout in layouts]
-        programs = {step.lowered.as_text(): step for each in steps for step in each}
+        programs = {}
+        for each in steps:
+            programs |= {step.lowered.as_text(): step for step in each}
         # Moments on the host are told to the compiler by replacing a function of JAX for a time.
         is_on_host = any(layout.mesh.is_optimizer_on_host for layout in layouts)
-        with concurrent.futures.ThreadPoolExecutor(1 if is_on_host else os.cpu_count()) as pool:
-            peaks = dict(zip(programs, pool.map(_peak, programs.values()), strict=True))
+        num_threads = 1 if is_on_host else os.cpu_count()
+        with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+            peaks = pool.map(_peak, programs.values())
+            by_program = dict(zip(programs, peaks, strict=True))
         found = []
         for layout, each in zip(layouts, steps, strict=True):
-            one, *two = (peaks[step.lowered.as_text()] for step in each)
-            found.append(_extended(layout, each[0], one, two[0]) if two else one)
+            own = [by_program[step.lowered.as_text()] for step in each]
+            found.append(_extended(layout, each[0], *own) if len(own) > 1 else own[0])
         return found
 
     def _steps(self, layout: Layout) -> list[LoweredStep]:
         """The programs that say what a layout needs: its own, or those of one and two slots."""
         whole = planned(self.run, layout)
-        if not _is_long(layout):
-            return [lower_step(whole, self.devices[: layout.num_devices])]
-        rows = whole.data.batch_size // layout.num_microbatches
-        found = []
-        for num in (1, 2):
-            data = dataclasses.replace(whole.data, batch_size=rows * num)
-            train = dataclasses.replace(whole.train, num_microbatches=num)
-            short = dataclasses.replace(whole, data=data, train=train)
-            found.append(lower_step(short, self.devices[: layout.num_devices]))
-        return found
+        runs = [whole]
+        if _is_long(layout):
+            rows = whole.data.batch_size // layout.num_microbatches
+            runs = [_shortened(whole, rows, num) for num in (1, 2)]
+        devices = self.devices[: layout.num_devices]
+        return [lower_step(run, devices) for run in runs]
 
 
 def _peak(step: LoweredStep) -> int:
     return memory_of(step.compile()).peak
 
 
-def _extended(layout: Layout, step: LoweredStep, one: int, two: int) -> int:
+def _shortened(run: Run, rows: int, num_microbatches: int) -> Run:
+    """The run with a batch of a few micro-batches of so many rows."""
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, batch_size=rows * num_microbatches),
+        train=dataclasses.replace(run.train, num_microbatches=num_microbatches),
+    )
+
+
+def _extended(
+    layout: Layout,
+    step: LoweredStep,
+    one: int,
+    two: int,
+) -> int:
     """The peak of a layout, given those of the same step with one micro-batch and with two."""
     batch, num = bytes_per_device(step.batch), layout.num_microbatches
     num_more = num_in_flight(layout.mesh, num) - 1
