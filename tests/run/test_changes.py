@@ -44,6 +44,44 @@ def test_a_head_is_added_and_all_else_goes_on(gin_file, whole, tmp_path):
             assert np.corrcoef(old, new)[0, 1] > 0.5, path
 
 
+@pytest.mark.long
+def test_adapters_are_added_to_a_model_of_which_nothing_else_trains(gin_file, whole, tmp_path):
+    ours, moments = ".*_lora/.*", "opt_state/.*"
+    fields = {"Changes.drawn": f"{ours}|{moments}", "Changes.left_out": moments}
+    file = write(tmp_path, gin_file, whole, fields | {"TrainConfig.trainable": ours})
+    with file.open("a") as lines:
+        lines.write("run.ModelConfig.lora = @run.LoraConfig()\nrun.LoraConfig.rank = 2\n")
+    runs.train(file, tmp_path / "new")
+    state, _ = runs.restored(runs.load_run(file, tmp_path / "new"), tmp_path / "new")
+    before, _ = runs.restored(runs.load_run(gin_file, whole), whole)
+    added = {path for path in state if "_lora/" in path}
+    assert any(state[path].any() for path in added if path.endswith("/b"))  # drawn as zeros
+    assert all("_lora/" in path for path in state if "/mu/" in path)
+    for path in before:
+        if path.startswith("params/"):
+            np.testing.assert_array_equal(state[path], before[path], err_msg=path)
+
+
+@pytest.mark.long
+def test_a_part_is_frozen_and_the_rest_goes_on_with_its_moments(gin_file, whole, tmp_path):
+    frozen = "(embed.*|.*norm.*)"
+    fields = {"TrainConfig.trainable": f"(?!{frozen}$).*"}
+    with pytest.raises(InputError, match="only the checkpoint has opt_state/.*embed"):
+        runs.train(write(tmp_path, gin_file, whole, fields), tmp_path / "new")
+    fields |= {"Changes.left_out": f"opt_state/.*/[mn]u/{frozen}"}
+    file = write(tmp_path, gin_file, whole, fields)
+    runs.train(file, tmp_path / "new")
+    state, _ = runs.restored(runs.load_run(file, tmp_path / "new"), tmp_path / "new")
+    before, _ = runs.restored(runs.load_run(gin_file, whole), whole)
+    (embed,) = (path for path in before if path.startswith("params/embed"))
+    np.testing.assert_array_equal(state[embed], before[embed])
+    moments = [path for path in state if "/nu/" in path]
+    assert moments and not any("embed" in path for path in moments)
+    for path in moments:
+        # Two steps leave 0.95 ** 2 of what a second moment was, and add to it.
+        assert (state[path] >= 0.9 * before[path]).all(), path
+
+
 def test_parameters_alone_begin_the_steps_and_the_data_anew(gin_file, whole, tmp_path):
     everything_else = "opt_state/.*|step|key"
     fields = {"Changes.drawn": everything_else, "Changes.left_out": everything_else}
