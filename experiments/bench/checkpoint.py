@@ -111,7 +111,8 @@ def run_save(abstract, options) -> None:
 
 def run_write(abstract, options) -> None:
     shutil.rmtree(options.directory, ignore_errors=True)
-    checkpoints = Checkpoints(CheckpointConfig(str(options.directory), 1, 1), fingerprint={})
+    config = CheckpointConfig(str(options.directory), 1, 1, is_async=False)
+    checkpoints = Checkpoints(config, fingerprint={})
     checkpoints.save(1, drawn(abstract), {})
     checkpoints.close()
 
@@ -165,11 +166,10 @@ def run_reshard(abstract, options) -> None:
         state = load(leaves, abstract, budget_bytes=int(options.budget * 2**30))
         jax.block_until_ready(state)
     shutil.rmtree(options.source, ignore_errors=True)
-    config = CheckpointConfig(str(options.source), 1, 1, use_snapshot=False)
+    config = CheckpointConfig(str(options.source), 1, 1, is_async=False)
     checkpoints = Checkpoints(config, fingerprint={})
     with measured("save of all devices: until committed"):
         checkpoints.save(1, state, {})
-        checkpoints.wait()
     checkpoints.close()
 
 
