@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
 from jaxscale.checkpoint import handlers
 
@@ -149,7 +150,7 @@ def _pinned_memory() -> jax.sharding.Sharding | None:
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return None
-    return jax.sharding.SingleDeviceSharding(device, memory_kind=PINNED)
+    return SingleDeviceSharding(device, memory_kind=PINNED)
 
 
 def _own_bytes(leaf: jax.ShapeDtypeStruct) -> int:
@@ -175,9 +176,17 @@ def _copied(state: Any, *, is_on_device: bool) -> Any:
     place = None if is_on_device else _pinned_memory()
 
     def copied(leaf: jax.Array) -> jax.Array:
-        is_moved = place is not None and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        sharding = leaf.sharding.with_memory_kind(PINNED) if is_moved else leaf.sharding
-        return jax.device_put(leaf, sharding, may_alias=False)
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        sharding = leaf.sharding
+        if place is not None and not is_key:
+            sharding = sharding.with_memory_kind(PINNED)
+        if is_key or leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding, may_alias=False)
+        parts = []  # of an array over several processes, for which device_put would compile
+        for shard in leaf.addressable_shards:
+            own = SingleDeviceSharding(shard.device, memory_kind=sharding.memory_kind)
+            parts.append(jax.device_put(shard.data, own, may_alias=False))
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
     copies = jax.tree.map(copied, state)
     return copies if is_on_device else jax.block_until_ready(copies)
