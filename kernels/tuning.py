@@ -91,26 +91,28 @@ def _norm() -> Problem:
 
 
 def _attention(head_dim: int) -> Iterator[Problem]:
-    """Causal attention and its gradient, and attention over a layout of blocks."""
-    from jaxscale.kernels.attention import triton_backward, triton_forward
+    """Causal attention and its gradients, and both over a layout of blocks."""
+    from jaxscale.kernels.attention.triton_forward import forward
+    from jaxscale.kernels.attention.triton_key_gradients import key_gradients
+    from jaxscale.kernels.attention.triton_query_gradient import query_gradient
 
     batch, length, num_heads, kv_heads = 2, 4096, 16, 4
     q = _draw(batch, length, num_heads, head_dim)
     k = _draw(batch, length, kv_heads, head_dim)
     low = jnp.zeros((1, length), jnp.int32)
     high = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
-    settings = dict(scale=head_dim**-0.5, softcap=None)
-    forward = functools.partial(triton_forward.forward, **settings)
-    backward = functools.partial(triton_backward.backward, **settings)
-    arguments = q, k, k, low, high
-    yield _problem(f"attention.forward.{head_dim}", forward, *arguments)
-    over_blocks = functools.partial(forward, layout=BlockLayout())
-    yield _problem(f"attention.layout.{head_dim}", over_blocks, *arguments)
-    _, lse = jax.jit(forward)(*arguments)
-    arguments = q, k, k, q, lse, jnp.zeros_like(lse), low, high
-    yield _problem(f"attention.backward.{head_dim}", backward, *arguments)
-    over_blocks = functools.partial(backward, layout=BlockLayout())
-    yield _problem(f"attention.layout_backward.{head_dim}", over_blocks, *arguments)
+    # Times do not depend on what a query's logits add up to.
+    lse = jnp.zeros((batch, num_heads, length))
+    settings = dict(scale=head_dim**-0.5, softcap=None, interpret=False)
+    for layout, prefix in ((None, ""), (BlockLayout(), "layout_")):
+        settings["layout"] = layout
+        name = f"attention.{'layout' if layout else 'forward'}.{head_dim}"
+        yield _problem(name, functools.partial(forward, **settings), q, k, k, low, high)
+        gradients = key_gradients, functools.partial(query_gradient, dtype=q.dtype)
+        for name, gradient in zip(("key_gradients", "query_gradient"), gradients):
+            run = functools.partial(gradient, **settings)
+            arguments = q, k, k, q, lse, lse, low, high
+            yield _problem(f"attention.{prefix}{name}.{head_dim}", run, *arguments)
 
 
 def _paged_attention() -> Problem:

@@ -17,7 +17,7 @@ from jaxscale.kernels.triton_call import missing
 BACKENDS = ("reference", "mosaic", "triton")
 # Results of a backend whose last bits differ from run to run, because they are added up in the
 # order in which blocks finish.
-VARYING = {"mosaic": ("dq",), "triton": ("dq",)}
+VARYING = {"mosaic": ("dq",)}
 # Those that the kernels take; heads of others are padded with zeros.
 HEAD_DIMS = (64, 128, 256)
 # Names the kernel's results, for rematerialisation policies that keep them.
@@ -211,8 +211,8 @@ def _backward(
     _, backward = _kernels(implementation)
     settings = dict(scale=scale, softcap=softcap, layout=layout, interpret=interpret)
     delta = row_sums(o, do) - dlse
-    dq, dk, dv = backward(q, k, v, do, lse, delta, low, high, **settings)
-    return dq.astype(q.dtype), dk, dv, None, None
+    arguments = q, k, v, do, lse, delta, low, high
+    return *backward(*arguments, **settings, dq_dtype=q.dtype), None, None
 
 
 _by_kernel.defvjp(_forward, _backward)
@@ -271,6 +271,7 @@ def gradients(
     lse = jnp.pad(lse, by_head, constant_values=-jnp.inf)
     delta = jnp.pad(delta, by_head)
     _, backward = _kernels(implementation)
-    found = backward(q, k, v, do, lse, delta, low, high, **settings, interpret=interpret)
+    settings |= dict(dq_dtype=jnp.float32, interpret=interpret)
+    found = backward(q, k, v, do, lse, delta, low, high, **settings)
     dq, dk, dv = (x[..., :head_dim] for x in found)
     return dq[:, :length], dk[:, :num_keys], dv[:, :num_keys]

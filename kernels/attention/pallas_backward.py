@@ -53,7 +53,7 @@ from jaxscale.kernels.persistent import (
 
 
 # jit: the kernel is lowered once for all layers.
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "dq_dtype", "layout", "interpret"))
 def backward(
     q: Array,
     k: Array,
@@ -66,10 +66,11 @@ def backward(
     *,
     scale: float,
     softcap: float | None,
+    dq_dtype: Any,
     layout: BlockLayout | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, in float32, and of k and v.
+    """Gradients of q, in `dq_dtype`, and of k and v.
 
     Args:
         q, k, v, low, high, scale, softcap, layout, interpret: as given to the forward.
@@ -125,10 +126,9 @@ def backward(
     num_sums = COMPUTE if interpret else 1
     dq_shape = num_sums, batch, padded, num_heads, head_dim
     dq_ref = jax.new_ref(jnp.zeros(dq_shape, jnp.float32))
-    order = longest_first(table, problem.num_patterns)
-    work = order, table, entries, low, high
+    work = longest_first(table, problem.num_patterns), table, entries, low, high
     dk, dv = kernel(*work, lse, delta, q, k, v, do, dq_ref)
-    return dq_ref[...].sum(0)[:, :length] * scale, dk, dv
+    return (dq_ref[...].sum(0)[:, :length] * scale).astype(dq_dtype), dk, dv
 
 
 def _fetch(refs: Refs, problem: Problem, queue: Any) -> None:

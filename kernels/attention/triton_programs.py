@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import triton
 import triton.language as tl
 from jax import Array
@@ -45,6 +46,21 @@ def grid_of(num_tiles: int, num_heads: int) -> tuple[int, int, int]:
     """Programs: tiles of TOGETHER heads, then those of the next; the first dim varies fastest."""
     together = min(TOGETHER, num_heads)
     return together, num_tiles, triton.cdiv(num_heads, together)
+
+
+def pad_queries(
+    length: int,
+    low: Array,
+    high: Array,
+    lse: Array,
+    delta: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Bounds [B, T] and sums [B, N, T] of `length` queries, of which the added ones see nothing."""
+    by_row = (0, 0), (0, length - low.shape[1])
+    by_head = (0, 0), *by_row
+    low, high = jnp.pad(low, by_row), jnp.pad(high, by_row)
+    lse = jnp.pad(lse, by_head, constant_values=jnp.inf)
+    return low, high, lse, jnp.pad(delta, by_head)
 
 
 def sizes_of(q: Array, k: Array, low: Array, layout: BlockLayout | None) -> dict[str, Any]:
