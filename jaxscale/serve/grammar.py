@@ -186,6 +186,8 @@ def json_grammar(schema: Any, *, is_compact: bool = False) -> GrammarConfig:
 
 
 def choice_grammar(choices: list[str]) -> GrammarConfig:
-    """The grammar of one of several texts."""
+    """The grammar of one of several texts; raises InputError for none."""
+    if not choices:
+        raise InputError("structured_outputs", choices, "a choice at least")
     alternatives = " | ".join(json.dumps(choice) for choice in choices)
     return GrammarConfig("lark", f"start: {alternatives}")

@@ -36,7 +36,8 @@ class HostRows:
         """Takes the settings of a sequence that has just been given the slot."""
         sampling = config.sampling
         values = dataclasses.asdict(sampling) | dataclasses.asdict(config.penalties)
-        values |= {"index": index, "top_k": sampling.top_k or self.num_tokens}
+        # A client may send any number, of which the device takes 32 bits.
+        values |= {"index": index, "top_k": min(sampling.top_k or self.num_tokens, self.num_tokens)}
         values["top_p_rest"] = 1 - sampling.top_p
         for name, array in self.settings.items():
             array[slot] = values[name]

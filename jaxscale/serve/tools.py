@@ -163,11 +163,14 @@ def forced_grammar(tools: Sequence[dict[str, Any]], name: str | None) -> Grammar
         tools: in OpenAI's form.
         name: of the function; None for any of them.
     Raises:
-        InputError: there is no such function.
+        InputError: there is no such function, or one has no name.
     """
-    functions = [tool.get("function", {}) for tool in tools]
-    names = [function.get("name") for function in functions]
-    chosen = [each for each in functions if name in (None, each.get("name"))]
+    functions = [tool.get("function") for tool in tools]
+    named = [each for each in functions if isinstance(each, dict) and "name" in each]
+    if len(named) < len(functions):
+        raise InputError("tools", list(tools), "functions with names")
+    names = [function["name"] for function in named]
+    chosen = [each for each in named if name in (None, each["name"])]
     if not chosen:
         raise InputError("tool_choice", name, f"one of {names}")
     schemas = [_schema(function) for function in chosen]
@@ -178,7 +181,7 @@ def _schema(function: dict[str, Any]) -> dict[str, Any]:
     parameters = function.get("parameters") or {"type": "object"}
     return {
         "type": "object",
-        "properties": {"name": {"const": function.get("name")}, "arguments": parameters},
+        "properties": {"name": {"const": function["name"]}, "arguments": parameters},
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }

@@ -85,6 +85,10 @@ def complete(client, timeout=60, **fields):
     return client.post("/v1/completions", json=fields, timeout=timeout)
 
 
+def schema_of(kind):
+    return {"type": "json_schema", "json_schema": {"schema": {"type": kind}}}
+
+
 def events(response):
     """The data of a stream, after a look at its end."""
     lines = [line for line in response.text.split("\n\n") if line]
@@ -268,6 +272,8 @@ def test_openais_client_works(served):
         (dict(stop=["x", ""]), 400, "stop", "at least one character"),
         (dict(structured_outputs={"regex": "(a"}), 400, "grammar", "can be compiled"),
         (dict(response_format={"type": "json_schema"}), 400, "response_format", "a schema"),
+        (dict(response_format=schema_of("nonsense")), 400, "grammar", "can be compiled"),
+        (dict(structured_outputs={"choice": []}), 400, "structured_outputs", "a choice"),
     ],
     ids=str,
 )
@@ -279,6 +285,13 @@ def test_bad_requests_are_refused_in_openais_form(client, fields, status, param,
         assert error["type"] == "invalid_request_error"
         assert error["param"] == param
         assert message in error["message"]
+
+
+def test_numbers_beyond_those_of_the_device_end_no_engine(client):
+    wanted = complete(client, temperature=1, seed=3).json()["choices"]
+    for top_k in (10**12, 2**31, 258):
+        asked = dict(temperature=1, seed=3, top_k=top_k, priority=10**40, stop_token_ids=[10**30])
+        assert complete(client, **asked).json()["choices"] == wanted
 
 
 def test_what_is_no_json_or_no_page_is_refused_and_the_server_goes_on(client):

@@ -56,5 +56,7 @@ def test_a_call_may_be_demanded_by_name():
     assert chosen_name({"type": "function", "function": {"name": "sub"}}) == (True, "sub")
     with pytest.raises(InputError, match="tool_choice"):
         forced_grammar(given, "mul")
+    with pytest.raises(InputError, match="functions with names"):
+        forced_grammar([*given, {"type": "function"}], None)
     with pytest.raises(InputError, match="tool_choice"):
         chosen_name("sometimes")
