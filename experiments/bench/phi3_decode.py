@@ -38,7 +38,8 @@ def ours(values, options):
     model = read_config(BY_MODEL_TYPE["phi3"], values, "config.json", ("lm_head.weight",))
     table = parameter_table(model)
     params = jax.jit(lambda key: init_params(table, key, "bfloat16"))(jax.random.key(0))
-    params = quantised(params, table, QuantisedConfig(bits)) if bits else params
+    if bits:
+        params = quantised(params, table, QuantisedConfig(bits, options.embedding_bits))
     decoder = Decoder(model, execution=ExecutionConfig(remat="none", is_scanned=False))
     params = jax.jit(decoder.prepared)(params)
 
@@ -126,6 +127,7 @@ def main():
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--layers", type=int, help="fewer than the model's, to try it")
     parser.add_argument("--bits", type=int, choices=(4, 8))
+    parser.add_argument("--embedding_bits", type=int, choices=(4, 8))
     parser.add_argument("--cache", choices=("static", "dynamic"), default="dynamic")
     parser.add_argument("--profile", help="directory for a profile of one more continuation")
     options = parser.parse_args()
@@ -137,6 +139,7 @@ def main():
     figures = {
         "who": options.who,
         "bits": options.bits,
+        "embedding_bits": options.embedding_bits,
         "cache": options.cache if options.who == "huggingface" else None,
         "length": options.length,
         "ms": round(ms, 4),

@@ -13,6 +13,7 @@ from jaxscale import tree
 from jaxscale.models import by_row, ends
 from jaxscale.models.config import LayerConfig, ModelConfig
 from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.few_tokens import fused
 from jaxscale.models.joined import joined
 from jaxscale.models.layers import Layer
 from jaxscale.models.lora import adapted, selected
@@ -349,7 +350,7 @@ class Decoder:
             params = selected(params, tokens.adapters)
         if "moe" in params:  # whose products take whole matrices
             params = params | {"moe": dequantised(params["moe"], self.policy.compute)}
-        layer = Layer(params, config, self.config.norm, operations)
+        layer = fused(Layer(params, config, self.config.norm, operations), x)
         run = self.execution.strategy
         x, cache, choices = run(layer, x, tokens.context, cache, tokens.draws)
         if choices is None:

@@ -133,17 +133,24 @@ class Layer:
         Returns:
             q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]; on a mesh the local heads.
         """
-        params, config = self.params["attention"], self.config.attention
-
-        def kv_heads(weights: Weights, axis: int) -> Weights:
-            local_heads = self.operations.collectives.kv_heads
-            return map_outputs(lambda w: local_heads(w, axis, config.num_kv_heads), weights)
-
+        params = self.params["attention"]
         if "qkv" in params:
             q, k, v = linear_joined(h, params["qkv"])
         else:
-            weights = [params["q"], kv_heads(params["k"], 1), kv_heads(params["v"], 1)]
+            weights = [params["q"], self._kv_heads(params["k"], 1), self._kv_heads(params["v"], 1)]
             q, k, v = linear_heads(h, weights)
+        return self.positioned(q, k, v, positions, lengths)
+
+    def positioned(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        positions: Array,
+        lengths: Array | None,
+    ) -> tuple[Array, Array, Array]:
+        """The projections with biases, norm of queries and keys, and rotary positions."""
+        params, config, kv_heads = self.params["attention"], self.config.attention, self._kv_heads
         if "q" in config.biases:
             q = q + params["q_bias"]
         if "k" in config.biases:
@@ -161,6 +168,12 @@ class Layer:
             q = rotate(q, positions, config.rotary, lengths)
             k = rotate(k, positions, config.rotary, lengths)
         return self._name("q", q), self._name("k", k), self._name("v", v)
+
+    def _kv_heads(self, weights: Weights, axis: int) -> Weights:
+        """What this device has of weights of the keys' or values' heads."""
+        num = self.config.attention.num_kv_heads
+        local_heads = self.operations.collectives.kv_heads
+        return map_outputs(lambda w: local_heads(w, axis, num), weights)
 
     def attend(
         self,

@@ -1,7 +1,7 @@
 """Products of a few tokens with matrices in 4 or 8 bits, which are read as they are stored."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,15 @@ from jaxscale.kernels.quantised_matmul import pallas, reference
 from jaxscale.kernels.quantised_matmul.packing import INPUTS
 
 BACKENDS = ("reference", "mosaic")
-# Rows of `x`. With more of them a matrix that is made whole again costs little beside the product.
-MAX_ROWS = 32
+MAX_ROWS = 8  # of `x`: the columns of one product of the tensor cores
+MAX_BYTES = 160 * 1024  # of `x`, which lies in shared memory
+
+
+class Norm(NamedTuple):
+    """An RMSNorm of `x` before a product, with its scale [K]."""
+
+    scale: Array
+    epsilon: float
 
 
 def matmul(
@@ -22,6 +29,9 @@ def matmul(
     *,
     implementation: str,
     dtype: Any = None,
+    norm: Norm | None = None,
+    residual: Array | None = None,
+    is_gated: bool = False,
     interpret: Any = False,
 ) -> list[Array]:
     """x @ W of each matrix W, of integers with a scale for each INPUTS inputs and output.
@@ -34,12 +44,15 @@ def matmul(
             [N / OUTPUTS, K / INPUTS, OUTPUTS]; all of the same K and bits.
         implementation: one of BACKENDS; "mosaic" is for Hopper GPUs.
         dtype: of the results; None for that of `x`. Sums are in float32.
+        norm: of `x`, in front of the products.
+        residual: [M, N], to be added to the result.
+        is_gated: the matrices are a gate and what it gates; the one result is SwiGLU's.
         interpret: JAX's parameters of interpretation, to try "mosaic" on a CPU; False compiles it.
     Returns:
         [M, N] of each.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: "mosaic" reads the words once, in one launch for all matrices.
+    Cost: "mosaic" reads the words once, in one launch for all that is asked.
     """
     for words, scales in matrices:
         chunks = x.shape[1] // INPUTS
@@ -50,9 +63,11 @@ def matmul(
     refusal = mosaic_refusal(x) if implementation == "mosaic" else None
     check_backend("quantised_matmul", implementation, BACKENDS, refusal)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    scale, epsilon = (None, 0.0) if norm is None else norm
+    settings = dict(dtype=dtype, epsilon=epsilon, residual=residual, is_gated=is_gated)
     if implementation == "reference":
-        return [reference.matmul(x, *matrix).astype(dtype) for matrix in matrices]
-    return pallas.matmul(x, tuple(matrices), dtype=dtype, interpret=interpret)
+        return reference.matmul(x, matrices, scale=scale, **settings)
+    return pallas.matmul(x, tuple(matrices), scale=scale, **settings, interpret=interpret)
 
 
 def mosaic_refusal(x: Array) -> str | None:
@@ -61,6 +76,8 @@ def mosaic_refusal(x: Array) -> str | None:
         return f"x of bfloat16, but it is {x.dtype}"
     if x.shape[0] > MAX_ROWS:
         return f"at most {MAX_ROWS} rows, but x has {x.shape[0]}"
+    if x.size * x.dtype.itemsize > MAX_BYTES:
+        return f"x of at most {MAX_BYTES} bytes, but it is {x.shape}"
     if jax.__version_info__ < (0, 11):
         return f"jax >= 0.11, but this is {jax.__version__}"
     return None

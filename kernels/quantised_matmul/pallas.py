@@ -1,12 +1,16 @@
 """Products with matrices in 4 or 8 bits for Hopper GPUs, as a Pallas kernel for Mosaic GPU.
 
-A block is one warpgroup, which computes 64 outputs over a part of the inputs. Words go from memory
-to registers some steps ahead of their use, for reading them is what takes the time. There two
-operations make four bfloat16 of 16 bits: an integer of 4 bits below the exponent of 128 is 128 plus
-the integer. They are the left operand of the tensor cores' products, whose 8 columns are the
-tokens. Each group's sum is scaled, and parts of the inputs are added up afterwards.
+A block computes 64 outputs; its warpgroups share the inputs, and the first adds up their sums. What
+stands around a product in a layer is in the same launch: the norm before it, the gate and the
+residual behind it. A step of decoding is a chain of such products, in which launches count.
+
+Words go from memory to registers some steps ahead of their use, for reading them is what takes the
+time. There three operations make two bfloat16 of two integers: an integer of 4 bits below the
+exponent of 128 is 128 plus the integer. They are the left operand of the tensor cores' products,
+whose 8 columns are the tokens.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,50 +19,55 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, vector
+from jax._src.lib.mlir.dialects import arith, memref, nvvm, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxscale.kernels.attention.products import MATRIX, ROW, spread
-from jaxscale.kernels.persistent import NUM_SMS, swizzled
+from jaxscale.kernels.persistent import NUM_SMS
 from jaxscale.kernels.quantised_matmul.packing import INPUTS, OFFSETS, OUTPUTS, WORDS, unpack_unit
 
-UNIT = 8  # rows of `x`: the fewest columns of a product
-BLOCKS = 4  # that a multiprocessor has room for
+UNIT = 8  # columns of a product: tokens
+THREADS = 128  # of a warpgroup
 AHEAD = 4  # steps whose words are on their way
+MARGIN = 8  # elements behind a row of x, so that eight rows lie in different banks
 LAYOUT = plgpu.Layout.WG_STRIDED((WORDS,), vec_size=4)
+EACH_THREAD = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 
 
 # jit: the kernel is lowered once for all layers.
-@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+@functools.partial(jax.jit, static_argnames=("dtype", "epsilon", "is_gated", "interpret"))
 def matmul(
     x: Array,
     matrices: tuple[tuple[Array, Array], ...],
     *,
     dtype: Any,
+    scale: Array | None,
+    epsilon: float,
+    residual: Array | None,
+    is_gated: bool,
     interpret: Any = False,
 ) -> list[Array]:
-    """As `api.matmul`."""
+    """As `api.matmul`; `scale` and `epsilon` are the norm's."""
     num_rows, depth = x.shape
-    chunks, rows = depth // INPUTS, pl.cdiv(num_rows, UNIT) * UNIT
-    x = jnp.pad(x, ((0, rows - num_rows), (0, 0)))
-    x = x.reshape(rows, chunks, INPUTS).swapaxes(0, 1)
     tiles = [words.shape[0] for words, _ in matrices]
-    num_splits = _num_splits(chunks, sum(tiles), 2 if interpret else BLOCKS * NUM_SMS)
-    num_steps = chunks // num_splits
+    groups = [(0, 1)] if is_gated else [(i,) for i in range(len(tiles))]
+    widths = [tiles[group[0]] for group in groups]
+    num_parts = _num_parts(depth // INPUTS, sum(widths))
+    optional = {"scale": scale, "residual": residual}
+    optional = {name: array for name, array in optional.items() if array is not None}
 
-    def body(x_gmem, *refs):
-        operands, results = refs[: 2 * len(tiles)], refs[2 * len(tiles) : 3 * len(tiles)]
-        x_smem, full, *buffers = refs[3 * len(tiles) :]
-        split, tile = lax.axis_index("split"), lax.axis_index("tile")
-        mine = pl.ds(split * num_steps, num_steps)
-        plgpu.copy_gmem_to_smem(x_gmem.at[mine], x_smem, full)
-        begin = 0
-        for i, num in enumerate(tiles):
-            words, scales = (operands[2 * i + j].at[tile - begin, mine] for j in range(2))
-            result = results[i].at[split, tile - begin]
-            run = functools.partial(_run_tile, words, scales, x_smem, full, result, buffers)
+    def body(*refs):
+        given = dict(zip(["x", *optional], refs, strict=False))
+        refs = refs[len(given) :]
+        operands, refs = refs[: 2 * len(tiles)], refs[2 * len(tiles) :]
+        results, scratch = refs[: len(widths)], refs[len(widths) :]
+        tile, begin = lax.axis_index("tile"), 0
+        for group, result, num in zip(groups, results, widths, strict=True):
+            mine = [operands[2 * i : 2 * i + 2] for i in group]
+            block = _Block(*scratch, **given, depth=depth, epsilon=epsilon, interpret=interpret)
+            run = functools.partial(block.run, tile - begin, mine, result)
             pl.when((tile >= begin) & (tile < begin + num))(run)
             begin += num
 
@@ -66,101 +75,282 @@ def matmul(
         lowering_semantics=plgpu.LoweringSemantics.Lane,
         approx_math=True,
     )
-    interpreted = (plgpu.SMEM((OUTPUTS, INPUTS), x.dtype),) if interpret else ()
     kernel = plgpu.kernel(
         body,
-        out_type=tuple(
-            jax.ShapeDtypeStruct((num_splits, num, OUTPUTS, rows), jnp.float32) for num in tiles
-        ),
+        out_type=tuple(jax.ShapeDtypeStruct((num_rows, num * OUTPUTS), dtype) for num in widths),
         scratch_types=(
-            swizzled((num_steps, rows, INPUTS), x.dtype),
-            plgpu.Barrier(),
-            *interpreted,
+            plgpu.SMEM((num_rows, depth + MARGIN), x.dtype),
+            plgpu.SMEM((num_rows, num_parts * THREADS), jnp.float32),
+            plgpu.SMEM((num_parts, len(groups[0]), OUTPUTS, UNIT), jnp.float32),
+            plgpu.Barrier(num_arrivals=num_parts),
         ),
-        grid=(num_splits, sum(tiles)),
-        grid_names=("split", "tile"),
+        grid=(sum(widths),),
+        grid_names=("tile",),
+        num_threads=num_parts,
+        thread_name="part",
         compiler_params=compiler_params,
         interpret=interpret,
     )
-    parts = kernel(x, *(array for matrix in matrices for array in matrix))
-    sums = (part.sum(0)[..., :num_rows].reshape(-1, num_rows) for part in parts)
-    return [each.T.astype(dtype) for each in sums]
+    flat = [array for matrix in matrices for array in matrix]
+    return list(kernel(x, *optional.values(), *flat))
 
 
-def _num_splits(chunks: int, num_tiles: int, room: int) -> int:
-    """Into how many parts the inputs are divided, so that all blocks run at once."""
-    divisors = (n for n in range(1, chunks + 1) if chunks % n == 0)
-    return max((n for n in divisors if n * num_tiles <= room), default=1)
+def _num_parts(chunks: int, num_blocks: int) -> int:
+    """Warpgroups of a block, each of which takes as many inputs.
+
+    A multiprocessor has room for one block of four, or two of two.
+    """
+    most = 4 if num_blocks <= NUM_SMS else 2
+    return next(num for num in range(most, 0, -1) if chunks % num == 0)
 
 
-def _run_tile(words, scales, x_smem, full, result, buffers):
-    """64 outputs over a block's inputs; its steps are written out, so that loads run ahead."""
-    num_steps, num_planes = words.shape[0], words.shape[1]
-    offsets = OFFSETS[4 * num_planes]
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """References of a block; `scale` and `residual` where there are any."""
 
-    def load(step):
-        units = [plgpu.load(words.at[step, i], layout=LAYOUT) for i in range(num_planes)]
-        scale = plgpu.load(scales.at[step], layout=ROW, optimized=False)
-        return units, scale
+    x_smem: Any
+    squares: Any
+    sums: Any
+    ready: Any
+    x: Any
+    depth: int
+    epsilon: float
+    interpret: Any
+    scale: Any = None
+    residual: Any = None
 
-    loaded = [load(step) for step in range(min(AHEAD, num_steps))]
-    total = plgpu.layout_cast(jnp.zeros(result.shape, jnp.float32), MATRIX)
-    plgpu.barrier_wait(full)
-    for step in range(num_steps):
-        units, scale = loaded[step]
-        if step + AHEAD < num_steps:
-            loaded.append(load(step + AHEAD))
-        value = None
-        for unit, offset in zip(units, offsets, strict=True):
-            product = _product(unit, offset, x_smem.at[step], buffers)
-            value = product if value is None else 16 * value + product
-        total = total + spread(scale.astype(jnp.float32), total.shape, 0) * value
-    result[...] = total
+    def run(self, tile, matrices, result):
+        """64 outputs, of two matrices where the first is the gate of the second."""
+        part = lax.axis_index("part")
+        num_steps = self.depth // INPUTS // self.sums.shape[0]
+        first = part * num_steps
+        steps = [_Steps(*(ref.at[tile] for ref in each), first, num_steps) for each in matrices]
+        loaded = [each.load(step) for each in steps for step in range(min(AHEAD, num_steps))]
+        self._take_inputs(pl.ds(first * INPUTS, num_steps * INPUTS), part)
+        for number, each in enumerate(steps):
+            ahead = loaded[number * min(AHEAD, num_steps) :][: min(AHEAD, num_steps)]
+            self.sums.at[part, number][...] = self._sum(each, ahead)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.ready)
+        pl.when(part == 0)(functools.partial(self._finish, tile, result))
+
+    def _take_inputs(self, mine, part):
+        """Puts a warpgroup's share of the inputs into shared memory, times the norm's scale."""
+        layout = _strided(mine.size)
+        scale = None
+        if self.scale is not None:
+            scale = plgpu.load(self.scale.at[mine], layout=layout).astype(jnp.float32)
+        for row in range(self.x.shape[0]):
+            values = plgpu.load(self.x.at[row, mine], layout=layout)
+            if scale is not None:
+                wide = values.astype(jnp.float32)
+                mine_of_squares = pl.ds(part * THREADS, THREADS)
+                squares = _by_thread(wide * wide, self.interpret)
+                self.squares.at[row, mine_of_squares][...] = squares
+                values = (wide * scale).astype(values.dtype)
+            self.x_smem.at[row, mine][...] = values
+        plgpu.commit_smem()
+
+    def _sum(self, steps, loaded):
+        """The sum [64, 8] over a warpgroup's inputs; steps are written out, so loads run ahead."""
+        total = plgpu.layout_cast(jnp.zeros((OUTPUTS, UNIT), jnp.float32), MATRIX)
+        offsets = OFFSETS[4 * steps.words.shape[1]]
+        for step in range(steps.num):
+            units, scale = loaded[step]
+            if step + AHEAD < steps.num:
+                loaded.append(steps.load(step + AHEAD))
+            x = self.x_smem.at[:, pl.ds((steps.first + step) * INPUTS, INPUTS)]
+            value = None
+            for unit, offset in zip(units, offsets, strict=True):
+                product = _product(unit, offset, x, self.interpret)
+                value = product if value is None else 16 * value + product
+            total = total + spread(scale.astype(jnp.float32), total.shape, 0) * value
+        return total
+
+    def _finish(self, tile, result):
+        """Adds up the sums of all warpgroups and what stands behind the product."""
+        plgpu.barrier_wait(self.ready)
+        num_parts, num_matrices = self.sums.shape[:2]
+        totals = []
+        for number in range(num_matrices):
+            parts = [
+                plgpu.load(self.sums.at[part, number], layout=MATRIX, optimized=False)
+                for part in range(num_parts)
+            ]
+            totals.append(sum(parts[1:], parts[0]))
+        column = plgpu.broadcasted_iota(jnp.int32, totals[0].shape, 1, layout=MATRIX)
+        mine = pl.ds(tile * OUTPUTS, OUTPUTS)
+        for row in range(self.x.shape[0]):
+            outputs = [jnp.where(column == row, each, 0.0).sum(1) for each in totals]
+            if self.scale is not None:
+                total = _total(self.squares.at[row], self.interpret)
+                factor = lax.rsqrt(total / self.depth + self.epsilon)
+                outputs = [each * factor for each in outputs]
+            y = outputs[-1]
+            if num_matrices == 2:
+                y = y * outputs[0] / (1 + jnp.exp(-outputs[0]))
+            if self.residual is not None:
+                before = plgpu.load(self.residual.at[row, mine], layout=ROW, optimized=False)
+                y = y + before.astype(jnp.float32)
+            result.at[row, mine][...] = y.astype(result.dtype)
 
 
-def _product(words, offset, x, buffers):
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """A warpgroup's inputs of a tile, 128 a step."""
+
+    words: Any
+    scales: Any
+    first: Any
+    num: int
+
+    def load(self, step):
+        """(words of each unit, scales) of a step."""
+        chunk = self.first + step
+        num_planes = self.words.shape[1]
+        units = [plgpu.load(self.words.at[chunk, i], layout=LAYOUT) for i in range(num_planes)]
+        return units, plgpu.load(self.scales.at[chunk], layout=ROW, optimized=False)
+
+
+def _strided(size):
+    """How a warpgroup's registers hold a vector; as many neighbours a thread as there can be."""
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=_neighbours(size))
+
+
+def _neighbours(size):
+    return next(num for num in (8, 4, 2, 1) if size % (num * THREADS) == 0)
+
+
+def _by_thread(values, interpret):
+    """A vector's sums over the elements of each thread, [128]."""
+    if interpret:
+        return values.reshape(-1, THREADS).sum(0)
+    layout = _strided(values.shape[0])
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,),
+        return_type=plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=EACH_THREAD),
+    )
+    def add(_, values):
+        total = None
+        for register in values.registers.flat:
+            for place in range(_neighbours(values.shape[0])):
+                each = vector.extract(register, [], [place])
+                total = each if total is None else arith.addf(total, each)
+        one = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), total)
+        registers = np.full(EACH_THREAD.to_mgpu().registers_shape((THREADS,)), one, object)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=EACH_THREAD.to_mgpu(), _is_signed=None
+        )
+
+    return add(values)
+
+
+def _total(ref, interpret):
+    """The sum of a vector in shared memory, for all outputs [64]; each warp adds it up."""
+    if interpret:
+        return jnp.full((OUTPUTS,), ref[...].sum())
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((OUTPUTS,), jnp.float32, layout=ROW),
+    )
+    def add(_, ref):
+        lane, total = _lane(), None
+        for begin in range(0, ref.type.shape[0], 32):
+            each = memref.load(ref, [arith.addi(lane, _index(begin))])
+            total = each if total is None else arith.addf(total, each)
+        for distance in (16, 8, 4, 2, 1):
+            total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
+        layout = ROW.to_mgpu()
+        one = vector.broadcast(ir.VectorType.get((layout.vector_length,), total.type), total)
+        registers = np.full(layout.registers_shape((OUTPUTS,)), one, object)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return add(ref)
+
+
+def _product(words, offset, x, interpret):
     """(integers of the words - offset) [64, 128] times x [rows, 128] transposed, in float32."""
-
-    def run(accumulator):
-        if buffers:  # interpretation takes left operands from shared memory
-            (left,) = buffers
-            left[...] = (unpack_unit(words) - offset).astype(left.dtype)
-        else:
-            left = _to_bfloat16(offset)(words)
-        plgpu.wgmma(accumulator, left, x.transpose((1, 0)))
-        return accumulator[...]
-
-    return pl.run_scoped(run, plgpu.ACC((OUTPUTS, x.shape[0]), jnp.float32))
+    if interpret:
+        left = (unpack_unit(words) - offset).astype(jnp.float32)
+        right = x[...].astype(jnp.float32)
+        return jnp.pad(left @ right.T, ((0, 0), (0, UNIT - len(right))))
+    return _multiply(offset)(words, x)
 
 
 @functools.cache
-def _to_bfloat16(offset: int):
-    """A function of words that gives their integers less `offset` as a left operand."""
+def _multiply(offset: int):
+    """A function of words and inputs in shared memory that gives their product [64, 8]."""
 
     @plgpu.inline_mgpu(
-        arg_types=(LAYOUT,),
-        return_type=plgpu.ShapeDtypeStruct((OUTPUTS, INPUTS), jnp.bfloat16, layout=MATRIX),
+        arg_types=(LAYOUT, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((OUTPUTS, UNIT), jnp.float32, layout=MATRIX),
     )
-    def convert(_, words):
-        i32 = ir.IntegerType.get_signless(32)
-        pair = ir.VectorType.get((2,), ir.BF16Type.get())
-        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((OUTPUTS, INPUTS)), object)
-        columns = registers.reshape(INPUTS // 8, 2)
-        for number in range(8):
+    def multiply(_, words, x):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        num_rows = x.type.shape[0]
+        lane = _lane()
+        row = arith.divui(lane, _index(4))
+        pair = arith.muli(arith.remui(lane, _index(4)), _index(2))
+        is_row = arith.cmpi(arith.CmpIPredicate.ult, row, _index(num_rows))
+        row = arith.minui(row, _index(num_rows - 1))
+        zero = arith.constant(i32, 0)
+        totals = [arith.constant(f32, 0.0)] * 4
+        two = ir.VectorType.get((2,), ir.BF16Type.get())
+        for number in range(WORDS // THREADS):
             word = vector.extract(words.registers.flat[number // 4], [], [number % 4])
-            for place in range(4):  # within a word first the half of the rows, then of the inputs
+            # Within a word first the half of the rows, then of the inputs, as operands have them.
+            left = []
+            for place in range(4):
                 shifted = arith.shrui(word, arith.constant(i32, 4 * place))
-                operand = _pair(shifted, 0x4300 + offset)
-                columns[2 * number + place // 2, place % 2] = mgpu.utils.bitcast(operand, pair)
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None
-        )
+                left.append(_pair(shifted, 0x4300 + offset))
+            right = []
+            for half in range(2):
+                column = arith.addi(pair, _index(16 * number + 8 * half))
+                both = mgpu.utils.bitcast(vector.load(two, x, [row, column]), i32)
+                right.append(arith.select(is_row, both, zero))
+            totals = _mma(left, right, totals)
+        halves = []
+        for half in range(2):
+            halves.append(_vector(totals[2 * half : 2 * half + 2]))
+        layout = MATRIX.to_mgpu()
+        registers = np.empty(layout.registers_shape((OUTPUTS, UNIT)), object)
+        registers.reshape(2)[:] = halves
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return convert
+    return multiply
+
+
+def _mma(left, right, totals):
+    """One product of a warp, 16 outputs, 16 inputs, 8 tokens, added to the totals."""
+    f32 = ir.F32Type.get()
+    return mgpu.utils.inline_ptx(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        *left,
+        *right,
+        *totals,
+        result_types=[f32] * 4,
+    )
+
+
+def _vector(values):
+    pair = ir.VectorType.get((len(values),), values[0].type)
+    return vector.from_elements(pair, values)
+
+
+def _index(value):
+    return arith.constant(ir.IndexType.get(), value)
+
+
+def _lane():
+    """A thread's number in its warp."""
+    return arith.index_cast(ir.IndexType.get(), nvvm.read_ptx_sreg_laneid())
 
 
 def _pair(word, zero):
-    """The lowest 4 bits of both halves of a word as bfloat16, less `zero`, which is one too."""
+    """The lowest 4 bits of both halves of a word as two bfloat16, less `zero`, which is one too."""
     return mgpu.utils.inline_ptx(
         f"""{{ .reg .b32 sum, zero;
         lop3.b32 sum, $1, 0x000F000F, 0x43004300, (0xf0 & 0xcc) | 0xaa;

@@ -1,7 +1,11 @@
 """The slow twin."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxscale.kernels.quantised_matmul.packing import INPUTS, unpack
 
@@ -15,6 +19,24 @@ def dequantise(words: Array, scales: Array) -> Array:
     return (by_group * by_output.astype(jnp.float32)).reshape(values.shape)
 
 
-def matmul(x: Array, words: Array, scales: Array) -> Array:
-    """As `api.matmul` of one matrix, in float32."""
-    return x.astype(jnp.float32) @ dequantise(words, scales)
+def matmul(
+    x: Array,
+    matrices: Sequence[tuple[Array, Array]],
+    *,
+    dtype: Any,
+    scale: Array | None,
+    epsilon: float,
+    residual: Array | None,
+    is_gated: bool,
+) -> list[Array]:
+    """As `api.matmul`, in float32; `scale` and `epsilon` are the norm's."""
+    x = x.astype(jnp.float32)
+    if scale is not None:
+        x = x * lax.rsqrt((x * x).mean(1, keepdims=True) + epsilon) * scale
+    outputs = [x @ dequantise(*matrix) for matrix in matrices]
+    if is_gated:
+        gate, up = outputs
+        outputs = [jax.nn.silu(gate) * up]
+    if residual is not None:
+        outputs = [y + residual for y in outputs]
+    return [y.astype(dtype) for y in outputs]
