@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "convert" / "fixtures" / "bert"
 SHAPE = {
@@ -24,7 +24,11 @@ SHAPE = {
 def main(folder=FOLDER):
     """A folder, no weight at a value that would hide it; logits without types and with them."""
     torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(**SHAPE, attn_implementation="eager")).eval()
+    config = BertConfig(**SHAPE, attn_implementation="eager")
+    model = BertForMaskedLM(config)
+    model.bert = BertModel(config)  # with the pooler, which the other leaves out
+    model.tie_weights()
+    model.eval()
     for path, parameter in model.named_parameters():
         mean = float(path.endswith("LayerNorm.weight"))
         parameter.data = (mean + 0.2 * torch.randn(parameter.shape)).bfloat16().float()
@@ -32,8 +36,9 @@ def main(folder=FOLDER):
     with torch.no_grad():
         plain = model(tokens).logits.numpy()
         typed = model(tokens, token_type_ids=tokens % 2).logits.numpy()
+        pooled = model.bert(tokens).pooler_output.numpy()
     model.bfloat16().save_pretrained(folder)
-    arrays = {"tokens": tokens.numpy(), "logits_24": plain, "typed": typed}
+    arrays = {"tokens": tokens.numpy(), "logits_24": plain, "typed": typed, "pooled": pooled}
     np.savez_compressed(Path(folder) / "logits.npz", **arrays)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxscale import tree
 from jaxscale.checkpoint.safetensors import SafetensorsSource, write_safetensors
 from jaxscale.checkpoint.source import LazyArray
-from jaxscale.convert.families import BY_MODEL_TYPE, FAMILIES
+from jaxscale.convert.families import BY_MODEL_TYPE, FAMILIES, bert
 from jaxscale.convert.family import Family
 from jaxscale.convert.fields import IGNORED, Fields, read_json
 from jaxscale.convert.packed import import_packed, is_packed, packed_tensors
@@ -205,15 +205,20 @@ def _written(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 def _differences(family: Family, values: dict[str, Any], config: ModelConfig) -> list[str]:
     """What a reader of a config.json would not find of the model, as `name = value`."""
-    tensors = () if config.is_tied else ("lm_head.weight",)
     try:
-        read = read_config(family, values, CONFIG, tensors)
+        read = read_config(family, values, CONFIG, _telling(config))
     except InputError as error:
         return [str(error)]
     wanted, found = (_flat(each) for each in (config, read))
     names = dict.fromkeys([*wanted, *found])
     differing = [name for name in names if wanted.get(name) != found.get(name)]
     return [f"{name} = {wanted.get(name)}" for name in differing]
+
+
+def _telling(config: ModelConfig) -> list[str]:
+    """Names of tensors by which a reader knows parts of a model of which config.json is silent."""
+    parts = {"lm_head.weight": not config.is_tied, bert.POOLER: config.use_pooler}
+    return [name for name, is_there in parts.items() if is_there]
 
 
 def _flat(config: ModelConfig) -> dict[str, Any]:

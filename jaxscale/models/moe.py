@@ -10,8 +10,10 @@ from jax import lax
 
 from jaxscale.models.config import ExpertsConfig
 from jaxscale.models.router import route, router_logits
+from jaxscale.ops.activation import activate
 from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import EXPERT, Draws, Dropout
+from jaxscale.ops.linear import linear, linear_each, linear_joined
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, Params
 
@@ -120,6 +122,22 @@ def experts(
     )
     if config.has_output_scale:
         y = (accumulator(y) * accumulator(params["omega"])).astype(y.dtype)
+    if config.shared_dim:
+        y = y + _shared_expert(params["shared"], h, config.activation)
     if is_chosen is not None:
         index = jnp.where(is_chosen, index, config.num_experts)
     return y, Choices(index, logits)
+
+
+def _shared_expert(params: Params, h: Array, activation: str) -> Array:
+    """sigmoid(w . h) times the expert that every token visits; this device's part of [B, T, D].
+
+    Source: Yang et al. 2024 (arXiv 2407.10671), section 2.2.2; the sigmoid is of its released code.
+    """
+    if "gate_up" in params:
+        gate, up = linear_joined(h, params["gate_up"])
+    else:
+        gate, up = linear_each("btd,df->btf", h, [params["gate"], params["up"]])
+    y = linear("btf,fd->btd", activate(activation, gate, up), params["down"])
+    weight = jax.nn.sigmoid(accumulator(h) @ accumulator(params["weight"]))
+    return (accumulator(y) * weight).astype(y.dtype)

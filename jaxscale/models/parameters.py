@@ -93,6 +93,9 @@ def parameter_table(config: ModelConfig) -> Table:
         head["bias"] = build("V", Role.LOGIT_BIAS)
     if head:
         table["head"] = head
+    if config.use_pooler:
+        dense = build("DH", Role.MATRIX, config.init_std, active=0.0, H=config.model_dim)
+        table["pooler"] = {"dense": dense, "dense_bias": build("H", Role.BIAS, H=config.model_dim)}
     return table
 
 
@@ -180,6 +183,14 @@ class _Builder:
         out = {"router": self(stack + "DE", Role.ROUTER, std, **sizes), "experts": matrices}
         if config.has_output_scale:
             out["omega"] = self(stack + "D", Role.NORM, mean=1.0)
+        if config.shared_dim:
+            sizes = {"F": config.shared_dim, "R": 1}
+            out["shared"] = {
+                "gate": self(stack + "DF", Role.MATRIX, std, **sizes),
+                "up": self(stack + "DF", Role.MATRIX, std, **sizes),
+                "down": self(stack + "FD", Role.MATRIX, self.output_std(), **sizes),
+                "weight": self(stack + "DR", Role.ROUTER, std, **sizes),
+            }
         return out
 
     def with_adapters(

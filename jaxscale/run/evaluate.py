@@ -18,18 +18,24 @@ from jaxscale.launch.memory import check_fits
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.evaluation import check_evaluators
+from jaxscale.models.quantised import QuantisedConfig, dequantised, quantised
 from jaxscale.run.evaluation import all_figures, evaluation_context
 from jaxscale.run.run import Run, check_fit
 from jaxscale.train.metrics import json_value, writing
 from jaxscale.train.state import stored_params
-from jaxscale.types import InputError
+from jaxscale.types import InputError, Params
 
 logger = logging.getLogger(__name__)
 
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def evaluate(*, run: Run, step: int | None = None) -> dict[str, Any]:
+def evaluate(
+    *,
+    run: Run,
+    step: int | None = None,
+    quantisation: QuantisedConfig | None = None,
+) -> dict[str, Any]:
     """Measures a checkpoint, on any mesh; prints the figures and writes them to the run's folder.
 
     They go to evaluation_STEP.json; where the run is read-only, a warning says so. A run without
@@ -38,6 +44,7 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, Any]:
     Args:
         run: the run; its mesh may be another one than that of the training.
         step: which checkpoint; the newest when None.
+        quantisation: measures the model whose weights are rounded so; None leaves them as they are.
     Returns:
         "name/figure" -> value.
     Raises:
@@ -62,7 +69,10 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, Any]:
         step=step,
         check=functools.partial(_check_data, run.data),
     )
-    context = dataclasses.replace(context, params=restored.params, step=restored.step)
+    params = restored.params
+    if quantisation is not None:
+        params = _rounded(params, run, quantisation)
+    context = dataclasses.replace(context, params=params, step=restored.step)
     figures = all_figures(run, context)
     if jax.process_index() == 0:
         lines = [f"{name:<30} {_figure_text(value)}" for name, value in figures.items()]
@@ -70,6 +80,17 @@ def evaluate(*, run: Run, step: int | None = None) -> dict[str, Any]:
         path = run.path / f"evaluation_{restored.step}.json"
         _write_figures(path, {"step": restored.step, **figures})
     return figures
+
+
+def _rounded(params: Params, run: Run, quantisation: QuantisedConfig) -> Params:
+    """What the integers of parameters stand for, where and in the type in which they were."""
+
+    @functools.partial(jax.jit, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, params))
+    def of(params: Params) -> Params:
+        small = quantised(params, run.table(), quantisation)
+        return dequantised(small, run.policy.parameters)
+
+    return of(params)
 
 
 def _figure_text(value: Any) -> str:

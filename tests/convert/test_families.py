@@ -23,9 +23,11 @@ from jaxscale.convert.weights import export_tensors, import_params
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.parameters import abstract_params, parameter_table
+from jaxscale.models.pooling import pooled
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.decoding import generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import InputError
 from tests.models.naive import Naive
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -99,6 +101,15 @@ def test_bert_adds_the_types_of_tokens():
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     batch = {"tokens": tokens, "positions": positions, "types": tokens % 2}
     assert_close(jax.jit(decoder("bert").logits)(params("bert"), batch)[0], arrays("bert")["typed"])
+
+
+def test_bert_pools_the_first_token():
+    tokens = arrays("bert")["tokens"]
+    batch = {"tokens": tokens, "positions": np.broadcast_to(np.arange(24), tokens.shape)}
+    got = jax.jit(functools.partial(pooled, decoder("bert")))(params("bert"), batch)
+    assert_close(got, arrays("bert")["pooled"])
+    with pytest.raises(InputError, match=r"ModelConfig.use_pooler: given False"):
+        pooled(decoder("llama"), params("llama"), batch)
 
 
 CONTINUED = [name for name in NAMES if name != "bert"]

@@ -24,6 +24,7 @@ from jaxscale.models.decoder import Decoder
 from jaxscale.models.evaluation import EvaluationContext, check_evaluators
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.parameters import init_params, parameter_table
+from jaxscale.models.quantised import QuantisedConfig, dequantised, quantised
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.run.evaluate import evaluate
@@ -189,6 +190,21 @@ def test_evaluators_are_named_by_the_caller_and_see_the_wanted_step(run):
 
     figures = measure(run, step=1, evaluators={"seen": seen})
     assert figures == {"seen/step": 1, "seen/same": True}
+
+
+@pytest.mark.long
+def test_the_model_that_is_measured_may_have_rounded_weights(run):
+    few = QuantisedConfig(4, embedding_bits=8)
+
+    def seen(context):
+        params = init_params(parameter_table(MODEL), jax.random.key(2), "float32")
+        rounded = quantised(params, parameter_table(MODEL), few)
+        wanted = dequantised(rounded, "float32")
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), context.params, wanted)
+        return {"same": all(jax.tree.leaves(same))}
+
+    run = dataclasses.replace(run, evaluators={"seen": seen})
+    assert evaluate(run=run, quantisation=few) == {"seen/same": True}
 
 
 def counted(evaluator):

@@ -1,4 +1,4 @@
-"""What imported models bring, on a mesh: low-rank adapters, and LongRoPE of cut documents."""
+"""What imported models bring, on a mesh: adapters, LongRoPE of cut documents, shared experts."""
 
 import dataclasses
 
@@ -15,9 +15,16 @@ BASE = comparison.dense(num_layers=1, use_qk_norm=False)
 LAYER = BASE.pattern[0]
 ATTENTION = dataclasses.replace(LAYER.attention, rotary=RotaryConfig(scaling=SCALING))
 LONG_ROPE = dataclasses.replace(BASE, pattern=(dataclasses.replace(LAYER, attention=ATTENTION),))
+MIXED = comparison.mixture(num_layers=1, moe_pattern=(True,), windows=(None,))
+EXPERTS = dataclasses.replace(MIXED.pattern[0].feed_forward, shared_dim=8)
+SHARED = dataclasses.replace(
+    MIXED, pattern=(dataclasses.replace(MIXED.pattern[0], feed_forward=EXPERTS),)
+)
 MESHES = {
     "adapters": (LORA, dict(data=2, tensor=2, zero=3)),
     "sequence": (LONG_ROPE, dict(sequence=2, tensor=2)),
+    "shared expert": (SHARED, dict(expert=2, tensor=2)),
+    "shared expert, whole experts": (SHARED, dict(data=2, tensor=2, expert_axis="tensor")),
     "ring": (LONG_ROPE, dict(sequence=2, ring=2)),
 }
 

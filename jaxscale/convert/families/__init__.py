@@ -13,6 +13,7 @@ from jaxscale.convert.families.phi3 import PHI3
 from jaxscale.convert.families.phi3small import PHI3_SMALL
 from jaxscale.convert.families.phimoe import PHIMOE
 from jaxscale.convert.families.qwen2 import QWEN2
+from jaxscale.convert.families.qwen2_moe import QWEN2_MOE
 from jaxscale.convert.families.qwen3 import QWEN3, QWEN3_MOE
 from jaxscale.convert.family import Family
 
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     MISTRAL,
     MIXTRAL,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
     GEMMA2,

@@ -1,6 +1,6 @@
 """BERT with its head for hidden tokens: bidirectional, norms of the sums with the residual.
 
-The pooler and the head for pairs of sentences, which some files have beside it, are not read.
+The pooler is read where a file has one; the head for pairs of sentences is not.
 
 Source: Devlin et al. 2018 (arXiv 1810.04805).
 """
@@ -20,6 +20,7 @@ OF_TRAINING = (
     "gradient_checkpointing",
     "hidden_dropout_prob",
 )
+POOLER = "bert.pooler.dense.weight"
 NAMES = {
     "embedding/tokens": "bert.embeddings.word_embeddings",
     "embedding/positions": "bert.embeddings.position_embeddings",
@@ -28,6 +29,7 @@ NAMES = {
     "final_norm/dense": "cls.predictions.transform.dense",
     "final_norm": "cls.predictions.transform.LayerNorm",
     "head/bias": "cls.predictions",
+    "pooler/dense": "bert.pooler.dense",
     "attention/q": "attention.self.query",
     "attention/k": "attention.self.key",
     "attention/v": "attention.self.value",
@@ -62,6 +64,7 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
         num_token_types=fields.take("type_vocab_size", int),
         use_embedding_norm=True,
         head_activation=activation,
+        use_pooler=POOLER in names,
         is_tied=True,
         use_head_bias=True,
     )

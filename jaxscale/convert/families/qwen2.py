@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases of queries, keys and values.
+"""Qwen2 and Qwen2.5, dense: Llama with biases of queries, keys and values.
 
 Source: Yang et al. 2024 (arXiv 2407.10671).
 """
@@ -17,7 +17,7 @@ from jaxscale.convert.family import (
 from jaxscale.convert.fields import Fields
 from jaxscale.convert.places import Layout
 from jaxscale.convert.rotary import read_rotary
-from jaxscale.models.config import LayerConfig, ModelConfig
+from jaxscale.models.config import AttentionConfig, LayerConfig, ModelConfig
 
 BIASES = ("q", "k", "v")
 
@@ -25,17 +25,22 @@ BIASES = ("q", "k", "v")
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a config.json."""
     around = read_around(fields, names)
+    attentions = read_attentions(fields, around)
+    feed_forward = llama.read_feed_forward(fields)
+    layers = [LayerConfig(each, feed_forward) for each in attentions]
+    return llama.of_layers(layers, fields, around)
+
+
+def read_attentions(fields: Fields, around: dict[str, Any]) -> list[AttentionConfig]:
+    """The attention of each layer."""
     attention = read_attention(
         fields,
         around["model_dim"],
         rotary=read_rotary(fields, max_length=around["max_length"]),
         biases=BIASES,
     )
-    feed_forward = llama.read_feed_forward(fields)
     windows = read_windows(fields, around["num_layers"], has_switch=True)
-    attentions = llama.with_windows(attention, windows)
-    layers = [LayerConfig(each, feed_forward) for each in attentions]
-    return llama.of_layers(layers, fields, around)
+    return llama.with_windows(attention, windows)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

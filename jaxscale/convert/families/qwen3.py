@@ -64,7 +64,16 @@ def _attentions(fields: Fields, around: dict[str, Any]) -> list[AttentionConfig]
 def read_moe(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a mixture's config.json; layers that it lists are dense."""
     around = read_around(fields, names)
-    attentions = _attentions(fields, around)
+    return read_mixture(fields, around, _attentions(fields, around))
+
+
+def read_mixture(
+    fields: Fields,
+    around: dict[str, Any],
+    attentions: list[AttentionConfig],
+    shared_dim: int = 0,
+) -> ModelConfig:
+    """The model of a mixture whose attention is known; `shared_dim` is of `ExpertsConfig`."""
     activation = fields.choose("hidden_act", GATED)
     dense = FeedForwardConfig(fields.take("intermediate_size", int), activation)
     experts = ExpertsConfig(
@@ -73,6 +82,7 @@ def read_moe(fields: Fields, names: Collection[str]) -> ModelConfig:
         dim=fields.take("moe_intermediate_size", int),
         activation=activation,
         router=TopKRouter(fields.take("norm_topk_prob", bool)),
+        shared_dim=shared_dim,
     )
     step = fields.take("decoder_sparse_step", int, 1)
     listed = fields.take("mlp_only_layers", tuple, ())
@@ -101,10 +111,15 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 def write_moe(config: ModelConfig) -> dict[str, Any]:
     """The fields of a mixture."""
+    return write(config) | write_mixture(config)
+
+
+def write_mixture(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a mixture's feed-forwards."""
     dense = [number for number, layer in enumerate(config.layers) if not layer.is_moe]
     experts = next((layer.feed_forward for layer in config.layers if layer.is_moe), None)
     first = config.layers[dense[0] if dense else 0].feed_forward
-    return write(config) | {
+    return {
         "intermediate_size": first.dim,
         "moe_intermediate_size": getattr(experts, "dim", 0),
         "num_experts": config.num_experts,

@@ -99,6 +99,9 @@ class ExpertsConfig:
         balance_loss: weight of the load-balance loss (arXiv 2101.03961, equation 4). Its shares are
             of one layer and of a micro-batch's tokens on all devices.
         z_loss: weight of the router's z-loss (arXiv 2202.08906, equation 5).
+        shared_dim: F of a gated expert that every token visits beside those of its router, weighted
+            by a sigmoid of the token (arXiv 2407.10671, section 2.2.2, and its released code); 0
+            for no such expert.
         dropout: probability with which an element of an expert's hidden vector is dropped in
             training (arXiv 2101.03961, section 4).
     """
@@ -111,9 +114,14 @@ class ExpertsConfig:
     balance_loss: float = 0.01
     z_loss: float = 0.0
     dropout: float = 0.0
+    shared_dim: int = 0
 
     def __post_init__(self):
         check_types(self)
+        check_not_negative("ExpertsConfig.shared_dim", self.shared_dim)
+        if self.shared_dim and not self.is_gated:
+            expected = "0 with an activation that is not gated"
+            raise InputError("ExpertsConfig.shared_dim", self.shared_dim, expected)
         check_positive("ExpertsConfig.num_experts", self.num_experts)
         check_positive("ExpertsConfig.dim", self.dim)
         check_choice("ExpertsConfig.activation", self.activation, ACTIVATIONS)

@@ -111,6 +111,8 @@ class ModelConfig:
             (arXiv 2203.03466, table 8).
         head_activation: of a dense layer with a bias before the final norm, as in BERT; None for no
             such layer.
+        use_pooler: whether a dense layer with tanh makes a vector of a whole text out of its first
+            token, as in BERT; see `models.pooling`.
         is_tied: whether the unembedding is the embedding.
         use_head_bias: whether the logits have a bias.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
@@ -136,6 +138,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     unembedding_scale: float = 1.0
     head_activation: str | None = None
+    use_pooler: bool = False
     is_tied: bool = False
     use_head_bias: bool = False
     logit_softcap: float | None = None
