@@ -18,7 +18,7 @@ MODELS = Path(__file__).resolve().parents[2] / "tests/convert/fixtures/full_size
 ROUNDS = 2  # of which the first compiles
 
 
-def ours(values, options):
+def ours(values, options, bits):
     """(what fills the caches, a function of them that decodes all tokens)."""
     import jax
     import jax.numpy as jnp
@@ -34,11 +34,11 @@ def ours(values, options):
     from jaxscale.serve.decoding import Loop
     from jaxscale.serve.sampling import SamplingConfig
 
-    length, new, bits = options.length, options.new, options.bits
+    length, new = options.length, options.new
     model = read_config(BY_MODEL_TYPE["phi3"], values, "config.json", ("lm_head.weight",))
     table = parameter_table(model)
     params = jax.jit(lambda key: init_params(table, key, "bfloat16"))(jax.random.key(0))
-    if bits:
+    if bits < 16:
         params = quantised(params, table, QuantisedConfig(bits, options.embedding_bits))
     decoder = Decoder(model, execution=ExecutionConfig(remat="none", is_scanned=False))
     params = jax.jit(decoder.prepared)(params)
@@ -72,7 +72,7 @@ def ours(values, options):
     return fill, lambda caches: decode(params, caches)[0].block_until_ready()
 
 
-def huggingface(values, options):
+def huggingface(values, options, bits):
     """The same by transformers, which compiles the forward of a static cache."""
     import torch
     from transformers import DynamicCache, Phi3Config, Phi3ForCausalLM, StaticCache
@@ -126,7 +126,8 @@ def main():
     parser.add_argument("--length", type=int, default=65536)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--layers", type=int, help="fewer than the model's, to try it")
-    parser.add_argument("--bits", type=int, choices=(4, 8))
+    help_of_bits = "of ours, one after the other in one process; 16 is bfloat16"
+    parser.add_argument("--bits", type=int, nargs="+", default=[16], help=help_of_bits)
     parser.add_argument("--embedding_bits", type=int, choices=(4, 8))
     parser.add_argument("--cache", choices=("static", "dynamic"), default="dynamic")
     parser.add_argument("--profile", help="directory for a profile of one more continuation")
@@ -134,18 +135,21 @@ def main():
     values = json.loads(MODELS.read_text())["Phi-3-mini 128K"]["config"]
     if options.layers:
         values["num_hidden_layers"] = options.layers
-    fill, decode = {"ours": ours, "huggingface": huggingface}[options.who](values, options)
-    ms = measure(fill, decode, options)
-    figures = {
-        "who": options.who,
-        "bits": options.bits,
-        "embedding_bits": options.embedding_bits,
-        "cache": options.cache if options.who == "huggingface" else None,
-        "length": options.length,
-        "ms": round(ms, 4),
-        "tokens_per_second": round(1e3 / ms, 2),
-    }
-    print(json.dumps(figures), flush=True)
+    for bits in options.bits:
+        fill, decode = {"ours": ours, "huggingface": huggingface}[options.who](
+            values, options, bits
+        )
+        ms = measure(fill, decode, options)
+        figures = {
+            "who": options.who,
+            "bits": bits,
+            "embedding_bits": options.embedding_bits if bits < 16 else None,
+            "cache": options.cache if options.who == "huggingface" else None,
+            "length": options.length,
+            "ms": round(ms, 4),
+            "tokens_per_second": round(1e3 / ms, 2),
+        }
+        print(json.dumps(figures), flush=True)
     if options.profile:
         import jax
 
