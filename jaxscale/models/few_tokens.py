@@ -8,14 +8,13 @@ import dataclasses
 import logging
 from typing import Any
 
-from jaxscale.kernels.quantised_matmul import api as kernel
 from jaxscale.models.config import FeedForwardConfig
 from jaxscale.models.layers import Layer, norm_scale
 from jaxscale.models.moe import Choices
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.collectives import Collectives
-from jaxscale.ops.device import is_hopper
 from jaxscale.ops.draws import Draws
+from jaxscale.ops.linear import has_kernel, products_of_rows
 from jaxscale.ops.quantised import GROUP, QuantisedMatrix
 from jaxscale.types import Array
 
@@ -42,10 +41,11 @@ class FewTokens(Layer):
         """As `Layer`; nothing is drawn."""
         attention, ffn = self.params["attention"], self.params["ffn"]
         rows = x.reshape(-1, x.shape[-1])
-        heads = self._products(rows, [attention[name] for name in "qkv"], norm=attention["norm"])
+        matrices = [attention[name] for name in "qkv"]
+        heads = self._products(rows, matrices, norm=attention["norm"])
         q, k, v = (
-            y[:, : each.width].reshape(*x.shape[:2], *each.shape[1:])
-            for y, each in zip(heads, (attention[name] for name in "qkv"), strict=True)
+            y.reshape(*x.shape[:2], *each.shape[1:])
+            for y, each in zip(heads, matrices, strict=True)
         )
         q, k, v = self.positioned(q, k, v, context.positions, context.lengths)
         o, cache = self.attend(q, k, v, context, cache)
@@ -64,13 +64,9 @@ class FewTokens(Layer):
         **around: Any,
     ) -> list[Array]:
         if norm is not None:
-            norm = kernel.Norm(norm_scale(norm, self.norm), self.norm.epsilon)
-        return kernel.matmul(
-            x,
-            [(each.words, each.scales) for each in matrices],
-            norm=norm,
-            implementation=self.implementation,
-            **around,
+            norm = norm_scale(norm, self.norm), self.norm.epsilon
+        return products_of_rows(
+            x, matrices, norm=norm, implementation=self.implementation, **around
         )
 
 
@@ -81,8 +77,7 @@ def fused(layer: Layer, x: Array) -> Layer:
         layer: a layer.
         x: its input [B, T, D].
     """
-    is_kernel = is_hopper() and kernel.mosaic_refusal(x.reshape(-1, x.shape[-1])) is None
-    if not (is_kernel and fits(layer)):
+    if not (has_kernel(x.reshape(-1, x.shape[-1])) and fits(layer)):
         return layer
     logger.info("layer: products of few tokens with what is around them for x%s", x.shape)
     return FewTokens(layer.params, layer.config, layer.norm, layer.operations)

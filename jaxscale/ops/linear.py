@@ -154,7 +154,7 @@ def quantised_products(
     first = weights[0]
     lead = x.shape[: x.ndim - first.num_inputs]
     flat = x.reshape(-1, first.depth)
-    is_kernel = kernel_family() == "mosaic" and kernel.mosaic_refusal(flat) is None
+    is_kernel = has_kernel(flat)
     backend = "mosaic" if is_kernel else "whole matrices"
     logger.info("quantised weights: backend %s for x%s", backend, flat.shape)
     if is_kernel:
@@ -169,6 +169,40 @@ def quantised_products(
         shape = each.shape[each.num_inputs :]
         outputs.append(y[:, : each.width].reshape(*lead, *shape))
     return outputs
+
+
+def has_kernel(x: Array) -> bool:
+    """Whether products of rows x [M, K] with quantised weights have a kernel here."""
+    return kernel_family() == "mosaic" and kernel.mosaic_refusal(x) is None
+
+
+def products_of_rows(
+    x: Array,
+    weights: Sequence[QuantisedMatrix],
+    *,
+    norm: tuple[Array, float] | None = None,
+    residual: Array | None = None,
+    is_gated: bool = False,
+    implementation: str = "mosaic",
+) -> list[Array]:
+    """Products [M, outputs] of rows x [M, K] with what is around them, in one launch.
+
+    Args:
+        x: activations; K is a multiple of `ops.quantised.GROUP`.
+        weights: with K inputs.
+        norm, residual, is_gated: as of `kernels.quantised_matmul.api.matmul`; the norm's scale and
+            epsilon.
+        implementation: a backend of it; "mosaic" needs `has_kernel`.
+    """
+    products = kernel.matmul(
+        x,
+        [(each.words, each.scales) for each in weights],
+        norm=None if norm is None else kernel.Norm(*norm),
+        residual=residual,
+        is_gated=is_gated,
+        implementation=implementation,
+    )
+    return [y[:, : each.width] for y, each in zip(products, weights, strict=False)]
 
 
 def _low_rank(equation: str, x: Array, weights: Adapted | Selected) -> Array:

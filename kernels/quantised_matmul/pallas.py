@@ -125,11 +125,11 @@ class _Block:
         num_steps = self.depth // INPUTS // self.sums.shape[0]
         first = part * num_steps
         steps = [_Steps(*(ref.at[tile] for ref in each), first, num_steps) for each in matrices]
-        loaded = [each.load(step) for each in steps for step in range(min(AHEAD, num_steps))]
+        # The first words are on their way while the inputs are taken.
+        loaded = [each.load_first() for each in steps]
         self._take_inputs(pl.ds(first * INPUTS, num_steps * INPUTS), part)
         for number, each in enumerate(steps):
-            ahead = loaded[number * min(AHEAD, num_steps) :][: min(AHEAD, num_steps)]
-            self.sums.at[part, number][...] = self._sum(each, ahead)
+            self.sums.at[part, number][...] = self._sum(each, loaded[number])
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.ready)
         pl.when(part == 0)(functools.partial(self._finish, tile, result))
@@ -204,6 +204,10 @@ class _Steps:
     first: Any
     num: int
 
+    def load_first(self):
+        """What `load` gives of the first steps."""
+        return [self.load(step) for step in range(min(AHEAD, self.num))]
+
     def load(self, step):
         """(words of each unit, scales) of a step."""
         chunk = self.first + step
@@ -240,7 +244,9 @@ def _by_thread(values, interpret):
         one = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), total)
         registers = np.full(EACH_THREAD.to_mgpu().registers_shape((THREADS,)), one, object)
         return mgpu.FragmentedArray(
-            _registers=registers, _layout=EACH_THREAD.to_mgpu(), _is_signed=None
+            _registers=registers,
+            _layout=EACH_THREAD.to_mgpu(),
+            _is_signed=None,
         )
 
     return add(values)
@@ -265,7 +271,11 @@ def _total(ref, interpret):
         layout = ROW.to_mgpu()
         one = vector.broadcast(ir.VectorType.get((layout.vector_length,), total.type), total)
         registers = np.full(layout.registers_shape((OUTPUTS,)), one, object)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        return mgpu.FragmentedArray(
+            _registers=registers,
+            _layout=layout,
+            _is_signed=None,
+        )
 
     return add(ref)
 
@@ -311,13 +321,14 @@ def _multiply(offset: int):
                 both = mgpu.utils.bitcast(vector.load(two, x, [row, column]), i32)
                 right.append(arith.select(is_row, both, zero))
             totals = _mma(left, right, totals)
-        halves = []
-        for half in range(2):
-            halves.append(_vector(totals[2 * half : 2 * half + 2]))
         layout = MATRIX.to_mgpu()
         registers = np.empty(layout.registers_shape((OUTPUTS, UNIT)), object)
-        registers.reshape(2)[:] = halves
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        registers.reshape(2)[:] = [_vector(totals[:2]), _vector(totals[2:])]
+        return mgpu.FragmentedArray(
+            _registers=registers,
+            _layout=layout,
+            _is_signed=None,
+        )
 
     return multiply
 
