@@ -119,10 +119,6 @@ class StageLayout:
         """
         return _map_stacks(self.from_canonical, tree, dims)
 
-    def restore(self, tree: Any, dims: Any) -> Any:
-        """`to_canonical` on every layer stack of a tree; arguments as `store`."""
-        return _map_stacks(self.to_canonical, tree, dims)
-
     def _check_rows(self, leaf: Array, num: int) -> None:
         if leaf.shape[:1] != (num,):
             raise ValueError(f"a leaf of {self} needs {num} rows, not shape {leaf.shape}")
@@ -195,9 +191,8 @@ def to_canonical(tree: Any, stored: Any, dims: Any, layout: StageLayout) -> Any:
     """A run's tree as it is on disk; arguments as `canonical_shapes`."""
     if layout.is_identity:
         return tree
-    shardings = _shardings(canonical_shapes(stored, dims, layout))
-    restore = jax.jit(lambda tree: layout.restore(tree, dims), out_shardings=shardings)
-    return restore(tree)
+    wanted = _shardings(canonical_shapes(stored, dims, layout))
+    return _converted(StageLayout.to_canonical, tree, dims, layout, wanted)
 
 
 def from_canonical(
@@ -209,8 +204,35 @@ def from_canonical(
     """A tree from disk as a run stores it; arguments as `canonical_shapes`."""
     if layout.is_identity:
         return tree
-    store = jax.jit(lambda tree: layout.store(tree, dims), out_shardings=_shardings(stored))
-    return store(tree)
+    return _converted(StageLayout.from_canonical, tree, dims, layout, _shardings(stored))
+
+
+def _converted(
+    change: Callable[[StageLayout, Array], Array],
+    tree: Any,
+    dims: Any,
+    layout: StageLayout,
+    shardings: Any,
+) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    letters, placed = map(structure.flatten_up_to, (dims, shardings))
+    program = _program(change, layout, tuple(letters), tuple(placed))
+    return structure.unflatten(program(leaves))
+
+
+@functools.lru_cache(maxsize=64)
+def _program(
+    change: Callable[[StageLayout, Array], Array],
+    layout: StageLayout,
+    dims: tuple[str, ...],
+    shardings: tuple[NamedSharding, ...],
+) -> Callable[[list[Array]], list[Array]]:
+    """Changes the leaves of layer stacks; compiled once, as every save waits for it."""
+
+    def convert(leaves: list[Array]) -> list[Array]:
+        return _map_stacks(functools.partial(change, layout), leaves, list(dims))
+
+    return jax.jit(convert, out_shardings=list(shardings))
 
 
 def _shardings(tree: Any) -> Any:

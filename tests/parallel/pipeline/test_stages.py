@@ -1,5 +1,6 @@
 """The stages' layout: lossless both ways, a stage's rows on its devices, misfits refused."""
 
+import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.parallel.mesh import PIPELINE, MeshConfig, make_mesh
-from jaxscale.parallel.pipeline.stages import PADDING, StageLayout
+from jaxscale.parallel.pipeline.stages import PADDING, StageLayout, to_canonical
 from jaxscale.types import InputError
 
 LAYOUTS = [
@@ -101,3 +102,18 @@ def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(InputError) as error:
         StageLayout(*arguments)
     assert message in str(error.value)
+
+
+def test_a_second_save_compiles_nothing(caplog):
+    layout = StageLayout(num_periods=3, num_stages=2)
+    mesh = jax.make_mesh((2,), ("pipeline",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("pipeline"))
+    stored = {"w": jax.device_put(layout.from_canonical(jnp.arange(3.0)), sharding)}
+    compiled = []
+    for _ in range(2):
+        with jax.log_compiles(), caplog.at_level(logging.DEBUG, "jax"):
+            whole = to_canonical(stored, stored, {"w": "L"}, layout)
+        np.testing.assert_array_equal(whole["w"], np.arange(3.0))
+        compiled.append("ompil" in caplog.text)
+        caplog.clear()
+    assert compiled == [True, False]
