@@ -22,6 +22,7 @@ from jaxscale.ops.attention import attention as ops_attention
 
 SHAPES = (
     (4, 4096, 32, 8, 128),
+    (1, 8192, 32, 8, 128),
     (1, 32768, 32, 8, 128),
     (4, 4096, 32, 32, 128),
     (8, 4096, 32, 32, 64),
