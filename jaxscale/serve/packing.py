@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxscale.ops.attention.paged import RaggedRows
+from jaxscale.ops.attention.paged_cache import RaggedRows
 from jaxscale.serve.drawing import DrawRows, PenaltyRows
 from jaxscale.types import Array
 
@@ -71,7 +71,7 @@ class RowShape:
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """What a compiled step depends on; letters as `ops.attention.paged.RaggedRows`.
+    """What a compiled step depends on; letters as `ops.attention.paged_cache.RaggedRows`.
 
     Args:
         num_tokens: T.

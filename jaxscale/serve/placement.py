@@ -12,7 +12,7 @@ from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import BatchInvariant, ExecutionConfig, Whole
 from jaxscale.models.lora import Adapters
 from jaxscale.ops.attention.invariant import KEY_BLOCK
-from jaxscale.ops.attention.paged import PagedCache, empty_pages
+from jaxscale.ops.attention.paged_cache import PagedCache, empty_pages
 from jaxscale.parallel.mesh import TENSOR
 from jaxscale.parallel.region import Region
 from jaxscale.types import InputError, Params

@@ -1,4 +1,4 @@
-"""Attention of one query a sequence over the pages that hold its keys."""
+"""Attention over the pages that hold a sequence's keys, of one new token or of many."""
 
 from typing import Any
 
@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxscale.kernels.checks import check_backend, check_invariant, require
-from jaxscale.kernels.paged_attention import pallas, reference
+from jaxscale.kernels.paged_attention import pallas, ragged, reference
+from jaxscale.kernels.paged_attention.ragged import Sequences
 from jaxscale.kernels.triton_call import missing
 
 BACKENDS = ("reference", "mosaic", "triton")
+RAGGED_BACKENDS = WRITING_BACKENDS = ("reference", "mosaic")
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = {"mosaic": (64, 128), "triton": (16, 32, 64, 128)}
 NARROW_TYPES = (jnp.int8, jnp.float8_e4m3fn)
@@ -73,13 +75,106 @@ def paged_attention(
     return pallas.paged_attention(*arrays, scales, **settings, interpret=interpret)
 
 
+def write_and_attend(
+    q: Array,
+    new: tuple[Array, Array],
+    pages: tuple[Array, Array],
+    block_table: Array,
+    low: Array,
+    high: Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str,
+    interpret: Any = False,
+) -> tuple[Array, tuple[Array, Array]]:
+    """As `paged_attention`, of pages into which the kernel puts each sequence's newest key first.
+
+    It is worth it for a few sequences, whose keys would take a kernel of their own to be written.
+
+    Args:
+        new: keys and values of the position high - 1, [D, K, H] each, of the pages' type.
+        pages: of keys and of values, [pages, page size, K, H] each.
+        q, block_table, low, high, scale, softcap, interpret: as `paged_attention`; of a sequence
+            with high <= low nothing is written.
+        implementation: "reference" or "mosaic", which is for Hopper GPUs.
+    Returns:
+        ([D, N, H], the pages, in the memory of the given ones where a program may reuse it).
+    Raises:
+        ValueError: as `paged_attention`.
+    """
+    _check_shapes(q, *pages, block_table)
+    reason = writing_refusal(implementation, q, pages[0])
+    check_backend("write_and_attend", implementation, WRITING_BACKENDS, reason)
+    settings = dict(scale=scale, softcap=softcap)
+    arrays = (q, new, pages, block_table, low, high)
+    if implementation == "reference":
+        return reference.write_and_attend(*arrays, **settings)
+    return pallas.write_and_attend(*arrays, **settings, interpret=interpret)
+
+
+def ragged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    pages: Array,
+    sequences: Sequences,
+    scales: tuple[Array, Array] | None = None,
+    *,
+    num_single: int,
+    window: int | None = None,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str,
+    interpret: Any = False,
+) -> Array:
+    """Causal attention of a flat row of new tokens, each over its sequence's pages, in one launch.
+
+    Sequence r has the tokens first_token[r] <= t < first_token[r] + num_tokens[r], of which the
+    first stands at position[r]; key s of it lies in page pages[first_page[r] + s // page size].
+
+    Source: as `paged_attention`.
+    Args:
+        q: [T, N, H].
+        k_pages, v_pages: [pages, page size, K, H]; query head n reads kv head n // (N / K).
+        pages: [M] int32, the pages of all sequences.
+        sequences: [R] int32 each. One of padding has no tokens, and a token at a negative position
+            sees no key and gets 0.
+        scales: as `paged_attention`.
+        num_single: the first sequences, which have one token at most.
+        window: keys that a token sees, its own included; None for all up to it.
+        scale, softcap, interpret: as `paged_attention`.
+        implementation: "reference" or "mosaic", which is for Hopper GPUs.
+    Returns:
+        [T, N, H] in the type of `q`; anything where a token is of no sequence.
+    Raises:
+        ValueError: shapes do not fit one another, or the backend cannot do what is asked.
+    Cost: "mosaic" reads the pages of single tokens once, and of others once for each tile of
+        64 K / N tokens, most of them from the L2 cache.
+    """
+    _check_pages(q, k_pages, v_pages)
+    reason = ragged_refusal(implementation, q, k_pages)
+    check_backend("ragged_attention", implementation, RAGGED_BACKENDS, reason)
+    settings = dict(num_single=num_single, window=window, scale=scale, softcap=softcap)
+    arrays = (q, k_pages, v_pages, pages, sequences, scales)
+    if implementation == "reference":
+        return reference.ragged_attention(*arrays, **settings)
+    return ragged.ragged_attention(*arrays, **settings, interpret=interpret)
+
+
 def _check_shapes(
     q: Array,
     k_pages: Array,
     v_pages: Array,
     block_table: Array,
 ) -> None:
-    num, num_heads, head_dim = q.shape
+    _check_pages(q, k_pages, v_pages)
+    given = f"block_table {block_table.shape}"
+    require(block_table.shape[0] == len(q), "paged_attention", given, f"[D, P] with D = {len(q)}")
+
+
+def _check_pages(q: Array, k_pages: Array, v_pages: Array) -> None:
+    _, num_heads, head_dim = q.shape
     is_same = k_pages.shape == v_pages.shape and k_pages.dtype == v_pages.dtype
     given = f"k_pages {k_pages.dtype}{k_pages.shape} and v_pages {v_pages.dtype}{v_pages.shape}"
     expected = f"both [pages, page size, K, H] of one type, with H = {head_dim}"
@@ -87,8 +182,36 @@ def _check_shapes(
     kv_heads = k_pages.shape[2]
     given = f"N = {num_heads} and K = {kv_heads}"
     require(num_heads % kv_heads == 0, "paged_attention", given, "N % K == 0")
-    given = f"block_table {block_table.shape}"
-    require(block_table.shape[0] == num, "paged_attention", given, f"[D, P] with D = {num}")
+
+
+def writing_refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
+    """As `refusal`, for `write_and_attend`."""
+    if implementation == "reference":
+        return None
+    if reason := refusal(implementation, q, k_pages):
+        return reason
+    if k_pages.dtype != q.dtype:
+        return f"pages in {q.dtype}, here {k_pages.dtype}"
+    num_heads, unit = q.shape[1], pallas.UNIT
+    groups = num_heads // k_pages.shape[2]
+    if num_heads % unit or (unit % groups and groups % unit) or k_pages.shape[2] % (unit // 2):
+        expected = f"N % {unit} == 0, K % {unit // 2} == 0, and N / K that divides {unit}"
+        return f"{expected}, here {num_heads} and {k_pages.shape[2]}"
+    return None
+
+
+def ragged_refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
+    """As `refusal`, for `ragged_attention`."""
+    if implementation == "reference":
+        return None
+    if reason := refusal(implementation, q, k_pages):
+        return reason
+    if len(q) % ragged.UNIT:
+        return f"T % {ragged.UNIT} == 0, here {len(q)}"
+    groups = q.shape[1] // k_pages.shape[2]
+    if groups > ragged.MAX_GROUPS:
+        return f"N / K <= {ragged.MAX_GROUPS}, here {groups}"
+    return None
 
 
 def refusal(implementation: str, q: Array, k_pages: Array) -> str | None:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxscale.kernels.paged_attention.ragged import Sequences
+
 
 def paged_attention(
     q: Array,
@@ -41,6 +43,58 @@ def paged_attention(
     p = p / jnp.where(total == 0, 1, total)
     o = jnp.einsum("dkgs,dskh->dkgh", p, values, precision=highest)
     return o.reshape(q.shape).astype(q.dtype)
+
+
+def write_and_attend(
+    q: Array,
+    new: tuple[Array, Array],
+    pages: tuple[Array, Array],
+    block_table: Array,
+    low: Array,
+    high: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, tuple[Array, Array]]:
+    """As `api.write_and_attend`, one write behind the other."""
+    num_pages, page_size = pages[0].shape[:2]
+    last = jnp.maximum(high - 1, 0)
+    page = jnp.take_along_axis(block_table, last[:, None] // page_size, 1)[:, 0]
+    page = jnp.where(high > low, page, num_pages)  # out of bounds: not written
+    k_pages, v_pages = (
+        kept.at[page, last % page_size].set(x, mode="drop")
+        for kept, x in zip(pages, new, strict=True)
+    )
+    settings = dict(scale=scale, softcap=softcap)
+    o = paged_attention(q, k_pages, v_pages, block_table, low, high, **settings)
+    return o, (k_pages, v_pages)
+
+
+def ragged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    pages: Array,
+    sequences: Sequences,
+    scales: tuple[Array, Array] | None = None,
+    *,
+    num_single: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Array:
+    """As `api.ragged_attention`: each token is a sequence of its own, with all pages."""
+    del num_single
+    token = jnp.arange(len(q))
+    place = token[:, None] - sequences.first_token
+    is_own = (place >= 0) & (place < sequences.num_tokens)
+    owner = is_own.argmax(1)
+    high = jnp.where(is_own.any(1), (sequences.position + place)[token, owner] + 1, 0)
+    low = jnp.zeros_like(high) if window is None else jnp.maximum(high - window, 0)
+    places = sequences.first_page[owner][:, None] + jnp.arange(len(pages))
+    table = pages[jnp.minimum(places, len(pages) - 1)]
+    settings = dict(scale=scale, softcap=softcap)
+    return paged_attention(q, k_pages, v_pages, table, low, high, scales, **settings)
 
 
 def _along_pages(scales: Array) -> Array:

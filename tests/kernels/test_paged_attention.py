@@ -7,7 +7,18 @@ import pytest
 
 from jaxscale.kernels.attention.api import attention
 from jaxscale.kernels.paged_attention import pallas
-from jaxscale.kernels.paged_attention.api import BACKENDS, paged_attention, refusal
+from jaxscale.kernels.paged_attention.api import (
+    BACKENDS,
+    RAGGED_BACKENDS,
+    WRITING_BACKENDS,
+    paged_attention,
+    ragged_attention,
+    ragged_refusal,
+    refusal,
+    write_and_attend,
+    writing_refusal,
+)
+from jaxscale.kernels.paged_attention.ragged import Sequences
 from tests.kernels.interpretation import (
     INTERPRET,
     assert_norm_close,
@@ -111,12 +122,96 @@ def test_one_stream_a_sequence(case, monkeypatch):
     assert_norm_close(o, expected(arrays, **settings), TOLERANCE)
 
 
+@pytest.mark.parametrize("kv_heads", [4, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("implementation", WRITING_BACKENDS)
+def test_the_newest_key_is_written_and_seen(implementation, kv_heads):
+    """Of sequences at the end of a page, at the beginning of one, and of padding."""
+    if implementation == "mosaic" and not IS_NEW:
+        pytest.skip("the kernel needs jax 0.11")
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(3, 8, 64)), "bfloat16")
+    k_pages, v_pages = (rng.normal(size=(7, 64, kv_heads, 64)) for _ in range(2))
+    pages = tuple(jnp.asarray(each, "bfloat16") for each in (k_pages, v_pages))
+    new = tuple(jnp.asarray(rng.normal(size=(3, kv_heads, 64)), "bfloat16") for _ in range(2))
+    table, high = np.asarray([[4, 2], [5, 1], [0, 0]]), np.asarray([128, 65, 0])
+    arrays = [jnp.asarray(each, jnp.int32) for each in (table, 0 * high, high)]
+    interpret = INTERPRET if implementation == "mosaic" else False
+    settings = dict(implementation=implementation, interpret=interpret)
+    o, found = write_and_attend(q, new, pages, *arrays, scale=0.125, **settings)
+    for before, x, after in zip(pages, new, found, strict=True):
+        wanted = np.array(before)
+        wanted[2, 63], wanted[1, 0] = x[0], x[1]
+        np.testing.assert_array_equal(np.asarray(after), wanted)
+    wanted = expected((q, *found, table, 0 * high, high), 0.125, None)
+    assert_norm_close(o, wanted, TOLERANCE)
+
+
+# N, K, H, window, softcap, type of the pages
+RAGGED = {
+    "two heads a group": (4, 2, 64, None, None, "bfloat16"),
+    "a window": (8, 1, 64, 70, None, "bfloat16"),
+    "a head a group, soft-cap": (2, 2, 128, None, 1.5, "float16"),
+    "pages of float8": (4, 2, 128, None, None, "float8_e4m3fn"),
+}
+# (first token, tokens, position of the first, pages): two that decode, one of padding, and prompts
+# that begin and end anywhere, in several tiles and beside each other in one.
+SEQUENCES = [(0, 1, 150, 3), (1, 1, 64, 2), (2, 0, 0, 0), (2, 75, 5, 2), (77, 9, 120, 3)]
+SEQUENCES += [(86, 10, -10, 0)]  # tokens that see no key
+RAGGED_TOKENS = 96
+
+
+def draw_ragged(case):
+    """(arguments of `ragged_attention`, its settings, a table and interval of each token)."""
+    heads, kv_heads, dim, window, softcap, dtype = RAGGED[case]
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(RAGGED_TOKENS, heads, dim))
+    num_pages = sum(pages for *_, pages in SEQUENCES)
+    pages = rng.permutation(num_pages)
+    k_pages, v_pages = (rng.normal(size=(num_pages, 64, kv_heads, dim)) for _ in range(2))
+    fields, high, table, first = [], np.zeros(RAGGED_TOKENS, int), np.zeros((96, 3), int), 0
+    for at, count, position, own in SEQUENCES:
+        fields.append((at, count, position, first))
+        high[at : at + count] = np.maximum(position + 1 + np.arange(count), 0)
+        table[at : at + count, :own] = pages[first : first + own]
+        first += own
+    low = np.zeros_like(high) if window is None else np.maximum(high - window, 0)
+    wide = "bfloat16" if dtype == "float8_e4m3fn" else dtype
+    scales = None
+    if wide != dtype:
+        k_pages, v_pages = (np.clip(each * 100, -400, 400) for each in (k_pages, v_pages))
+        shape = (num_pages, 1, kv_heads, 64)
+        scales = [jnp.asarray(rng.uniform(0.005, 0.02, shape), "bfloat16") for _ in range(2)]
+    sequences = Sequences(*(jnp.asarray(each, jnp.int32) for each in zip(*fields, strict=True)))
+    arrays = [jnp.asarray(q, wide), jnp.asarray(k_pages, dtype), jnp.asarray(v_pages, dtype)]
+    settings = dict(scale=dim**-0.5, softcap=softcap)
+    every = *arrays, table, low, high, *([scales] if scales else [])
+    arguments = *arrays, jnp.asarray(pages, jnp.int32), sequences, scales
+    return arguments, settings | dict(window=window, num_single=3), expected(every, **settings)
+
+
+@pytest.mark.parametrize("case", long_but(RAGGED, ("two heads a group", "a window")))
+@pytest.mark.parametrize("implementation", RAGGED_BACKENDS)
+def test_tokens_of_prompts_and_decoding_sequences_in_one_launch(implementation, case):
+    if implementation == "mosaic" and not IS_NEW:
+        pytest.skip("the kernel needs jax 0.11")
+    arrays, settings, wanted = draw_ragged(case)
+    interpret = interpret_of(implementation)
+    o = ragged_attention(*arrays, **settings, implementation=implementation, interpret=interpret)
+    assert o.dtype == arrays[0].dtype
+    assert_norm_close(o, wanted, TOLERANCE)
+    assert not np.asarray(o[86:], np.float32).any()
+
+
 def test_what_the_kernel_cannot_do_is_said():
     (q, k_pages, v_pages, *rest), settings = draw("grouped heads")
     wide = [each.astype("float32") for each in (q, k_pages, v_pages)]
     with pytest.raises(ValueError, match="bfloat16 or both float16, here float32"):
         paged_attention(*wide, *rest, **settings, implementation="mosaic")
     assert "page size" in refusal("mosaic", q, k_pages[:, :16])
+    assert "N % 8 == 0" in writing_refusal("mosaic", q, k_pages)
+    assert "T % 8" in ragged_refusal("mosaic", q, k_pages)
+    many = jnp.zeros((8, 18, 64), q.dtype)
+    assert "N / K <= 8" in ragged_refusal("mosaic", many, k_pages)
     assert "head_dim" in refusal("mosaic", q[..., :24], k_pages)
     with pytest.raises(ValueError, match="N % K == 0"):
         paged_attention(q[:, :3], k_pages, v_pages, *rest, **settings, implementation="reference")

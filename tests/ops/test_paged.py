@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.ops.attention import AttentionContext, paged
+from jaxscale.kernels.paged_attention.api import ragged_attention
+from jaxscale.ops.attention import AttentionContext, paged, paged_kernels
+from jaxscale.ops.attention.paged_cache import PagedCache, RaggedRows, empty_pages
 
 PAGE, N, K, H = 4, 4, 2, 8
 # (tokens in the cache before, new tokens, pages); the first two decode.
@@ -54,7 +56,7 @@ def layout():
     margin = [0]
     prompt_pages, page_segments = prompt_pages + margin, page_segments + margin
     arrays = (slots, table, segments, prompt_pages, page_segments, first_pages)
-    return paged.RaggedRows(*(jnp.asarray(each, jnp.int32) for each in arrays)), positions, own
+    return RaggedRows(*(jnp.asarray(each, jnp.int32) for each in arrays)), positions, own
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_mixed_tokens_attend_to_their_own_sequence(settings):
     rows, positions, own = layout()
     new = {name: rng.normal(size=(T, heads, H)) for name, heads in zip("qkv", (N, K, K))}
     old = {name: rng.normal(size=(NUM_PAGES, PAGE, K, H)) for name in "kv"}
-    cache = paged.PagedCache(*(jnp.asarray(old[name], jnp.float32) for name in "kv"))
+    cache = PagedCache(*(jnp.asarray(old[name], jnp.float32) for name in "kv"))
     context = AttentionContext(jnp.asarray(positions)[None], **settings)
     attend = jax.jit(functools.partial(paged.attend, rows=rows))
     arrays = [jnp.asarray(new[name], jnp.float32)[None] for name in "qkv"]
@@ -89,7 +91,7 @@ def test_mixed_tokens_attend_to_their_own_sequence(settings):
 def test_the_intervals_of_the_kernel_are_the_keys_that_tokens_of_prompts_see(window):
     rows, positions, own = layout()
     context = AttentionContext(jnp.asarray(positions)[None], window=window)
-    low, high = map(np.asarray, paged.key_intervals(context, rows, PAGE))
+    low, high = map(np.asarray, paged_kernels.key_intervals(context, rows, PAGE))
     places = np.asarray(rows.prompt_pages)
     for (_, _, pages), tokens in zip(SEQUENCES, own, strict=True):
         for token in tokens if len(tokens) > 1 else ():
@@ -103,11 +105,26 @@ def test_the_intervals_of_the_kernel_are_the_keys_that_tokens_of_prompts_see(win
     assert (high[~is_of_prompt] <= low[~is_of_prompt]).all()
 
 
+def test_the_sequences_of_the_one_launch_are_those_of_the_rows():
+    rng = np.random.default_rng(0)
+    rows, positions, own = layout()
+    old = {name: rng.normal(size=(NUM_PAGES, PAGE, K, H)) for name in "kv"}
+    q = rng.normal(size=(T, N, H))
+    listed, sequences = paged_kernels.sequences_of(rows, jnp.asarray(positions))
+    settings = dict(num_single=NUM_SINGLE, scale=H**-0.5, implementation="reference")
+    arrays = [jnp.asarray(each, jnp.float32) for each in (q, old["k"], old["v"])]
+    o = np.asarray(ragged_attention(*arrays, listed, sequences, **settings))
+    for (before, new, pages), tokens in zip(SEQUENCES, own, strict=True):
+        k, v = (old[name][pages].reshape(-1, K, H)[: before + new] for name in "kv")
+        np.testing.assert_allclose(o[tokens], softmax_attention(q[tokens], k, v), atol=2e-6)
+    assert not o[positions < 0].any()
+
+
 def test_the_cache_is_written_in_place():
     """A copy of it would stand among the temporaries."""
     rows, *_ = layout()
     shape = (4096, PAGE, K, H)
-    cache = paged.PagedCache(*(jax.ShapeDtypeStruct(shape, "float32"),) * 2)
+    cache = PagedCache(*(jax.ShapeDtypeStruct(shape, "float32"),) * 2)
     arrays = [jax.ShapeDtypeStruct((1, T, heads, H), "float32") for heads in (N, K, K)]
     context = AttentionContext(jax.ShapeDtypeStruct((1, T), "int32"))
 
@@ -133,7 +150,7 @@ def test_a_cache_of_8_bits_is_that_of_rounded_keys_and_values(dtype, error):
     attend = jax.jit(functools.partial(paged.attend, rows=rows))
     outputs = []
     for kind in ("float32", dtype):
-        cache = paged.empty_pages(NUM_PAGES, PAGE, K, H, kind)
+        cache = empty_pages(NUM_PAGES, PAGE, K, H, kind)
         o, cache = attend(q, k, v, context, cache)
         outputs.append(np.asarray(o)[0][positions >= 0])
     assert cache.k.values.dtype == dtype and cache.k.scales.shape == (NUM_PAGES, 1, K, PAGE)

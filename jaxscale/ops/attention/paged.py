@@ -1,4 +1,4 @@
-"""The paged key-value cache, and attention of a flat row of tokens of many sequences over it."""
+"""Attention of a flat row of tokens of many sequences over a paged key-value cache."""
 
 import dataclasses
 import functools
@@ -8,87 +8,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxscale.kernels.attention.api import attention
 from jaxscale.kernels.attention.api import refusal as attention_refusal
-from jaxscale.kernels.paged_attention import api as single_kernel
+from jaxscale.kernels.paged_attention import api as kernel
 from jaxscale.ops.attention import invariant, pages
+from jaxscale.ops.attention import paged_kernels as kernels
 from jaxscale.ops.attention.cache import over_keys
 from jaxscale.ops.attention.context import AttentionContext
+from jaxscale.ops.attention.paged_cache import PagedCache, RaggedRows
+from jaxscale.ops.attention.paged_kernels import FAMILIES
 from jaxscale.ops.attention.pages import Pages
 from jaxscale.ops.device import kernel_family
 from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = ("mosaic", "triton")
-BACKENDS = ("reference", *FAMILIES, "invariant")
+# "ragged" is Mosaic's kernel for prompts and decoding sequences in one launch; it has not run on a
+# GPU, and is not chosen by itself.
+BACKENDS = ("reference", *FAMILIES, "ragged", "invariant")
 QUERY_CHUNK = 256  # queries of prompts whose logits exist at a time in the reference
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class PagedCache:
-    """Keys and values of one layer in pages that any sequence may hold.
-
-    Args:
-        k: [pages, S of a page, K, H]. Slots before heads: what a token writes lies together.
-        v: as `k`.
-    """
-
-    k: Pages
-    v: Pages
-
-
-def empty_pages(
-    num_pages: int,
-    page_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: str,
-) -> PagedCache:
-    """Pages that hold nothing yet, in the compute type or one of `pages.LARGEST`."""
-    shape = num_pages, page_size, num_kv_heads, head_dim
-    return PagedCache(pages.empty(shape, dtype), pages.empty(shape, dtype))
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "slot_mapping",
-        "block_table",
-        "segments",
-        "prompt_pages",
-        "page_segments",
-        "first_pages",
-    ],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class RaggedRows:
-    """Which tokens of a flat row belong to which sequence.
-
-    The first tokens are one each of decoding sequences, at most D. Those behind them are pieces of
-    prompts. The pages of all prompts, from each one's first page to that of its last token here,
-    are listed one prompt after the other, and read once for all of its tokens.
-
-    Args:
-        slot_mapping: [T] int32, the slot of the cache that each token writes: page * page size +
-            place in the page. Padding writes to a page that nobody reads.
-        block_table: [D, P] int32, the pages of each decoding sequence in order.
-        segments: [T] int32, the prompt of a token, counted from 1; 0 for a token of a decoding
-            sequence and for padding.
-        prompt_pages: [C] int32, the pages of all prompts; none in a step without prompts.
-        page_segments: [C] int32, the prompt that each of them is of; 0 for padding.
-        first_pages: [prompts + 1] int32, where in `prompt_pages` a prompt begins; the first is not
-            used.
-    """
-
-    slot_mapping: Array
-    block_table: Array
-    segments: Array
-    prompt_pages: Array
-    page_segments: Array
-    first_pages: Array
 
 
 def attend(
@@ -121,16 +58,21 @@ def attend(
     Raises:
         InputError: the named backend cannot do what is asked.
     """
+    if implementation is None:
+        implementation = _choose(q, context, cache)
+    check_choice("implementation", implementation, BACKENDS)
+    if reason := _refusal(implementation, q, context, cache):
+        raise InputError("implementation", implementation, reason)
+    is_invariant = implementation == "invariant"
+    if kernels.writes_itself(implementation, q, cache, rows):
+        o, cache = kernels.over_few(q[0], (k[0], v[0]), context, cache, rows)
+        return o[None], cache
     cache = PagedCache(
         k=pages.written(cache.k, k[0], rows.slot_mapping),
         v=pages.written(cache.v, v[0], rows.slot_mapping),
     )
-    if implementation is None:
-        implementation = _choose(q, context, cache)
-    check_choice("implementation", implementation, BACKENDS)
-    if implementation in FAMILIES and (reason := _refusal(implementation, q, context, cache)):
-        raise InputError("implementation", implementation, reason)
-    is_invariant = implementation == "invariant"
+    if implementation == "ragged":
+        return kernels.over_all(q[0], context, cache, rows)[None], cache
     if is_invariant:
         if not invariant.has_kernels(*q.shape[2:3], *cache.k.shape[2:], q.dtype):
             return _invariant(q[0], context, cache, rows)[None], cache
@@ -139,7 +81,7 @@ def attend(
     if implementation in FAMILIES:
         over_table, over_prompts = (
             functools.partial(f, family=implementation, is_invariant=is_invariant)
-            for f in (_kernel_over_table, _kernel_over_prompts)
+            for f in (kernels.over_table, kernels.over_prompts)
         )
     single = over_table(q[0], context, cache, rows)
     if not len(rows.prompt_pages):
@@ -161,16 +103,20 @@ def _choose(q: Array, context: AttentionContext, cache: PagedCache) -> str:
 
 
 def _refusal(
-    family: str,
+    implementation: str,
     q: Array,
     context: AttentionContext,
     cache: PagedCache,
 ) -> str | None:
-    """What the kernels would need, as the text of an error; None when they can."""
+    """What a kernel would need, as the text of an error; None when it can, and for no kernel."""
+    if implementation not in (*FAMILIES, "ragged"):
+        return None
     if context.layout is not None:
         return "a backend for a layout of blocks"
     values, _ = pages.parts(cache.k)
-    return single_kernel.refusal(family, q[0], values) or attention_refusal(family, q, q)
+    if implementation == "ragged":
+        return kernel.ragged_refusal("mosaic", q[0], values)
+    return kernel.refusal(implementation, q[0], values) or attention_refusal(implementation, q, q)
 
 
 def _invariant(
@@ -222,79 +168,6 @@ def _reference_over_table(
     return over_keys(q[:num, None], gathered(cache.k), gathered(cache.v), own)[:, 0]
 
 
-def _kernel_over_table(
-    q: Array,
-    context: AttentionContext,
-    cache: PagedCache,
-    rows: RaggedRows,
-    *,
-    family: str,
-    is_invariant: bool,
-) -> Array:
-    """As `_reference_over_table`; 0 for padding and for tokens of prompts."""
-    num = len(rows.block_table)
-    is_single = rows.segments[:num] == 0
-    high = jnp.where(is_single, context.positions[0, :num] + 1, 0)
-    low = jnp.zeros_like(high) if context.window is None else jnp.maximum(high - context.window, 0)
-    (k, k_scales), (v, v_scales) = pages.parts(cache.k), pages.parts(cache.v)
-    return single_kernel.paged_attention(
-        q[:num],
-        k,
-        v,
-        rows.block_table,
-        low,
-        high,
-        None if k_scales is None else (k_scales, v_scales),
-        scale=context.logits_scale(q.shape[2]),
-        softcap=context.softcap,
-        is_invariant=is_invariant,
-        implementation=family,
-    )
-
-
-def _kernel_over_prompts(
-    q: Array,
-    k: Array,
-    v: Array,
-    context: AttentionContext,
-    rows: RaggedRows,
-    *,
-    family: str,
-    is_invariant: bool,
-) -> Array:
-    """Attention of q [1, T, N, H] over the pages [C, S of a page, K, H] of its prompts.
-
-    0 for tokens of no prompt.
-    """
-    low, high = key_intervals(context, rows, k.shape[1])
-    k, v = (pages.reshape(1, -1, *pages.shape[2:]) for pages in (k, v))
-    o, _ = attention(
-        q,
-        k,
-        v,
-        low[None],
-        high[None],
-        scale=context.logits_scale(q.shape[3]),
-        softcap=context.softcap,
-        is_invariant=is_invariant,
-        implementation=family,
-    )
-    return o
-
-
-def key_intervals(
-    context: AttentionContext,
-    rows: RaggedRows,
-    page_size: int,
-) -> tuple[Array, Array]:
-    """The slots of the listed pages that each token of a prompt sees: low <= s < high, [T] each."""
-    first = rows.first_pages[rows.segments] * page_size
-    end = context.positions[0] + 1
-    low = jnp.zeros_like(end) if context.window is None else jnp.maximum(end - context.window, 0)
-    # A token of no prompt sees nothing.
-    return first + low, jnp.where(rows.segments > 0, first + end, 0)
-
-
 def _reference_over_prompts(
     q: Array,
     k: Array,
@@ -302,7 +175,7 @@ def _reference_over_prompts(
     context: AttentionContext,
     rows: RaggedRows,
 ) -> Array:
-    """As `_kernel_over_prompts`, with the logits of QUERY_CHUNK queries at a time."""
+    """As `kernels.over_prompts`, with the logits of QUERY_CHUNK queries at a time."""
     num_pages, page_size = k.shape[:2]
     numbers = jnp.arange(num_pages) - rows.first_pages[rows.page_segments]
     places = numbers[:, None] * page_size + jnp.arange(page_size)
