@@ -27,6 +27,7 @@ from jaxscale.parallel.mesh import (
     TENSOR,
     MeshConfig,
 )
+from jaxscale.parallel.pipeline import head
 from jaxscale.parallel.pipeline.engine import Pipeline
 from jaxscale.parallel.pipeline.loss import StagedLoss, check_staged
 from jaxscale.parallel.pipeline.schedule import Schedule
@@ -87,7 +88,7 @@ def make_operations(
         experts=make_experts(config),
         embed=tensor.embed,
         logits=tensor.refuse_logits,
-        token_loss=tensor.token_loss,
+        token_loss=head.token_loss if is_pipelined else tensor.token_loss,
     )
     return Operations(collectives, backends)
 

@@ -214,6 +214,8 @@ def token_loss(
     head: Array | Head,
     labels: Array,
     softcap: float | None = None,
+    *,
+    axes: tuple[str, ...] = (TENSOR,),
 ) -> tuple[Array, Array]:
     """Vocabulary-parallel `ops.loss.token_loss` of this device's tokens.
 
@@ -222,21 +224,24 @@ def token_loss(
         head: this device's share [V / tensor, D], or with a bias.
         labels: [B, T], the same on every member.
         softcap: as `ops.loss.unembed`.
+        axes: over which the vocabulary is cut, the outermost first: of `tensor` and others, whose
+            devices have the same tokens and get the same results.
     Returns:
         (nll, log-normaliser), both [B, T / tensor].
     """
     num_columns = loss.num_rows(head)
-    local = labels - lax.axis_index(TENSOR) * num_columns
+    local = labels - lax.axis_index(axes) * num_columns
     label, part = loss.label_and_normaliser(h, head, local, softcap)
     # lse = top + log(sum of exp(part - top)). The maximum keeps the exponentials from overflowing;
     # lse does not depend on it, so it carries no gradient.
-    top = lax.pmax(lax.stop_gradient(part), TENSOR)
+    top = lax.pmax(lax.stop_gradient(part), axes)
     # The label's logit is 0 on all members but one, so it is summed in the same exchange.
     both = jnp.stack([jnp.exp(part - top), label], -1)
-    both = reduce_scatter_tokens(both)
+    others = tuple(axis for axis in axes if axis != TENSOR)
+    both = reduce_scatter_tokens(lax.psum(both, others))
     total, label = jnp.moveaxis(both, -1, 0)
     lse = jnp.log(total) + own_tokens(top)
-    num_labels = num_columns * lax.axis_size(TENSOR)
+    num_labels = num_columns * lax.axis_size(axes)
     is_known = (labels >= 0) & (labels < num_labels)
     nll = jnp.where(own_tokens(is_known), lse - label, 0)
     return nll, lse

@@ -280,6 +280,16 @@ def permutes(num_ticks, *, num_microbatches, share=1):
     return {PERMUTE: {activation // share: 2 * num_ticks}}
 
 
+def shared_head(num_ticks, *, num_microbatches):
+    """Bytes reduced over stages in each tick: the last one's output, what comes of it, its loss.
+
+    Source: Yeung et al. 2024 (arXiv 2411.05288), section 4. Of a token the maximum, and two numbers
+        forward and backward. Ticks without a loss count too, as each tick's branch may be taken.
+    """
+    tokens = B // num_microbatches * T
+    return num_ticks * tokens * (2 * D * COMPUTE + 5 * FLOAT)
+
+
 def outside_layers(mesh):
     """Each stage stores a share of what is in no layer; all gather it and reduce its gradient."""
     num_elements = (2 * V // mesh.tensor + 1) * D  # embedding, head, the final norm's scale

@@ -23,6 +23,7 @@ from jax import lax
 from jaxscale.ops.backends import Operations
 from jaxscale.parallel.mesh import PIPELINE
 from jaxscale.parallel.pipeline.carry import Bank, Carry
+from jaxscale.parallel.pipeline.head import counted_once, from_last_stage
 from jaxscale.parallel.pipeline.loss import LossParts, Shapes, StagedLoss, Sums
 from jaxscale.parallel.pipeline.programs import StagePrograms, make_stage_programs
 from jaxscale.parallel.pipeline.schedule import NONE, Rows, Schedule
@@ -93,11 +94,7 @@ class Pipeline:
                 x, loss, by_layer = passing
                 passing = (self._shift(x, 1), loss, by_layer)
         x, loss, by_layer = passing
-        sum_loss, weight, metrics = lax.cond(
-            stage == self.layout.num_stages - 1,
-            lambda: self._parts.finish(self._parts.rest, x, batch),
-            lambda: zeros(shapes.sums),
-        )
+        sum_loss, weight, metrics = self._finished(self._parts.rest, from_last_stage(x), batch)
         metrics = metrics | self._parts.in_canonical_order(by_layer)
         return sum_loss + loss, weight, metrics
 
@@ -129,6 +126,9 @@ class Pipeline:
         carry = carry.store_activation(row.activation_store, carry.activation_sent)
         carry = carry.store_cotangent(row.cotangent_store, carry.cotangent_sent)
         carry = _unless_none(row.forward, self._forward, carry, row)
+        # Every stage knows what the last one does, and takes its share of the head.
+        last = jax.tree.map(lambda column: column[-1], rows)
+        carry = _unless_none(last.cotangent_own, self._finish, carry, row, last.forward)
         carry = _unless_none(row.backward, self._backward, carry, row)
         if self.schedule.is_split:
             carry = _unless_none(row.weight, self._weight, carry, row)
@@ -156,22 +156,33 @@ class Pipeline:
             carry = carry.add_body_figures(loss, metrics, row.forward_chunk)
             return dataclasses.replace(carry, activation_sent=y)
 
-        carry = self._switch_bank(row.residual_store, run, carry)
-        return _unless_none(row.cotangent_own, self._finish, carry, row, batch)
+        return self._switch_bank(row.residual_store, run, carry)
 
-    def _finish(self, carry: Carry, row: Rows, batch: Batch) -> Carry:
-        """After the forward of the last chunk: the loss, and its cotangent as if it had arrived."""
+    def _finish(self, carry: Carry, row: Rows, number: Array) -> Carry:
+        """After the forward of the last chunk: the loss, and its cotangent as if it had arrived.
+
+        Args:
+            carry, row: of this stage.
+            number: of the micro-batch whose forward the last stage has done.
+        """
+        batch = self._microbatch(number)
 
         def sum_loss(rest: Params, y: Array) -> tuple[Array, Sums]:
-            sums = self._parts.finish(rest, y, batch)
+            sums = self._finished(rest, y, batch)
             return sums[0], sums
 
         gradient = jax.grad(sum_loss, argnums=(0, 1), has_aux=True)
-        (drest, dy), sums = gradient(self._parts.rest, carry.activation_sent)
-        carry = carry.store_cotangent(row.cotangent_own, dy)
+        y = from_last_stage(carry.activation_sent)
+        (drest, dy), sums = gradient(self._parts.rest, y)
+        # Each stage has what comes through its share of the head.
+        carry = carry.store_cotangent(row.cotangent_own, lax.psum(dy, PIPELINE))
         carry = carry.add_rest(drest)
         sums = jax.tree.map(jnp.add, carry.sums, sums)
         return dataclasses.replace(carry, sums=sums)
+
+    def _finished(self, rest: Params, y: Array, batch: Batch) -> Sums:
+        """The loss as sums, which all stages compute and which count once."""
+        return counted_once(self._parts.finish(rest, y, batch))
 
     def _backward(self, carry: Carry, row: Rows) -> Carry:
         batch = self._microbatch(row.backward)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jax import lax
 
 from jaxscale import tree
 from jaxscale.models.parameters import abstract_params, parameter_table
+from jaxscale.ops import loss as loss_of_ops
 from jaxscale.ops.attention import attention
 from jaxscale.parallel.mesh import PIPELINE, MeshConfig
 from jaxscale.parallel.rules import all_axes_of, make_specs
@@ -138,11 +140,19 @@ TRAINED = ".*attention/q|head.*"
         pytest.param("zero_bubble", marks=pytest.mark.long),
     ],
 )
-def test_only_the_last_stage_runs_the_head_and_frozen_layers_have_no_gradient(schedule):
-    """Forward and backward once for each micro-batch and chunk of its loss.
+def test_stages_share_the_head_and_frozen_layers_have_no_gradient(schedule, monkeypatch):
+    """Forward and backward once for each micro-batch and chunk of its loss, on each stage.
 
-    So no product of the head is thrown away.
+    A stage has half of the vocabulary, so no product of the head is thrown away.
     """
+    sizes = set()
+    compute = loss_of_ops.label_and_normaliser
+
+    def recorded(h, head, *others):
+        sizes.add(loss_of_ops.num_rows(head))
+        return compute(h, head, *others)
+
+    monkeypatch.setattr(loss_of_ops, "label_and_normaliser", recorded)
     num_chunks = 2 if schedule == "interleaved" else 1
     model = dense(num_layers=2 * num_chunks)
     config = MeshConfig(pipeline=2, schedule=schedule, num_chunks=num_chunks)
@@ -155,14 +165,37 @@ def test_only_the_last_stage_runs_the_head_and_frozen_layers_have_no_gradient(sc
         _, gradients = jax.jit(region.gradient(loss))(params, make_batch(), KEY)
         jax.block_until_ready(gradients)
         jax.effects_barrier()
+        monkeypatch.undo()
         _, wanted = single_device(model)
         found = tree.flatten(canonical(region.specs, gradients))
     each = 2 * loss.execution.num_loss_chunks
-    assert counts == {("forward", 1): each, ("backward", 1): each}
+    assert counts == {(name, stage): each for name in ("forward", "backward") for stage in (0, 1)}
+    assert sizes == {model.vocab_size // 2}
     assert set(found) == {"layers/0/attention/q", "head/weights"}
     for path, gradient in found.items():
         want = tree.flatten(wanted)[path]
         np.testing.assert_allclose(gradient, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "vocab_size, num_members", [pytest.param(63, 1, marks=pytest.mark.long), (64, 2)]
+)
+def test_a_head_that_stages_do_not_divide_and_one_that_tensor_groups_divide_too(
+    vocab_size, num_members
+):
+    model = dense(vocab_size=vocab_size)
+    config = MeshConfig(pipeline=2, tensor=num_members)
+    batch = make_batch()
+    batch |= {name: batch[name] % vocab_size for name in ("tokens", "labels")}
+    with jax.enable_x64(True):
+        loss = make_loss(model)
+        region = make_region(model, config, num_microbatches=2)
+        params = make_params(model)
+        stored = region.specs.layout.store(params, region.specs.dims)
+        _, found = jax.jit(region.gradient(loss))(stored, batch, KEY)
+        wanted = jax.jit(jax.grad(lambda params: loss(params, batch, None)[0]))(params)
+        found = canonical(region.specs, found)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-12), found, wanted)
 
 
 def watched(operations, counts):
