@@ -13,7 +13,6 @@ import jax
 from jaxscale.checkpoint.exports import export
 from jaxscale.checkpoint.manager import BUDGET_BYTES, CheckpointConfig, Checkpoints
 from jaxscale.checkpoint.native import NativeCheckpoint
-from jaxscale.checkpoint.restore import restore_params
 from jaxscale.launch.memory import check_fits
 from jaxscale.parallel.batch import place
 from jaxscale.train import diagnosis
@@ -188,10 +187,13 @@ def _restore_or_start(
         return state
     if config.init_changes is not None:
         return _other_state(setup, loader, config, facts)
-    state = setup.init(config.seed)
     if config.init_from is None:
-        return state
-    return dataclasses.replace(state, params=_other_params(setup, config.init_from, facts))
+        return setup.init(config.seed)
+    nothing = jax.tree.map(lambda _: None, setup.canonical_state)
+    params = _other_params(setup, config.init_from, facts)
+    saved = dataclasses.replace(nothing, params=params)
+    # What is not drawn is never there beside what is read.
+    return setup.from_canonical(setup.draw_missing(config.seed, saved))
 
 
 def _check_step(state: TrainState, folder: int) -> None:
@@ -231,16 +233,9 @@ def _other_params(
     directory: str,
     facts: dict[str, Any],
 ) -> Params:
-    """The parameters in another run's newest checkpoint."""
-    _open_other(directory, facts).close()
-    restored = restore_params(
-        _of_other(directory),
-        facts,
-        setup.state.params,
-        dims=setup.dims.params,
-        layout=setup.region.specs.layout,
-    )
-    return restored.params
+    """The parameters in another run's newest checkpoint, as they are on disk."""
+    with contextlib.closing(_open_other(directory, facts)) as checkpoints:
+        return checkpoints.restore_params(setup.canonical_state.params)
 
 
 def _open_other(directory: str, facts: dict[str, Any]) -> Checkpoints:
