@@ -208,27 +208,25 @@ def _width(attention: AttentionConfig) -> int:
 
 
 def longest_length(
-    job: Job,
-    layout: Layout,
-    state: StateBytes,
-    strategy: FullyPipelined,
+    needs: Callable[[int], tuple[float, float]],
+    step: int,
     *,
     device_bytes: float,
     host_bytes: float = float("inf"),
 ) -> int:
-    """The most tokens of a row, in whole chunks, whose step fits; 0 if not even one chunk does.
+    """The most tokens of a row, a multiple of `step`, that fit; 0 if not even one step does.
 
     Args:
-        job, layout, state, strategy: as for `chunked_memory`; the job's own length is left aside.
-        device_bytes, host_bytes: of one device, and its share of the host's memory.
+        needs: length -> bytes on a device and on its share of the host, the more the longer.
+        step: tokens.
+        device_bytes, host_bytes: that are there.
     """
 
-    def fits(num_chunks: int) -> bool:
-        longer = dataclasses.replace(job, length=num_chunks * strategy.chunk_tokens)
-        memory = chunked_memory(longer, layout, state, strategy)
-        return memory.on_device <= device_bytes and memory.on_host <= host_bytes
+    def fits(num_steps: int) -> bool:
+        on_device, on_host = needs(num_steps * step)
+        return on_device <= device_bytes and on_host <= host_bytes
 
-    return _largest(fits) * strategy.chunk_tokens
+    return _largest(fits) * step
 
 
 def suggested_chunk(

@@ -1,6 +1,8 @@
 """What a run in chunks takes of devices and hosts, by arithmetic, before anything is allocated."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 
@@ -12,6 +14,7 @@ from jaxscale.planner.chunks import (
     longest_length,
     suggested_chunk,
 )
+from jaxscale.planner.job import Job, Layout
 from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
 from jaxscale.run.job import job_of, layout_of
@@ -72,22 +75,51 @@ def chunk_lines(run: Run, device_bytes: float) -> list[str]:
     chunk = suggested_chunk(job, layout, state, strategy, device_bytes=device_bytes)
     lines.append(f"chunk_tokens  {chunk or 'none'} would fit, {strategy.chunk_tokens} is set")
     lines.append("by strategy   GiB on a device, GiB on the host, tokens that fit the device")
-    whole = step_memory(job, dataclasses.replace(layout, remat="full"), state)
-    rows = {"whole layers, full remat": (whole.total, whole.host, None)}
-    rows["as it is set"] = _row(job, layout, state, strategy, device_bytes)
-    for name, fields in STRATEGIES.items():
-        other = dataclasses.replace(strategy, **fields)
-        rows[name] = _row(job, layout, state, other, device_bytes)
-    for name, (device, host, longest) in rows.items():
-        tokens = "" if longest is None else f"{longest:>12,}"
-        lines.append(f"  {name:<34}{device / GIB:>9.2f}{host / GIB:>9.2f}{tokens}")
+    for name, needs in _strategies(job, layout, strategy).items():
+        device, host = needs(job.length)
+        longest = longest_length(needs, strategy.chunk_tokens, device_bytes=device_bytes)
+        lines.append(f"  {name:<34}{device / GIB:>9.2f}{host / GIB:>9.2f}{longest:>12,}")
     return lines
 
 
-def _row(job, layout, state, strategy, device_bytes) -> tuple[float, float, int]:
-    memory = chunked_memory(job, layout, state, strategy)
-    longest = longest_length(job, layout, state, strategy, device_bytes=device_bytes)
-    return memory.on_device, memory.on_host, longest
+Needs = Callable[[int], tuple[float, float]]
+
+
+def _strategies(job: Job, layout: Layout, strategy: FullyPipelined) -> dict[str, Needs]:
+    """Name -> (tokens of a row -> bytes on a device and on the host).
+
+    Whole layers have full remat, Ulysses over the mesh's sequence axis, and ZeRO of each level.
+    """
+    mesh, found, count = layout.mesh, {}, StateCounter(job)
+    is_sharded = mesh.data * mesh.sequence > 1
+    levels = (1, 2, 3) if is_sharded else (mesh.zero,)
+    whole = [dataclasses.replace(layout, mesh=dataclasses.replace(mesh, zero=z)) for z in levels]
+    for each in whole:
+        name = f"whole layers, ZeRO-{each.mesh.zero}"
+        found[name] = functools.partial(_whole, job, each, count(each.mesh), is_offloaded=False)
+    last = whole[-1]
+    of_last = functools.partial(_whole, job, last, count(last.mesh), is_offloaded=True)
+    found["the same, inputs on the host"] = of_last
+    chunked = {"as it is set": strategy}
+    chunked |= {name: dataclasses.replace(strategy, **each) for name, each in STRATEGIES.items()}
+    for name, other in chunked.items():
+        found[name] = functools.partial(_in_chunks, job, layout, count(mesh), other)
+    return found
+
+
+def _in_chunks(job, layout, state, strategy, length) -> tuple[float, float]:
+    longer = dataclasses.replace(job, length=length)
+    memory = chunked_memory(longer, layout, state, strategy)
+    return memory.on_device, memory.on_host
+
+
+def _whole(job, layout, state, length, *, is_offloaded: bool) -> tuple[float, float]:
+    """Only the inputs of layers are kept, on the device or, but for two of them, on the host."""
+    longer = dataclasses.replace(job, length=length)
+    memory = step_memory(longer, dataclasses.replace(layout, remat="full"), state)
+    here = min(1, 2 / job.model.num_periods) if is_offloaded else 1
+    away = (1 - here) * memory.stashed
+    return memory.total - away, memory.host + away
 
 
 def _parts(title: str, parts: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """What a run in chunks takes of devices and hosts is told by arithmetic, and refused by it."""
 
 import dataclasses
+import operator
 import re
 from pathlib import Path
 
@@ -44,13 +45,17 @@ def test_what_rests_on_the_host_is_what_is_kept(run):
 def test_the_longest_sequence_fits_and_one_chunk_more_does_not(run):
     job, layout, strategy = job_of(run), layout_of(run), run.execution.strategy
     state, limits = StateCounter(job)(run.mesh), (100 * GIB, 128 * GIB)
-    named = dict(zip(("device_bytes", "host_bytes"), limits))
-    longest = longest_length(job, layout, state, strategy, **named)
-    assert longest > strategy.chunk_tokens
-    for length, is_expected in ((longest, True), (longest + strategy.chunk_tokens, False)):
-        memory = chunked_memory(dataclasses.replace(job, length=length), layout, state, strategy)
-        needed = memory.on_device, memory.on_host
-        assert all(size <= limit for size, limit in zip(needed, limits)) == is_expected
+
+    def needs(length):
+        longer = dataclasses.replace(job, length=length)
+        memory = chunked_memory(longer, layout, state, strategy)
+        return memory.on_device, memory.on_host
+
+    step = strategy.chunk_tokens
+    longest = longest_length(needs, step, device_bytes=limits[0], host_bytes=limits[1])
+    assert longest > step
+    for length, is_expected in ((longest, True), (longest + step, False)):
+        assert all(map(operator.le, needs(length), limits)) == is_expected
 
 
 def test_inspect_shows_strategies_side_by_side(capsys):
@@ -58,10 +63,12 @@ def test_inspect_shows_strategies_side_by_side(capsys):
     shown = capsys.readouterr().out
     row = r"^  {} +([\d.]+) +([\d.]+) +([\d,]+)$"
     found = {}
-    for name in ("chunks, all on the device", "chunks, all on the host"):
+    names = "chunks, all on the device", "chunks, all on the host"
+    for name in (*names, "whole layers, ZeRO-3", "the same, inputs on the host"):
         device, host, longest = re.search(row.format(name), shown, re.MULTILINE).groups()
         found[name] = float(device), float(host), int(longest.replace(",", ""))
-    device, host = found.values()
+    device, host, whole, away = found.values()
+    assert whole[0] > away[0] and whole[1] < away[1] and whole[2] < away[2] < host[2]
     assert device[0] > host[0] and device[1] < host[1] and device[2] < host[2]
     assert re.search(r"^chunk_tokens +65536 would fit, 65536 is set$", shown, re.MULTILINE)
 
