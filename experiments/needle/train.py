@@ -174,9 +174,9 @@ def main():
         )
         length *= 4
     options.output.mkdir(parents=True, exist_ok=True)
-    draw_picture(found, options.output / "needle.png")
     table = {length: list(row) for length, row in found.items()}
     (options.output / "needle.json").write_text(json.dumps(table))
+    draw_picture(found, options.output / "needle.png")
 
 
 if __name__ == "__main__":
