@@ -17,6 +17,8 @@ from jaxscale.run.run import load_run
 FILE = "experiments/configs/papers/fpdt_8b.gin"
 DEVICE, HOST, CHUNK = 0.95 * 139 * 2**30, 120 * 2**30, 32_768  # bytes of each GPU; tokens of each
 TWICE = dict(inputs="host", attention="nowhere", chunks="host")
+IN_GROUPS = dict(inputs="host", attention="host", chunks="host")
+GROUPED = dict(checkpoint_every=4, checkpoint_place="host")
 STRATEGIES = {
     "whole layers, full remat": None,
     "chunks, all on the device": dict(inputs="device", attention="device", chunks="device"),
@@ -24,12 +26,16 @@ STRATEGIES = {
     "chunks, all on the host": dict(inputs="host", attention="host", chunks="host"),
     "attention run twice": TWICE,
     "the same, inputs divided": TWICE,
+    "every 4th layer's input, divided": IN_GROUPS,
 }
 
 
 def fits(name, fields, run, length):
     """Whether a step fits device and host; divided inputs fill whatever both have left."""
-    job, layout = dataclasses.replace(job_of(run), length=length), layout_of(run)
+    grouped = GROUPED if "every" in name else {}
+    execution = dataclasses.replace(run.execution, **grouped)
+    job = dataclasses.replace(job_of(run), length=length, execution=execution)
+    layout = layout_of(run)
     state = StateCounter(job)(run.mesh)
     if fields is None:
         return step_memory(job, dataclasses.replace(layout, remat="full"), state).total <= DEVICE

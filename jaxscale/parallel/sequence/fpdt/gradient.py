@@ -7,6 +7,7 @@ gradients are added up chunk by chunk.
 Source: Yao et al. 2024 (arXiv 2408.16978), section 5.3.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +79,38 @@ class _Queries(NamedTuple):
         return cls(q, do, lax.bitcast_convert_type(dq, wide))
 
 
+class _Coming(NamedTuple):
+    """What a pair of chunks needs, on its way to the device.
+
+    Args:
+        x: input of the chunk of keys, if the pair is its first.
+        queries: `Saved` in the first outer step, later `_Queries` or their packed array.
+    """
+
+    x: Array | None
+    queries: Any
+
+
+class _Keys(NamedTuple):
+    """The chunk of keys at work.
+
+    Args:
+        k, v: [B, C, K', H].
+        pull: cotangents of (q, k, v) -> those of (params, x).
+        dkv: as far as they are added up, in at least float32.
+        dq: of the same chunk's queries, complete.
+    """
+
+    k: Array
+    v: Array
+    pull: Callable
+    dkv: tuple[Array, Array]
+    dq: Array | None = None
+
+
+_Pair = tuple[int, int]  # numbers of a chunk of keys and of one of queries
+
+
 class _Backward:
     """The backward of one layer while it is traced.
 
@@ -110,13 +143,17 @@ class _Backward:
         self.rows: dict[int, tuple[Array, Array]] = {}
         # Those that were put to rest last.
         self.leaving: list[int] = []
+        self.keys: _Keys | None = None
 
     def run(self) -> tuple:
         """Cotangents of (params, x, tokens)."""
         if self.places.attention == "nowhere":
             self._attend_again()
-        for i in range(self.cuts.num):
-            self._one_chunk_of_keys(i)
+        num = self.cuts.num
+        pairs = [(i, j) for i in range(num) for j in range(i, num)]
+        coming, self.dx = self._coming((0, 0), self.dx)
+        for pair, following in zip(pairs, [*pairs[1:], None], strict=True):
+            coming = self._one_pair(pair, following, coming)
 
         def rounded(sum: Array, p: Array) -> Array:
             return sum.astype(p.dtype)
@@ -124,48 +161,72 @@ class _Backward:
         dparams = jax.tree.map(rounded, self.dparams, self.params)
         return dparams, self.dx, None
 
-    def _one_chunk_of_keys(self, i: int) -> None:
-        """All queries that see chunk i of the keys, and the way back to that chunk's input."""
-        x, self.dx = fetch(self.places.inputs[i], self.saved[i].x, self.dx)
+    def _one_pair(
+        self,
+        pair: _Pair,
+        following: _Pair | None,
+        coming: _Coming,
+    ) -> _Coming | None:
+        """A chunk of queries meets a chunk of keys, while what the following pair needs comes."""
+        i, j = pair
+        if j == i:
+            coming, self.dx = tied((coming, self._settled(self.dx)))
+            self._begin(i, coming.x)
+        else:
+            coming, dkv = tied((coming, self._settled(self.keys.dkv)))
+            self.keys = self.keys._replace(dkv=dkv)
+        arriving = None
+        if following is not None:
+            arriving, dkv = self._coming(following, self.keys.dkv)
+            self.keys = self.keys._replace(dkv=dkv)
+        queries = self._enter(j, coming.queries) if i == 0 else self._back(coming.queries)
+        queries = queries._replace(dq=queries.dq + self._through(queries, i, j))
+        if j == i:
+            self.keys = self.keys._replace(dq=queries.dq)
+        elif following == (j, j):
+            # They are asked for at once, and so they stay.
+            arriving = arriving._replace(queries=queries)
+        else:
+            self._wait(j, queries)
+        if j + 1 == self.cuts.num:
+            self._end(i)
+        return arriving
+
+    def _begin(self, i: int, x: Array) -> None:
+        """Projects the keys and values of chunk i."""
         known = self.cuts.known(self.tokens.known, i)
 
         def project(params: Params, x: Array) -> tuple[Array, ...]:
             return self.stream.project(params, x, known)
 
-        (q, k, v), pull = jax.vjp(project, self.params, x)
-        dkv = _zeros(k), _zeros(v)
-        coming, dkv = self._coming(i, i, dkv)
-        for j in range(i, self.cuts.num):
-            here, dkv = tied((coming, self._settled(dkv)))
-            if j + 1 < self.cuts.num:
-                coming, dkv = self._coming(i, j + 1, dkv)
-            queries = self._enter(j, here) if i == 0 else self._back(here, q.shape[3])
-            dq, *parts = self._through(queries, k, v, i, j)
-            dq = queries.dq + dq
-            dkv = jax.tree.map(jnp.add, dkv, tuple(parts))
-            if j == i:
-                complete = dq
-            else:
-                self._wait(j, queries._replace(dq=dq))
-        cotangents = complete, *dkv
-        dparams, dx = pull(tuple(each.astype(q.dtype) for each in cotangents))
-        self._add(dparams)
-        dx = self.cuts.own(self.dx, i) + dx
-        self._write(self.cuts, dx, i)
+        (_, k, v), pull = jax.vjp(project, self.params, x)
+        k, v, dkv = tied((k, v, (_zeros(k), _zeros(v))))
+        self.keys = _Keys(k, v, pull, dkv)
 
     def _through(
         self,
         queries: _Queries,
-        k: Array,
-        v: Array,
         i: int,
         j: int,
-    ) -> tuple[Array, Array, Array]:
-        """(dq, dk, dv) of chunk j of the queries through chunk i of the keys."""
+    ) -> Array:
+        """The part of the queries' gradient that chunk i of the keys gives; theirs is added up."""
         lse, delta = self.rows[j]
+        k, v = self.keys.k, self.keys.v
         seen = self.tokens.intervals.over(j, i, k.shape[1])
-        attention = self.stream.attention
-        return attention.backward(queries.q, k, v, queries.do, lse, delta, *seen)
+        backward = self.stream.attention.backward
+        dq, *parts = backward(queries.q, k, v, queries.do, lse, delta, *seen)
+        dkv = jax.tree.map(jnp.add, self.keys.dkv, tuple(parts))
+        self.keys = self.keys._replace(dkv=dkv)
+        return dq
+
+    def _end(self, i: int) -> None:
+        """The way back to the input of chunk i, all of whose gradients are complete."""
+        keys = self.keys
+        cotangents = keys.dq, *keys.dkv
+        dparams, dx = keys.pull(tuple(each.astype(keys.k.dtype) for each in cotangents))
+        self._add(dparams)
+        dx = self.cuts.own(self.dx, i) + dx
+        self._write(self.cuts, dx, i)
 
     def _wait(self, j: int, queries: _Queries) -> None:
         """Puts a chunk of queries to rest."""
@@ -175,11 +236,11 @@ class _Backward:
         self.waiting[j] = put(self.places.chunks, queries.packed())
         self.leaving.append(j)
 
-    def _back(self, here: Any, head_dim: int) -> _Queries:
-        """A chunk of queries that has been at rest."""
-        if self.places.chunks == "device":
-            return here
-        return _Queries.unpacked(here, head_dim)
+    def _back(self, queries: Any) -> _Queries:
+        """A chunk of queries that has been at rest, or has stayed."""
+        if isinstance(queries, _Queries):
+            return queries
+        return _Queries.unpacked(queries, self.keys.k.shape[-1])
 
     def _settled(self, after: Any) -> Any:
         """`after`, once all but the last chunk of queries that was put to rest has arrived there.
@@ -192,15 +253,24 @@ class _Backward:
             self.waiting[j], after = tied((self.waiting[j], after))
         return after
 
-    def _coming(
-        self,
-        i: int,
-        j: int,
-        after: Any,
-    ) -> tuple[Any, Any]:
-        """Begins to fetch what chunk j of the queries needs to meet chunk i of the keys."""
-        if i:
-            return fetch(self.places.chunks, self.waiting[j], after)
+    def _coming(self, pair: _Pair, after: Any) -> tuple[_Coming, Any]:
+        """Begins to fetch what a pair needs, but for queries that are at work in the pair before.
+
+        Returns:
+            (_Coming, after), as `fetch`.
+        """
+        i, j = pair
+        if i == 0:
+            queries, after = self._coming_saved(j, after)
+            return _Coming(queries.x, queries), after
+        x = queries = None
+        if j == i:
+            x, after = fetch(self.places.inputs[i], self.saved[i].x, after)
+        if pair != (self.cuts.num - 1, self.cuts.num - 1):
+            queries, after = fetch(self.places.chunks, self.waiting[j], after)
+        return _Coming(x, queries), after
+
+    def _coming_saved(self, j: int, after: Any) -> tuple[Saved, Any]:
         saved = self.saved[j]
         x, after = fetch(self.places.inputs[j], saved.x, after)
         is_again = self.places.attention == "nowhere"
