@@ -32,8 +32,9 @@ def main():
     kept = dict(strategy=Whole(), remat="names", saved_names=("attention",))
     whole = dataclasses.replace(run, execution=dataclasses.replace(run.execution, **kept))
     with ThreadPoolExecutor() as pool:
-        both = dict(zip(("chunks", "whole"), pool.map(prepared, (run, whole))))
-    figures, states = {}, {}
+        coming = pool.map(prepared, (run, whole))
+        figures, states = cap(run), {}
+        both = dict(zip(("chunks", "whole"), coming))
     for name, (step, state, batch, temp_gib) in both.items():
         states[name], metrics = step(state, batch)
         figures |= {f"{name}_loss": float(metrics["loss"]), f"{name}_temp_gib": temp_gib}
@@ -46,7 +47,7 @@ def main():
         ms = sum(found) / len(found)
         figures |= {f"{name}_ms": ms, f"{name}_mfu": rates(run, ms)["mfu"]}
     figures["ratio"] = figures["whole_ms"] / figures["chunks_ms"]
-    figures |= {"peak_gib": peak_gib()} | cap(run)
+    figures["peak_gib"] = peak_gib()
     rounded = {name: round(value, 4) for name, value in figures.items()}
     print(json.dumps({"overrides": options.set} | rounded), flush=True)
 
