@@ -8,6 +8,7 @@ import sys
 
 import matplotlib.pyplot as plt
 
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.planner.chunks import chunked_memory
 from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
@@ -17,31 +18,27 @@ from jaxscale.run.run import load_run
 FILE = "experiments/configs/papers/fpdt_8b.gin"
 DEVICE, HOST, CHUNK = 0.95 * 139 * 2**30, 120 * 2**30, 32_768  # bytes of each GPU; tokens of each
 TWICE = dict(inputs="host", attention="nowhere", chunks="host")
-IN_GROUPS = dict(inputs="host", attention="host", chunks="host")
 GROUPED = dict(checkpoint_every=4, checkpoint_place="host")
 STRATEGIES = {
     "whole layers, full remat": None,
     "chunks, all on the device": dict(inputs="device", attention="device", chunks="device"),
     "chunks, inputs on the host": dict(inputs="host", attention="device", chunks="device"),
-    "chunks, all on the host": dict(inputs="host", attention="host", chunks="host"),
+    "chunks, all on the host": {},
     "attention run twice": TWICE,
     "the same, inputs divided": TWICE,
-    "every 4th layer's input, divided": IN_GROUPS,
+    "every 4th layer's input, divided": {},
 }
 
 
 def fits(name, fields, run, length):
     """Whether a step fits device and host; divided inputs fill whatever both have left."""
-    grouped = GROUPED if "every" in name else {}
-    execution = dataclasses.replace(run.execution, **grouped)
+    execution = dataclasses.replace(run.execution, **(GROUPED if "every" in name else {}))
     job = dataclasses.replace(job_of(run), length=length, execution=execution)
     layout = layout_of(run)
     state = StateCounter(job)(run.mesh)
     if fields is None:
         return step_memory(job, dataclasses.replace(layout, remat="full"), state).total <= DEVICE
-    strategy = dataclasses.replace(
-        run.execution.strategy, chunk_tokens=CHUNK * layout.num_devices, **fields
-    )
+    strategy = FullyPipelined(CHUNK * layout.num_devices, **fields)
     memory = chunked_memory(job, layout, state, strategy)
     if "divided" in name:
         return memory.on_device <= DEVICE and memory.on_device + memory.on_host <= DEVICE + HOST
