@@ -17,12 +17,12 @@ from jaxscale.run.run import load_run
 
 FILE = "experiments/configs/papers/fpdt_8b.gin"
 DEVICE, HOST, CHUNK = 0.95 * 139 * 2**30, 120 * 2**30, 32_768  # bytes of each GPU; tokens of each
-TWICE = dict(inputs="host", attention="nowhere", chunks="host")
+TWICE = dict(attention="nowhere")
 GROUPED = dict(checkpoint_every=4, checkpoint_place="host")
 STRATEGIES = {
     "whole layers, full remat": None,
     "chunks, all on the device": dict(inputs="device", attention="device", chunks="device"),
-    "chunks, inputs on the host": dict(inputs="host", attention="device", chunks="device"),
+    "chunks, inputs on the host": dict(attention="device", chunks="device"),
     "chunks, all on the host": {},
     "attention run twice": TWICE,
     "the same, inputs divided": TWICE,
@@ -31,11 +31,10 @@ STRATEGIES = {
 
 
 def fits(name, fields, run, length):
-    """Whether a step fits device and host; divided inputs fill whatever both have left."""
+    """Whether a step fits; divided inputs fill whatever device and host have left."""
     execution = dataclasses.replace(run.execution, **(GROUPED if "every" in name else {}))
     job = dataclasses.replace(job_of(run), length=length, execution=execution)
-    layout = layout_of(run)
-    state = StateCounter(job)(run.mesh)
+    layout, state = layout_of(run), StateCounter(job)(run.mesh)
     if fields is None:
         return step_memory(job, dataclasses.replace(layout, remat="full"), state).total <= DEVICE
     strategy = FullyPipelined(CHUNK * layout.num_devices, **fields)

@@ -119,6 +119,10 @@ class StageLayout:
         """
         return _map_stacks(self.from_canonical, tree, dims)
 
+    def restore(self, tree: Any, dims: Any) -> Any:
+        """`to_canonical` on every layer stack of a tree; arguments as `store`."""
+        return _map_stacks(self.to_canonical, tree, dims)
+
     def _check_rows(self, leaf: Array, num: int) -> None:
         if leaf.shape[:1] != (num,):
             raise ValueError(f"a leaf of {self} needs {num} rows, not shape {leaf.shape}")
