@@ -160,8 +160,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         return socket.create_server((host, port), backlog=BACKLOG)
-    except OSError as error:
-        expected = f"an address of this machine that is free ({error.strerror})"
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", error)
+        expected = f"an address of this machine that is free ({reason})"
         raise InputError("port", f"{host}:{port}", expected) from error
 
 

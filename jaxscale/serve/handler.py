@@ -215,9 +215,13 @@ class Handler:
             await asyncio.to_thread(self._grammars.begin, asked.config.grammar)
         return await self._frontend.submit(asked.prompts, asked.config)
 
-    async def observed(self, answers: Answers) -> AsyncIterator[tuple[int, Delta]]:
+    async def observed(
+        self,
+        asked: Asked,
+        answers: Answers,
+    ) -> AsyncIterator[tuple[int, Delta]]:
         """`Answers.deltas`, of which the metrics take note."""
-        clocks = [SequenceClock() for _ in range(answers.num_choices)]
+        clocks = [SequenceClock(len(prompt)) for prompt in asked.of_choices()]
         try:
             async with contextlib.aclosing(answers.deltas()) as deltas:
                 async for choice, delta in deltas:
@@ -229,7 +233,7 @@ class Handler:
     async def whole(self, asked: Asked, answers: Answers) -> dict[str, Any]:
         """The answer as a whole."""
         choices = [Completion() for _ in range(asked.num_choices)]
-        async with contextlib.aclosing(self.observed(answers)) as deltas:
+        async with contextlib.aclosing(self.observed(asked, answers)) as deltas:
             async for choice, delta in deltas:
                 choices[choice].add(delta)
         return asked.form.whole(choices, asked.of_choices(), asked.usage(choices))
@@ -246,7 +250,7 @@ class Handler:
         for fields in form.first(asked.num_choices):
             yield _event(fields)
         try:
-            async with contextlib.aclosing(self.observed(answers)) as deltas:
+            async with contextlib.aclosing(self.observed(asked, answers)) as deltas:
                 async for choice, delta in deltas:
                     choices[choice].add(delta)
                     if fields := form.chunk(choice, delta, listeners[choice]):

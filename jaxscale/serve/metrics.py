@@ -10,6 +10,7 @@ from jaxscale.serve.requests import Delta
 from jaxscale.serve.sequences import FinishReason
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+TOKENS = tuple(size * 10**power for power in range(6) for size in (1, 2, 5))
 PREFIX = "vllm:"
 
 
@@ -56,6 +57,9 @@ class Metrics:
         self._first = Histogram("time_to_first_token_seconds", "Time to the first token.")
         self._between = Histogram("inter_token_latency_seconds", "Time between two tokens.")
         self._whole = Histogram("e2e_request_latency_seconds", "Time of a whole sequence.")
+        self._decode = Histogram("request_decode_time_seconds", "From the first token to the last.")
+        self._prompt = Histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self._new = Histogram("request_generation_tokens", "New tokens of a sequence.", TOKENS)
         self._finished = dict.fromkeys(FinishReason, 0)
 
     def observe(self, clock: "SequenceClock", delta: Delta) -> None:
@@ -64,13 +68,19 @@ class Metrics:
         if delta.tokens:
             if clock.last_s is None:
                 self._first.observe(now - clock.began_s)
+                clock.first_s = now
             else:
                 # Several tokens of a launch come together.
                 for _ in delta.tokens:
                     self._between.observe((now - clock.last_s) / len(delta.tokens))
             clock.last_s = now
+            clock.num_new += len(delta.tokens)
         if delta.finish_reason is not None:
             self._whole.observe(now - clock.began_s)
+            self._prompt.observe(clock.num_prompt)
+            self._new.observe(clock.num_new)
+            if clock.first_s is not None:
+                self._decode.observe(now - clock.first_s)
             self._finished[delta.finish_reason] += 1
 
     def count_cancelled(self, num_sequences: int) -> None:
@@ -87,16 +97,20 @@ class Metrics:
         lines += [f"# HELP {name} Finished sequences.", f"# TYPE {name} counter"]
         for reason, count in self._finished.items():
             lines.append(f'{name}{{{self._label},finished_reason="{reason}"}} {count}')
-        for histogram in (self._first, self._between, self._whole):
+        seconds = self._first, self._between, self._whole, self._decode
+        for histogram in (*seconds, self._prompt, self._new):
             lines += histogram.lines(self._label)
         return "\n".join(lines) + "\n"
 
 
 @dataclasses.dataclass
 class SequenceClock:
-    """When a sequence began, and when its last token came."""
+    """When a sequence began, and when its first and last tokens came; how many there are."""
 
+    num_prompt: int = 0
+    num_new: int = 0
     began_s: float = dataclasses.field(default_factory=time.monotonic)
+    first_s: float | None = None
     last_s: float | None = None
 
 
