@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 BACKLOG = 2048
+MAX_PORT = 2**16 - 1
 
 
 def serve(
@@ -158,11 +159,12 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         InputError: the address is taken or is not this machine's.
     """
+    if not 0 <= port <= MAX_PORT:
+        raise InputError("port", port, f"0 <= port <= {MAX_PORT}")
     try:
         return socket.create_server((host, port), backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", error)
-        expected = f"an address of this machine that is free ({reason})"
+    except OSError as error:
+        expected = f"an address of this machine that is free ({error.strerror})"
         raise InputError("port", f"{host}:{port}", expected) from error
 
 
