@@ -8,8 +8,8 @@ from.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Literal
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -336,12 +336,3 @@ def _within_row(
     number = start // row
     inner = flat_boxes(shape[1:], start - number * row, stop - number * row)
     return [((number, *corner), (1, *sizes)) for corner, sizes in inner]
-
-
-def sharding_boxes(sharding: Any, shape: tuple[int, ...]) -> Mapping[Any, tuple[slice, ...]]:
-    """The box of each device of a jax.sharding.Sharding, as slices without None."""
-    boxes = {}
-    for device, index in sharding.devices_indices_map(shape).items():
-        corner, sizes = box_of(index, shape)
-        boxes[device] = tuple(slice(a, a + size) for a, size in zip(corner, sizes))
-    return boxes

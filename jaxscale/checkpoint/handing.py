@@ -23,6 +23,7 @@ from jaxscale.types import InputError, RunError
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT_S = 60.0
+POLL_S = 0.1  # within which closing is noticed
 Address = tuple[str, int]
 Sizes = tuple[int, ...]
 
@@ -85,7 +86,11 @@ class Handing:
                     self._boxes.append(dataclasses.asdict(box))
         self._server = _Server((host, 0), self._answer)
         self.address: Address = self._server.server_address[:2]
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever,
+            kwargs={"poll_interval": POLL_S},
+            daemon=True,
+        )
         self._thread.start()
 
     def close(self) -> None:

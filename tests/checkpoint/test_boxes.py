@@ -3,14 +3,11 @@
 import itertools
 import random
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxscale.checkpoint.boxes import Merged, Placement, find_fault, flat_boxes, sharding_boxes
+from jaxscale.checkpoint.boxes import Merged, Placement, find_fault, flat_boxes
 from jaxscale.types import InputError
-from tests.checkpoint.states import mesh_of
 
 
 def placed(part, starts, *, reads=None, sizes=None, steps=None, origin="a part"):
@@ -111,16 +108,3 @@ def test_copies_that_differ_are_refused_and_means_are_taken():
         equal[:]
     mean = Merged("w", (3,), np.dtype("f4"), copies, "mean")
     np.testing.assert_array_equal(mean[:], np.float32([1, 2, 4]))
-
-
-def test_the_boxes_of_a_sharding_make_up_the_array():
-    whole = number((8, 6))
-    sharding = NamedSharding(mesh_of(4, 2), PartitionSpec("data", "tensor"))
-    array = jax.device_put(whole, sharding)
-    boxes = sharding_boxes(sharding, whole.shape)
-    parts = []
-    for shard in array.addressable_shards:
-        starts = tuple(part.start for part in boxes[shard.device])
-        parts.append(placed(np.asarray(shard.data), starts))
-    merged = Merged("w", whole.shape, np.asarray(array).dtype, (tuple(parts),))
-    np.testing.assert_array_equal(merged[:], whole)

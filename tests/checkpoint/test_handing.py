@@ -33,7 +33,7 @@ def held_by(array, devices):
     return SimpleNamespace(shape=array.shape, dtype=array.dtype, addressable_shards=own)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_processes():
     """A state, and those that hand out the halves of its devices."""
     mesh = mesh_of(4, 2)

@@ -66,7 +66,7 @@ def test_adapters_are_added_to_a_model_of_which_nothing_else_trains(gin_file, wh
 def test_a_part_is_frozen_and_the_rest_goes_on_with_its_moments(gin_file, whole, tmp_path):
     frozen = "(embed.*|.*norm.*)"
     fields = {"TrainConfig.trainable": f"(?!{frozen}$).*"}
-    with pytest.raises(InputError, match="only the checkpoint has opt_state/.*embed"):
+    with pytest.raises(InputError, match=r"only the checkpoint has opt_state/.*embed"):
         runs.train(write(tmp_path, gin_file, whole, fields), tmp_path / "new")
     fields |= {"Changes.left_out": f"opt_state/.*/[mn]u/{frozen}"}
     file = write(tmp_path, gin_file, whole, fields)

@@ -1,6 +1,7 @@
 """The stages' layout: lossless both ways, a stage's rows on its devices, misfits refused."""
 
 import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
