@@ -1,17 +1,23 @@
-"""The memory of planned steps as the compiler says, a long pipeline's by two short ones."""
+"""The memory of planned steps as the compiler says, a long pipeline's by a short one."""
 
 import concurrent.futures
 import dataclasses
+import math
 import os
+import re
 from collections.abc import Sequence
 
 from jaxscale.launch.ahead_of_time import described_devices, memory_of
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.job import Layout
+from jaxscale.planner.memory import COPIES_OF_SLOTS
 from jaxscale.planner.pipeline import num_in_flight
 from jaxscale.run.compile import LoweredStep, bytes_per_device, lower_step
 from jaxscale.run.planned import planned
 from jaxscale.run.run import Run
+
+# An array of `lax.empty` as it is lowered: its dims, each with an x, and the bits of its type.
+EMPTY = re.compile(r"@AllocateBuffer\(\) : \(\) -> tensor<((?:\d+x)*)[a-z]+(\d+)")
 
 
 class CompiledMemory:
@@ -19,7 +25,8 @@ class CompiledMemory:
 
     A pipeline's program has the whole stage in it for each micro-batch in flight, up to 2 S - 1
     times, and takes minutes to compile; what it needs grows by one slot with each. So it is
-    compiled for one micro-batch and for two, and their difference counts for all others in flight.
+    compiled for one micro-batch. What it would allocate more for a second one, which is known
+    before it is compiled, counts for all others in flight.
 
     Args:
         run: whose mesh, micro-batches and remat a layout replaces.
@@ -36,9 +43,7 @@ class CompiledMemory:
     def __call__(self, layouts: Sequence[Layout]) -> list[int]:
         """Bytes that a device needs under each layout; each distinct program is compiled once."""
         steps = [self._steps(layout) for layout in layouts]
-        programs = {}
-        for each in steps:
-            programs |= {step.lowered.as_text(): step for step in each}
+        programs = {each[0].lowered.as_text(): each[0] for each in steps}
         # Moments on the host are told to the compiler by replacing a function of JAX for a time.
         is_on_host = any(layout.mesh.is_optimizer_on_host for layout in layouts)
         num_threads = 1 if is_on_host else os.cpu_count()
@@ -47,12 +52,12 @@ class CompiledMemory:
             by_program = dict(zip(programs, peaks, strict=True))
         found = []
         for layout, each in zip(layouts, steps, strict=True):
-            own = [by_program[step.lowered.as_text()] for step in each]
-            found.append(_extended(layout, each[0], *own) if len(own) > 1 else own[0])
+            peak = by_program[each[0].lowered.as_text()]
+            found.append(peak + _beside(layout, *each))
         return found
 
     def _steps(self, layout: Layout) -> list[LoweredStep]:
-        """The programs that say what a layout needs: its own, or those of one and two slots."""
+        """The step that is compiled, and the same with a second slot if it has but one."""
         whole = planned(self.run, layout)
         runs = [whole]
         if _is_long(layout):
@@ -75,24 +80,35 @@ def _shortened(run: Run, rows: int, num_microbatches: int) -> Run:
     )
 
 
-def _extended(
+def _beside(
     layout: Layout,
-    step: LoweredStep,
-    one: int,
-    two: int,
+    one: LoweredStep,
+    two: LoweredStep | None = None,
 ) -> int:
-    """The peak of a layout, given those of the same step with one micro-batch and with two."""
-    batch, num = bytes_per_device(step.batch), layout.num_microbatches
+    """Bytes that a layout needs beside its step of one micro-batch, given that of two."""
+    if two is None:
+        return 0
+    num = layout.num_microbatches
+    slot = COPIES_OF_SLOTS * (_allocated(two) - _allocated(one))
     num_more = num_in_flight(layout.mesh, num) - 1
-    return one + num_more * (two - one - batch) + (num - 1) * batch
+    return num_more * slot + (num - 1) * bytes_per_device(one.batch)
+
+
+def _allocated(step: LoweredStep) -> int:
+    """Bytes of all arrays that a step has empty at first, as slots are."""
+    total = 0
+    for dims, bits in EMPTY.findall(step.lowered.as_text()):
+        sizes = map(int, dims.split("x")[:-1])
+        total += math.prod(sizes) * max(1, int(bits) // 8)
+    return total
 
 
 def _is_long(layout: Layout) -> bool:
-    """Whether a pipeline's program has a branch for each of more than three micro-batches.
+    """Whether a pipeline's program has a branch for each of more than two micro-batches.
 
     Several chunks ask for a whole round of micro-batches, and those of GPipe share one branch; see
     `parallel.pipeline.engine`.
     """
     mesh = layout.mesh
     has_branches = mesh.num_chunks == 1 and mesh.schedule != "gpipe"
-    return has_branches and num_in_flight(mesh, layout.num_microbatches) > 3
+    return has_branches and num_in_flight(mesh, layout.num_microbatches) > 2
