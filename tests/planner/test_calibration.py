@@ -6,7 +6,7 @@ import itertools
 import jax
 import pytest
 
-from jaxscale.planner import timing
+from jaxscale.planner import calibration, timing
 from jaxscale.planner.calibration import measured
 from jaxscale.planner.cluster import DEVICES
 
@@ -38,6 +38,6 @@ def test_the_matmul_rate_is_that_of_a_timed_matmul(monkeypatch):
     tick_s = 0.5
     monkeypatch.setattr(timing.time, "perf_counter", itertools.count(step=tick_s).__next__)
     device, width = DEVICES["h200"], 8192 // 64
-    flops = timing.NUM_CALLS * 2 * width**3
+    flops = calibration.MATMUL_IN_STEP * timing.NUM_CALLS * 2 * width**3
     found = measured(device, jax.devices()[:1], shrink=64)
     assert found.matmul_share * device.matmul_flops == pytest.approx(flops / tick_s)
