@@ -70,11 +70,11 @@ class LayerWork:
         attention_flops: of the forward; its backward takes 2.5 times that.
         all, dots, full: what is kept when the backward recomputes nothing, what is elementwise, or
             everything.
-        dots_in_loop: the second of these in a loop over layers.
+        dots_in_loop, dots_staged: the second of these in a loop over layers, and in a pipeline.
         staged: what a pipeline keeps when nothing is recomputed but activations, which its backward
             makes again, see `parallel.pipeline.programs`.
         split: what the backward leaves for a weight gradient that comes later: the gradients of
-            what matmuls with weights make.
+            what matmuls with weights make, and of what biases and norms are for.
         heads: elements of attention's output.
         exchanged: elements of queries, keys, values and outputs, which Ulysses exchanges.
         passed: elements of keys and values, which a ring passes on.
@@ -89,6 +89,7 @@ class LayerWork:
     dots: Kept = Kept()
     full: Kept = Kept()
     dots_in_loop: Kept = Kept()
+    dots_staged: Kept = Kept()
     staged: Kept = Kept()
     split: Kept = Kept()
     heads: float = 0.0
@@ -144,6 +145,10 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
     attention_matmuls = 2 * dim * qkvo
     feed_forward = layer.feed_forward
     num_in = 1 + feed_forward.is_gated
+    split_own = (2 + num_norms * (model.norm.kind == "layernorm")) * dim
+    # Queries, keys and values are one array for the weights, and three for the biases.
+    has_biases = not {"q", "k", "v"}.isdisjoint(attention.biases)
+    split_qkv = (qkvo - heads) * (1 + has_biases)
     if isinstance(feed_forward, ExpertsConfig):
         active, hidden = feed_forward.num_active, feed_forward.dim
         rows, hidden = active * dim, active * hidden
@@ -154,9 +159,11 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
             dots=Kept(own, 0.0, qkvo, rows, hidden * num_in),
             # Matmuls of experts are no products to the policy, and a loop recomputes them.
             dots_in_loop=Kept(own, 0.0, qkvo, returned=DOTS_RETURNED * rows),
+            dots_staged=Kept(own, 0.0, qkvo),
             full=Kept(own=dim),
             staged=Kept(own, gathered, qkvo + normed, rows, hidden * num_in, rows),
-            split=Kept(2 * dim, 0.0, qkvo - heads, rows, hidden * num_in),
+            # One of the hidden vectors is in float32.
+            split=Kept(split_own, 0.0, split_qkv, rows, hidden * (num_in + 2)),
             choices=active,
             num_experts=feed_forward.num_experts,
             **shared,
@@ -167,8 +174,10 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
         all=Kept(own, gathered, qkvo + normed + hidden * (num_in + 1)),
         dots=Kept(own, 0.0, qkvo + hidden * num_in),
         dots_in_loop=Kept(own, 0.0, qkvo + hidden * num_in),
+        dots_staged=Kept(own, 0.0, qkvo + hidden * num_in),
         full=Kept(own=dim),
-        staged=Kept(own, gathered, qkvo + normed + hidden * num_in),
-        split=Kept(2 * dim, 0.0, qkvo - heads + hidden * num_in),
+        # What enters an activation and what leaves it, or the two that a gate multiplies.
+        staged=Kept(own, gathered, qkvo + normed + hidden * 2),
+        split=Kept(split_own, 0.0, split_qkv + hidden * num_in),
         **shared,
     )

@@ -28,6 +28,8 @@ KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
 WORKSPACE, WORKSPACE_IN_PIPELINE = 1.35, 1.25
 # The same in a loop that recomputes the layer, but for its experts.
 WORKSPACE_RECOMPUTED = 1.6
+# Of experts' gradients what lies beside their sums in a pipeline's unrolled stage.
+EXPERT_GRADIENTS = 0.43
 # Attention's output that a remat keeps, with what else of it the kernel's backward reads.
 KEPT_ATTENTION = 1.75
 # Compiled by jax 0.10, a pipeline's step has its slots twice.
@@ -125,13 +127,17 @@ class _Needs:
             if self.layout.remat == "none":
                 # What each micro-batch in flight keeps has its chunk's parameters in it.
                 stashed += in_flight * whole / mesh.num_chunks
+        work = WORKSPACE_IN_PIPELINE * self._largest_layer + self._head
+        if job.model.num_experts and not self.layout.is_scanned:
+            # Kernels make the gradients of experts, which cannot add to the sums as XLA's matmuls.
+            work += EXPERT_GRADIENTS * self.state.gathered * job.width
         is_by_layer = mesh.zero == 3 and self.layout.remat == "full"
         layers = 2 * self.state.largest if is_by_layer else self.state.gathered
         return {
             "gradients": self.state.gradients + stack,
             "copies": self._converted(layers) + self.state.outside * job.parameter_width,
             "stashed": COPIES_OF_SLOTS * stashed + between,
-            "workspace": WORKSPACE_IN_PIPELINE * self._largest_layer + self._head,
+            "workspace": work,
         }
 
     def of_loop(self) -> dict[str, float]:
@@ -269,7 +275,8 @@ class _Needs:
         # What is recomputed in the backward is left for the weight gradient too.
         if layout.remat == "none" or split:
             return kept + split
-        dots = work.dots_in_loop if layout.is_scanned else work.dots
+        dots = work.dots_staged if is_pipelined else work.dots
+        dots = work.dots_in_loop if layout.is_scanned else dots
         wanted = self._on_device(work, dots if layout.remat == "dots" else work.full)
         if layout.remat == "names" and "attention" in self.job.execution.saved_names:
             wanted += KEPT_ATTENTION * work.heads / mesh.tensor
