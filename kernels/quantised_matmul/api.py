@@ -12,8 +12,9 @@ from jaxscale.kernels.quantised_matmul import pallas, reference
 from jaxscale.kernels.quantised_matmul.packing import INPUTS
 
 BACKENDS = ("reference", "mosaic")
-MAX_ROWS = 8  # of `x`: the columns of one product of the tensor cores
-MAX_BYTES = 160 * 1024  # of `x`, which lies in shared memory
+# Rows of `x`. With more of them a matrix that is made whole again costs little beside the product.
+MAX_ROWS = 4 * pallas.UNIT
+MAX_BYTES = 160 * 1024  # of a launch's rows, which lie in shared memory
 
 
 class Norm(NamedTuple):
@@ -52,7 +53,7 @@ def matmul(
         [M, N] of each.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: "mosaic" reads the words once, in one launch for all that is asked.
+    Cost: "mosaic" reads the words once for each 8 rows, in one launch for all that is asked.
     """
     for words, scales in matrices:
         chunks = x.shape[1] // INPUTS
@@ -67,7 +68,20 @@ def matmul(
     settings = dict(dtype=dtype, epsilon=epsilon, residual=residual, is_gated=is_gated)
     if implementation == "reference":
         return reference.matmul(x, matrices, scale=scale, **settings)
-    return pallas.matmul(x, tuple(matrices), scale=scale, **settings, interpret=interpret)
+    parts = []
+    for begin in range(0, len(x), pallas.UNIT):
+        rows = slice(begin, begin + pallas.UNIT)
+        if residual is not None:
+            settings["residual"] = residual[rows]
+        part = pallas.matmul(
+            x[rows],
+            tuple(matrices),
+            scale=scale,
+            **settings,
+            interpret=interpret,
+        )
+        parts.append(part)
+    return [jnp.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 def mosaic_refusal(x: Array) -> str | None:
@@ -76,8 +90,8 @@ def mosaic_refusal(x: Array) -> str | None:
         return f"x of bfloat16, but it is {x.dtype}"
     if x.shape[0] > MAX_ROWS:
         return f"at most {MAX_ROWS} rows, but x has {x.shape[0]}"
-    if x.size * x.dtype.itemsize > MAX_BYTES:
-        return f"x of at most {MAX_BYTES} bytes, but it is {x.shape}"
+    if min(len(x), pallas.UNIT) * x.shape[1] * x.dtype.itemsize > MAX_BYTES:
+        return f"at most {MAX_BYTES} bytes of {pallas.UNIT} rows, but x is {x.shape}"
     if jax.__version_info__ < (0, 11):
         return f"jax >= 0.11, but this is {jax.__version__}"
     return None

@@ -28,7 +28,7 @@ from jaxscale.kernels.attention.products import MATRIX, ROW, spread
 from jaxscale.kernels.persistent import NUM_SMS
 from jaxscale.kernels.quantised_matmul.packing import INPUTS, OFFSETS, OUTPUTS, WORDS, unpack_unit
 
-UNIT = 8  # columns of a product: tokens
+UNIT = 8  # columns of a product: the most rows of `x`
 THREADS = 128  # of a warpgroup
 AHEAD = 4  # steps whose words are on their way
 MARGIN = 8  # elements behind a row of x, so that eight rows lie in different banks

@@ -14,7 +14,7 @@ TOLERANCE = 4e-3  # of the norm, in bfloat16
 # bits, K, N of each matrix, M
 CASES = {
     "one token, two matrices": (4, 256, (128, 64), 1),
-    "8 bits, three tokens": (8, 384, (64,), 3),
+    "8 bits, nine tokens": (8, 384, (64,), 9),
     "more steps than are ahead": (4, 1280, (64,), 8),
     "as Phi-3-mini": (4, 3072, (3072, 3072), 1),
 }
@@ -38,7 +38,7 @@ def draw(case):
 
 
 @pytest.mark.parametrize(
-    "case", long_but(CASES, ("one token, two matrices", "8 bits, three tokens"))
+    "case", long_but(CASES, ("one token, two matrices", "8 bits, nine tokens"))
 )
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_products_are_those_of_float64(case, implementation):
@@ -99,7 +99,7 @@ def test_unpacking_gives_what_was_packed(bits):
 
 @pytest.mark.skipif(not IS_NEW, reason="the kernel is for jax 0.11")
 def test_it_lowers_for_a_gpu():
-    x, matrices, _ = draw("8 bits, three tokens")
+    x, matrices, _ = draw("8 bits, nine tokens")
     assert "mosaic" in lower_for_gpu(lambda x: matmul(x, matrices, implementation="mosaic"), x)
 
 
@@ -108,7 +108,7 @@ def test_it_lowers_for_a_gpu():
     [(1, "float32", "x of bfloat16"), (MAX_ROWS + 1, "bfloat16", f"at most {MAX_ROWS} rows")],
 )
 def test_what_the_kernel_cannot_do_is_refused(rows, dtype, expected):
-    _, matrices, _ = draw("8 bits, three tokens")
+    _, matrices, _ = draw("8 bits, nine tokens")
     with pytest.raises(ValueError, match=expected):
         matmul(jnp.zeros((rows, 384), dtype), matrices, implementation="mosaic")
     with pytest.raises(ValueError, match="words"):
