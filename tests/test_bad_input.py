@@ -198,7 +198,7 @@ CASES = {
         ["runtime.is_deterministic=True", "execution.attention='cudnn'"],
         "ExecutionConfig.attention",
         "given 'cudnn'",
-        "one of ('reference', 'chunked', 'invariant')",
+        "one of ('reference', 'chunked', 'invariant', 'triton')",
     ),
     "attention": (
         ["execution.attention='flash'"],

@@ -192,8 +192,8 @@ class Run:
     def deterministic(self) -> "Run":
         """The run; if it is to be deterministic, with an attention that gives the same bits again.
 
-        cuDNN and our kernel add the queries' gradient up in whatever order blocks finish, and cuDNN
-        does not compile under XLA's deterministic flags.
+        cuDNN and our kernel for Hopper GPUs add the queries' gradient up in whatever order blocks
+        finish, and cuDNN does not compile under XLA's deterministic flags.
 
         Raises:
             InputError: another backend was named.

@@ -23,7 +23,7 @@ MODULES = {
 }
 BACKENDS = tuple(MODULES)
 # The backward of the others adds up in whatever order its blocks finish.
-DETERMINISTIC = ("reference", "chunked", "invariant")
+DETERMINISTIC = ("reference", "chunked", "invariant", "triton")
 KERNEL_OUTPUT = kernels.OUTPUT
 
 
