@@ -64,7 +64,7 @@ def pad_queries(
 
 
 def sizes_of(q: Array, k: Array, low: Array, layout: BlockLayout | None) -> dict[str, Any]:
-    """What both kernels are compiled for."""
+    """What all of the kernels are compiled for."""
     batch, length, num_heads, head_dim = q.shape
     return dict(
         BATCH=batch,
