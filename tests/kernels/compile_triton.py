@@ -6,6 +6,7 @@ python tests/kernels/compile_triton.py 8.0
 import sys
 
 import jax
+import jax.numpy as jnp
 import jax_triton.triton_lib as triton_lib
 
 from jaxscale.kernels import device
@@ -66,7 +67,7 @@ def attention_programs(head_dim, layout):
     )
     yield (
         f"attention gradient {name}",
-        lambda *a: triton_backward.backward(*a, **settings),
+        lambda *a: triton_backward.backward(*a, **settings, dq_dtype=jnp.bfloat16),
         (q, kv, kv, q, lse, lse, bounds, bounds),
     )
 
