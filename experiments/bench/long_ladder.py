@@ -39,6 +39,9 @@ def ladder(chunk):
         ),
         "chunks, all on the host": dict(strategy=FullyPipelined(chunk)),
         "chunks, attention run twice": dict(strategy=FullyPipelined(chunk, attention="nowhere")),
+        "chunks, every 4th input": dict(
+            strategy=FullyPipelined(chunk), checkpoint_every=4, checkpoint_place="host"
+        ),
     }
 
 

@@ -230,6 +230,16 @@ def test_of_a_group_of_layers_one_input_is_kept():
     assert abs(kept("none", model, **in_chunks) - of_whole) < of_layer / 2
 
 
+def test_layers_in_chunks_keep_no_converted_parameters():
+    execution = ExecutionConfig(remat="none", strategy=FullyPipelined(8, num_pieces=1))
+    loss = NextTokenLoss(DENSE, Policy(compute="bfloat16"), execution)
+    params, batch = make_params(DENSE), make_batch()
+    kept = jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, batch, None)[0], p)[1], params)
+    converted = {leaf.shape for leaf in jax.tree.leaves(kept) if leaf.dtype == jnp.bfloat16}
+    attention = params["layers"]["0"]["attention"]
+    assert not converted & {attention[name].shape for name in ("q", "k")}
+
+
 def test_offloaded_names_go_to_the_host():
     """The CPU compiler drops the transfer, so it is looked for in the traced program."""
 
