@@ -148,6 +148,26 @@ def results_and_gradients(run, arrays, bounds, cotangents, settings):
 
 
 @pytest.mark.parametrize(
+    "run", ["reference", pytest.param("mosaic", marks=pytest.mark.long)], indirect=True
+)
+def test_phi3_smalls_layout_is_dense_attention_up_to_1024_tokens(run):
+    """To the bit in the reference; the kernel, with fewer tokens, within its tolerance."""
+    is_reference = run.keywords["implementation"] == "reference"
+    length = 1024 if is_reference else 200
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [jax.random.normal(key, (1, length, 1, 64), jnp.bfloat16) for key in keys]
+    ends = jnp.arange(1, length + 1)[None]
+    blocks, dense = (
+        jax.jit(functools.partial(run, scale=0.125, layout=layout))(*arrays, 0 * ends, ends)[0]
+        for layout in (BlockLayout(), None)
+    )
+    if is_reference:
+        np.testing.assert_array_equal(blocks, dense)
+    else:
+        assert_norm_close(blocks, dense, TOLERANCE)
+
+
+@pytest.mark.parametrize(
     ("run", "case"),
     [
         *itertools.product(("reference", "mosaic"), DEFAULT),
