@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from jaxscale.launch.runtime import apply_runtime
-from jaxscale.parallel.batch import place
+from jaxscale.parallel.batch import batch_share, place
 from jaxscale.run.run import load_run
 
 
@@ -38,4 +38,7 @@ def synthetic_batch(run, mesh):
         "weights": np.ones((rows, length), np.float32),
         "positions": np.tile(positions, (rows, 1)),
     }
-    return place(mesh, batch)
+    index, count = batch_share(mesh)  # of this process
+    share = rows // count
+    here = slice(index * share, (index + 1) * share)
+    return place(mesh, {name: values[here] for name, values in batch.items()})

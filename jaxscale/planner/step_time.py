@@ -69,12 +69,11 @@ class Clock:
         return float(layout.num_microbatches * seconds / layout.mesh.pipeline)
 
     def balanced(self, layout: Layout) -> tuple[int, ...]:
-        """Periods of each stage with which the slowest is fastest; the last also has the head."""
+        """Periods of each stage with which the slowest is fastest; all share the head."""
         period, prefix = self._period_and_prefix(layout)
         num_stages = layout.mesh.pipeline
         loads = np.full(num_stages, period.sum())
         loads[0] += prefix.sum()
-        loads[-1] += self._head(layout)
         sizes = [1] * num_stages
         for _ in range(self.job.model.num_periods - num_stages):
             idlest = int(loads.argmin())
@@ -119,7 +118,8 @@ class Clock:
         sizes = np.array(layout.stages(self.job).sizes)
         stages = sizes[:, None, None] * period
         stages[0] += prefix
-        stages[-1, FORWARD, MATMUL] += self._head(layout)
+        # All stages share the head when the last chunk's forward is done.
+        stages[-mesh.pipeline :, FORWARD, MATMUL] += self._head(layout) / mesh.pipeline
         if mesh.zero == 3:
             stages[:, :2] += self._gathers(layout, state)[:, None] * _only(IN_ZERO) / len(stages)
         if layout.num_microbatches > 1:

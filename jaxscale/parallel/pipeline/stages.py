@@ -31,7 +31,7 @@ class StageLayout:
         num_stages: p.
         num_chunks: v.
         stage_periods: periods of each virtual stage, in the order of the layers; None is as even as
-            possible with the later ones smaller, because the last also holds the head.
+            possible with the later ones smaller.
     Raises:
         InputError: `stage_periods` has not p v numbers, one is below 1, or they do not sum to
             `num_periods`; or there are fewer periods than virtual stages.
