@@ -152,9 +152,11 @@ def _compile(lowered: jax.stages.Lowered, is_on_host: list[bool]) -> jax.stages.
             return compile_with_host(lowered, arguments=is_on_host, results=is_on_host)
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise RunError(
-            f"the compiler failed, maybe for want of a GPU: {str(error).partition(chr(10))[0]}"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        # As the compiler for TPUs says, which knows their memory.
+        is_too_large = reason.startswith("RESOURCE_EXHAUSTED")
+        what = "does not fit" if is_too_large else "the compiler failed, maybe for want of a GPU"
+        raise RunError(f"{what}: {reason}") from error
 
 
 def _memory_text(

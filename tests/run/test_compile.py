@@ -92,15 +92,24 @@ def test_what_does_not_fit_exits_1(file, capsys):
 
 
 @needs_plugin
-def test_a_compiler_that_fails_exits_1(file, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        (
+            "INTERNAL: no such luck",
+            "the compiler failed, maybe for want of a GPU: INTERNAL: no such",
+        ),
+        ("RESOURCE_EXHAUSTED: of HBM", "does not fit: RESOURCE_EXHAUSTED: of HBM"),
+    ],
+)
+def test_a_compiler_that_fails_exits_1(file, capsys, monkeypatch, reason, message):
     def fail(*_):
-        raise jax.errors.JaxRuntimeError("INTERNAL: no such luck\nand more")
+        raise jax.errors.JaxRuntimeError(f"{reason}\nand more")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     assert compile_file(file) == 1
-    assert capsys.readouterr().err.endswith(
-        "the compiler failed, maybe for want of a GPU: INTERNAL: no such luck\n"
-    )
+    error = capsys.readouterr().err
+    assert message in error and error.endswith(f"{reason}\n")
 
 
 @pytest.mark.parametrize(
