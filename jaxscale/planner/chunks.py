@@ -181,10 +181,15 @@ class _Counts:
 
     @property
     def waiting(self) -> _Placed:
-        """What chunks of one layer wait with: in the backward q, do and dq of all but the first."""
-        share = 1 - self.strategy.chunk_tokens / self.job.length
-        of_token = _width(self.attention) * (2 * self.job.width + ACCUMULATED)
-        return _Placed.at(self.strategy.chunks, of_token * self.tokens * share)
+        """What chunks of one layer wait with: in the backward q, do and dq, in the forward k and v.
+
+        In the backward the first never waits, and one is at work or on its way.
+        """
+        chunk = self.strategy.chunk_tokens / self.job.length
+        queries = _width(self.attention) * (2 * self.job.width + ACCUMULATED)
+        keys = 2 * self.attention.num_kv_heads * self.attention.head_dim * self.job.width
+        of_token = max(queries * max(1 - 2 * chunk, 0), keys * (1 - chunk))
+        return _Placed.at(self.strategy.chunks, of_token * self.tokens)
 
     @property
     def work(self) -> float:

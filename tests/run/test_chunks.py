@@ -32,6 +32,8 @@ def test_what_rests_on_the_host_is_what_is_kept(run):
     of_layer = 262_144 * 4_096 * 2
     assert memory.host["inputs"] == 32 * of_layer
     assert memory.host["attention's outputs"] == 32 * (of_layer + 262_144 * 32 * 4)
+    # Of four chunks of q, do and dq, 8 bytes an element, two wait at once.
+    assert memory.host["chunks"] == 2 * of_layer
     some = dataclasses.replace(strategy, device_input_bytes=of_layer // 4)
     memory = chunked_memory(job, layout, StateCounter(job)(run.mesh), some)
     assert memory.host["inputs"] == 3 * memory.device["inputs"] == 24 * of_layer
