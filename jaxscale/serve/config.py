@@ -113,11 +113,11 @@ class EngineConfig:
             pages=powers_up_to(
                 num_pages, smallest=num_pages if is_free else -(-num_pages // 4), factor=4
             ),
-            # Pages of prompts are gathered, those of padding too.
+            # Mosaic's kernel reads pages of prompts where they lie; others gather them.
             prompt_pages=powers_up_to(
                 context,
-                smallest=-(-context // 4),
-                factor=2 if is_free else 4,
+                smallest=context if kernel_family() == "mosaic" else -(-context // 4),
+                factor=4,
             ),
             extra=(0, *powers_up_to(self.max_extra, smallest=min(16, self.max_extra), factor=4)),
             warm_extra=self.max_extra if self.num_drafts else 0,

@@ -22,8 +22,7 @@ from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
-# "ragged" is Mosaic's kernel for prompts and decoding sequences in one launch; it has not run on a
-# GPU, and is not chosen by itself.
+# "ragged" is Mosaic's kernel for prompts and decoding sequences in one launch.
 BACKENDS = ("reference", *FAMILIES, "ragged", "invariant")
 QUERY_CHUNK = 256  # queries of prompts whose logits exist at a time in the reference
 
@@ -59,7 +58,7 @@ def attend(
         InputError: the named backend cannot do what is asked.
     """
     if implementation is None:
-        implementation = _choose(q, context, cache)
+        implementation = _choose(q, context, cache, has_prompts=len(rows.prompt_pages) > 0)
     check_choice("implementation", implementation, BACKENDS)
     if reason := _refusal(implementation, q, context, cache):
         raise InputError("implementation", implementation, reason)
@@ -67,10 +66,7 @@ def attend(
     if kernels.writes_itself(implementation, q, cache, rows):
         o, cache = kernels.over_few(q[0], (k[0], v[0]), context, cache, rows)
         return o[None], cache
-    cache = PagedCache(
-        k=pages.written(cache.k, k[0], rows.slot_mapping),
-        v=pages.written(cache.v, v[0], rows.slot_mapping),
-    )
+    cache = PagedCache(*pages.written((cache.k, cache.v), (k[0], v[0]), rows.slot_mapping))
     if implementation == "ragged":
         return kernels.over_all(q[0], context, cache, rows)[None], cache
     if is_invariant:
@@ -94,10 +90,19 @@ def attend(
     return jnp.concatenate([first, of_prompts[0, num:]])[None], cache
 
 
-def _choose(q: Array, context: AttentionContext, cache: PagedCache) -> str:
+def _choose(
+    q: Array,
+    context: AttentionContext,
+    cache: PagedCache,
+    *,
+    has_prompts: bool,
+) -> str:
     family = kernel_family()
-    is_fast = family in FAMILIES and _refusal(family, q, context, cache) is None
-    chosen = family if is_fast else "reference"
+    candidates = [family] if family in FAMILIES else []
+    if family == "mosaic" and has_prompts:
+        candidates.insert(0, "ragged")
+    can = [each for each in candidates if _refusal(each, q, context, cache) is None]
+    chosen = can[0] if can else "reference"
     logger.info("paged attention: backend %s for %s", chosen, q.dtype)
     return chosen
 

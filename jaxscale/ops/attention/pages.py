@@ -6,9 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxscale.kernels.page_write import api as page_write
+from jaxscale.ops.device import kernel_for
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
 
+# Of fewer new tokens XLA's scatters, which rotate the keys too, take less time than a kernel to
+# which they are handed.
+LEAST_TOKENS = 1024
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the types of 8 bits
 
 
@@ -53,28 +58,35 @@ def page_size(pages: Pages) -> int:
     return parts(pages)[0].shape[1]
 
 
-def written(pages: Pages, x: Array, slots: Array) -> Pages:
-    """Pages with x [T, K, H] in its slots [T]; in place where the pages are donated."""
-    if not isinstance(pages, QuantisedPages):
-        return _put(pages, x.astype(pages.dtype), slots)
-    values, scales = quantise(x, str(pages.values.dtype))
-    size = page_size(pages)
-    here = pages.scales.at[slots // size, 0, :, slots % size]
-    return QuantisedPages(
-        values=_put(pages.values, values, slots),
-        scales=here.set(scales, unique_indices=True),
-    )
+def written(
+    kept: tuple[Pages, Pages],
+    new: tuple[Array, Array],
+    slots: Array,
+) -> tuple[Pages, Pages]:
+    """Pages of keys and of values with the new ones [T, K, H] in their slots [T].
 
-
-def _put(pages: Array, x: Array, slots: Array) -> Array:
-    """`pages` with x in its slots.
-
-    XLA is told that each slot is written once, so that it need not order the writes. Only padding
-    shares a slot, which nobody reads.
+    In place where the pages are donated. Only padding shares a slot, which nobody reads.
     """
-    flat = pages.reshape(-1, *pages.shape[2:])
-    flat = flat.at[slots].set(x, unique_indices=True)
-    return flat.reshape(pages.shape)
+    if not isinstance(kept[0], QuantisedPages):
+        return _put(kept, tuple(x.astype(kept[0].dtype) for x in new), slots)
+    narrow = [quantise(x, str(kept[0].values.dtype)) for x in new]
+    values = _put(tuple(each.values for each in kept), tuple(x for x, _ in narrow), slots)
+    size = page_size(kept[0])
+    scales = [
+        each.scales.at[slots // size, 0, :, slots % size].set(of_tokens, unique_indices=True)
+        for each, (_, of_tokens) in zip(kept, narrow, strict=True)
+    ]
+    k, v = map(QuantisedPages, values, scales)
+    return k, v
+
+
+def _put(
+    kept: tuple[Array, Array],
+    new: tuple[Array, Array],
+    slots: Array,
+) -> tuple[Array, Array]:
+    family = kernel_for(page_write, kept[0]) if len(slots) >= LEAST_TOKENS else None
+    return page_write.page_write(kept, new, slots, implementation=family or "reference")
 
 
 def read(pages: Pages, numbers: Array, dtype: jnp.dtype) -> Array:

@@ -1,0 +1,1 @@
+"""New keys and values put into the pages of a cache."""
