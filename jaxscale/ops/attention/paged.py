@@ -99,7 +99,9 @@ def _choose(
 ) -> str:
     family = kernel_family()
     candidates = [family] if family in FAMILIES else []
-    if family == "mosaic" and has_prompts:
+    # Of pages of 8 bits each tile of a prompt would convert its keys again.
+    is_wide = not isinstance(cache.k, pages.QuantisedPages)
+    if family == "mosaic" and has_prompts and is_wide:
         candidates.insert(0, "ragged")
     can = [each for each in candidates if _refusal(each, q, context, cache) is None]
     chosen = can[0] if can else "reference"
