@@ -73,7 +73,8 @@ def blocks_of(operation: str) -> Blocks:
 def _table() -> dict[str, dict[str, Blocks]]:
     """The package's blocks by compute capability and operation.
 
-    Grouped matmul and attention are measured on 9.0; the others are what fits the shared memory.
+    Measured are those of 9.0 but for heads of 256, layouts and cross-entropy; the others are what
+    fits the shared memory.
     """
     text = (importlib.resources.files("jaxscale.kernels") / "triton_blocks.json").read_text()
     return {
