@@ -2,7 +2,8 @@
 
 A matrix is three tensors there: `weight_packed`, integers from the lowest bits of words of 32 on,
 to each of which 2^(bits - 1) is added; `weight_scale` of each output and group of inputs; and
-`weight_shape`.
+`weight_shape`. Inputs that are no multiple of a group have a shorter group at the end, which
+compressed-tensors itself refuses.
 """
 
 import functools

@@ -8,6 +8,8 @@ import dataclasses
 import logging
 from typing import Any
 
+import jax
+
 from jaxscale.models.config import FeedForwardConfig
 from jaxscale.models.layers import Layer, norm_scale
 from jaxscale.models.moe import Choices
@@ -19,6 +21,9 @@ from jaxscale.ops.quantised import GROUP, QuantisedMatrix
 from jaxscale.types import Array
 
 logger = logging.getLogger(__name__)
+
+MATRICES = {"attention": ("q", "k", "v", "o"), "ffn": ("gate", "up", "down")}
+LAST = ("attention", "o"), ("ffn", "down")  # whose inputs are not the residual's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,11 @@ def fused(layer: Layer, x: Array) -> Layer:
         layer: a layer.
         x: its input [B, T, D].
     """
-    if not (has_kernel(x.reshape(-1, x.shape[-1])) and fits(layer)):
+    if not fits(layer):
+        return layer
+    depth = max(x.shape[-1], *(layer.params[part][name].depth for part, name in LAST))
+    rows = jax.ShapeDtypeStruct((x.size // x.shape[-1], depth), x.dtype)
+    if not has_kernel(rows, is_alone=False):
         return layer
     logger.info("layer: products of few tokens with what is around them for x%s", x.shape)
     return FewTokens(layer.params, layer.config, layer.norm, layer.operations)
@@ -98,10 +107,9 @@ def fits(layer: Layer) -> bool:
         and not feed_forward.use_bias
         and layer.operations.collectives == Collectives()
     )
-    names = {"attention": ("q", "k", "v", "o"), "ffn": ("gate", "up", "down")}
     return is_plain and all(
         isinstance(matrix := layer.params[part].get(name), QuantisedMatrix)
         and matrix.depth % GROUP == 0
-        for part in names
-        for name in names[part]
+        for part, names in MATRICES.items()
+        for name in names
     )

@@ -171,9 +171,14 @@ def quantised_products(
     return outputs
 
 
-def has_kernel(x: Array) -> bool:
-    """Whether products of rows x [M, K] with quantised weights have a kernel here."""
-    return kernel_family() == "mosaic" and kernel.mosaic_refusal(x) is None
+def has_kernel(x: Array, *, is_alone: bool = True) -> bool:
+    """Whether products of rows x [M, K] with quantised weights have a kernel here.
+
+    Args:
+        x: the rows.
+        is_alone: whether nothing is around the products.
+    """
+    return kernel_family() == "mosaic" and kernel.mosaic_refusal(x, is_alone=is_alone) is None
 
 
 def products_of_rows(
@@ -192,7 +197,7 @@ def products_of_rows(
         weights: with K inputs.
         norm, residual, is_gated: as of `kernels.quantised_matmul.api.matmul`; the norm's scale and
             epsilon.
-        implementation: a backend of it; "mosaic" needs `has_kernel`.
+        implementation: a backend of it; "mosaic" needs `has_kernel` with `is_alone` false.
     """
     products = kernel.matmul(
         x,

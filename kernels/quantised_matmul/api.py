@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxscale.kernels.checks import check_backend, require
-from jaxscale.kernels.quantised_matmul import pallas, reference
+from jaxscale.kernels.quantised_matmul import more_rows, pallas, reference
 from jaxscale.kernels.quantised_matmul.packing import INPUTS
 
 BACKENDS = ("reference", "mosaic")
 # Rows of `x`. With more of them a matrix that is made whole again costs little beside the product.
-MAX_ROWS = 4 * pallas.UNIT
-MAX_BYTES = 160 * 1024  # of a launch's rows, which lie in shared memory
+MAX_ROWS = 4 * pallas.UNIT  # and as many as UNIT with something around the products
+MAX_BYTES = 160 * 1024  # of rows that lie in a block's shared memory
 
 
 class Norm(NamedTuple):
@@ -53,7 +53,7 @@ def matmul(
         [M, N] of each.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: "mosaic" reads the words once for each 8 rows, in one launch for all that is asked.
+    Cost: "mosaic" reads the words once, in one launch for all that is asked.
     """
     for words, scales in matrices:
         chunks = x.shape[1] // INPUTS
@@ -61,37 +61,37 @@ def matmul(
         given = f"x {x.shape}, words {words.shape} and scales {scales.shape}"
         expected = "x [M, K], words [tiles, K / 128, planes, 1024] and scales [tiles, K / 128, 64]"
         require(is_fit and x.shape[1] % INPUTS == 0, "quantised_matmul", given, expected)
-    refusal = mosaic_refusal(x) if implementation == "mosaic" else None
+    is_alone = norm is None and residual is None and not is_gated
+    refusal = mosaic_refusal(x, is_alone=is_alone) if implementation == "mosaic" else None
     check_backend("quantised_matmul", implementation, BACKENDS, refusal)
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     scale, epsilon = (None, 0.0) if norm is None else norm
     settings = dict(dtype=dtype, epsilon=epsilon, residual=residual, is_gated=is_gated)
     if implementation == "reference":
         return reference.matmul(x, matrices, scale=scale, **settings)
-    parts = []
-    for begin in range(0, len(x), pallas.UNIT):
-        rows = slice(begin, begin + pallas.UNIT)
-        if residual is not None:
-            settings["residual"] = residual[rows]
-        part = pallas.matmul(
-            x[rows],
-            tuple(matrices),
-            scale=scale,
-            **settings,
-            interpret=interpret,
-        )
-        parts.append(part)
-    return [jnp.concatenate(each) for each in zip(*parts, strict=True)]
+    if is_alone and not fits_a_block(x):
+        return more_rows.matmul(x, tuple(matrices), dtype=dtype, interpret=interpret)
+    return pallas.matmul(x, tuple(matrices), scale=scale, **settings, interpret=interpret)
 
 
-def mosaic_refusal(x: Array) -> str | None:
-    """What "mosaic" would need to compute the request, as the text of an error, or None."""
+def fits_a_block(x: Array) -> bool:
+    """Whether rows x [M, K] can have a norm, a residual or a gate around their products."""
+    return x.shape[0] <= pallas.UNIT and x.size * x.dtype.itemsize <= MAX_BYTES
+
+
+def mosaic_refusal(x: Array, *, is_alone: bool = True) -> str | None:
+    """What "mosaic" would need to compute the request, as the text of an error, or None.
+
+    Args:
+        x: [M, K].
+        is_alone: whether nothing is around the products.
+    """
     if x.dtype != jnp.bfloat16:
         return f"x of bfloat16, but it is {x.dtype}"
     if x.shape[0] > MAX_ROWS:
         return f"at most {MAX_ROWS} rows, but x has {x.shape[0]}"
-    if min(len(x), pallas.UNIT) * x.shape[1] * x.dtype.itemsize > MAX_BYTES:
-        return f"at most {MAX_BYTES} bytes of {pallas.UNIT} rows, but x is {x.shape}"
+    if not (is_alone or fits_a_block(x)):
+        return f"at most {pallas.UNIT} rows of {MAX_BYTES} bytes, but x is {x.shape}"
     if jax.__version_info__ < (0, 11):
         return f"jax >= 0.11, but this is {jax.__version__}"
     return None

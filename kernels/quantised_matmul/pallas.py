@@ -124,7 +124,7 @@ class _Block:
         part = lax.axis_index("part")
         num_steps = self.depth // INPUTS // self.sums.shape[0]
         first = part * num_steps
-        steps = [_Steps(*(ref.at[tile] for ref in each), first, num_steps) for each in matrices]
+        steps = [Steps(*(ref.at[tile] for ref in each), first, num_steps) for each in matrices]
         # The first words are on their way while the inputs are taken.
         loaded = [each.load_first() for each in steps]
         self._take_inputs(pl.ds(first * INPUTS, num_steps * INPUTS), part)
@@ -196,7 +196,7 @@ class _Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Steps:
+class Steps:
     """A warpgroup's inputs of a tile, 128 a step."""
 
     words: Any
@@ -308,13 +308,7 @@ def _multiply(offset: int):
         zero = arith.constant(i32, 0)
         totals = [arith.constant(f32, 0.0)] * 4
         two = ir.VectorType.get((2,), ir.BF16Type.get())
-        for number in range(WORDS // THREADS):
-            word = vector.extract(words.registers.flat[number // 4], [], [number % 4])
-            # Within a word first the half of the rows, then of the inputs, as operands have them.
-            left = []
-            for place in range(4):
-                shifted = arith.shrui(word, arith.constant(i32, 4 * place))
-                left.append(_pair(shifted, 0x4300 + offset))
+        for number, left in enumerate(operands_of(words, offset)):
             right = []
             for half in range(2):
                 column = arith.addi(pair, _index(16 * number + 8 * half))
@@ -331,6 +325,21 @@ def _multiply(offset: int):
         )
 
     return multiply
+
+
+def operands_of(words, offset):
+    """The left operands of a thread's words less `offset`: of 16 inputs each, 4 pairs of bfloat16.
+
+    Within a word as within an operand come first the halves of the rows, then of the inputs.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    for number in range(WORDS // THREADS):
+        word = vector.extract(words.registers.flat[number // 4], [], [number % 4])
+        pairs = []
+        for place in range(4):
+            shifted = arith.shrui(word, arith.constant(i32, 4 * place))
+            pairs.append(_pair(shifted, 0x4300 + offset))
+        yield pairs
 
 
 def _mma(left, right, totals):

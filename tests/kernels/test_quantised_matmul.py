@@ -111,5 +111,8 @@ def test_what_the_kernel_cannot_do_is_refused(rows, dtype, expected):
     _, matrices, _ = draw("8 bits, nine tokens")
     with pytest.raises(ValueError, match=expected):
         matmul(jnp.zeros((rows, 384), dtype), matrices, implementation="mosaic")
+    nine = jnp.zeros((9, 384), jnp.bfloat16)
+    with pytest.raises(ValueError, match="at most 8 rows"):
+        matmul(nine, matrices, residual=nine[:, :64], implementation="mosaic")
     with pytest.raises(ValueError, match="words"):
         matmul(jnp.zeros((1, 256), jnp.bfloat16), matrices, implementation="reference")

@@ -1,0 +1,147 @@
+"""The kernel of `pallas` for up to 32 tokens, whose inputs do not fit a block's memory as a whole.
+
+A block is one warpgroup, which computes 64 outputs over a part of the inputs; the parts are added
+up afterwards, by XLA. The integers are the left operand of warpgroups' products, whose columns are
+the tokens.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax._src.lib.mlir import ir
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxscale.kernels.attention.products import MATRIX, spread
+from jaxscale.kernels.persistent import NUM_SMS, swizzled
+from jaxscale.kernels.quantised_matmul.packing import INPUTS, OFFSETS, OUTPUTS, unpack_unit
+from jaxscale.kernels.quantised_matmul.pallas import AHEAD, LAYOUT, UNIT, Steps, operands_of
+
+BLOCKS = 4  # that a multiprocessor has room for
+
+
+# jit: the kernel is lowered once for all layers.
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+def matmul(
+    x: Array,
+    matrices: tuple[tuple[Array, Array], ...],
+    *,
+    dtype: Any,
+    interpret: Any = False,
+) -> list[Array]:
+    """As `api.matmul`."""
+    num_rows, depth = x.shape
+    chunks, rows = depth // INPUTS, pl.cdiv(num_rows, UNIT) * UNIT
+    x = jnp.pad(x, ((0, rows - num_rows), (0, 0)))
+    x = x.reshape(rows, chunks, INPUTS).swapaxes(0, 1)
+    tiles = [words.shape[0] for words, _ in matrices]
+    num_splits = _num_splits(chunks, sum(tiles), 2 if interpret else BLOCKS * NUM_SMS)
+    num_steps = chunks // num_splits
+
+    def body(x_gmem, *refs):
+        operands, results = refs[: 2 * len(tiles)], refs[2 * len(tiles) : 3 * len(tiles)]
+        x_smem, full, *buffers = refs[3 * len(tiles) :]
+        split, tile = lax.axis_index("split"), lax.axis_index("tile")
+        mine = pl.ds(split * num_steps, num_steps)
+        plgpu.copy_gmem_to_smem(x_gmem.at[mine], x_smem, full)
+        begin = 0
+        for i, num in enumerate(tiles):
+            words, scales = (operands[2 * i + j].at[tile - begin, mine] for j in range(2))
+            result = results[i].at[split, tile - begin]
+            run = functools.partial(_run_tile, words, scales, x_smem, full, result, buffers)
+            pl.when((tile >= begin) & (tile < begin + num))(run)
+            begin += num
+
+    compiler_params = plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        approx_math=True,
+    )
+    interpreted = (plgpu.SMEM((OUTPUTS, INPUTS), x.dtype),) if interpret else ()
+    kernel = plgpu.kernel(
+        body,
+        out_type=tuple(
+            jax.ShapeDtypeStruct((num_splits, num, OUTPUTS, rows), jnp.float32) for num in tiles
+        ),
+        scratch_types=(
+            swizzled((num_steps, rows, INPUTS), x.dtype),
+            plgpu.Barrier(),
+            *interpreted,
+        ),
+        grid=(num_splits, sum(tiles)),
+        grid_names=("split", "tile"),
+        compiler_params=compiler_params,
+        interpret=interpret,
+    )
+    parts = kernel(x, *(array for matrix in matrices for array in matrix))
+    sums = (part.sum(0)[..., :num_rows].reshape(-1, num_rows) for part in parts)
+    return [each.T.astype(dtype) for each in sums]
+
+
+def _num_splits(chunks: int, num_tiles: int, room: int) -> int:
+    """Into how many parts the inputs are divided, so that all blocks run at once."""
+    divisors = (n for n in range(1, chunks + 1) if chunks % n == 0)
+    return max((n for n in divisors if n * num_tiles <= room), default=1)
+
+
+def _run_tile(words, scales, x_smem, full, result, buffers):
+    """64 outputs over a block's inputs; its steps are written out, so that loads run ahead."""
+    steps = Steps(words, scales, 0, words.shape[0])
+    offsets = OFFSETS[4 * words.shape[1]]
+    loaded = steps.load_first()
+    total = plgpu.layout_cast(jnp.zeros(result.shape, jnp.float32), MATRIX)
+    plgpu.barrier_wait(full)
+    for step in range(steps.num):
+        units, scale = loaded[step]
+        if step + AHEAD < steps.num:
+            loaded.append(steps.load(step + AHEAD))
+        value = None
+        for unit, offset in zip(units, offsets, strict=True):
+            product = _product(unit, offset, x_smem.at[step], buffers)
+            value = product if value is None else 16 * value + product
+        total = total + spread(scale.astype(jnp.float32), total.shape, 0) * value
+    result[...] = total
+
+
+def _product(words, offset, x, buffers):
+    """(integers of the words - offset) [64, 128] times x [rows, 128] transposed, in float32."""
+
+    def run(accumulator):
+        if buffers:  # interpretation takes left operands from shared memory
+            (left,) = buffers
+            left[...] = (unpack_unit(words) - offset).astype(left.dtype)
+        else:
+            left = _to_bfloat16(offset)(words)
+        plgpu.wgmma(accumulator, left, x.transpose((1, 0)))
+        return accumulator[...]
+
+    return pl.run_scoped(run, plgpu.ACC((OUTPUTS, x.shape[0]), jnp.float32))
+
+
+@functools.cache
+def _to_bfloat16(offset: int):
+    """A function of words that gives their integers less `offset` as a left operand."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(LAYOUT,),
+        return_type=plgpu.ShapeDtypeStruct((OUTPUTS, INPUTS), jnp.bfloat16, layout=MATRIX),
+    )
+    def convert(_, words):
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        registers = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((OUTPUTS, INPUTS)), object)
+        columns = registers.reshape(INPUTS // 8, 2)
+        for number, operands in enumerate(operands_of(words, offset)):
+            for place, operand in enumerate(operands):
+                column = 2 * number + place // 2
+                columns[column, place % 2] = mgpu.utils.bitcast(operand, pair)
+        return mgpu.FragmentedArray(
+            _registers=registers,
+            _layout=mgpu.WGMMA_LAYOUT,
+            _is_signed=None,
+        )
+
+    return convert
