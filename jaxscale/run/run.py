@@ -201,10 +201,12 @@ class Run:
         if not self.runtime.is_deterministic:
             return self
         given = self.execution.attention_backend
-        is_kernel = given == "invariant" and is_hopper()
-        if given not in (None, *DETERMINISTIC) or is_kernel:
+        # On Hopper GPUs the backend "invariant" has our kernel's backward.
+        varying = ("invariant",) if is_hopper() else ()
+        allowed = tuple(name for name in DETERMINISTIC if name not in varying)
+        if given not in (None, *allowed):
             expected = (
-                f"one of {DETERMINISTIC} with RuntimeConfig.is_deterministic: the others' backward "
+                f"one of {allowed} with RuntimeConfig.is_deterministic: the others' backward "
                 "is not deterministic"
             )
             raise InputError("ExecutionConfig.attention", given, expected)
