@@ -10,6 +10,9 @@ from jaxscale.parallel.mesh import TENSOR, MeshConfig
 FORWARD_PASSES, BACKWARD_PASSES = 1.2, 2.2
 # Of what experts keep, with the buffers of an exchange; fitted to compiled steps as in `memory`.
 ROOM_OF_EXCHANGE = {"dense": 1.45, "ragged": 1.35}
+# Attention that is not causal, has a window or other heads goes to cuDNN; from
+# experiments/results/2026-11-24_h200_attention.md, forward with backward.
+CUDNN_RATE = 0.85
 # Of what experts give back, what a loop keeps where the outputs of matmuls are kept; fitted too.
 DOTS_RETURNED = 0.75
 
@@ -68,6 +71,7 @@ class LayerWork:
         matmul_flops: of the forward, in matmuls with weights.
         expert_flops: of the forward, in the matmuls of experts.
         attention_flops: of the forward; its backward takes 2.5 times that.
+        attention_rate: over that of the kernel for a causal mask and heads of 128.
         all, dots, full: what is kept when the backward recomputes nothing, what is elementwise, or
             everything.
         dots_in_loop, dots_staged: the second of these in a loop over layers, and in a pipeline.
@@ -85,6 +89,7 @@ class LayerWork:
     matmul_flops: float
     expert_flops: float = 0.0
     attention_flops: float = 0.0
+    attention_rate: float = 1.0
     all: Kept = Kept()
     dots: Kept = Kept()
     full: Kept = Kept()
@@ -136,8 +141,10 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
     num_norms = (1 if layer.is_parallel else 2) * layer.has_norm_before + num_after
     own = (2 + num_after) * dim
     gathered = min(num_norms, 1 if layer.is_parallel else 2) * dim
+    has_kernel = model.is_causal and attention.window is None and attention.head_dim == 128
     shared = dict(
         attention_flops=4 * seen * heads,
+        attention_rate=1.0 if has_kernel else CUDNN_RATE,
         heads=heads,
         exchanged=qkvo,
         passed=2 * kv_heads,

@@ -72,8 +72,10 @@ class LayerClock:
         device, share = self.cluster.device, 1 / mesh.tensor
         matmul = max(tokens, SHORTEST_MATMUL) * work.matmul_flops * share / self.matmul_flops
         experts = tokens * work.expert_flops * share
-        matmul += experts / (device.matmul_flops * device.expert_share)
+        experts /= device.matmul_flops * device.expert_share
+        matmul += experts
         attention = tokens * work.attention_flops * share / self._attention_flops
+        attention /= work.attention_rate
         kept = tokens * work.all.on_device(mesh, 1.0) * self.job.width
         memory = kept / self.memory_bandwidth
         output = tokens * work.heads * share * self.job.width / self.memory_bandwidth
@@ -87,7 +89,8 @@ class LayerClock:
         seconds[FORWARD, IN_SEQUENCE] += ring * RING_FORWARD_PASSES
         seconds[BACKWARD, IN_SEQUENCE] += ring * RING_BACKWARD_PASSES
         if remat == "dots":
-            seconds[BACKWARD, RECOMPUTE] = seconds[FORWARD, MEMORY]
+            # Kernels of experts are no products to the policy.
+            seconds[BACKWARD, RECOMPUTE] = seconds[FORWARD, MEMORY] + experts
         elif remat != "none":
             kept = ATTENTION if self.job.is_attention_kept(remat) else []
             seconds[BACKWARD, RECOMPUTE] = np.delete(seconds[FORWARD], kept).sum()
@@ -95,7 +98,13 @@ class LayerClock:
 
     def head(self, tokens: float, tensor: int) -> float:
         """Seconds of the unembedding with the loss, whose gradient is made in the forward."""
-        return 3 * tokens * self.job.head_flops / tensor / self.matmul_flops
+        matmuls = 3 * tokens * self.job.head_flops / self.matmul_flops
+        sums = 0.0
+        if (num_chunks := self.job.execution.num_loss_chunks) > 1:
+            # Each chunk's gradient is added to float32 sums, which are read and written.
+            model = self.job.model
+            sums = num_chunks * 2 * 4 * model.vocab_size * model.model_dim / self.memory_bandwidth
+        return (matmuls + sums) / tensor
 
     def _exchanges(
         self,
