@@ -118,8 +118,10 @@ class Clock:
         sizes = np.array(layout.stages(self.job).sizes)
         stages = sizes[:, None, None] * period
         stages[0] += prefix
-        # All stages share the head when the last chunk's forward is done.
-        stages[-mesh.pipeline :, FORWARD, MATMUL] += self._head(layout) / mesh.pipeline
+        # All stages share the head when the last chunk's forward is done, if they divide its rows.
+        rest = self.job.model.vocab_size % (mesh.pipeline * mesh.tensor)
+        head = self._head(layout) / (1 if rest else mesh.pipeline)
+        stages[-mesh.pipeline :, FORWARD, MATMUL] += head
         if mesh.zero == 3:
             stages[:, :2] += self._gathers(layout, state)[:, None] * _only(IN_ZERO) / len(stages)
         if layout.num_microbatches > 1:
@@ -164,12 +166,13 @@ class Clock:
         return EXPOSED_ZERO * np.array([gather, reduce + gather * is_again])
 
     def _between_stages(self, layout: Layout) -> float:
-        """Activations and cotangents after each tick."""
+        """Activations and cotangents after each tick, and those of the head that stages share."""
         mesh = layout.mesh
         own = layout.tokens(self.job) / mesh.tensor
         num_bytes = own * self.job.model.model_dim * self.job.width
-        permute = group_of(self.cluster, mesh, (PIPELINE,)).permute_s(num_bytes)
-        return 2 * num_ticks(mesh, layout.num_microbatches) * permute
+        stages, num = group_of(self.cluster, mesh, (PIPELINE,)), layout.num_microbatches
+        after_ticks = 2 * num_ticks(mesh, num) * stages.permute_s(num_bytes)
+        return after_ticks + 2 * num * stages.all_reduce_s(num_bytes)
 
     def _once(self, layout: Layout, state: StateBytes) -> dict[str, float]:
         """Reduction of the gradients, update, and the parameters made whole again."""
