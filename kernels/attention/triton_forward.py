@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from jax import Array
 
-from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_visits
-from jaxscale.kernels.attention.triton_programs import grid_of, runs, sizes_of, visit
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
+from jaxscale.kernels.attention.triton_programs import grid_of, key_work, runs, sizes_of, visit
 from jaxscale.kernels.triton_call import blocks_of, call
 from jaxscale.kernels.triton_softmax import capped, softmax_step
 
@@ -181,13 +181,8 @@ def forward(
     num_tiles = triton.cdiv(length, rows)
     padded = num_tiles * rows
     low, high = (jnp.pad(x, ((0, 0), (0, padded - length))) for x in (low, high))
-    if layout:
-        num_key_blocks = triton.cdiv(k.shape[1], BLOCK)
-        visited = key_visits(layout, padded // BLOCK, num_key_blocks, rows // BLOCK)
-        table, entries = map(jnp.asarray, visited)
-    else:
-        table = key_tiles(low, high, queries=rows, keys=columns)
-        entries = jnp.zeros((1, 1, 1), jnp.int32)
+    tiles = dict(rows=rows, columns=columns, num_keys=k.shape[1])
+    table, entries = key_work(low, high, layout, **tiles)
     o_type = jax.ShapeDtypeStruct(q.shape, q.dtype)
     lse_type = jax.ShapeDtypeStruct((batch, num_heads, padded), jnp.float32)
     o, lse = call(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from jax import Array
 
-from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_visits
 
 # Heads whose programs are started in turn, longest first. Of a head alone the last and longest ones
 # would run when most of the GPU is idle; of all at once too much would be in work for the L2 cache.
@@ -46,6 +46,23 @@ def grid_of(num_tiles: int, num_heads: int) -> tuple[int, int, int]:
     """Programs: tiles of TOGETHER heads, then those of the next; the first dim varies fastest."""
     together = min(TOGETHER, num_heads)
     return together, num_tiles, triton.cdiv(num_heads, together)
+
+
+def key_work(
+    low: Array,
+    high: Array,
+    layout: BlockLayout | None,
+    *,
+    rows: int,
+    columns: int,
+    num_keys: int,
+) -> tuple[Array, Array]:
+    """(table, entries) of what tiles of `rows` queries visit, as `runs` and `visit` read them."""
+    if layout is None:
+        return key_tiles(low, high, queries=rows, keys=columns), jnp.zeros((1, 1, 1), jnp.int32)
+    num_query_blocks, num_key_blocks = low.shape[1] // BLOCK, triton.cdiv(num_keys, BLOCK)
+    table, entries = key_visits(layout, num_query_blocks, num_key_blocks, rows // BLOCK)
+    return jnp.asarray(table), jnp.asarray(entries)
 
 
 def pad_queries(

@@ -10,13 +10,19 @@ Source: Dao 2023, FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 from jax import Array
 
-from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_visits
-from jaxscale.kernels.attention.triton_programs import grid_of, pad_queries, runs, sizes_of, visit
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
+from jaxscale.kernels.attention.triton_programs import (
+    grid_of,
+    key_work,
+    pad_queries,
+    runs,
+    sizes_of,
+    visit,
+)
 from jaxscale.kernels.triton_call import blocks_of, call
 from jaxscale.kernels.triton_softmax import capped
 
@@ -178,13 +184,8 @@ def query_gradient(
     rows, columns = blocks.rows, blocks.columns
     num_tiles = triton.cdiv(length, rows)
     low, high, lse, delta = pad_queries(num_tiles * rows, low, high, lse, delta)
-    if layout:
-        size, num_key_blocks = rows // BLOCK, triton.cdiv(k.shape[1], BLOCK)
-        visited = key_visits(layout, num_tiles * size, num_key_blocks, size)
-        table, entries = map(jnp.asarray, visited)
-    else:
-        table = key_tiles(low, high, queries=rows, keys=columns)
-        entries = jnp.zeros((1, 1, 1), jnp.int32)
+    tiles = dict(rows=rows, columns=columns, num_keys=k.shape[1])
+    table, entries = key_work(low, high, layout, **tiles)
     (dq,) = call(
         _query_gradient,
         *(table, entries, low, high, lse, delta, q, k, v, do),
