@@ -149,7 +149,7 @@ class _Needs:
         return {
             "gradients": self._gradients(self.job.reduction_width) + self._sums_of_microbatches,
             "copies": self._gathered_at_once,
-            "stashed": self.job.model.num_periods * self._kept_by_period + self._prefix,
+            "stashed": self._kept_in_loop + self._prefix,
             "workspace": work,
         }
 
@@ -221,6 +221,18 @@ class _Needs:
     def _kept_by_period(self) -> float:
         """Bytes that a period keeps of one micro-batch."""
         return self._bytes(sum(map(self._kept, self.job.period_work)))
+
+    @property
+    def _kept_in_loop(self) -> float:
+        """What all periods keep; in groups, what those of one keep, and each group's input."""
+        execution, num = self.job.execution, self.job.model.num_periods
+        every = execution.checkpoint_every
+        if every == 1:
+            return num * self._kept_by_period
+        inputs = 0.0
+        if execution.checkpoint_place == "device":
+            inputs = num / every * self._bytes(self.job.model.model_dim / self.layout.mesh.tensor)
+        return every * self._kept_by_period + inputs
 
     @property
     def _prefix(self) -> float:

@@ -10,6 +10,7 @@ import pytest
 from jaxscale import cli
 from jaxscale.launch.memory import GIB
 from jaxscale.planner.chunks import chunked_memory, longest_length
+from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
 from jaxscale.run.chunks import check_host
 from jaxscale.run.job import job_of, layout_of
@@ -42,6 +43,18 @@ def test_what_rests_on_the_host_is_what_is_kept(run):
     memory = chunked_memory(in_groups, layout, StateCounter(job)(run.mesh), strategy)
     assert memory.host["groups' inputs"] == 8 * of_layer
     assert memory.host["inputs"] == 4 * of_layer
+
+
+def test_groups_of_whole_layers_keep_their_inputs_and_what_one_group_keeps():
+    file = FILE.parents[1] / "runs/llama_1b.gin"
+    settings = ["execution.is_scanned=True", "execution.remat='dots'"]
+    kept = {}
+    for every in (1, 4):
+        run = load_run([file], [*settings, f"execution.checkpoint_every={every}"])
+        job = job_of(run)
+        kept[every] = step_memory(job, layout_of(run), StateCounter(job)(run.mesh)).stashed
+    of_input = job.batch_size * job.length * job.model.model_dim * 2
+    assert kept[4] == pytest.approx(kept[1] / 4 + 4 * of_input)
 
 
 def test_the_longest_sequence_fits_and_one_chunk_more_does_not(run):
