@@ -4,7 +4,8 @@ python experiments/bench/pipeline_prediction.py experiments/configs/runs/llama_1
     --set mesh.pipeline=2 --set data.batch_size=32 --set train.num_microbatches=32
 
 F is the forward of a micro-batch through a chunk of a stage, B its backward, W the gradient of the
-weights where the schedule splits it from B. The engine runs any table. So the time of F of one
+weights where the schedule splits it from B. The last F of the last stage has the share of the
+head in it that every stage computes with it. The engine runs any table. So the time of F of one
 stage's chunk is that of a table in which the stage does it in tick after tick while the others
 wait, less that of the same table without it. Such a table begins as the shortest schedule does (one
 micro-batch, or as many as there are stages where they have several chunks), so that the slots hold
