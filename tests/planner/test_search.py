@@ -215,6 +215,9 @@ def test_what_a_run_would_refuse_is_not_planned():
     whole = dataclasses.replace(job_of(run), is_staged=False)
     cores = Space(whole, Cluster.parse("h200:1x8"), {}).cores()
     assert {core.mesh.pipeline for core in cores} == {1}
+    looped = Space(job_of(run), Cluster.parse("h200:1x8"), {"is_scanned": True, "remat": "none"})
+    layouts = itertools.chain.from_iterable(map(looped.variants, looped.cores()))
+    assert "zero_bubble" not in {layout.mesh.schedule for layout in layouts}
     bert = run_of("papers/rannc_bert")
     assert {mesh.ring for mesh in meshes(bert)} == {1}  # a ring is causal
 
