@@ -68,8 +68,8 @@ class Space:
     def variants(self, core: Layout) -> Iterator[Layout]:
         """The layouts of a core."""
         for mesh in self._meshes(core.mesh):
-            # Split from its backward, a weight gradient needs what a remat would not keep, and a loop
-            # over layers cannot be split.
+            # Split from its backward, a weight gradient needs what a remat would not keep, and a
+            # loop over layers cannot be split.
             is_looped = core.remat != "none" or core.is_scanned
             is_in_vain = mesh.schedule == "zero_bubble" and is_looped
             is_uneven = mesh.num_chunks > 1 and core.num_microbatches % mesh.pipeline
