@@ -72,7 +72,8 @@ def chunked_memory(
     if layout.mesh.is_optimizer_on_host:
         on_host["moments"] = moments
         moments = moments / 8
-    stack = state.gradients + state.outside * ACCUMULATED
+    # The embedding's gradient, half of what is outside the layers, is made after theirs.
+    stack = state.gradients + state.outside * ACCUMULATED / 2
     device = {
         "parameters": state.parameters,
         "moments": moments,
@@ -196,8 +197,9 @@ class _Counts:
         """A chunk at work: attention's backward, or a piece's feed-forward."""
         tokens = self.tokens * self.strategy.chunk_tokens / self.job.length
         heads = _width(self.attention)
-        # Twice q, do and dq, this step's and the next one's; this step's part of dq.
-        attention = heads * (2 * (2 * self.job.width + ACCUMULATED) + 2 * ACCUMULATED)
+        # q, do and dq of this step and, if they come from the host, of the next one; part of dq.
+        num_steps = 2 if self.strategy.chunks == "host" else 1
+        attention = heads * (num_steps * (2 * self.job.width + ACCUMULATED) + 2 * ACCUMULATED)
         hidden = max(layer.feed_forward.dim for layer in self.model.layers)
         piece = HIDDEN_ARRAYS * hidden * self.job.width / self.strategy.num_pieces
         # x, o, dy and their gradients, and o of the next chunk.
