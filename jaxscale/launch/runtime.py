@@ -17,7 +17,7 @@ from jaxscale.launch.processes import (
     start_processes,
 )
 from jaxscale.ops.device import FAMILIES, kernel_family, name_kernels
-from jaxscale.ops.tuned import use_tuned
+from jaxscale.ops.tuned import log_tuned, use_tuned
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
 XLA_BRIDGE = "jax._src.xla_bridge"  # the name of JAX's logger of platforms and plugins
@@ -110,6 +110,7 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
         _check_platform(config.platform)
     if config.kernels is not None or config.block_sizes is not None:
         kernel_family()
+    log_tuned()
 
 
 def _autotune_flags(directory: str) -> tuple[str, ...]:

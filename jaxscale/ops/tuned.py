@@ -46,7 +46,12 @@ def use_tuned(path: str | None) -> None:
     name, blocks = _read(path)
     use_blocks(blocks)
     _used = path, name
-    logger.info("block sizes of %d operations: %s, measured on %s", len(blocks), path, name)
+
+
+def log_tuned() -> None:
+    """Says which file's block sizes are in use, once they are known to fit the device."""
+    if _used is not None:
+        logger.info("block sizes: %s, measured on %s", *_used)
 
 
 def check_tuned() -> None:

@@ -20,7 +20,7 @@ from jaxscale.launch.ahead_of_time import (
 from jaxscale.launch.collectives import KINDS, Collective, collectives
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 from jaxscale.ops.device import name_kernels
-from jaxscale.ops.tuned import use_tuned
+from jaxscale.ops.tuned import log_tuned, use_tuned
 from jaxscale.run.pretrain import run_batch
 from jaxscale.run.run import Run
 from jaxscale.train.setup import Setup
@@ -86,6 +86,7 @@ def compile_step(*, run: Run, topology: str) -> None:
     use_tuned(run.runtime.block_sizes)
     devices, began = wanted.devices(), time.perf_counter()
     step = lower_step(run, devices)
+    log_tuned()
     traced = time.perf_counter()
     compiled = step.compile()
     seconds = time.perf_counter() - traced
