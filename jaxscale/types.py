@@ -42,6 +42,10 @@ class InputError(ValueError):
         super().__init__(f"{parameter}: given {given!r}, expected {expected}")
         self.parameter = parameter
 
+    def __reduce__(self) -> tuple:
+        # To other processes goes the message and not what was given, which may be of any type.
+        return type(self).__new__, (type(self), str(self)), vars(self)
+
 
 class RunError(RuntimeError):
     """A run that cannot go on or missed what was expected of it.

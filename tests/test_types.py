@@ -1,6 +1,7 @@
 """The type check that stands between gin, which accepts anything, and the code."""
 
 import dataclasses
+import pickle
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -86,3 +87,9 @@ def test_choices_and_bounds_are_printed():
         check_positive("rate", float("nan"))
     with pytest.raises(InputError, match="steps: given 0, expected a number above 0"):
         check_positive("steps", 0)
+
+
+def test_an_error_reaches_the_process_that_waits_for_a_worker():
+    there = pickle.loads(pickle.dumps(InputError("steps", lambda: 0, "a number")))
+    assert isinstance(there, InputError) and there.parameter == "steps"
+    assert "expected a number" in str(there)
