@@ -204,6 +204,9 @@ class ExecutionConfig:
             (keep the outputs of matmuls with weights, of attention on a GPU and of exchanges
             between devices, those before a matmul aside); "names" (keep `saved_names` on the device
             and `offloaded_names` in host memory).
+        checkpoint_every: k. With k > 1 the input of every k-th period of layers is kept alone, and
+            the backward runs the k periods again; needs is_scanned.
+        checkpoint_place: where inputs kept by k > 1 rest until then, "device" or "host".
         saved_names: of NAMES.
         offloaded_names: of NAMES.
         num_loss_chunks: chunks of T, of which one has its logits in memory at a time.

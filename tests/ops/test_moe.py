@@ -95,9 +95,11 @@ def test_what_is_asked_of_the_fused_feed_forward(monkeypatch):
     """The same arguments, given to another backend, must give the same experts."""
     call = moe.kernel.feed_forward
     monkeypatch.setattr(moe, "kernel_for", lambda *_: "mosaic")
-    monkeypatch.setattr(
-        moe.kernel, "feed_forward", lambda *a, implementation: call(*a, implementation="reference")
-    )
+
+    def by_reference(*arguments, implementation, needs_tail):
+        return call(*arguments, implementation="reference", needs_tail=needs_tail)
+
+    monkeypatch.setattr(moe.kernel, "feed_forward", by_reference)
     x, gates, weights = make()
     index = jnp.asarray(ROUTINGS["random"])
     wanted = reference(x, index, gates, weights, "swiglu")
