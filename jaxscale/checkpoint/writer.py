@@ -180,7 +180,7 @@ def _copied(state: Any, *, is_on_device: bool) -> Any:
         sharding = leaf.sharding
         if place is not None and not is_key:
             sharding = sharding.with_memory_kind(PINNED)
-        if is_key or leaf.is_fully_addressable:
+        if leaf.is_fully_addressable:
             return jax.device_put(leaf, sharding, may_alias=False)
         parts = []  # of an array over several processes, for which device_put would compile
         for shard in leaf.addressable_shards:
