@@ -7,10 +7,11 @@ import os
 import re
 from collections.abc import Sequence
 
+import jax
+
 from jaxscale.launch.ahead_of_time import described_devices, memory_of
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.job import Layout
-from jaxscale.planner.memory import COPIES_OF_SLOTS
 from jaxscale.planner.pipeline import num_in_flight
 from jaxscale.run.compile import LoweredStep, bytes_per_device, lower_step
 from jaxscale.run.planned import planned
@@ -18,6 +19,8 @@ from jaxscale.run.run import Run
 
 # An array of `lax.empty` as it is lowered: its dims, each with an x, and the bits of its type.
 EMPTY = re.compile(r"@AllocateBuffer\(\) : \(\) -> tensor<((?:\d+x)*)[a-z]+(\d+)")
+# Compiled by jax 0.10 a program has its slots once or twice, which a short one does not tell.
+HAS_SLOTS_ONCE = jax.__version_info__ >= (0, 11)
 
 
 class CompiledMemory:
@@ -26,7 +29,7 @@ class CompiledMemory:
     A pipeline's program has the whole stage in it for each micro-batch in flight, up to 2 S - 1
     times, and takes minutes to compile; what it needs grows by one slot with each. So it is
     compiled for one micro-batch. What it would allocate more for a second one, which is known
-    before it is compiled, counts for all others in flight.
+    before it is compiled, counts for all others in flight. jax 0.10 compiles the whole program.
 
     Args:
         run: whose mesh, micro-batches and remat a layout replaces.
@@ -89,7 +92,7 @@ def _beside(
     if two is None:
         return 0
     num = layout.num_microbatches
-    slot = COPIES_OF_SLOTS * (_allocated(two) - _allocated(one))
+    slot = _allocated(two) - _allocated(one)
     num_more = num_in_flight(layout.mesh, num) - 1
     return num_more * slot + (num - 1) * bytes_per_device(one.batch)
 
@@ -111,4 +114,5 @@ def _is_long(layout: Layout) -> bool:
     """
     mesh = layout.mesh
     has_branches = mesh.num_chunks == 1 and mesh.schedule != "gpipe"
-    return has_branches and num_in_flight(mesh, layout.num_microbatches) > 2
+    is_long = num_in_flight(mesh, layout.num_microbatches) > 2
+    return HAS_SLOTS_ONCE and has_branches and is_long
