@@ -33,6 +33,8 @@ THREADS = 128  # of a warpgroup, which is a block
 CHUNK = 2048  # elements that a block has at a time, so that they fit its registers
 BLOCKS = 4  # of a multiprocessor
 STAGES = 2  # chunks of a block that are on their way or in work
+# The index that jax 0.10 wants beside a reference, and of which later ones warn.
+ALL = () if jax.__version_info__ >= (0, 11) else (...,)
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -185,7 +187,8 @@ def backward_of_some(
                     plgpu.copy_gmem_to_smem(of_block, chunk_smem.at[slot, number], full.at[slot])
 
         def load(slot, number):
-            values = plgpu.load(chunk_smem.at[slot, number], layout=layout, optimized=False)
+            chunk = chunk_smem.at[slot, number]
+            values = plgpu.load(chunk, *ALL, layout=layout, optimized=False)
             return values.astype(jnp.float32)
 
         def compute(i, _):
