@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -283,7 +282,6 @@ def test_a_step_that_is_not_finite_is_diagnosed_by_both(start, tmp_path, axis):
     run = start(tmp_path / "run", "train.z_loss=1e38", *CROSSING[axis])
     assert run.statuses() == [1, 1], run.all_logs()
     for index in range(2):
-        assert re.search("step 1: loss (inf|nan)", run.log(index))
-        assert "Traceback" not in run.log(index)
+        assert "step 1: loss inf" in run.log(index) and "Traceback" not in run.log(index)
         assert "first non-finite: loss; the state after step 0 is saved" in run.log(index)
     assert committed(run.directory) == [0]

@@ -57,9 +57,20 @@ def counted_once(sums: Sums) -> Sums:
     over stages that they took gives each the sum of all shares.
     """
     loss, *_ = sums
-    fixed, (first, *others) = lax.stop_gradient(loss), _of_last_stage(lax.stop_gradient(sums))
-    share = (loss - fixed) / lax.axis_size(PIPELINE)
-    return first + share, *others
+    first, *others = _of_last_stage(lax.stop_gradient(sums))
+    return first + _share_of_gradient(loss), *others
+
+
+@jax.custom_vjp
+def _share_of_gradient(loss: Array) -> Array:
+    """Zero, also where the loss is not finite, with a stage's share of the loss's gradient."""
+    return jnp.zeros_like(loss)
+
+
+_share_of_gradient.defvjp(
+    lambda loss: (_share_of_gradient(loss), None),
+    lambda _, cotangent: (cotangent / lax.axis_size(PIPELINE),),
+)
 
 
 def _of_last_stage(tree: Any) -> Any:
