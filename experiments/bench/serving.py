@@ -72,13 +72,16 @@ def main():
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--mixture", action="store_true")
     parser.add_argument("--invariant", action="store_true", help="bits that no batch changes")
+    parser.add_argument("--warm_up", action="store_true", help="compile in parallel at first")
+    parser.add_argument("--in_step", action="store_true", help="as replicas.py wants it")
     sizes = dict(token_budget=4096, max_sequences=512, max_prompts=64, tensor=1)
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--steps_a_launch", type=int)
     parser.add_argument("--cache_dtype", choices=["int8", "float8_e4m3fn"])
     parser.add_argument("--workloads", type=int, nargs="+", default=range(len(WORKLOADS)))
     options = vars(parser.parse_args())
-    is_tiny = options.pop("tiny")
+    is_tiny, is_warm, is_in_step = map(options.pop, ("tiny", "warm_up", "in_step"))
     workloads = [WORKLOADS[number] for number in options.pop("workloads")]
     model = dataclasses.replace(make_model((TINY if is_tiny else FULL).shape), max_length=8192)
     if options.pop("mixture"):
@@ -91,6 +94,8 @@ def main():
     config = EngineConfig(**options, use_prefix_cache=False)
     engine = Engine(decoder, draw_params(model), config=config, region=region)
     print(f"{jax.devices()[0].device_kind}, {config}\n")
+    if is_warm:
+        engine.warm_up()
     print("| workload | requests/s | new tokens/s | behind the first |\n|---|---|---|---|")
     for workload in workloads:
         rng = np.random.default_rng(0)
@@ -103,6 +108,9 @@ def main():
         run(engine, tokens, lengths)
         gc.collect()
         gc.freeze()  # as the server does: what lives as long as the engine is not looked at again
+        if is_in_step:
+            print("ready", flush=True)
+            input()
         seconds, rate = run(engine, tokens, lengths)
         figures = f"{count / seconds:.2f} | {sum(lengths) / seconds:.0f} | {rate:.0f}"
         print(f"| {workload} | {figures} |", flush=True)
