@@ -65,9 +65,7 @@ def main():
         for include in INCLUDED:
             flags += ["-I", site / include]
         linked = ["-L", site / "tvm_ffi" / "lib", "-ltvm_ffi"]
-        subprocess.run(
-            ["nvcc", *flags, *folder.glob("*.cu"), *linked, "-o", library], check=True
-        )
+        subprocess.run(["nvcc", *flags, *folder.glob("*.cu"), *linked, "-o", library], check=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from jaxscale.kernels.paged_attention.api import paged_attention
 N, K, H, SIZE = 16, 8, 128, 64
 LAYERS, ROUNDS = 16, 8
 SCALE = H**-0.5
+COLUMNS = "sequences", "ours, us", "TB/s", "FlashInfer, us", "TB/s", "relative difference"
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 CASES = {  # of sequences, with their mean length and its deviation in means
     "256 of 1,264 tokens": (256, 1264, 0),
     "256 of Normal(1,264, 0.3)": (256, 1264, 0.3),
@@ -40,8 +42,9 @@ def draw(num, mean, deviation):
     for row, own in zip(table, np.split(rng.permutation(per.sum()), per.cumsum()[:-1])):
         row[: len(own)] = own
     shapes = (num, N, H), *[(per.sum(), SIZE, K, H)] * 2
-    return lengths, table, *(jax.random.normal(jax.random.key(i), shape, "bfloat16")
-                             for i, shape in enumerate(shapes))  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    arrays = (jax.random.normal(k, s, "bfloat16") for k, s in zip(keys, shapes, strict=True))
+    return lengths, table, *arrays
 
 
 def ours(lengths, table):
@@ -90,8 +93,7 @@ def microseconds(f, q, k, v):
 
 def main():
     library = tvm_ffi.load_module(sys.argv[1])
-    print(f"{jax.devices()[0].device_kind}\n\n| sequences | ours, us | TB/s | FlashInfer, us | TB/s "
-          "| relative difference |\n|---|---|---|---|---|---|")  # fmt: skip
+    print(jax.devices()[0].device_kind, HEAD, sep="\n\n")
     for name, case in CASES.items():
         lengths, table, q, k, v = draw(*case)
         both = ours(lengths, table), flashinfers(library, lengths, table, q, k)

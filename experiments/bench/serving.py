@@ -9,6 +9,7 @@ import gc
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from decode import BFLOAT16, draw_params, make_model
 from decode_work import FULL, TINY
@@ -41,6 +42,17 @@ def run(engine, prompts, lengths):
             counts.append(count)
     assert sum(counts) == sum(lengths)
     return times[-1] - began, sum(counts[1:]) / (times[-1] - times[0])
+
+
+def copy_rate(num_bytes, rounds=16):
+    """Terabytes a second that a copy on the device reads and writes."""
+    whole, copy = jnp.zeros(num_bytes, "uint8"), jax.jit(jnp.copy)
+    jax.block_until_ready(copy(whole))
+    began = time.perf_counter()
+    for _ in range(rounds):
+        last = copy(whole)
+    jax.block_until_ready(last)
+    return 2 * num_bytes * rounds / (time.perf_counter() - began) / 1e12
 
 
 def mixture():
@@ -89,6 +101,7 @@ def main():
     strategy = BatchInvariant() if options.pop("invariant") else Whole()
     execution = ExecutionConfig(strategy=strategy)
     region = spread(model, options.pop("tensor"), execution)
+    print(f"a copy moves {copy_rate(2**16 if is_tiny else 2**31):.2f} TB/s")
     operations = region.operations if region else execution.operations()
     decoder = Decoder(model, operations, BFLOAT16, execution)
     config = EngineConfig(**options, use_prefix_cache=False)

@@ -209,7 +209,11 @@ def _joined(o: Array, lse: Array) -> Array:
     if num_streams == 1:
         return o[:, :, 0]
     parts = [o[:, :, number] for number in range(num_streams)]
-    sizes = [lse[:, :, number, :, None] for number in range(num_streams)]
+    # Spread over the head dim first, so that the weights are in the kernel that uses them.
+    sizes = [
+        jnp.broadcast_to(lse[:, :, number, :, None], part.shape)
+        for number, part in enumerate(parts)
+    ]
     top = functools.reduce(jnp.maximum, sizes)
     # A query that sees nothing has -inf throughout, and -inf - -inf would be NaN.
     top = jnp.where(top == -jnp.inf, 0, top)
