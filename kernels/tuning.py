@@ -16,7 +16,7 @@ from jax import Array
 
 from jaxscale.kernels.attention.api import HEAD_DIMS
 from jaxscale.kernels.attention.tiles import BlockLayout
-from jaxscale.kernels.triton_call import Blocks, use_blocks
+from jaxscale.kernels.triton_call import Blocks, blocks_of, use_blocks
 
 REPEATS, ROUNDS = 10, 3
 
@@ -134,26 +134,33 @@ def _draw(*shape: int) -> Array:
     return jax.random.normal(jax.random.key(len(shape)), shape, jnp.bfloat16)
 
 
-def fastest(problem: Problem) -> tuple[Blocks, float]:
-    """The candidate that takes the least time, and its milliseconds.
+def times(problem: Problem) -> dict[Blocks, float]:
+    """Milliseconds of the package's blocks, which come first, and of each candidate.
 
-    Candidates that the GPU cannot run, for want of shared memory or registers, are left out.
+    Those that the GPU cannot run, for want of shared memory or registers, are left out.
 
     Raises:
         RuntimeError: it can run none of them.
     """
-    with futures.ThreadPoolExecutor() as pool:
-        compiling = {each: pool.submit(_traced(problem, each)) for each in problem.candidates}
-    # Timed when all are compiled, which would keep the host from calling them at its full rate.
-    timed, reason = {}, None
-    for blocks, compiled in compiling.items():
+    found, reason = {}, None
+    for blocks, compiled in compiled_with(problem).items():
         try:
-            timed[blocks] = milliseconds(compiled.result(), problem.arguments)
+            found[blocks] = milliseconds(compiled.result(), problem.arguments)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             reason = error
-    if not timed:
+    if not found:
         raise RuntimeError(f"{problem.operation}: no block sizes run here") from reason
-    return min(timed.items(), key=lambda item: item[1])
+    return found
+
+
+def compiled_with(problem: Problem) -> dict[Blocks, futures.Future]:
+    """The compiled problem by its blocks: the package's, and each candidate.
+
+    It waits for all of them, because compiling would keep the host from calling at its full rate.
+    """
+    tried = dict.fromkeys((blocks_of(problem.operation), *problem.candidates))
+    with futures.ThreadPoolExecutor() as pool:
+        return {each: pool.submit(_traced(problem, each)) for each in tried}
 
 
 def _traced(problem: Problem, blocks: Blocks) -> Callable[[], jax.stages.Compiled]:

@@ -1,6 +1,7 @@
-"""Milliseconds of RMSNorm's backward with the residual's gradient added, by our kernel and by XLA.
+"""Milliseconds of RMSNorm's backward with the residual's gradient added, by our kernels and by XLA.
 
 python experiments/bench/rms_norm.py 16384 2048  # rows, D
+python experiments/bench/rms_norm.py 16384 2048 mosaic triton
 """
 
 import functools
@@ -22,9 +23,9 @@ def by_xla(x, scale):
     return x, rms_norm(x, scale, epsilon=1e-5)
 
 
-def by_kernel(x, scale):
+def by_kernel(x, scale, implementation):
     """(x, its norm) with our backward."""
-    return residual_norm(x, scale, epsilon=1e-5, implementation="mosaic")
+    return residual_norm(x, scale, epsilon=1e-5, implementation=implementation)
 
 
 def layers(f, x, scale, dx, dy):
@@ -58,7 +59,7 @@ def relative_error(found, expected):
     return jnp.linalg.norm(difference) / size
 
 
-def main(num_rows, dim):
+def main(num_rows, dim, families):
     """One row per form."""
     keys = jax.random.split(jax.random.key(0), 4)
     size = (num_rows, dim)
@@ -66,7 +67,8 @@ def main(num_rows, dim):
     scale = 1 + 0.1 * jax.random.normal(keys[3], (dim,))
     first = None
     print("| form | ms | bytes needed / s | gradients beside the first's |\n|---|---|---|---|")
-    for name, f in (("XLA", by_xla), ("kernel", by_kernel)):
+    kernels = {each: functools.partial(by_kernel, implementation=each) for each in families}
+    for name, f in {"XLA": by_xla, **kernels}.items():
         gradients, seconds = measure(f, x, scale, dx, dy)
         first = first or gradients
         pairs = zip(gradients, first, strict=True)
@@ -76,4 +78,4 @@ def main(num_rows, dim):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:3]), sys.argv[3:] or ["mosaic"])

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 from jaxscale.kernels import device, tuning
-from jaxscale.kernels.triton_call import Blocks, operations, use_blocks
+from jaxscale.kernels.triton_call import Blocks, blocks_of, operations, use_blocks
 from jaxscale.types import InputError, RunError
 
 logger = logging.getLogger(__name__)
@@ -17,19 +18,54 @@ _used: tuple[str, str] | None = None  # the file, and the device that it was mea
 def tune(path: str) -> None:
     """Measures block sizes of every Triton kernel on this process's GPU; writes and prints them.
 
+    The file is written after each operation, and one that exists is gone on with.
+
     Raises:
+        InputError: the file cannot be written, or it is not of `tune` on such a device.
         RunError: no block sizes of a kernel run here.
     """
-    found = {}
+    found = _begun(path)
+    _write(path, found)
+    num = len(operations())
+    if found:
+        print(f"{path} has {len(found)} of {num} operations, which are not measured again")
     for problem in tuning.problems():
+        if problem.operation in found:
+            continue
         try:
-            blocks, ms = tuning.fastest(problem)
+            times = tuning.times(problem)
         except RuntimeError as error:
             raise RunError(str(error)) from error
-        found[problem.operation] = dataclasses.asdict(blocks)
-        print(f"{problem.operation:<32} {ms:8.3f} ms  {found[problem.operation]}", flush=True)
-    text = json.dumps({"device": device.device_kind(), "blocks": found}, indent=1)
-    Path(path).expanduser().write_text(text + "\n")
+        found[problem.operation] = fastest = min(times, key=times.get)
+        _write(path, found)
+        package = times.get(blocks_of(problem.operation), math.nan)
+        took = f"{times[fastest]:8.3f} ms, by the package's {package:8.3f}"
+        row = f"{problem.operation:<36} {took}  {dataclasses.asdict(fastest)}"
+        print(f"{len(found):>2} of {num}: {row}", flush=True)
+
+
+def _begun(path: str) -> dict[str, Blocks]:
+    """What an earlier run measured on this device; nothing without a file."""
+    if not Path(path).expanduser().exists():
+        return {}
+    here = device.device_kind()
+    name, found = _read(path, "output")
+    if name != here:
+        raise InputError("output", path, f"a new file, or one of {here}, but it is of {name}")
+    return found
+
+
+def _write(path: str, found: dict[str, Blocks]) -> None:
+    """In one step, so that a run that is cut leaves a whole file."""
+    blocks = {operation: dataclasses.asdict(each) for operation, each in found.items()}
+    text = json.dumps({"device": device.device_kind(), "blocks": blocks}, indent=1)
+    whole = Path(path).expanduser()
+    part = whole.with_name(f"{whole.name}.part")
+    try:
+        part.write_text(text + "\n")
+        part.replace(whole)
+    except OSError as error:
+        raise InputError("output", path, f"a file that can be written: {error.strerror}") from error
 
 
 def use_tuned(path: str | None) -> None:
@@ -43,7 +79,7 @@ def use_tuned(path: str | None) -> None:
     _used = None
     if path is None:
         return
-    name, blocks = _read(path)
+    name, blocks = _read(path, "RuntimeConfig.block_sizes")
     use_blocks(blocks)
     _used = path, name
 
@@ -63,11 +99,11 @@ def check_tuned() -> None:
         raise InputError("RuntimeConfig.block_sizes", path, expected)
 
 
-def _read(path: str) -> tuple[str, dict[str, Blocks]]:
+def _read(path: str, parameter: str) -> tuple[str, dict[str, Blocks]]:
     """(device, blocks by operation)."""
 
     def refuse(expected: str) -> InputError:
-        return InputError("RuntimeConfig.block_sizes", path, f"a file of jaxscale tune, {expected}")
+        return InputError(parameter, path, f"a file of jaxscale tune, {expected}")
 
     try:
         content = json.loads(Path(path).expanduser().read_text())
@@ -75,7 +111,8 @@ def _read(path: str) -> tuple[str, dict[str, Blocks]]:
         raise refuse(f"but it cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise refuse(f"but it is no JSON: {error}") from error
-    if not isinstance(content, dict) or content.keys() != {"device", "blocks"}:
+    is_told = isinstance(content, dict) and content.keys() == {"device", "blocks"}
+    if not (is_told and isinstance(content["blocks"], dict)):
         raise refuse("with a device and its blocks")
     for operation, fields in content["blocks"].items():
         if operation not in operations() or not _is_blocks(fields):

@@ -8,12 +8,14 @@ from jaxscale.types import InputError
 def tune(*, output: str) -> None:
     """Measures block sizes of every Triton kernel on this GPU and writes the fastest to a file.
 
-    It takes some minutes. A run takes the file by `runtime.block_sizes`.
+    It takes some minutes. The file is written after each kernel, and given again after a run that
+    was cut, only what it lacks is measured. A run takes it by `runtime.block_sizes`.
 
     Args:
-        output: the new file.
+        output: the new file, or one that was begun.
     Raises:
-        InputError: this device cannot run Triton kernels.
+        InputError: this device cannot run Triton kernels, the file cannot be written, or it is of
+            another device.
         RunError: no block sizes of a kernel run here.
     """
     if reason := device_refusal("triton"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +17,97 @@ from jaxscale.ops.device import kernel_family
 from jaxscale.types import InputError
 
 SLOW, FAST, TOO_LARGE = Blocks(64, 64), Blocks(128, 64), Blocks(256, 256)
+OPERATIONS = "rms_norm", "paged_attention"
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch, capsys):
-    """Written by `tune` on an L4 on which one of three candidates does not fit."""
+def measured(monkeypatch):
+    """`tune` measures two operations on an L4 on which one of three candidates does not fit.
 
-    def run(x):
-        return x + blocks_of("rms_norm").rows
+    Returns the operations that it has measured.
+    """
+    seen = []
+
+    def problem(operation):
+        # What the blocks are is seen in the result of the compiled function.
+        def run(x):
+            return x + blocks_of(operation).rows
+
+        candidates = SLOW, TOO_LARGE, FAST
+        return tuning.Problem(operation, run, (jnp.int32(0),), candidates)
+
+    def times(problem):
+        seen.append(problem.operation)
+        return measure(problem)
 
     def milliseconds(compiled, arguments):
         rows = int(compiled(*arguments))
         if rows == TOO_LARGE.rows:
             raise jax.errors.JaxRuntimeError("out of shared memory")
-        return {SLOW.rows: 2.0, FAST.rows: 1.0}[rows]
+        return {SLOW.rows: 2.0, FAST.rows: 1.0}.get(rows, 4.0)
 
-    problem = tuning.Problem("rms_norm", run, (jnp.int32(0),), (SLOW, TOO_LARGE, FAST))
-    monkeypatch.setattr(tuning, "problems", lambda: [problem])
+    measure = tuning.times
+    monkeypatch.setattr(tuning, "problems", lambda: map(problem, OPERATIONS))
+    monkeypatch.setattr(tuning, "times", times)
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     monkeypatch.setattr(device, "device_kind", lambda: "NVIDIA L4")
+    return seen
+
+
+@pytest.fixture
+def file(measured, tmp_path):
+    """What `tune` wrote."""
     path = tmp_path / "blocks.json"
     tuned.tune(str(path))
-    assert "rms_norm" in capsys.readouterr().out
     yield path
     tuned.use_tuned(None)
+
+
+def test_tune_tells_how_far_it_is_and_what_the_package_has(measured, tmp_path, capsys):
+    tuned.tune(str(tmp_path / "blocks.json"))
+    first, second = capsys.readouterr().out.splitlines()
+    of = len(operations())
+    took = "1.000 ms, by the package's    4.000"
+    assert re.match(rf" 1 of {of}: rms_norm +{took}  {{'rows': 128, 'columns': 64,", first)
+    assert second.startswith(f" 2 of {of}: paged_attention ")
+
+
+def test_a_tune_that_was_cut_goes_on(file, measured, monkeypatch, capsys):
+    whole = file.read_text()
+    file.unlink()
+    measured.clear()
+    times = tuning.times
+
+    def cut(problem):
+        if measured:
+            raise KeyboardInterrupt
+        return times(problem)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tuning, "times", cut)
+        tuned.tune(str(file))
+    assert measured == ["rms_norm"]
+    tuned.tune(str(file))
+    assert measured == ["rms_norm", "paged_attention"]
+    assert file.read_text() == whole
+    assert f"{file} has 1 of {len(operations())} operations" in capsys.readouterr().out
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_file_of_another_device_is_not_gone_on_with(file, measured, monkeypatch):
+    monkeypatch.setattr(device, "device_kind", lambda: "NVIDIA A10")
+    measured.clear()
+    message = "a new file, or one of NVIDIA A10, but it is of NVIDIA L4"
+    with pytest.raises(InputError, match=f"^output: given .*blocks.json.*, expected {message}"):
+        tuned.tune(str(file))
+    assert not measured
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(measured, tmp_path):
+    message = "expected a file that can be written: No such file or directory"
+    with pytest.raises(InputError, match=f"^output: given .*{message}"):
+        tuned.tune(str(tmp_path / "absent" / "blocks.json"))
+    assert not measured
 
 
 def test_what_tune_wrote_is_used(file, caplog):
@@ -48,7 +116,7 @@ def test_what_tune_wrote_is_used(file, caplog):
         apply_runtime(RuntimeConfig(block_sizes=str(file)), ".")
     assert f"block sizes: {file}, measured on NVIDIA L4" in caplog.text
     assert blocks_of("rms_norm") == FAST
-    assert blocks_of("paged_attention") != FAST, "what the file lacks is the package's own"
+    assert blocks_of("linear_cross_entropy") != FAST, "what the file lacks is the package's own"
     assert kernel_family() == "xla"
     apply_runtime(RuntimeConfig(), ".")
     assert blocks_of("rms_norm") == before
@@ -68,6 +136,7 @@ def test_block_sizes_of_another_device_are_refused(file, monkeypatch):
         (None, "cannot be read: No such file"),
         ("{", "is no JSON"),
         ("[]", "with a device and its blocks"),
+        ({"device": "NVIDIA L4", "blocks": []}, "with a device and its blocks"),
         ({"device": "NVIDIA L4", "blocks": {"norm": {}}}, "its entry 'norm' is none"),
         ({"device": "NVIDIA L4", "blocks": {"rms_norm": {"rows": 1}}}, "its entry 'rms_norm'"),
     ],
