@@ -12,7 +12,7 @@ from jaxscale.ops.tuned import check_tuned
 from jaxscale.types import InputError
 
 HOPPER = "9.0"
-OLDEST_FOR_TRITON = 8.0  # Ampere: older ones do not multiply bfloat16
+AMPERE = 8.0  # before it tensor cores do not multiply bfloat16, and cuDNN has no fused attention
 # Our kernels by the language that they are written in; "xla" stands for none of them.
 FAMILIES = ("mosaic", "triton", "xla")
 
@@ -64,15 +64,12 @@ def device_refusal(family: str) -> str | None:
     here = f"a GPU of compute capability {capability}" if capability else jax.default_backend()
     if family == "splash" and here != "tpu":
         return f"a TPU, but this is {here}"
-    if family == "cudnn" and capability is None:
-        return f"a GPU, but this is {here}"
     if family == "mosaic" and capability != HOPPER:
         return f"a Hopper GPU, of compute capability {HOPPER}, but this is {here}"
-    if family != "triton":
-        return None
-    if capability is None or float(capability) < OLDEST_FOR_TRITON:
-        return f"a GPU of compute capability {OLDEST_FOR_TRITON} or newer, but this is {here}"
-    return missing()
+    is_old = capability is None or float(capability) < AMPERE
+    if family in ("cudnn", "triton") and is_old:
+        return f"a GPU of compute capability {AMPERE} or newer, but this is {here}"
+    return missing() if family == "triton" else None
 
 
 def kernel_for(api: ModuleType, *operands: Any) -> str | None:

@@ -8,8 +8,9 @@ import pytest
 
 from jaxscale.kernels import device as described
 from jaxscale.kernels import triton_call
+from jaxscale.kernels.attention import api as attention_kernel
 from jaxscale.ops import device
-from jaxscale.ops.attention import AttentionContext, attention
+from jaxscale.ops.attention import AttentionContext, api, attention, blockwise
 from jaxscale.ops.linear import quantised_products
 from jaxscale.ops.moe import grouped_ffn
 from jaxscale.ops.quantised import quantise
@@ -23,6 +24,7 @@ def on(monkeypatch):
     def pretend(capability):
         monkeypatch.setattr(described, "compute_capability", lambda: capability)
         monkeypatch.setattr(device, "missing", lambda: None)
+        monkeypatch.setattr(attention_kernel, "missing", lambda: None)
 
     yield pretend
     device.name_kernels(None)
@@ -60,6 +62,28 @@ def test_kernels_that_were_named_and_cannot_run_are_refused(on, capability, fami
     message = f"RuntimeConfig.kernels: given '{family}', expected {needed}.*, but this is {here}$"
     with pytest.raises(InputError, match=message):
         device.kernel_family()
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "backend", "of_blocks"),
+    [
+        ("7.5", 64, "reference", "reference"),
+        ("8.0", 128, "cudnn", "cudnn"),
+        ("8.0", 256, "triton", "reference"),
+        ("8.9", 100, "triton", "reference"),
+        ("10.0", 256, "cudnn", "cudnn"),
+        (None, 64, "reference", "reference"),
+    ],
+)
+def test_causal_attention_goes_to_cudnn_where_it_takes_such_heads(
+    on, capability, head_dim, backend, of_blocks
+):
+    """Of heads above 128 it has none before Hopper, and before Ampere none at all."""
+    on(capability)
+    x = jnp.ones((1, 8, 2, head_dim), jnp.bfloat16)
+    context = AttentionContext(jnp.arange(8)[None])
+    assert api._choose(x, context) == backend
+    assert blockwise.choose(x, context) == of_blocks
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "mosaic", "triton"])

@@ -121,12 +121,16 @@ def _choose(q: Array, context: AttentionContext) -> str:
     is_plain = context.is_causal and context.window is None
     is_faster = family == "mosaic" and is_plain and q.shape[3] == 128
     is_wanted = is_ours or is_faster or named_kernels()
-    if family in MODULES and is_wanted and MODULES[family].refusal(q, context) is None:
+    has_kernel = family in MODULES and MODULES[family].refusal(q, context) is None
+    if has_kernel and is_wanted:
         return family
     if jax.default_backend() == "tpu" and splash.refusal(q, context) is None:
         return "splash"
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if jax.default_backend() == "gpu" and is_half and cudnn.refusal(q, context) is None:
+    reason = device_refusal("cudnn") or cudnn.refusal(q, context)
+    if is_half and reason is None:
         return "cudnn"
+    if has_kernel:
+        return family
     is_long = q.shape[1] > chunked.QUERY_CHUNK
     return "chunked" if is_long and chunked.refusal(q, context) is None else "reference"

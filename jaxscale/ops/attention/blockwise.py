@@ -14,6 +14,8 @@ from jax import lax
 
 from jaxscale.ops.attention.chunked import QUERY_CHUNK
 from jaxscale.ops.attention.context import NEVER, AttentionContext
+from jaxscale.ops.attention.cudnn import head_refusal
+from jaxscale.ops.device import device_refusal
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, InputError, check_choice
 
@@ -75,8 +77,8 @@ def backward(
 def choose(q: Array, context: AttentionContext) -> str:
     """The backend for a request that names none; logs it."""
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
-    is_fast = jax.default_backend() == "gpu" and is_half and _cudnn_refusal(q, context) is None
-    implementation = "cudnn" if is_fast else "reference"
+    reason = device_refusal("cudnn") or _cudnn_refusal(q, context)
+    implementation = "cudnn" if is_half and reason is None else "reference"
     logger.info("block attention: backend %s for q%s %s", implementation, q.shape, q.dtype)
     return implementation
 
@@ -320,7 +322,4 @@ def _cudnn_refusal(q: Array, context: AttentionContext) -> str | None:
         return "a backend with soft-cap (cuDNN has none)"
     if context.segments is not None or context.window is not None:
         return 'a backend that reads documents and windows off positions, such as "reference"'
-    head_dim = q.shape[3]
-    if head_dim % 8 or head_dim > 256:
-        return f"head_dim % 8 == 0 and head_dim <= 256, but head_dim = {head_dim}"
-    return None
+    return head_refusal(q.shape[3])

@@ -2,7 +2,9 @@
 
 import jax
 
+from jaxscale.kernels import device
 from jaxscale.ops.attention.context import AttentionContext
+from jaxscale.ops.device import HOPPER
 from jaxscale.types import Array
 
 
@@ -39,6 +41,13 @@ def refusal(q: Array, context: AttentionContext) -> str | None:
         return "a backend that takes keys at other positions than the queries'"
     if context.segments is not None and q.shape[1] % 2:
         return f"T % 2 == 0 where rows hold documents, but T = {q.shape[1]}"
-    if q.shape[3] % 8 or q.shape[3] > 256:
-        return f"head_dim % 8 == 0 and head_dim <= 256, but head_dim = {q.shape[3]}"
+    return head_refusal(q.shape[3])
+
+
+def head_refusal(head_dim: int) -> str | None:
+    """As `refusal`, of the size of heads alone, of which older GPUs take less."""
+    capability = device.compute_capability() or HOPPER
+    widest = 256 if float(capability) >= float(HOPPER) else 128
+    if head_dim % 8 or head_dim > widest:
+        return f"head_dim % 8 == 0 and head_dim <= {widest}, but head_dim = {head_dim}"
     return None
