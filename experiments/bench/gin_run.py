@@ -26,18 +26,21 @@ def start_run(file, overrides):
     return run
 
 
-def synthetic_batch(run, mesh):
-    """Random tokens on the mesh, in rows without padding."""
+def synthetic_batch(run, mesh, num_documents=None):
+    """Random tokens on the mesh, in rows without padding; of so many packed documents if given."""
     rows, length = run.data.batch_size, run.data.sequence_length
     vocab_size = run.model.vocab_size
     text = np.random.default_rng(0).integers(0, vocab_size, (rows, length + 1), np.int32)
-    positions = np.arange(length, dtype=np.int32)
+    slots = np.arange(length, dtype=np.int32)
+    each = -(-length // (num_documents or 1))  # tokens of a document
     batch = {
         "tokens": text[:, :-1],
         "labels": text[:, 1:],
         "weights": np.ones((rows, length), np.float32),
-        "positions": np.tile(positions, (rows, 1)),
+        "positions": np.tile(slots % each, (rows, 1)),
     }
+    if num_documents is not None:
+        batch["segments"] = np.tile(slots // each + 1, (rows, 1))
     index, count = batch_share(mesh)  # of this process
     share = rows // count
     here = slice(index * share, (index + 1) * share)

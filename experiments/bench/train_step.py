@@ -74,12 +74,13 @@ def main():
     """Compile, warm up, time, and profile if asked to."""
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--documents", type=int, help="of a row, packed; one whole row if left out")
     parser.add_argument("--profile", help="directory for a profile of two more steps")
     options = parser.parse_args()
     run = start_run(options.file, options.set)
     setup = run.setup()
     state = setup.init(seed=0)
-    batch = synthetic_batch(run, setup.mesh)
+    batch = synthetic_batch(run, setup.mesh, options.documents)
     step, figures = compiled_step(setup, state, batch)
     for _ in range(WARMUP_STEPS):
         state, metrics = step(state, batch)
