@@ -89,12 +89,23 @@ def open_folder(directory: str | Path) -> Folder:
     if not path.is_dir():
         raise InputError("source", str(path), "a folder of Hugging Face")
     values, where = read_json(path / CONFIG), str(path / CONFIG)
-    leaves = SafetensorsSource(path).leaves()
+    leaves = {_renamed(name): leaf for name, leaf in SafetensorsSource(path).leaves().items()}
     if QUANTISATION in values:
         leaves = whole_leaves(leaves, values.pop(QUANTISATION), where)
     family = _family(values, path / CONFIG)
     config = read_config(family, values, where, leaves.keys())
     return Folder(path, values, family, config, leaves)
+
+
+def _renamed(tensor: str) -> str:
+    """Today's name of a tensor: the files of the first BERTs have TensorFlow's for their norms."""
+    for before, now in (
+        ("LayerNorm.gamma", "LayerNorm.weight"),
+        ("LayerNorm.beta", "LayerNorm.bias"),
+    ):
+        if tensor.endswith(before):
+            return tensor.removesuffix(before) + now
+    return tensor
 
 
 def read_config(
@@ -217,7 +228,11 @@ def _differences(family: Family, values: dict[str, Any], config: ModelConfig) ->
 
 def _telling(config: ModelConfig) -> list[str]:
     """Names of tensors by which a reader knows parts of a model of which config.json is silent."""
-    parts = {"lm_head.weight": not config.is_tied, bert.POOLER: config.use_pooler}
+    parts = {
+        "lm_head.weight": not config.is_tied,
+        bert.POOLER: config.use_pooler,
+        bert.PAIR: config.use_pair_head,
+    }
     return [name for name, is_there in parts.items() if is_there]
 
 

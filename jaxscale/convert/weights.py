@@ -20,10 +20,9 @@ from jaxscale.models.config import ModelConfig
 from jaxscale.types import InputError, Params
 
 # Rotary frequencies, causal masks and positions, which files of old versions hold; nothing reads
-# them. BERT's head for pairs of sentences.
+# them.
 UNREAD = re.compile(
     r".*(\.rotary_emb\.inv_freq|\.attn\.(bias|masked_bias)|\.embeddings\.position_ids)"
-    r"|cls\.seq_relationship\..*"
 )
 UNEMBEDDING = "head/weights"
 

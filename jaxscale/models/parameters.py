@@ -96,6 +96,10 @@ def parameter_table(config: ModelConfig) -> Table:
     if config.use_pooler:
         dense = build("DH", Role.MATRIX, config.init_std, active=0.0, H=config.model_dim)
         table["pooler"] = {"dense": dense, "dense_bias": build("H", Role.BIAS, H=config.model_dim)}
+    if config.use_pair_head:
+        sizes = {"H": config.model_dim, "Y": 2}
+        pair = build("HY", Role.MATRIX, config.init_std, active=0.0, **sizes)
+        table["pooler"] |= {"pair": pair, "pair_bias": build("Y", Role.BIAS, **sizes)}
     return table
 
 

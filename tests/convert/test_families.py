@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxscale import tree
 from jaxscale.convert.families import BY_MODEL_TYPE
@@ -23,7 +23,7 @@ from jaxscale.convert.weights import export_tensors, import_params
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.parameters import abstract_params, parameter_table
-from jaxscale.models.pooling import pooled
+from jaxscale.models.pooling import pair_logits, pooled
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.decoding import generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
@@ -87,6 +87,35 @@ def assert_close(got, wanted):
     assert np.abs(got - wanted).max() <= MAX_ERROR * np.abs(wanted).max()
 
 
+MOST_LONG = [pytest.param(each, marks=() if each in DECODED else LONG) for each in NAMES]
+
+
+@pytest.mark.parametrize("name", MOST_LONG)
+def test_padding_on_both_sides_changes_no_logit(name):
+    tokens = arrays(name)["tokens"]
+    num = tokens.shape[1]
+    batch = {
+        "tokens": np.pad(tokens, ((0, 0), (3, 2)), constant_values=5),
+        "positions": np.broadcast_to(np.clip(np.arange(-3, num + 2), 0, num - 1), (2, num + 5)),
+        "segments": np.pad(np.ones_like(tokens), ((0, 0), (3, 2))),
+    }
+    got = jax.jit(decoder(name).logits)(params(name), batch)[0]
+    assert_close(got[:, 3 : num + 3], arrays(name)[f"logits_{num}"])
+
+
+@pytest.mark.parametrize("name", MOST_LONG)
+def test_bfloat16_diverges_little(name):
+    tokens = arrays(name)["tokens"]
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    batch = {"tokens": tokens, "positions": positions}
+    narrow = Decoder(folder(name).config, execution=ExecutionConfig(remat="none"))
+    got = jax.nn.log_softmax(jax.jit(narrow.logits)(params(name), batch)[0].astype("float32"))
+    wanted = jax.nn.log_softmax(arrays(name)[f"logits_{tokens.shape[1]}"])
+    divergence = (np.exp(wanted) * (wanted - got)).sum(-1).mean()
+    # A token whose router's logits are close takes another expert.
+    assert 0 < divergence < (1e-2 if folder(name).config.num_experts else 5e-4)
+
+
 BOUNDARY = [("phi3_long", 15), ("phi3_long", 16), ("phi3_long", 17), ("phimoe_long", 15)]
 
 
@@ -110,6 +139,31 @@ def test_bert_pools_the_first_token():
     assert_close(got, arrays("bert")["pooled"])
     with pytest.raises(InputError, match=r"ModelConfig.use_pooler: given False"):
         pooled(decoder("llama"), params("llama"), batch)
+
+
+def test_bert_tells_whether_two_sentences_follow_each_other():
+    tokens = arrays("bert")["tokens"]
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    batch = {"tokens": tokens, "positions": positions, "types": tokens % 2}
+    got = jax.jit(functools.partial(pair_logits, decoder("bert")))(params("bert"), batch)
+    assert_close(got, arrays("bert")["pair"])
+    with pytest.raises(InputError, match=r"ModelConfig.use_pair_head: given False"):
+        pair_logits(decoder("llama"), params("llama"), batch)
+
+
+def test_the_norms_of_old_berts_have_other_names(tmp_path):
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): values
+        for name, values in load_file(FIXTURES / "bert" / "model.safetensors").items()
+    }
+    save_file(old, tmp_path / "model.safetensors")
+    (tmp_path / CONFIG).write_text((FIXTURES / "bert" / CONFIG).read_text())
+    opened = open_folder(tmp_path)
+    got = tree.flatten(opened.params(placed(opened.config, "float32")))
+    for path, wanted in tree.flatten(params("bert")).items():
+        np.testing.assert_array_equal(got[path], wanted, path)
 
 
 CONTINUED = [name for name in NAMES if name != "bert"]

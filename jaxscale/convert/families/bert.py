@@ -1,6 +1,6 @@
 """BERT with its head for hidden tokens: bidirectional, norms of the sums with the residual.
 
-The pooler is read where a file has one; the head for pairs of sentences is not.
+The pooler and the head for pairs of sentences are read where a file has them.
 
 Source: Devlin et al. 2018 (arXiv 1810.04805).
 """
@@ -20,7 +20,7 @@ OF_TRAINING = (
     "gradient_checkpointing",
     "hidden_dropout_prob",
 )
-POOLER = "bert.pooler.dense.weight"
+POOLER, PAIR = "bert.pooler.dense.weight", "cls.seq_relationship.weight"
 NAMES = {
     "embedding/tokens": "bert.embeddings.word_embeddings",
     "embedding/positions": "bert.embeddings.position_embeddings",
@@ -30,6 +30,7 @@ NAMES = {
     "final_norm": "cls.predictions.transform.LayerNorm",
     "head/bias": "cls.predictions",
     "pooler/dense": "bert.pooler.dense",
+    "pooler/pair": "cls.seq_relationship",
     "attention/q": "attention.self.query",
     "attention/k": "attention.self.key",
     "attention/v": "attention.self.value",
@@ -65,6 +66,7 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
         use_embedding_norm=True,
         head_activation=activation,
         use_pooler=POOLER in names,
+        use_pair_head=PAIR in names,
         is_tied=True,
         use_head_bias=True,
     )

@@ -113,6 +113,8 @@ class ModelConfig:
             such layer.
         use_pooler: whether a dense layer with tanh makes a vector of a whole text out of its first
             token, as in BERT; see `models.pooling`.
+        use_pair_head: whether that vector has two logits, of which the first is larger where the
+            text's second sentence follows the first; needs use_pooler.
         is_tied: whether the unembedding is the embedding.
         use_head_bias: whether the logits have a bias.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
@@ -139,6 +141,7 @@ class ModelConfig:
     unembedding_scale: float = 1.0
     head_activation: str | None = None
     use_pooler: bool = False
+    use_pair_head: bool = False
     is_tied: bool = False
     use_head_bias: bool = False
     logit_softcap: float | None = None
@@ -157,6 +160,9 @@ class ModelConfig:
         check_positive("ModelConfig.width_multiplier", self.width_multiplier)
         if self.head_activation is not None:
             check_choice("ModelConfig.head_activation", self.head_activation, tuple(UNGATED))
+        if self.use_pair_head and not self.use_pooler:
+            expected = "False without ModelConfig.use_pooler, whose vector the head takes"
+            raise InputError("ModelConfig.use_pair_head", True, expected)
         if self.logit_softcap is not None:
             check_positive("ModelConfig.logit_softcap", self.logit_softcap)
         self._check_layers()
