@@ -121,15 +121,16 @@ class Collector:
         sequence, text = piece.sequence, ""
         self.num_new_tokens += 1
         self._scheduler.commit(piece, (token,))
-        is_end = self._is_end(token, member.config)
+        is_end, is_cut = self._is_end(token, member.config), False
         if member.text and not is_end:
             text = member.text.add(token)
         if member.matcher:
             member.matcher.accept(token)
-            is_end |= member.matcher.is_stuck
-        if is_end or (member.text and member.text.is_stopped):
+            is_cut = member.matcher.is_stuck and not is_end
+        if is_end or is_cut or (member.text and member.text.is_stopped):
             self._scheduler.finish(sequence, FinishReason.STOP)
-            sequence.finish_reason = FinishReason.STOP  # also at the longest length
+            # Also at the longest length. What its grammar can no longer follow is not whole.
+            sequence.finish_reason = FinishReason.LENGTH if is_cut else FinishReason.STOP
         return text
 
     def _is_end(self, token: int, config: RequestConfig) -> bool:

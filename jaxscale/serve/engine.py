@@ -116,6 +116,12 @@ class Engine:
         """Whether `step` has anything to do."""
         return not self.is_paused and (self._scheduler.has_work or self._in_flight is not None)
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence: what the model takes, and the cache has room for."""
+        num_slots = self._blocks.num_blocks * self.config.block_size
+        return min(self.model.max_length, num_slots + 1)  # the last token needs none
+
     def add(self, prompt: str | Sequence[int], config: RequestConfig = RequestConfig()) -> int:
         """Takes a request in; returns its number.
 

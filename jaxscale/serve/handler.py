@@ -88,6 +88,7 @@ class Handler:
         self.service = service
         self.metrics = Metrics(service.model)
         self._model, self._tokenizer = engine.model, engine.tokenizer
+        self._max_length = engine.max_length
         self.adapters = tuple(engine.adapters)
         self._grammars = engine.grammars
         self._frontend = Frontend(engine)
@@ -140,15 +141,31 @@ class Handler:
         messages = [message.plain() for message in body.messages]
         tools = None if body.tool_choice == "none" else body.tools
         prompt = self._encode(messages, tools)
-        room = max(self._model.max_length - len(prompt), 1)
+        room = max(self._max_length - len(prompt), 1)
         wanted = body.max_completion_tokens or body.max_tokens or room
         asked = self._asked(body, [prompt], wanted, body.num_logprobs(), is_chat=True)
-        return self._with_tools(asked, body) if tools else asked
+        return self._with_tools(asked, body, has_tools=bool(tools))
 
-    def _with_tools(self, asked: Asked, body: ChatRequest) -> Asked:
-        """What is asked, where the answer may call tools."""
+    def _with_tools(
+        self,
+        asked: Asked,
+        body: ChatRequest,
+        *,
+        has_tools: bool,
+    ) -> Asked:
+        """What is asked, where the answer may call tools.
+
+        Raises:
+            InputError: as `ChatRequest.tool_grammar`, or the template tells the model of no tools.
+        """
         grammar, config = body.tool_grammar(), asked.config
-        form = BARE if grammar else find_form(self.service.chat_template.source)
+        if not has_tools:
+            return asked
+        source = self.service.chat_template.source
+        if not grammar and "tools" not in source:
+            names = [tool.get("function") for tool in body.tools]
+            raise InputError("tools", names, "a model whose chat template has tools")
+        form = BARE if grammar else find_form(source)
         if form is not None:
             spelt = tuple(marker for marker in (form.begin, form.end) if marker)
             config = dataclasses.replace(config, grammar=grammar or config.grammar, spelt=spelt)

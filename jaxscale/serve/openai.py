@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxscale.serve.grammar import GrammarConfig, choice_grammar, json_grammar
-from jaxscale.serve.requests import MAX_LOGPROBS, Penalties, RequestConfig
+from jaxscale.serve.requests import (
+    MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_REPETITION,
+    MIN_REPETITION,
+    Penalties,
+    RequestConfig,
+)
 from jaxscale.serve.sampling import MAX_SEED, SamplingConfig
 from jaxscale.serve.tools import chosen_name, forced_grammar
 from jaxscale.types import InputError
@@ -19,6 +26,36 @@ from jaxscale.types import InputError
 MAX_CHOICES = 128
 MAX_PROMPTS = 2048
 MAX_STOPS = 16
+MAX_STOP_IDS = 1024  # each new token is compared with all of them
+# Fields of OpenAI's API and of vLLM's server that would change the answer and are not supported,
+# with what they may hold all the same, beside null: what changes nothing.
+UNSUPPORTED: dict[str, tuple] = {
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "truncate_prompt_tokens": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "functions": ([],),
+    "function_call": ("none",),
+    "reasoning_effort": ("none",),
+    "modalities": (["text"],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    # Older names of what `structured_outputs` holds.
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+Repetition = Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)]
 
 
 class StreamOptions(BaseModel):
@@ -51,9 +88,12 @@ class StructuredOutputs(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What both kinds of requests have; unknown fields are ignored, as OpenAI's clients expect."""
+    """What both kinds of requests have.
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    Other fields are ignored, as OpenAI's clients expect, but for those in UNSUPPORTED.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str
     temperature: float | None = 1.0
@@ -61,23 +101,21 @@ class GenerationRequest(BaseModel):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
     stop: str | list[str] | None = None
     seed: int | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
     # vLLM's
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: float | None = 0.0
-    repetition_penalty: float | None = 1.0
-    stop_token_ids: list[int] | None = None
+    repetition_penalty: Repetition | None = 1.0
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: bool | None = False
     priority: int | None = 0
     structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    # Named, so that they are refused and not ignored.
-    logit_bias: dict[str, float] | None = None
 
     def config(
         self,
@@ -93,8 +131,9 @@ class GenerationRequest(BaseModel):
         Raises:
             InputError: a value is out of range, under OpenAI's name for it.
         """
-        if self.logit_bias:
-            raise InputError("logit_bias", self.logit_bias, "none: it is not supported")
+        for name, given in (self.model_extra or {}).items():
+            if given is not None and given not in UNSUPPORTED.get(name, (given,)):
+                raise InputError(name, given, "none: it is not supported")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > MAX_STOPS:
             raise InputError("stop", f"{len(stop)} texts", f"at most {MAX_STOPS}")
@@ -267,6 +306,8 @@ class ChatRequest(GenerationRequest):
         is_forced, name = chosen_name(self.tool_choice)
         if not is_forced:
             return None
+        if not self.tools:
+            raise InputError("tool_choice", self.tool_choice, "tools with it")
         if self.grammar() is not None:
             expected = '"auto" or "none" beside another grammar'
             raise InputError("tool_choice", self.tool_choice, expected)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 from jaxscale.serve.grammar import GrammarConfig
@@ -10,6 +9,9 @@ from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.serve.sequences import FinishReason
 from jaxscale.types import InputError, check_not_negative, check_positive, check_types
 
+MAX_PENALTY = 2.0  # as OpenAI's API has it
+# What logits are multiplied and divided by; beyond, a text would be nothing but the penalty.
+MIN_REPETITION, MAX_REPETITION = 0.01, 100.0
 MAX_LOGPROBS = 20  # the most probable tokens that are reported beside a drawn one
 
 
@@ -21,9 +23,9 @@ class Penalties:
         reference for the other two.
     Args:
         repetition: divides the positive logits of tokens of the prompt and of the output, and
-            multiplies the negative ones; 1 changes nothing.
-        presence: taken off once for a token of the output.
-        frequency: taken off as often as the output holds the token.
+            multiplies the negative ones; 1 changes nothing. From 0.01 to 100.
+        presence: taken off once for a token of the output; from -2 to 2.
+        frequency: taken off as often as the output holds the token; likewise.
     """
 
     repetition: float = 1.0
@@ -32,10 +34,14 @@ class Penalties:
 
     def __post_init__(self):
         check_types(self)
-        check_positive("Penalties.repetition", self.repetition)
-        for name in ("repetition", "presence", "frequency"):
-            if not math.isfinite(getattr(self, name)):
-                raise InputError(f"Penalties.{name}", getattr(self, name), "a finite number")
+        if not MIN_REPETITION <= self.repetition <= MAX_REPETITION:
+            expected = f"{MIN_REPETITION} to {MAX_REPETITION}"
+            raise InputError("Penalties.repetition", self.repetition, expected)
+        for name in ("presence", "frequency"):
+            given = getattr(self, name)
+            if not -MAX_PENALTY <= given <= MAX_PENALTY:
+                expected = f"{-MAX_PENALTY} to {MAX_PENALTY}"
+                raise InputError(f"Penalties.{name}", given, expected)
 
 
 NO_PENALTIES = Penalties()

@@ -1,7 +1,6 @@
 """Draws the next token from logits: temperature, top-k, top-p and min-p, in this order."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,8 @@ from jaxscale.types import Array, InputError, check_positive, check_types
 
 NEVER = -jnp.inf
 MAX_SEED = 2**32 - 1
-MIN_TEMPERATURE = 1e-6  # below, dividing by it would leave float32
+# Beyond them, dividing logits would leave float32: NaN is drawn then, whatever a grammar forbids.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class SamplingConfig:
 
     def __post_init__(self):
         check_types(self)
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
-            expected = f"0 (greedy) or a finite number >= {MIN_TEMPERATURE}"
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            expected = f"0 (greedy) or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
             raise InputError("SamplingConfig.temperature", self.temperature, expected)
         if self.top_k is not None:
             check_positive("SamplingConfig.top_k", self.top_k)
@@ -136,7 +136,8 @@ def top_p(
     before = jnp.cumsum(descending, -1) - descending
     after = jnp.flip(jnp.cumsum(jnp.flip(descending, -1), -1), -1)
     of_rest = after > (1 - p if rest is None else rest) * after[..., :1]
-    is_kept = jnp.where(p <= 0.5, before < p, of_rest)
+    # A p that is 0 in float32 keeps the most probable token too.
+    is_kept = jnp.where(p <= 0.5, before < jnp.maximum(p, jnp.finfo(before).tiny), of_rest)
     return jnp.where(jnp.take_along_axis(is_kept, _ranks(logits), -1), logits, NEVER)
 
 

@@ -28,9 +28,9 @@ PAGE_POLICY = "content-security-policy"
 
 
 @contextlib.contextmanager
-def running(**settings):
+def running(num_blocks=64, **settings):
     """(address, engine) of a server in a thread."""
-    engine = byte_engine()
+    engine = byte_engine(num_blocks=num_blocks)
     template = ChatTemplate(TEMPLATE, "of the test", {})
     app = make_app(lambda: engine, Service("tiny", chat_template=template, **settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
@@ -230,6 +230,32 @@ def test_a_tool_call_comes_as_one(client):
     assert client.post("/v1/chat/completions", json=wrong).json()["error"]["param"] == "tool_choice"
 
 
+def chat(client, **fields):
+    messages = [{"role": "user", "content": "hi"}]
+    fields = dict(model="tiny", messages=messages, temperature=0) | fields
+    return client.post("/v1/chat/completions", json=fields)
+
+
+def test_tools_of_which_a_model_would_not_hear_are_refused(client):
+    for fields, param in (
+        (dict(tools=TOOLS), "tools"),
+        (dict(tool_choice="required"), "tool_choice"),
+        (dict(tool_choice="nonsense"), "tool_choice"),
+    ):
+        response = chat(client, **fields)
+        assert response.status_code == 400 and response.json()["error"]["param"] == param
+    assert chat(client, tools=TOOLS, tool_choice="none", max_tokens=1).status_code == 200
+    neutral = dict(logit_bias={}, min_tokens=0, skip_special_tokens=True, length_penalty=1.0)
+    assert chat(client, **neutral, some_field=[3], max_tokens=1).status_code == 200
+
+
+def test_a_chat_without_a_length_fits_the_model_and_the_cache():
+    for changes, most in (({}, 128), (dict(num_blocks=7), 57)):
+        with running(**changes) as (address, _), httpx.Client(base_url=address) as client:
+            usage = chat(client, ignore_eos=True).json()["usage"]
+            assert usage["total_tokens"] == most
+
+
 def test_openais_client_works(served):
     openai = pytest.importorskip("openai", reason="the extra `test`")
     text = continued("def f", 9)[0]
@@ -268,7 +294,15 @@ def test_openais_client_works(served):
         (dict(n=1000), 400, "n", "less than or equal to 128"),
         (dict(temperature="hot"), 400, "temperature", "number"),
         (dict(prompt_logprobs=99), 400, "prompt_logprobs", "less than or equal to 20"),
+        (dict(temperature=1e300), 400, "temperature", "1e-06 to 1e+06"),
+        (dict(repetition_penalty=1e-300), 400, "repetition_penalty", "equal to 0.01"),
+        (dict(presence_penalty=1e300), 400, "presence_penalty", "equal to 2"),
+        (dict(top_k=-5), 400, "top_k", "equal to -1"),
+        (dict(stop_token_ids=[1] * 2000), 400, "stop_token_ids", "at most 1024"),
         (dict(logit_bias={"5": 1}), 400, "logit_bias", "not supported"),
+        (dict(min_tokens=5), 400, "min_tokens", "not supported"),
+        (dict(bad_words=["a"]), 400, "bad_words", "not supported"),
+        (dict(guided_json={}), 400, "guided_json", "not supported"),
         (dict(stop=["x", ""]), 400, "stop", "at least one character"),
         (dict(structured_outputs={"regex": "(a"}), 400, "grammar", "can be compiled"),
         (dict(response_format={"type": "json_schema"}), 400, "response_format", "a schema"),
@@ -300,6 +334,11 @@ def test_what_is_no_json_or_no_page_is_refused_and_the_server_goes_on(client):
     assert response.status_code == 400
     assert "JSON" in response.json()["error"]["message"]
     assert client.post("/v1/completions", content=b"\xff").status_code == 400
+    head = '{"model":"tiny","prompt":"a","response_format":{"type":"json_schema","json_schema":'
+    for depth in (5_000, 100_000):  # what ends a recursion, of a parser or of a grammar
+        schema = '{"schema":' + '{"items":' * depth + "{}" + "}" * (depth + 1)
+        response = client.post("/v1/completions", content=f"{head}{schema}}}}}", headers=kind)
+        assert response.status_code == 400
     assert client.get("/nowhere").status_code == 404
     assert "error" in client.get("/nowhere").json()
     assert complete(client).status_code == 200
