@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from jaxscale.serve.grammar import GrammarConfig, choice_grammar, json_grammar
 from jaxscale.serve.requests import (
     MAX_LOGPROBS,
-    MAX_PENALTY,
     MAX_REPETITION,
     MIN_REPETITION,
     Penalties,
@@ -54,7 +53,7 @@ UNSUPPORTED: dict[str, tuple] = {
     "guided_choice": (),
     "guided_grammar": (),
 }
-Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Repetition = Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)]
 
 

@@ -9,7 +9,7 @@ from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.serve.sequences import FinishReason
 from jaxscale.types import InputError, check_not_negative, check_positive, check_types
 
-MAX_PENALTY = 2.0  # as OpenAI's API has it
+MAX_PENALTY = 1e6  # however often it is taken off, float32 holds the rest
 # What logits are multiplied and divided by; beyond, a text would be nothing but the penalty.
 MIN_REPETITION, MAX_REPETITION = 0.01, 100.0
 MAX_LOGPROBS = 20  # the most probable tokens that are reported beside a drawn one
@@ -24,7 +24,7 @@ class Penalties:
     Args:
         repetition: divides the positive logits of tokens of the prompt and of the output, and
             multiplies the negative ones; 1 changes nothing. From 0.01 to 100.
-        presence: taken off once for a token of the output; from -2 to 2.
+        presence: taken off once for a token of the output; from -1e6 to 1e6.
         frequency: taken off as often as the output holds the token; likewise.
     """
 
@@ -40,7 +40,7 @@ class Penalties:
         for name in ("presence", "frequency"):
             given = getattr(self, name)
             if not -MAX_PENALTY <= given <= MAX_PENALTY:
-                expected = f"{-MAX_PENALTY} to {MAX_PENALTY}"
+                expected = f"{-MAX_PENALTY:g} to {MAX_PENALTY:g}"
                 raise InputError(f"Penalties.{name}", given, expected)
 
 
