@@ -46,6 +46,8 @@ def _attend(
     BLOCK: tl.constexpr,
 ):
     """Goes over tiles of keys; `top` and the exponents are in powers of two."""
+    # Of a block of keys all tiles are visited, though its last ones may lie past the end.
+    unit: tl.constexpr = COLUMNS * PARTS if PARTS else COLUMNS
     for number in range(begin, end):
         position = number
         if IS_MASKED:
@@ -54,7 +56,7 @@ def _attend(
         first = tile * COLUMNS
         key = first + tl.arange(0, COLUMNS)
         offset = first.to(tl.int64) * STRIDE
-        if IS_MASKED and NUM_KEYS % COLUMNS:
+        if IS_MASKED and NUM_KEYS % unit:
             k = tl.load(k_tile + offset, mask=(key < NUM_KEYS)[None, :], other=0.0)
         else:
             k = tl.load(k_tile + offset)
@@ -67,7 +69,7 @@ def _attend(
             logits = tl.where(sees, logits, -float("inf"))
         p, shrink, total, top = softmax_step(logits, factor, total, top, IS_MASKED)
         o = o * shrink[:, None]
-        if IS_MASKED and NUM_KEYS % COLUMNS:
+        if IS_MASKED and NUM_KEYS % unit:
             v = tl.load(v_tile + offset, mask=(key < NUM_KEYS)[:, None], other=0.0)
         else:
             v = tl.load(v_tile + offset)

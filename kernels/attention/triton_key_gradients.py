@@ -50,6 +50,8 @@ def _add_gradients(
 ):
     """Goes over tiles of queries of one head; logits and their gradients are [keys, queries]."""
     h = tl.arange(0, HEAD_DIM)
+    # Of a block of queries all tiles are visited, though its last ones may lie past the end.
+    unit: tl.constexpr = QUERIES * PARTS if PARTS else QUERIES
     for number in range(begin, end):
         position = number
         if IS_MASKED:
@@ -58,7 +60,7 @@ def _add_gradients(
         query = tile * QUERIES + tl.arange(0, QUERIES)
         at = query.to(tl.int64)[:, None] * STRIDE + h[None, :]
         is_query = (query < NUM_QUERIES)[:, None]
-        if NUM_QUERIES % QUERIES:
+        if NUM_QUERIES % unit:
             q_tile = tl.load(q + at, mask=is_query, other=0.0)
             do_tile = tl.load(do + at, mask=is_query, other=0.0)
         else:
@@ -187,7 +189,8 @@ def key_gradients(
     # Tiles of a layout are of one or two blocks of keys and of a part of one of queries.
     blocks = blocks_of(f"attention.{'layout_' if layout else ''}key_gradients.{head_dim}")
     keys, queries = blocks.rows, blocks.columns
-    padded, num_tiles = length + -length % queries, triton.cdiv(num_keys, keys)
+    padded = length + -length % (BLOCK if layout else queries)
+    num_tiles = triton.cdiv(num_keys, keys)
     low, high, lse, delta = pad_queries(padded, low, high, lse, delta)
     if layout:
         size = keys // BLOCK

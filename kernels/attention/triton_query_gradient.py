@@ -55,6 +55,8 @@ def _add_gradient(
     BLOCK: tl.constexpr,
 ):
     """Goes over tiles of keys."""
+    # Of a block of keys all tiles are visited, though its last ones may lie past the end.
+    unit: tl.constexpr = COLUMNS * PARTS if PARTS else COLUMNS
     for number in range(begin, end):
         position = number
         if IS_MASKED:
@@ -63,7 +65,7 @@ def _add_gradient(
         first = tile * COLUMNS
         key = first + tl.arange(0, COLUMNS)
         offset = first.to(tl.int64) * STRIDE
-        if IS_MASKED and NUM_KEYS % COLUMNS:
+        if IS_MASKED and NUM_KEYS % unit:
             is_key = (key < NUM_KEYS)[None, :]
             k = tl.load(k_tile + offset, mask=is_key, other=0.0)
             v = tl.load(v_tile + offset, mask=is_key, other=0.0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxscale.kernels import triton_call
 from jaxscale.kernels.attention.api import (
     BACKENDS,
     VARYING,
@@ -49,7 +50,10 @@ CASES = {
     "block_sparse": (1, 460, 460, 4, 2, 64, "bfloat16", None, "blocks"),
     "wide_heads": (1, 136, 136, 2, 1, 256, "bfloat16", 1.5, "documents"),
     "wide_heads_padded_float16": (1, 72, 72, 1, 1, 160, "float16", None, "window"),
-    "wide_heads_block_sparse": (1, 320, 320, 2, 2, 256, "bfloat16", None, "blocks"),
+    # Half a block at the end, which is whole tiles of the 32 tokens that heads of 256 have.
+    "half_a_block": (1, 96, 96, 2, 1, 128, "bfloat16", None, "blocks"),
+    "wide_heads_half_a_block": (1, 96, 96, 2, 1, 256, "bfloat16", None, "blocks"),
+    "wide_heads_block_sparse": (1, 350, 350, 2, 2, 256, "bfloat16", None, "blocks"),
     "causal_two_tiles": (1, 264, 264, 2, 2, 64, "bfloat16", None, "causal"),
     # What most models train with.
     "causal_grouped_128": (1, 136, 136, 2, 1, 128, "bfloat16", None, "causal"),
@@ -181,6 +185,25 @@ def test_phi3_smalls_layout_is_dense_attention_up_to_1024_tokens(run):
     indirect=["run"],
 )
 def test_results_and_gradients_are_those_of_float64(run, case):
+    check_results_and_gradients(run, case)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["half_a_block", "wide_heads_half_a_block", "heads_of_96"])
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "10.0"])
+def test_with_the_blocks_of_other_gpus(capability, case):
+    """Their tiles are smaller, so that the last ones of a block may lie past the end."""
+    skip_unless_runnable("triton")
+    backend = dict(implementation="triton", interpret=interpret_of("triton"))
+    triton_call.use_blocks(triton_call._table()[capability])
+    try:
+        check_results_and_gradients(functools.partial(attention, **backend), case)
+    finally:
+        triton_call.use_blocks({})
+
+
+def check_results_and_gradients(run, case):
+    """Compares with float64."""
     arrays, bounds, cotangents, settings = draw(case)
     o, lse, *gradients = results_and_gradients(run, arrays, bounds, cotangents, settings)
     assert o.dtype == arrays[0].dtype

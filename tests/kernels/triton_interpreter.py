@@ -9,18 +9,32 @@ import numpy as np
 # Read when Triton is imported: its functions are interpreted then, not compiled.
 os.environ["TRITON_INTERPRET"] = "1"
 
+MARGIN = 1 << 20  # bytes behind an array
+NAN = 0xFF  # any number of these bytes is NaN as a floating-point number
+
 
 def interpret(kernel, out_type, zeroed, grid, constants, *operands):
     """The kernel's results, as `kernels.triton_call.call` gives them."""
     _mend_interpreter()
-    results = [np.zeros(each.shape, each.dtype) for each in out_type]
+    results = [_with_margin(np.zeros(each.shape, each.dtype)) for each in out_type]
     # What a kernel does not write must not pass for a zero.
     for number, result in enumerate(results):
         if number not in zeroed:
             result.view(np.uint8)[...] = 0x7F
-    arrays = [np.array(operand) for operand in operands]
+    arrays = [_with_margin(np.asarray(operand)) for operand in operands]
     kernel[grid](*map(HostTensor, [*arrays, *results]), **constants)
+    for each in [*arrays, *results]:
+        assert (each.base[-MARGIN:] == NAN).all(), "the kernel wrote past the end of an array"
     return tuple(results)
+
+
+def _with_margin(array):
+    """A copy with NaN behind its end, where a kernel must not read."""
+    size = array.nbytes
+    memory = np.full(size + MARGIN, NAN, np.uint8)
+    copy = memory[:size].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 @functools.cache
