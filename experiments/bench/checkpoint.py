@@ -14,6 +14,7 @@ Parts, one process each, as memory is counted from a process at rest:
 rounds and a donated update of the whole state; there are `--steps` without a save and with one.
 """
 
+import argparse
 import contextlib
 import functools
 import shutil
@@ -192,13 +193,18 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--part", choices=PARTS, required=True)
+def make_options(description: str) -> argparse.ArgumentParser:
+    parser = make_parser(description)
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--from", dest="source", type=Path)
     parser.add_argument("--work", type=int, default=0)
     parser.add_argument("--steps", type=int, default=24)
+    return parser
+
+
+def main() -> None:
+    parser = make_options(__doc__)
+    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--from", dest="source", type=Path)
     parser.add_argument("--budget", type=float, default=4.0)
     options = parser.parse_args()
     run = start_run(options.file, options.set)

@@ -88,7 +88,19 @@ def make_handler(leaves: LeafFolders) -> ocp.CompositeCheckpointHandler:
         json_handler = ocp.JsonCheckpointHandler()
         registry.add(item, ocp.args.JsonSave, json_handler)
         registry.add(item, ocp.args.JsonRestore, json_handler)
-    return ocp.CompositeCheckpointHandler(handler_registry=registry)
+    return ocp.CompositeCheckpointHandler(
+        handler_registry=registry,
+        composite_options=ocp.CompositeOptions(multiprocessing_options=all_processes()),
+    )
+
+
+def all_processes() -> ocp.options.MultiprocessingOptions:
+    """All processes, which wait for each other through their coordinator.
+
+    Where orbax is not told which they are they do so by a sum over all devices, which no thread may
+    ask for beside the steps.
+    """
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
 
 
 def state_to_save(state: Any) -> ocp.args.PyTreeSave:

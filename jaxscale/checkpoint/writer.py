@@ -50,6 +50,7 @@ class Writer:
                 post_finalization_callback=on_written,
                 create_directories_asynchronously=False,
             ),
+            multiprocessing_options=handlers.all_processes(),
         )
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._copying: concurrent.futures.Future | None = None
@@ -81,11 +82,7 @@ class Writer:
             write(state)
             return
         copied = _copied(state, is_on_device=self._takes_snapshot(state))
-        if jax.process_count() > 1:
-            # Processes wait for each other in between, in the order in which each of them calls.
-            write(copied)
-        else:
-            self._copying = self._thread.submit(write, copied)
+        self._copying = self._thread.submit(write, copied)
 
     def wait(self) -> None:
         """Returns once the last step is committed; raises what went wrong with it."""

@@ -13,9 +13,10 @@ import pytest
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 
 SCRIPT = """
-import dataclasses, pathlib, sys
+import dataclasses, pathlib, sys, threading
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxscale.checkpoint import handlers
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.types import InputError
 
@@ -29,10 +30,19 @@ wanted = {"params": {"w": jax.ShapeDtypeStruct(whole.shape, whole.dtype, shardin
 config = CheckpointConfig(directory, save_every=1, keep_last=2, use_snapshot=True)
 checkpoints = Checkpoints(config, fingerprint={})
 overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0, out_shardings=sharding)
+has_stepped, ask = threading.Event(), handlers.state_to_save
+
+def ask_later(state):
+    assert has_stepped.wait(60), "a step waited for the save"
+    return ask(state)
+
+handlers.state_to_save = ask_later
 for step in (1, 2, 3):
     w = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
     assert checkpoints.save(step, {"params": {"w": w}}, {"position": step})
     overwrite(w).block_until_ready()
+    assert jax.numpy.sum(jax.device_put(whole, sharding)) == whole.sum()  # over both processes
+    has_stepped.set()
 w = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 state = {"params": {"w": w}}
 assert not checkpoints.save(3, state, {"position": 3})
