@@ -1,9 +1,10 @@
 """torch's distributed checkpoint of a state as large as that of `checkpoint.py`, on one device.
 
-    python experiments/bench/checkpoint_torch.py --directory /tmp/bench --layers 16
+    python experiments/bench/checkpoint_torch.py --directory /tmp/bench --part save
 
 The tensors are those of the Llama shape of experiments/configs/models/llama_1b.gin, three times:
-weights and two moments in float32. One process, gloo; memory is that of a process at rest.
+weights and two moments in float32. One process, gloo; memory is that of a process at rest. The part
+`save` is asynchronous, beside steps; `write` is not; both load what they have written.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from checkpoint_meter import measured, stall
 
 FFN, VOCAB, HEADS, KEYS, WIDTH = 8192, 32064, 2048, 1024, 4096
+NUM_WRITERS = 8
 
 
 def draw(layers: int, dim: int, device: str) -> dict:
@@ -47,8 +49,40 @@ def make_step(state: dict, work: int) -> Callable[[], None]:
     return step
 
 
+def run_save(state: dict, options: argparse.Namespace) -> None:
+    step = make_step(state, options.work)
+    saves = []
+
+    def save() -> None:
+        saves.append(dcp.async_save(state, checkpoint_id=options.directory))
+
+    with measured("  torch, async_save: until committed"):
+        stall("torch, async_save", step, save, options.steps)
+        saves[0].result()
+    run_load(state, options)
+
+
+def run_write(state: dict, options: argparse.Namespace) -> None:
+    """Several threads write, and nothing waits to be asynchronous."""
+    with measured(f"torch, save by {NUM_WRITERS} threads"):
+        writer = dcp.FileSystemWriter(options.directory, thread_count=NUM_WRITERS)
+        dcp.save(state, storage_writer=writer)
+    run_load(state, options)
+
+
+def run_load(state: dict, options: argparse.Namespace) -> None:
+    with measured("torch, load"):
+        dcp.load(state, checkpoint_id=options.directory)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+PARTS = {"save": run_save, "write": run_write}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=PARTS, default="save")
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--dim", type=int, default=2048)
@@ -59,21 +93,10 @@ def main() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     state = draw(options.layers, options.dim, "cuda" if torch.cuda.is_available() else "cpu")
-    print(f"torch: {sum(t.nbytes for t in state.values()) / 1e9:.2f} GB in {len(state)} tensors")
-    step = make_step(state, options.work)
-    saves = []
+    total = sum(tensor.nbytes for tensor in state.values())
+    print(f"torch: {total / 1e9:.2f} GB in {len(state)} tensors", flush=True)
     shutil.rmtree(options.directory, ignore_errors=True)
-
-    def save() -> None:
-        saves.append(dcp.async_save(state, checkpoint_id=options.directory))
-
-    with measured("  torch, async_save: until committed"):
-        stall("torch, async_save", step, save, options.steps)
-        saves[0].result()
-    with measured("torch, load"):
-        dcp.load(state, checkpoint_id=options.directory)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    PARTS[options.part](state, options)
     torch.distributed.destroy_process_group()
 
 
