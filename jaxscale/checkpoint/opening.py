@@ -8,6 +8,7 @@ from jaxscale.checkpoint import (
     deepspeed,
     manifest,
     megatron,
+    megatron_buckets,
     native,
     rank_files,
     steps,
@@ -107,6 +108,9 @@ def _open_local(path: Path, rules: tuple[Rule, ...] | None) -> Opened:
     if megatron.is_megatron(path):
         return Opened("Megatron-LM", path, megatron.MegatronCheckpoint(path, rules))
     if torch_distributed.is_distributed(path):
+        if megatron_buckets.is_megatron_distributed(path):
+            source = megatron_buckets.MegatronDistributedCheckpoint(path)
+            return Opened("Megatron-LM distributed", path, source)
         source = torch_distributed.DistributedCheckpoint(path)
         return Opened("PyTorch distributed", path, source)
     expected = (

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxscale.checkpoint import megatron, megatron_buffers
+from jaxscale.checkpoint import megatron, megatron_buckets, megatron_buffers
 from jaxscale.checkpoint.megatron_buffers import buffered_states
 from jaxscale.checkpoint.megatron_optimizer import Weight, states_of
 from jaxscale.checkpoint.opening import open_checkpoint
 from jaxscale.checkpoint.pickled import Named
+from jaxscale.checkpoint.torch_distributed import DistributedCheckpoint
 from jaxscale.checkpoint.torch_file import load_torch
 from jaxscale.checkpoint.torch_writer import save_torch
 from jaxscale.types import InputError
@@ -165,6 +166,55 @@ def test_weights_masters_and_moments_are_those_of_megatron_core(name):
     check(FIXTURES / name)
 
 
+def check_buckets(folder):
+    leaves = open_checkpoint(folder / "torch_dist").source.leaves()
+    wanted = np.load(folder / "oracle.npz")
+    assert leaves.keys() == set(wanted)
+    for path, leaf in leaves.items():
+        assert leaf.dtype == (np.float32 if path.startswith("optimizer.") else "bfloat16")
+        np.testing.assert_array_equal(leaf[:].astype(np.float32), wanted[path], err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["bucketed", "bucketed_experts"])
+def test_buckets_of_its_distributed_format_become_states_of_weights(name):
+    check_buckets(FIXTURES / name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"transformer_impl": "transformer_engine"}, r"a bucket of group 0 with decoder"),
+        ({"transformer_impl": "inference_optimized"}, "one of local, transformer_engine"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "stages of one chunk"),
+        ({"pipeline_model_parallel_size": 1}, r"a bucket of group 0 with decoder"),
+        ({"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 4}, "buckets of"),
+    ],
+)
+def test_buckets_of_another_program_are_refused(changed, message):
+    folder = FIXTURES / "bucketed" / "torch_dist"
+    leaves = DistributedCheckpoint(folder).leaves()
+    given = load_torch(folder / megatron_buckets.COMMON)["args"].state
+    arguments = Named("argparse.Namespace", (), given | changed)
+    with pytest.raises(InputError, match=message):
+        megatron_buckets.with_states_by_name(leaves, arguments)
+
+
+def test_buckets_in_another_order_of_weights_are_refused(monkeypatch):
+    """Of two weights of one shape each has the other's place."""
+    order = list(megatron_buckets.IN_LAYER)
+    one, two = map(order.index, ("self_attention.linear_qkv.weight", "mlp.linear_fc2.weight"))
+    order[one], order[two] = order[two], order[one]
+    monkeypatch.setattr(megatron_buckets, "IN_LAYER", tuple(order))
+    with pytest.raises(InputError, match="the float32 master of decoder"):
+        open_checkpoint(FIXTURES / "bucketed" / "torch_dist").source.leaves()
+
+
+def test_buckets_without_the_programs_arguments_are_refused():
+    leaves = DistributedCheckpoint(FIXTURES / "bucketed" / "torch_dist").leaves()
+    with pytest.raises(InputError, match="no argument expert_model_parallel_size"):
+        megatron_buckets.with_states_by_name(leaves, None)
+
+
 @pytest.mark.long
 @pytest.mark.processes
 def test_the_fixtures_are_what_megatron_core_writes_today(tmp_path):
@@ -173,10 +223,12 @@ def test_the_fixtures_are_what_megatron_core_writes_today(tmp_path):
     for script, names in {
         "megatron_fixtures.py": ("float32", "bfloat16"),
         "megatron_distributed_fixtures.py": ("buckets", "buckets_experts"),
+        "megatron_buckets_fixtures.py": ("bucketed", "bucketed_experts"),
     }.items():
         subprocess.run([sys.executable, scripts / script, tmp_path / "new"], check=True)
         for name in names:
-            check(tmp_path / "new" / name)
+            is_bucketed = name.startswith("bucketed")
+            (check_buckets if is_bucketed else check)(tmp_path / "new" / name)
 
 
 def test_buffers_of_other_weights_are_refused():
