@@ -1,6 +1,6 @@
 """Memory of an MoE layer's experts, forward and backward, on 8 described H200s.
 
-One row per exchange and number of experts (16, 64, 128); no GPU is needed.
+One row per axis of the experts and number of them (16, 64, 128); no GPU is needed.
 
 JAX_PLATFORMS=cpu python experiments/bench/expert_memory.py
 """
@@ -13,7 +13,6 @@ from jaxscale.parallel import expert, tensor
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
 
 GPUS = 8
-KINDS = {"dense": EXPERT, "ragged": EXPERT, "tensor": TENSOR}  # kind -> axis of the experts
 TOKENS, ACTIVE = 4096, 8  # on each GPU; choices a token
 WIDE, NARROW = 2048, 768  # the experts' D and F
 
@@ -50,11 +49,9 @@ def abstract_arguments(num_experts):
     return x, gates, weights, index
 
 
-def peak_gib(devices, kind, num_experts):
+def peak_gib(devices, axis, num_experts):
     """On one GPU: tokens, bfloat16 experts, the gradients of both and everything in between."""
-    axis = KINDS[kind]
-    exchange = "dense" if kind == TENSOR else kind
-    config = MeshConfig(**{axis: GPUS}, expert_axis=axis, expert_exchange=exchange)
+    config = MeshConfig(**{axis: GPUS}, expert_axis=axis)
     rows = PartitionSpec(None, (EXPERT, TENSOR))
     by_expert = PartitionSpec((EXPERT, TENSOR))
     run_all = jax.shard_map(
@@ -72,11 +69,11 @@ def peak_gib(devices, kind, num_experts):
 def main():
     """Print the table."""
     devices = described_devices("h200", num_hosts=1, gpus_per_host=GPUS)
-    print("| experts | exchange | GiB |\n|---|---|---|")
+    print("| experts | axis | GiB |\n|---|---|---|")
     for num_experts in (16, 64, 128):
-        for kind in KINDS:
-            gib = peak_gib(devices, kind, num_experts)
-            print(f"| {num_experts} | {kind} | {gib:.2f} |", flush=True)
+        for axis in (EXPERT, TENSOR):
+            gib = peak_gib(devices, axis, num_experts)
+            print(f"| {num_experts} | {axis} | {gib:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

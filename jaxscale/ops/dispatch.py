@@ -16,7 +16,7 @@ from jaxscale.types import Array
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["order", "inverse", "group_sizes"],
-    meta_fields=["num_active"],
+    meta_fields=["num_active", "is_partial"],
 )
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
@@ -27,23 +27,26 @@ class Dispatch:
     Source: Gale et al. 2022, MegaBlocks (arXiv 2211.15841), section 5.2: its permutation, without
         padding.
     Args:
-        order: [n A] the choice in each row.
+        order: [rows] the choice in each row.
         inverse: [n A] the row of each choice.
         group_sizes: [E] rows of each expert; choices of no expert, numbered E or more, come last.
         num_active: A, the number of experts of a token.
+        is_partial: whether there are choices of no expert. Their outputs count as zero, whatever is
+            in their rows, and rows may be fewer than choices.
     """
 
     order: Array
     inverse: Array
     group_sizes: Array
     num_active: int
+    is_partial: bool = False
 
     def rows(self, x: Array) -> Array:
-        """The tokens [n, D] once for each choice, sorted: [n A, D]."""
+        """The tokens [n, D] once for each choice, sorted: [rows, D]."""
         return _spread(x, self)
 
     def keys(self, keys: Array) -> Array:
-        """What each choice has, such as random keys [..., A, 2], sorted: [n A, 2]."""
+        """What each choice has, such as random keys [..., A, 2], sorted: [rows, 2]."""
         return keys.reshape(-1, keys.shape[-1])[self.order]
 
     def combine(
@@ -55,7 +58,7 @@ class Dispatch:
         """Each token's sum over its choices of output times gate.
 
         Args:
-            outputs: [n A, D], sorted.
+            outputs: [rows, D], sorted.
             gates: [n, A].
             slopes: [n, A] factors of the gradient of `outputs`, which have no gradient themselves;
                 None for the gates.
@@ -66,15 +69,23 @@ class Dispatch:
         return _combine(outputs, gates, slopes, self)
 
 
-def make_dispatch(index: Array, num_experts: int) -> Dispatch:
-    """Sorts the choices index [n, A]; those of one expert stay in the order of their tokens."""
+def make_dispatch(index: Array, num_experts: int, num_rows: int | None = None) -> Dispatch:
+    """Sorts the choices index [n, A]; those of one expert stay in the order of their tokens.
+
+    Args:
+        index: [n, A].
+        num_experts: E.
+        num_rows: of the rows, where some choices are of no expert; not fewer than those that are
+            of one. None where all are.
+    """
     choices = index.reshape(-1)
     order = jnp.argsort(choices, stable=True)
     zeros = jnp.zeros_like(order)
     row = jnp.arange(order.size, dtype=order.dtype)
     inverse = zeros.at[order].set(row, unique_indices=True)
     group_sizes = jnp.bincount(choices, length=num_experts).astype(jnp.int32)
-    return Dispatch(order, inverse, group_sizes, index.shape[-1])
+    is_partial = num_rows is not None
+    return Dispatch(order[:num_rows], inverse, group_sizes, index.shape[-1], is_partial)
 
 
 @jax.custom_vjp
@@ -121,7 +132,7 @@ def _combine_backward(
     slope_of_row = accumulator(slopes).reshape(-1)[dispatch.order]
     doutputs = cotangent * slope_of_row[:, None]
     dgate_of_row = (accumulator(outputs) * cotangent).sum(-1)
-    dgates = dgate_of_row[dispatch.inverse].reshape(gates.shape)
+    dgates = _by_choice(dgate_of_row, dispatch).reshape(gates.shape)
     return doutputs.astype(outputs.dtype), dgates.astype(gates.dtype), None, None
 
 
@@ -129,6 +140,16 @@ _combine.defvjp(_combine_forward, _combine_backward)
 
 
 def _by_token(rows: Array, dispatch: Dispatch) -> Array:
-    """Sorted rows [n A, D] to [n, A, D]."""
-    by_choice = rows[dispatch.inverse]
+    """Sorted rows [rows, D] to [n, A, D]."""
+    by_choice = _by_choice(rows, dispatch)
     return by_choice.reshape(-1, dispatch.num_active, rows.shape[-1])
+
+
+def _by_choice(rows: Array, dispatch: Dispatch) -> Array:
+    """Sorted rows [rows, ...] to [n A, ...], with zeros for choices of no expert."""
+    if not dispatch.is_partial:
+        return rows[dispatch.inverse]
+    is_used = dispatch.inverse < dispatch.group_sizes.sum()
+    # One row for all that are not used, so that little memory is read for them.
+    found = rows[jnp.where(is_used, dispatch.inverse, 0)]
+    return jnp.where(is_used.reshape(-1, *[1] * (rows.ndim - 1)), found, 0)

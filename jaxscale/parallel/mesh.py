@@ -41,7 +41,6 @@ class MeshConfig:
             even as possible.
         expert_axis: "expert" exchanges tokens; "tensor" holds whole experts on each tensor rank,
             which sees all its group's tokens already (arXiv 2409.12136, section 3.2).
-        expert_exchange: "dense", worst-case buffers; "ragged", only the rows there are (GPU).
         is_optimizer_on_host: the optimizer's moments rest in host memory between updates. A step
             moves them to the device and back, an eighth or one parameter's at a time.
         is_elastic: a training that finds fewer devices than the axes ask for goes on with fewer
@@ -60,7 +59,6 @@ class MeshConfig:
     num_chunks: int = 1
     stage_periods: tuple[int, ...] | None = None
     expert_axis: str = EXPERT
-    expert_exchange: str = "dense"
     is_optimizer_on_host: bool = False
     is_elastic: bool = False
 
@@ -73,7 +71,6 @@ class MeshConfig:
         check_choice("MeshConfig.zero_axes", self.zero_axes, ((DATA,), (DATA, SEQUENCE)))
         check_choice("MeshConfig.schedule", self.schedule, SCHEDULES)
         check_choice("MeshConfig.expert_axis", self.expert_axis, (EXPERT, TENSOR))
-        check_choice("MeshConfig.expert_exchange", self.expert_exchange, ("dense", "ragged"))
         if rest := self.sequence % self.ring:
             equation = f"sequence % ring == 0, but {self.sequence} % {self.ring} = {rest}"
             nearest = nearest_divisors(self.sequence, self.ring)

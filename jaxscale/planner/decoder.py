@@ -9,7 +9,7 @@ from jaxscale.parallel.mesh import TENSOR, MeshConfig
 # profile in experiments/results/2026-11-23_h200_train_step.md: 16.7 ms of passes over memory.
 FORWARD_PASSES, BACKWARD_PASSES = 1.2, 2.2
 # Of what experts keep, with the buffers of an exchange; fitted to compiled steps as in `memory`.
-ROOM_OF_EXCHANGE = {"dense": 1.45, "ragged": 1.35}
+ROOM_OF_EXCHANGE = 1.45
 # Attention that is not causal, has a window or other heads goes to cuDNN; from
 # experiments/results/2026-11-24_h200_attention.md, forward with backward.
 CUDNN_RATE = 0.85
@@ -53,13 +53,11 @@ class Kept:
 
         Args:
             mesh: how the layer is spread.
-            room: rows of experts that a device has room for, over its tokens' choices. A ragged
-                exchange returns only the rows that are used.
+            room: rows of experts that a device has room for, over its tokens' choices.
         """
         hidden = self.hidden if mesh.expert_axis == TENSOR else self.hidden / mesh.tensor
         shares = (self.own + self.sharded) / mesh.tensor
-        room_back = room if mesh.expert_exchange == "dense" else 1.0
-        experts = room * (self.rows + hidden) + room_back * self.returned
+        experts = room * (self.rows + hidden + self.returned)
         return self.gathered + shares + experts
 
 
@@ -124,7 +122,7 @@ class LayerWork:
         room = 1.0
         if self.choices and mesh.expert > 1:
             room = self.most_rows(mesh) / self.choices
-            room *= ROOM_OF_EXCHANGE[mesh.expert_exchange] if is_at_work else 1.0
+            room *= ROOM_OF_EXCHANGE if is_at_work else 1.0
         return kept.on_device(mesh, room)
 
 

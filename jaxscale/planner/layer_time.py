@@ -133,8 +133,6 @@ class LayerClock:
             seconds[IN_SEQUENCE] += max(0.0, ring - attention)
         if work.choices and mesh.expert > 1:
             group = group_of(self.cluster, mesh, (EXPERT,))
-            is_ragged = mesh.expert_exchange == "ragged"
-            rows = work.choices if is_ragged else work.most_rows(mesh)
-            buffer = tokens * rows * dim * width
-            seconds[IN_EXPERT] = 2 * group.all_to_all_s(buffer)
+            # All tokens there, and a sum for each of them back.
+            seconds[IN_EXPERT] = 2 * group.all_gather_s(tokens * mesh.expert * dim * width)
         return seconds

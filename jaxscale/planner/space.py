@@ -28,7 +28,6 @@ PINNABLE = (
     "schedule",
     "num_chunks",
     "expert_axis",
-    "expert_exchange",
     *GIVEN_ONLY,
     *OF_LAYOUT,
 )
@@ -57,10 +56,8 @@ class Space:
     def cores(self) -> Iterator[Layout]:
         """Layouts up to what layers take the same time under: ZeRO level and schedule."""
         for sizes in self._sizes():
-            for ring, expert_axis, exchange in self._uses(sizes):
-                mesh = MeshConfig(
-                    **sizes, zero=0, ring=ring, expert_axis=expert_axis, expert_exchange=exchange
-                )
+            for ring, expert_axis in self._uses(sizes):
+                mesh = MeshConfig(**sizes, zero=0, ring=ring, expert_axis=expert_axis)
                 for num in self._num_microbatches(mesh):
                     for remat, is_scanned in self._executions():
                         yield Layout(mesh, num, remat, is_scanned)
@@ -104,18 +101,15 @@ class Space:
         num_tokens = tokens % (num_shares * self.job.execution.num_loss_chunks)
         return not num_rows and not num_tokens
 
-    def _uses(self, sizes: dict[str, int]) -> Iterator[tuple[int, str, str]]:
-        """Ring or Ulysses, where experts lie and how tokens reach them."""
+    def _uses(self, sizes: dict[str, int]) -> Iterator[tuple[int, str]]:
+        """Ring or Ulysses, and where experts lie."""
         ring = sizes["sequence"]
         rings = [1, ring] if ring > 1 and self._may_be_rings(ring) else [1]
         expert_axes = [EXPERT]
         if self.job.model.num_experts and sizes["expert"] == 1 and sizes["tensor"] > 1:
             expert_axes.append(TENSOR)
-        exchange = "ragged" if sizes["expert"] > 1 else "dense"
         return itertools.product(
-            self._given("ring", rings),
-            self._given("expert_axis", expert_axes),
-            self._given("expert_exchange", [exchange]),
+            self._given("ring", rings), self._given("expert_axis", expert_axes)
         )
 
     def _may_be_rings(self, size: int) -> bool:

@@ -132,8 +132,7 @@ class Clock:
 
     def _period_and_prefix(self, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         mesh, tokens = layout.mesh, layout.tokens(self.job)
-        uses = (mesh.ring, mesh.expert_axis, mesh.expert_exchange)
-        key = (mesh.sizes, uses, tokens, layout.remat)
+        key = (mesh.sizes, mesh.ring, mesh.expert_axis, tokens, layout.remat)
         if key not in self._timed:
             self._timed[key] = tuple(
                 sum(

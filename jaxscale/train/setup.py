@@ -15,7 +15,6 @@ from jaxscale.models.parameters import Table, init_params
 from jaxscale.ops.attention import attention
 from jaxscale.ops.attention.intervals import attention_over_intervals
 from jaxscale.ops.precision import Policy
-from jaxscale.parallel.expert import check_exchange
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.pipeline.loss import check_staged
 from jaxscale.parallel.pipeline.schedule import Schedule, make_schedule
@@ -232,7 +231,6 @@ def make_region(
 ) -> Region:
     """The manual region; arguments and errors as `make_setup`."""
     device_mesh = make_mesh(mesh, devices)
-    check_exchange(mesh, device_mesh.devices.flat)
     specs = make_specs(table, mesh)
     operations = make_operations(
         mesh,

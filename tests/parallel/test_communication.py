@@ -3,8 +3,7 @@
 The comparison is complete: every all-gather, reduce-scatter, all-to-all and permute of the step, by
 its size and how often it runs, and all bytes that are all-reduced. Where the compiler packs several
 together, as ZeRO's and a ring's, the bytes of each kind. What a formula does not have would show,
-such as an all-gather that the compiler put in. A ring in a pipeline, which gathers, and the ragged
-exchange are in test_ring and test_expert.
+such as an all-gather that the compiler put in. A ring in a pipeline, which gathers, is in test_ring.
 
 By default one program has Ulysses, tensor parallelism and ZeRO together; each alone is long.
 """
@@ -250,20 +249,18 @@ MIXTURE = model(moe_pattern=(True,), num_experts=E, num_active_experts=A, expert
 
 
 @pytest.mark.long
-def test_experts_exchange_their_worst_case_forth_and_back():
-    """2 R D elements a layer forward and backward.
+def test_experts_get_all_tokens_once_and_send_back_one_sum_each():
+    """2 expert n D elements a layer forward and backward, for n local tokens.
 
-    R = expert n min(A, E / expert) rows for n local tokens.
-
-    Source: Lepikhin et al. 2020 (arXiv 2006.16668), section 3.2, whose capacity is the worst case
-        here.
+    Not min(A, E / expert) times as many, which is the worst case of a row for each choice. With the
+    tokens go their choices and gates, and the gates' gradients come back.
     """
     mesh = MeshConfig(expert=4, zero=0)
     found, reduced = sent(MIXTURE, mesh)
-    num_local = B // mesh.expert * T
-    rows = mesh.expert * num_local * min(A, E // mesh.expert)
-    counts = E * FLOAT  # int32: how many of the rows there are
-    assert found == {EXCHANGE: {rows * D * COMPUTE: 2 * 2, counts: 1}}
+    tokens = B * T * D * COMPUTE
+    choices = B * T * A * FLOAT
+    gathered, exchanged = 2 * tokens + 2 * choices, 2 * tokens + choices
+    assert in_bytes(found) == {GATHER: gathered, EXCHANGE: exchanged}
     loads = 2 * E * FLOAT  # the balance loss's, and the metrics
     check_reduced(reduced, gradient_bytes(MIXTURE, mesh) + loads)
 

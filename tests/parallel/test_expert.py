@@ -9,19 +9,10 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxscale.launch.ahead_of_time import described_devices, has_plugin
-from jaxscale.launch.collectives import collective_bytes
 from jaxscale.ops import moe
 from jaxscale.ops.draws import Dropout
-from jaxscale.parallel.expert import (
-    check_exchange,
-    experts,
-    make_experts,
-    ragged_experts,
-    tensor_experts,
-)
+from jaxscale.parallel.expert import experts, make_experts, tensor_experts
 from jaxscale.parallel.mesh import EXPERT, TENSOR, MeshConfig, make_mesh
-from jaxscale.types import InputError
 
 B, T, D, F, E = 4, 6, 5, 7, 8
 RNG = np.random.default_rng(0)
@@ -40,31 +31,7 @@ ROUTINGS = {
     "a_device_without_tokens": permuted([0, 1, 4, 5, 6, 7]),
     "each_device_to_the_next": np.repeat(np.arange(2, 10) % E, 6).reshape(B, T, 2),
 }
-VARIANTS = {"dense": experts, "ragged": ragged_experts, "tensor": tensor_experts}
-
-
-@pytest.fixture(autouse=True)
-def ragged_all_to_all_on_a_cpu(monkeypatch):
-    """XLA has none there: JAX's documented semantics by gathering everything."""
-
-    def twin(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-        size, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
-        operands = lax.all_gather(operand, axis_name)
-
-        def to_me(x):
-            return lax.all_gather(x, axis_name).reshape(size, size, -1)[:, me, :]
-
-        # [sender, slice]
-        starts, counts, places = map(to_me, (input_offsets, send_sizes, output_offsets))
-        place = jnp.arange(len(output))
-        first = places[..., None]
-        is_from = (place >= first) & (place < first + counts[..., None])
-        source = jnp.clip(place - first + starts[..., None], 0, len(operand) - 1)
-        rows = jax.vmap(lambda rows, where: rows[where])(operands, source)
-        arrived = jnp.where(is_from[..., None], rows, 0).sum((0, 1)).astype(output.dtype)
-        return jnp.where(is_from.any((0, 1))[:, None], arrived, output)
-
-    monkeypatch.setattr(lax, "ragged_all_to_all", twin)
+VARIANTS = {"expert": experts, "tensor": tensor_experts}
 
 
 @functools.cache
@@ -172,8 +139,7 @@ def undefined_past(rows, used):
     return jnp.where(jnp.arange(len(rows))[:, None] < used, rows, jnp.nan)
 
 
-@pytest.mark.parametrize("variant", ["dense", "ragged"])
-def test_what_a_kernel_leaves_undefined_reaches_nobody(variant, monkeypatch):
+def test_what_a_kernel_leaves_undefined_reaches_nobody(monkeypatch):
     """Rows past the last expert's, in the output and in the gradient."""
 
     def grouped_ffn(rows, sizes, *arguments, needs_tail):
@@ -190,7 +156,7 @@ def test_what_a_kernel_leaves_undefined_reaches_nobody(variant, monkeypatch):
         weights = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
         x, gates = jnp.asarray(rng.normal(size=(B, T, D))), jnp.ones(index.shape)
         arguments = x, index, gates, weights, x
-        got, wanted = spread(variant, spread_anew)(*arguments), reference(*arguments)
+        got, wanted = spread("expert", spread_anew)(*arguments), reference(*arguments)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, wanted)
 
 
@@ -219,54 +185,5 @@ def test_a_grouped_matmul_gets_no_more_rows_than_there_are(variant, monkeypatch)
 
 def test_the_mesh_chooses():
     assert make_experts(MeshConfig(expert=2)) is experts
-    assert make_experts(MeshConfig(expert=2, expert_exchange="ragged")) is ragged_experts
     assert make_experts(MeshConfig(tensor=2, expert_axis="tensor")) is tensor_experts
     assert make_experts(MeshConfig(tensor=2)) is make_experts(MeshConfig()) is moe.experts
-
-
-def test_a_ragged_exchange_is_refused_where_there_is_none():
-    ragged = MeshConfig(expert=2, expert_exchange="ragged")
-    message = r"expert_exchange: given .ragged., expected .dense. on a CPU"
-    with pytest.raises(InputError, match=message):
-        check_exchange(ragged, jax.devices())
-    on_tensor = MeshConfig(tensor=2, expert_axis="tensor", expert_exchange="ragged")
-    with pytest.raises(InputError, match=r"with MeshConfig.expert_axis = .tensor"):
-        check_exchange(on_tensor, jax.devices())
-    check_exchange(MeshConfig(expert=2), jax.devices())
-
-
-@pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
-def test_the_ragged_exchange_and_its_gradient_on_gpus_move_rows_and_counts(monkeypatch):
-    """Bytes of the buffers in which rows arrive, each way twice.
-
-    There they are every device's worst case, and back here what was sent. Of those no more is
-    filled than there is, as the semantics tested above have it.
-    """
-    monkeypatch.undo()  # the real one
-    devices = described_devices("h200", num_hosts=1, gpus_per_host=8)
-    config = MeshConfig(expert=8, expert_exchange="ragged")
-    check_exchange(config, devices)
-    rows = P(EXPERT)
-    run = jax.jit(
-        jax.shard_map(
-            functools.partial(both["gelu"], ragged_experts),
-            mesh=make_mesh(config, devices),
-            in_specs=rows,
-            out_specs=rows,
-            check_vma=False,
-        )
-    )
-    x = jax.ShapeDtypeStruct((8, 16, 32), "bfloat16")
-    index = jax.ShapeDtypeStruct((8, 16, 2), "int32")
-    gates = jax.ShapeDtypeStruct((8, 16, 2), "float32")
-    weights = {
-        "up": jax.ShapeDtypeStruct((16, 32, 64), x.dtype),
-        "down": jax.ShapeDtypeStruct((16, 64, 32), x.dtype),
-    }
-    found = collective_bytes(run.lower(x, index, gates, weights, x).compile().as_text())
-    chosen = 16 * 2 * 32 * 2  # n A D, bfloat16: the rows at the sender, who gets as many back
-    counts = 16 * 4  # E, int32
-    assert sorted(found.pop("ragged-all-to-all")) == [chosen, chosen, 8 * chosen, 8 * chosen]
-    # How many rows every device sends to whom, of which the backward makes use too.
-    assert found.pop("all-gather") == [8 * counts]
-    assert not any(found.values())
