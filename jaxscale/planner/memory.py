@@ -19,13 +19,14 @@ from jaxscale.planner.state import StateBytes
 # rest of a layer. A loop over layers stacks an activation's intermediate results too, but those of
 # experts are recomputed from their inputs.
 KEPT_UNROLLED = {"layer": 1.115, "experts": 0.80}
-KEPT_UNROLLED_WITH_EXCHANGE = {"layer": 1.115, "experts": 1.03}
 KEPT_SCANNED = {"layer": 1.64, "experts": 0.56}
 KEPT_SCANNED_WITH_EXCHANGE = {"layer": 1.64, "experts": 0.63}
 # Of what unrolled layers should recompute, XLA keeps so much anyway: it starts early to recompute.
 KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
 # A layer at work, over what it keeps when nothing is recomputed.
 WORKSPACE, WORKSPACE_IN_PIPELINE = 1.35, 1.25
+# Of experts that get tokens of several devices, most of whose rows are empty.
+WORKSPACE_WITH_EXCHANGE = 0.65
 # The same in a loop that recomputes the layer, but for its experts.
 WORKSPACE_RECOMPUTED = 1.6
 # Of experts' gradients what lies beside their sums in a pipeline's unrolled stage.
@@ -160,7 +161,7 @@ class _Needs:
         copies = self._converted(state.whole)
         outside = state.outside * job.reduction_width
         sums = self._sums_of_microbatches
-        work = self._head + WORKSPACE * self._largest_experts
+        work = self._head + self._experts_at_work
         # Layers' gradients stay in the compute type until they are copied into stacks.
         gradients = self._gradients(job.width)
         # Those of experts, unless ZeRO-3 cuts them, lie there before what forwards kept is freed.
@@ -251,11 +252,14 @@ class _Needs:
         return self._bytes(max(each.kept(kept, mesh, is_at_work=True) for each, kept in scaled))
 
     @property
-    def _largest_experts(self) -> float:
-        """Bytes that the experts of a layer keep; its backward begins while logits are there."""
+    def _experts_at_work(self) -> float:
+        """Bytes of a layer's experts, whose backward begins while logits are there."""
         mesh = self.layout.mesh
-        experts = (each.all.scaled(layer=0.0, experts=1.0) for each in self.job.period_work)
-        return self._bytes(max(each.on_device(mesh, 1.0) for each in experts))
+        share = WORKSPACE_WITH_EXCHANGE if mesh.expert > 1 else WORKSPACE
+        experts = (
+            (each, each.all.scaled(layer=0.0, experts=share)) for each in self.job.period_work
+        )
+        return self._bytes(max(self._on_device(each, kept) for each, kept in experts))
 
     @property
     def _head(self) -> float:
@@ -275,8 +279,7 @@ class _Needs:
             kept = self._on_device(work, work.staged)
             kept += self.job.model.model_dim / mesh.tensor  # what the chunk was sent
         else:
-            shares = KEPT_UNROLLED_WITH_EXCHANGE if mesh.expert > 1 else KEPT_UNROLLED
-            kept = self._on_device(work, work.all.scaled(**shares))
+            kept = self._on_device(work, work.all.scaled(**KEPT_UNROLLED))
         if mesh.sequence > 1:
             kept += work.heads / mesh.tensor  # attention's output before its exchange
         if mesh.tensor > 1:
