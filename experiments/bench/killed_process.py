@@ -3,8 +3,8 @@
 python experiments/bench/killed_process.py experiments/configs/runs/llama_1b.gin --processes 4 \\
     --set "directory='runs/killed'" --set mesh.data=4 --set data.batch_size=16 --set train.steps=30
 
-Each process has a GPU of its own. One JSON line: seconds from the kill to the others' end, exit
-statuses (75 is the watchdog's), and the same of the rest of the run.
+Each process has a GPU of its own. One JSON line: exit statuses of the others (75 is the watchdog's,
+-6 JAX's own) and seconds until they ended, and both of the rest of the run.
 """
 
 import json
@@ -30,8 +30,8 @@ def start(options, number):
     for index in range(number):
         names = dict(launcher="'explicit'", coordinator=coordinator, number=number, index=index)
         settings = [f"runtime.processes.{name}={value}" for name, value in names.items()]
-        words = [f"--set={each}" for each in (*options.set, "mesh.is_elastic=True", *settings)]
-        words = [sys.executable, "-m", "jaxscale", "pretrain", options.file, *words]
+        words = [sys.executable, "-m", "jaxscale", "pretrain", options.file]
+        words += [f"--set={each}" for each in (*options.set, "mesh.is_elastic=True", *settings)]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(index)}
         found.append(subprocess.Popen(words, env=environment, stdout=sys.stderr))
     return found
@@ -46,13 +46,11 @@ def main():
     history = Path(load_run([options.file], options.set).directory) / "metrics.jsonl"
     processes = start(options, options.processes)
     while not history.exists() or len(history.read_text().splitlines()) < options.lines:
-        if any(each.poll() is not None for each in processes):
-            sys.exit("a process has ended by itself")
+        assert all(each.poll() is None for each in processes), "a process has ended by itself"
         time.sleep(0.05)
     processes[-1].kill()
-    killed = time.monotonic()
-    statuses = [each.wait(LIMIT_S) for each in processes[:-1]]
-    figures = {"statuses": statuses, "ended_s": time.monotonic() - killed}
+    killed, ends = time.monotonic(), [each.wait(LIMIT_S) for each in processes[:-1]]
+    figures = {"statuses": ends, "ended_s": time.monotonic() - killed}
     began, rest = time.monotonic(), start(options, options.processes // 2)
     figures["statuses_of_rest"] = [each.wait(LIMIT_S) for each in rest]
     print(json.dumps(figures | {"rest_s": time.monotonic() - began}))
