@@ -26,7 +26,7 @@ KEPT_ANYWAY = {"none": 0.0, "dots": 0.45, "full": 0.75, "names": 0.75}
 # A layer at work, over what it keeps when nothing is recomputed.
 WORKSPACE, WORKSPACE_IN_PIPELINE = 1.35, 1.25
 # Of experts that get tokens of several devices, most of whose rows are empty.
-WORKSPACE_WITH_EXCHANGE = 0.9
+WORKSPACE_WITH_EXCHANGE = 0.86
 # The same in a loop that recomputes the layer, but for its experts.
 WORKSPACE_RECOMPUTED = 1.6
 # Of experts' gradients what lies beside their sums in a pipeline's unrolled stage.
