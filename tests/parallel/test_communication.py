@@ -3,7 +3,7 @@
 The comparison is complete: every all-gather, reduce-scatter, all-to-all and permute of the step, by
 its size and how often it runs, and all bytes that are all-reduced. Where the compiler packs several
 together, as ZeRO's and a ring's, the bytes of each kind. What a formula does not have would show,
-such as an all-gather that the compiler put in. A ring in a pipeline, which gathers, is in test_ring.
+such as an all-gather that the compiler put in. `test_ring` has a ring in a pipeline, which gathers.
 
 By default one program has Ulysses, tensor parallelism and ZeRO together; each alone is long.
 """
