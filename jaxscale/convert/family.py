@@ -4,10 +4,17 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from jaxscale.convert.fields import Fields
+from jaxscale.convert.fields import MISSING, Fields
 from jaxscale.convert.places import Layout
 from jaxscale.convert.rotary import write_rotary
-from jaxscale.models.config import AttentionConfig, LayerConfig, ModelConfig, RotaryConfig
+from jaxscale.models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    LayerConfig,
+    ModelConfig,
+    RotaryConfig,
+    TopKRouter,
+)
 from jaxscale.types import InputError
 
 HEAD = "lm_head"
@@ -116,15 +123,17 @@ def read_windows(
         slides: which layers have a window where the file does not list `layer_types`.
     """
     window = fields.take("sliding_window", int | None, None)
+    types = fields.take("layer_types", tuple, None)
     first = 0
     if has_switch:
-        first = fields.take("max_window_layers", int, 0)
-        if not fields.take("use_sliding_window", bool, window is not None):
+        # What they leave open is a class's default, and the opposite of what the window says.
+        if not fields.take("use_sliding_window", bool, MISSING if window else False):
             window = None
+        is_needed = window is not None and types is None
+        first = fields.take("max_window_layers", int, MISSING if is_needed else 0)
     by_rule = [
         window if number >= first and slides(number) else None for number in range(num_layers)
     ]
-    types = fields.take("layer_types", tuple, None)
     if types is None:
         return by_rule
     known = all(each in (SLIDING, FULL) for each in types)
@@ -142,6 +151,18 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
     if given and None in windows:
         fields["layer_types"] = [FULL if each is None else SLIDING for each in windows]
     return fields
+
+
+def check_gates(fields: Fields, experts: ExpertsConfig) -> ExpertsConfig:
+    """The experts; raises InputError for one active expert whose gate is divided by itself.
+
+    That gate is 1, and no router learns from it; ours keeps it as it is.
+    """
+    is_divided = isinstance(experts.router, TopKRouter) and experts.router.is_renormalised
+    if experts.num_active == 1 and is_divided:
+        expected = "2 or more experts where gates are renormalised"
+        raise InputError(fields.place("num_experts_per_tok"), 1, expected)
+    return experts
 
 
 def pattern_of(layers: Sequence[LayerConfig]) -> tuple[LayerConfig, ...]:

@@ -186,6 +186,8 @@ def _awq(fields: Fields) -> _Format:
 
 def _compressed(fields: Fields) -> _Format:
     fields.expect("format", "pack-quantized")
+    for name in ("transform_config", "sparsity_config"):
+        fields.expect(name, {})  # products around the matrices, or other matrices
     groups = fields.take("config_groups", dict)
     settings = {
         _read_group(group, f"{fields.place('config_groups')}: {name}")

@@ -102,7 +102,7 @@ def _magnitude(factor: float, original: int) -> float:
 PLAIN: dict[str, Reader] = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
 # Its name in the first files of Phi-3 is "su".
 LONGROPE: dict[str, Reader] = {"longrope": _longrope, "su": _longrope}
-LONGROPE_WITH_MAGNITUDES: dict[str, Reader] = {"longrope": _longrope_with_magnitudes}
+LONGROPE_WITH_MAGNITUDES: dict[str, Reader] = dict.fromkeys(LONGROPE, _longrope_with_magnitudes)
 
 
 def read_rotary(

@@ -220,6 +220,23 @@ def test_the_released_configuration_is_read_and_written(folder):
     assert found == wanted
 
 
+@pytest.mark.parametrize("kind", ["su", "longrope"])
+def test_the_long_model_has_magnitudes_of_both_lists(folder, kind):
+    scaling = {
+        "type": kind,
+        "short_factor": [1.0] * 64,
+        "long_factor": [2.0] * 64,
+        "short_mscale": 1.1,
+        "long_mscale": 1.2,
+        "original_max_position_embeddings": 8192,
+    }
+    values = RELEASED | {"max_position_embeddings": 131072, "rope_scaling": scaling}
+    model = read_config(folder.family, values, "config.json", ())
+    found = model.layers[0].attention.rotary.scaling
+    assert (found.magnitude, found.long_magnitude) == (1.1, 1.2)
+    assert (found.long_factors[0], found.original_length) == (2.0, 8192)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -128,6 +128,11 @@ REFUSED = {
     "bits": ("gptq", {"bits": 3}, "quantization_config: bits: given 3, expected 4 or 8"),
     "version": ("awq", {"version": "marlin"}, "quantization_config: version: given 'marlin'"),
     "format": ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format: given 'marlin'"),
+    "rotations": (
+        "compressed",
+        {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+        "quantization_config: transform_config: given",
+    ),
     "activations": (
         "compressed",
         {"config_groups": {"group_0": {"weights": WEIGHTS, "input_activations": {"num_bits": 8}}}},

@@ -75,6 +75,36 @@ FIELDS = {
     "untied": ("qwen3", {"tie_word_embeddings": False}, "lm_head.weight: given None"),
     "layer_types": ("gemma2", {"layer_types": ["sliding_attention"]}, "config.json: layer_types"),
     "window": ("gemma2", {"sliding_window": None}, "config.json: layer_types"),
+    "switch of windows": (
+        "qwen2",
+        {"sliding_window": 4, "use_sliding_window": None},
+        "config.json: use_sliding_window: given None",
+    ),
+    "first window": (
+        "qwen2",
+        {
+            "sliding_window": 4,
+            "use_sliding_window": True,
+            "max_window_layers": None,
+            "layer_types": None,
+        },
+        "config.json: max_window_layers: given None",
+    ),
+    "windows of a mixture": (
+        "qwen3_moe",
+        {"sliding_window": 4, "use_sliding_window": True},
+        "config.json: use_sliding_window: given True",
+    ),
+    "windows of Qwen2's mixture": (
+        "qwen2_moe",
+        {"sliding_window": 4, "use_sliding_window": True},
+        "config.json: use_sliding_window: given True",
+    ),
+    "one gate over itself": (
+        "mixtral",
+        {"num_experts_per_tok": 1},
+        "config.json: num_experts_per_tok: given 1",
+    ),
     "experts": ("qwen3_moe", {"num_experts": 8}, "config.json: num_experts"),
     "heads": ("qwen2", {"num_attention_heads": 5}, "num_attention_heads.*hidden_size = 32"),
     "post-norm": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before: given False"),
@@ -111,6 +141,12 @@ def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
 def test_rotary_fields_of_both_versions_may_stand_side_by_side(tmp_path):
     path = copy("llama3", tmp_path, rope_theta=100.0, rope_scaling={"type": "llama3"})
     assert open_folder(path).config == folder("llama3").config
+
+
+def test_layers_before_the_first_window_see_all(tmp_path):
+    switch = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
+    opened = open_folder(copy("qwen2", tmp_path, sliding_window=4, **switch))
+    assert [layer.attention.window for layer in opened.config.layers] == [None, 4]
 
 
 def test_a_model_of_no_family_is_not_exported(tmp_path):

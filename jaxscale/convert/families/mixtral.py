@@ -11,6 +11,7 @@ from jaxscale.convert.families import llama
 from jaxscale.convert.family import (
     GATED,
     Family,
+    check_gates,
     read_around,
     read_attention,
     read_windows,
@@ -45,13 +46,14 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
 
 def read_experts(fields: Fields, **more: Any) -> ExpertsConfig:
     """Experts as large as `intermediate_size`; `more` are other arguments of `ExpertsConfig`."""
-    return ExpertsConfig(
+    experts = ExpertsConfig(
         num_experts=fields.take("num_local_experts", int),
         num_active=fields.take("num_experts_per_tok", int),
         dim=fields.take("intermediate_size", int),
         activation=fields.choose("hidden_act", GATED),
         **more,
     )
+    return check_gates(fields, experts)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

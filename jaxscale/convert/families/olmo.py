@@ -9,7 +9,14 @@ from typing import Any
 
 from jaxscale.convert.families import llama
 from jaxscale.convert.families.qwen3 import EXPERTS, read_num_experts
-from jaxscale.convert.family import EVERY_BIAS, GATED, Family, read_around, read_attention
+from jaxscale.convert.family import (
+    EVERY_BIAS,
+    GATED,
+    Family,
+    check_gates,
+    read_around,
+    read_attention,
+)
 from jaxscale.convert.fields import Fields
 from jaxscale.convert.places import Layout
 from jaxscale.convert.rotary import read_rotary
@@ -57,7 +64,8 @@ def read_moe(fields: Fields, names: Collection[str]) -> ModelConfig:
         activation=fields.choose("hidden_act", GATED),
         router=TopKRouter(fields.take("norm_topk_prob", bool)),
     )
-    return llama.of_layers([LayerConfig(attention, experts)], fields, around)
+    layer = LayerConfig(attention, check_gates(fields, experts))
+    return llama.of_layers([layer], fields, around)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

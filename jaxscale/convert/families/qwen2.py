@@ -25,22 +25,21 @@ BIASES = ("q", "k", "v")
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a config.json."""
     around = read_around(fields, names)
-    attentions = read_attentions(fields, around)
+    attention = read_biased_attention(fields, around)
+    windows = read_windows(fields, around["num_layers"], has_switch=True)
     feed_forward = llama.read_feed_forward(fields)
-    layers = [LayerConfig(each, feed_forward) for each in attentions]
+    layers = [LayerConfig(each, feed_forward) for each in llama.with_windows(attention, windows)]
     return llama.of_layers(layers, fields, around)
 
 
-def read_attentions(fields: Fields, around: dict[str, Any]) -> list[AttentionConfig]:
-    """The attention of each layer."""
-    attention = read_attention(
+def read_biased_attention(fields: Fields, around: dict[str, Any]) -> AttentionConfig:
+    """The attention of every layer, but for windows."""
+    return read_attention(
         fields,
         around["model_dim"],
         rotary=read_rotary(fields, max_length=around["max_length"]),
         biases=BIASES,
     )
-    windows = read_windows(fields, around["num_layers"], has_switch=True)
-    return llama.with_windows(attention, windows)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

@@ -24,9 +24,9 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a config.json."""
     around = read_around(fields, names)
     fields.expect("qkv_bias", True)
-    attentions = qwen2.read_attentions(fields, around)
+    attention = qwen2.read_biased_attention(fields, around)
     shared_dim = fields.take("shared_expert_intermediate_size", int)
-    return qwen3.read_mixture(fields, around, attentions, shared_dim)
+    return qwen3.read_mixture(fields, around, attention, shared_dim)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from jaxscale.convert.families import llama
 from jaxscale.convert.families.qwen2 import write_switched_windows
 from jaxscale.convert.family import (
     EVERY_BIAS,
+    FULL,
     GATED,
     Family,
+    check_gates,
     read_around,
     read_attention,
     read_windows,
@@ -42,38 +44,46 @@ NUM_EXPERTS = ("num_experts", "num_local_experts")  # in transformers 4 and 5
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a dense model's config.json."""
     around = read_around(fields, names)
-    attentions = _attentions(fields, around)
+    attention = _attention(fields, around)
+    windows = read_windows(fields, around["num_layers"], has_switch=True)
     feed_forward = llama.read_feed_forward(fields)
-    layers = [LayerConfig(each, feed_forward) for each in attentions]
+    layers = [LayerConfig(each, feed_forward) for each in llama.with_windows(attention, windows)]
     return llama.of_layers(layers, fields, around)
 
 
-def _attentions(fields: Fields, around: dict[str, Any]) -> list[AttentionConfig]:
-    """The attention of each layer."""
-    attention = read_attention(
+def _attention(fields: Fields, around: dict[str, Any]) -> AttentionConfig:
+    """The attention of every layer, but for windows."""
+    return read_attention(
         fields,
         around["model_dim"],
         rotary=read_rotary(fields, max_length=around["max_length"]),
         biases=EVERY_BIAS if fields.take("attention_bias", bool) else (),
         qk_norm="head",
     )
-    windows = read_windows(fields, around["num_layers"], has_switch=True)
-    return llama.with_windows(attention, windows)
 
 
 def read_moe(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a mixture's config.json; layers that it lists are dense."""
     around = read_around(fields, names)
-    return read_mixture(fields, around, _attentions(fields, around))
+    return read_mixture(fields, around, _attention(fields, around))
 
 
 def read_mixture(
     fields: Fields,
     around: dict[str, Any],
-    attentions: list[AttentionConfig],
+    attention: AttentionConfig,
     shared_dim: int = 0,
 ) -> ModelConfig:
-    """The model of a mixture whose attention is known; `shared_dim` is of `ExpertsConfig`."""
+    """The model of a mixture whose attention is known; `shared_dim` is of `ExpertsConfig`.
+
+    Raises:
+        InputError: as `open_folder`; also for windows, for versions of transformers differ in which
+            layers of a mixture have one, and no release has any.
+    """
+    fields.expect("use_sliding_window", False)
+    for name in ("sliding_window", "max_window_layers"):
+        fields.take(name, Any, None)
+    fields.expect("layer_types", [FULL] * around["num_layers"])
     activation = fields.choose("hidden_act", GATED)
     dense = FeedForwardConfig(fields.take("intermediate_size", int), activation)
     experts = ExpertsConfig(
@@ -84,10 +94,11 @@ def read_mixture(
         router=TopKRouter(fields.take("norm_topk_prob", bool)),
         shared_dim=shared_dim,
     )
+    check_gates(fields, experts)
     step = fields.take("decoder_sparse_step", int, 1)
     listed = fields.take("mlp_only_layers", tuple, ())
     layers = []
-    for number, attention in enumerate(attentions):
+    for number in range(around["num_layers"]):
         is_moe = number not in listed and (number + 1) % step == 0
         layers.append(LayerConfig(attention, experts if is_moe else dense))
     return llama.of_layers(layers, fields, around)
