@@ -94,6 +94,11 @@ class LayerClock:
         elif remat != "none":
             kept = ATTENTION if self.job.is_attention_kept(remat) else []
             seconds[BACKWARD, RECOMPUTE] = np.delete(seconds[FORWARD], kept).sum()
+        elif mesh.pipeline > 1:
+            # Activations are made again; see `decoder.LayerWork.staged`.
+            left = work.all.on_device(mesh, 1.0) - work.staged.on_device(mesh, 1.0)
+            remade = tokens * left * self.job.width / self.memory_bandwidth
+            seconds[BACKWARD, RECOMPUTE] = remade * FORWARD_PASSES
         return seconds
 
     def head(self, tokens: float, tensor: int) -> float:

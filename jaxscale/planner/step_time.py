@@ -18,11 +18,25 @@ from jaxscale.planner.layer_time import (
     PARTS,
     LayerClock,
 )
-from jaxscale.planner.pipeline import FORWARD, WEIGHT, closed_seconds, exact_seconds, num_ticks
+from jaxscale.planner.pipeline import (
+    BACKWARD,
+    FORWARD,
+    WEIGHT,
+    closed_seconds,
+    exact_seconds,
+    num_branches,
+    num_ticks,
+)
 from jaxscale.planner.state import StateBytes
 
 # As `layer_time.EXPOSED_TENSOR`: of ZeRO-3's gathers and sums, and of the sums after the backward.
-EXPOSED_ZERO, EXPOSED_REDUCTION = 0.6, 0.7
+# The former slow what they run beside; from 2026-11-27_two_h200_scaling.md and 2026-11-29_planner.md.
+EXPOSED_ZERO, EXPOSED_REDUCTION = 0.95, 0.7
+# A conditional: the host reads which branch it is before it starts one. From steps with empty tables
+# in 2026-11-27_two_h200_scaling.md: 18 more ticks of three took 14.6 ms, of which 12.7 exchange and
+# store, and a fourth in each of 19 ticks 0.7 ms.
+BRANCH_S = 35e-6
+HEAD_EXCHANGES = (1, 2, 2)  # float32 numbers of a token that the stages sum for a shared loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +110,17 @@ class Clock:
             is_exact: run the pipeline's table tick by tick, or take its closed form.
         """
         mesh, num = layout.mesh, layout.num_microbatches
-        stages = self._stages(layout, state)
+        stages, head = self._stages(layout, state), self._shared_head(layout)
         by_chunk = stages.reshape(mesh.num_chunks, mesh.pipeline, 3, len(PARTS))
         by_device = by_chunk.sum((0, 2))
+        by_device[:, MATMUL] += head
         totals = by_device.sum(1) * num
         slowest = int(totals.argmax())
         parts = dict(zip(PARTS, (by_device[slowest] * num).tolist(), strict=True))
         if mesh.pipeline > 1:
             passes = by_chunk.sum(3)
             seconds = exact_seconds if is_exact else closed_seconds
-            whole = seconds(mesh, num, passes)
+            whole = seconds(mesh, num, passes, head)
             parts["bubble"] = max(0.0, whole - float(totals[slowest]))
             parts["pipeline"] = self._between_stages(layout)
         parts |= self._once(layout, state)
@@ -118,10 +133,6 @@ class Clock:
         sizes = np.array(layout.stages(self.job).sizes)
         stages = sizes[:, None, None] * period
         stages[0] += prefix
-        # All stages share the head when the last chunk's forward is done, if they divide its rows.
-        rest = self.job.model.vocab_size % (mesh.pipeline * mesh.tensor)
-        head = self._head(layout) / (1 if rest else mesh.pipeline)
-        stages[-mesh.pipeline :, FORWARD, MATMUL] += head
         if mesh.zero == 3:
             stages[:, :2] += self._gathers(layout, state)[:, None] * _only(IN_ZERO) / len(stages)
         if layout.num_microbatches > 1:
@@ -129,6 +140,12 @@ class Clock:
             seconds = 2 * state.gradients / self._layers.memory_bandwidth
             stages[:, WEIGHT, MEMORY] += seconds / len(stages)
         return stages
+
+    def _shared_head(self, layout: Layout) -> float:
+        """A stage's share of the head, all of it where the stages do not divide the vocabulary."""
+        mesh = layout.mesh
+        rest = self.job.model.vocab_size % (mesh.pipeline * mesh.tensor)
+        return self._head(layout) / (1 if rest else mesh.pipeline)
 
     def _period_and_prefix(self, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         mesh, tokens = layout.mesh, layout.tokens(self.job)
@@ -165,13 +182,17 @@ class Clock:
         return EXPOSED_ZERO * np.array([gather, reduce + gather * is_again])
 
     def _between_stages(self, layout: Layout) -> float:
-        """Activations and cotangents after each tick, and those of the head that stages share."""
-        mesh = layout.mesh
+        """What ticks cost beside passes: exchanges, the head's among them, slots and branches."""
+        mesh, num = layout.mesh, layout.num_microbatches
         own = layout.tokens(self.job) / mesh.tensor
         num_bytes = own * self.job.model.model_dim * self.job.width
-        stages, num = group_of(self.cluster, mesh, (PIPELINE,)), layout.num_microbatches
-        after_ticks = 2 * num_ticks(mesh, num) * stages.permute_s(num_bytes)
-        return after_ticks + 2 * num * stages.all_reduce_s(num_bytes)
+        stages = group_of(self.cluster, mesh, (PIPELINE,))
+        # An activation and a cotangent, each sent, and stored where it arrives.
+        stored = 2 * num_bytes / self._layers.memory_bandwidth
+        ticks = 2 * num_ticks(mesh, num) * (stages.permute_s(num_bytes) + stored)
+        head = 2 * stages.all_reduce_s(num_bytes)
+        head += sum(stages.all_reduce_s(4 * own * each) for each in HEAD_EXCHANGES)
+        return ticks + num * head + num_branches(mesh, num) * BRANCH_S
 
     def _once(self, layout: Layout, state: StateBytes) -> dict[str, float]:
         """Reduction of the gradients, update, and the parameters made whole again."""
@@ -179,13 +200,13 @@ class Clock:
         parts = {"reduction": 0.0}
         if mesh.zero < 3 and mesh.num_batch_shards * mesh.sequence > 1:
             replicas = group_of(self.cluster, mesh, (DATA, EXPERT, SEQUENCE))
-            # Under ZeRO each device updates its share of the parameters, which are gathered after:
-            # as an all-reduce, but the second half has the parameters' type.
-            width = job.parameter_width if mesh.zero else job.reduction_width
             sums = replicas.reduce_scatter_s(state.held * job.reduction_width)
-            parts["reduction"] = EXPOSED_REDUCTION * (
-                sums + replicas.all_gather_s(state.held * width)
-            )
+            # Under ZeRO each device updates its share of the parameters, which are gathered when
+            # there is nothing left to compute; without it the second half is of sums, too.
+            again = EXPOSED_REDUCTION * replicas.all_gather_s(state.held * job.reduction_width)
+            if mesh.zero:
+                again = replicas.all_gather_s(state.held * job.parameter_width)
+            parts["reduction"] = EXPOSED_REDUCTION * sums + again
         passes = 2 * (state.moments + state.trained) + state.gradients
         parts["update"] = passes / self._layers.memory_bandwidth
         if mesh.is_optimizer_on_host:

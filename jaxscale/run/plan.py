@@ -66,7 +66,11 @@ def plan(
         if file is not None and not Path(file).parent.is_dir():
             raise InputError(name, file, "a file in a folder that exists")
     if measure:
+        # What is measured has the flags and the kernels that the run trains with.
+        apply_runtime(dataclasses.replace(run.runtime, processes=None), ".")
         cluster = _calibrated(cluster)
+    elif num_compiled:
+        apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
     began, job = time.perf_counter(), job_of(run)
     found = search(job, cluster, pinned or {}, share)
     seconds = time.perf_counter() - began
@@ -156,7 +160,6 @@ def _first_that_fits(
     ranked: tuple[Candidate, ...],
 ) -> Candidate:
     """The first whose step, compiled for the devices, fits; with the compiler's memory."""
-    apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
     limit, fitting = cluster.device.memory_bytes * share, []
     began = time.perf_counter()
     peaks = CompiledMemory(run, cluster)([each.layout for each in ranked])

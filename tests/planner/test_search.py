@@ -30,6 +30,9 @@ GIB = 2**30
 LONG = (
     "data.batch_size=1 model.max_length=262144 mesh.sequence=2 mesh.zero=3 execution.remat='full'"
 )
+DENSE = "model.num_layers=8 data.batch_size=16"
+MIXTURE = "model.num_layers=6 data.batch_size=16"
+STAGES = "mesh.pipeline=2 train.num_microbatches=16"
 # Milliseconds and GiB of steps on H200s, from experiments/results: 2026-11-23_h200_train_step.md,
 # 2026-11-23_h200_grouped_matmul.md, 2026-11-24_h200_grin_table3.md, 2026-11-27_two_h200_scaling.md,
 # 2026-11-27_two_h200_long_sequences.md, 2026-11-29_h200_fpdt.md and 2026-11-29_planner.md.
@@ -39,13 +42,6 @@ MEASURED = [
     ("runs/llama_1b", 2, "data.batch_size=8 mesh.data=2 mesh.zero=3", 225.1, 31.1),
     ("runs/llama_1b", 2, "data.batch_size=8 mesh.sequence=2 mesh.zero=3", 239.7, 32.1),
     ("runs/llama_1b", 2, "data.batch_size=8 mesh.tensor=2", 242.7, 33.0),
-    (
-        "runs/llama_1b",
-        2,
-        "data.batch_size=128 mesh.pipeline=2 train.num_microbatches=32",
-        3652.8,
-        36.9,
-    ),
     ("runs/llama_3b", 1, "", 567.5, 86.2),
     ("runs/llama_3b", 2, "data.batch_size=8 mesh.data=2 mesh.zero=3", 586.6, 67.4),
     ("runs/llama_3b", 2, "data.batch_size=8 mesh.sequence=2 mesh.zero=3", 619.7, 69.8),
@@ -59,6 +55,19 @@ MEASURED = [
     ("runs/long_1b", 1, "model.num_layers=4", 2282, 23.98),
     ("runs/mixtral_4b", 1, "model.num_layers=6", 86.07, 23.87),
     ("papers/grin_moe_h200", 1, "model.num_layers=6", 89.41, 22.88),
+    ("runs/llama_1b", 2, f"{DENSE} mesh.data=2 mesh.zero=3", 231.57, 29.60),
+    ("runs/llama_1b", 2, f"{DENSE} mesh.data=2 mesh.zero=1", 232.19, 30.98),
+    ("runs/llama_1b", 2, f"{DENSE} mesh.data=2 mesh.zero=0", 233.36, 33.24),
+    ("runs/llama_1b", 2, f"{DENSE} mesh.sequence=2 mesh.zero=3", 245.00, 30.22),
+    ("runs/llama_1b", 2, f"{DENSE} mesh.tensor=2", 254.18, 31.70),
+    ("runs/llama_1b", 2, f"{DENSE} {STAGES} mesh.schedule='zero_bubble'", 260.29, 11.88),
+    ("runs/llama_1b", 2, f"{DENSE} {STAGES}", 261.08, 9.69),
+    ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.data=2 mesh.zero=3", 176.56, 26.71),
+    ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.data=2 mesh.zero=1", 177.70, 27.27),
+    ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.data=2 mesh.zero=0", 176.94, 31.37),
+    ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.sequence=2 mesh.zero=3", 183.43, 27.46),
+    ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.tensor=2", 193.35, 29.60),
+    ("runs/mixtral_4b", 2, "data.batch_size=8 mesh.expert=2", 206.63, 44.52),
 ]
 LOOP = "execution.is_scanned=True"
 # GiB of steps that jax 0.11 compiled for H200s: layers, tokens a row, rows, and what else; from

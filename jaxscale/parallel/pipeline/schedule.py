@@ -219,6 +219,7 @@ def duration(
     forward: ArrayLike,
     backward: ArrayLike,
     weight: ArrayLike,
+    head: float | None = None,
 ) -> float:
     """Time of a step: a stage begins a tick when it and its neighbours have ended the one before.
 
@@ -227,17 +228,24 @@ def duration(
         forward, backward, weight: seconds of the forward, of the input's gradient and of the
             weights' gradient, for one micro-batch through one chunk: a number, [p], or [v, p].
             Unless the schedule splits the two gradients, its backward takes the time of both.
+        head: seconds of what the stages do together once the last of them has ended a
+            micro-batch's last forward, for which all wait for one another; None where they do not.
     Returns:
         seconds until the last stage has ended. Of the exchanges only the waiting counts.
     """
     is_ring = schedule.num_chunks > 1  # the last stage sends to stage 0
+    has_head = schedule.rows.cotangent_own[:, -1] != NONE
     ended = np.zeros(schedule.num_stages)
-    for seconds in _tick_seconds(schedule, forward, backward, weight):
+    ticks = _tick_seconds(schedule, forward, backward, weight)
+    for is_shared, before, after in zip(has_head, *ticks, strict=True):
         previous, following = np.roll(ended, 1), np.roll(ended, -1)
         if not is_ring:
             previous[0] = following[-1] = 0.0
         neighbours = np.maximum(previous, following)
-        ended = np.maximum(ended, neighbours) + seconds
+        ended = np.maximum(ended, neighbours) + before
+        if is_shared and head is not None:
+            ended = np.full_like(ended, ended.max() + head)
+        ended = ended + after
     return float(ended.max())
 
 
@@ -248,7 +256,8 @@ def bubble(
     weight: ArrayLike = 1.0,
 ) -> float:
     """Share of the stages' time that is idle; arguments as of `duration`."""
-    busy = _tick_seconds(schedule, forward, backward, weight).sum()
+    before, after = _tick_seconds(schedule, forward, backward, weight)
+    busy = before.sum() + after.sum()
     total = schedule.num_stages * duration(schedule, forward, backward, weight)
     return float(1 - busy / total)
 
@@ -258,22 +267,20 @@ def _tick_seconds(
     forward: ArrayLike,
     backward: ArrayLike,
     weight: ArrayLike,
-) -> np.ndarray:
-    """Seconds [ticks, p] that each stage works in each tick."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds [ticks, p] that each stage works in each tick: in its forward, and after it."""
     rows = schedule.rows
     if not schedule.is_split:
         backward = np.add(backward, weight)
-    seconds = np.zeros(rows.forward.shape)
-    for chunk, cost in (
-        (rows.forward_chunk, forward),
-        (rows.backward_chunk, backward),
-        (rows.weight_chunk, weight),
-    ):
+
+    def seconds(chunk: np.ndarray, cost: ArrayLike) -> np.ndarray:
         shape = (schedule.num_chunks, schedule.num_stages)
         by_chunk = np.broadcast_to(np.asarray(cost, float), shape)
         stages = np.arange(schedule.num_stages)
-        seconds += np.where(chunk == NONE, 0.0, by_chunk[chunk, stages])
-    return seconds
+        return np.where(chunk == NONE, 0.0, by_chunk[chunk, stages])
+
+    after = seconds(rows.backward_chunk, backward) + seconds(rows.weight_chunk, weight)
+    return seconds(rows.forward_chunk, forward), after
 
 
 def _grid(
