@@ -10,9 +10,10 @@ from jax.extend.core import JaxprEqn, Var
 from jaxscale.parallel.pipeline.slices import inputs_of
 from jaxscale.planner.atomic import Components
 from jaxscale.planner.cluster import Device
-from jaxscale.planner.trace import bytes_of
+from jaxscale.planner.trace import HEAVY, bytes_of
 
 LAUNCH_S = 4e-6  # of a kernel, without which small equations would cost nothing
+BACKWARD_PASSES = 2  # times the forward's: the gradients of inputs and of parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,8 @@ class PartCost:
 
     Args:
         forward_s, backward_s: seconds; the backward without recomputing the forward.
+        fixed_s: seconds of a forward beside that, whatever its rows: launches, and parameters that
+            are read. A backward has twice as many.
         params_bytes: of the parameters they read.
         input_bytes: of what comes from other components and the batch.
         output_bytes: of what others read.
@@ -29,6 +32,7 @@ class PartCost:
 
     forward_s: float
     backward_s: float
+    fixed_s: float
     params_bytes: float
     input_bytes: float
     output_bytes: float
@@ -42,7 +46,7 @@ class Part:
     Args:
         members: numbers of the components.
         flops: of their forward.
-        num_kernels: equations that are not fused away.
+        num_kernels: matmuls, convolutions and loops; what is elementwise is fused with them.
         inputs: numbers of the values that they read and do not make.
         outputs: numbers of the values that they make and others read.
         params: parameters that they read.
@@ -93,7 +97,7 @@ class ModelledCosts:
         return Part(
             members=frozenset([number]),
             flops=sum(self._flops[each] for each in self.components.equations[number]),
-            num_kernels=1,
+            num_kernels=sum(each.primitive.name in HEAVY for each in equations),
             inputs=frozenset(inputs),
             outputs=frozenset(outputs),
             params=frozenset(read & self._params),
@@ -125,18 +129,23 @@ class ModelledCosts:
     def seconds(self, part: Part) -> float:
         """Seconds of a part's forward and backward for the whole batch."""
         cost = self.cost(part)
-        return cost.forward_s + cost.backward_s
+        return cost.forward_s + cost.backward_s + (1 + BACKWARD_PASSES) * cost.fixed_s
 
     def cost(self, part: Part) -> PartCost:
         """The cost of a part."""
         device = self.device
         input_bytes, output_bytes = self.bytes_of(part.inputs), self.bytes_of(part.outputs)
         params_bytes = sum(map(bytes_of, part.params))
-        moved = input_bytes + output_bytes + params_bytes
         forward = part.flops / (device.matmul_flops * device.matmul_share)
-        forward += moved / self._bandwidth + part.num_kernels * LAUNCH_S
+        forward += (input_bytes + output_bytes) / self._bandwidth
         return PartCost(
-            forward, 2 * forward, params_bytes, input_bytes, output_bytes, part.made_bytes
+            forward_s=forward,
+            backward_s=BACKWARD_PASSES * forward,
+            fixed_s=max(part.num_kernels, 1) * LAUNCH_S + params_bytes / self._bandwidth,
+            params_bytes=params_bytes,
+            input_bytes=input_bytes,
+            output_bytes=output_bytes,
+            kept_bytes=part.made_bytes,
         )
 
 

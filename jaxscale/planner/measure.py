@@ -10,7 +10,7 @@ from jax.extend.core import Var
 from jaxscale.parallel.pipeline.slices import evaluate, inputs_of
 from jaxscale.planner.atomic import Components
 from jaxscale.planner.cluster import Device
-from jaxscale.planner.costs import ModelledCosts, Part, PartCost
+from jaxscale.planner.costs import BACKWARD_PASSES, ModelledCosts, Part, PartCost
 from jaxscale.planner.timing import BlockTimes, Seconds
 from jaxscale.types import Array
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class MeasuredCosts(ModelledCosts):
-    """Costs whose seconds are measured, and whose bytes are the table's.
+    """Costs whose seconds are measured with all rows, and whose bytes are the table's.
 
     Args:
         components: of a traced loss.
@@ -48,7 +48,12 @@ class MeasuredCosts(ModelledCosts):
                 forward += seconds.forward
                 backward += seconds.backward
         modelled = super().cost(part)
-        return dataclasses.replace(modelled, forward_s=forward, backward_s=backward)
+        fixed = modelled.fixed_s
+        return dataclasses.replace(
+            modelled,
+            forward_s=max(forward - fixed, 0.0),
+            backward_s=max(backward - BACKWARD_PASSES * fixed, 0.0),
+        )
 
 
 def _seconds(components: Components, block: Part, times: BlockTimes) -> Seconds:

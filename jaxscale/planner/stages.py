@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxscale.planner.cluster import LATENCY_S, Cluster
-from jaxscale.planner.costs import ModelledCosts, Part, PartCost
+from jaxscale.planner.costs import BACKWARD_PASSES, ModelledCosts, Part, PartCost
 from jaxscale.types import RunError
 
 MAX_MICROBATCHES = 64
@@ -260,8 +260,9 @@ class StagePlanner:
 
     def _seconds(self, cost: PartCost, share: float, num_microbatches: int) -> float:
         """Of a micro-batch through a stage, forward and backward."""
-        again = cost.forward_s if num_microbatches > 1 else 0.0
-        computing = share * (cost.forward_s + cost.backward_s + again)
+        num_forwards = 2 if num_microbatches > 1 else 1  # the backward runs the stage again
+        computing = share * (num_forwards * cost.forward_s + cost.backward_s)
+        computing += (num_forwards + BACKWARD_PASSES) * cost.fixed_s
         sent = 2 * share * (cost.input_bytes + cost.output_bytes)
         return computing + sent / self._bandwidth
 
@@ -290,6 +291,6 @@ class StagePlanner:
 
 
 def _bytes(cost: PartCost, share: float, num_microbatches: int) -> float:
-    """On each device of a stage; GPipe keeps every micro-batch's inputs until its backward."""
-    stashed = num_microbatches * share * cost.input_bytes
+    """On each device of a stage; GPipe keeps what each micro-batch's stages are sent and send."""
+    stashed = num_microbatches * share * (cost.input_bytes + cost.output_bytes)
     return STATE_COPIES * cost.params_bytes + stashed + share * cost.kept_bytes

@@ -127,18 +127,21 @@ class Clock:
         return StepTime(parts, tuple(totals.tolist()))
 
     def _stages(self, layout: Layout, state: StateBytes) -> np.ndarray:
-        """Seconds [virtual stages, 3, parts] of one micro-batch, in the order of the layers."""
+        """Seconds [virtual stages, 3, parts] of one micro-batch, in the order of the layers.
+
+        The state is that of all chunks of a device.
+        """
         mesh = layout.mesh
         period, prefix = self._period_and_prefix(layout)
         sizes = np.array(layout.stages(self.job).sizes)
         stages = sizes[:, None, None] * period
         stages[0] += prefix
         if mesh.zero == 3:
-            stages[:, :2] += self._gathers(layout, state)[:, None] * _only(IN_ZERO) / len(stages)
+            stages[:, :2] += self._gathers(layout, state)[:, None] * _only(IN_ZERO) / mesh.num_chunks
         if layout.num_microbatches > 1:
             # Each micro-batch's gradients are added to the sums.
             seconds = 2 * state.gradients / self._layers.memory_bandwidth
-            stages[:, WEIGHT, MEMORY] += seconds / len(stages)
+            stages[:, WEIGHT, MEMORY] += seconds / mesh.num_chunks
         return stages
 
     def _shared_head(self, layout: Layout) -> float:
@@ -174,11 +177,14 @@ class Clock:
         return self._layers.head(tokens, tensor) * self.scale.head(tokens, tensor)
 
     def _gathers(self, layout: Layout, state: StateBytes) -> np.ndarray:
-        """ZeRO-3's exchanges of a stage and micro-batch: seconds of forward and backward."""
+        """ZeRO-3's exchanges of a device and micro-batch: seconds of forward and backward.
+
+        A pipeline's backward is a program of its own, which gathers again.
+        """
         group = group_of(self.cluster, layout.mesh, layout.mesh.zero_axes)
         gather = group.all_gather_s(state.gathered * self.job.width)
         reduce = group.reduce_scatter_s(state.gathered * self.job.reduction_width)
-        is_again = layout.remat != "none"
+        is_again = layout.remat != "none" or layout.mesh.pipeline > 1
         return EXPOSED_ZERO * np.array([gather, reduce + gather * is_again])
 
     def _between_stages(self, layout: Layout) -> float:

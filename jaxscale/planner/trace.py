@@ -29,13 +29,11 @@ class Traced:
         program: of the leaves of (params, batch), with one output.
         params: tree of shapes.
         batch: tree of shapes.
-        seconds: that tracing took.
     """
 
     program: ClosedJaxpr
     params: Any
     batch: Any
-    seconds: float = 0.0
 
     @property
     def num_params(self) -> int:

@@ -7,6 +7,7 @@ import time
 
 import jax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxscale.models.execution import ByChunk
 from jaxscale.parallel.mesh import DATA, TENSOR, MeshConfig
@@ -15,15 +16,18 @@ from jaxscale.parallel.rules import make_specs
 from jaxscale.planner.cluster import DEVICES, Cluster, group_of
 from jaxscale.planner.explain import layout_text, why
 from jaxscale.planner.job import Layout
-from jaxscale.planner.pipeline import num_in_flight, num_ticks
+from jaxscale.planner.pipeline import num_branches, num_in_flight, num_ticks
 from jaxscale.planner.search import Planner
 from jaxscale.planner.space import Space
 from jaxscale.run.inspect import bytes_per_device
 from jaxscale.run.job import job_of
 from jaxscale.run.planned import planned
+from jaxscale.run.pretrain import run_batch
 from jaxscale.run.run import check_fit, load_run
+from jaxscale.train.step import make_step
 from jaxscale.types import InputError
-from tests.run.runs import ROOT
+from tests.run.runs import ROOT, write_run
+from tests.run.runs import load_run as load_tiny
 
 CONFIGS = ROOT / "experiments" / "configs"
 GIB = 2**30
@@ -67,7 +71,6 @@ MEASURED = [
     ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.data=2 mesh.zero=0", 176.94, 31.37),
     ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.sequence=2 mesh.zero=3", 183.43, 27.46),
     ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.tensor=2", 193.35, 29.60),
-    ("runs/mixtral_4b", 2, "data.batch_size=8 mesh.expert=2", 206.63, 44.52),
 ]
 LOOP = "execution.is_scanned=True"
 # GiB of steps that jax 0.11 compiled for H200s: layers, tokens a row, rows, and what else; from
@@ -254,6 +257,40 @@ def test_closed_forms_are_those_of_the_tables():
             made = make_schedule(schedule, stages, chunks, num)
             assert num_in_flight(mesh, num) == made.num_residual_slots
             assert num_ticks(mesh, num) == made.num_ticks
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zero_bubble"])
+def test_branches_are_those_of_the_engine(schedule, tmp_path):
+    """Those of a tick, and those inside them, of the traced step."""
+    num = 4
+    overrides = (f"mesh.pipeline=2 mesh.schedule='{schedule}' train.num_microbatches={num}").split()
+    overrides += ["mesh.data=1", "mesh.tensor=1", "execution.num_loss_chunks=1", "execution.is_scanned=False"]
+    run = load_tiny(write_run(tmp_path), tmp_path, *overrides)
+    setup = run.setup(devices=jax.devices()[:2])
+    jaxpr = make_step(setup).trace(setup.state, run_batch(run, setup)).jaxpr
+    ticks = num_ticks(run.mesh, num)
+    (table,) = (each for each in loops(jaxpr.jaxpr) if each.params["length"] == ticks)
+    outer, inner = branches(table.params["jaxpr"].jaxpr)
+    assert num_branches(run.mesh, num) == ticks * outer + num * inner
+
+
+def loops(jaxpr):
+    """All loops of a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inside in jaxprs_in_params(equation.params):
+            yield from loops(inside)
+
+
+def branches(jaxpr):
+    """Conditionals of a program, and the most that can follow inside them."""
+    outer = inner = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            outer += 1
+            inner += max(sum(branches(each.jaxpr)) for each in equation.params["branches"])
+    return outer, inner
 
 
 def test_a_group_across_hosts_uses_the_network():

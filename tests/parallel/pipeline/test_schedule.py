@@ -235,6 +235,17 @@ def test_a_stage_waits_for_its_neighbours_only():
     assert duration(one_f_one_b(3, 2), [10, 1, 1], 1, 0) == 25
 
 
+def test_all_stages_wait_for_the_head_that_they_share():
+    # Were it the last stage's alone, stage 0 would go on meanwhile. All begin it when the slowest
+    # forward of its tick has ended, and what a backward takes comes after it.
+    assert duration(one_f_one_b(3, 2), [10, 1, 1], 1, 0, head=0) == 26
+    assert duration(one_f_one_b(2, 4), 1, 1, 1, head=3) == 1 + 4 * (1 + 3 + 2) + 2
+    # Of two stages the zero bubble, whose stages differ within a tick, then saves half as much.
+    whole = duration(one_f_one_b(2, 16), 1, 1.2, 0.9)
+    alone, shared = (duration(zero_bubble(2, 16), 1, 1.2, 0.9, head=h) for h in (None, 0))
+    assert whole - alone == pytest.approx(2 * 0.9) and whole - shared == pytest.approx(0.9)
+
+
 @pytest.mark.parametrize(
     "name, maker", [("gpipe", gpipe), ("1f1b", one_f_one_b), ("zero_bubble", zero_bubble)]
 )
