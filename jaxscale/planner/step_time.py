@@ -19,7 +19,6 @@ from jaxscale.planner.layer_time import (
     LayerClock,
 )
 from jaxscale.planner.pipeline import (
-    BACKWARD,
     FORWARD,
     WEIGHT,
     closed_seconds,
@@ -30,11 +29,11 @@ from jaxscale.planner.pipeline import (
 from jaxscale.planner.state import StateBytes
 
 # As `layer_time.EXPOSED_TENSOR`: of ZeRO-3's gathers and sums, and of the sums after the backward.
-# The former slow what they run beside; from 2026-11-27_two_h200_scaling.md and 2026-11-29_planner.md.
+# The former slow what they run beside; from 2026-11-27_two_h200_scaling.md, 2026-11-29_planner.md.
 EXPOSED_ZERO, EXPOSED_REDUCTION = 0.95, 0.7
-# A conditional: the host reads which branch it is before it starts one. From steps with empty tables
-# in 2026-11-27_two_h200_scaling.md: 18 more ticks of three took 14.6 ms, of which 12.7 exchange and
-# store, and a fourth in each of 19 ticks 0.7 ms.
+# A conditional: the host reads which branch it is before it starts one. From steps with empty
+# tables in 2026-11-27_two_h200_scaling.md: 18 more ticks of three took 14.6 ms, of which 12.7
+# exchange and store, and a fourth in each of 19 ticks 0.7 ms.
 BRANCH_S = 35e-6
 HEAD_EXCHANGES = (1, 2, 2)  # float32 numbers of a token that the stages sum for a shared loss
 
@@ -137,7 +136,8 @@ class Clock:
         stages = sizes[:, None, None] * period
         stages[0] += prefix
         if mesh.zero == 3:
-            stages[:, :2] += self._gathers(layout, state)[:, None] * _only(IN_ZERO) / mesh.num_chunks
+            gathers = self._gathers(layout, state) / mesh.num_chunks
+            stages[:, :2] += gathers[:, None] * _only(IN_ZERO)
         if layout.num_microbatches > 1:
             # Each micro-batch's gradients are added to the sums.
             seconds = 2 * state.gradients / self._layers.memory_bandwidth

@@ -262,9 +262,9 @@ def test_closed_forms_are_those_of_the_tables():
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zero_bubble"])
 def test_branches_are_those_of_the_engine(schedule, tmp_path):
     """Those of a tick, and those inside them, of the traced step."""
-    num = 4
-    overrides = (f"mesh.pipeline=2 mesh.schedule='{schedule}' train.num_microbatches={num}").split()
-    overrides += ["mesh.data=1", "mesh.tensor=1", "execution.num_loss_chunks=1", "execution.is_scanned=False"]
+    num, one_stage = 4, "mesh.data=1 mesh.tensor=1 execution.num_loss_chunks=1"
+    pipeline = f"mesh.pipeline=2 mesh.schedule='{schedule}' train.num_microbatches={num}"
+    overrides = f"{one_stage} {pipeline} execution.is_scanned=False".split()
     run = load_tiny(write_run(tmp_path), tmp_path, *overrides)
     setup = run.setup(devices=jax.devices()[:2])
     jaxpr = make_step(setup).trace(setup.state, run_batch(run, setup)).jaxpr

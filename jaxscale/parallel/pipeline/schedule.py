@@ -228,8 +228,8 @@ def duration(
         forward, backward, weight: seconds of the forward, of the input's gradient and of the
             weights' gradient, for one micro-batch through one chunk: a number, [p], or [v, p].
             Unless the schedule splits the two gradients, its backward takes the time of both.
-        head: seconds of what the stages do together once the last of them has ended a
-            micro-batch's last forward, for which all wait for one another; None where they do not.
+        head: seconds of what all stages do together, waiting for one another, once the last has
+            ended a micro-batch's forward; None where they do not.
     Returns:
         seconds until the last stage has ended. Of the exchanges only the waiting counts.
     """
@@ -244,8 +244,8 @@ def duration(
         neighbours = np.maximum(previous, following)
         ended = np.maximum(ended, neighbours) + before
         if is_shared and head is not None:
-            ended = np.full_like(ended, ended.max() + head)
-        ended = ended + after
+            ended[:] = ended.max() + head
+        ended += after
     return float(ended.max())
 
 
@@ -256,8 +256,7 @@ def bubble(
     weight: ArrayLike = 1.0,
 ) -> float:
     """Share of the stages' time that is idle; arguments as of `duration`."""
-    before, after = _tick_seconds(schedule, forward, backward, weight)
-    busy = before.sum() + after.sum()
+    busy = sum(each.sum() for each in _tick_seconds(schedule, forward, backward, weight))
     total = schedule.num_stages * duration(schedule, forward, backward, weight)
     return float(1 - busy / total)
 
@@ -269,15 +268,13 @@ def _tick_seconds(
     weight: ArrayLike,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Seconds [ticks, p] that each stage works in each tick: in its forward, and after it."""
-    rows = schedule.rows
+    rows, shape = schedule.rows, (schedule.num_chunks, schedule.num_stages)
     if not schedule.is_split:
         backward = np.add(backward, weight)
 
     def seconds(chunk: np.ndarray, cost: ArrayLike) -> np.ndarray:
-        shape = (schedule.num_chunks, schedule.num_stages)
         by_chunk = np.broadcast_to(np.asarray(cost, float), shape)
-        stages = np.arange(schedule.num_stages)
-        return np.where(chunk == NONE, 0.0, by_chunk[chunk, stages])
+        return np.where(chunk == NONE, 0.0, by_chunk[chunk, np.arange(schedule.num_stages)])
 
     after = seconds(rows.backward_chunk, backward) + seconds(rows.weight_chunk, weight)
     return seconds(rows.forward_chunk, forward), after
