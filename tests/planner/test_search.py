@@ -71,6 +71,10 @@ MEASURED = [
     ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.data=2 mesh.zero=0", 176.94, 31.37),
     ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.sequence=2 mesh.zero=3", 183.43, 27.46),
     ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.tensor=2", 193.35, 29.60),
+    ("runs/llama_1b", 1, "", 216.23, 38.14),
+    ("runs/llama_1b", 2, "data.batch_size=8 mesh.tensor=2", 245.69, 32.52),
+    ("runs/llama_1b", 2, "data.batch_size=8 mesh.sequence=2 mesh.ring=2 mesh.zero=3", 255.39, 30.53),
+    ("runs/mixtral_4b", 1, "", 165.90, 45.40),
 ]
 LOOP = "execution.is_scanned=True"
 # GiB of steps that jax 0.11 compiled for H200s: layers, tokens a row, rows, and what else; from
