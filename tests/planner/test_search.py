@@ -16,9 +16,12 @@ from jaxscale.parallel.rules import make_specs
 from jaxscale.planner.cluster import DEVICES, Cluster, group_of
 from jaxscale.planner.explain import layout_text, why
 from jaxscale.planner.job import Layout
+from jaxscale.planner.layer_time import LayerClock
 from jaxscale.planner.pipeline import num_branches, num_in_flight, num_ticks
 from jaxscale.planner.search import Planner
 from jaxscale.planner.space import Space
+from jaxscale.planner.state import StateCounter
+from jaxscale.planner.step_time import EXPOSED_ZERO
 from jaxscale.run.inspect import bytes_per_device
 from jaxscale.run.job import job_of
 from jaxscale.run.planned import planned
@@ -34,6 +37,7 @@ GIB = 2**30
 LONG = (
     "data.batch_size=1 model.max_length=262144 mesh.sequence=2 mesh.zero=3 execution.remat='full'"
 )
+EIGHT = "data.batch_size=8"
 DENSE = "model.num_layers=8 data.batch_size=16"
 MIXTURE = "model.num_layers=6 data.batch_size=16"
 STAGES = "mesh.pipeline=2 train.num_microbatches=16"
@@ -72,8 +76,14 @@ MEASURED = [
     ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.sequence=2 mesh.zero=3", 183.43, 27.46),
     ("runs/mixtral_4b", 2, f"{MIXTURE} mesh.tensor=2", 193.35, 29.60),
     ("runs/llama_1b", 1, "", 216.23, 38.14),
-    ("runs/llama_1b", 2, "data.batch_size=8 mesh.tensor=2", 245.69, 32.52),
-    ("runs/llama_1b", 2, "data.batch_size=8 mesh.sequence=2 mesh.ring=2 mesh.zero=3", 255.39, 30.53),
+    ("runs/llama_1b", 2, f"{EIGHT} mesh.tensor=2", 245.69, 32.52),
+    (
+        "runs/llama_1b",
+        2,
+        "data.batch_size=8 mesh.sequence=2 mesh.ring=2 mesh.zero=3",
+        255.39,
+        30.53,
+    ),
     ("runs/mixtral_4b", 1, "", 165.90, 45.40),
 ]
 LOOP = "execution.is_scanned=True"
@@ -194,6 +204,28 @@ def test_large_models_are_searched_in_seconds(name, devices, num_parameters):
     assert parameters / planner.job.parameter_width == pytest.approx(num_parameters, rel=0.02)
     for each in found.ranked:
         check_fit(planned(run, each.layout))
+
+
+@pytest.mark.parametrize(("stages", "chunks"), [(1, 1), (2, 1), (8, 1), (2, 2)])
+def test_each_microbatch_costs_a_device_all_of_its_layers(stages, chunks):
+    """They are gathered (in a pipeline for the backward again) and their gradients added up."""
+    run = run_of("runs/llama_1b", "data.batch_size=64")
+    planner, num = planner_of(run, f"h200:1x{2 * stages}"), 8
+    schedule = {"num_chunks": chunks, "schedule": "interleaved" if chunks > 1 else "1f1b"}
+
+    def found(zero, num):
+        mesh = MeshConfig(pipeline=stages, data=2, zero=zero, **schedule)
+        parts = planner.estimate(Layout(mesh, num, "none", False)).time.parts
+        return parts, StateCounter(planner.job)(mesh), group_of(planner.cluster, mesh, (DATA,))
+
+    parts, state, group = found(3, num)
+    gathers = (2 if stages > 1 else 1) * group.all_gather_s(2 * state.gathered)
+    sums = group.reduce_scatter_s(4 * state.gathered)
+    assert parts["zero"] == pytest.approx(num * EXPOSED_ZERO * (gathers + sums))
+    parts, state, _ = found(0, num)
+    more = found(0, 2 * num)[0]["memory"] - parts["memory"]
+    bandwidth = LayerClock(planner.job, planner.cluster).memory_bandwidth
+    assert more == pytest.approx(num * 2 * state.gradients / bandwidth)
 
 
 def test_stages_share_the_head():

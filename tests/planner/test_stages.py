@@ -11,6 +11,7 @@ import pytest
 from jaxscale.planner import timing
 from jaxscale.planner.blocks import make_blocks
 from jaxscale.planner.cluster import Cluster
+from jaxscale.planner.costs import LAUNCH_S
 from jaxscale.planner.execute import StagedGradient
 from jaxscale.planner.function import load_plan, plan_function
 from jaxscale.planner.picture import draw_stages
@@ -104,6 +105,20 @@ def test_more_memory_or_devices_are_never_worse():
             seconds.append(plan.stages.seconds)
     by_memory = np.reshape(seconds, (3, 2))
     assert (np.diff(by_memory, axis=0) <= 0).all() and (np.diff(by_memory, axis=1) <= 0).all()
+
+
+def test_what_rows_do_not_change_counts_for_each_microbatch():
+    """Launches, and parameters that are read: forward, backward, and forward again."""
+    costs = costs_of(mlp(num_layers=2, width=64, rows=64))
+    part = costs.merged(costs.atoms)
+    planner = StagePlanner(
+        costs, [part], num_rows=64, cluster=Cluster.parse("h200:1x2"), limit_bytes=1e9
+    )
+    cost = costs.cost(part)
+    one, four = (float(planner.table(num).seconds[0, 1, 1]) for num in (1, 4))
+    assert cost.fixed_s > 3 * LAUNCH_S  # three matmuls
+    assert one == pytest.approx(cost.forward_s + cost.backward_s + 3 * cost.fixed_s)
+    assert 4 * four == pytest.approx(one + cost.forward_s + (4 * 4 - 3) * cost.fixed_s)
 
 
 def test_what_fits_nowhere_says_by_how_much():
