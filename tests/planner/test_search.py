@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxscale.models.execution import ByChunk
-from jaxscale.parallel.mesh import DATA, TENSOR, MeshConfig
+from jaxscale.parallel.mesh import AXES, DATA, EXPERT, SCHEDULES, TENSOR, MeshConfig
 from jaxscale.parallel.pipeline.schedule import make_schedule
 from jaxscale.parallel.rules import make_specs
 from jaxscale.planner.cluster import DEVICES, Cluster, group_of
@@ -236,6 +236,37 @@ def test_stages_share_the_head():
     best = planner_of(run, "h200:1x8").search(pinned).ranked[0]
     assert best.layout.mesh.stage_periods is None
     assert max(best.time.stages) == pytest.approx(min(best.time.stages))
+
+
+def test_the_stage_with_layers_before_the_pattern_has_fewer():
+    run = run_of("runs/llama_1b", "data.batch_size=64")
+    prefix = 2 * run.model.pattern
+    run = dataclasses.replace(
+        run, model=dataclasses.replace(run.model, num_layers=18, prefix=prefix)
+    )
+    pinned = {"pipeline": 4, "schedule": "1f1b", "num_microbatches": 32}
+    best = planner_of(run, "h200:1x4").search(pinned).ranked[0]
+    first, *others = best.layout.mesh.stage_periods
+    assert first + 2 <= max(others) and sum((first, *others)) == 16
+    even = dataclasses.replace(best.layout.mesh, stage_periods=None)
+    even = planner_of(run, "h200:1x4").estimate(dataclasses.replace(best.layout, mesh=even))
+    assert best.time.total < even.time.total
+
+
+def test_everything_that_a_mesh_can_say_is_tried():
+    job = job_of(run_of("runs/mixtral_4b", "data.batch_size=64"))
+    space = Space(job, Cluster.parse("h200:1x8"), {})
+    layouts = list(itertools.chain.from_iterable(map(space.variants, space.cores())))
+    for axis in AXES:
+        assert {getattr(each.mesh, axis) for each in layouts} == {1, 2, 4, 8}
+    tried = {
+        name: {getattr(each.mesh, name) for each in layouts}
+        for name in ("zero", "schedule", "ring", "expert_axis")
+    }
+    assert tried["zero"] == {0, 1, 3} and tried["expert_axis"] == {EXPERT, TENSOR}
+    assert tried["schedule"] == set(SCHEDULES) and tried["ring"] == {1, 2, 4, 8}
+    assert {each.remat for each in layouts} == {"none", "dots", "full"}
+    assert {each.num_microbatches for each in layouts} == {1, 2, 4, 8, 16, 32, 64}
 
 
 def test_pinned_values_hold_and_misfits_are_refused():
