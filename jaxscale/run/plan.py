@@ -99,6 +99,8 @@ def _calibrated(cluster: Cluster) -> Cluster:
     if jax.default_backend() == "cpu":
         raise InputError("measure", True, "False where there is only a CPU to measure")
     device = measured(cluster.device, jax.local_devices())
+    shares = (device.matmul_share, device.memory_share, device.link_share)
+    print("matmuls, memory and links at {:.2f}, {:.2f} and {:.2f} of their peaks".format(*shares))
     return dataclasses.replace(cluster, device=device)
 
 
