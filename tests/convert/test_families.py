@@ -90,6 +90,13 @@ def assert_close(got, wanted):
 MOST_LONG = [pytest.param(each, marks=() if each in DECODED else LONG) for each in NAMES]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_element_of_a_leaf_is_unset(name):
+    """A leaf begins with NaN; the plan's shares must cover it."""
+    for path, leaf in tree.flatten(params(name)).items():
+        assert not np.isnan(leaf).any(), path
+
+
 @pytest.mark.parametrize("name", MOST_LONG)
 def test_padding_on_both_sides_changes_no_logit(name):
     tokens = arrays(name)["tokens"]
