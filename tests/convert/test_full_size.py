@@ -2,10 +2,10 @@
 
 fixtures/full_size.json holds what their config.json (of transformers 4) says of the model, the
 searched factors of LongRoPE replaced by others, and the count that Hugging Face publishes of their
-weights on the page `source`. Nothing is allocated. fixtures/llm_jp.json has the shapes of the LLM-jp releases as their
-cards and training scripts give them: of v4 the cards have the exact counts, total and active, to
-which vocabulary, hidden size of the experts and kv heads are the only fit; of v1 to v3 they have
-the size in the name.
+weights on the page `source`. Nothing is allocated. fixtures/llm_jp.json has the shapes of the
+LLM-jp releases as their cards and training scripts give them: of v4 the cards have the exact
+counts, total and active, to which vocabulary, hidden size of the experts and kv heads are the only
+fit; of v1 to v3 they have the size in the name.
 """
 
 import json
