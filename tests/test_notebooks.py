@@ -5,7 +5,11 @@ And what is stored of it is what a reader should see.
 To store a notebook anew after a change: python tests/test_notebooks.py notebooks/00_tour.ipynb
 """
 
+import configparser
+import importlib.util
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -64,6 +68,29 @@ def test_the_stored_notebook_was_run_in_order_and_without_errors(path):
     assert not [cell.id for cell in notebook.cells if "execution" in cell.metadata], (
         "no execution times are stored"
     )
+
+
+@pytest.mark.parametrize(
+    ("machine", "extras"), [("gpu", "[cuda,gpu-kernels]"), ("tpu", "[tpu]"), ("cpu", "")]
+)
+def test_the_tour_installs_what_the_hosting_machine_takes(machine, extras, monkeypatch):
+    """The cell's own text, where jaxscale is missing; what it asks of pip is noted."""
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if cell.id == "install"]
+    asked = []
+    source = re.sub("%pip (.*)", r'asked.append(f"\1")', cell.source)
+    devices = {"tpu": "accel*"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if machine == "gpu" else None)
+    monkeypatch.setattr(Path, "glob", lambda _, name: iter([name] * (name == devices.get(machine))))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(compile(source, "install", "exec"), {"asked": asked})
+    assert asked == [f"install --quiet --editable ..{extras}"]
+    known = configparser.ConfigParser()
+    known.read(ROOT / "setup.cfg")
+    assert set(re.findall("[a-z-]+", extras)) <= known["options.extras_require"].keys()
 
 
 if __name__ == "__main__":

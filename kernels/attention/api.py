@@ -66,8 +66,8 @@ def attention(
         where a query sees nothing, 0 and -inf.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: 4 H FLOPs for each query, head and key in a visited tile. The backward takes 10 H, and
-        14 H where H > 128.
+    Cost: 4 H FLOPs for each query, head and key in a visited tile. The backward takes 10 H; 14 H
+        where H > 128, and by "triton".
     """
     _check_shapes(q, k, v, low, high)
     require(softcap is None or softcap > 0, "attention", f"softcap {softcap}", "above 0, or None")

@@ -26,7 +26,7 @@ def label_and_normaliser(
 ) -> tuple[Array, Array]:
     """Each token's logit of its label, and log sum exp of all its logits h head^T.
 
-    Their difference is the loss. "mosaic" keeps one number of 16 bits for each logit between
+    Their difference is the loss. A kernel keeps one number of 16 bits for each logit between
     forward and backward: its exponential, relative to that of the largest of its tile. From these
     the backward computes the gradient of the logits in one pass.
 
