@@ -323,14 +323,40 @@ def _universal_leaves(folder: Path) -> dict[str, LazyArray]:
             raise InputError("checkpoint", str(path), "a file with a tensor")
         name = path.parent.name
         if isinstance(array, FileArray) and array.shape != shapes.get(name, array.shape):
+            if math.prod(array.shape) < math.prod(shapes[name]):
+                raise InputError(str(path), array.shape, f"a tensor of shape {shapes[name]}")
             array = array.part(0, shapes[name])  # made of ZeRO 3, it is flat
         leaves[f"{path.stem}/{name}"] = array
+    _check_complete(folder, leaves)
     return leaves
+
+
+def _check_complete(folder: Path, leaves: Mapping[str, LazyArray]) -> None:
+    """Raises InputError unless each parameter that model files name is there, with all states."""
+    having: dict[str, set[str]] = {}
+    for path in leaves:
+        state, _, name = path.partition("/")
+        having.setdefault(name, set()).add(state)
+    states = set().union(*having.values())
+    for model in _models(folder.parent):
+        for group in load_torch(model).get("param_shapes") or ():
+            for name in group:
+                having.setdefault(name, set())
+    for name, own in having.items():
+        missing = sorted(states - own)
+        if missing:
+            expected = f"a file {name}/{missing[0]}.pt, as other parameters have"
+            raise InputError("checkpoint", str(folder), expected)
+
+
+def _models(folder: Path) -> list[Path]:
+    paths = folder.glob("*_model_states.pt")
+    return sorted(path for path in paths if MODEL_FILE.fullmatch(path.name))
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of parameters that the model files of one tensor rank name."""
-    models = [path for path in folder.glob("*_model_states.pt") if MODEL_FILE.fullmatch(path.name)]
+    models = _models(folder)
     ranks = {MODEL_FILE.fullmatch(path.name)[2] for path in models}
     if len(ranks) != 1:
         return {}  # those of several ranks are shapes of parts

@@ -5,7 +5,7 @@ float32; those that no optimizer has, as they are frozen or no parameters, are n
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,13 @@ import numpy as np
 from jaxscale.checkpoint.boxes import boxes, piece_sizes
 from jaxscale.checkpoint.torch_file import Tensor, load_torch
 from jaxscale.checkpoint.universal import Shard
+from jaxscale.types import InputError
 
-EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_(\d+)_model_states\.pt")
+EXPERT_FILE = re.compile(
+    r"layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_(?P<tensor>\d+)_model_states\.pt"
+)
 LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+LAYER_OF, EXPERT_OF = re.compile(r"(\d+)\."), re.compile(r"\bdeepspeed_experts\.(\d+)\.")
 TIED = "tied_modules."
 WEIGHTS = "fp32"
 PIECE_BYTES = 1 << 26
@@ -32,13 +36,17 @@ def untrained(folder: Path, weights: Sequence[Shard]) -> Iterator[Shard]:
     Args:
         folder: of the checkpoint.
         weights: all that its other files hold.
+    Raises:
+        InputError: a file of a layer or an expert is missing.
     """
     names = {shard.name for shard in weights}
+    files = sorted(filter(is_copy, folder.glob("layer_*.pt")))
+    _check_files(folder, [path.name for path in files], names)
     tied = [shard for shard in weights if shard.name.startswith(TIED)]
-    for path in sorted(filter(is_copy, folder.glob("layer_*.pt"))):
+    for path in files:
         layer = LAYER_FILE.fullmatch(path.name)
         prefix = f"{int(layer[1])}." if layer else ""
-        number = layer[2] if layer else EXPERT_FILE.fullmatch(path.name)[1]
+        number = layer[2] if layer else EXPERT_FILE.fullmatch(path.name)["tensor"]
         # It does not name its stage.
         ranks = {"tensor": int(number or 0), "pipeline": 0}
         for key, array in load_torch(path).items():
@@ -47,6 +55,23 @@ def untrained(folder: Path, weights: Sequence[Shard]) -> Iterator[Shard]:
             shard = Shard(prefix + key, ranks, array, WEIGHTS)
             if not any(_is_copied(key, shard, other) for other in tied):
                 yield shard
+
+
+def _check_files(folder: Path, files: Sequence[str], names: Iterable[str]) -> None:
+    """Raises InputError unless each layer and each expert that is trained has its file."""
+    layers = {int(found[1]) for found in map(LAYER_FILE.fullmatch, files) if found}
+    experts: dict[str, set[int]] = {}
+    for found in filter(None, map(EXPERT_FILE.fullmatch, files)):
+        experts.setdefault(found["layer"], set()).add(int(found["expert"]))
+    for name in names:
+        layer, expert = LAYER_OF.match(name), EXPERT_OF.search(name)
+        if layers and layer and int(layer[1]) not in layers:
+            expected = f"a file layer_{int(layer[1]):02d}-model_states.pt, as there is {name}"
+            raise InputError("checkpoint", str(folder), expected)
+        for number, held in experts.items():
+            if expert and int(expert[1]) not in held:
+                expected = f"a file of expert {expert[1]} of layer {number}, as there is {name}"
+                raise InputError("checkpoint", str(folder), expected)
 
 
 def _is_copied(key: str, shard: Shard, tied: Shard) -> bool:

@@ -45,6 +45,8 @@ def write_universal(
         InputError: `folder` has such a checkpoint, or the leaves are no parameters and moments.
     """
     states = adam_states(leaves)
+    if step < 1 and any(state != WEIGHTS for state, _ in states):
+        raise InputError("step", step, "finished steps of at least 1, as there are moments")
     tag = f"global_step{step}_universal"  # trainers look for "global_step*"
     if (folder / tag).exists():
         raise InputError("destination", str(folder / tag), "a folder that does not exist yet")

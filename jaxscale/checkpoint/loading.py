@@ -26,6 +26,7 @@ from jaxscale.checkpoint.boxes import (
     piece_sizes,
     relative,
 )
+from jaxscale.checkpoint.native import key_implementation
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.types import InputError
 
@@ -96,6 +97,7 @@ class _Target:
         self._array = array
         self._is_key = jax.dtypes.issubdtype(wanted.dtype, jax.dtypes.prng_key)
         self._wanted = _words(wanted) if self._is_key else wanted
+        self._key_implementation = key_implementation(wanted) if self._is_key else None
         shape = self._wanted.shape
         if tuple(array.shape) != shape:
             raise InputError(path, tuple(array.shape), f"shape {shape}")
@@ -144,7 +146,7 @@ class _Target:
             parts,
         )
         if self._is_key:
-            return jax.random.wrap_key_data(array)
+            return jax.random.wrap_key_data(array, impl=self._key_implementation)
         return array
 
     def _meeting(self, piece: Box) -> list["_Share"]:

@@ -8,6 +8,7 @@ the distributed optimizer are in a file beside it. Its format "torch_dist" is th
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from jaxscale.checkpoint import megatron_buffers
 from jaxscale.checkpoint.boxes import Merged
-from jaxscale.checkpoint.megatron_optimizer import Weight, states_of
+from jaxscale.checkpoint.megatron_optimizer import Weight, lacks_states, states_of
 from jaxscale.checkpoint.patterns import Cut, Offset, Rule
 from jaxscale.checkpoint.pickled import Named
 from jaxscale.checkpoint.torch_file import Tensor, load_torch
@@ -72,11 +73,12 @@ class MegatronCheckpoint:
             InputError: a file is damaged, or the ranks' parts do not make up the weights.
         """
         files = {path: load_torch(path / FILE) for path in sorted(self._folder.glob("mp_rank_*"))}
+        arguments = next(iter(files.values())).get("args")
+        _check_ranks(self._folder, [_ranks_of(path) for path in files], arguments)
         num_stages = 1 + max(_ranks_of(path)["pipeline"] for path in files)
         shards = []
         for path, content in files.items():
             shards += list(_shards(path, content, num_stages))
-        arguments = next(iter(files.values())).get("args")
         rules = self._rules or _used(megatron_rules(shards, arguments), shards)
         return merge(shards, rules)
 
@@ -137,6 +139,22 @@ def _ranks_of(path: Path) -> dict[str, int]:
     return {axis: int(number or 0) for axis, number in zip(AXES, found.groups())}
 
 
+def _check_ranks(folder: Path, ranks: list[dict[str, int]], arguments: Named | None) -> None:
+    """Raises InputError unless there is a folder of each rank that the program had."""
+    given = (arguments.state if isinstance(arguments, Named) else None) or {}
+    numbers = []
+    for axis in AXES:
+        found = 1 + max(own[axis] for own in ranks)
+        number = given.get(f"{axis}_model_parallel_size", found)
+        # Experts that ranks share out are told apart by a folder's third number, others are not.
+        numbers.append(found if axis == "expert" and found == 1 else number)
+    having = {tuple(own.values()) for own in ranks}
+    for wanted in itertools.product(*map(range, numbers)):
+        if wanted not in having:
+            missing = ", ".join(f"{axis}={rank}" for axis, rank in zip(AXES, wanted))
+            raise InputError("checkpoint", str(folder), f"a folder of rank {missing}")
+
+
 def _shards(path: Path, content: dict[str, Any], num_stages: int) -> Iterator[Shard]:
     """What one rank holds; "virtual" numbers its chunks of layers in the model's order."""
     # The stage is in the number of its chunk.
@@ -177,6 +195,9 @@ def _states(
     """What a rank's optimizer has of its weights."""
     buffers = path / megatron_buffers.FILE
     if not buffers.is_file():
+        if lacks_states(content.get("optimizer")) and content.get("iteration", 0):
+            expected = "what the distributed optimizer has beside its weights"
+            raise InputError("checkpoint", f"no file {buffers}", expected)
         return states_of(content.get("optimizer"), weights, str(path))
     arguments, stage = content.get("args"), _ranks_of(path)["pipeline"]
     given = arguments.state if isinstance(arguments, Named) else {}

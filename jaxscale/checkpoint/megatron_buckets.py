@@ -30,7 +30,7 @@ BUCKET = re.compile(
     r"\.gbuf_idx_(?P<buffer>\d+)\.dtype_\(torch\.(?P<dtype>\w+), torch\.\w+\)"
     r"\.bucket_idx_(?P<bucket>\d+)\.(?P<state>\w+)"
 )
-COMMON = "common.pt"
+COMMON, FORMAT = "common.pt", "metadata.json"
 STATE, MASTER = "optimizer.state.", "param"
 LAYERS, EXPERTS = "decoder.layers.", "mlp.experts.experts."
 DEGREES = {
@@ -65,7 +65,7 @@ IN_EXPERT = ("linear_fc1.weight", "linear_fc2.weight")
 
 def is_megatron_distributed(folder: Path) -> bool:
     """Whether a distributed checkpoint is of megatron-core."""
-    return (folder / COMMON).is_file()
+    return (folder / FORMAT).is_file()
 
 
 class MegatronDistributedCheckpoint:

@@ -61,6 +61,13 @@ class Weight:
         )
 
 
+def lacks_states(optimizer: Any) -> bool:
+    """Whether an optimizer has weights but no states of them, as they are in another file."""
+    parts = optimizer if isinstance(optimizer, list) else [optimizer or {}]
+    inner = [_inner(part) for part in parts if part]
+    return any(part.get("param_groups") and not part.get("state") for part in inner)
+
+
 def states_of(
     optimizer: Any,
     weights: Sequence[Weight],

@@ -88,7 +88,7 @@ class TreeForm:
             if is_empty(leaf):
                 empty.add(_joined(path))
             elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                implementations[_joined(path)] = _key_implementation(leaf)
+                implementations[_joined(path)] = key_implementation(leaf)
         return cls(frozenset(items), implementations, frozenset(empty))
 
 
@@ -222,7 +222,7 @@ def write_tree(
     (folder / "process_0").write_text(json.dumps({"array_metadatas": arrays}))
 
 
-def _key_implementation(leaf: Any) -> str:
+def key_implementation(leaf: Any) -> str:
     """The name of what a typed key is for, also where only its shape is known."""
     names = []
     jax.eval_shape(lambda key: names.append(jax.random.key_impl(key)), leaf)

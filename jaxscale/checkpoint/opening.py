@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxscale.checkpoint import (
@@ -14,11 +15,16 @@ from jaxscale.checkpoint import (
     steps,
     torch_distributed,
 )
+from jaxscale.checkpoint.boxes import Merged
 from jaxscale.checkpoint.patterns import Rule
 from jaxscale.checkpoint.remote import RemotePath
 from jaxscale.checkpoint.safetensors import INDEX, SINGLE, SafetensorsSource
 from jaxscale.checkpoint.source import Source
+from jaxscale.checkpoint.universal import Shard, merge
 from jaxscale.types import InputError
+
+RANK_FILES, DEEPSPEED, MEGATRON = "per-rank npz", "DeepSpeed", "Megatron-LM"
+OF_RANKS = (RANK_FILES, DEEPSPEED, MEGATRON)  # take rules themselves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,17 @@ class Opened:
     path: Path | RemotePath
     source: Source
 
+    def check(self) -> None:
+        """Compares checksums, where there are any: a lost chunk would be read as zeros.
+
+        Raises:
+            InputError: it is damaged; names the file.
+        """
+        if isinstance(self.source, native.NativeCheckpoint):
+            damage = manifest.find_damage(self.path, lambda name: True)
+            if damage is not None:
+                raise InputError("checkpoint", str(self.path), f"a sound checkpoint; {damage}")
+
     def identity(self) -> str:
         """Changes when a file of the checkpoint does."""
         digest = hashlib.sha256()
@@ -47,6 +64,18 @@ class Opened:
                 name = path.relative_to(self.path)
                 digest.update(f"{name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ruled:
+    """Whole arrays under the names that rules give them; a `Source`."""
+
+    source: Source
+    rules: tuple[Rule, ...]
+
+    def leaves(self) -> Mapping[str, Merged]:
+        shards = [Shard(name, {}, array) for name, array in self.source.leaves().items()]
+        return merge(shards, self.rules)
 
 
 def place_of(path: str) -> Path | RemotePath:
@@ -69,13 +98,18 @@ def open_checkpoint(
 
     Args:
         path: of a step, of a folder of steps, or of another system's folder on this machine.
-        rules: how the tensors of its ranks make up parameters; its own or its system's when None.
+        rules: how the tensors of its ranks, or its whole arrays, make up parameters; its own or its
+            system's when None.
     Raises:
         InputError: there is none, or its list of arrays is damaged.
     """
-    if isinstance(path, RemotePath):
-        return _open_remote(path)
-    return _open_local(path, rules)
+    opened = _open_remote(path) if isinstance(path, RemotePath) else _open_local(path, rules)
+    if rules is None or opened.kind in OF_RANKS:
+        return opened
+    if isinstance(opened.source, native.NativeCheckpoint):
+        expected = "a checkpoint of another system; one of jaxscale has its own names"
+        raise InputError("rules", str(opened.path), expected)
+    return dataclasses.replace(opened, source=_Ruled(opened.source, rules))
 
 
 def _open_remote(path: RemotePath) -> Opened:
@@ -98,15 +132,15 @@ def _open_local(path: Path, rules: tuple[Rule, ...] | None) -> Opened:
     if native.is_native(path):
         return Opened("jaxscale", path, native.NativeCheckpoint(path))
     if rank_files.is_rank_folder(path):
-        return Opened("per-rank npz", path, rank_files.RankFiles(path, rules))
+        return Opened(RANK_FILES, path, rank_files.RankFiles(path, rules))
     # Trainers write safetensors of the weights beside DeepSpeed's own files, which have it all.
     tag = deepspeed.find_tag(path)
     if tag is not None:
-        return Opened("DeepSpeed", tag, deepspeed.DeepSpeedCheckpoint(tag, rules))
+        return Opened(DEEPSPEED, tag, deepspeed.DeepSpeedCheckpoint(tag, rules))
     if (path / INDEX).is_file() or (path / SINGLE).is_file():
         return Opened("safetensors", path, SafetensorsSource(path))
     if megatron.is_megatron(path):
-        return Opened("Megatron-LM", path, megatron.MegatronCheckpoint(path, rules))
+        return Opened(MEGATRON, path, megatron.MegatronCheckpoint(path, rules))
     if torch_distributed.is_distributed(path):
         if megatron_buckets.is_megatron_distributed(path):
             source = megatron_buckets.MegatronDistributedCheckpoint(path)

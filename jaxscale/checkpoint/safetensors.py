@@ -168,6 +168,8 @@ def write_safetensors(
     shards = list(_shards(tensors, max_shard_bytes))
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0])
+        # Readers would go on with what an index of other weights names.
+        (folder / INDEX).unlink(missing_ok=True)
         return
     places = {}
     for number, shard in enumerate(shards, 1):
@@ -177,6 +179,7 @@ def write_safetensors(
     total = sum(tensor.num_bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     _replace(folder / INDEX, lambda stream: stream.write(json.dumps(index, indent=1).encode()))
+    (folder / SINGLE).unlink(missing_ok=True)
 
 
 def _read_index(index: Path) -> dict[str, str]:

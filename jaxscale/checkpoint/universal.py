@@ -82,6 +82,7 @@ def merge(shards: Iterable[Shard], rules: Sequence[Rule]) -> dict[str, Merged]:
     for number, rule in enumerate(rules):
         if number not in used:
             raise InputError("rules", rule.match, "a rule that matches some tensor")
+        _check_offsets(rule, sizes)
     merged = {}
     for path, by_index in grouped.items():
         elements = {index: _join(path, parts, sizes) for index, parts in by_index.items()}
@@ -142,6 +143,15 @@ def _number(shard: Shard, rule: Rule, group: str, text: str) -> str | int:
         expected = f"a rank on {offset.axis!r} below {len(offset.firsts)}, see {rule.match!r}"
         raise InputError(shard.origin, rank, expected)
     return int(text) + offset.firsts[rank]
+
+
+def _check_offsets(rule: Rule, sizes: Mapping[str, int]) -> None:
+    """Raises InputError if ranks that a rule counts are lost: the rest would look whole."""
+    for group, offset in rule.offsets.items():
+        if sizes[offset.axis] != len(offset.firsts):
+            given = f"{sizes[offset.axis]} ranks of {offset.axis}"
+            expected = f"{len(offset.firsts)}, as group {group} of rule {rule.match!r} counts"
+            raise InputError("checkpoint", given, expected)
 
 
 def _join(

@@ -49,8 +49,10 @@ def stored_members(
         begin: where the archive begins in it.
         size: bytes of the archive; to the end of the file when None.
     Raises:
-        InputError: it is no zip archive, is cut short, or a member is compressed.
+        InputError: it is missing or no zip archive, is cut short, or a member is compressed.
     """
+    if not path.is_file():
+        raise InputError("checkpoint", str(path), "a file; there is none")
     size = path.stat().st_size - begin if size is None else size
     with path.open("rb") as file:
         window = _Window(file, begin, size)

@@ -1,6 +1,7 @@
 """`checkpoint`: looks at checkpoints of any system, checks, compares and converts them."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxscale import tree
-from jaxscale.checkpoint import conversion, manifest, native
+from jaxscale.checkpoint import conversion, native
 from jaxscale.checkpoint.boxes import boxes, chunk_shape
 from jaxscale.checkpoint.exports import KINDS, export
 from jaxscale.checkpoint.matching import check_leaves
@@ -77,10 +78,7 @@ def verify(path: str, rules: str | None = None) -> None:
         InputError: it is damaged; names the file, or copies that should be equal.
     """
     opened = _open(path, rules)
-    if isinstance(opened.source, native.NativeCheckpoint):
-        damage = manifest.find_damage(opened.path, lambda name: True)
-        if damage is not None:
-            raise InputError("checkpoint", str(opened.path), f"a sound checkpoint; {damage}")
+    opened.check()
     leaves = opened.source.leaves()
     with _bar("verify", leaves) as bar:
         for array in leaves.values():
@@ -97,7 +95,7 @@ def convert(
     rules: str | None = None,
     run: str | None = None,
     family: str | None = None,
-    step: int = 0,
+    step: int | None = None,
     learning_rate: float | None = None,
     budget: str = "4GiB",
 ) -> None:
@@ -114,7 +112,8 @@ def convert(
             be. Without one the arrays are written under the names that they have.
         family: `model_type` of Hugging Face, such as "llama", by whose names the arrays are called;
             with `run`, whose model it must be.
-        step: number of the new checkpoint.
+        step: number of the new checkpoint; None: that of one of ours, else 0, which no moments of
+            an optimizer are from.
         learning_rate: of the next step, for "deepspeed": a schedule sets it only after that step.
         budget: bytes of host memory, such as 512MiB.
     Raises:
@@ -125,12 +124,17 @@ def convert(
         raise InputError("destination", destination, "a folder of this machine")
     budget_bytes = _parsed(budget)
     opened = _open(path, rules)
+    opened.check()
     leaves = opened.source.leaves()
     directory = Path(destination).expanduser()
+    if step is None:
+        is_ours = isinstance(opened.source, native.NativeCheckpoint)
+        step = int(opened.path.name) if is_ours and opened.path.name.isdecimal() else 0
     if family is not None:
         leaves = _of_family(leaves, family, run, str(opened.path))
     if to == "jaxscale":
-        _to_ours(opened, leaves, directory, step, run, budget_bytes)
+        identity = f"{opened.identity()} {_asked(rules, run, family)}"
+        _to_ours(opened, leaves, directory, step, run, budget_bytes, identity)
     elif run is not None:
         raise InputError("run", run, f"none with to={to!r}")
     else:
@@ -151,11 +155,11 @@ def diff(path: str, other: str, rules: str | None = None) -> None:
     Args:
         path: of one.
         other: of the other.
-        rules: as `show`, for both.
+        rules: as `show`, for those that are not ours.
     Raises:
         RunError: they differ.
     """
-    one, two = (_open(each, rules).source.leaves() for each in (path, other))
+    one, two = (_compared(each, rules) for each in (path, other))
     num_differing = 0
     for name in sorted({*one, *two}):
         line = _difference(one.get(name), two.get(name))
@@ -172,6 +176,14 @@ def _open(path: str, rules: str | None) -> Opened:
     return open_checkpoint(place_of(path), given)
 
 
+def _compared(path: str, rules: str | None) -> Mapping[str, LazyArray]:
+    opened = _open(path, None)
+    if rules is not None and not isinstance(opened.source, native.NativeCheckpoint):
+        opened = _open(path, rules)
+    opened.check()
+    return opened.source.leaves()
+
+
 def _to_ours(
     opened: Opened,
     leaves: Mapping[str, LazyArray],
@@ -179,6 +191,7 @@ def _to_ours(
     step: int,
     run: str | None,
     budget_bytes: int,
+    identity: str,
 ) -> None:
     target = conversion.Destination(directory, step)
     if run is not None:
@@ -190,10 +203,17 @@ def _to_ours(
         conversion.convert(
             leaves,
             target,
-            identity=opened.identity(),
+            identity=identity,
             budget_bytes=budget_bytes,
             progress=lambda done, total: bar.update(done - bar.n),
         )
+
+
+def _asked(rules: str | None, run: str | None, family: str | None) -> str:
+    """Changes when arrays would be made otherwise of the same files: half of each is neither."""
+    text = Path(rules).expanduser().read_text() if rules else ""
+    model = load_run([run]).model if run else None
+    return hashlib.sha256(repr((text, model, family)).encode()).hexdigest()
 
 
 def _of_family(
@@ -234,10 +254,15 @@ def of_run(leaves: Mapping[str, LazyArray], file: str, step: int) -> dict[str, L
     for name, array in leaves.items():
         first, _, path = name.partition("/")
         if first in MOMENTS:
-            renamed[_moment_path(wanted, MOMENTS[first], path)] = array
+            new = _moment_path(wanted, MOMENTS[first], path)
         else:
-            renamed[path if first == WEIGHTS else name] = array
+            new = path if first == WEIGHTS else name
+        if new in renamed:
+            raise InputError("checkpoint", name, f"one array that becomes {new}")
+        renamed[new] = array
     if any(name.partition("/")[0] in MOMENTS for name in leaves):
+        if step < 1:
+            raise InputError("step", step, "finished steps of at least 1, as there are moments")
         renamed |= _counters(run, wanted, step)
     return renamed
 
@@ -302,15 +327,25 @@ def _difference(one: LazyArray | None, two: LazyArray | None) -> str | None:
     largest, num_differing = 0.0, 0
     for box in boxes(one.shape, _chunk(one)):
         first, second = one[box], two[box]
-        if first.tobytes() == second.tobytes():
+        # As bits: zeros have two signs, and no number is equal to NaN.
+        is_other = _bits(first) != _bits(second)
+        if not is_other.any():
             continue
-        first, second = first.astype(np.float64), second.astype(np.float64)
-        num_differing += int(np.count_nonzero(first != second))
-        largest = max(largest, float(np.max(np.abs(first - second))))
+        num_differing += int(np.count_nonzero(is_other))
+        first, second = first.ravel()[is_other], second.ravel()[is_other]
+        with np.errstate(invalid="ignore"):  # infinity less itself
+            errors = np.abs(first.astype(np.float64) - second.astype(np.float64))
+        largest = np.maximum(largest, errors.max())  # NaN where one is NaN
     if not num_differing:
         return None
     total = math.prod(one.shape)
     return f"{num_differing} of {total} elements differ, by {largest:.3g} at most"
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The bytes of each element as one value."""
+    size = array.dtype.itemsize
+    return np.ascontiguousarray(array).reshape(-1).view(np.dtype(f"V{size}"))
 
 
 def _chunk(array: LazyArray) -> tuple[int, ...]:

@@ -90,6 +90,24 @@ def test_a_missing_or_truncated_rank_is_named(tmp_path, stage):
             open_checkpoint(folder).source.leaves()
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("experts_1", "step3/layer_0_expert_3_mp_rank_00_model_states.pt", "expert 3 of layer 0"),
+        ("stages_1", "step3/layer_01-model_states.pt", "a file layer_01-model_states.pt"),
+        ("zero_1", "step3_universal/zero/2.bias/exp_avg_sq.pt", "a file 2.bias/exp_avg_sq.pt"),
+        ("zero_3", "step3_universal/zero/0.weight", "a file 0.weight/"),
+    ],
+)
+def test_what_only_a_lost_file_had_is_missed(tmp_path, name, file, message):
+    """Frozen parameters, states and whole parameters were left out without a word."""
+    shutil.copytree(FIXTURES / name, tmp_path / name)
+    lost = tmp_path / name / file
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(tmp_path / name).source.leaves()
+
+
 def test_ranks_of_another_checkpoint_are_refused(tmp_path):
     shutil.copytree(FIXTURES / "zero_1" / "step3", tmp_path / "mixed")
     files = sorted((tmp_path / "mixed").glob("*_optim_states.pt"))

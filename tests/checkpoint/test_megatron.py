@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,45 @@ def test_a_lost_expert_is_named(tmp_path, gated):
     write(tmp_path, whole_weights(), changed)
     with pytest.raises(InputError, match=r"local_experts.0.linear_fc2.*missing are \[1\]"):
         open_checkpoint(tmp_path).source.leaves()
+
+
+@pytest.mark.parametrize("lost", ["mp_rank_01_*", "mp_rank_*_001_*", "mp_rank_00_000_001"])
+def test_lost_ranks_are_named(tmp_path, monkeypatch, lost):
+    """Without the last ones the weights would be whole, but smaller."""
+    write(tmp_path, whole_weights())
+    sizes = {"tensor": NUM_TENSOR, "pipeline": NUM_STAGES, "expert": NUM_GROUPS}
+    values = {f"{axis}_model_parallel_size": size for axis, size in sizes.items()}
+    arguments = Named("argparse.Namespace", (), values | {"swiglu": True, "vocab_size": VOCAB})
+    load = megatron.load_torch
+    monkeypatch.setattr(megatron, "load_torch", lambda path: load(path) | {"args": arguments})
+    assert open_checkpoint(tmp_path).source.leaves()
+    for folder in tmp_path.glob(f"*/{lost}"):
+        shutil.rmtree(folder)
+    with pytest.raises(InputError, match="a folder of rank tensor="):
+        open_checkpoint(tmp_path).source.leaves()
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("float32", "mp_rank_01_001/model_optim_rng.pt"),
+        ("buckets", "mp_rank_00_001/distrib_optim.pt"),
+        ("buckets_experts", "mp_rank_00_001_001/distrib_optim.pt"),
+    ],
+)
+def test_a_lost_file_is_named(tmp_path, kind, file):
+    """That of an optimizer too: weights of 16 bits would take the place of its masters."""
+    shutil.copytree(FIXTURES / kind, tmp_path / kind)
+    (tmp_path / kind / "iter_0000003" / file).unlink()
+    with pytest.raises(InputError, match=file):
+        open_checkpoint(tmp_path / kind).source.leaves()
+
+
+def test_buckets_without_their_file_of_arguments_are_refused(tmp_path):
+    shutil.copytree(FIXTURES / "bucketed" / "torch_dist", tmp_path / "new")
+    (tmp_path / "new" / "common.pt").unlink()
+    with pytest.raises(InputError, match=r"common\.pt"):
+        open_checkpoint(tmp_path / "new").source.leaves()
 
 
 # What megatron-core itself has saved, see experiments/checkpoints/megatron_fixtures.py

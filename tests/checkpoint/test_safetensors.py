@@ -148,3 +148,14 @@ def test_pickled_weights_are_no_source(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputError, match="no other form of weights is read"):
         SafetensorsSource(tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [(16, 1000), (1000, 16)])
+def test_other_weights_in_the_same_folder_are_gone(tmp_path, sizes):
+    """An index, or one file beside it, is read first by some reader."""
+    for value, max_shard_bytes in enumerate(sizes):
+        values = np.full(4, value, np.float32)
+        tensors = [NewTensor(name, (4,), values.dtype, lambda v=values: v) for name in "ab"]
+        write_safetensors(tmp_path, tensors, max_shard_bytes=max_shard_bytes)
+    assert SafetensorsSource(tmp_path).leaves()["a"][:].tolist() == [1, 1, 1, 1]
+    assert (tmp_path / INDEX).exists() != (tmp_path / "model.safetensors").exists()

@@ -39,6 +39,19 @@ def test_a_whole_state_with_its_key_goes_there_and_back(tmp_path):
     assert_same(restored, state)
 
 
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_a_key_stays_of_its_kind(tmp_path, implementation):
+    key = jax.random.key(3, impl=implementation)
+    state = {"params": {"w": np.ones(2, np.float32)}, "key": key}
+    state = jax.device_put(state, jax.devices()[0])
+    checkpoints = open_at(tmp_path, use_snapshot=True)
+    checkpoints.save(1, state, {})
+    restored, _ = checkpoints.restore(abstract(state, mesh_of(1, 1)))
+    checkpoints.close()
+    assert restored["key"].dtype == key.dtype
+    assert jax.random.bits(restored["key"]) == jax.random.bits(key)
+
+
 def test_leaves_are_copied_to_the_host_one_by_one_and_the_largest_first(tmp_path, monkeypatch):
     """So memory for two of the largest is enough, and none is pinned later."""
     copied = []

@@ -1,6 +1,7 @@
 """The pattern language: each pattern against slices that numpy takes, and each violation named."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -211,6 +212,23 @@ def test_ranks_of_different_shapes_are_named():
     shards = shards_of("w", [normal(2), normal(2).astype(np.float16)])
     with pytest.raises(InputError, match="w of rank tensor=1: given 'float16'"):
         merge(shards, [Rule("w", cuts=(Cut("tensor", 0),))])
+
+
+def test_lost_last_ranks_of_an_offset_are_missed():
+    """The layers that are left would look like a model of fewer."""
+    rule = Rule(
+        r"layers\.(?P<layer>\d+)\.w",
+        "layers/w",
+        stack=("layer",),
+        offsets={"layer": Offset("pipeline", (0, 2))},
+    )
+    shards = [
+        Shard(f"layers.{layer}.w", {"pipeline": stage}, normal(3))
+        for stage, layer in itertools.product(range(2), range(2))
+    ]
+    assert merge(shards, [rule])["layers/w"].shape == (4, 3)
+    with pytest.raises(InputError, match=r"1 ranks of pipeline.*expected 2, as group layer"):
+        merge(shards[:2], [rule])
 
 
 RULES = r"""

@@ -1,9 +1,12 @@
 """The `checkpoint` verb on a run's checkpoints and on another system's, which a run starts from."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from jaxscale import cli
+from jaxscale.checkpoint import conversion
 from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.checkpoint.opening import open_checkpoint
 from tests.run import runs
@@ -122,3 +125,73 @@ def test_parameters_become_those_of_another_system(ranks, params, tmp_path, caps
         if kind == "deepspeed":
             name = f"fp32/{path.removeprefix('params/').replace('/', '.')}"
         np.testing.assert_array_equal(leaves[name][()], whole, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        ([0.0, 1.0], [-0.0, 1.0], "1 of 2 elements differ, by 0 at most"),
+        ([np.nan, 1.0, 2.0], [np.nan, 1.0, 5.0], "1 of 3 elements differ, by 3 at most"),
+        ([np.nan, 1.0], [2.0, 1.0], "1 of 2 elements differ, by nan at most"),
+        ([2**53, 1], [2**53 + 1, 1], "1 of 2 elements differ"),
+    ],
+)
+def test_arrays_are_compared_bit_by_bit(tmp_path, capsys, one, other, message):
+    for name, values in (("one", one), ("other", other)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "all.npz", w=values)
+    assert run("diff", tmp_path / "one", tmp_path / "other") == 1
+    assert f"w: {message}" in capsys.readouterr().out
+    assert run("diff", tmp_path / "one", tmp_path / "one") == 0
+
+
+@pytest.mark.parametrize("to", ["jaxscale", "npz"])
+def test_a_lost_chunk_is_not_converted_as_zeros(whole, tmp_path, capsys, to):
+    shutil.copytree(whole / "checkpoints" / "30", tmp_path / "30")
+    next((tmp_path / "30" / "state" / "params.embedding.tokens").glob("[0-9]*")).unlink()
+    assert run("convert", tmp_path, tmp_path / "new", "--to", to) == 2
+    assert "params/embedding/tokens" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert run("diff", tmp_path, whole / "checkpoints" / "30") == 2
+
+
+def test_rules_rename_whole_arrays_and_ours_have_none(whole, ranks, params, tmp_path, capsys):
+    """They were passed over where a system's arrays are whole."""
+    assert run("convert", ranks, tmp_path / "plain", "--to", "safetensors") == 0
+    rules = tmp_path / "mine.toml"
+    rules.write_text("[[rule]]\nmatch = 'params/(?P<rest>.*)'\nto = 'model/{rest}'\n")
+    assert run("convert", tmp_path / "plain", tmp_path / "named", "--rules", rules) == 0
+    leaves = open_checkpoint(tmp_path / "named").source.leaves()
+    assert leaves.keys() == {path.replace("params/", "model/") for path in params}
+    rules.write_text("[[rule]]\nmatch = 'params/embedding/.*'\n")
+    assert run("show", tmp_path / "plain", "--rules", rules) == 2
+    assert "exactly one rule that matches it" in capsys.readouterr().err
+    assert run("show", whole / "checkpoints", "--rules", rules) == 2
+    assert "a checkpoint of another system" in capsys.readouterr().err
+
+
+def test_a_conversion_does_not_go_on_by_other_rules(ranks, tmp_path, capsys, monkeypatch):
+    """Pieces that the first rules made would stay, of the same shapes."""
+    rules = tmp_path / "mine.toml"
+    rules.write_text(RULES)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion, "_commit", killed)
+        assert run("convert", ranks, tmp_path / "new", "--rules", rules) == 130
+    rules.write_text(RULES.replace("dim = 2}", "dim = 2, is_strided = true}"))
+    assert run("convert", ranks, tmp_path / "new", "--rules", rules) == 2
+    assert "a half-done conversion of the same source" in capsys.readouterr().err
+    rules.write_text(RULES)
+    assert run("convert", ranks, tmp_path / "new", "--rules", rules) == 0
+
+
+def test_moments_without_a_step_are_refused(whole, tmp_path, capsys):
+    """Adam would take them for those of its first step, and that would be many times too long."""
+    assert run("convert", whole / "checkpoints", tmp_path / "universal", "--to", "deepspeed") == 0
+    assert (tmp_path / "universal" / "global_step30_universal").is_dir()
+    options = ["--to", "deepspeed", "--step", "0"]
+    assert run("convert", tmp_path / "universal", tmp_path / "other", *options) == 2
+    assert "finished steps of at least 1" in capsys.readouterr().err
