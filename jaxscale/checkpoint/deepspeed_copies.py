@@ -19,7 +19,8 @@ EXPERT_FILE = re.compile(
     r"layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_(?P<tensor>\d+)_model_states\.pt"
 )
 LAYER_FILE = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-LAYER_OF, EXPERT_OF = re.compile(r"(\d+)\."), re.compile(r"\bdeepspeed_experts\.(\d+)\.")
+LAYER_OF = re.compile(r"(\d+)\.")
+EXPERT_OF = re.compile(r"\bdeepspeed_experts\.(\d+)\.")
 TIED = "tied_modules."
 WEIGHTS = "fp32"
 PIECE_BYTES = 1 << 26
@@ -59,19 +60,37 @@ def untrained(folder: Path, weights: Sequence[Shard]) -> Iterator[Shard]:
 
 def _check_files(folder: Path, files: Sequence[str], names: Iterable[str]) -> None:
     """Raises InputError unless each layer and each expert that is trained has its file."""
-    layers = {int(found[1]) for found in map(LAYER_FILE.fullmatch, files) if found}
-    experts: dict[str, set[int]] = {}
-    for found in filter(None, map(EXPERT_FILE.fullmatch, files)):
-        experts.setdefault(found["layer"], set()).add(int(found["expert"]))
+    layers, experts = _numbers(files)
     for name in names:
-        layer, expert = LAYER_OF.match(name), EXPERT_OF.search(name)
+        layer = LAYER_OF.match(name)
         if layers and layer and int(layer[1]) not in layers:
-            expected = f"a file layer_{int(layer[1]):02d}-model_states.pt, as there is {name}"
-            raise InputError("checkpoint", str(folder), expected)
+            _miss(folder, f"layer {layer[1]}", name)
+        expert = EXPERT_OF.search(name)
+        if expert is None:
+            continue
         for number, held in experts.items():
-            if expert and int(expert[1]) not in held:
-                expected = f"a file of expert {expert[1]} of layer {number}, as there is {name}"
-                raise InputError("checkpoint", str(folder), expected)
+            if int(expert[1]) not in held:
+                _miss(folder, f"expert {expert[1]} of layer {number}", name)
+
+
+def _numbers(files: Sequence[str]) -> tuple[set[int], dict[str, set[int]]]:
+    """The layers that have files, and the experts of each layer that do."""
+    layers = set()
+    experts: dict[str, set[int]] = {}
+    for file in files:
+        layer = LAYER_FILE.fullmatch(file)
+        if layer:
+            layers.add(int(layer[1]))
+        expert = EXPERT_FILE.fullmatch(file)
+        if expert:
+            held = experts.setdefault(expert["layer"], set())
+            held.add(int(expert["expert"]))
+    return layers, experts
+
+
+def _miss(folder: Path, what: str, name: str) -> None:
+    expected = f"a file of {what}, as there is {name}"
+    raise InputError("checkpoint", str(folder), expected)
 
 
 def _is_copied(key: str, shard: Shard, tied: Shard) -> bool:

@@ -3,6 +3,7 @@
 Each parameter has a folder with a file of its weights and one of each Adam moment.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from jaxscale.types import InputError
 
 WEIGHTS, STATES = "fp32", ("fp32", "exp_avg", "exp_avg_sq")
 STATE_OF_MOMENT = {"mu": "exp_avg", "nu": "exp_avg_sq"}  # as optax calls them
-LATEST = "latest_universal"
+LATEST, UNFINISHED = "latest_universal", ".part"
 # What the file format is like, not who wrote it: DeepSpeed refuses a file that names no version.
 VERSION = "0.19.8"
 # DeepSpeed reads as many groups of parameters as both it and the file have; what is in a group of
@@ -50,7 +51,9 @@ def write_universal(
     tag = f"global_step{step}_universal"  # trainers look for "global_step*"
     if (folder / tag).exists():
         raise InputError("destination", str(folder / tag), "a folder that does not exist yet")
-    root = folder / tag / "zero"
+    unfinished = folder / f"{tag}{UNFINISHED}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    root = unfinished / "zero"
     names = [name for state, name in states if state == WEIGHTS]
     for name in names:
         if not is_plain_name(name):
@@ -89,7 +92,8 @@ def write_universal(
         "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
     }
     for name in MODEL_FILES:
-        save_torch(folder / tag / name, model, piece_bytes=piece_bytes)
+        save_torch(unfinished / name, model, piece_bytes=piece_bytes)
+    unfinished.rename(folder / tag)
     (folder / LATEST).write_text(tag)
 
 
@@ -119,6 +123,9 @@ def adam_states(leaves: Mapping[str, LazyArray]) -> dict[tuple[str, str], LazyAr
         if having and having != names:
             differing = sorted(having ^ names)[0]
             raise InputError("checkpoint", differing, f"{state} of every parameter, or of none")
+    kinds = {state for state, _ in states} - {WEIGHTS}
+    if kinds and kinds != set(STATE_OF_MOMENT.values()):
+        raise InputError("checkpoint", sorted(kinds), "both moments of Adam, or none")
     return states
 
 

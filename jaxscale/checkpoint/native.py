@@ -103,6 +103,7 @@ class NativeCheckpoint:
 
     def __init__(self, folder: Path | RemotePath):
         self._state = folder / STATE
+        self._folder = folder
         listed = self._json("_METADATA")["tree_metadata"].values()
         self._paths: list[str] = []
         items, empty = set(), set()
@@ -131,6 +132,10 @@ class NativeCheckpoint:
                 found[path.removeprefix(within)] = NativeArray(folder)
         return found
 
+    def record(self, item: str) -> dict[str, Any]:
+        """What a step has beside its state: "data", the loader's position, or "meta", facts."""
+        return _read_json(self._folder / item / "metadata")
+
     def _keys(self) -> dict[str, str]:
         folders = {leaf_folder(path): path for path in self._paths}
         found = {}
@@ -142,11 +147,7 @@ class NativeCheckpoint:
         return found
 
     def _json(self, *names: str) -> Any:
-        file = functools.reduce(operator.truediv, names, self._state)
-        try:
-            return json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError("checkpoint", str(file), f"a sound list of leaves ({error})") from None
+        return _read_json(functools.reduce(operator.truediv, names, self._state))
 
 
 def create_leaf(
@@ -227,6 +228,13 @@ def key_implementation(leaf: Any) -> str:
     names = []
     jax.eval_shape(lambda key: names.append(jax.random.key_impl(key)), leaf)
     return str(names[0])
+
+
+def _read_json(file: Path | RemotePath) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError("checkpoint", str(file), f"a sound list of leaves ({error})") from None
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:

@@ -106,10 +106,13 @@ def write_npz(leaves: Mapping[str, LazyArray], path: Path, *, piece_bytes: int) 
 
     Args:
         leaves: arrays by name.
-        path: of the file, which must not exist.
+        path: of the file, which must not exist; it is there whole or not at all.
         piece_bytes: of an array in memory at once.
     """
-    with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    if path.exists():
+        raise InputError("destination", str(path), "a file that does not exist yet")
+    unfinished = path.with_name(f".{path.name}.part")
+    with unfinished.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in leaves.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 header = {
@@ -119,6 +122,7 @@ def write_npz(leaves: Mapping[str, LazyArray], path: Path, *, piece_bytes: int) 
                 }
                 np.lib.format.write_array_header_1_0(member, header)
                 write_rows(member, array, piece_bytes)
+    unfinished.rename(path)
 
 
 def _is_rank(path: Path) -> bool:

@@ -198,7 +198,14 @@ def _to_ours(
         leaves = of_run(leaves, run, step)
         target = _described(target, leaves, run)
     elif isinstance(opened.source, native.NativeCheckpoint):
-        target = conversion.Destination(directory, step, form=opened.source.form)
+        source = opened.source
+        target = conversion.Destination(
+            directory,
+            step,
+            fingerprint=source.record("meta").get("fingerprint", {}),
+            data_state=source.record("data"),
+            form=source.form,
+        )
     with _bar("convert", leaves) as bar:
         conversion.convert(
             leaves,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxscale.checkpoint import deepspeed_writer
 from jaxscale.checkpoint.deepspeed import DeepSpeedCheckpoint, find_tag
 from jaxscale.checkpoint.deepspeed_writer import write_universal
 from jaxscale.checkpoint.native import NativeCheckpoint
@@ -94,7 +95,7 @@ def test_a_missing_or_truncated_rank_is_named(tmp_path, stage):
     ("name", "file", "message"),
     [
         ("experts_1", "step3/layer_0_expert_3_mp_rank_00_model_states.pt", "expert 3 of layer 0"),
-        ("stages_1", "step3/layer_01-model_states.pt", "a file layer_01-model_states.pt"),
+        ("stages_1", "step3/layer_01-model_states.pt", "a file of layer 1"),
         ("zero_1", "step3_universal/zero/2.bias/exp_avg_sq.pt", "a file 2.bias/exp_avg_sq.pt"),
         ("zero_3", "step3_universal/zero/0.weight", "a file 0.weight/"),
     ],
@@ -319,6 +320,34 @@ def test_what_has_no_weights_or_half_its_moments_is_no_universal_folder(tmp_path
     half = {"fp32/a": w, "fp32/b": w, "exp_avg/a": w}
     with pytest.raises(InputError, match="'b', expected exp_avg of every parameter, or of none"):
         write_universal(half, tmp_path, step=0, piece_bytes=100)
+
+
+def test_a_universal_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """What a killed process has left is neither taken for one nor in the way of the next."""
+    weights = {f"fp32/{name}": np.ones(3, np.float32) for name in "ab"}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(deepspeed_writer, "_step", interrupt)
+        write_universal(weights, tmp_path, step=3, piece_bytes=100)
+    with pytest.raises(InputError, match="a folder of steps"):
+        open_checkpoint(tmp_path)
+    assert not list(tmp_path.glob("*_universal"))
+    write_universal(weights, tmp_path, step=3, piece_bytes=100)
+    assert open_checkpoint(tmp_path).source.leaves().keys() == weights.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "global_step3_universal",
+        "latest_universal",
+    ]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_one_moment_alone_is_not_adams(tmp_path):
+    """Lion's would be taken for the first of Adam's."""
+    leaves = {"params/w": np.ones(2), "opt_state/0/mu/w": np.ones(2)}
+    with pytest.raises(InputError, match="both moments of Adam, or none"):
+        write_universal(leaves, tmp_path, step=3, piece_bytes=100)
 
 
 def test_a_name_cannot_lead_out_of_the_folder_that_is_written(tmp_path):

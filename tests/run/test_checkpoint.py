@@ -1,5 +1,6 @@
 """The `checkpoint` verb on a run's checkpoints and on another system's, which a run starts from."""
 
+import json
 import shutil
 
 import numpy as np
@@ -195,3 +196,14 @@ def test_moments_without_a_step_are_refused(whole, tmp_path, capsys):
     options = ["--to", "deepspeed", "--step", "0"]
     assert run("convert", tmp_path / "universal", tmp_path / "other", *options) == 2
     assert "finished steps of at least 1" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_its_converted_checkpoint(whole, gin_file, tmp_path):
+    """Its facts and its position in the data come along."""
+    assert run("convert", whole / "checkpoints", tmp_path / "new" / "checkpoints") == 0
+    step = tmp_path / "new" / "checkpoints" / str(runs.STEPS)
+    for item in ("meta", "data"):
+        own = whole / "checkpoints" / str(runs.STEPS) / item / "metadata"
+        assert json.loads((step / item / "metadata").read_text()) == json.loads(own.read_text())
+    _, position = runs.restored(runs.load_run(gin_file, tmp_path / "new"), tmp_path / "new")
+    assert position["batch"] == runs.STEPS
