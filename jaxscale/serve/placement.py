@@ -123,8 +123,8 @@ def make_placement(
         block_size: tokens a page.
         cache_dtype: of keys and values; None for the compute type.
     Raises:
-        InputError: with the strategy BatchInvariant there are several devices, adapters, a cache of
-            8 bits, or pages that are no blocks of keys.
+        InputError: with the strategy BatchInvariant there are several devices, adapters, layouts of
+            blocks, a cache of 8 bits, or pages that are no blocks of keys.
     """
     execution = decoder.execution
     strategy = execution.strategy if execution.is_batch_invariant else Whole()
@@ -138,6 +138,9 @@ def make_placement(
     if decoder.config.lora is not None:
         expected = "None with the strategy BatchInvariant: merge the adapters first"
         raise InputError("ModelConfig.lora", decoder.config.lora, expected)
+    if any(layer.attention.layout for layer in decoder.config.layers):
+        expected = "None with the strategy BatchInvariant"
+        raise InputError("AttentionConfig.layout", "a layout of blocks", expected)
     if cache_dtype is not None:
         expected = "None with the strategy BatchInvariant"
         raise InputError("EngineConfig.cache_dtype", cache_dtype, expected)

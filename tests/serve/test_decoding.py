@@ -1,5 +1,6 @@
 """Decoding with a cache against the full forward, whatever the batch, the padding and the model."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.models.config.facts import from_flat
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
@@ -71,6 +73,16 @@ MODELS = {
 }
 PROMPTS = [[7, 3, 9, 37, 1], [5], [2, 2, 8]]
 NUM_STEPS = 4
+
+
+def with_layout(model):
+    """The model with block-sparse attention in every layer."""
+    layout = BlockLayout(local=1, stride=2)
+    layers = (
+        dataclasses.replace(each, attention=dataclasses.replace(each.attention, layout=layout))
+        for each in model.pattern
+    )
+    return dataclasses.replace(model, pattern=tuple(layers))
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The engine's tokens are those of `generate_tokens`, whatever runs beside a sequence."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.serve.sequences import FinishReason
 from jaxscale.types import InputError
 from tests.models import test_long_rope as long_rope
-from tests.serve.test_decoding import MODELS, decoder_of, full_logits, params_of
+from tests.serve.test_decoding import MODELS, decoder_of, full_logits, params_of, with_layout
 
 GREEDY = SamplingConfig(temperature=0)
 SMALL = dict(token_budget=8, max_sequences=4, block_size=4, max_prompts=3, num_blocks=32)
@@ -94,6 +95,23 @@ def test_a_sequence_that_outgrows_longropes_first_factors_is_computed_again_with
     for _ in range(2):
         assert tokens_of(engine.generate(prompts, config)) == wanted
     assert engine.figures().num_preemptions == 4
+
+
+def test_each_head_sees_the_blocks_of_its_layout():
+    """In prompts that are split and whole, and in decoding."""
+    model = with_layout(dataclasses.replace(MODELS["dense"], max_length=320))
+    sizes = dict(token_budget=96, max_sequences=4, max_prompts=4, num_blocks=20)
+    engine = Engine(decoder_of(model), params_of(model), config=EngineConfig(**sizes))
+    prompts = [np.random.default_rng(0).integers(0, 61, num).tolist() for num in (260, 5, 130)]
+    found = tokens_of(engine.generate(prompts, RequestConfig(GREEDY, max_new_tokens=NEW)))
+    for prompt, tokens in zip(prompts, found, strict=True):
+        places = slice(len(prompt) - 1, -1)
+        sparse, dense = (
+            full_logits(each, [*prompt, *tokens])[places].argmax(-1).tolist()
+            for each in (model, dataclasses.replace(MODELS["dense"], max_length=320))
+        )
+        assert tokens == sparse
+        assert len(prompt) == 5 or tokens != dense
 
 
 def test_a_cached_prefix_changes_nothing_and_is_counted():

@@ -17,7 +17,7 @@ from jaxscale.serve.engine import Engine
 from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
-from tests.serve.test_decoding import params_of
+from tests.serve.test_decoding import params_of, with_layout
 
 SMALL = dict(
     vocab_size=67,
@@ -140,5 +140,8 @@ def test_any_batch_split_preempted_and_cached_prefixes_give_the_same_bits():
 def test_what_it_does_not_hold_with_is_refused():
     with pytest.raises(InputError, match="block_size: given 8"):
         engine(block_size=8)
+    # Without the refusal every key would be seen.
+    with pytest.raises(InputError, match=r"AttentionConfig.layout: .*BatchInvariant"):
+        engine(with_layout(MODEL))
     with pytest.raises(InputError, match=r"ExecutionConfig.attention: given 'reference'"):
         ExecutionConfig(strategy=STRATEGY, attention="reference")

@@ -116,10 +116,10 @@ def _refusal(
     cache: PagedCache,
 ) -> str | None:
     """What a kernel would need, as the text of an error; None when it can, and for no kernel."""
+    if implementation != "reference" and context.layout is not None:
+        return "a backend for a layout of blocks"
     if implementation not in (*FAMILIES, "ragged"):
         return None
-    if context.layout is not None:
-        return "a backend for a layout of blocks"
     values, _ = pages.parts(cache.k)
     if implementation == "ragged":
         return kernel.ragged_refusal("mosaic", q[0], values)
