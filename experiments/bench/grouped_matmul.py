@@ -1,7 +1,7 @@
 """TFLOP/s of the grouped matmul and its two gradients beside `torch._grouped_mm`, on one GPU.
 
 python experiments/bench/grouped_matmul.py 16384 4096 6400 16  # rows, K, N, groups
-python experiments/bench/grouped_matmul.py 16384 4096 6400 16 triton  # or xla
+python experiments/bench/grouped_matmul.py 16384 4096 6400 16 triton mosaic xla
 """
 
 import functools
@@ -22,9 +22,6 @@ from jaxscale.kernels.grouped_matmul import pallas
 from jaxscale.kernels.grouped_matmul.block_sizes import H200
 
 REPEATS, ROUNDS = 20, 5
-HEADER = """\
-| part | ours | torch._grouped_mm: weights by rows, by columns |
-|---|---|---|"""
 
 
 def group_sizes(num_rows, num_groups):
@@ -105,18 +102,21 @@ def wait_for_torch(result):
     torch.cuda.synchronize()
 
 
-def main(num_rows, K, N, num_groups, family="mosaic"):
+def main(num_rows, K, N, num_groups, families):
     """One row per part."""
     sizes = group_sizes(num_rows, num_groups)
     shapes = (num_rows, K), (num_groups, K, N), (num_rows, N)
     flops = 2 * num_rows * K * N
     theirs = peers(shapes, sizes)
-    print(f"groups of {sizes.tolist()} rows\n{HEADER}")
-    for part, run in ours(shapes, sizes, family).items():
-        of_peers = ", ".join(tflops(each, wait_for_torch, flops) for each in theirs[part])
-        of_ours = tflops(run, jax.block_until_ready, flops)
-        print(f"| {part} | {of_ours} | {of_peers} |")
+    parts = {family: ours(shapes, sizes, family) for family in families}
+    print(f"groups of {sizes.tolist()} rows")
+    names = *families, "torch._grouped_mm: weights by rows, by columns"
+    print(f"| part | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for part, runs in theirs.items():
+        cells = [tflops(parts[name][part], jax.block_until_ready, flops) for name in families]
+        cells.append(", ".join(tflops(each, wait_for_torch, flops) for each in runs))
+        print(f"| {part} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:5]), *sys.argv[5:])
+    main(*map(int, sys.argv[1:5]), sys.argv[5:] or ["mosaic"])
