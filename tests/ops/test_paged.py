@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.kernels import device
+from jaxscale.kernels.attention import api as attention_api
+from jaxscale.kernels.paged_attention import api as paged_api
 from jaxscale.kernels.paged_attention.api import ragged_attention
+from jaxscale.ops import device as ops_device
 from jaxscale.ops.attention import AttentionContext, paged, paged_kernels
 from jaxscale.ops.attention.paged_cache import PagedCache, RaggedRows, empty_pages
 
@@ -118,6 +122,34 @@ def test_the_sequences_of_the_one_launch_are_those_of_the_rows():
         k, v = (old[name][pages].reshape(-1, K, H)[: before + new] for name in "kv")
         np.testing.assert_allclose(o[tokens], softmax_attention(q[tokens], k, v), atol=2e-6)
     assert not o[positions < 0].any()
+
+
+@pytest.mark.parametrize(
+    ("capability", "page_size", "has_prompts", "chosen"),
+    [
+        ("9.0", 64, True, "ragged"),
+        ("9.0", 64, False, "mosaic"),
+        ("8.0", 64, True, "triton"),
+        ("8.9", 16, False, "triton"),
+        ("8.9", 24, False, "reference"),
+        ("7.5", 64, False, "reference"),
+    ],
+)
+def test_the_device_decides_who_reads_the_pages(
+    capability, page_size, has_prompts, chosen, monkeypatch, caplog
+):
+    if capability == "9.0" and jax.__version_info__ < (0, 11):
+        pytest.skip("the kernel for Hopper GPUs refuses jax 0.10")
+    monkeypatch.setattr(device, "compute_capability", lambda: capability)
+    for module in (ops_device, attention_api, paged_api):
+        monkeypatch.setattr(module, "missing", lambda: None)
+    q = jnp.zeros((1, 64, 8, 128), jnp.bfloat16)
+    pages = jnp.zeros((2, page_size, 4, 128), jnp.bfloat16)
+    context = AttentionContext(jnp.zeros((1, 64), jnp.int32))
+    with caplog.at_level("INFO", logger="jaxscale"):
+        found = paged._choose(q, context, PagedCache(pages, pages), has_prompts=has_prompts)
+    assert found == chosen
+    assert f"paged attention: backend {chosen} for bfloat16" in caplog.text
 
 
 def test_the_cache_is_written_in_place():
