@@ -63,6 +63,10 @@ class Topology:
         known = tpu.MEMORY_BYTES.get(self.machine)
         return known or device_memory_bytes(self.machine)
 
+    def share(self) -> float:
+        """The share of it that JAX takes; of a TPU's it is all."""
+        return 1.0 if self.machine in tpu.MEMORY_BYTES else memory_share()
+
 
 def compile_step(*, run: Run, topology: str) -> None:
     """Compiles the step that `pretrain` would run; prints memory, collectives and compile time.
@@ -78,7 +82,8 @@ def compile_step(*, run: Run, topology: str) -> None:
         InputError: the parts do not fit one another or the topology, or the compiler is missing.
         RunError: the step does not fit into the devices' memory, or the compiler failed.
     """
-    wanted, share = Topology.parse(topology), memory_share()
+    wanted = Topology.parse(topology)
+    share = wanted.share()
     # The flag of a deterministic run stays out: it asks for tuning on a GPU, without which a
     # default will do.
     apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")

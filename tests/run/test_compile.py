@@ -153,6 +153,13 @@ def test_the_share_that_would_do_is_named():
         check_fits(96 * GIB, 100 * GIB, 0.75)
 
 
+def test_of_a_tpus_memory_jax_takes_all(monkeypatch):
+    """The variable that says otherwise is one for GPUs."""
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert Topology.parse("v5e:2x4").share() == 1
+    assert Topology.parse("a100:1x4").share() == 0.75
+
+
 def test_a_share_that_is_no_number_is_named(file, capsys, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
     assert compile_file(file) == 2
