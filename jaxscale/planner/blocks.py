@@ -47,11 +47,14 @@ class _Coarsening:
         self.parts: dict[int, Part] = dict(enumerate(atoms))
         self.seconds: dict[int, float] = {}
         self.place: dict[int, int] = {}
+        self.at: dict[
+            int, int
+        ] = {}  # the part at a place; parts that were joined leave places free
         self.after: dict[int, set[int]] = {}
         self.before: dict[int, set[int]] = {}
         for number, part in enumerate(atoms):
             self.seconds[number] = costs.seconds(part)
-            self.place[number] = number
+            self.place[number] = self.at[number] = number
             self.before[number] = set()
         for number, others in enumerate(costs.components.successors):
             self.after[number] = set(others)
@@ -160,13 +163,14 @@ class _Coarsening:
         """Replaces two parts by one, which stands before what must run after the first of them."""
         new, self.next_number = self.next_number, self.next_number + 1
         first, last = self.place[number], self.place[other]
-        inside = [each for each, place in self.place.items() if first < place < last]
-        inside.sort(key=self.place.__getitem__)
-        moved = set(between)
-        stay = [each for each in inside if each not in moved]
-        places = sorted([first, *(self.place[each] for each in inside), last])
+        places = [place for place in range(first, last + 1) if place in self.at]
+        moved = {number, other, *between}
+        stay = [self.at[place] for place in places if self.at[place] not in moved]
+        for place in places:
+            del self.at[place]
         # One place becomes free.
-        self.place |= dict(zip([*stay, new, *between], places))
+        for each, place in zip([*stay, new, *between], places):
+            self.place[each], self.at[place] = place, each
         for by_number in (self.place, self.parts, self.seconds):
             del by_number[number]
             del by_number[other]
