@@ -147,9 +147,13 @@ class _Needs:
         is_again = self.layout.remat in ("full", "names")
         of_layer = WORKSPACE_RECOMPUTED if is_again else WORKSPACE
         work = max(self._head, self._at_work(layer=of_layer, experts=WORKSPACE)) + update
+        mesh, copies = self.layout.mesh, self._gathered_at_once
+        if mesh.expert > 1 and mesh.zero == 3 and self.layout.remat == "none":
+            # Between its two loops XLA turns the stacks of gathered matrices over.
+            work = max(work, copies)
         return {
             "gradients": self._gradients(self.job.reduction_width) + self._sums_of_microbatches,
-            "copies": self._gathered_at_once,
+            "copies": copies,
             "stashed": self._kept_in_loop + self._prefix,
             "workspace": work,
         }
