@@ -87,7 +87,7 @@ class Keys:
         """
         size = q.shape[1]
         if self.place == "device":
-            self._add_to_whole(number, kv)
+            self.add(number, kv)
             seen = intervals.of(number, size)
             return self.attention.forward(q, *self.kept, *seen)
         coming = None
@@ -107,8 +107,11 @@ class Keys:
         self.kept.append(put(self.place, jnp.stack(kv)))
         return part
 
-    def _add_to_whole(self, number: int, kv: list[Array]) -> None:
-        """Keys that no chunk has written yet are seen by none of the queries."""
+    def add(self, number: int, kv: list[Array]) -> None:
+        """Writes a chunk's keys and values into those of the sequence, on the device.
+
+        Keys that no chunk has written yet are seen by none of the queries.
+        """
 
         def empty(x: Array) -> Array:
             num_rows, size, *heads = x.shape

@@ -1,0 +1,166 @@
+"""What the backward of a layer in chunks does in either order of its chunks.
+
+Where chunks rest on the device the order is that of `by_queries`, else that of `by_keys`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxscale.ops.precision import accumulator
+from jaxscale.parallel.sequence.fpdt.cuts import Cuts, fetch, put, tied
+from jaxscale.parallel.sequence.fpdt.keys import Keys
+from jaxscale.parallel.sequence.fpdt.stream import Residuals, Saved, Stream
+from jaxscale.types import Array, Params
+
+
+class Backward:
+    """The backward of one layer while it is traced.
+
+    Args:
+        stream: the layer.
+        residuals: of its forward.
+        cotangents: of its results.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        residuals: Residuals,
+        cotangents: tuple[Array, Any],
+    ):
+        dx, of_choices = cotangents
+        self.stream = stream
+        self.cuts = stream.chunks
+        self.places = stream.places
+        self.params = residuals.params
+        self.saved = list(residuals.chunks)
+        self.tokens = residuals.tokens
+        self.logits = residuals.logits
+        self.dlogits = None if of_choices is None else of_choices.logits
+        # The output's cotangent, in which each chunk is replaced by the input's.
+        self.dx = dx
+        self.dparams = jax.tree.map(zeros, self.params)
+
+    @property
+    def is_attended_again(self) -> bool:
+        """Whether the forward has not kept attention's outputs."""
+        return self.places.attention == "nowhere"
+
+    def run(self) -> tuple:
+        """Cotangents of (params, x, tokens)."""
+        self.over_chunks()
+
+        def rounded(sum: Array, p: Array) -> Array:
+            return sum.astype(p.dtype)
+
+        dparams = jax.tree.map(rounded, self.dparams, self.params)
+        return dparams, self.dx, None
+
+    def over_chunks(self) -> None:
+        """Adds up `dparams` and replaces all chunks of `dx`."""
+        raise NotImplementedError
+
+    def project(self, number: int) -> Any:
+        """The projection of a chunk as a function of (params, x)."""
+        known = self.cuts.known(self.tokens.known, number)
+
+        def project(params: Params, x: Array) -> tuple[Array, ...]:
+            return self.stream.project(params, x, known)
+
+        return project
+
+    def attend_again(self) -> Keys:
+        """Makes attention's outputs of all chunks; returns the keys and values."""
+        place = self.places.chunks
+        keys = Keys(self.stream.attention, self.cuts.num, place)
+        for i, saved in enumerate(self.saved):
+            x, self.dx = fetch(self.places.inputs[i], saved.x, self.dx)
+            q, *kv = self.project(i)(self.params, x)
+            part = keys.attend(i, q, kv, self.tokens.intervals)
+            part, self.dx = tied((part, self.dx))
+            o = part.o.astype(q.dtype)
+            o, lse = put(place, (o, part.lse))
+            self.saved[i] = Saved(saved.x, o, lse)
+        return keys
+
+    def coming_saved(self, number: int, after: Any) -> tuple[Saved, Any]:
+        """Begins to fetch what was kept of a chunk; (Saved, after), as `fetch`."""
+        saved = self.saved[number]
+        x, after = fetch(self.places.inputs[number], saved.x, after)
+        place = self.places.chunks if self.is_attended_again else self.places.attention
+        (o, lse), after = fetch(place, (saved.o, saved.lse), after)
+        return Saved(x, o, lse), after
+
+    def before_attention(self, number: int, saved: Saved) -> tuple[Array, Array]:
+        """The backward of what comes after attention in a chunk.
+
+        Returns:
+            (x, the cotangent of attention's output), after all of it.
+        """
+        stream = self.stream
+        o_own, pull = jax.vjp(stream.leave, saved.o)
+        parts = []
+        for piece, of_all in stream.pieces_of(number):
+            x = stream.pieces.own(saved.x, piece)
+            o = stream.pieces.known(o_own, piece)
+            parts.append(self._finish(x, o, of_all))
+        (do,) = pull(stream.pieces.join(parts))
+        x, do, self.dx, self.dparams = tied((saved.x, do, self.dx, self.dparams))
+        return x, do
+
+    def _finish(
+        self,
+        x: Array,
+        o: Array,
+        number: int,
+    ) -> Array:
+        """The cotangent of a piece's attention; that of its residual is written into `dx`."""
+        cuts = self.stream.all_pieces
+        known = cuts.known(self.tokens.known, number)
+        logits = cuts.known(self.logits, number)
+        dlogits = cuts.known(self.dlogits, number)
+
+        def finish(
+            params: Params,
+            x: Array,
+            o: Array,
+        ) -> tuple[Array, Array | None]:
+            y, choices = self.stream.finish(params, x, o, known, logits)
+            return y, None if choices is None else choices.logits
+
+        dy = cuts.own(self.dx, number)
+        self.dx, dy, x, o = tied((self.dx, dy, x, o))
+        _, pull = jax.vjp(finish, self.params, x, o)
+        dparams, dx, do = pull((dy, dlogits))
+        self._add(dparams)
+        self._write(cuts, dx, number)
+        return do
+
+    def after_attention(self, number: int, from_projection: tuple[Params, Array]) -> None:
+        """Adds what came back through a chunk's projection, (dparams, dx)."""
+        dparams, dx = from_projection
+        self._add(dparams)
+        self._write(self.cuts, self.cuts.own(self.dx, number) + dx, number)
+
+    def _add(self, dparams: Params) -> None:
+        def add(sum: Array, part: Array) -> Array:
+            return sum + part.astype(sum.dtype)
+
+        self.dparams = jax.tree.map(add, self.dparams, dparams)
+
+    def _write(
+        self,
+        cuts: Cuts,
+        dx: Array,
+        number: int,
+    ) -> None:
+        """Puts a part into `dx`, after which the next step may begin."""
+        self.dx = cuts.write(self.dx, dx, number)
+        self.dx, self.dparams = tied((self.dx, self.dparams))
+
+
+def zeros(x: Array) -> Array:
+    """In at least float32, to add up in."""
+    return jnp.zeros_like(accumulator(x))
