@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale.ops.precision import accumulator
-from jaxscale.parallel.sequence.fpdt.cuts import Cuts, fetch, put, tied
+from jaxscale.parallel.sequence.fpdt.cuts import Cuts, fetch, kept, put, tied
 from jaxscale.parallel.sequence.fpdt.keys import Keys
 from jaxscale.parallel.sequence.fpdt.stream import Residuals, Saved, Stream
 from jaxscale.types import Array, Params
@@ -75,23 +75,28 @@ class Backward:
         """Makes attention's outputs of all chunks; returns the keys and values."""
         place = self.places.chunks
         keys = Keys(self.stream.attention, self.cuts.num, place)
-        for i, saved in enumerate(self.saved):
-            x, self.dx = fetch(self.places.inputs[i], saved.x, self.dx)
+        for i in range(self.cuts.num):
+            x, self.dx = tied((self.input(i), self.dx))
             q, *kv = self.project(i)(self.params, x)
             part = keys.attend(i, q, kv, self.tokens.intervals)
             part, self.dx = tied((part, self.dx))
             o = part.o.astype(q.dtype)
             o, lse = put(place, (o, part.lse))
-            self.saved[i] = Saved(saved.x, o, lse)
+            self.saved[i] = Saved(self.saved[i].x, o, lse)
         return keys
 
-    def coming_saved(self, number: int, after: Any) -> tuple[Saved, Any]:
-        """Begins to fetch what was kept of a chunk; (Saved, after), as `fetch`."""
-        saved = self.saved[number]
-        x, after = fetch(self.places.inputs[number], saved.x, after)
-        place = self.places.chunks if self.is_attended_again else self.places.attention
-        (o, lse), after = fetch(place, (saved.o, saved.lse), after)
-        return Saved(x, o, lse), after
+    def input(self, number: int) -> Array:
+        """A chunk's input, on its way."""
+        return kept(self.places.inputs[number], self.saved[number].x)
+
+    def coming(self, number: int, after: Any) -> tuple[Saved, Any]:
+        """What is there of a chunk's forward, on its way; (Saved, after), as `fetch`."""
+        _, o, lse = self.saved[number]
+        if self.is_attended_again:
+            (o, lse), after = fetch(self.places.chunks, (o, lse), after)
+        else:
+            o, lse = kept(self.places.attention, (o, lse))
+        return Saved(self.input(number), o, lse), after
 
     def before_attention(self, number: int, saved: Saved) -> tuple[Array, Array]:
         """The backward of what comes after attention in a chunk.

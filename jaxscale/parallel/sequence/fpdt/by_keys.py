@@ -195,11 +195,11 @@ class ByKeys(Backward):
         """
         i, j = pair
         if i == 0:
-            queries, after = self.coming_saved(j, after)
+            queries, after = self.coming(j, after)
             return _Coming(queries.x, queries), after
         x = queries = None
         if j == i:
-            x, after = fetch(self.places.inputs[i], self.saved[i].x, after)
+            x = self.input(i)
         if pair != (self.cuts.num - 1, self.cuts.num - 1):
             queries, after = fetch("host", self.waiting[j], after)
         return _Coming(x, queries), after

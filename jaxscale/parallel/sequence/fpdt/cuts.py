@@ -91,6 +91,16 @@ def fetch(
     return jax.device_put(tree, jax.memory.Space.Device), after
 
 
+def kept(place: str, tree: Any) -> Any:
+    """The arrays that a layer's forward kept for its backward, on the device.
+
+    Not tied as by `fetch`. Where layers are a loop, the copy takes them out of the array of all
+    layers before any barrier, so that what is tied to them would wait for them. Each is asked for
+    by a `tied` once it is needed, and the compiler begins its copy not long before.
+    """
+    return tree if place == "device" else jax.device_put(tree, jax.memory.Space.Device)
+
+
 def tied(tree: Any) -> Any:
     """The arrays of a tree, none of which is used before all have been computed."""
     return lax.optimization_barrier(tree)
