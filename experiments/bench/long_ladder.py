@@ -45,6 +45,12 @@ def ladder(chunk):
     }
 
 
+def execution_of(run, fields):
+    """A run's execution with the fields of a row; what it keeps of its own is the loss's chunks."""
+    settings = dict(remat="none", num_loss_chunks=run.execution.num_loss_chunks)
+    return ExecutionConfig(**settings | fields)
+
+
 def main():
     """One row per strategy."""
     parser = make_parser(__doc__)
@@ -60,9 +66,7 @@ def main():
     for name, fields in ladder(options.chunk).items():
         if options.only and not any(word in name for word in options.only):
             continue
-        fields = dict(remat="none") | fields
-        settings = dict(is_scanned=True, num_loss_chunks=run.execution.num_loss_chunks)
-        other = dataclasses.replace(run, execution=ExecutionConfig(**settings, **fields))
+        other = dataclasses.replace(run, execution=execution_of(run, fields))
         began = time.perf_counter()
         memory = memory_of(lower_step(other, devices).compile())
         took = time.perf_counter() - began
