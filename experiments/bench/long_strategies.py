@@ -22,7 +22,7 @@ from train_step import compiled_step, peak_gib, rates, time_steps
 
 
 def rows_of(chunks, words):
-    """Name -> fields of the execution, of the rows in which a word is, in the order of the words."""
+    """Name -> fields of the execution, where a word is in the name, in the order of the words."""
     rows = {}
     for word in words:
         for chunk in chunks:
