@@ -182,15 +182,19 @@ class _Counts:
 
     @property
     def waiting(self) -> _Placed:
-        """What chunks of one layer wait with: in the backward q, do and dq, in the forward k and v.
+        """What one layer holds of all its chunks.
 
-        In the backward the first never waits, and one is at work or on its way.
+        On the host these are in the backward q, do and dq, of which the first never waits and one
+        is at work or on its way, or in the forward k and v. On the device they are k and v with
+        their gradients, as they are added up and as the kernel gives them.
         """
         chunk = self.strategy.chunk_tokens / self.job.length
+        keys = 2 * self.attention.num_kv_heads * self.attention.head_dim
+        if self.strategy.chunks == "device":
+            return _Placed(device=keys * (2 * self.job.width + ACCUMULATED) * self.tokens)
         queries = _width(self.attention) * (2 * self.job.width + ACCUMULATED)
-        keys = 2 * self.attention.num_kv_heads * self.attention.head_dim * self.job.width
-        of_token = max(queries * max(1 - 2 * chunk, 0), keys * (1 - chunk))
-        return _Placed.at(self.strategy.chunks, of_token * self.tokens)
+        of_token = max(queries * max(1 - 2 * chunk, 0), keys * self.job.width * (1 - chunk))
+        return _Placed(host=of_token * self.tokens)
 
     @property
     def work(self) -> float:

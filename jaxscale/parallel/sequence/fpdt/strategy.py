@@ -34,8 +34,9 @@ class FullyPipelined:
             rest of its chunks go to the host.
         attention: where attention's outputs rest until the backward, "host" or "device"; "nowhere"
             runs attention twice.
-        chunks: where chunks of the layer at work rest, "host" or "device": keys and values in the
-            forward; queries, their gradients and the output's cotangents in the backward.
+        chunks: where chunks of the layer at work rest. "host": keys and values in the forward;
+            queries, their gradients and the output's cotangents in the backward. "device": keys,
+            values and their gradients, and no queries; the faster where those fit.
     """
 
     # All else is made again: the layer's parameters as they are gathered and converted.
@@ -133,10 +134,13 @@ class FullyPipelined:
         return Cuts(length // self.chunk_tokens, num_members)
 
     def _places(self, x: Array, num_chunks: int) -> Places:
-        inputs = [self.inputs] * num_chunks
         bytes_of_chunk = x.size // num_chunks * x.dtype.itemsize
         num_on_device = min(self.device_input_bytes // bytes_of_chunk, num_chunks)
-        inputs[:num_on_device] = ["device"] * num_on_device
+        on_device = ["device"] * num_on_device
+        elsewhere = [self.inputs] * (num_chunks - num_on_device)
+        # Those that the backward begins with, so that it need not wait for them.
+        is_from_last = self.chunks == "device"
+        inputs = elsewhere + on_device if is_from_last else on_device + elsewhere
         return Places(tuple(inputs), self.attention, self.chunks)
 
 

@@ -25,7 +25,8 @@ class Places:
         inputs: of each chunk, the layer's input, from its forward to its backward.
         attention: attention's output with its lse, likewise; "nowhere" makes them again.
         chunks: of the layer at work, what one chunk needs of the others: keys and values in the
-            forward; queries, their gradients and the output's cotangents in the backward.
+            forward; in the backward, on the host, queries, their gradients and the output's
+            cotangents, on the device keys and values and their gradients.
     """
 
     inputs: tuple[str, ...]
