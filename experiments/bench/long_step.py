@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from gin_run import make_parser, start_run, synthetic_batch
 from profile_table import device_events, idle_times
-from train_step import compiled_step, peak_gib, profile_steps, rates, time_steps
+from train_step import compiled_step, peak_gib, rates, time_steps
 
 from jaxscale.kernels.attention.api import attention
 from jaxscale.models.config.model import training_flops_per_token
@@ -79,6 +79,14 @@ def cap(run):
     }
 
 
+def mfu_of_paper(run, ms):
+    """The MFU as the paper seems to count it: causal attention over all pairs of tokens."""
+    length = run.data.sequence_length
+    _, active = count_parameters(run.table())
+    counted = training_flops_per_token(run.model, active, length)
+    return (2 * counted - 6 * active) * length / ms * 1e3 / PEAK / jax.device_count()
+
+
 def profiled(devices):
     """Milliseconds of a profiled step, and of them the share without a kernel, be it in copies."""
     spans = [max(end for _, end, _ in each) - each[0][0] for each in devices]
@@ -90,7 +98,7 @@ def profiled(devices):
 def main():
     """Compile, run once, time, and profile if asked to."""
     parser = make_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=1, help="0 compiles and does not run")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument(
         "--profile", help="directory for a profile of one step, which is timed by it"
@@ -103,16 +111,22 @@ def main():
     state = setup.init(seed=0)
     batch = synthetic_batch(run, setup.mesh)
     step, compiled = compiled_step(setup, state, batch)
+    if not options.steps:
+        print(json.dumps({"overrides": options.set} | compiled))
+        return
     for _ in range(options.warmup):
         state, metrics = step(state, batch)
         compiled["loss"] = float(metrics["loss"])
     if options.profile:
-        profile_steps(step, state, batch, options.profile, num_steps=1)
+        with jax.profiler.trace(options.profile):
+            state, metrics = step(state, batch)
+            compiled["loss"] = float(metrics["loss"])
         figures |= profiled(device_events(options.profile))
     else:
         figures["ms"], state = time_steps(step, state, batch, options.steps)
     memory = step.memory_analysis()
     figures |= compiled | rates(run, figures["ms"])
+    figures["mfu_of_paper"] = mfu_of_paper(run, figures["ms"])
     figures["host_gib"] = memory.host_temp_size_in_bytes / 2**30
     figures["peak_gib"] = peak_gib()
     rounded = {name: round(value, 4) for name, value in figures.items()}

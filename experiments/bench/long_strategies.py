@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 from gin_run import make_parser, start_run, synthetic_batch
 from long_ladder import execution_of, ladder
-from long_step import cap, profiled
+from long_step import cap, mfu_of_paper, profiled
 from profile_table import device_events
 from train_step import compiled_step, peak_gib, rates, time_steps
 
@@ -67,7 +67,8 @@ def main():
         if directory:
             figures |= {"idle": profiled(device_events(directory))["idle"]}
         host_gib = step.memory_analysis().host_temp_size_in_bytes / 2**30
-        show(name, figures | {"host_gib": host_gib, "ms": ms} | rates(run, ms))
+        figures |= {"host_gib": host_gib, "ms": ms, "mfu_of_paper": mfu_of_paper(run, ms)}
+        show(name, figures | rates(run, ms))
     show("rates after", cap(run) | {"peak_gib": peak_gib()})
 
 

@@ -276,6 +276,22 @@ def test_gradients_through_two_ranges_of_keys_add_up(run, case):
         assert_norm_close(got, want, TOLERANCE)
 
 
+def test_gradients_through_two_ranges_of_queries_add_up(run):
+    """Each range meets all keys at once; the first sees none of the last ones."""
+    (q, k, v), (low, high), (do, dlse), settings = draw("causal_grouped_128")
+    o, lse, *wanted = naive("causal_grouped_128")
+    lse, delta = jnp.asarray(lse, jnp.float32), row_sums(jnp.asarray(o), do) - dlse
+    delta, split, through = delta.astype("float32"), q.shape[1] // 2, []
+    for mine in (slice(0, split), slice(split, None)):
+        rows = lse[:, :, mine], delta[:, :, mine], low[:, mine], high[:, mine]
+        kept = {name: settings[name] for name in ("scale", "softcap")}
+        through.append(gradients(q[:, mine], k, v, do[:, mine], *rows, **kept, **run.keywords))
+    (dq, *dkv), (dq_later, *dkv_later) = through
+    joined = jnp.concatenate([dq, dq_later], 1)
+    for got, want in zip((joined, *map(jnp.add, dkv, dkv_later)), wanted, strict=True):
+        assert_norm_close(got, want, TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["causal", "window", "documents"])
 def test_tiles_are_those_that_are_seen(kind):
     low, high = intervals(kind, 320, 320, 2)

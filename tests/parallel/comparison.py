@@ -156,11 +156,11 @@ def on_one_device(model):
 
 
 @functools.cache
-def single_device(model, num_microbatches=1, empty=None):
+def single_device(model, num_microbatches=1, empty=None, length=16):
     """Loss and gradients of the micro-batches one by one, with the plain operations, added up."""
     with jax.enable_x64(True):
         run = on_one_device(model)
-        whole = with_token_keys(make_batch(empty=empty), KEY)
+        whole = with_token_keys(make_batch(length=length, empty=empty), KEY)
         found = []
         for first in range(num_microbatches):
             rows = slice(first, None, num_microbatches)
@@ -238,13 +238,13 @@ def gradient_on_mesh(
     return region, jax.jit(region.gradient(loss))
 
 
-def on_mesh(model, loss=None, *, empty=None, **settings):
+def on_mesh(model, loss=None, *, empty=None, length=16, **settings):
     """Sums and gradients on a mesh, the gradients of layer stacks in canonical order.
 
     Args:
         model: the model.
         loss: as `gradient_on_mesh`.
-        empty: as `make_batch`.
+        empty, length: as `make_batch`.
         settings: fields of `MeshConfig`, and what `gradient_on_mesh` takes.
     """
     axes = {field.name for field in dataclasses.fields(MeshConfig)}
@@ -254,7 +254,7 @@ def on_mesh(model, loss=None, *, empty=None, **settings):
     dtype = others.get("dtype", "float64")
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), make_params(model))
     stored = region.specs.layout.store(params, region.specs.dims)
-    sums, gradients = run(stored, make_batch(empty=empty), KEY)
+    sums, gradients = run(stored, make_batch(length=length, empty=empty), KEY)
     return sums, canonical(region.specs, gradients)
 
 

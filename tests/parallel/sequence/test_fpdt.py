@@ -9,6 +9,7 @@ from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
 from jaxscale.models.execution import ExecutionConfig
+from jaxscale.ops.attention.intervals import IntervalAttention
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.run.run import Run, check_fit
@@ -18,19 +19,25 @@ from jaxscale.types import InputError
 from tests.parallel.comparison import (
     assert_equal_to_single_device,
     dense,
+    make_batch,
+    make_loss,
+    make_params,
     mixture,
     on_mesh,
     single_device,
 )
 
-T = 16  # of the batches that are compared
-DENSE = dense(num_layers=2)
-MOE = mixture(num_layers=2)
-DEEP_MOE = mixture(num_layers=4)  # two periods, one for each of two stages
+T = 32  # of the batches that are compared
+DENSE = dense(num_layers=2, max_length=T)
+MOE = mixture(num_layers=2, max_length=T)
+DEEP_MOE = mixture(num_layers=4, max_length=T)  # two periods, one for each of two stages
+ON_HOST, TWICE = dict(chunks="host"), dict(attention="nowhere")
 ON_DEVICE = dict(inputs="device", attention="device", chunks="device")
+KEYS_ON_DEVICE = dict(chunks="device")
 # Packed documents, padding, and rows without any token that counts are in every batch.
 MESHES = [
     ("dense", 2, dict(sequence=2), dict(num_pieces=2)),
+    ("dense", 4, dict(sequence=2), dict(num_pieces=2) | KEYS_ON_DEVICE),
     *[
         pytest.param(
             "dense",
@@ -39,21 +46,27 @@ MESHES = [
             dict(num_pieces=1) | places,
             marks=pytest.mark.long,
         )
-        for num_chunks, sequence in ((1, 1), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2))
-        for places in (ON_DEVICE, dict(attention="nowhere"))
-        if num_chunks in (2, 4) or not places.get("inputs")
+        for num_chunks in (1, 2, 4, 8)
+        for sequence in (1, 2, 4)
+        for places in (ON_HOST, ON_DEVICE)
+    ],
+    *[
+        pytest.param("dense", 4, dict(sequence=2), places, marks=pytest.mark.long)
+        for places in (TWICE, TWICE | KEYS_ON_DEVICE, dict(device_input_bytes=2 * T * 16 * 8))
     ],
     pytest.param(
         "deep moe", 2, dict(pipeline=2), dict(num_pieces=1) | ON_DEVICE, marks=pytest.mark.long
     ),
     *[
-        pytest.param(name, 2, sizes, dict(num_pieces=2), marks=pytest.mark.long)
-        for name, sizes in (
-            ("moe", dict(sequence=2, expert=2)),
-            ("moe", dict(tensor=2, data=2, num_microbatches=4)),
-            ("dense", dict(tensor=2, sequence=2, num_microbatches=8)),
-            ("moe", dict(sequence=2, zero=1, zero_axes=("data",))),
-            ("deep moe", dict(sequence=2, checkpoint_every=2, checkpoint_place="host")),
+        pytest.param(name, 2, sizes, places, marks=pytest.mark.long)
+        for name, sizes, places in (
+            ("moe", dict(sequence=2, expert=2), KEYS_ON_DEVICE),
+            ("moe", dict(tensor=2, data=2, num_microbatches=4), ON_HOST),
+            ("moe", dict(tensor=2, data=2, num_microbatches=4), KEYS_ON_DEVICE),
+            ("dense", dict(tensor=2, sequence=2, num_microbatches=8), ON_HOST),
+            ("dense", dict(tensor=2, sequence=2, num_microbatches=8), KEYS_ON_DEVICE),
+            ("moe", dict(sequence=2, zero=1, zero_axes=("data",)), ON_HOST),
+            ("deep moe", dict(sequence=2, checkpoint_every=2, checkpoint_place="host"), ON_HOST),
         )
     ],
 ]
@@ -66,9 +79,34 @@ def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, s
     settings = dict(zero=3, num_microbatches=2) | sizes
     num_microbatches = settings["num_microbatches"] if "moe" in name else 1
     with jax.enable_x64(True):
-        wanted = single_device(model, num_microbatches)
-        result = on_mesh(model, strategy=strategy, remat="none", **settings)
+        wanted = single_device(model, num_microbatches, length=T)
+        result = on_mesh(model, strategy=strategy, remat="none", length=T, **settings)
         assert_equal_to_single_device(result, wanted)
+
+
+@pytest.mark.parametrize(
+    ("places", "num_calls"),
+    [(ON_HOST, 4 + 3 + 2 + 1), (KEYS_ON_DEVICE, 4), (ON_DEVICE, 4)],
+    ids=["pairs of chunks", "keys on the device", "all on the device"],
+)
+def test_queries_meet_all_keys_that_lie_on_the_device_in_one_call(monkeypatch, places, num_calls):
+    calls, backward = [], IntervalAttention.backward
+
+    def counted(self, q, k, *rest):
+        calls.append((q.shape[1], k.shape[1]))
+        return backward(self, q, k, *rest)
+
+    monkeypatch.setattr(IntervalAttention, "backward", counted)
+    model = dense(num_layers=1)
+    strategy = FullyPipelined(chunk_tokens=4, **places)
+    loss = make_loss(model, "float32", remat="none", strategy=strategy)
+
+    def sum_loss(params):
+        return loss(params, make_batch(), None)[0]
+
+    params = jax.tree.map(lambda x: x.astype("float32"), make_params(model))
+    jax.eval_shape(jax.grad(sum_loss), params)
+    assert calls == [(4, 4 if places is ON_HOST else 16)] * num_calls
 
 
 RUN = Run(
