@@ -72,12 +72,10 @@ def chunked_memory(
     if layout.mesh.is_optimizer_on_host:
         on_host["moments"] = moments
         moments = moments / 8
-    # The embedding's gradient, half of what is outside the layers, is made after theirs.
-    stack = state.gradients + state.outside * ACCUMULATED / 2
     device = {
         "parameters": state.parameters,
         "moments": moments,
-        "gradients": stack + state.largest * ACCUMULATED,
+        "gradients": state.gradients + state.largest * ACCUMULATED,
         "gathered": _gathered(job, layout, state),
         "residual": counts.residual,
         "work": counts.work,
@@ -133,12 +131,17 @@ class _Counts:
         return max((layer.attention for layer in self.model.layers), key=_width)
 
     @property
+    def are_keys_here(self) -> bool:
+        """Whether keys and values of the layer at work lie on the device, and no queries wait."""
+        return self.strategy.chunks == "device"
+
+    @property
     def residual(self) -> float:
         """The residual; beside it the loss has its gradient, in chunks and joined.
 
         In the backward the input of the layer at work stays on the device once it has come.
         """
-        return 4 * self.of_input
+        return (3 if self.are_keys_here else 4) * self.of_input
 
     @property
     def of_input(self) -> float:
@@ -172,12 +175,13 @@ class _Counts:
     @property
     def outputs(self) -> _Placed:
         """Attention's outputs and lse until their backward."""
-        if self.strategy.attention == "nowhere":
-            return _Placed()
         sizes = [
             _width(layer.attention) * self.job.width + layer.attention.num_heads * ACCUMULATED
             for layer in self.kept_layers
         ]
+        if self.strategy.attention == "nowhere":
+            # Made again, those of one layer rest on the device, or on the host before queries wait.
+            return _Placed(device=max(sizes) * self.tokens if self.are_keys_here else 0)
         return _Placed.at(self.strategy.attention, sum(sizes) * self.tokens)
 
     @property
@@ -190,7 +194,7 @@ class _Counts:
         """
         chunk = self.strategy.chunk_tokens / self.job.length
         keys = 2 * self.attention.num_kv_heads * self.attention.head_dim
-        if self.strategy.chunks == "device":
+        if self.are_keys_here:
             return _Placed(device=keys * (2 * self.job.width + ACCUMULATED) * self.tokens)
         queries = _width(self.attention) * (2 * self.job.width + ACCUMULATED)
         of_token = max(queries * max(1 - 2 * chunk, 0), keys * self.job.width * (1 - chunk))
@@ -202,12 +206,13 @@ class _Counts:
         tokens = self.tokens * self.strategy.chunk_tokens / self.job.length
         heads = _width(self.attention)
         # q, do and dq of this step and, if they come from the host, of the next one; part of dq.
-        num_steps = 2 if self.strategy.chunks == "host" else 1
+        num_steps = 1 if self.are_keys_here else 2
         attention = heads * (num_steps * (2 * self.job.width + ACCUMULATED) + 2 * ACCUMULATED)
         hidden = max(layer.feed_forward.dim for layer in self.model.layers)
         piece = HIDDEN_ARRAYS * hidden * self.job.width / self.strategy.num_pieces
         # x, o, dy and their gradients, and o of the next chunk.
-        around = 4 * (self.model.model_dim + heads) * self.job.width
+        num_around = 2 if self.are_keys_here else 4
+        around = num_around * (self.model.model_dim + heads) * self.job.width
         exchanged = 0.0
         if self.layout.mesh.sequence > 1:
             exchanged = EXCHANGED_ARRAYS * heads * self.job.width

@@ -38,6 +38,11 @@ def test_what_rests_on_the_host_is_what_is_kept(run):
     some = dataclasses.replace(strategy, device_input_bytes=of_layer // 4)
     memory = chunked_memory(job, layout, StateCounter(job)(run.mesh), some)
     assert memory.host["inputs"] == 3 * memory.device["inputs"] == 24 * of_layer
+    # Of 8 key heads of 128 keys, values and their gradients, in bfloat16 and as they are added up.
+    here = dataclasses.replace(strategy, chunks="device")
+    memory = chunked_memory(job, layout, StateCounter(job)(run.mesh), here)
+    assert memory.host["chunks"] == 0
+    assert memory.device["chunks"] == 262_144 * 2 * 8 * 128 * (2 + 2 + 4)
     execution = dataclasses.replace(job.execution, checkpoint_every=4, checkpoint_place="host")
     in_groups = dataclasses.replace(job, execution=execution)
     memory = chunked_memory(in_groups, layout, StateCounter(job)(run.mesh), strategy)

@@ -50,17 +50,28 @@ class ByQueries(Backward):
         x, do = self.before_attention(number, saved)
         if self.kv is None:
             self._project_keys(x)
-        (q, _, _), pull = jax.vjp(self.project(number), self.params, x)
+        (q, _, _), pull = jax.vjp(
+            self.project(number),
+            self.params,
+            x,
+        )
         delta = row_sums(saved.o, do)
         coming = None
         if number:
             coming, q = self.coming(number - 1, q)
-        seen = self.tokens.intervals.of(number, q.shape[1])
-        backward = self.stream.attention.backward
-        dq, *parts = backward(q, *self.kv, do, saved.lse, delta, *seen)
-        self.dkv = tuple(map(jnp.add, self.dkv, parts))
-        complete = dq, *(self.cuts.own(each, number) for each in self.dkv)
-        self.after_attention(number, pull(tuple(each.astype(q.dtype) for each in complete)))
+        dq, *dkv = self.stream.attention.backward(
+            q,
+            *self.kv,
+            do,
+            saved.lse,
+            delta,
+            *self.tokens.intervals.of(number, q.shape[1]),
+        )
+        self.dkv = tuple(map(jnp.add, self.dkv, dkv))
+        complete = [dq]
+        complete += [self.cuts.own(each, number) for each in self.dkv]
+        cotangents = tuple(each.astype(q.dtype) for each in complete)
+        self.after_attention(number, pull(cotangents))
         return coming
 
     def _project_keys(self, x_last: Array) -> None:
