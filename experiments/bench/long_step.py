@@ -112,7 +112,7 @@ def main():
     batch = synthetic_batch(run, setup.mesh)
     step, compiled = compiled_step(setup, state, batch)
     if not options.steps:
-        print(json.dumps({"overrides": options.set} | compiled))
+        print(json.dumps({"overrides": options.set} | figures | compiled))
         return
     for _ in range(options.warmup):
         state, metrics = step(state, batch)
