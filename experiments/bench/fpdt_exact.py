@@ -32,6 +32,8 @@ CASES = (
     ("chunks on the device", FullyPipelined(CHUNK, **ON_DEVICE), True),
     ("chunks on the host", FullyPipelined(CHUNK), True),
     ("chunks on the host", FullyPipelined(CHUNK), False),
+    ("keys on the device", FullyPipelined(CHUNK, chunks="device"), True),
+    ("keys on the device", FullyPipelined(CHUNK, chunks="device"), False),
     ("half the inputs on the host", FullyPipelined(CHUNK, device_input_bytes=LENGTH * 512), True),
     ("attention run twice", FullyPipelined(CHUNK, attention="nowhere"), True),
 )
