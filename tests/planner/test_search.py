@@ -96,6 +96,7 @@ COMPILED = [
     ("mixtral_4b", 4, 8192, 16, "mesh.data=2 mesh.expert=4 mesh.zero=3", 19.85),
     ("mixtral_4b", 16, 8192, 16, "mesh.expert=16 mesh.zero=3", 57.40),
     ("mixtral_4b", 12, 4096, 8, "mesh.expert=2", 38.87),
+    ("mixtral_4b", 24, 2048, 4, f"mesh.expert=4 {LOOP}", 30.05),
     ("mixtral_4b", 48, 2048, 8, f"mesh.data=2 mesh.expert=4 mesh.zero=3 {LOOP}", 49.45),
     ("mixtral_4b", 16, 8192, 16, f"mesh.data=4 mesh.expert=4 mesh.zero=0 {LOOP}", 40.17),
     ("mixtral_4b", 8, 8192, 8, f"mesh.data=2 mesh.zero=3 {LOOP}", 36.88),
