@@ -255,10 +255,10 @@ def test_a_stuck_or_dead_process_ends_the_other_within_the_stated_time(
     start, tmp_path, victim, number
 ):
     watched = f"runtime.watchdog_timeout_s={WATCHDOG_S}"
-    run = start(tmp_path / "run", *ENDLESS, watched, "checkpoint.save_every=20")
     # In a checkpoint the watchdog has more patience than JAX, whose message would come.
+    saves = ("checkpoint.save_every=20", "checkpoint.is_async=False")
+    run = start(tmp_path / "run", *ENDLESS, watched, *saves)
     run.wait_for_step(22)
-    run.wait_for(lambda: committed(run.directory))
     run.processes[victim].send_signal(number)
     began = time.monotonic()
     status = run.processes[1 - victim].wait(timeout=60)
