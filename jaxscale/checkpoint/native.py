@@ -150,6 +150,28 @@ class NativeCheckpoint:
         return _read_json(functools.reduce(operator.truediv, names, self._state))
 
 
+def check_storable(tree: Any) -> None:
+    """Checks that each leaf of a tree has a folder of its own, and elements.
+
+    Args:
+        tree: of arrays or jax.ShapeDtypeStruct.
+    Raises:
+        InputError: a key has a "/", two paths become one folder, or an array is empty.
+    """
+    folders: dict[str, str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        whole = SEPARATOR.join(names)
+        if not all(map(is_plain_name, names)):
+            raise InputError("state", whole, f"keys without {SEPARATOR!r}")
+        other = folders.setdefault(leaf_folder(whole), whole)
+        if other != whole:
+            expected = f"paths that differ in more than a {FILE_SEPARATOR!r}"
+            raise InputError("state", [other, whole], expected)
+        if 0 in leaf.shape:
+            raise InputError("state", f"{whole} of shape {leaf.shape}", "arrays with elements")
+
+
 def create_leaf(
     state: Path,
     path: str,

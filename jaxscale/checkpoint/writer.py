@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from jaxscale.checkpoint import handlers
+from jaxscale.checkpoint import handlers, native
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,10 @@ class Writer:
 
         Args:
             abstract_state: tree of jax.ShapeDtypeStruct with shardings, as `save` gets it.
+        Raises:
+            InputError: it cannot be stored.
         """
+        native.check_storable(abstract_state)
         place = _pinned_memory()
         if place is None or not self._is_async or self._use_snapshot is False:
             return
@@ -71,7 +74,12 @@ class Writer:
         jax.device_put(np.empty(2 * largest, np.uint8), place).block_until_ready()
 
     def save(self, path: pathlib.Path, state: Any, **items: Any) -> None:
-        """Starts writing a step; where that is asynchronous, the state may be donated at once."""
+        """Starts writing a step; where that is asynchronous, the state may be donated at once.
+
+        Raises:
+            InputError: the state cannot be stored.
+        """
+        native.check_storable(state)
         arguments = {name: ocp.args.JsonSave(item) for name, item in items.items()}
 
         def write(state: Any) -> None:

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 
 import jax
+import numpy as np
 import pytest
 
 from jaxscale.types import InputError
@@ -102,3 +103,23 @@ def test_an_error_of_ours_while_writing_keeps_its_type(tmp_path, monkeypatch):
     checkpoints.save(1, small_state(), {})
     with pytest.raises(RuntimeError, match="a bug"):
         checkpoints.wait()
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"a": {"b": np.ones(3)}, "a.b": np.zeros(3)}, "paths that differ in more than a '.'"),
+        ({"a/b": np.ones(3)}, "keys without '/'"),
+        ({"a": np.ones((0, 3))}, r"params/a of shape \(0, 3\)"),
+    ],
+)
+def test_leaves_that_would_overwrite_each_other_are_refused(tmp_path, params, message):
+    """Of two of one folder the last was saved under both names."""
+    state = jax.device_put({"params": params}, jax.devices()[0])
+    checkpoints = open_at(tmp_path)
+    with pytest.raises(InputError, match=message):
+        checkpoints.prepare(jax.eval_shape(lambda: state))
+    with pytest.raises(InputError, match=message):
+        checkpoints.save(1, state, {})
+    checkpoints.close()
+    assert not committed(tmp_path)
