@@ -25,6 +25,7 @@ RULES = "rules.toml"
 ONLY_RANK = "all"
 RANKS = re.compile(r"[a-z_]+=\d+(,[a-z_]+=\d+)*")
 WITHOUT_RULES = (Rule(match="(?s).*"),)
+NO_NUMBERS = "OSUmM"  # objects, texts and times
 # NumPy has no name for bfloat16 and writes it as two bytes without a type.
 UNTYPED = {np.dtype("V2"): np.dtype(ml_dtypes.bfloat16)}
 
@@ -64,6 +65,8 @@ class RankFiles:
             if path.stem != ONLY_RANK:
                 for item in path.stem.split(","):
                     axis, _, number = item.partition("=")
+                    if axis in ranks:
+                        raise InputError("checkpoint", str(path), f"one rank of {axis}")
                     ranks[axis] = int(number)
             for name, array in npz_arrays(path).items():
                 yield Shard(name, ranks, array)
@@ -90,7 +93,7 @@ def npz_arrays(path: Path) -> dict[str, LazyArray]:
                 raise InputError(str(path), name, f"an array ({error})") from error
             begin = file.tell()
         dtype = UNTYPED.get(dtype, dtype)
-        if dtype.hasobject or (dtype.kind == "V" and dtype not in UNTYPED.values()):
+        if dtype.kind in NO_NUMBERS or (dtype.kind == "V" and dtype not in UNTYPED.values()):
             raise InputError(f"{path}: {name}", str(dtype), "an array of numbers")
         if is_column_major and len(shape) > 1:
             backwards = tuple(reversed(range(len(shape))))

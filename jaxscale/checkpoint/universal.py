@@ -15,6 +15,7 @@ from jaxscale.types import InputError
 Ranks = Mapping[str, int]
 COMBINE: dict[Kind, Copies] = {"unique": "equal", "replicated": "equal", "average": "mean"}
 MAX_NAMED = 4
+INTEGERS = "iub"  # and truth values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +175,10 @@ def _join(
     if kind == "unique" and len(copies) > 1:
         given = " and ".join(copy.origin for copy in copies[:MAX_NAMED])
         raise InputError(path, given, f"one tensor, as rule {rules[0]!r} is of unique ones")
+    dtype = copies[0].array.dtype
+    if kind == "average" and dtype.kind in INTEGERS:
+        expected = f"numbers with a mean, as rule {rules[0]!r} averages them"
+        raise InputError(path, str(dtype), expected)
     for copy in copies[1:]:
         if copy.array.shape != copies[0].array.shape:
             given = f"{copy.array.shape} in {copy.origin}"
@@ -181,7 +186,7 @@ def _join(
     return Merged(
         path,
         copies[0].array.shape,
-        copies[0].array.dtype,
+        dtype,
         tuple((_whole(copy),) for copy in copies),
         COMBINE[kind],
     )

@@ -225,6 +225,14 @@ def python_objects(folder):
     np.savez(folder / "all.npz", w=np.array([{"a": 1}], dtype=object))
 
 
+def texts(folder):
+    np.savez(folder / "all.npz", w=np.array(["a", "b"]))
+
+
+def two_ranks_of_one_axis(folder):
+    np.savez(folder / "tensor=0,tensor=1.npz", w=np.zeros(2))
+
+
 def compressed(folder):
     np.savez_compressed(folder / "all.npz", w=np.zeros(100))
 
@@ -243,6 +251,8 @@ def no_array(folder):
     ("write", "message"),
     [
         (python_objects, "object.*an array of numbers"),
+        (texts, "an array of numbers"),
+        (two_ranks_of_one_axis, "one rank of tensor"),
         (compressed, "an uncompressed member"),
         (cut_short, "a sound zip archive"),
         (no_array, "an array"),

@@ -214,6 +214,12 @@ def test_ranks_of_different_shapes_are_named():
         merge(shards, [Rule("w", cuts=(Cut("tensor", 0),))])
 
 
+def test_whole_numbers_have_no_average():
+    shards = shards_of("w", [np.array([0, 1]), np.array([3, 4])])
+    with pytest.raises(InputError, match="given 'int64', expected numbers with a mean"):
+        merge(shards, [Rule("w", kind="average")])
+
+
 def test_lost_last_ranks_of_an_offset_are_missed():
     """The layers that are left would look like a model of fewer."""
     rule = Rule(
