@@ -76,7 +76,7 @@ def chunked_memory(
         "parameters": state.parameters,
         "moments": moments,
         "gradients": state.gradients + state.largest * ACCUMULATED,
-        "gathered": _gathered(job, layout, state),
+        "gathered": _gathered(job, layout, state, counts.are_keys_here),
         "residual": counts.residual,
         "work": counts.work,
     }
@@ -84,13 +84,22 @@ def chunked_memory(
     return ChunkedMemory(device, on_host)
 
 
-def _gathered(job: Job, layout: Layout, state: StateBytes) -> float:
-    """Parameters of the layer at work under ZeRO-3, and what is in no layer with its gradients."""
+def _gathered(
+    job: Job,
+    layout: Layout,
+    state: StateBytes,
+    are_keys_here: bool,
+) -> float:
+    """Parameters of the layer at work under ZeRO-3, and what is in no layer with its gradients.
+
+    The latter belongs to the loss, and counts where layers leave it room. Where keys lie on the
+    device, the fullest moment is in a layer's backward.
+    """
     mesh = layout.mesh
     if mesh.zero < 3:
         return 0.0
     layer = state.largest * job.width
-    if mesh.data * mesh.sequence == 1:
+    if are_keys_here or mesh.data * mesh.sequence == 1:
         return layer
     return layer + state.outside * (2 * job.width + ACCUMULATED)
 
@@ -204,18 +213,19 @@ class _Counts:
     def work(self) -> float:
         """A chunk at work: attention's backward, or a piece's feed-forward."""
         tokens = self.tokens * self.strategy.chunk_tokens / self.job.length
-        heads = _width(self.attention)
-        # q, do and dq of this step and, if they come from the host, of the next one; part of dq.
-        num_steps = 1 if self.are_keys_here else 2
-        attention = heads * (num_steps * (2 * self.job.width + ACCUMULATED) + 2 * ACCUMULATED)
+        heads, width = _width(self.attention), self.job.width
+        # q, do and dq of this step and, if they come from the host, of the next one; part of dq, or
+        # dq as it is projected back.
+        queries = 2 * width + ACCUMULATED
+        attention = heads * (queries + width if self.are_keys_here else 2 * (queries + ACCUMULATED))
         hidden = max(layer.feed_forward.dim for layer in self.model.layers)
-        piece = HIDDEN_ARRAYS * hidden * self.job.width / self.strategy.num_pieces
+        piece = HIDDEN_ARRAYS * hidden * width / self.strategy.num_pieces
         # x, o, dy and their gradients, and o of the next chunk.
         num_around = 2 if self.are_keys_here else 4
-        around = num_around * (self.model.model_dim + heads) * self.job.width
+        around = num_around * (self.model.model_dim + heads) * width
         exchanged = 0.0
-        if self.layout.mesh.sequence > 1:
-            exchanged = EXCHANGED_ARRAYS * heads * self.job.width
+        if self.layout.mesh.sequence > 1 and not self.are_keys_here:
+            exchanged = EXCHANGED_ARRAYS * heads * width
         return tokens * (around + exchanged + max(attention, piece))
 
 
