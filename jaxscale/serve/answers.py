@@ -12,6 +12,7 @@ from typing import Any
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.serve.requests import Completion, Delta, TokenLogprobs
 from jaxscale.serve.sequences import FinishReason
+from jaxscale.serve.text import UNFINISHED
 from jaxscale.serve.tools import ToolCall, ToolForm, ToolStream
 
 REASONS = {
@@ -255,7 +256,9 @@ class Form:
 
     def _spelt(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        # A part of a character has no text of its own, and the bytes of its sign are not its own.
+        spelt = None if UNFINISHED in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": spelt}
 
 
 def _reason(reason: FinishReason | None, has_calls: bool) -> str | None:

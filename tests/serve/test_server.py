@@ -154,6 +154,16 @@ def test_log_probabilities_are_spelt(client):
     assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"])
 
 
+def test_the_bytes_of_a_part_of_a_character_are_not_those_of_its_sign(client):
+    fields = dict(max_tokens=20, temperature=5, seed=1, logprobs=True, top_logprobs=20)
+    choice = chat(client, **fields).json()["choices"][0]
+    found = [top for each in choice["logprobs"]["content"] for top in each["top_logprobs"]]
+    parts = [each for each in found if each["token"] == "\ufffd"]
+    whole = [each for each in found if each["token"] != "\ufffd"]
+    assert parts and all(each["bytes"] is None for each in parts)
+    assert whole and all(bytes(each["bytes"]).decode() == each["token"] for each in whole)
+
+
 def test_an_echo_scores_the_prompt_as_it_scores_new_tokens(client):
     """What evaluation harnesses ask for; the continuation as a prompt has the same scores."""
     new = complete(client, logprobs=1, max_tokens=3).json()["choices"][0]["logprobs"]
