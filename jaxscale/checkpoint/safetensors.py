@@ -58,13 +58,21 @@ class StoredTensor:
     dtype: np.dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """A copy of one box.
+        """A copy of one box; () is the whole tensor, which is in memory once.
 
-        The file is mapped for this read alone: pages of a lasting map would count as this
+        For a box the file is mapped for this read alone: pages of a map would count as this
         process's memory until the system is short of it.
         """
         if math.prod(self.shape) == 0:  # cannot be mapped
             return np.zeros(self.shape, self.dtype)[index]
+        if index == ():
+            whole = np.empty(self.shape, self.dtype)
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                if file.readinto(whole.reshape(-1).view(np.uint8)) < whole.nbytes:
+                    expected = f"{whole.nbytes} bytes of a tensor at {self.offset}"
+                    raise InputError(str(self.file), "a file that has become shorter", expected)
+            return whole
         stored = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
         return np.array(stored[index])
 

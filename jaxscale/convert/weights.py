@@ -149,7 +149,7 @@ def filled(
     """A leaf of shares out of tensors by name, put together on its devices box by box."""
     first = shares[0]
     if not first.index:
-        values = first.read(leaves[first.tensor][()]).astype(target.dtype)
+        values = first.read(leaves[first.tensor][()]).astype(target.dtype, copy=False)
         return jax.device_put(values, target.sharding)
     leaf = jax.jit(
         functools.partial(jnp.full, target.shape, jnp.nan, target.dtype),
@@ -157,9 +157,12 @@ def filled(
     )()
     # Donated, so that a stack is on its devices once and never whole on the host.
     put = jax.jit(_put, donate_argnums=0, out_shardings=target.sharding)
-    for share in shares:
-        box = share.read(leaves[share.tensor][()]).astype(target.dtype)
-        leaf = put(leaf, box, np.array(share.index, np.int32))
+
+    def box(share: Share) -> np.ndarray:
+        return share.read(leaves[share.tensor][()]).astype(target.dtype, copy=False)
+
+    for share in shares:  # of whose boxes none lives on while the next is read
+        leaf = put(leaf, box(share), np.array(share.index, np.int32))
     return leaf
 
 

@@ -144,6 +144,18 @@ def test_shards_that_contradict_their_index_are_refused(tmp_path, name):
         SafetensorsSource(tmp_path)
 
 
+def test_a_file_that_becomes_shorter_is_refused(tmp_path):
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    new = NewTensor("a", values.shape, values.dtype, lambda: values)
+    write_safetensors(tmp_path, [new], max_shard_bytes=1000)
+    leaf = SafetensorsSource(tmp_path).leaves()["a"]
+    np.testing.assert_array_equal(leaf[()], values)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(InputError, match="become shorter', expected 48 bytes"):
+        leaf[()]
+
+
 def test_pickled_weights_are_no_source(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputError, match="no other form of weights is read"):
