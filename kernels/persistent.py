@@ -20,9 +20,6 @@ COMPUTE = 2  # warpgroups that multiply; one more fetches
 TILE_ROWS = COMPUTE * ROWS  # rows of a block's tile
 DEPTH = 64  # elements of the contraction in one step: 128 bytes, the widest swizzle
 PIECE = 64  # columns that are stored at a time
-# The layout that wgmma reads without bank conflicts: tiles of 8 rows of 128 bytes, swizzled.
-SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-SWIZZLED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 NUM_SMS = 132  # multiprocessors of an H100 or H200
 LOG2E = math.log2(math.e)
 
@@ -53,9 +50,15 @@ class BlockSizes:
         return plgpu.planar_snake(number, grid, self.minor, self.snake)
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory that wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=SWIZZLED)
+def swizzled(shape: tuple[int, ...], dtype: Any, row_bytes: int = 128) -> Any:
+    """Shared memory that wgmma reads without bank conflicts.
+
+    It lies in tiles of 8 rows of 128, 64 or 32 bytes, of which the widest is copied fastest.
+    Operands of one product have the same, and a part of an array begins at a tile.
+    """
+    columns = row_bytes // jnp.dtype(dtype).itemsize
+    tiles = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(row_bytes)
+    return plgpu.SMEM(shape, dtype, transforms=tiles)
 
 
 def part(number: Any, size: int) -> Any:

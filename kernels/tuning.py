@@ -42,7 +42,7 @@ def problems() -> Iterator[Problem]:
     """One for each operation, at shapes of a model of a few billion parameters."""
     yield from _matmuls()
     yield _norm()
-    for head_dim in HEAD_DIMS:
+    for head_dim in HEAD_DIMS["triton"]:
         yield from _attention(head_dim)
     yield _paged_attention()
 

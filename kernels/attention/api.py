@@ -19,7 +19,7 @@ BACKENDS = ("reference", "mosaic", "triton")
 # order in which blocks finish.
 VARYING = {"mosaic": ("dq",)}
 # Those that the kernels take; heads of others are padded with zeros.
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = {"mosaic": (64, 96, 128, 256), "triton": (64, 128, 256)}
 # Names the kernel's results, for rematerialisation policies that keep them.
 OUTPUT_NAME = "attention_kernel"
 # The length of a row is a multiple of the rows of a swizzled tile.
@@ -78,7 +78,7 @@ def attention(
         settings = dict(scale=scale, softcap=softcap, layout=layout)
         return reference.attention(q, k, v, low, high, **settings)
     length, head_dim = q.shape[1], q.shape[3]
-    q, k, v = map(_pad, (q, k, v))
+    q, k, v = (_pad(x, implementation) for x in (q, k, v))
     margins = ((0, 0), (0, -length % ALIGNMENT))
     low, high = (jnp.pad(x, margins) for x in (low, high))
     settings = scale, softcap, layout, is_invariant, implementation, interpret
@@ -120,21 +120,22 @@ def refusal(implementation: str, q: Array, k: Array) -> str | None:
     is_half = q.dtype in (jnp.bfloat16, jnp.float16)
     if not is_half or k.dtype != q.dtype:
         return f"q, k and v all bfloat16 or all float16, but they are {q.dtype} and {k.dtype}"
-    if q.shape[3] > max(HEAD_DIMS):
-        return f"head_dim <= {max(HEAD_DIMS)}, but head_dim = {q.shape[3]}"
+    widest = max(HEAD_DIMS[implementation])
+    if q.shape[3] > widest:
+        return f"head_dim <= {widest}, but head_dim = {q.shape[3]}"
     # jax 0.10 cannot put a kernel that writes to a reference into a scan.
     if implementation == "mosaic" and jax.__version_info__ < (0, 11):
         return f"jax >= 0.11, but this is {jax.__version__}"
     return missing() if implementation == "triton" else None
 
 
-def _pad(x: Array) -> Array:
+def _pad(x: Array, implementation: str) -> Array:
     """Adds zeros up to the next length and head dim that the kernels take.
 
     Keys that are added lie in no interval.
     """
     _, length, _, given = x.shape
-    head_dim = min(h for h in HEAD_DIMS if h >= given)
+    head_dim = min(h for h in HEAD_DIMS[implementation] if h >= given)
     margins = (
         (0, 0),
         (0, -length % ALIGNMENT),
@@ -264,7 +265,7 @@ def gradients(
         return reference.gradients(q, k, v, do, lse, delta, low, high, **settings)
     _, length, _, head_dim = q.shape
     num_keys = k.shape[1]
-    q, k, v, do = map(_pad, (q, k, v, do))
+    q, k, v, do = (_pad(x, implementation) for x in (q, k, v, do))
     margins = ((0, 0), (0, -length % ALIGNMENT))
     low, high = (jnp.pad(x, margins) for x in (low, high))
     by_head = ((0, 0), *margins)

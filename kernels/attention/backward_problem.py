@@ -13,7 +13,6 @@ from jaxscale.kernels.attention.scheduler import SLOTS, item_at
 from jaxscale.kernels.persistent import (
     COMPUTE,
     ROWS,
-    SWIZZLED_FLOAT32,
     TILE_ROWS,
     part,
     swizzled,
@@ -60,7 +59,7 @@ class Problem:
         Wider heads lack the registers. For heads of 64 it is slower: 323 TFLOP/s against 389 on an
         H200.
         """
-        return self.head_dim == 128
+        return self.head_dim in (96, 128)
 
     @property
     def keys(self) -> int:
@@ -84,7 +83,12 @@ class Problem:
         Half of them, for all keys of the tile. Heads too narrow for that have all columns computed
         by each warpgroup, for its own keys.
         """
-        return self.head_dim // COMPUTE if self.head_dim % 128 == 0 else self.head_dim
+        return self.head_dim // COMPUTE if self.head_dim > 64 else self.head_dim
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a tile of shared memory: a multiple of them makes the columns of dq."""
+        return 128 if self.dq_columns % 64 == 0 else 32
 
     @property
     def staged_columns(self) -> int:
@@ -175,13 +179,14 @@ def scratch_types(
     """Shared memory and barriers in the order of `Refs`."""
     keys, head_dim = problem.keys, problem.head_dim
     dq_shape = COMPUTE, QUERIES, problem.staged_columns
+    row_bytes = problem.row_bytes
     return (
-        swizzled((1, keys, head_dim), dtype),
-        swizzled((1, keys, head_dim), dtype),
-        swizzled((STAGES, QUERIES, head_dim), dtype),
-        swizzled((STAGES, QUERIES, head_dim), dtype),
-        swizzled((2, keys, QUERIES), dtype),
-        plgpu.SMEM(dq_shape, jnp.float32, transforms=SWIZZLED_FLOAT32),
+        swizzled((1, keys, head_dim), dtype, row_bytes),
+        swizzled((1, keys, head_dim), dtype, row_bytes),
+        swizzled((STAGES, QUERIES, head_dim), dtype, row_bytes),
+        swizzled((STAGES, QUERIES, head_dim), dtype, row_bytes),
+        swizzled((2, keys, QUERIES), dtype, row_bytes),
+        swizzled(dq_shape, jnp.float32, 128 if problem.staged_columns % 32 == 0 else 64),
         # Two vectors share one buffer, because each buffer takes whole KiBs.
         plgpu.SMEM((2, STAGES, QUERIES), jnp.int32),
         plgpu.SMEM((2, STAGES, QUERIES), jnp.float32),

@@ -46,6 +46,11 @@ class Problem:
     num_patterns: int
 
     @property
+    def row_bytes(self) -> int:
+        """Of a tile of shared memory: a multiple of them makes a head."""
+        return 128 if self.head_dim % 64 == 0 else 64
+
+    @property
     def num_items(self) -> int:
         """Tiles of queries of all heads and rows."""
         return self.num_tiles * self.batch * self.num_heads
@@ -106,10 +111,11 @@ def scratch_types(
 ) -> tuple[Any, ...]:
     """Shared memory and barriers in the order of `Refs`."""
     slots, keys, head_dim = problem.query_slots, problem.keys, problem.head_dim
+    row_bytes = problem.row_bytes
     return (
-        swizzled((slots, QUERIES, head_dim), dtype),
-        swizzled((STAGES, keys, head_dim), dtype),
-        swizzled((STAGES, keys, head_dim), dtype),
+        swizzled((slots, QUERIES, head_dim), dtype, row_bytes),
+        swizzled((STAGES, keys, head_dim), dtype, row_bytes),
+        swizzled((STAGES, keys, head_dim), dtype, row_bytes),
         plgpu.SMEM((slots, QUERIES), jnp.int32),
         plgpu.SMEM((slots, QUERIES), jnp.int32),
         plgpu.SMEM((QUERIES,), jnp.float32),

@@ -68,7 +68,7 @@ def forward(
     """Attention of every query t over the keys low[t] <= s < high[t].
 
     Args:
-        q: [B, T, N, H], H one of 64, 128 and 256.
+        q: [B, T, N, H], H one of 64, 96, 128 and 256.
         k, v: [B, S, K, H].
         low, high: [B or 1, T] int32; with a layout they must be those of a causal mask.
         scale, softcap, layout, is_invariant, interpret: as for `api.attention`.

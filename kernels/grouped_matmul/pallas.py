@@ -15,8 +15,6 @@ from jaxscale.kernels.persistent import (
     DEPTH,
     PIECE,
     ROWS,
-    SWIZZLED,
-    SWIZZLED_FLOAT32,
     TILE_ROWS,
     BlockSizes,
     make_matmul,
@@ -216,9 +214,7 @@ def out_buffers(dtype: Any) -> tuple[Any, Any]:
     Each warpgroup has two pieces in turn, and one more from which single rows are stored: it is not
     swizzled, because the rows of a swizzled tile cannot be copied one by one.
     """
-    is_wide = jnp.dtype(dtype).itemsize == 4
-    transforms = SWIZZLED_FLOAT32 if is_wide else SWIZZLED
-    pieces = plgpu.SMEM((COMPUTE, 2, ROWS, PIECE), dtype, transforms=transforms)
+    pieces = swizzled((COMPUTE, 2, ROWS, PIECE), dtype)
     edge = plgpu.SMEM((COMPUTE, ROWS, PIECE), dtype)
     return pieces, edge
 

@@ -27,12 +27,11 @@ from jaxscale.kernels.attention.products import (
     spread,
     tanh,
 )
-from jaxscale.kernels.persistent import LOG2E, ROWS, SWIZZLED, swizzled
+from jaxscale.kernels.persistent import LOG2E, ROWS, swizzled
 
 # Weights times scales of values are multiplied in float16, which has few digits below 2^-14.
 SHIFT = 2.0**8
-# 8 bits: how they lie in shared memory, and in registers while they are converted.
-NARROW = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+# How 8 bits lie in registers while they are converted.
 NARROW_LAYOUT = plgpu.Layout.WGMMA_UPCAST_4X
 PAGES_BYTES = 64 * 1024  # of pages in shared memory, so that two blocks fit a multiprocessor
 
@@ -121,8 +120,7 @@ def buffer_types(
 ) -> Buffers:
     """What `Buffers` are made of."""
     page, stages = (reading.page_size, reading.head_dim), reading.stages
-    transforms = NARROW if reading.is_narrow else SWIZZLED
-    pages = plgpu.SMEM((stages, *page), pages_type, transforms=transforms)
+    pages = swizzled((stages, *page), pages_type)
     full = plgpu.Barrier(num_arrivals=2 if reading.is_narrow else 1, num_barriers=stages)
     wide = reading.wide(q_type)
     converted, scales = None, None

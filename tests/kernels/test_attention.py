@@ -58,6 +58,8 @@ CASES = {
     # What most models train with.
     "causal_grouped_128": (1, 136, 136, 2, 1, 128, "bfloat16", None, "causal"),
     "heads_of_96": (1, 72, 72, 2, 2, 96, "bfloat16", None, "causal"),
+    "heads_of_96_documents": (2, 200, 200, 2, 1, 96, "float16", 1.5, "documents"),
+    "heads_of_96_block_sparse": (1, 320, 320, 2, 1, 96, "bfloat16", None, "blocks"),
     "documents_float16": (1, 136, 136, 2, 1, 64, "float16", None, "documents"),
 }
 # The others run in the long suite. These have each head dim, both types, every kind of mask but
