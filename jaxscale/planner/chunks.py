@@ -204,7 +204,10 @@ class _Counts:
         chunk = self.strategy.chunk_tokens / self.job.length
         keys = 2 * self.attention.num_kv_heads * self.attention.head_dim
         if self.are_keys_here:
-            return _Placed(device=keys * (2 * self.job.width + ACCUMULATED) * self.tokens)
+            # What the kernel gives for each chunk of queries is added up chunk by chunk of keys.
+            later = max(round(1 / chunk) - 4, 0) * self.job.width
+            of_key = 2 * self.job.width + ACCUMULATED + later
+            return _Placed(device=keys * of_key * self.tokens)
         queries = _width(self.attention) * (2 * self.job.width + ACCUMULATED)
         of_token = max(queries * max(1 - 2 * chunk, 0), keys * self.job.width * (1 - chunk))
         return _Placed(host=of_token * self.tokens)
