@@ -181,8 +181,8 @@ DENSE = "llama_1b.gin", "mesh.data=2", "mesh.sequence=2", "mesh.zero=3", "data.b
 @needs_plugin
 @pytest.mark.parametrize(
     ("machine", "run"),
-    [("a100", MIXTURE), ("b200", MIXTURE), ("a100", DENSE)],
-    ids=["a100_mixture", "b200_mixture", "a100_dense"],
+    [("a100", MIXTURE), ("b200", MIXTURE), ("a100", DENSE), ("b200", DENSE)],
+    ids=["a100_mixture", "b200_mixture", "a100_dense", "b200_dense"],
 )
 def test_other_gpus_get_triton_kernels(machine, run):
     """In a process of its own: where Triton interprets, as in tests/kernels, it cannot compile."""
