@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         outcome = _run(options)
+        # What is still held back is written here, where a closed pipe is heard.
+        sys.stdout.flush()
     except BrokenPipeError:
         return _leave_closed_pipe()
     except (InputError, OSError) as error:

@@ -34,6 +34,11 @@ class RemotePath:
     def __str__(self) -> str:
         return self.url
 
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.url.rsplit("/", 1)[-1]
+
     def __truediv__(self, name: str) -> "RemotePath":
         inner = self.kvstore | {"path": f"{self.kvstore['path']}{name}/"}
         return RemotePath(f"{self.url}/{name}", inner)

@@ -178,7 +178,7 @@ def test_the_command_reads_steps_in_a_store(tmp_path, server, monkeypatch, capsy
     assert cli.main(["checkpoint", "verify", url]) == 0
     assert cli.main(["checkpoint", "diff", f"{url}/2", str(tmp_path / "run" / "2")]) == 0
     assert cli.main(["checkpoint", "convert", url, str(tmp_path / "converted")]) == 0
-    leaves = NativeCheckpoint(tmp_path / "converted" / "0").leaves()
+    leaves = NativeCheckpoint(tmp_path / "converted" / "2").leaves()
     want = np.asarray(states[2]["params"]["embed"])
     np.testing.assert_array_equal(leaves["params/embed"][:], want)
 
