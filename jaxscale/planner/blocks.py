@@ -47,9 +47,8 @@ class _Coarsening:
         self.parts: dict[int, Part] = dict(enumerate(atoms))
         self.seconds: dict[int, float] = {}
         self.place: dict[int, int] = {}
-        self.at: dict[
-            int, int
-        ] = {}  # the part at a place; parts that were joined leave places free
+        # The part at a place; parts that were joined leave places free.
+        self.at: dict[int, int] = {}
         self.after: dict[int, set[int]] = {}
         self.before: dict[int, set[int]] = {}
         for number, part in enumerate(atoms):
