@@ -1,8 +1,10 @@
 """How orbax writes and reads the items of a checkpoint: `state`, `data` and `meta`."""
 
 import contextlib
+import functools
 import logging
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ CHUNK_BYTES = 1 << 26
 COPIED_GB = 1e-9
 # tensorstore reports a full disk as a ValueError with this in its message.
 TENSORSTORE_OS_ERROR = "os_error_code="
+CLOSED_LOOP = "Event loop is closed"
 STREAMED_WARNING = "No prioritized params found for saving"
 
 
@@ -141,14 +144,23 @@ def write_errors_named(parameter: str, folder: Path, expected: str) -> Iterator[
         raise InputError(parameter, str(folder), f"{expected} ({reason(error)})") from error
 
 
+@functools.cache
 def silence() -> None:
-    """Drops what orbax logs and nobody needs.
+    """Drops what orbax says and nobody needs, for as long as the process lives.
 
     That is the tracebacks, several times over, of an error that it then raises, and its warning
-    that a streamed save is one.
+    that a streamed save is one. After one write has failed, each that ends later finds orbax's
+    event loop closed, and Python reports that too.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_wanted)
+    report = sys.unraisablehook
+
+    def report_but_late_writes(lost: Any) -> None:
+        if str(lost.exc_value) != CLOSED_LOOP:
+            report(lost)
+
+    sys.unraisablehook = report_but_late_writes
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

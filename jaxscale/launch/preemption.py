@@ -26,7 +26,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_WISH_S = 2.0  # launchers deliver a signal twice
 RETRY_S = 0.5
 PATIENCE_S = 4.0  # until a process that has nothing to save is ended from outside
-CLOSED_LOOP = "Event loop is closed"
 
 
 class Preemption:
@@ -80,7 +79,9 @@ class Preemption:
             # None stands for a handler that was not set from Python, which Python cannot set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._previous_fd)
-        sys.unraisablehook = self._previous_hook
+        # A hook that was set within the block stays, and asks ours what it does not know.
+        if sys.unraisablehook == self._report_lost:
+            sys.unraisablehook = self._previous_hook
         os.close(self._write_end)  # which ends the thread
         self._thread.join()
         os.close(self._read_end)
@@ -125,13 +126,9 @@ class Preemption:
             os.kill(os.getpid(), number)
 
     def _report_lost(self, lost: Any) -> None:
-        """Python's report of an exception in a callback.
-
-        But for one of ours, which comes again, and for writes of a save that end after another
-        has failed, each of which finds orbax's event loop closed.
-        """
-        is_of_a_save = str(lost.exc_value) == CLOSED_LOOP
-        if not (is_of_a_save or issubclass(lost.exc_type, KeyboardInterrupt | SystemExit)):
+        """Python's report of an exception in a callback; one of ours comes again."""
+        is_ours = issubclass(lost.exc_type, KeyboardInterrupt | SystemExit)
+        if not is_ours or self._has_left.is_set():
             self._previous_hook(lost)
 
     def _hear(self, number: int) -> None:

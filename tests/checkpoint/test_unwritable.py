@@ -3,11 +3,14 @@
 import os
 import pathlib
 import subprocess
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from jaxscale.checkpoint import handlers
 from jaxscale.types import InputError
 from tests.checkpoint.states import (
     abstract,
@@ -123,3 +126,13 @@ def test_leaves_that_would_overwrite_each_other_are_refused(tmp_path, params, me
         checkpoints.save(1, state, {})
     checkpoints.close()
     assert not committed(tmp_path)
+
+
+def test_writes_that_end_after_another_failed_are_not_reported(monkeypatch):
+    """Each finds orbax's event loop closed; any other report is passed on."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    handlers.silence.__wrapped__()
+    for message in ("Event loop is closed", "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message)))
+    assert [str(lost.exc_value) for lost in reported] == ["another"]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -160,3 +161,30 @@ def test_a_later_signal_ends_at_once_with_that_signal():
     output, _ = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
     assert "stopped cleanly" not in output
+
+
+def test_a_hook_that_is_set_within_the_block_stays(monkeypatch):
+    """It is asked first, and what it passes on still comes to the one before the block."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    with Preemption():
+        ours = sys.unraisablehook
+
+        def passes_on(lost):
+            ours(lost)
+
+        sys.unraisablehook = passes_on
+    assert sys.unraisablehook is passes_on
+    for kind in (KeyboardInterrupt, RuntimeError):
+        sys.unraisablehook(types.SimpleNamespace(exc_type=kind))
+    assert [lost.exc_type for lost in reported] == [KeyboardInterrupt, RuntimeError]
+
+
+def test_only_our_exceptions_are_dropped_in_a_callback(monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    with Preemption():
+        for kind in (KeyboardInterrupt, RuntimeError, SystemExit):
+            sys.unraisablehook(types.SimpleNamespace(exc_type=kind))
+    assert [lost.exc_type for lost in reported] == [RuntimeError]
+    assert sys.unraisablehook == reported.append
