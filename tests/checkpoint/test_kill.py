@@ -44,7 +44,7 @@ def check_newest(directory):
     state, data_state = checkpoints.restore(script["abstract_state"]())
     checkpoints.close()
     expected = script["state_of"](step)
-    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected)):
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
             got, want = jax.random.key_data(got), jax.random.key_data(want)
         np.testing.assert_array_equal(got, want)

@@ -36,7 +36,7 @@ def test_a_checkpoint_is_loaded_onto_any_mesh(saved_run, budget_bytes):
         wanted = abstract(states[2], mesh_of(*shape))
         got = load(leaves, wanted, budget_bytes=budget_bytes)
         assert_same(got, states[2])
-        for leaf, struct in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        for leaf, struct in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             assert leaf.sharding == struct.sharding
 
 

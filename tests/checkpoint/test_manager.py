@@ -83,7 +83,7 @@ def test_every_mesh_gives_the_same_values_in_the_placement_asked_for(tmp_path):
         wanted = abstract(state, mesh_of(*shape))
         restored, _ = checkpoints.restore(wanted)
         assert_same(restored, state)
-        for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted)):
+        for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
             assert got.sharding == want.sharding
     checkpoints.close()
 

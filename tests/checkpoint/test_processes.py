@@ -87,7 +87,7 @@ def test_two_processes_save_and_agree_on_damage(tmp_path):
         for number in range(2)
     ]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
-    for process, output in zip(processes, outputs):
+    for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
         assert "/3', expected a sound checkpoint" in output
     assert sum("params/w" in output for output in outputs) == 1

@@ -38,7 +38,7 @@ def take(loader, num_batches):
 def documents_of(batch):
     """The pieces of text in packed rows, sorted."""
     pieces = []
-    for tokens, segments in zip(batch["tokens"], batch["segments"]):
+    for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
         for segment in range(1, segments.max() + 1):
             pieces.append(tuple(tokens[segments == segment].tolist()))
     return sorted(pieces)
@@ -84,7 +84,7 @@ def test_batches_are_the_same_for_1_2_and_4_hosts(make_config, split, is_packed)
     single = batches_of(0, 1)
     for count in (2, 4):
         hosts = [batches_of(index, count) for index in range(count)]
-        for expected, *parts in zip(single, *hosts):
+        for expected, *parts in zip(single, *hosts, strict=True):
             assert_equal(expected, joined(parts))
 
 
@@ -173,7 +173,7 @@ def test_held_out_pass_predicts_each_token_once(make_config, is_packed):
     assert loader.num_scored_bytes == sum(len(text.encode()) - 1 for text in texts)
     # A token is a byte here; the first of a document is not predicted, the one that ends it is.
     assert loader.num_tokens == loader.num_scored_bytes + len(texts)
-    for again, batch in zip(loader, batches):
+    for again, batch in zip(loader, batches, strict=True):
         assert_equal(again, batch)
 
 
@@ -367,12 +367,16 @@ def test_each_source_is_shuffled_by_itself(make_epoch_loader, folders):
 
 
 def test_state_continues_where_the_same_text_lies_elsewhere(make_config, folders, tmp_path):
-    state = make_loader(make_config()).state()
+    loader = make_loader(make_config())
+    take(loader, 2)
+    state = loader.state()
     sources = []
     for number, folder in enumerate(folders):
         copy = shutil.copytree(folder, tmp_path / str(number), copy_function=shutil.copy)
         sources.append(TextSource(paths=(str(copy),)))
-    make_loader(make_config(sources=tuple(sources))).restore(state)
+    elsewhere = make_loader(make_config(sources=tuple(sources)))
+    elsewhere.restore(state)
+    assert_equal(next(elsewhere), next(loader))
 
 
 def test_state_of_another_format_or_tokenizer_is_refused(make_config):
@@ -385,10 +389,14 @@ def test_state_of_another_format_or_tokenizer_is_refused(make_config):
 
 
 def test_state_from_before_format_and_tokenizer_were_recorded_is_restored(make_config):
-    state = make_loader(make_config()).state()
+    loader = make_loader(make_config())
+    take(loader, 2)
+    state = loader.state()
     for name in ("format", "tokenizer"):
         del state["depends_on"][name]
-    make_loader(make_config()).restore(state)
+    resumed = make_loader(make_config())
+    resumed.restore(state)
+    assert_equal(next(resumed), next(loader))
 
 
 def test_state_of_other_text_and_a_forged_state_are_refused(make_config, folders):
@@ -399,7 +407,7 @@ def test_state_of_other_text_and_a_forged_state_are_refused(make_config, folders
         make_loader(swapped).restore(state)
     with pytest.raises(InputError, match="positions"):
         loader.restore(state | {"batch": 3})
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"DataConfig\..*with which the run was begun"):
         loader.restore({})
 
 

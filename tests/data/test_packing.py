@@ -52,7 +52,7 @@ def test_rows_are_those_of_a_naive_loop(corpus, is_packed):
 def test_every_token_once_and_every_successor_predicted_once(corpus, is_packed):
     _, offsets, lengths = corpus
     _, rows = all_rows(corpus, is_packed)
-    documents = [np.arange(o, o + n) for o, n in zip(offsets, lengths)]
+    documents = [np.arange(o, o + n) for o, n in zip(offsets, lengths, strict=True)]
     successors = [document[1:] for document in documents]
     has_label = rows["weights"] > 0
     assert sorted(rows["tokens"][rows["segments"] > 0]) == np.concatenate(documents).tolist()

@@ -60,8 +60,8 @@ def test_probabilities_are_the_twins_and_add_up_to_one(text, size):
     bigram = KneserNeyBigram(context, successor, V)
     v, w = np.repeat(np.arange(V), V), np.tile(np.arange(V), V)
     probabilities = bigram.probability(v, w)
-    naive = twin(list(zip(context.tolist(), successor.tolist())), V)
-    expected = [naive(*pair) for pair in zip(v.tolist(), w.tolist())]
+    naive = twin(list(zip(context.tolist(), successor.tolist(), strict=True)), V)
+    expected = [naive(*pair) for pair in zip(v.tolist(), w.tolist(), strict=True)]
     np.testing.assert_allclose(probabilities, expected, rtol=1e-12)
     totals = probabilities.reshape(V, V).sum(axis=1)
     np.testing.assert_allclose(totals, 1, rtol=1e-12)

@@ -123,7 +123,8 @@ def test_sizes_that_are_no_multiple_of_a_tile(implementation):
         assert_norm_close(got, want, TOLERANCE)
     if implementation != "triton":
         run = functools.partial(grouped_matmul, implementation=implementation)
-        lower_for_gpu(functools.partial(product_and_gradients, run), *arguments)
+        program = lower_for_gpu(functools.partial(product_and_gradients, run), *arguments)
+        assert ("mosaic_gpu" in program) == (implementation == "mosaic")
 
 
 @pytest.mark.parametrize("implementation", but_triton(BACKENDS), indirect=True)

@@ -150,7 +150,7 @@ def test_forward_and_gradient_equal_the_loop(backend, case, dtype):
     tolerance = 2e-6 if dtype == "float32" else 3e-2
     wanted, wanted_gradients = expected(case)
     np.testing.assert_allclose(out.astype("float32"), wanted, atol=tolerance)
-    for got, want, name in zip(pullback(cotangent), wanted_gradients, "qkv"):
+    for got, want, name in zip(pullback(cotangent), wanted_gradients, "qkv", strict=True):
         error = np.abs(got.astype("float32") - want).max()
         assert error < 2 * tolerance * max(1, np.abs(want).max()), f"gradient of {name}: {error}"
 

@@ -46,8 +46,8 @@ def test_a_head_is_added_and_all_else_goes_on(gin_file, whole, tmp_path):
 
 @pytest.mark.long
 def test_adapters_are_added_to_a_model_of_which_nothing_else_trains(gin_file, whole, tmp_path):
-    ours, moments = ".*_lora/.*", "opt_state/.*"
-    fields = {"Changes.drawn": f"{ours}|{moments}", "Changes.left_out": moments}
+    ours, optimizer = ".*_lora/.*", "opt_state/.*"
+    fields = {"Changes.drawn": f"{ours}|{optimizer}", "Changes.left_out": optimizer}
     file = write(tmp_path, gin_file, whole, fields | {"TrainConfig.trainable": ours})
     with file.open("a") as lines:
         lines.write("run.ModelConfig.lora = @run.LoraConfig()\nrun.LoraConfig.rank = 2\n")
@@ -56,7 +56,8 @@ def test_adapters_are_added_to_a_model_of_which_nothing_else_trains(gin_file, wh
     before, _ = runs.restored(runs.load_run(gin_file, whole), whole)
     added = {path for path in state if "_lora/" in path}
     assert any(state[path].any() for path in added if path.endswith("/b"))  # drawn as zeros
-    assert all("_lora/" in path for path in state if "/mu/" in path)
+    moments = [path for path in state if "/mu/" in path]
+    assert moments and all("_lora/" in path for path in moments)
     for path in before:
         if path.startswith("params/"):
             np.testing.assert_array_equal(state[path], before[path], err_msg=path)

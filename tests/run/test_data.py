@@ -24,7 +24,7 @@ def test_figures_are_those_of_the_texts(gin_file, texts, tmp_path, capsys):
     run = runs.load_run(gin_file, tmp_path / "run")
     (figures,) = show_data(run=run)
     hidden = is_held_out([hash_text(text) for text in texts], 0.2)
-    trained = [text for text, is_hidden in zip(texts, hidden) if not is_hidden]
+    trained = [text for text, is_hidden in zip(texts, hidden, strict=True) if not is_hidden]
     assert figures.documents == len(trained) and figures.held_out == hidden.sum() > 0
     assert figures.bytes == sum(map(len, trained))
     assert figures.tokens == figures.bytes + len(trained)
@@ -58,7 +58,7 @@ def test_rows_are_cut_where_documents_end(tmp_path, is_packed):
     batch = loader.batch_at(0)
     pieces = [piece for row in range(num_rows) for piece in pieces_of(batch, row)]
     ended = [piece for piece in pieces if piece.is_end]
-    assert all(piece.tokens[-1] == 256 for piece in ended)
+    assert ended and all(piece.tokens[-1] == 256 for piece in ended)
     assert not any(256 in piece.tokens[: -1 if piece.is_end else None] for piece in pieces)
     letters = collections.Counter(np.concatenate([piece.tokens for piece in pieces]).tolist())
     assert letters == collections.Counter("".join(texts).encode()) + collections.Counter({256: 3})

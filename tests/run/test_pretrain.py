@@ -157,7 +157,7 @@ def test_a_run_says_what_begins_what_is_measured_and_what_came(
     saves = [f"step {step}: saving to {directory}/checkpoints/{step}" for step in (1, 2)]
     assert [line for line in caplog.messages if ": saving to " in line] == saves
     texts = load(run).generate(samples.prompts, max_new_tokens=8)
-    wanted = [prompt + text for prompt, text in zip(samples.prompts, texts)]
+    wanted = [prompt + text for prompt, text in zip(samples.prompts, texts, strict=True)]
     assert [read_history(directory / "metrics.jsonl")[-1][f"samples/{n}"] for n in "01"] == wanted
     assert evaluated[-1] == f"step 2: samples/1 {wanted[1]!r}"
 

@@ -39,7 +39,8 @@ class Planted:
 
     def __init__(self, num_right):
         self.num_right = num_right
-        self.known = {tuple(prompt): tokens for prompt, tokens in zip(PROMPTS, alone(GROUPED))}
+        prompts = map(tuple, PROMPTS)
+        self.known = dict(zip(prompts, alone(GROUPED), strict=True))
 
     def propose(self, members, num_drafts):
         found = []
