@@ -3,6 +3,7 @@
 And its model and mesh fit.
 """
 
+import importlib.util
 import inspect
 import itertools
 import shlex
@@ -21,6 +22,9 @@ from jaxscale.run.run import Run, check_fit
 from jaxscale.types import InputError
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+spec = importlib.util.spec_from_file_location("in_turn", EXPERIMENTS / "bench/in_turn.py")
+in_turn = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(in_turn)
 CONFIGS = EXPERIMENTS / "configs"
 FILES = sorted(CONFIGS.rglob("*.gin"))
 
@@ -80,9 +84,9 @@ def test_the_verbs_parameters_are_complete(path):
 )
 def test_the_commands_of_a_list_fit(path, monkeypatch):
     monkeypatch.chdir(EXPERIMENTS.parent)
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    assert len({line.split("|")[0] for line in lines}) == len(lines)
-    for words in (shlex.split(line.split("|", 1)[1]) for line in lines):
+    lines = in_turn.read_lines(path)
+    assert len({line.file_name for line in lines}) == len(lines)
+    for words in (shlex.split(line.command) for line in lines):
         (script,) = (word for word in words if word.endswith(".py"))
         assert Path(script).is_file()
         for file in (word for word in words if word.endswith(".gin")):

@@ -18,7 +18,7 @@ import time
 
 import jax
 from gin_run import start_run, synthetic_batch
-from in_turn import read_commands
+from in_turn import read_lines
 from train_step import GIB, compiled_step, time_steps
 
 from jaxscale.planner.calibration import measured
@@ -71,8 +71,8 @@ def main():
     parser.add_argument("--foretell", action="store_true")
     options = parser.parse_args()
     began, milliseconds, kind = time.perf_counter(), {}, "table" if options.foretell else "ms"
-    commands = read_commands(options.list, [])
-    runs = {n: run_of(c) for n, c in commands.items() if n.startswith(options.group)}
+    lines = [each for each in read_lines(options.list) if each.name.startswith(options.group)]
+    runs = {line.name: run_of(line.command) for line in lines}
     table = Cluster.parse(options.devices)
     clusters = {"table": table}
     if not options.foretell:
