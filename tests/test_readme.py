@@ -211,8 +211,20 @@ def test_a_module_cites_its_papers(numbers, place):
     assert files and not [number for number in numbers if number not in text]
 
 
+def test_every_paper_of_a_method_is_in_a_table():
+    """But those of models of Hugging Face, which the files of their families name."""
+    known = {number for numbers, _ in paper_rows() for number in numbers}
+    cited = {}
+    for file in (ROOT / "jaxscale").rglob("*.py"):
+        if "families" not in file.parts:
+            cited |= dict.fromkeys(re.findall(rf"arXiv ({ARXIV})", file.read_text()), file.name)
+    assert cited and not {number: cited[number] for number in cited.keys() - known}
+
+
 def test_every_result_says_when_where_and_how():
-    for page in RESULTS.glob("20*.md"):
+    pages = list(RESULTS.glob("20*.md"))
+    assert pages
+    for page in pages:
         assert re.match(r"\d{4}-\d{2}-\d{2}_\w+\.md$", page.name), page.name
         assert not [
             word for word in ("Hardware", "Versions", "Command") if word not in page.read_text()
