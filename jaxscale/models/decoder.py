@@ -123,9 +123,9 @@ class Decoder:
     def embed(self, params: Params, batch: Batch) -> Array:
         """Tokens [B, T] to the residual [B, own T, D].
 
-        Looked up in the parameter type: the gradient of a row adds up all occurrences of its token,
-        and a sum in bfloat16 stands still after 256 equal terms. Positions outside a learned table,
-        as of padding, read its last row.
+        Looked up in the parameter type, to which the gradient of a row, the sum over all
+        occurrences of its token, is then rounded. Positions outside a learned table, as of padding,
+        read its last row.
         """
         gather = self.operations.collectives.gather_parameters
         embedding = gather("embedding", params["embedding"])

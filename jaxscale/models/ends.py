@@ -5,6 +5,7 @@ from collections.abc import Callable
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.layers import normalise
 from jaxscale.ops.activation import activate
+from jaxscale.ops.embedding import look_up
 from jaxscale.ops.linear import linear
 from jaxscale.types import Array, Batch, Params
 
@@ -29,10 +30,10 @@ def complete(
     if config.embedding_scale != 1:
         x = x * config.embedding_scale
     if config.use_learned_positions:
-        x = x + embedding["positions"][own_tokens(batch["positions"])]
+        x = x + look_up(embedding["positions"], own_tokens(batch["positions"]))
     if config.num_token_types:
-        types = batch.get("types")
-        x = x + embedding["types"][0 if types is None else own_tokens(types)]
+        table, types = embedding["types"], batch.get("types")
+        x = x + (table[0] if types is None else look_up(table, own_tokens(types)))
     if config.use_embedding_norm:
         x = normalise(embedding["norm"], x, config.norm)
     return x

@@ -12,6 +12,7 @@ from jaxscale.ops.attention import attention as attention_over_own_tokens
 from jaxscale.ops.attention.intervals import IntervalAttention, attention_over_intervals
 from jaxscale.ops.collectives import Collectives
 from jaxscale.ops.draws import Dropout
+from jaxscale.ops.embedding import look_up
 from jaxscale.ops.loss import Head
 from jaxscale.types import Array, Params
 
@@ -103,7 +104,7 @@ class Name(Protocol):
 
 def _embed(table: Array, tokens: Array) -> Array:
     is_known = (tokens >= 0) & (tokens < len(table))
-    rows = table[jnp.clip(tokens, 0, len(table) - 1)]
+    rows = look_up(table, jnp.clip(tokens, 0, len(table) - 1))
     return jnp.where(is_known[..., None], rows, 0)
 
 

@@ -27,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.ops import loss
 from jaxscale.ops.backends import EXCHANGED
+from jaxscale.ops.embedding import look_up
 from jaxscale.ops.loss import Head
 from jaxscale.ops.precision import accumulator
 from jaxscale.parallel.mesh import AXES, PIPELINE, SEQUENCE, TENSOR
@@ -205,7 +206,7 @@ def _look_up(table: Array, tokens: Array) -> Array:
     num_rows = table.shape[0]
     local = tokens - lax.axis_index(TENSOR) * num_rows
     is_here = ((local >= 0) & (local < num_rows))[..., None]
-    found = table[jnp.clip(local, 0, num_rows - 1)]
+    found = look_up(table, jnp.clip(local, 0, num_rows - 1))
     return jnp.where(is_here, found, 0)
 
 

@@ -204,18 +204,24 @@ def embed(params, config, batch, policy):
     return Decoder(config, policy=policy).embed(params, batch)
 
 
-def test_a_frequent_token_gets_its_whole_gradient_in_bfloat16():
+@pytest.mark.parametrize("parameters", ["float32", "bfloat16"])
+def test_a_frequent_token_gets_its_whole_gradient_in_bfloat16(parameters):
     """1,024 occurrences of one token: a sum in bfloat16 would stop growing at 256 of them."""
     config = from_flat(**SHAPE | {"max_length": 1024})
-    batch = {"tokens": jnp.zeros((1, 1024), int), "positions": jnp.arange(1024)[None]}
-    params = {"embedding": {"tokens": jnp.ones((40, 16))}}
+    config = dataclasses.replace(config, use_learned_positions=True, num_token_types=2)
+    zeros = jnp.zeros((1, 1024), int)
+    batch = {"tokens": zeros, "positions": zeros, "types": zeros}
+    rows = {"tokens": 40, "positions": 1024, "types": 2}
+    params = {"embedding": {name: jnp.ones((num, 16), parameters) for name, num in rows.items()}}
 
     @jax.jit
     @jax.grad
     def gradient(params):
-        return embed(params, config, batch, Policy()).astype(jnp.float32).sum()
+        policy = Policy(parameters=parameters)
+        return embed(params, config, batch, policy).astype(jnp.float32).sum()
 
-    np.testing.assert_array_equal(gradient(params)["embedding"]["tokens"][0], 1024)
+    for of_table in gradient(params)["embedding"].values():
+        np.testing.assert_array_equal(of_table[0], 1024)
 
 
 def test_a_position_outside_the_learned_table_reads_its_last_row():

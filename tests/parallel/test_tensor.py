@@ -83,6 +83,17 @@ def test_look_up():
         jax.tree.map(np.testing.assert_allclose, (in_order(x), gradient), wanted)
 
 
+def test_a_frequent_token_gets_its_whole_gradient_in_bfloat16():
+    """A sum in bfloat16 would stop growing at 256."""
+
+    def gradient(table, tokens):
+        return jax.grad(lambda table: tensor.embed(table, tokens).astype("float32").sum())(table)
+
+    run = on_mesh(gradient, (P(TENSOR), P()), P(TENSOR))
+    found = run(jnp.ones((V, D), "bfloat16"), jnp.zeros((1, 1024), int))
+    np.testing.assert_array_equal(found[0], 1024)
+
+
 def test_token_loss():
     """Logits whose exponential overflows, a label on every shard, two outside the vocabulary."""
     with jax.enable_x64(True):
