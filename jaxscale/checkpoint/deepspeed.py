@@ -17,23 +17,25 @@ from typing import Any
 from jaxscale.checkpoint import deepspeed_copies
 from jaxscale.checkpoint.boxes import Merged, Placement, flat_boxes
 from jaxscale.checkpoint.deepspeed_patterns import rules_of
+from jaxscale.checkpoint.deepspeed_universal import (
+    MODEL_FILE,
+    UNIVERSAL,
+    WEIGHTS,
+    universal_leaves,
+)
 from jaxscale.checkpoint.file_array import FileArray, is_plain_name
 from jaxscale.checkpoint.patterns import Rule
 from jaxscale.checkpoint.pickled import Named
-from jaxscale.checkpoint.source import LazyArray
+from jaxscale.checkpoint.source import LazyArray, contents_named
 from jaxscale.checkpoint.torch_file import Tensor, load_torch
 from jaxscale.checkpoint.universal import Shard, merge
 from jaxscale.types import InputError
 
 LATEST = ("latest_universal", "latest")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 UNREAD_SETTING = "use_data_before_expert_parallelism"
-WEIGHTS = "fp32"
 INFO = "universal_checkpoint_info"
-UNIVERSAL = "zero"
-STEP = "step"  # of the optimizer, a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,12 @@ class DeepSpeedCheckpoint:
             InputError: a file is missing or damaged, or the parts do not make up parameters.
         """
         if (self._folder / UNIVERSAL).is_dir():
-            return _universal_leaves(self._folder / UNIVERSAL)
+            return universal_leaves(self._folder / UNIVERSAL)
+        with contents_named(self._folder):
+            return self._merged()
+
+    def _merged(self) -> Mapping[str, LazyArray]:
+        """The leaves of all ranks' files."""
         models, optimizers = self._files()
         shards: list[Shard] = []
         info: dict[str, Any] = {}
@@ -87,7 +94,9 @@ class DeepSpeedCheckpoint:
             model, *others = map(load_torch, models[number])
             info = info or model.get(INFO) or {}
             ranks = _ranks_of(number, model)
-            joined = _joined_over_data(by_data, model) | _untrained([model, *others])
+            joined = _joined_over_data(by_data, model)
+            _check_ranks(self._folder, model, models, by_data)
+            joined |= _untrained([model, *others])
             for (state, name), array in joined.items():
                 shards.append(Shard(name, ranks, array, state))
         weights = [shard for shard in shards if shard.state == WEIGHTS]
@@ -112,16 +121,44 @@ class DeepSpeedCheckpoint:
             elif not deepspeed_copies.is_copy(path):
                 expected = "files of ZeRO over data and tensor ranks; this one is not read"
                 raise InputError("checkpoint", str(path), expected)
-        for number in optimizers:
-            if number not in models:
-                expected = f"a file mp_rank_{number:02d}_model_states.pt"
-                raise InputError("checkpoint", str(self._folder), expected)
+        for number in sorted({*models, *optimizers}):
+            for found, kind in ((models, "model"), (optimizers, "optim")):
+                if number not in found:
+                    expected = f"a file mp_rank_{number:02d}_{kind}_states.pt"
+                    raise InputError("checkpoint", str(self._folder), expected)
         return models, optimizers
 
 
 def _in_order(path: Path) -> list[int]:
     """The numbers in a file's name, which may have any number of digits."""
     return [int(digits) for digits in re.findall(r"\d+", path.name)]
+
+
+def _check_ranks(
+    folder: Path,
+    model: dict[str, Any],
+    models: dict[int, list[Path]],
+    by_data: dict[int, Path],
+) -> None:
+    """Raises InputError unless each model-parallel rank is there, and each model file under ZeRO 3.
+
+    Args:
+        folder: of the checkpoint.
+        model: what the model file of one rank holds.
+        models: of all ranks.
+        by_data: optimizer files of that rank.
+    """
+    degrees = model.get("checkpoint_parallel_dimensions") or {}
+    number = degrees.get("tp_degree", 1) * degrees.get("pp_degree", 1)
+    number = number if degrees else model.get("mp_world_size", len(models))
+    if missing := sorted(set(range(number)) - set(models)):
+        expected = f"files of {number} model-parallel ranks; missing are {missing}"
+        raise InputError("checkpoint", str(folder), expected)
+    for rank, files in models.items():
+        owners = [MODEL_FILE.fullmatch(path.name)[1] for path in files]
+        if owners != [None] and [int(owner or 0) for owner in owners] != sorted(by_data):
+            expected = f"model files of mp_rank_{rank:02d} of data ranks {sorted(by_data)}"
+            raise InputError("checkpoint", str(folder), expected)
 
 
 def _ranks_of(number: int, model: dict[str, Any]) -> dict[str, int]:
@@ -192,7 +229,12 @@ def _joined_group(
     find = _ranges_of_3 if is_zero_3 else _ranges_of_1
     ranges = find(files, group, shapes)
     joined = {}
-    for state in next(iter(flat.values())):
+    first = next(iter(flat.values()))
+    for rank, states in flat.items():
+        if states.keys() != first.keys():
+            expected = f"{sorted(first)}, as rank {min(flat)} has of group {group}"
+            raise InputError(f"data rank {rank}", sorted(states), expected)
+    for state in first:
         parts = {rank: states[state] for rank, states in flat.items()}
         for name, shape in shapes.items():
             joined[state, name] = _join(f"{state}/{name}", shape, ranges[name], parts)
@@ -308,57 +350,3 @@ def _join(
             at += math.prod(sizes)
     dtype = next(iter(parts.values())).dtype
     return Merged(name, shape, dtype, (tuple(placements),))
-
-
-def _universal_leaves(folder: Path) -> dict[str, LazyArray]:
-    """The leaves of a universal folder, in which each state of a parameter is a file."""
-    shapes = _shapes(folder.parent)
-    leaves = {}
-    for path in sorted(folder.glob("*/*.pt")):
-        content = load_torch(path)
-        array = content["param"] if isinstance(content, dict) else content
-        if path.stem == STEP:
-            continue
-        if not isinstance(array, Tensor):
-            raise InputError("checkpoint", str(path), "a file with a tensor")
-        name = path.parent.name
-        if isinstance(array, FileArray) and array.shape != shapes.get(name, array.shape):
-            if math.prod(array.shape) < math.prod(shapes[name]):
-                raise InputError(str(path), array.shape, f"a tensor of shape {shapes[name]}")
-            array = array.part(0, shapes[name])  # made of ZeRO 3, it is flat
-        leaves[f"{path.stem}/{name}"] = array
-    _check_complete(folder, leaves)
-    return leaves
-
-
-def _check_complete(folder: Path, leaves: Mapping[str, LazyArray]) -> None:
-    """Raises InputError unless each parameter that model files name is there, with all states."""
-    having: dict[str, set[str]] = {}
-    for path in leaves:
-        state, _, name = path.partition("/")
-        having.setdefault(name, set()).add(state)
-    states = set().union(*having.values())
-    for model in _models(folder.parent):
-        for group in load_torch(model).get("param_shapes") or ():
-            for name in group:
-                having.setdefault(name, set())
-    for name, own in having.items():
-        missing = sorted(states - own)
-        if missing:
-            expected = f"a file {name}/{missing[0]}.pt, as other parameters have"
-            raise InputError("checkpoint", str(folder), expected)
-
-
-def _models(folder: Path) -> list[Path]:
-    paths = folder.glob("*_model_states.pt")
-    return sorted(path for path in paths if MODEL_FILE.fullmatch(path.name))
-
-
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of parameters that the model files of one tensor rank name."""
-    models = _models(folder)
-    ranks = {MODEL_FILE.fullmatch(path.name)[2] for path in models}
-    if len(ranks) != 1:
-        return {}  # those of several ranks are shapes of parts
-    groups = load_torch(models[0]).get("param_shapes") or ()
-    return {name: shape for group in groups for name, shape in group.items()}

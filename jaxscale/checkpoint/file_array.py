@@ -44,7 +44,14 @@ class FileArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def part(self, first: int, shape: tuple[int, ...]) -> "FileArray":
-        """The elements from `first` on of the flattened array, in a shape."""
+        """The elements from `first` on of the flattened array, in a shape.
+
+        Raises:
+            InputError: the array has not so many.
+        """
+        end, size = first + math.prod(shape), math.prod(self.shape)
+        if not 0 <= first <= end <= size:
+            raise InputError(str(self.path), f"an array of {size} elements", f"at least {end}")
         offset = self.offset + first * self.dtype.itemsize
         return FileArray(self.path, offset, shape, self.dtype)
 

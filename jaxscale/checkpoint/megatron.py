@@ -19,6 +19,7 @@ from jaxscale.checkpoint.boxes import Merged
 from jaxscale.checkpoint.megatron_optimizer import Weight, lacks_states, states_of
 from jaxscale.checkpoint.patterns import Cut, Offset, Rule
 from jaxscale.checkpoint.pickled import Named
+from jaxscale.checkpoint.source import contents_named
 from jaxscale.checkpoint.torch_file import Tensor, load_torch
 from jaxscale.checkpoint.universal import Shard, merge
 from jaxscale.types import InputError
@@ -27,6 +28,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
 AXES = ("tensor", "pipeline", "expert")
+TENSOR, STAGES = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+EXPERT_TENSOR = "expert_tensor_parallel_size"
 MODEL = re.compile(r"model(\d*)")  # one a chunk where stages have several
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
@@ -72,27 +75,32 @@ class MegatronCheckpoint:
         Raises:
             InputError: a file is damaged, or the ranks' parts do not make up the weights.
         """
-        files = {path: load_torch(path / FILE) for path in sorted(self._folder.glob("mp_rank_*"))}
-        arguments = next(iter(files.values())).get("args")
-        _check_ranks(self._folder, [_ranks_of(path) for path in files], arguments)
-        num_stages = 1 + max(_ranks_of(path)["pipeline"] for path in files)
-        shards = []
-        for path, content in files.items():
-            shards += list(_shards(path, content, num_stages))
-        rules = self._rules or _used(megatron_rules(shards, arguments), shards)
-        return merge(shards, rules)
+        with contents_named(self._folder):
+            files = {path: load_torch(path / FILE) for path in self._folder.glob("mp_rank_*")}
+            arguments = _arguments_of(next(iter(files.values())))
+            ranks = {path: _ranks_of(path, arguments) for path in sorted(files)}
+            _check_ranks(self._folder, list(ranks.values()), arguments)
+            num_stages = 1 + max(own["pipeline"] for own in ranks.values())
+            shards = []
+            for path, own in ranks.items():
+                shards += list(_shards(path, own, files[path], num_stages))
+            rules = self._rules or _used(megatron_rules(shards, arguments), shards)
+            return merge(shards, rules)
 
 
-def megatron_rules(shards: list[Shard], arguments: Named | None) -> tuple[Rule, ...]:
+def _arguments_of(content: dict[str, Any]) -> Mapping[str, Any]:
+    """The program's arguments, which are beside a rank's weights; none where they are not."""
+    arguments = content.get("args")
+    return (arguments.state if isinstance(arguments, Named) else None) or {}
+
+
+def megatron_rules(shards: list[Shard], given: Mapping[str, Any]) -> tuple[Rule, ...]:
     """How megatron-core cuts each kind of weight.
 
     Args:
         shards: of all ranks.
-        arguments: the program's, of which `padded_vocab_size`, `vocab_size` and `swiglu` are read.
+        given: the program's arguments, of which `vocab_size` and `swiglu` are read.
     """
-    given = {}
-    if isinstance(arguments, Named):
-        given = arguments.state or given
     vocabulary = Cut("tensor", 0, size=given.get("vocab_size"))
     offsets = {"layer": Offset("virtual", _first_layers(shards))}
     of_experts = offsets | {"expert": Offset("expert", _first_experts(shards))}
@@ -132,16 +140,23 @@ def megatron_rules(shards: list[Shard], arguments: Named | None) -> tuple[Rule, 
     return tuple(rules)
 
 
-def _ranks_of(path: Path) -> dict[str, int]:
+def _ranks_of(path: Path, given: Mapping[str, Any]) -> dict[str, int]:
+    """A rank's numbers; that of the stage is left out where the program had one stage."""
     found = RANK.fullmatch(path.name)
     if found is None:
         raise InputError("checkpoint", str(path), "a folder mp_rank_TT, _PPP and _EEE")
-    return {axis: int(number or 0) for axis, number in zip(AXES, found.groups())}
+    tensor, stage, expert = (int(number or 0) for number in found.groups())
+    if found[3] is None and given.get(STAGES) == 1:
+        stage, expert = 0, stage
+    return dict(zip(AXES, (tensor, stage, expert)))
 
 
-def _check_ranks(folder: Path, ranks: list[dict[str, int]], arguments: Named | None) -> None:
+def _check_ranks(folder: Path, ranks: list[dict[str, int]], given: Mapping[str, Any]) -> None:
     """Raises InputError unless there is a folder of each rank that the program had."""
-    given = (arguments.state if isinstance(arguments, Named) else None) or {}
+    of_experts = given.get(EXPERT_TENSOR)
+    if of_experts not in (None, given.get(TENSOR, of_experts)):
+        expected = f"{given[TENSOR]}, as {TENSOR} is: experts are cut as other weights are"
+        raise InputError(f"{folder}: {EXPERT_TENSOR}", of_experts, expected)
     numbers = []
     for axis in AXES:
         found = 1 + max(own[axis] for own in ranks)
@@ -155,10 +170,14 @@ def _check_ranks(folder: Path, ranks: list[dict[str, int]], arguments: Named | N
             raise InputError("checkpoint", str(folder), f"a folder of rank {missing}")
 
 
-def _shards(path: Path, content: dict[str, Any], num_stages: int) -> Iterator[Shard]:
+def _shards(
+    path: Path,
+    ranks: Mapping[str, int],
+    content: dict[str, Any],
+    num_stages: int,
+) -> Iterator[Shard]:
     """What one rank holds; "virtual" numbers its chunks of layers in the model's order."""
     # The stage is in the number of its chunk.
-    ranks = _ranks_of(path)
     stage = ranks["pipeline"]
     others = {axis: number for axis, number in ranks.items() if axis != "pipeline"}
     shards: dict[tuple[int, str], Shard] = {}
@@ -174,7 +193,7 @@ def _shards(path: Path, content: dict[str, Any], num_stages: int) -> Iterator[Sh
             if isinstance(tensor, Tensor):
                 shards[number, name] = Shard(name, own, tensor)
                 weights.append(Weight((number, name), name, tensor))
-    for key, state, values in _states(path, content, weights, num_stages):
+    for key, state, values in _states(path, stage, content, weights, num_stages):
         if values is None:
             del shards[key]
             continue
@@ -188,6 +207,7 @@ def _shards(path: Path, content: dict[str, Any], num_stages: int) -> Iterator[Sh
 
 def _states(
     path: Path,
+    stage: int,
     content: dict[str, Any],
     weights: list[Weight],
     num_stages: int,
@@ -199,12 +219,10 @@ def _states(
             expected = "what the distributed optimizer has beside its weights"
             raise InputError("checkpoint", f"no file {buffers}", expected)
         return states_of(content.get("optimizer"), weights, str(path))
-    arguments, stage = content.get("args"), _ranks_of(path)["pipeline"]
-    given = arguments.state if isinstance(arguments, Named) else {}
     return megatron_buffers.buffered_states(
         buffers,
         weights,
-        given or {},
+        _arguments_of(content),
         stage=stage,
         num_stages=num_stages,
     )

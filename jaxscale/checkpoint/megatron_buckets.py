@@ -19,6 +19,7 @@ import numpy as np
 from jaxscale.checkpoint.boxes import Merged
 from jaxscale.checkpoint.megatron_buffers import ALIGNMENT, NUM_COMPARED
 from jaxscale.checkpoint.patterns import Cut, Offset, Rule
+from jaxscale.checkpoint.source import contents_named
 from jaxscale.checkpoint.torch_distributed import DistributedCheckpoint
 from jaxscale.checkpoint.torch_file import load_torch
 from jaxscale.checkpoint.universal import Shard, merge
@@ -38,6 +39,7 @@ DEGREES = {
     "expert": "expert_model_parallel_size",
     "pipeline": "pipeline_model_parallel_size",
 }
+EXPERT_TENSOR = "expert_tensor_parallel_size"
 # The order in which modules of megatron-core have their weights.
 FIRST = ("embedding.word_embeddings.weight", "embedding.position_embeddings.weight")
 LAST = ("decoder.final_layernorm.weight", "decoder.final_layernorm.bias", "output_layer.weight")
@@ -85,8 +87,9 @@ class MegatronDistributedCheckpoint:
             InputError: a file is damaged, or buckets are not those of the weights.
         """
         leaves = DistributedCheckpoint(self._folder).leaves()
-        common = load_torch(self._folder / COMMON)
-        return with_states_by_name(leaves, common.get("args"))
+        with contents_named(self._folder):
+            common = load_torch(self._folder / COMMON)
+            return with_states_by_name(leaves, common.get("args"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +159,10 @@ def _checked(given: Mapping[str, Any]) -> Mapping[str, Any]:
     if given["transformer_impl"] not in ATTENTION:
         expected = f"one of {', '.join(ATTENTION)}"
         raise InputError("transformer_impl", given["transformer_impl"], expected)
+    of_experts = given.get(EXPERT_TENSOR)
+    if of_experts not in (None, given[DEGREES["tensor"]]):
+        expected = f"{given[DEGREES['tensor']]}, as {DEGREES['tensor']} is"
+        raise InputError(EXPERT_TENSOR, of_experts, expected)
     if given.get("virtual_pipeline_model_parallel_size"):
         expected = "stages of one chunk; save with --dist-ckpt-optim-fully-reshardable"
         raise InputError("checkpoint", "buckets of virtual stages", expected)

@@ -15,6 +15,7 @@ import tensorstore as ts
 from jaxscale.checkpoint import manifest
 from jaxscale.checkpoint.file_array import is_plain_name
 from jaxscale.checkpoint.remote import RemotePath
+from jaxscale.checkpoint.source import contents_named
 from jaxscale.types import InputError
 
 STATE = "state"
@@ -104,8 +105,13 @@ class NativeCheckpoint:
     def __init__(self, folder: Path | RemotePath):
         self._state = folder / STATE
         self._folder = folder
-        listed = self._json("_METADATA")["tree_metadata"].values()
         self._paths: list[str] = []
+        with contents_named(self._state):
+            self.form = self._read_form()
+
+    def _read_form(self) -> TreeForm:
+        """Reads the list of leaves into `_paths`; returns what they do not say."""
+        listed = self._json("_METADATA")["tree_metadata"].values()
         items, empty = set(), set()
         for entry in listed:
             keys = entry["key_metadata"]
@@ -117,7 +123,7 @@ class NativeCheckpoint:
                     items.add(SEPARATOR.join(names[:end]))
             is_empty = entry["value_metadata"]["skip_deserialize"]
             (empty.add if is_empty else self._paths.append)(SEPARATOR.join(names))
-        self.form = TreeForm(frozenset(items), self._keys(), frozenset(empty))
+        return TreeForm(frozenset(items), self._keys(), frozenset(empty))
 
     def leaves(self, within: str = "") -> Mapping[str, NativeArray]:
         """Each leaf by its path; nothing of them is read.

@@ -1,5 +1,6 @@
 """A path to a checkpoint of any system: what it is, and the source that reads it."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 from collections.abc import Mapping
@@ -21,10 +22,14 @@ from jaxscale.checkpoint.remote import RemotePath
 from jaxscale.checkpoint.safetensors import INDEX, SINGLE, SafetensorsSource
 from jaxscale.checkpoint.source import Source
 from jaxscale.checkpoint.universal import Shard, merge
+from jaxscale.checkpoint.zipped import check_archive
 from jaxscale.types import InputError
 
 RANK_FILES, DEEPSPEED, MEGATRON = "per-rank npz", "DeepSpeed", "Megatron-LM"
+DISTRIBUTED, MEGATRON_DISTRIBUTED = "PyTorch distributed", "Megatron-LM distributed"
 OF_RANKS = (RANK_FILES, DEEPSPEED, MEGATRON)  # take rules themselves
+OF_CHUNKS = (DISTRIBUTED, MEGATRON_DISTRIBUTED)
+ARCHIVES = (".npz", ".pt")  # the files of their ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Opened:
     source: Source
 
     def check(self) -> None:
-        """Compares checksums, where there are any: a lost chunk would be read as zeros.
+        """Compares checksums: all systems have them but safetensors.
+
+        Without, a lost chunk of ours would be read as zeros, and a flipped bit as another number.
 
         Raises:
             InputError: it is damaged; names the file.
@@ -51,6 +58,17 @@ class Opened:
             damage = manifest.find_damage(self.path, lambda name: True)
             if damage is not None:
                 raise InputError("checkpoint", str(self.path), f"a sound checkpoint; {damage}")
+        with concurrent.futures.ThreadPoolExecutor(manifest.MAX_THREADS) as pool:
+            list(pool.map(lambda place: check_archive(*place), self._archives()))
+
+    def _archives(self) -> list[tuple[Path, int, int | None]]:
+        """Where the zip archives of another system are: file, first byte and size."""
+        if self.kind in OF_RANKS:
+            files = [path for path in self.path.rglob("*") if path.suffix in ARCHIVES]
+            return [(path, 0, None) for path in sorted(files)]
+        if self.kind in OF_CHUNKS:
+            return torch_distributed.DistributedCheckpoint(self.path).archives()
+        return []
 
     def identity(self) -> str:
         """Changes when a file of the checkpoint does."""
@@ -144,9 +162,9 @@ def _open_local(path: Path, rules: tuple[Rule, ...] | None) -> Opened:
     if torch_distributed.is_distributed(path):
         if megatron_buckets.is_megatron_distributed(path):
             source = megatron_buckets.MegatronDistributedCheckpoint(path)
-            return Opened("Megatron-LM distributed", path, source)
+            return Opened(MEGATRON_DISTRIBUTED, path, source)
         source = torch_distributed.DistributedCheckpoint(path)
-        return Opened("PyTorch distributed", path, source)
+        return Opened(DISTRIBUTED, path, source)
     expected = (
         "a step of jaxscale, a folder of steps, or a folder of a system in docs/checkpoints.md"
     )

@@ -47,9 +47,10 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 FROM_MARK: Mapping[str, Callable[[list], Any]] = {
     "TUPLE": tuple,
     "LIST": list,
-    "DICT": lambda items: dict(zip(items[::2], items[1::2])),
-    "FROZENSET": frozenset,
+    "DICT": lambda items: dict(zip(_keys(items[::2]), items[1::2])),
+    "FROZENSET": lambda items: frozenset(_keys(items)),
 }
+MAX_KEY_DEPTH, MAX_KEY_PARTS = 8, 1000
 IGNORED = {"PROTO", "FRAME", "STOP"}
 PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
 GETS = {"GET", "BINGET", "LONG_BINGET"}
@@ -169,15 +170,16 @@ class _Machine:
 
     def _additems(self, _: None) -> None:
         items = self._to_mark()
-        self._stack[-1].update(items)
+        self._stack[-1].update(_keys(items))
 
     def _setitem(self, _: None) -> None:
         value, key = self._stack.pop(), self._stack.pop()
+        (key,) = _keys([key])
         self._stack[-1][key] = value
 
     def _setitems(self, _: None) -> None:
         items = self._to_mark()
-        self._stack[-1].update(zip(items[::2], items[1::2]))
+        self._stack[-1].update(zip(_keys(items[::2]), items[1::2]))
 
     def _global(self, argument: str) -> None:
         self._stack.append(Named(argument.replace(" ", ".")))
@@ -214,3 +216,14 @@ class _Machine:
         if function.name in self._builders:
             return self._builders[function.name](*arguments)
         return Named(function.name, arguments)
+
+
+def _keys(values: list[Any]) -> list[Any]:
+    """The values; raises ValueError where hashing one would overflow the stack, or never end."""
+    for value in values:
+        level, depth = [value], 0
+        while nested := [each for each in level if isinstance(each, tuple | frozenset)]:
+            level, depth = [part for each in nested for part in each], depth + 1
+            if depth > MAX_KEY_DEPTH or len(level) > MAX_KEY_PARTS:
+                raise ValueError("a key of too many parts")
+    return values

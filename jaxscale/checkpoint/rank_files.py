@@ -5,6 +5,7 @@ is as in `patterns`. A model on one rank is `all.npz`; without rules each name i
 """
 
 import re
+import tokenize
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,17 +80,19 @@ def npz_arrays(path: Path) -> dict[str, LazyArray]:
         InputError: the file is damaged or compressed, or holds Python objects.
     """
     arrays: dict[str, LazyArray] = {}
-    for member, (offset, _) in stored_members(path).items():
+    for member, place in stored_members(path).items():
         name = member.removesuffix(".npy")
+        if name in arrays:
+            raise InputError(str(path), name, "one array of that name")
         with path.open("rb") as file:
-            file.seek(offset)
+            file.seek(place.offset)
             try:
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0
                 if version != (1, 0):
                     read = np.lib.format.read_array_header_2_0
                 shape, is_column_major, dtype = read(file)
-            except ValueError as error:
+            except (ValueError, tokenize.TokenError) as error:
                 raise InputError(str(path), name, f"an array ({error})") from error
             begin = file.tell()
         dtype = UNTYPED.get(dtype, dtype)

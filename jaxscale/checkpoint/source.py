@@ -1,9 +1,12 @@
 """What a checkpoint of any system offers a reader: arrays by path, of which parts can be read."""
 
-from collections.abc import Mapping
-from typing import Protocol
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
+
+from jaxscale.types import InputError
 
 
 class LazyArray(Protocol):
@@ -30,3 +33,19 @@ class Source(Protocol):
     def leaves(self) -> Mapping[str, LazyArray]:
         """Each array by its path in the source's own names; nothing of them is read."""
         ...
+
+
+@contextlib.contextmanager
+def contents_named(place: Any) -> Iterator[None]:
+    """Turns what goes wrong where contents are not as their system writes them into InputError.
+
+    Args:
+        place: the file or folder that has them.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        expected = f"the contents that its system writes ({error!r})"
+        raise InputError("checkpoint", str(place), expected) from error

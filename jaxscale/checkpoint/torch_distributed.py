@@ -5,13 +5,15 @@ ranks have saved, whatever mesh, FSDP2 or tensor parallelism they came from.
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxscale.checkpoint.boxes import Merged, Placement
 from jaxscale.checkpoint.pickled import Named, read_pickle
+from jaxscale.checkpoint.source import contents_named
 from jaxscale.checkpoint.torch_file import BUILDERS, Tensor, load_torch, torch_dtype
 from jaxscale.types import InputError
 
@@ -32,6 +34,15 @@ def is_distributed(folder: Path) -> bool:
     return (folder / METADATA).is_file()
 
 
+@contextlib.contextmanager
+def _metadata_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """What `.metadata` has, and InputError for what is not as PyTorch writes it."""
+    file = folder / METADATA
+    metadata = read_pickle(file.read_bytes(), str(file), builders=BUILDERS)
+    with contents_named(file):
+        yield metadata.state
+
+
 class DistributedCheckpoint:
     """A distributed checkpoint of PyTorch; a `Source`.
 
@@ -48,17 +59,24 @@ class DistributedCheckpoint:
         Raises:
             InputError: a file is missing or damaged, or chunks do not make up a tensor.
         """
-        file = self._folder / METADATA
-        metadata = read_pickle(file.read_bytes(), str(file), builders=BUILDERS)
-        try:
-            chunks = self._chunks(metadata.state["storage_data"])
+        with _metadata_of(self._folder) as metadata:
+            chunks = self._chunks(metadata["storage_data"])
             leaves = {}
-            for name, entry in metadata.state["state_dict_metadata"].items():
+            for name, entry in metadata["state_dict_metadata"].items():
                 if "chunks" in (entry.state or {}):
                     leaves[name] = self._leaf(name, entry.state, chunks[name])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError("checkpoint", str(file), f"sound metadata ({error!r})") from error
         return leaves
+
+    def archives(self) -> list[tuple[Path, int, int]]:
+        """The zip archive of each chunk: its file, first byte and size.
+
+        Raises:
+            InputError: as `leaves`.
+        """
+        with _metadata_of(self._folder) as metadata:
+            chunks = self._chunks(metadata["storage_data"])
+        places = [chunk for by_offset in chunks.values() for chunk in by_offset.values()]
+        return [(chunk.path, chunk.offset, chunk.size) for chunk in places]
 
     def _chunks(self, storage: dict[Named, Named]) -> dict[str, dict[tuple[int, ...], _Chunk]]:
         """Each tensor's chunks by their first element."""

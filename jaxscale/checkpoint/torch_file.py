@@ -15,7 +15,7 @@ import numpy as np
 from jaxscale.checkpoint.file_array import FileArray
 from jaxscale.checkpoint.pickled import Build, Named, read_pickle
 from jaxscale.checkpoint.views import Permuted
-from jaxscale.checkpoint.zipped import stored_members
+from jaxscale.checkpoint.zipped import Member, check_member, stored_members
 from jaxscale.types import InputError
 
 DTYPES = {
@@ -46,7 +46,7 @@ STORAGES = {
     "Untyped": "uint8",
 }
 
-
+PICKLE = "data.pkl"
 Tensor = FileArray | Permuted
 
 
@@ -63,9 +63,11 @@ def load_torch(path: Path, begin: int = 0, size: int | None = None) -> Any:
     members = {}
     for member, place in stored_members(path, begin, size).items():
         _, _, name = member.partition("/")
+        if name in members:
+            raise InputError("checkpoint", str(path), f"one member {name}")
         members[name] = place
-    if "data.pkl" not in members:
-        raise InputError("checkpoint", str(path), "a file of torch.save; it has no data.pkl")
+    if PICKLE not in members:
+        raise InputError("checkpoint", str(path), f"a file of torch.save; it has no {PICKLE}")
     if _bytes(path, members, "byteorder") not in (b"", b"little"):
         raise InputError("checkpoint", str(path), "little-endian tensors")
 
@@ -73,13 +75,15 @@ def load_torch(path: Path, begin: int = 0, size: int | None = None) -> Any:
         kind, storage_type, name, _, num_elements = key
         if kind != "storage" or f"data/{name}" not in members:
             raise ValueError(f"no storage {name!r}")
-        offset, size = members[f"data/{name}"]
-        whole = FileArray(path, offset, (num_elements,), _storage_dtype(storage_type))
-        if whole.num_bytes > size:
-            raise ValueError(f"storage {name!r} has {size} bytes of {whole.num_bytes}")
+        member = members[f"data/{name}"]
+        whole = FileArray(path, member.offset, (num_elements,), _storage_dtype(storage_type))
+        if whole.num_bytes > member.size:
+            raise ValueError(f"storage {name!r} has {member.size} bytes of {whole.num_bytes}")
         return whole
 
-    pickle = _bytes(path, members, "data.pkl")
+    # It says which numbers belong where; those are compared by `check_archive`.
+    check_member(path, PICKLE, members[PICKLE])
+    pickle = _bytes(path, members, PICKLE)
     return read_pickle(pickle, str(path), builders=BUILDERS, persistent=storage)
 
 
@@ -95,9 +99,9 @@ def torch_dtype(value: Any) -> np.dtype:
     return DTYPES[name]
 
 
-def _bytes(path: Path, members: dict[str, tuple[int, int]], name: str) -> bytes:
-    offset, size = members.get(name, (0, 0))
-    return FileArray(path, offset, (size,), np.dtype("u1"))[:].tobytes()
+def _bytes(path: Path, members: dict[str, Member], name: str) -> bytes:
+    member = members.get(name, Member(0, 0, 0))
+    return FileArray(path, member.offset, (member.size,), np.dtype("u1"))[:].tobytes()
 
 
 def _storage_dtype(kind: Any) -> np.dtype:
@@ -112,9 +116,13 @@ def _tensor(
     offset: int,
     size: tuple[int, ...],
     stride: tuple[int, ...],
-    *_: Any,
+    requires_grad: bool = False,
+    hooks: Any = None,
+    signs: Any = None,
 ) -> Tensor:
     """A tensor of a storage, whose dims may lie in any order but without gaps."""
+    if signs:
+        raise ValueError(f"a tensor whose values are those of its storage but for {list(signs)}")
     shape = tuple(size)
     # The stride of a dim of size 1 means nothing.
     order = sorted(range(len(shape)), key=lambda dim: (-stride[dim], dim))

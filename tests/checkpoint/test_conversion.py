@@ -247,9 +247,24 @@ def no_array(folder):
         archive.writestr("w.npy", b"no array at all")
 
 
+def an_array_twice(folder):
+    with zipfile.ZipFile(folder / "all.npz", "w") as archive:
+        for name in ("w", "w.npy"):
+            with archive.open(name, "w") as member:
+                np.save(member, np.zeros(2))
+
+
+def a_header_without_end(folder):
+    np.savez(folder / "all.npz", w=np.zeros(2))
+    content = (folder / "all.npz").read_bytes()
+    (folder / "all.npz").write_bytes(content.replace(b"(2,), }", b"(2,),  "))
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
+        (an_array_twice, "one array of that name"),
+        (a_header_without_end, "an array"),
         (python_objects, "object.*an array of numbers"),
         (texts, "an array of numbers"),
         (two_ranks_of_one_axis, "one rank of tensor"),

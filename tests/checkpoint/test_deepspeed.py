@@ -109,6 +109,67 @@ def test_what_only_a_lost_file_had_is_missed(tmp_path, name, file, message):
         open_checkpoint(tmp_path / name).source.leaves()
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("*mp_rank_0[23]_*", r"files of 4 model-parallel ranks; missing are \[2, 3\]"),
+        ("*mp_rank_0[23]_optim_*", "a file mp_rank_02_optim_states.pt"),
+        ("zero_pp_rank_1_mp_rank_01_model_*", r"of mp_rank_01 of data ranks \[0, 1, 2\]"),
+    ],
+)
+def test_a_lost_stage_is_missed(tmp_path, lost, message):
+    """What is left would look whole; of frozen parameters each model file has a part."""
+    write_zero_3(tmp_path / "step", INFO)
+    for path in (tmp_path / "step").glob(lost):
+        path.unlink()
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(tmp_path / "step").source.leaves()
+
+
+def test_a_rank_without_its_moments_is_named(tmp_path):
+    write_zero_3(tmp_path / "step", INFO)
+    file = tmp_path / "step" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = load_torch(file)
+    content["optimizer_state_dict"]["optimizer_state_dict"]["state"] = {}
+    arrays = content["optimizer_state_dict"]["fp32_flat_groups"]
+    content["optimizer_state_dict"]["fp32_flat_groups"] = [flat[:] for flat in arrays]
+    file.unlink()
+    save_torch(file, content, piece_bytes=100)
+    with pytest.raises(InputError, match=r"data rank 1: given \['exp_avg', 'fp32'\]"):
+        open_checkpoint(tmp_path / "step").source.leaves()
+
+
+def test_contents_of_another_kind_are_named(tmp_path):
+    """A model file under an optimizer's name."""
+    shutil.copytree(FIXTURES / "zero_1" / "step3", tmp_path / "step")
+    (optimizer, *_) = sorted((tmp_path / "step").glob("*_optim_states.pt"))
+    shutil.copy(tmp_path / "step" / "mp_rank_00_model_states.pt", optimizer)
+    with pytest.raises(InputError, match="contents that its system writes"):
+        open_checkpoint(tmp_path / "step").source.leaves()
+
+
+def write_atom(folder, param, shape):
+    """A universal folder of one parameter, whose model file gives it a shape."""
+    (folder / "zero" / "w").mkdir(parents=True)
+    save_torch(folder / "zero" / "w" / "fp32.pt", param, piece_bytes=100)
+    model = {"param_shapes": [{"w": shape}]}
+    save_torch(folder / "mp_rank_00_model_states.pt", model, piece_bytes=100)
+
+
+def test_a_universal_vocabulary_has_no_padding(tmp_path):
+    """Its model's has; the shape of another matrix is an error, not another order of numbers."""
+    w = normal(5, 2)
+    write_atom(tmp_path / "cut", {"param": w, "vocab_tensor": True}, (6, 2))
+    leaves = open_checkpoint(tmp_path / "cut").source.leaves()
+    np.testing.assert_array_equal(leaves["fp32/w"][:], w)
+    write_atom(tmp_path / "other", {"param": w}, (2, 5))
+    with pytest.raises(InputError, match=r"\(5, 2\), expected a tensor of shape \(2, 5\)"):
+        open_checkpoint(tmp_path / "other").source.leaves()
+    write_atom(tmp_path / "none", {"cat_dim": 0}, (2, 5))
+    with pytest.raises(InputError, match="a file with a tensor"):
+        open_checkpoint(tmp_path / "none").source.leaves()
+
+
 def test_ranks_of_another_checkpoint_are_refused(tmp_path):
     shutil.copytree(FIXTURES / "zero_1" / "step3", tmp_path / "mixed")
     files = sorted((tmp_path / "mixed").glob("*_optim_states.pt"))

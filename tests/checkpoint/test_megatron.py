@@ -146,6 +146,34 @@ def test_lost_ranks_are_named(tmp_path, monkeypatch, lost):
         open_checkpoint(tmp_path).source.leaves()
 
 
+def test_a_program_of_one_stage_leaves_its_number_out(tmp_path, monkeypatch):
+    """Expert ranks are no stages: layers would be there twice, each with half of the experts."""
+    monkeypatch.setattr("tests.checkpoint.test_megatron.STAGE_LAYERS", (range(NUM_LAYERS),))
+    monkeypatch.setattr("tests.checkpoint.test_megatron.NUM_STAGES", 1)
+    whole = whole_weights()
+    for name in ("decoder.final_layernorm.weight", "output_layer.weight"):
+        del whole[name]  # of a last stage
+    write(tmp_path, whole)
+    for folder in list(tmp_path.glob("*/mp_rank_*")):
+        folder.rename(folder.with_name(folder.name.replace("_000_", "_")))
+    values = {"swiglu": True, "vocab_size": VOCAB, "tensor_model_parallel_size": 2}
+    values |= {"pipeline_model_parallel_size": 1, "expert_model_parallel_size": 2}
+    load = megatron.load_torch
+
+    def with_arguments(values):
+        arguments = Named("argparse.Namespace", (), values)
+        monkeypatch.setattr(megatron, "load_torch", lambda path: load(path) | {"args": arguments})
+
+    with_arguments(values)
+    leaves = open_checkpoint(tmp_path).source.leaves()
+    assert leaves.keys() == whole.keys()
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf[:], whole[name], err_msg=name)
+    with_arguments(values | {"expert_tensor_parallel_size": 1})
+    with pytest.raises(InputError, match=r"expert_tensor_parallel_size: given 1, expected 2"):
+        open_checkpoint(tmp_path).source.leaves()
+
+
 @pytest.mark.parametrize(
     ("kind", "file"),
     [
@@ -226,6 +254,7 @@ def test_buckets_of_its_distributed_format_become_states_of_weights(name):
         ({"transformer_impl": "transformer_engine"}, r"a bucket of group 0 with decoder"),
         ({"transformer_impl": "inference_optimized"}, "one of local, transformer_engine"),
         ({"virtual_pipeline_model_parallel_size": 2}, "stages of one chunk"),
+        ({"expert_tensor_parallel_size": 1}, "expert_tensor_parallel_size: given 1, expected 2"),
         ({"pipeline_model_parallel_size": 1}, r"a bucket of group 0 with decoder"),
         ({"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 4}, "buckets of"),
     ],

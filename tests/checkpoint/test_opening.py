@@ -1,6 +1,7 @@
 """What a folder is taken for, and what its identity follows."""
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,48 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(InputError, match="a step of jaxscale, a folder of steps"):
             open_checkpoint(path)
+
+
+def per_rank(folder):
+    np.savez(folder / "all.npz", w=np.arange(100.0))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "file"),
+    [
+        ("deepspeed/zero_2/step3", "zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+        ("deepspeed/zero_1/step3_universal", "zero/1.weight/exp_avg.pt"),
+        ("megatron/bfloat16/iter_0000003", "mp_rank_01_001/model_optim_rng.pt"),
+        ("megatron/bucketed/torch_dist", "__1_0.distcp"),
+        ("torch/distributed", "__1_0.distcp"),
+        (None, "all.npz"),
+    ],
+)
+def test_a_flipped_bit_of_another_system_is_named(tmp_path, fixture, file):
+    """It would be another number, and nothing else: the archives' own checksums tell."""
+    if fixture is None:
+        per_rank(tmp_path)
+    else:
+        shutil.copytree(FIXTURES / fixture, tmp_path, dirs_exist_ok=True)
+    opened = open_checkpoint(tmp_path)
+    opened.check()
+    with zipfile.ZipFile(tmp_path / file) as archive:  # of several in a file, the last
+        stored = [name for name in archive.namelist() if "/data/" in name or ".npy" in name]
+        values = max((archive.read(name) for name in stored), key=len)
+    content = bytearray((tmp_path / file).read_bytes())
+    content[content.rindex(values) + len(values) - 1] ^= 1
+    (tmp_path / file).write_bytes(content)
+    opened.source.leaves()
+    with pytest.raises(InputError, match=f"{file}.*CRC-32.*it is damaged"):
+        opened.check()
+
+
+def test_a_list_of_leaves_of_another_form_is_named(tmp_path, saved_steps):
+    saved_steps(tmp_path, 1)
+    file = tmp_path / "1" / "state" / "_METADATA"
+    file.write_text(file.read_text().replace('"key_metadata"', '"key_metadatb"'))
+    with pytest.raises(InputError, match=r"1/state.*contents that its system writes"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["..", "a/../../b"])

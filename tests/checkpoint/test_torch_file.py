@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxscale.checkpoint.file_array import FileArray
 from jaxscale.checkpoint.pickled import Named
 from jaxscale.checkpoint.torch_distributed import DistributedCheckpoint
 from jaxscale.checkpoint.torch_file import load_torch
@@ -157,6 +158,38 @@ def test_a_damaged_pickle_is_refused(tmp_path, pickled):
     write_archive(tmp_path / "a.pt", pickled)
     with pytest.raises(InputError, match=r"a\.pt"):
         load_torch(tmp_path / "a.pt")
+
+
+def test_a_key_nested_a_million_times_does_not_end_the_process(tmp_path):
+    """Its hash would overflow the stack, which no exception tells of."""
+    write_archive(tmp_path / "a.pt", b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.")
+    with pytest.raises(InputError, match="a key of too many parts"):
+        load_torch(tmp_path / "a.pt")
+
+
+def test_a_negated_tensor_is_not_taken_for_its_storage(tmp_path):
+    plain = tensor_pickle(4, 0, (4,), (1,))
+    negated = plain.removesuffix(b"tR.") + b"}X\x03\x00\x00\x00neg\x88stR."
+    write_archive(tmp_path / "a.pt", negated, [("data/0", bytes(16))])
+    with pytest.raises(InputError, match=r"but for \['neg'\]"):
+        load_torch(tmp_path / "a.pt")
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    write_archive(tmp_path / "a.pt", pickle.dumps({}))
+    with zipfile.ZipFile(tmp_path / "a.pt", "a") as archive:
+        archive.writestr("other/data.pkl", pickle.dumps({"step": 1}))
+    with pytest.raises(InputError, match=r"one member data\.pkl"):
+        load_torch(tmp_path / "a.pt")
+
+
+def test_a_part_does_not_reach_past_its_array(tmp_path):
+    (tmp_path / "numbers").write_bytes(np.arange(8.0).tobytes())
+    array = FileArray(tmp_path / "numbers", 8, (4,), np.dtype("f8"))
+    np.testing.assert_array_equal(array.part(1, (3,))[:], [2, 3, 4])
+    for first, number in ((1, 4), (-1, 2)):
+        with pytest.raises(InputError, match="an array of 4 elements"):
+            array.part(first, (number,))
 
 
 def test_random_bytes_in_a_pickle_are_read_or_refused(tmp_path):
