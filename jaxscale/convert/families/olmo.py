@@ -8,25 +8,11 @@ from collections.abc import Collection
 from typing import Any
 
 from jaxscale.convert.families import llama
-from jaxscale.convert.families.qwen3 import EXPERTS, read_num_experts
-from jaxscale.convert.family import (
-    EVERY_BIAS,
-    GATED,
-    Family,
-    check_gates,
-    read_around,
-    read_attention,
-)
+from jaxscale.convert.families.qwen3 import EXPERTS, read_normed_attention, read_num_experts
+from jaxscale.convert.family import GATED, Family, check_gates, read_around
 from jaxscale.convert.fields import Fields
 from jaxscale.convert.places import Layout
-from jaxscale.convert.rotary import read_rotary
-from jaxscale.models.config import (
-    AttentionConfig,
-    ExpertsConfig,
-    LayerConfig,
-    ModelConfig,
-    TopKRouter,
-)
+from jaxscale.models.config import ExpertsConfig, LayerConfig, ModelConfig, TopKRouter
 
 OLMO2_NAMES = llama.NAMES | {
     "attention/norm_after": "post_attention_layernorm",
@@ -37,25 +23,15 @@ OLMO2_NAMES = llama.NAMES | {
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of an OLMo 2's config.json."""
     around = read_around(fields, names)
-    attention = _attention(fields, around)
+    attention = read_normed_attention(fields, around, "all")
     layer = LayerConfig(attention, llama.read_feed_forward(fields), norm_position="after")
     return llama.of_layers([layer], fields, around)
-
-
-def _attention(fields: Fields, around: dict[str, Any]) -> AttentionConfig:
-    return read_attention(
-        fields,
-        around["model_dim"],
-        rotary=read_rotary(fields, max_length=around["max_length"]),
-        biases=EVERY_BIAS if fields.take("attention_bias", bool) else (),
-        qk_norm="all",
-    )
 
 
 def read_moe(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of an OLMoE's config.json."""
     around = read_around(fields, names)
-    attention = _attention(fields, around)
+    attention = read_normed_attention(fields, around, "all")
     fields.expect("clip_qkv")
     experts = ExpertsConfig(
         num_experts=read_num_experts(fields),

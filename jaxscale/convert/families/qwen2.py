@@ -25,7 +25,15 @@ BIASES = ("q", "k", "v")
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a config.json."""
     around = read_around(fields, names)
-    attention = read_biased_attention(fields, around)
+    return read_dense(fields, around, read_biased_attention(fields, around))
+
+
+def read_dense(
+    fields: Fields,
+    around: dict[str, Any],
+    attention: AttentionConfig,
+) -> ModelConfig:
+    """A dense model whose attention is known, but for its windows, which have a switch."""
     windows = read_windows(fields, around["num_layers"], has_switch=True)
     feed_forward = llama.read_feed_forward(fields)
     layers = [LayerConfig(each, feed_forward) for each in llama.with_windows(attention, windows)]

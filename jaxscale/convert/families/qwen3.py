@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from jaxscale.convert.families import llama
-from jaxscale.convert.families.qwen2 import write_switched_windows
+from jaxscale.convert.families.qwen2 import read_dense, write_switched_windows
 from jaxscale.convert.family import (
     EVERY_BIAS,
     FULL,
@@ -16,7 +16,6 @@ from jaxscale.convert.family import (
     check_gates,
     read_around,
     read_attention,
-    read_windows,
 )
 from jaxscale.convert.fields import Fields
 from jaxscale.convert.places import Layout
@@ -44,28 +43,28 @@ NUM_EXPERTS = ("num_experts", "num_local_experts")  # in transformers 4 and 5
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a dense model's config.json."""
     around = read_around(fields, names)
-    attention = _attention(fields, around)
-    windows = read_windows(fields, around["num_layers"], has_switch=True)
-    feed_forward = llama.read_feed_forward(fields)
-    layers = [LayerConfig(each, feed_forward) for each in llama.with_windows(attention, windows)]
-    return llama.of_layers(layers, fields, around)
+    return read_dense(fields, around, read_normed_attention(fields, around, "head"))
 
 
-def _attention(fields: Fields, around: dict[str, Any]) -> AttentionConfig:
-    """The attention of every layer, but for windows."""
+def read_normed_attention(
+    fields: Fields,
+    around: dict[str, Any],
+    qk_norm: str,
+) -> AttentionConfig:
+    """The attention of every layer, but for windows; `qk_norm` is of `AttentionConfig`."""
     return read_attention(
         fields,
         around["model_dim"],
         rotary=read_rotary(fields, max_length=around["max_length"]),
         biases=EVERY_BIAS if fields.take("attention_bias", bool) else (),
-        qk_norm="head",
+        qk_norm=qk_norm,
     )
 
 
 def read_moe(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a mixture's config.json; layers that it lists are dense."""
     around = read_around(fields, names)
-    return read_mixture(fields, around, _attention(fields, around))
+    return read_mixture(fields, around, read_normed_attention(fields, around, "head"))
 
 
 def read_mixture(
