@@ -1,7 +1,10 @@
 """The CPU split into eight virtual devices that compile quickly, set before JAX looks for any."""
 
 import gc
+import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +30,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 from tests.room_clock import Budgets, RoomClock, room_of  # noqa: E402
 
@@ -49,3 +53,36 @@ def pytest_collection_modifyitems(items):
     """The rooms that take longest come first, so that two workers end together."""
     seconds = Budgets.read().rooms
     items.sort(key=lambda item: -seconds.get(room_of(item.nodeid), 0))
+
+
+@pytest.fixture
+def mount_disk(tmp_path):
+    """Mounts a file system of a size such as "64k"; skips the test where nobody may."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a small disk")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture
+def import_text(tmp_path, monkeypatch):
+    """Imports a module of this source; it is gone after the test."""
+    imported = []
+
+    def load(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        imported.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in imported:
+        del sys.modules[name]

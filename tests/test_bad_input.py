@@ -416,15 +416,8 @@ def test_debug_shows_the_traceback(root):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 8 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no right to mount a small file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def small_disk(mount_disk):
+    return mount_disk("8m")
 
 
 def fill(disk, *, but):

@@ -58,14 +58,8 @@ SMALLEST = HEADER + "house.build.room = @house.Room()\nhouse.Room.width = 2\n"
 
 
 @pytest.fixture
-def house(tmp_path, monkeypatch):
-    (tmp_path / "house.py").write_text(HOUSE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "house", raising=False)
-    import house
-
-    yield house
-    del sys.modules["house"]
+def house(import_text):
+    return import_text("house", HOUSE)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A run is bound once: the bindings of their classes build its parts, and --set finds them."""
 
 import dataclasses
-import sys
 
 import pytest
 
@@ -107,14 +106,8 @@ parts.next_token.weight = 2.0
 
 
 @pytest.fixture
-def parts(tmp_path, monkeypatch):
-    (tmp_path / "parts.py").write_text(LIBRARY)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "parts", raising=False)
-    import parts
-
-    yield parts
-    del sys.modules["parts"]
+def parts(import_text):
+    return import_text("parts", LIBRARY)
 
 
 @pytest.fixture

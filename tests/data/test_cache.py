@@ -183,13 +183,8 @@ def test_another_host_that_was_faster_wins(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 64 KiB, or a skip where none can be mounted."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+def small_disk(mount_disk):
+    return mount_disk("64k")
 
 
 def test_full_disk_is_named_and_leaves_nothing(small_disk):

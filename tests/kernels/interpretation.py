@@ -4,11 +4,13 @@ They are compiled on a Hopper GPU (with JAX_PLATFORMS=cuda), and interpreted els
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 # jax 0.10 does not export it.
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.triton_call import missing
 from jaxscale.ops.device import is_hopper
@@ -33,6 +35,22 @@ def skip_unless_runnable(implementation):
         pytest.skip(OLD_REASON)
     if implementation == "triton" and (reason := missing()):
         pytest.skip(f"Triton kernels need {reason}")
+
+
+def in_a_manual_region(function, drawn, implementation):
+    """What a function gives on each of two devices that draw the same, one after the other.
+
+    Checks which kernel its program for a GPU has. None where that cannot run here: interpretation
+    knows neither scan nor remat.
+    """
+    if implementation == "triton" and INTERPRET:
+        pytest.skip("Triton is interpreted here, and does not compile in the same process")
+    mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
+    local = jax.shard_map(function, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)
+    arguments = [jnp.concatenate([x] * mesh.size) for x in drawn]
+    is_mosaic = implementation == "mosaic"
+    assert ("mosaic_gpu" in lower_for_gpu(local, *arguments)) == is_mosaic
+    return None if is_mosaic and INTERPRET else jax.jit(local)(*arguments)
 
 
 def assert_norm_close(got, want, tolerance, name=""):

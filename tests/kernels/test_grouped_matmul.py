@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.grouped_matmul import pallas, swiglu
 from jaxscale.kernels.grouped_matmul.api import (
@@ -28,6 +27,7 @@ from tests.kernels.interpretation import (
     assert_norm_close,
     assert_same_bits,
     but_triton,
+    in_a_manual_region,
     interpret_of,
     long_but,
     lower_for_gpu,
@@ -182,27 +182,14 @@ def test_under_jit_scan_and_remat_nothing_changes(implementation):
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_inside_a_manual_region_under_scan_and_remat(implementation):
-    """Interpretation knows neither, so on a CPU the kernel is only lowered for GPUs."""
     multiply = functools.partial(grouped_matmul, implementation=implementation)
     run = functools.partial(through_a_scan, multiply)
-    mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
-    local = jax.shard_map(
-        functools.partial(product_and_gradients, run),
-        mesh=mesh,
-        in_specs=each,
-        out_specs=each,
-        check_vma=False,
-    )
     drawn = draw(CASES["uneven_and_empty"])
-    arguments = [jnp.concatenate([x] * mesh.size) for x in drawn]
-    if implementation == "triton" and INTERPRET:
-        pytest.skip("Triton is interpreted here, and does not compile in the same process")
-    is_mosaic = implementation == "mosaic"
-    assert ("mosaic_gpu" in lower_for_gpu(local, *arguments)) == is_mosaic
-    if is_mosaic and INTERPRET:
+    found = in_a_manual_region(functools.partial(product_and_gradients, run), drawn, implementation)
+    if found is None:
         return
-    for got, want in zip(jax.jit(local)(*arguments), naive(*drawn), strict=True):
-        assert_norm_close(got, np.concatenate([want] * mesh.size), TOLERANCE)
+    for got, want in zip(found, naive(*drawn), strict=True):
+        assert_norm_close(got, np.concatenate([want, want]), TOLERANCE)
 
 
 @pytest.mark.parametrize(

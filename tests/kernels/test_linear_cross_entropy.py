@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
 
 from jaxscale.kernels.linear_cross_entropy.api import BACKENDS, label_and_normaliser, refusal
 from tests.kernels.interpretation import (
-    INTERPRET,
     assert_norm_close,
     assert_same_bits,
     but_triton,
+    in_a_manual_region,
     interpret_of,
     lower_for_gpu,
     pairs,
@@ -111,7 +110,6 @@ def test_twice_the_same_bits(run):
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_inside_a_manual_region_under_scan_and_remat(implementation):
-    """Interpretation knows neither, so on a CPU the kernel is only lowered for GPUs."""
     operation = functools.partial(label_and_normaliser, implementation=implementation)
 
     def through_a_scan(h, head, labels):
@@ -119,24 +117,11 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
         _, results = jax.lax.scan(lambda _, labels: (None, one(labels)), None, labels[None])
         return jax.tree.map(lambda x: x[0], results)
 
-    mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
-    local = jax.shard_map(
-        functools.partial(results_and_gradients, through_a_scan),
-        mesh=mesh,
-        in_specs=each,
-        out_specs=each,
-        check_vma=False,
-    )
     drawn = draw(SHAPES["one_tile"])
-    arguments = [jnp.concatenate([x] * mesh.size) for x in drawn]
-    if implementation == "triton" and INTERPRET:
-        pytest.skip("Triton is interpreted here, and does not compile in the same process")
-    is_mosaic = implementation == "mosaic"
-    assert ("mosaic_gpu" in lower_for_gpu(local, *arguments)) == is_mosaic
-    if is_mosaic and INTERPRET:
-        return
-    wanted = [np.concatenate([x] * mesh.size) for x in naive(*drawn)]
-    check(jax.jit(local)(*arguments), wanted, TOLERANCE)
+    run = functools.partial(results_and_gradients, through_a_scan)
+    found = in_a_manual_region(run, drawn, implementation)
+    if found is not None:
+        check(found, [np.concatenate([x, x]) for x in naive(*drawn)], TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (1024, 256, 16032)], ids=str)

@@ -32,17 +32,8 @@ from jaxscale.models.config import (
 from jaxscale.models.config.facts import checkpoint_facts, from_flat
 from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.types import InputError
+from tests.models.examples import SHAPE
 
-SHAPE = dict(
-    vocab_size=40,
-    num_layers=4,
-    model_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    ffn_dim=24,
-    max_length=16,
-)
 SMALL = from_flat(**SHAPE)
 MOE = SHAPE | dict(moe_pattern=(True,), num_experts=4, expert_dim=8)
 

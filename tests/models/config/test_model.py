@@ -8,17 +8,8 @@ from jaxscale.models.config import ExpertsConfig, FeedForwardConfig, ModelConfig
 from jaxscale.models.config.facts import from_flat
 from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.parameters import count_parameters, parameter_table
+from tests.models.examples import SHAPE
 
-SHAPE = dict(
-    vocab_size=40,
-    num_layers=4,
-    model_dim=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    ffn_dim=24,
-    max_length=16,
-)
 SMALL = from_flat(**SHAPE)
 MIXTRAL = from_flat(
     vocab_size=32000,
