@@ -61,10 +61,12 @@ class Listener:
 
     Args:
         form: of the calls; None where no tool may be called.
+        is_parallel: whether there may be several; else those behind the first are dropped.
     """
 
-    def __init__(self, form: ToolForm | None):
+    def __init__(self, form: ToolForm | None, *, is_parallel: bool = True):
         self._stream = None if form is None else ToolStream(form)
+        self._is_parallel = is_parallel
 
     def hear(self, text: str, *, is_last: bool) -> Said:
         """What is new."""
@@ -75,6 +77,8 @@ class Listener:
         if is_last:
             more, others = self._stream.flush()
             said, calls = said + more, calls + others
+        if not self._is_parallel:
+            calls, num_before = calls[: 1 - min(num_before, 1)], min(num_before, 1)
         return Said(said, tuple(calls), num_before)
 
 
@@ -88,6 +92,7 @@ class Form:
         tokenizer: spells tokens.
         is_echo: whether a completion begins with its prompt.
         tools: the form of calls of tools; None where none may be called.
+        is_parallel: whether an answer may call several tools.
         id: of the answer.
         created_s: Unix time.
     """
@@ -97,6 +102,7 @@ class Form:
     tokenizer: Tokenizer
     is_echo: bool = False
     tools: ToolForm | None = None
+    is_parallel: bool = True
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     created_s: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -123,7 +129,7 @@ class Form:
 
     def listeners(self, num_choices: int) -> list[Listener]:
         """One for each choice of a stream."""
-        return [Listener(self.tools) for _ in range(num_choices)]
+        return [self._listener() for _ in range(num_choices)]
 
     def chunk(self, index: int, delta: Delta, listener: Listener) -> dict[str, Any] | None:
         """What is new of a choice; None where nothing can be said yet."""
@@ -147,6 +153,9 @@ class Form:
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         return self._head(kind, []) | {"usage": usage.json()}
 
+    def _listener(self) -> Listener:
+        return Listener(self.tools, is_parallel=self.is_parallel)
+
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         prefix = "chatcmpl" if self.is_chat else "cmpl"
         return {
@@ -165,7 +174,7 @@ class Form:
     ) -> dict[str, Any]:
         if self.is_echo:
             return self._echoed(index, choice, prompt)
-        said = Listener(self.tools).hear(choice.text, is_last=True)
+        said = self._listener().hear(choice.text, is_last=True)
         message: dict[str, Any] = {"role": "assistant", "content": said.text}
         if said.calls:
             message["content"] = said.text or None
@@ -187,9 +196,9 @@ class Form:
         """A completion behind its prompt; the prompt's first token has no log-probability."""
         tokens = [*prompt, *choice.tokens]
         logprobs = None
-        if choice.logprobs:
-            rest = [*choice.prompt_logprobs, *choice.logprobs]
-            logprobs = self._logprobs(tokens[-len(rest) :], rest)
+        rest = [*choice.prompt_logprobs, *choice.logprobs]
+        if choice.logprobs and len(rest) == len(tokens) - 1:
+            logprobs = self._logprobs(tokens[1:], rest)
             spelt = self.tokenizer.decode(tokens[:1])
             for name, first in (
                 ("tokens", spelt),
@@ -240,15 +249,21 @@ class Form:
             return {
                 "content": [self._in_chat(*pair) for pair in zip(tokens, logprobs, strict=True)]
             }
-        tops = [
-            {self.tokenizer.decode([token]): value for token, value in each.top}
-            for each in logprobs
-        ]
         return {
             "tokens": [self.tokenizer.decode([token]) for token in tokens],
             "token_logprobs": [each.drawn for each in logprobs],
-            "top_logprobs": tops,
+            "top_logprobs": [self._top(*pair) for pair in zip(tokens, logprobs, strict=True)],
         }
+
+    def _top(self, token: int, logprobs: TokenLogprobs) -> dict[str, float]:
+        """The most probable tokens and the one drawn, by their text.
+
+        Several tokens may be parts of characters and have one text: the most probable one counts.
+        """
+        found: dict[str, float] = {}
+        for each, value in (*logprobs.top, (token, logprobs.drawn)):
+            found.setdefault(self.tokenizer.decode([each]), value)
+        return found
 
     def _in_chat(self, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
         top = [self._spelt(token, value) for token, value in logprobs.top]

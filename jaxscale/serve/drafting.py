@@ -205,6 +205,9 @@ def check_draft(
     if draft.decoder.config.vocab_size != model.vocab_size:
         expected = f"a model of {model.vocab_size} tokens"
         raise InputError("draft", draft.decoder.config.vocab_size, expected)
+    if draft.decoder.config.max_length < model.max_length:
+        expected = f"a model of sequences of {model.max_length} tokens"
+        raise InputError("draft", draft.decoder.config.max_length, expected)
 
 
 def make_drafter(

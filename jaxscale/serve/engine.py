@@ -19,7 +19,7 @@ from jaxscale.serve.drafting import Draft, check_draft, make_drafter
 from jaxscale.serve.figures import Figures
 from jaxscale.serve.grammar import Grammars
 from jaxscale.serve.members import Member
-from jaxscale.serve.placement import check_adapters, make_placement
+from jaxscale.serve.placement import check_adapters, check_shapes, make_placement, shapes_of
 from jaxscale.serve.programs import FACTORS
 from jaxscale.serve.requests import Completion, Delta, RequestConfig
 from jaxscale.serve.runner import Launched, Runner
@@ -94,6 +94,7 @@ class Engine:
         num_tokens = tokenizer.vocab_size if tokenizer else self.model.vocab_size
         self.adapters = dict(adapters)
         check_adapters(placement, adapters)
+        self._shapes = shapes_of(params)
         self._runner = Runner(
             placement,
             self._with_adapters(params),
@@ -114,7 +115,13 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return not self.is_paused and (self._scheduler.has_work or self._in_flight is not None)
+        if self.is_paused:
+            return self.wait_s() == 0
+        return self._scheduler.has_work or self._in_flight is not None
+
+    def wait_s(self) -> float:
+        """Seconds until a request times out, whether paused or not; infinity for never."""
+        return max(self._scheduler.next_deadline_s() - self._clock(), 0)
 
     @property
     def max_length(self) -> int:
@@ -138,7 +145,8 @@ class Engine:
             raise InputError("adapter", config.adapter, f"None or one of {list(self.adapters)}")
         request = self._num_requests
         timeout_s = config.timeout_s
-        deadline_s = None if timeout_s is None else self._clock() + timeout_s
+        now_s = self._clock()
+        deadline_s = None if timeout_s is None else now_s + timeout_s
         is_scored = config.num_prompt_logprobs is not None
         members = []
         for index in range(config.num_sequences):
@@ -149,7 +157,7 @@ class Engine:
                 priority=config.priority,
                 deadline_s=deadline_s,
                 is_synchronous=config.grammar is not None or self._can_speculate(config),
-                salt=f"{self.config.cache_dtype}/{config.adapter}",
+                salt=f"{self.config.cache_dtype}/{config.adapter!r}",
                 scores=[None] if is_scored and not index else None,
                 switch_lengths=self.model.switch_lengths,
             )
@@ -157,7 +165,8 @@ class Engine:
             if self.tokenizer:
                 text = TextStream(self.tokenizer, config.stop, config.spelt)
             matcher = self.grammars.begin(config.grammar) if config.grammar else None
-            members.append(Member(request, index, config, sequence, text, matcher))
+            member = Member(request, index, config, sequence, text, matcher, added_s=now_s)
+            members.append(member)
         for member in members:
             self._scheduler.add(member.sequence)
         self._collector.open(request, members)
@@ -168,12 +177,12 @@ class Engine:
     def add_all(
         self,
         prompts: Sequence[str | Sequence[int]],
-        config: RequestConfig,
+        configs: Sequence[RequestConfig],
     ) -> list[int]:
         """Takes in a request for each prompt; arguments and errors as `add`, and then none."""
         requests: list[int] = []
         try:
-            for prompt in prompts:
+            for prompt, config in zip(prompts, configs, strict=True):
                 requests.append(self.add(prompt, config))
         except InputError:
             for request in requests:
@@ -188,7 +197,7 @@ class Engine:
     def step(self) -> list[Delta]:
         """Launches the next step and returns what the one before it drew."""
         if self.is_paused:
-            return []
+            return self._expired(self._scheduler.expire(self._clock()))
         self._propose()
         plan = self._scheduler.schedule(self._clock())
         self._runner.move(self._blocks.take_moves())
@@ -202,7 +211,7 @@ class Engine:
             configs = [member.config for member in members]
             launched = self._runner.launch(plan.pieces, configs, masks)
             self._num_steps += max(piece.num_steps for piece in plan.pieces)
-        expired = [self._collector.expire(sequence) for sequence in plan.expired]
+        expired = self._expired(plan.expired)
         before, self._in_flight = self._in_flight, launched
         return expired + self._collector.collect(before)
 
@@ -213,7 +222,10 @@ class Engine:
 
         Returns:
             What the step in flight drew, by the old weights.
+        Raises:
+            InputError: they are of another model; then the old ones stay.
         """
+        check_shapes(params, self._shapes)
         deltas = self._stand_still()
         self._runner.swap(self._with_adapters(params))
         for sequence in self._collector.members:
@@ -222,7 +234,7 @@ class Engine:
         return deltas
 
     def pause(self) -> list[Delta]:
-        """Gives the memory of the cache back; `step` does nothing until `resume`.
+        """Gives the memory of the cache back; until `resume` a `step` only ends what times out.
 
         Returns:
             What the step in flight drew.
@@ -258,9 +270,11 @@ class Engine:
         """Continues each prompt, all of them together: [prompt][sequence].
 
         Raises:
-            InputError: as `add`; then none has been run.
+            InputError: as `add`, or the engine is paused; then none has been run.
         """
-        requests = self.add_all(prompts, config)
+        if self.is_paused:
+            raise InputError("Engine.is_paused", True, "False: resume() comes before generate()")
+        requests = self.add_all(prompts, [config] * len(prompts))
         found = {
             (request, index): Completion()
             for request in requests
@@ -291,6 +305,9 @@ class Engine:
             num_accepted=self._collector.num_accepted,
             weights_version=self._runner.weights_version,
         )
+
+    def _expired(self, sequences: Sequence[Scheduled]) -> list[Delta]:
+        return [self._collector.expire(sequence) for sequence in sequences]
 
     def _with_adapters(self, params: Params) -> Params:
         """The parameters as the programs take them."""
@@ -331,5 +348,6 @@ class Engine:
             self._drafter.admit(member)
         self._runner.admit(sequence, member.config, member.index)
         if not sequence.num_preemptions:
+            member.waited_s = self._clock() - member.added_s
             self._num_prompt_tokens += len(sequence.prompt)
             self._num_cached_tokens += sequence.num_cached

@@ -51,16 +51,26 @@ class Asked:
         prompts: tokens of each prompt.
         config: how each is continued.
         form: of the answer.
+        seeds: of each prompt.
     """
 
     prompts: list[list[int]]
     config: RequestConfig
     form: Form
+    seeds: list[int]
 
     @property
     def num_choices(self) -> int:
         """Continuations of all prompts."""
         return len(self.prompts) * self.config.num_sequences
+
+    def configs(self) -> list[RequestConfig]:
+        """How each prompt is continued."""
+        sampling = self.config.sampling
+        return [
+            dataclasses.replace(self.config, sampling=dataclasses.replace(sampling, seed=seed))
+            for seed in self.seeds
+        ]
 
     def of_choices(self) -> list[list[int]]:
         """The prompt of each choice."""
@@ -126,9 +136,10 @@ class Handler:
         Raises:
             InputError: something in it is wrong.
         """
+        is_begun = body.add_special_tokens is not False
+        encode = self._tokenizer.encode if is_begun else self._tokenizer.encode_part
         prompts = [
-            self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            for prompt in body.prompts()
+            encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts()
         ]
         asked = self._asked(body, prompts, body.max_tokens or 16, body.logprobs)
         form = dataclasses.replace(asked.form, is_echo=bool(body.echo))
@@ -141,6 +152,8 @@ class Handler:
         messages = [message.plain() for message in body.messages]
         tools = None if body.tool_choice == "none" else body.tools
         prompt = self._encode(messages, tools)
+        if body.add_special_tokens:
+            prompt = self._tokenizer.encode("") + prompt
         room = max(self._max_length - len(prompt), 1)
         wanted = body.max_completion_tokens or body.max_tokens or room
         asked = self._asked(body, [prompt], wanted, body.num_logprobs(), is_chat=True)
@@ -169,7 +182,8 @@ class Handler:
         if form is not None:
             spelt = tuple(marker for marker in (form.begin, form.end) if marker)
             config = dataclasses.replace(config, grammar=grammar or config.grammar, spelt=spelt)
-        form = dataclasses.replace(asked.form, tools=form)
+        is_parallel = body.parallel_tool_calls is not False
+        form = dataclasses.replace(asked.form, tools=form, is_parallel=is_parallel)
         return dataclasses.replace(asked, config=config, form=form)
 
     def _encode(
@@ -200,17 +214,20 @@ class Handler:
     ) -> Asked:
         adapter = self._adapter(body)
         check_prompts(prompts, self._model, max_new_tokens)
+        # Prompts without a seed draw apart, equal ones too; a seed draws the same for each prompt
+        # in whatever request it is.
+        seeds = [_seed(body) for _ in prompts]
         config = body.config(
             adapter=adapter,
             max_new_tokens=max_new_tokens,
             num_logprobs=num_logprobs,
-            random_seed=secrets.randbelow(MAX_SEED + 1),
+            seed=seeds[0],
             timeout_s=self.service.timeout_s,
         )
         if not config.ignore_eos:
             stop_ids = (*config.stop_ids, *self.service.stop_ids)
             config = dataclasses.replace(config, stop_ids=stop_ids)
-        return Asked(prompts, config, Form(body.model, is_chat, self._tokenizer))
+        return Asked(prompts, config, Form(body.model, is_chat, self._tokenizer), seeds)
 
     def _adapter(self, body: GenerationRequest) -> str | None:
         """The adapter that is asked for by its name as a model; None for the model itself.
@@ -230,7 +247,12 @@ class Handler:
         if asked.config.grammar:
             # It may take a second, for which neither the loop nor the engine should wait.
             await asyncio.to_thread(self._grammars.begin, asked.config.grammar)
-        return await self._frontend.submit(asked.prompts, asked.config)
+        return await self._frontend.submit(asked.prompts, asked.configs())
+
+    def drop(self, answers: Answers) -> None:
+        """Ends what of an answer is not finished: nobody listens any more."""
+        self.metrics.count_cancelled(answers.num_open)
+        answers.close()
 
     async def observed(
         self,
@@ -239,13 +261,13 @@ class Handler:
     ) -> AsyncIterator[tuple[int, Delta]]:
         """`Answers.deltas`, of which the metrics take note."""
         clocks = [SequenceClock(len(prompt)) for prompt in asked.of_choices()]
-        try:
-            async with contextlib.aclosing(answers.deltas()) as deltas:
-                async for choice, delta in deltas:
-                    self.metrics.observe(clocks[choice], delta)
-                    yield choice, delta
-        finally:
-            self.metrics.count_cancelled(answers.num_open)
+        async with contextlib.aclosing(answers.deltas()) as deltas:
+            async for choice, delta in deltas:
+                self.metrics.observe(clocks[choice], delta)
+                yield choice, delta
+        num = asked.config.num_sequences
+        for first in range(0, len(clocks), num):
+            self.metrics.observe_longest(clocks[first : first + num])
 
     async def whole(self, asked: Asked, answers: Answers) -> dict[str, Any]:
         """The answer as a whole."""
@@ -253,6 +275,9 @@ class Handler:
         async with contextlib.aclosing(self.observed(asked, answers)) as deltas:
             async for choice, delta in deltas:
                 choices[choice].add(delta)
+        for number, choice in enumerate(choices):  # the first of a prompt has its scores
+            first = number - number % asked.config.num_sequences
+            choice.prompt_logprobs = choices[first].prompt_logprobs
         return asked.form.whole(choices, asked.of_choices(), asked.usage(choices))
 
     async def events(
@@ -282,6 +307,11 @@ class Handler:
     def close(self) -> None:
         """Ends the engine's thread."""
         self._frontend.close()
+
+
+def _seed(body: GenerationRequest) -> int:
+    """What the client gives, or one at random."""
+    return secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed % (MAX_SEED + 1)
 
 
 def _event(fields: dict[str, Any]) -> str:

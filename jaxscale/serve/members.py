@@ -49,6 +49,8 @@ class Member:
         matcher: of its grammar.
         weights_version: of the weights that drew its last token.
         is_prompt_told: whether the log-probabilities of its prompt have been handed out.
+        added_s: when it arrived, on the engine's clock.
+        waited_s: seconds from then to its first step.
     """
 
     request: int
@@ -59,6 +61,8 @@ class Member:
     matcher: Matcher | None = None
     weights_version: int = 0
     is_prompt_told: bool = False
+    added_s: float = 0.0
+    waited_s: float = 0.0
 
     def masks(self, piece: Piece) -> list[np.ndarray] | None:
         """What its grammar allows behind a piece and its drafts; None for all tokens."""
@@ -99,4 +103,5 @@ class Member:
             weights_version=self.weights_version,
             num_cached=self.sequence.num_cached or 0,
             prompt_logprobs=self.prompt_logprobs() if tokens else (),
+            waited_s=self.waited_s,
         )

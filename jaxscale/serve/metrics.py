@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+from jaxscale.serve.answers import REASONS
 from jaxscale.serve.figures import Figures
 from jaxscale.serve.requests import Delta
 from jaxscale.serve.sequences import FinishReason
@@ -57,9 +58,17 @@ class Metrics:
         self._first = Histogram("time_to_first_token_seconds", "Time to the first token.")
         self._between = Histogram("inter_token_latency_seconds", "Time between two tokens.")
         self._whole = Histogram("e2e_request_latency_seconds", "Time of a whole sequence.")
+        self._queue = Histogram("request_queue_time_seconds", "From arrival to the first step.")
+        self._prefill = Histogram("request_prefill_time_seconds", "From there to the first token.")
         self._decode = Histogram("request_decode_time_seconds", "From the first token to the last.")
+        self._running = Histogram("request_inference_time_seconds", "From the first step on.")
         self._prompt = Histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._new = Histogram("request_generation_tokens", "New tokens of a sequence.", TOKENS)
+        self._longest = Histogram(
+            "request_max_num_generation_tokens",
+            "Of a prompt's longest sequence.",
+            TOKENS,
+        )
         self._finished = dict.fromkeys(FinishReason, 0)
 
     def observe(self, clock: "SequenceClock", delta: Delta) -> None:
@@ -80,8 +89,16 @@ class Metrics:
             self._prompt.observe(clock.num_prompt)
             self._new.observe(clock.num_new)
             if clock.first_s is not None:
+                first_step_s = clock.began_s + delta.waited_s
+                self._queue.observe(delta.waited_s)
+                self._prefill.observe(clock.first_s - first_step_s)
                 self._decode.observe(now - clock.first_s)
+                self._running.observe(now - first_step_s)
             self._finished[delta.finish_reason] += 1
+
+    def observe_longest(self, clocks: Sequence["SequenceClock"]) -> None:
+        """Takes in that all sequences of a prompt have ended."""
+        self._longest.observe(max(clock.num_new for clock in clocks))
 
     def count_cancelled(self, num_sequences: int) -> None:
         """Counts sequences whose client has gone."""
@@ -96,9 +113,10 @@ class Metrics:
         name = f"{PREFIX}request_success_total"
         lines += [f"# HELP {name} Finished sequences.", f"# TYPE {name} counter"]
         for reason, count in self._finished.items():
-            lines.append(f'{name}{{{self._label},finished_reason="{reason}"}} {count}')
-        seconds = self._first, self._between, self._whole, self._decode
-        for histogram in (*seconds, self._prompt, self._new):
+            lines.append(f'{name}{{{self._label},finished_reason="{REASONS[reason]}"}} {count}')
+        seconds = self._first, self._between, self._whole, self._queue, self._prefill
+        seconds = *seconds, self._decode, self._running
+        for histogram in (*seconds, self._prompt, self._new, self._longest):
             lines += histogram.lines(self._label)
         return "\n".join(lines) + "\n"
 

@@ -18,7 +18,7 @@ from jaxscale.serve.requests import (
     Penalties,
     RequestConfig,
 )
-from jaxscale.serve.sampling import MAX_SEED, SamplingConfig
+from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.serve.tools import chosen_name, forced_grammar
 from jaxscale.types import InputError
 
@@ -47,6 +47,16 @@ UNSUPPORTED: dict[str, tuple] = {
     "documents": ([],),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "cache_salt": (),
+    "logits_processors": ([],),
+    "mm_processor_kwargs": ({},),
+    "kv_transfer_params": ({},),
+    "vllm_xargs": ({},),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "audio": (),
     # Older names of what `structured_outputs` holds.
     "guided_json": (),
     "guided_regex": (),
@@ -79,6 +89,8 @@ class ResponseFormat(BaseModel):
 
 class StructuredOutputs(BaseModel):
     """vLLM's more general form of it; one of its fields."""
+
+    model_config = ConfigDict(extra="forbid")
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
@@ -121,7 +133,7 @@ class GenerationRequest(BaseModel):
         *,
         max_new_tokens: int,
         num_logprobs: int | None,
-        random_seed: int,
+        seed: int,
         timeout_s: float | None,
         adapter: str | None = None,
     ) -> RequestConfig:
@@ -133,10 +145,11 @@ class GenerationRequest(BaseModel):
         for name, given in (self.model_extra or {}).items():
             if given is not None and given not in UNSUPPORTED.get(name, (given,)):
                 raise InputError(name, given, "none: it is not supported")
+        if self.stream and self.prompt_logprobs is not None:
+            raise InputError("prompt_logprobs", self.prompt_logprobs, "null in a stream")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > MAX_STOPS:
             raise InputError("stop", f"{len(stop)} texts", f"at most {MAX_STOPS}")
-        seed = random_seed if self.seed is None else self.seed % (MAX_SEED + 1)
         top_k = self.top_k if self.top_k and self.top_k > 0 else None
         sampling = SamplingConfig(
             temperature=float(_or(self.temperature, 1.0)),
@@ -208,6 +221,7 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = False
+    add_special_tokens: bool | None = True  # vLLM's
     best_of: int | None = None
     suffix: str | None = None
 
@@ -221,6 +235,9 @@ class CompletionRequest(GenerationRequest):
             raise InputError("best_of", self.best_of, f"n = {self.n}, or nothing")
         if self.echo and self.stream:
             raise InputError("echo", True, "false in a stream")
+        if self.echo and self.prompt_logprobs is not None:
+            expected = "null beside echo, whose logprobs are of the prompt too"
+            raise InputError("prompt_logprobs", self.prompt_logprobs, expected)
         if self.suffix:
             raise InputError("suffix", self.suffix, "none: it is not supported")
         prompt = self.prompt
@@ -295,6 +312,10 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
+    # vLLM's: templates write what begins a text.
+    add_special_tokens: bool | None = False
+    echo: Literal[False] | None = False
 
     def tool_grammar(self) -> GrammarConfig | None:
         """The grammar of an answer that has to be a call; None where it is free.

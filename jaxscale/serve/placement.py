@@ -15,6 +15,7 @@ from jaxscale.ops.attention.invariant import KEY_BLOCK
 from jaxscale.ops.attention.paged_cache import PagedCache, empty_pages
 from jaxscale.parallel.mesh import TENSOR
 from jaxscale.parallel.region import Region
+from jaxscale.tree import flatten
 from jaxscale.types import InputError, Params
 
 EVERYWHERE = PartitionSpec()
@@ -158,6 +159,20 @@ def check_adapters(placement: Placement, adapters: Mapping[str, Adapters]) -> No
     is_alone = placement.region is None and placement.invariant is None
     if not is_alone or placement.decoder.config.lora is not None:
         raise InputError("adapters", list(adapters), expected)
+
+
+def shapes_of(params: Params) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its path."""
+    return {path: jnp.shape(leaf) for path, leaf in flatten(params).items()}
+
+
+def check_shapes(params: Params, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises InputError for parameters of another model than those with the expected shapes."""
+    found = shapes_of(params)
+    for path in (*expected, *found):
+        if found.get(path) != expected.get(path):
+            wanted = f"{expected.get(path, 'no such parameter')}, as the engine has it"
+            raise InputError(f"params: {path}", found.get(path), wanted)
 
 
 def _is_shape(value: Any) -> bool:

@@ -140,6 +140,7 @@ class Delta(NamedTuple):
         num_cached: prompt tokens that a cached prefix has spared.
         prompt_logprobs: of each prompt token but the first, on the first delta with tokens; none
             where they are not asked for.
+        waited_s: seconds from its arrival to its first step.
     """
 
     request: int
@@ -151,6 +152,7 @@ class Delta(NamedTuple):
     weights_version: int
     num_cached: int
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    waited_s: float = 0.0
 
 
 @dataclasses.dataclass

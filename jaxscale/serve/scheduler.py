@@ -3,12 +3,14 @@
 import bisect
 import heapq
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from jaxscale.serve.blocks import BlockPool, PrefixChain
 from jaxscale.serve.plan import TOKENS_A_LAUNCH, Plan, SchedulerConfig
 from jaxscale.serve.sequences import FinishReason, Piece, Sequence, Status, Step
 from jaxscale.types import InputError
+
+MIN_HEAP = 64  # entries for which it is not worth looking for those that have ended
 
 
 class Scheduler:
@@ -64,6 +66,8 @@ class Scheduler:
         self._wait(sequence)
         if sequence.deadline_s is not None:
             heapq.heappush(self._deadlines, (sequence.deadline_s, sequence.number, sequence))
+        for heap in (self._waiting, self._deadlines):
+            self._forget_ended(heap)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> bool:
         """Ends a sequence in whatever state it is; false if it had ended already."""
@@ -79,7 +83,7 @@ class Scheduler:
 
     def schedule(self, now_s: float = 0.0) -> Step:
         """Plans a step; one without pieces if nothing can run."""
-        expired = tuple(self._expire(now_s))
+        expired = self.expire(now_s)
         plan = Plan(self.config, self.blocks.block_size)
         if self.config.policy == "splitfuse":
             self._decode(plan)
@@ -95,6 +99,19 @@ class Scheduler:
             if piece.sequence not in plan.advanced:
                 self._advance(piece)
         return Step(tuple(plan.pieces), tuple(plan.admitted), tuple(plan.preempted), expired)
+
+    def expire(self, now_s: float) -> tuple[Sequence, ...]:
+        """Ends the sequences whose deadline has passed."""
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, _, sequence = heapq.heappop(self._deadlines)
+            if self.finish(sequence, FinishReason.TIMEOUT):
+                expired.append(sequence)
+        return tuple(expired)
+
+    def next_deadline_s(self) -> float:
+        """When the next sequence may expire; infinity for never."""
+        return self._deadlines[0][0] if self._deadlines else math.inf
 
     def settle(self, piece: Piece, num_accepted: int) -> None:
         """Takes back what was planned of drafts that turn out wrong; `commit` comes after it.
@@ -351,12 +368,11 @@ class Scheduler:
         self.num_preemptions += 1
         self._wait(sequence)
 
-    def _expire(self, now_s: float) -> Iterator[Sequence]:
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, _, sequence = heapq.heappop(self._deadlines)
-            if self.finish(sequence, FinishReason.TIMEOUT):
-                yield sequence
+    def _forget_ended(self, heap: list[tuple]) -> None:
+        """Drops what has ended from a heap of sequences, once that is most of it.
 
-    def next_deadline_s(self) -> float:
-        """When the next sequence may expire; infinity for never."""
-        return self._deadlines[0][0] if self._deadlines else math.inf
+        Else all that came within the longest timeout, or behind one that waits, would be kept.
+        """
+        if len(heap) > 2 * (len(self.running) + self._num_waiting) + MIN_HEAP:
+            heap[:] = [each for each in heap if each[-1].status is not Status.FINISHED]
+            heapq.heapify(heap)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hmac
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ async def _answer(
     if body.stream:
         options = body.stream_options
         events = handler.events(asked, answers, bool(options and options.include_usage))
-        return StreamingResponse(events, media_type="text/event-stream")
+        return _Stream(events, functools.partial(handler.drop, answers))
     answering = asyncio.ensure_future(handler.whole(asked, answers))
     try:
         while not answering.done():
@@ -95,6 +96,27 @@ async def _answer(
         return JSONResponse(answering.result())
     finally:
         answering.cancel()
+        handler.drop(answers)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events.
+
+    Args:
+        events: what is sent.
+        end: called at the end, which may come before the first event if the client has gone.
+    """
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream")
+        self._end = end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """As ASGI has it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import itertools
 import logging
 import queue
 import threading
@@ -15,6 +16,8 @@ from jaxscale.serve.requests import Delta, RequestConfig
 from jaxscale.types import RunError
 
 logger = logging.getLogger(__name__)
+
+MAX_WAIT_S = 60.0  # for a command, before it is looked whether a request has timed out
 
 
 class Worker:
@@ -86,7 +89,9 @@ class Worker:
         """Runs what is asked for; waits for it where there is nothing else to do."""
         while not self._is_stopping:
             try:
-                function, future = self._commands.get(block=not self._engine.has_work)
+                function, future = self._commands.get(
+                    block=not self._engine.has_work, timeout=min(self._engine.wait_s(), MAX_WAIT_S)
+                )
             except queue.Empty:
                 return
             if not future.set_running_or_notify_cancel():
@@ -126,21 +131,22 @@ class Frontend:
     async def submit(
         self,
         prompts: Sequence[str | Sequence[int]],
-        config: RequestConfig,
+        configs: Sequence[RequestConfig],
     ) -> "Answers":
-        """Has each prompt continued; whoever asks has to listen to the answers, or cancel them.
+        """Has each prompt continued as its config says; whoever asks has to close the answers.
 
         Raises:
             InputError: as `Engine.add`; then no prompt is continued.
             RunError: the engine has failed.
         """
         self._check()
-        answers = Answers(self, len(prompts) * config.num_sequences)
+        counts = [config.num_sequences for config in configs]
+        answers = Answers(self, sum(counts))
 
         def add(engine: Engine) -> list[int]:
-            requests = engine.add_all(prompts, config)
+            requests = engine.add_all(prompts, configs)
             # The loop runs this before it is given the first delta.
-            self._loop.call_soon_threadsafe(self._register, requests, answers, config)
+            self._loop.call_soon_threadsafe(self._register, requests, answers, counts)
             return requests
 
         adding = asyncio.ensure_future(asyncio.wrap_future(self._worker.call(add)))
@@ -148,7 +154,7 @@ class Frontend:
             # Shielded: if the client goes while its prompts are added, they are known here.
             await asyncio.shield(adding)
         except asyncio.CancelledError:
-            adding.add_done_callback(lambda _: answers.cancel())
+            adding.add_done_callback(lambda _: answers.close())
             raise
         return answers
 
@@ -192,11 +198,12 @@ class Frontend:
         self,
         requests: list[int],
         answers: "Answers",
-        config: RequestConfig,
+        counts: list[int],
     ) -> None:
         answers.requests = requests
-        for number, request in enumerate(requests):
-            self._answers[request] = answers, number * config.num_sequences
+        firsts = itertools.accumulate(counts, initial=0)
+        for request, first in zip(requests, firsts, strict=False):
+            self._answers[request] = answers, first
 
     def _hand_out(self, deltas: list[Delta]) -> None:
         for delta in deltas:
@@ -211,7 +218,9 @@ class Frontend:
 
 
 class Answers:
-    """What the engine draws for some prompts, choice by choice: prompt * num_sequences + sequence.
+    """What the engine draws for some prompts, choice by choice: those of a prompt in a row.
+
+    Whoever has it closes it in any case: a stream whose client has gone is never begun.
 
     Args:
         frontend: that has asked the engine.
@@ -233,25 +242,22 @@ class Answers:
         """Takes the error of an engine that has failed."""
         self._queue.put_nowait(error)
 
-    def cancel(self) -> None:
-        """Ends what is not finished."""
+    def close(self) -> None:
+        """Ends what is not finished, and listens no longer."""
         if self.num_open:
             self._frontend.cancel(self.requests)
+        self._frontend.forget(self.requests)
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(choice, what is new of it) as it comes; whoever stops listening cancels the rest.
+        """(choice, what is new of it) as it comes.
 
         Raises:
             RunError: the engine has failed.
         """
-        try:
-            while self.num_open:
-                item = await self._queue.get()
-                if isinstance(item, BaseException):
-                    raise RunError(f"the engine failed: {item}") from item
-                choice, delta = item
-                self.num_open -= delta.finish_reason is not None
-                yield choice, delta
-        finally:
-            self.cancel()
-            self._frontend.forget(self.requests)
+        while self.num_open:
+            item = await self._queue.get()
+            if isinstance(item, BaseException):
+                raise RunError(f"the engine failed: {item}") from item
+            choice, delta = item
+            self.num_open -= delta.finish_reason is not None
+            yield choice, delta

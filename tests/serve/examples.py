@@ -45,7 +45,8 @@ def byte_params():
     )
 
 
-def byte_engine(**changes):
+def byte_engine(tokenizer=None, **changes):
     """A new engine with texts."""
     config = EngineConfig(**SIZES | changes)
-    return Engine(byte_decoder(), byte_params(), config=config, tokenizer=ByteTokenizer())
+    tokenizer = tokenizer or ByteTokenizer()
+    return Engine(byte_decoder(), byte_params(), config=config, tokenizer=tokenizer)

@@ -66,6 +66,15 @@ def test_several_adapters_in_one_batch_and_no_prefix_of_another():
         engine.add(PROMPT, RequestConfig(adapter="prose", max_new_tokens=NEW))
 
 
+def test_an_adapter_called_none_shares_no_prefix_with_the_model_alone():
+    adapters = {"None": GIVEN["sql"]}
+    sizes = EngineConfig(**SMALL)
+    engine = Engine(decoder_of(MODEL), params_of(MODEL), config=sizes, adapters=adapters)
+    for name, wanted in ((None, alone(None)), ("None", alone("sql"))):
+        config = RequestConfig(GREEDY, max_new_tokens=NEW, adapter=name)
+        assert engine.generate([PROMPT], config)[0][0].tokens == wanted
+
+
 @pytest.mark.long
 def test_clients_ask_for_an_adapter_as_for_a_model():
     pytest.importorskip("fastapi", reason="the extra `serve`")

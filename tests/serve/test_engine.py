@@ -274,6 +274,16 @@ def test_other_weights_take_over_in_the_middle_and_no_cached_prefix_of_the_old_i
     assert request == 0
 
 
+def test_weights_of_another_model_are_refused_and_the_engine_goes_on():
+    engine, config = make(), RequestConfig(GREEDY, max_new_tokens=NEW)
+    wrong = params_of(MODELS["dense"])
+    for given in (wrong, jax.tree.map(lambda leaf: leaf[..., :1], params_of(MODELS[GROUPED]))):
+        with pytest.raises(InputError, match="as the engine has it"):
+            engine.swap(given)
+    assert tokens_of(engine.generate(PROMPTS, config)) == alone(GROUPED)
+    assert engine.figures().weights_version == 0
+
+
 def test_a_pause_gives_the_cache_back_and_what_ran_goes_on_after_it():
     engine, config = shared(), RequestConfig(GREEDY, max_new_tokens=NEW)
     requests, found = [engine.add(prompt, config) for prompt in PROMPTS], {}
@@ -288,6 +298,8 @@ def test_a_pause_gives_the_cache_back_and_what_ran_goes_on_after_it():
     take(engine.pause())
     assert before - sum(array.nbytes for array in jax.live_arrays()) >= cache_bytes(GROUPED)
     assert not engine.has_work and engine.step() == []
+    with pytest.raises(InputError, match="comes before generate"):
+        engine.generate(PROMPTS, config)
     engine.resume()
     while engine.has_work:
         take(engine.step())

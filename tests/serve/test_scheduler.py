@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import weakref
 
 import pytest
 
@@ -160,6 +161,26 @@ def test_a_deadline_ends_a_sequence_that_runs_and_one_that_waits():
     assert scheduler.schedule(5.0).expired == tuple(sequences)
     assert {sequence.finish_reason for sequence in sequences} == {FinishReason.TIMEOUT}
     assert not scheduler.has_work
+
+
+@pytest.mark.parametrize("num_blocks", [40, 4], ids=["run", "wait"])
+def test_what_has_ended_is_not_kept_until_its_deadline(num_blocks):
+    """Of cancelled ones too, behind one that waits."""
+    scheduler = make(num_blocks=num_blocks)
+    first = Sequence(0, [1] * 9, 7)
+    scheduler.add(first)
+    run(scheduler)
+    known = weakref.WeakSet()
+    for number in range(1, 1001):
+        sequence = Sequence(number, [number] * 9, 2, deadline_s=1e9)
+        known.add(sequence)
+        scheduler.add(sequence)
+        scheduler.finish(sequence, FinishReason.CANCELLED)
+    del sequence
+    assert len(known) < 200
+    last = Sequence(1001, [2] * 9, 2, deadline_s=5.0)
+    scheduler.add(last)
+    assert scheduler.schedule(5.0).expired == (last,)
 
 
 def test_what_never_fits_is_refused():

@@ -28,10 +28,10 @@ PAGE_POLICY = "content-security-policy"
 
 
 @contextlib.contextmanager
-def running(num_blocks=64, **settings):
+def running(engine=None, template=TEMPLATE, **settings):
     """(address, engine) of a server in a thread."""
-    engine = byte_engine(num_blocks=num_blocks)
-    template = ChatTemplate(TEMPLATE, "of the test", {})
+    engine = engine or byte_engine()
+    template = ChatTemplate(template, "of the test", {})
     app = make_app(lambda: engine, Service("tiny", chat_template=template, **settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
@@ -260,8 +260,8 @@ def test_tools_of_which_a_model_would_not_hear_are_refused(client):
 
 
 def test_a_chat_without_a_length_fits_the_model_and_the_cache():
-    for changes, most in (({}, 128), (dict(num_blocks=7), 57)):
-        with running(**changes) as (address, _), httpx.Client(base_url=address) as client:
+    for engine, most in ((byte_engine(), 128), (byte_engine(num_blocks=7), 57)):
+        with running(engine) as (address, _), httpx.Client(base_url=address) as client:
             usage = chat(client, ignore_eos=True).json()["usage"]
             assert usage["total_tokens"] == most
 
@@ -442,6 +442,18 @@ def test_a_training_loop_pauses_the_engine_and_gives_it_other_weights(client):
         changed = complete(steering).json()
         assert changed["weights_version"] == 1
         assert changed["choices"][0]["text"] != continued("def f", 9)[0]
+
+
+def test_a_request_times_out_while_the_engine_is_paused():
+    with (
+        running(read_params=lambda step: byte_params(), timeout_s=0.3) as (address, _),
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
+        client.post("/v1/pause")
+        found = complete(client, n=2, max_tokens=50).json()
+        assert [each["finish_reason"] for each in found["choices"]] == ["timeout"] * 2
+        client.post("/v1/resume")
+        assert complete(client, max_tokens=1).json()["usage"]["completion_tokens"] == 1
 
 
 def test_an_engine_that_fails_is_reported_and_nobody_hangs(monkeypatch):

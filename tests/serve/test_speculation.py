@@ -1,5 +1,7 @@
 """Speculation changes no token, whoever guesses, whatever the temperature and the company."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -202,3 +204,6 @@ def test_a_model_of_other_tokens_or_for_nothing_is_refused():
     other = MODELS["post norms, qk norm over all heads"]
     with pytest.raises(InputError, match="draft: given 40"):
         make(Draft(decoder_of(other), params_of(other)))
+    shorter = dataclasses.replace(MODELS["dense"], max_length=31)
+    with pytest.raises(InputError, match="draft: given 31, expected a model of sequences of 32"):
+        make(Draft(decoder_of(shorter), params_of(shorter)))

@@ -1,5 +1,6 @@
 """The engine's thread: what is asked of it is answered, also when it fails."""
 
+import math
 import threading
 
 import pytest
@@ -12,6 +13,9 @@ class Failing:
     """An engine whose first step fails once it is told to."""
 
     has_work = True
+
+    def wait_s(self):
+        return math.inf
 
     def __init__(self):
         self.has_begun, self.is_told = threading.Event(), threading.Event()

@@ -1,0 +1,65 @@
+"""A client that goes before its stream has begun leaves nothing behind."""
+
+import asyncio
+import json
+
+import pytest
+
+from tests.serve.examples import byte_engine
+
+pytest.importorskip("fastapi", reason="the extra `serve`")
+from jaxscale.serve.handler import Service
+from jaxscale.serve.server import make_app
+
+BODY = dict(model="tiny", prompt=["a", "b"], n=3, max_tokens=120, ignore_eos=True, stream=True)
+
+
+async def leave(app, spec_version):
+    """A client that has gone by the time at which the first bytes would be sent."""
+    messages = [{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}]
+
+    async def receive():
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(_):
+        raise OSError("the client has gone")
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": spec_version},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    try:
+        await app(scope, receive, send)
+    except Exception as error:  # what the server that calls would meet
+        return type(error).__name__
+    return None
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])  # which tell of a disconnect in two ways
+def test_nothing_is_drawn_or_kept_for_a_client_that_has_gone(spec_version):
+    engine = byte_engine()
+    app = make_app(lambda: engine, Service("tiny"))
+
+    async def run():
+        async with app.router.lifespan_context(app):
+            for _ in range(3):
+                await leave(app, spec_version)
+            handler = app.state.handler
+            assert not handler._frontend._answers
+            for _ in range(300):
+                if not engine.has_work:
+                    break
+                await asyncio.sleep(0.01)
+            return await handler.figures()
+
+    metrics = asyncio.run(run())
+    figures = engine.figures()
+    assert (figures.num_held, figures.num_running, figures.num_waiting) == (0, 0, 0)
+    assert figures.num_new_tokens < 3 * 6 * 120 / 4
+    label = 'model_name="tiny",finished_reason'
+    assert f'vllm:request_success_total{{{label}="abort"}} 18' in metrics
