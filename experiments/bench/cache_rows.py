@@ -74,6 +74,7 @@ def microseconds(f, num_rows, arrays):
 def main(length=LENGTH):
     """One row for each part and number of rows."""
     arrays = draw(length)
+    print(f"{jax.devices()[0].device_kind}, {HEADS} heads of {HEAD_DIM}, {length} tokens\n")
     print("| part | rows | microseconds | TB/s of the cache |\n|---|---|---|---|")
     cases = ((keys_alone, 1), (keys_alone, ROWS), (values_alone, 1), (whole, 1), (whole, ROWS))
     for f, num in cases:

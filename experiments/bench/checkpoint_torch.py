@@ -94,7 +94,8 @@ def main() -> None:
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     state = draw(options.layers, options.dim, "cuda" if torch.cuda.is_available() else "cpu")
     total = sum(tensor.nbytes for tensor in state.values())
-    print(f"torch: {total / 1e9:.2f} GB in {len(state)} tensors", flush=True)
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(f"torch: {total / 1e9:.2f} GB in {len(state)} tensors, {kind}", flush=True)
     shutil.rmtree(options.directory, ignore_errors=True)
     PARTS[options.part](state, options)
     torch.distributed.destroy_process_group()

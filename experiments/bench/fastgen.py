@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 
+import jax
 import numpy as np
 from decode import BFLOAT16, draw_params, make_model
 from decode_work import FULL, TINY
@@ -80,7 +81,8 @@ def main():
         engine = Engine(Decoder(model, policy=BFLOAT16), draw_params(model), config=config)
         began = time.perf_counter()
         engine.warm_up()
-        print(f"{policy}: compiled in {time.perf_counter() - began:.1f} s", flush=True)
+        compiled = f"compiled in {time.perf_counter() - began:.1f} s"
+        print(f"{jax.devices()[0].device_kind}, {policy}: {compiled}, {config}", flush=True)
         for clients in options.clients:
             some = work[: min(FEW, fewest) if clients <= 2 else max(fewest, clients)]
             found = point(*measure(engine, some, clients), some)

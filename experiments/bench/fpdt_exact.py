@@ -75,6 +75,8 @@ def main():
     """The largest relative error of a gradient, of each case, beside float32."""
     params = init_params(parameter_table(MODEL), jax.random.key(0), "float32")
     wanted_value, wanted = value_and_gradient(params, compute="float32")
+    kind = jax.devices()[0].device_kind
+    print(f"{kind}, {LENGTH} tokens in chunks of {CHUNK}\n", flush=True)
     print("| case | loops | loss | its error | largest error of a gradient |\n" + "|---" * 5 + "|")
     for name, strategy, is_scanned in CASES:
         value, gradient = value_and_gradient(params, strategy, is_scanned)
@@ -85,7 +87,8 @@ def main():
         worst = max(errors, key=errors.get)
         loops = "a loop" if is_scanned else "unrolled"
         of_loss = abs(value / wanted_value - 1)
-        print(f"| {name} | {loops} | {value:.5f} | {of_loss:.1e} | {errors[worst]:.1e} {worst} |")
+        line = f"| {name} | {loops} | {value:.5f} | {of_loss:.1e} | {errors[worst]:.1e} {worst} |"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 
+import jax
 import numpy as np
 
 from jaxscale.launch.runtime import apply_runtime
@@ -17,6 +18,11 @@ def make_parser(description):
     parser.add_argument("file")
     parser.add_argument("--set", action="append", default=[])
     return parser
+
+
+def devices():
+    """What the figures are of, for their line."""
+    return {"devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
 
 
 def start_run(file, overrides):

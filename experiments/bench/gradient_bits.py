@@ -9,11 +9,13 @@ runs; the norm of the difference over the norm. In float64, which a CPU has, the
 in bfloat16 about 1e-2.
 """
 
+import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from gin_run import make_parser, start_run, synthetic_batch
+from gin_run import devices, make_parser, start_run, synthetic_batch
 
 
 def parse_arguments():
@@ -24,32 +26,48 @@ def parse_arguments():
     return parser.parse_args()
 
 
+@jax.jit
 def relative_difference(found, expected):
     """The norm of the difference over the norm, by leaf."""
 
     def of_leaf(found, expected):
-        found, expected = np.float32(found), np.float32(expected)
-        return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+        wide = jnp.promote_types(found.dtype, jnp.float32)
+        found, expected = found.astype(wide), expected.astype(wide)
+        return jnp.linalg.norm(jnp.ravel(found - expected)) / jnp.linalg.norm(jnp.ravel(expected))
 
     return jax.tree.map(of_leaf, found, expected)
 
 
 def worst(differences):
     """The parameter that differs most, and how much; not a number counts as the most."""
-    leaves = jax.tree_util.tree_leaves_with_path(differences)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(differences))
     path, value = max(leaves, key=lambda leaf: np.nan_to_num(leaf[1], nan=np.inf))
-    return {"parameter": jax.tree_util.keystr(path), "difference": value}
+    return {"parameter": jax.tree_util.keystr(path), "difference": float(value)}
 
 
-def gradients(run, num_runs):
-    """(loss, gradient on the host) of each run of one compiled program."""
+def first_and_differences(run, num_runs):
+    """(loss and gradient of the first run, the worst difference of each other from it).
+
+    Two gradients are on the devices at a time, where they are compared.
+    """
     setup = run.setup()
     state, batch = setup.init(seed=0), synthetic_batch(run, setup.mesh)
     function = jax.jit(setup.region.gradient(setup.loss_fn))
     compiled = function.lower(state.params, batch, state.key).compile()
-    for _ in range(num_runs):
-        (loss, weight, _), gradient = compiled(state.params, batch, state.key)
-        yield float(loss / weight), jax.device_get(gradient)
+    (loss, weight, _), first = compiled(state.params, batch, state.key)
+    found = []
+    for _ in range(num_runs - 1):
+        _, gradient = compiled(state.params, batch, state.key)
+        found.append(worst(relative_difference(gradient, first)))
+    return float(loss / weight), jax.device_get(first), found
+
+
+def beside(found, expected):
+    """The worst difference of gradients of two meshes, from the host by way of one device."""
+    put = functools.partial(jax.device_put, device=jax.devices()[0])
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    each = [relative_difference(put(a), put(b)).item() for a, b in pairs]
+    return worst(jax.tree.unflatten(jax.tree.structure(found), each))
 
 
 def main():
@@ -58,15 +76,14 @@ def main():
     firsts = []
     for mesh in options.mesh:
         run = start_run(options.file, [*options.set, *mesh])
-        (loss, first), *others = gradients(run, options.runs)
+        loss, first, found = first_and_differences(run, options.runs)
         firsts.append(first)
-        found = [worst(relative_difference(other, first)) for _, other in others]
         most = max(found, key=lambda each: np.nan_to_num(each["difference"], nan=np.inf))
         num_same = sum(each["difference"] == 0 for each in found)
         line = {"mesh": mesh, "loss": loss, "same_bits": f"{num_same} of {len(found)}"}
-        print(json.dumps(line | most), flush=True)
+        print(json.dumps(devices() | line | most), flush=True)
     for mesh, other in zip(options.mesh[1:], firsts[1:], strict=True):
-        print(json.dumps({"mesh": mesh} | worst(relative_difference(other, firsts[0]))), flush=True)
+        print(json.dumps({"mesh": mesh} | beside(other, firsts[0])), flush=True)
 
 
 if __name__ == "__main__":

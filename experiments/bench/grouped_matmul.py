@@ -109,7 +109,8 @@ def main(num_rows, K, N, num_groups, families):
     flops = 2 * num_rows * K * N
     theirs = peers(shapes, sizes)
     parts = {family: ours(shapes, sizes, family) for family in families}
-    print(f"groups of {sizes.tolist()} rows")
+    shape = f"{num_rows} rows, K {K}, N {N}"
+    print(f"{jax.devices()[0].device_kind}, TFLOP/s, {shape}, groups of {sizes.tolist()} rows\n")
     names = *families, "torch._grouped_mm: weights by rows, by columns"
     print(f"| part | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for part, runs in theirs.items():

@@ -1,7 +1,7 @@
 """Host memory of an import: the most that reading a sharded folder adds, over its largest shard.
 
-A random model in the 1.1B Llama shape is written in shards and read onto the device. The program's
-compilations come first, with a small model.
+A random model in the 1.1B Llama shape is written in shards and read onto the device, by a process
+each. The reading one's compilations come first, with a small model.
 
 python experiments/bench/import_memory.py  # --tiny tries it
 """
@@ -10,6 +10,8 @@ import argparse
 import functools
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -51,33 +53,50 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main():
+def write_both(folder, is_tiny):
+    """A small folder, and unless it is only tried a large one."""
+    write(folder / "small", TINY, 256, 512, 1 << 20)
+    if not is_tiny:
+        write(folder / "model", SIZES, 8192, 32064, 400_000_000)
+
+
+def measure(folder, is_tiny):
     """Prints one JSON line."""
+    read(folder / "small")
+    before = peak_bytes()
+    written = folder / ("small" if is_tiny else "model")
+    params = read(written)
+    added = peak_bytes() - before
+    largest = max(path.stat().st_size for path in written.glob("*.safetensors"))
+    figures = {
+        "device": jax.devices()[0].device_kind,
+        "weights_mib": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) >> 20,
+        "largest_shard_mib": largest >> 20,
+        "added_mib": added >> 20,
+        "ratio": added / largest,
+    }
+    print(json.dumps(figures), flush=True)
+
+
+PARTS = {"write": write_both, "read": measure}
+
+
+def main():
+    """Runs both parts, each in a process of its own, so that the GPU has one at a time."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", nargs="?", help="one that `write` has written, to read")
+    parser.add_argument("--part", choices=PARTS, help="only this one")
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    if options.folder is None:
-        folder = Path(tempfile.mkdtemp())
-        write(folder / "small", TINY, 256, 512, 1 << 20)
-        if not options.tiny:
-            write(folder / "model", SIZES, 8192, 32064, 400_000_000)
-        print(folder)
+    if options.part:
+        PARTS[options.part](options.folder, options.tiny)
         return
-    folder = Path(options.folder)
-    read(folder / "small")
-    before = peak_bytes()
-    params = read(folder / ("small" if options.tiny else "model"))
-    added = peak_bytes() - before
-    shards = [path.stat().st_size for path in (folder / "model").glob("*.safetensors")]
-    figures = {
-        "weights_mib": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) >> 20,
-        "largest_shard_mib": max(shards, default=0) >> 20,
-        "added_mib": added >> 20,
-    }
-    print(json.dumps(figures | {"ratio": added / max(shards, default=1)}))
+    with tempfile.TemporaryDirectory() as folder:
+        for part in PARTS:
+            words = [sys.executable, *sys.argv, "--part", part, "--folder", folder]
+            subprocess.run(words, check=True)
 
 
 if __name__ == "__main__":

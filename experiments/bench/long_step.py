@@ -12,7 +12,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from gin_run import make_parser, start_run, synthetic_batch
+from gin_run import devices, make_parser, start_run, synthetic_batch
 from profile_table import device_events, idle_times
 from train_step import compiled_step, peak_gib, rates, time_steps
 
@@ -107,12 +107,13 @@ def main():
     options = parser.parse_args()
     run = start_run(options.file, options.set)
     setup = run.setup()
+    head = {"file": options.file, "overrides": options.set} | devices()
     figures = {} if options.no_cap else cap(run)
     state = setup.init(seed=0)
     batch = synthetic_batch(run, setup.mesh)
     step, compiled = compiled_step(setup, state, batch)
+    print(json.dumps(head | figures | compiled), flush=True)
     if not options.steps:
-        print(json.dumps({"overrides": options.set} | figures | compiled))
         return
     for _ in range(options.warmup):
         state, metrics = step(state, batch)
@@ -130,7 +131,7 @@ def main():
     figures["host_gib"] = memory.host_temp_size_in_bytes / 2**30
     figures["peak_gib"] = peak_gib()
     rounded = {name: round(value, 4) for name, value in figures.items()}
-    print(json.dumps({"overrides": options.set} | rounded), flush=True)
+    print(json.dumps(head | rounded), flush=True)
 
 
 if __name__ == "__main__":

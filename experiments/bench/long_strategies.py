@@ -14,7 +14,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-from gin_run import make_parser, start_run, synthetic_batch
+from gin_run import devices, make_parser, start_run, synthetic_batch
 from long_ladder import execution_of, ladder
 from long_step import cap, mfu_of_paper, profiled
 from profile_table import device_events
@@ -53,6 +53,7 @@ def main():
     options = parser.parse_args()
     run = start_run(options.file, options.set)
     rows = rows_of(options.chunks, options.only)
+    print(json.dumps({"file": options.file, "overrides": options.set} | devices()), flush=True)
     setup = run.setup()
     state, batch = setup.init(seed=0), synthetic_batch(run, setup.mesh)
     with ThreadPoolExecutor() as pool:

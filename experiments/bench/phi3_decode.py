@@ -106,6 +106,17 @@ def huggingface(values, options, bits):
     return fill, decode
 
 
+def device_of(who):
+    """The card's name."""
+    if who == "huggingface":
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
 def measure(fill, decode, options):
     """Milliseconds a token of the last round."""
     for _ in range(ROUNDS):
@@ -142,6 +153,8 @@ def main():
         ms = measure(fill, decode, options)
         figures = {
             "who": options.who,
+            "device": device_of(options.who),
+            "layers": values["num_hidden_layers"],
             "bits": bits,
             "embedding_bits": options.embedding_bits if bits < 16 else None,
             "cache": options.cache if options.who == "huggingface" else None,

@@ -110,6 +110,8 @@ def main():
         ms = milliseconds(graph_of(step), options.new)
         figures = {
             "who": "huggingface, a graph",
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE,
+            "layers": model.config.num_hidden_layers,
             "is_masked": is_masked,
             "length": length,
             "ms": round(ms, 4),

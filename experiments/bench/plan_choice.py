@@ -17,7 +17,7 @@ import shlex
 import time
 
 import jax
-from gin_run import start_run, synthetic_batch
+from gin_run import devices, start_run, synthetic_batch
 from in_turn import read_lines
 from train_step import GIB, compiled_step, time_steps
 
@@ -78,7 +78,7 @@ def main():
     if not options.foretell:
         here = measured(table.device, jax.devices())
         clusters["calibrated"] = dataclasses.replace(table, device=here)
-        print(json.dumps(dataclasses.asdict(here)), flush=True)
+        print(json.dumps(devices() | dataclasses.asdict(here)), flush=True)
     for name, run in runs.items():
         figures = foretold(run, clusters)
         if not options.foretell and time.perf_counter() - began < options.limit_s:

@@ -51,6 +51,7 @@ def compiled(way, x, layers):
 
 def main(numbers):
     """One row for each product and number of tokens."""
+    print(f"{jax.devices()[0].device_kind}, microseconds\n")
     print(f"| matrices | tokens | {' | '.join(WAYS)} |\n|---|---|{'---|' * len(WAYS)}")
     for name in ("q, k, v", "down"):
         depth, widths = PRODUCTS[name]

@@ -66,6 +66,7 @@ def main(num_rows, dim, families):
     x, dx, dy = (jax.random.normal(key, size, jnp.bfloat16) for key in keys[:3])
     scale = 1 + 0.1 * jax.random.normal(keys[3], (dim,))
     first = None
+    print(f"{jax.devices()[0].device_kind}, {num_rows} rows of {dim}\n")
     print("| form | ms | bytes needed / s | gradients beside the first's |\n|---|---|---|---|")
     kernels = {each: functools.partial(by_kernel, implementation=each) for each in families}
     for name, f in {"XLA": by_xla, **kernels}.items():
@@ -74,7 +75,7 @@ def main(num_rows, dim, families):
         pairs = zip(gradients, first, strict=True)
         errors = ", ".join(f"{relative_error(*pair):.1e}" for pair in pairs)
         rate = BYTES_PER_ELEMENT * num_rows * dim / seconds / 1e12
-        print(f"| {name} | {seconds * 1e3:.4f} | {rate:.2f} TB | {errors} |")
+        print(f"| {name} | {seconds * 1e3:.4f} | {rate:.2f} TB | {errors} |", flush=True)
 
 
 if __name__ == "__main__":

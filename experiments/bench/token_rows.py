@@ -55,6 +55,7 @@ def microseconds(multiply, depth, width):
 
 def main():
     """One row a shape."""
+    print(f"{jax.devices()[0].device_kind}, microseconds\n")
     print("| matrix | MB | alone | with zeros |\n|---|---|---|---|")
     for name, (depth, width) in SHAPES.items():
         took = [microseconds(each, depth, width) for each in (alone, beside_zeros)]

@@ -9,7 +9,7 @@ import time
 
 import jax
 import numpy as np
-from gin_run import make_parser, start_run, synthetic_batch
+from gin_run import devices, make_parser, start_run, synthetic_batch
 
 from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.parameters import count_parameters
@@ -91,7 +91,8 @@ def main():
     figures |= rates(run, figures["ms"])
     figures["peak_gib"] = peak_gib()
     rounded = {name: round(value, 4) for name, value in figures.items()}
-    print(json.dumps({"overrides": options.set} | rounded))
+    head = {"file": options.file, "overrides": options.set} | devices()
+    print(json.dumps(head | rounded), flush=True)
 
 
 if __name__ == "__main__":

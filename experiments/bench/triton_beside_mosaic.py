@@ -62,6 +62,7 @@ def problems():
 
 def main():
     """One row for each problem, the smallest of rounds in turn."""
+    print(f"{jax.devices()[0].device_kind}, milliseconds\n")
     print(f"| problem | {' | '.join(BACKENDS)} |\n|---|{'---|' * len(BACKENDS)}")
     for name, f, count, arrays in problems():
         runs = []

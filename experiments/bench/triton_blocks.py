@@ -44,6 +44,7 @@ def difference(found, expected):
 
 def main(path):
     """One row for each operation; the fastest of rounds in turn."""
+    print(f"{jax.devices()[0].device_kind}\n")
     given = json.loads(Path(path).read_text())["blocks"]
     print("| operation | package's | ms | file's | ms | file's of package's | difference |")
     print("|---|---|---|---|---|---|---|", flush=True)

@@ -165,6 +165,7 @@ def main():
     )
     is_gpu = jax.default_backend() == "gpu"
     policy = Policy(compute="bfloat16" if is_gpu else "float32")
+    print(f"{jax.devices()[0].device_kind}, {options}", flush=True)
     params, rng, found = train(options, model, policy), np.random.default_rng(1), {}
     length = options.shortest
     while length <= options.longest:
