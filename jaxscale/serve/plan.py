@@ -125,6 +125,7 @@ class Plan:
             count=count,
             is_decode=is_decode,
             is_drawing=is_drawing,
+            length=sequence.length,
             drafts=drafts,
             # Of a prompt whose last piece is in flight the scores are as good as known.
             is_scored=sequence.is_scoring and sequence.num_computed + 1 < len(sequence.prompt),

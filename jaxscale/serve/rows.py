@@ -83,7 +83,7 @@ class Writer:
         views["slot_mapping"][here] = self._slots_of(slots, positions)
         views["last_place"][here] = place
         views["ends"][here] = _integers(piece.start + piece.num_steps for piece in pieces)
-        views["lengths"][here] = _integers(piece.sequence.length for piece in pieces)
+        views["lengths"][here] = _integers(piece.length for piece in pieces)
         views["adapters"][here] = self._rows.adapters[slots]
         views["block_table"][here] = pages
         self._num_tokens = len(pieces)
@@ -111,7 +111,7 @@ class Writer:
         views["slot_mapping"][here] = self._slots_of(slot, positions)
         views["segments"][here] = segment
         views["adapters"][here] = self._rows.adapters[slot]
-        views["lengths"][here] = piece.sequence.length
+        views["lengths"][here] = piece.length
         row = self._shape.num_single + segment - 1
         views["last_place"][row] = here.stop - 1
         num_pages = -(-end // self._block_size)

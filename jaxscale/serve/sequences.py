@@ -133,6 +133,7 @@ class Piece:
         count: how many.
         is_decode: whether the only token is the one drawn last, which the device knows.
         is_drawing: whether a token is drawn behind the last.
+        length: of the sequence as the step finds it, without what the step draws.
         drafts: guesses that are run behind the token drawn last, to be compared with what is drawn
             before each.
         is_scored: whether the token behind each, of the prompt, is given its log-probability.
@@ -145,6 +146,7 @@ class Piece:
     count: int
     is_decode: bool
     is_drawing: bool
+    length: int
     drafts: tuple[int, ...] = ()
     is_scored: bool = False
     num_steps: int = 1

@@ -97,6 +97,30 @@ def test_a_sequence_that_outgrows_longropes_first_factors_is_computed_again_with
     assert engine.figures().num_preemptions == 4
 
 
+def test_at_longropes_original_length_log_probabilities_are_those_of_the_forward():
+    """Prompts that are split, shorter by one, as long, and longer by one; and what follows them."""
+    prompts = [[(5 * i + n) % 31 for i in range(long_rope.L0 + n)] for n in (-1, 0, 1)]
+    config = RequestConfig(GREEDY, max_new_tokens=3, num_logprobs=0, num_prompt_logprobs=0)
+    engine = Engine(long_rope.DECODER, long_rope.params(), config=EngineConfig(**SMALL))
+    for prompt, (one,) in zip(prompts, engine.generate(prompts, config), strict=True):
+        of_prompt = log_probabilities(prompt)[range(len(prompt) - 1), prompt[1:]]
+        drawn = [
+            log_probabilities(prompt + one.tokens[:i])[-1, token]
+            for i, token in enumerate(one.tokens)
+        ]
+        found = [each.drawn for each in (*one.prompt_logprobs, *one.logprobs)]
+        np.testing.assert_allclose(found, [*of_prompt, *drawn], atol=1e-5)
+
+
+def log_probabilities(text):
+    """[T, V] of one text by the full forward."""
+    row = np.pad(text, (0, 16 - len(text)))[None]
+    batch = {"tokens": row, "positions": np.arange(16)[None]}
+    batch["segments"] = (batch["positions"] < len(text)).astype(np.int32)
+    logits = long_rope.LOGITS(long_rope.params(), batch)[0][0, : len(text)]
+    return np.asarray(jax.nn.log_softmax(logits))
+
+
 def test_each_head_sees_the_blocks_of_its_layout():
     """In prompts that are split and whole, and in decoding."""
     model = with_layout(dataclasses.replace(MODELS["dense"], max_length=320))
