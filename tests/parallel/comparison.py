@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -34,6 +35,11 @@ SIZES = dict(
     ffn_dim=32,
     max_length=16,
 )
+# By length of a row, the tokens of its documents; rows take them in turn. What is left is padding.
+DOCUMENTS = {
+    16: ((6, 7),),
+    32: ((3, 17, 9), (32,), (13, 2, 1, 12), (30, 1)),
+}
 NUM_ACTIVE = 2  # experts of a mixture that a token visits
 KEY = jax.random.key(1)
 NUM_PROGRAMS = 8  # that are kept: the long tests would fill the memory with all of theirs
@@ -87,19 +93,17 @@ def make_batch(rows=8, length=16, seed=0, empty=None):
     """Packed documents with padding; the labels of rows 3 and 7, micro-batch 3 of 4, do not count.
 
     Args:
-        rows, length: B and T.
+        rows, length: B and T, of `DOCUMENTS`.
         seed: of the tokens.
         empty: rows and columns, as ranges, all of whose tokens are padding.
     """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 64, (rows, length + 1))
-    num_padding = length - 13
-    row = [1] * 6 + [2] * 7 + [0] * num_padding
-    segments = np.repeat([row], rows, 0)
+    documents = itertools.islice(itertools.cycle(DOCUMENTS[length]), rows)
+    segments, positions = zip(*(_packed(sizes, length) for sizes in documents), strict=True)
+    segments = np.array(segments)
     if empty is not None:
         segments[np.ix_(*empty)] = 0
-    position = [*range(6), *range(7), *range(num_padding)]
-    positions = np.repeat([position], rows, 0)
     weights = (segments > 0) * 1.0
     weights[3::4] = 0
     weights[0, 2:] = 0
@@ -108,8 +112,15 @@ def make_batch(rows=8, length=16, seed=0, empty=None):
         labels=tokens[:, 1:],
         weights=weights,
         segments=segments,
-        positions=positions,
+        positions=np.array(positions),
     )
+
+
+def _packed(sizes, length):
+    """(segments, positions) of a row of documents of so many tokens each, then padding."""
+    sizes = *sizes, length - sum(sizes)
+    numbers = *range(1, len(sizes)), 0
+    return np.repeat(numbers, sizes), np.concatenate(list(map(np.arange, sizes)))
 
 
 def has_dropout(model: ModelConfig) -> bool:
@@ -271,12 +282,12 @@ def canonical(specs: Specs, gradients):
     return specs.layout.restore(gradients, dims)
 
 
-def assert_equal_to_single_device(result, wanted, empty=None):
+def assert_equal_to_single_device(result, wanted, empty=None, length=16):
     """Equal loss and gradients, and as many valid tokens as the batch has."""
     (loss, weight, metrics), gradients = result
     wanted_loss, wanted_gradients = wanted
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-12)
-    num_valid = make_batch(empty=empty)["weights"].sum()
+    num_valid = make_batch(length=length, empty=empty)["weights"].sum()
     assert weight == num_valid
     if "load" in metrics:
         num_choices = NUM_ACTIVE * num_valid

@@ -81,7 +81,7 @@ def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, s
     with jax.enable_x64(True):
         wanted = single_device(model, num_microbatches, length=T)
         result = on_mesh(model, strategy=strategy, remat="none", length=T, **settings)
-        assert_equal_to_single_device(result, wanted)
+        assert_equal_to_single_device(result, wanted, length=T)
 
 
 @pytest.mark.parametrize(
