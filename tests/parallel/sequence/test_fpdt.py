@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from jaxscale.checkpoint.manager import CheckpointConfig
@@ -11,6 +12,7 @@ from jaxscale.data.sources import TextSource
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.ops.attention.intervals import IntervalAttention
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.sequence.fpdt.by_keys import _Queries
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.run.run import Run, check_fit
 from jaxscale.train.config import TrainConfig
@@ -30,14 +32,15 @@ from tests.parallel.comparison import (
 T = 32  # of the batches that are compared
 DENSE = dense(num_layers=2, max_length=T)
 MOE = mixture(num_layers=2, max_length=T)
+MOE_LAYER = mixture(num_layers=1, moe_pattern=(True,), windows=(None,), max_length=T)
 DEEP_MOE = mixture(num_layers=4, max_length=T)  # two periods, one for each of two stages
 ON_HOST, TWICE = dict(chunks="host"), dict(attention="nowhere")
 ON_DEVICE = dict(inputs="device", attention="device", chunks="device")
 KEYS_ON_DEVICE = dict(chunks="device")
 # Packed documents, padding, and rows without any token that counts are in every batch.
 MESHES = [
-    ("dense", 2, dict(sequence=2), dict(num_pieces=2)),
-    ("dense", 4, dict(sequence=2), dict(num_pieces=2) | KEYS_ON_DEVICE),
+    ("moe layer", 4, dict(sequence=2), dict(num_pieces=1) | TWICE),
+    ("dense", 4, dict(sequence=2), KEYS_ON_DEVICE),
     *[
         pytest.param(
             "dense",
@@ -74,7 +77,7 @@ MESHES = [
 
 @pytest.mark.parametrize(("name", "num_chunks", "sizes", "settings"), MESHES, ids=str)
 def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, sizes, settings):
-    model = {"dense": DENSE, "moe": MOE, "deep moe": DEEP_MOE}[name]
+    model = {"dense": DENSE, "moe layer": MOE_LAYER, "moe": MOE, "deep moe": DEEP_MOE}[name]
     strategy = FullyPipelined(chunk_tokens=T // num_chunks, **settings)
     settings = dict(zero=3, num_microbatches=2) | sizes
     num_microbatches = settings["num_microbatches"] if "moe" in name else 1
@@ -107,6 +110,19 @@ def test_queries_meet_all_keys_that_lie_on_the_device_in_one_call(monkeypatch, p
     params = jax.tree.map(lambda x: x.astype("float32"), make_params(model))
     jax.eval_shape(jax.grad(sum_loss), params)
     assert calls == [(4, 4 if places is ON_HOST else 16)] * num_calls
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_queries_that_wait_on_the_host_come_back_bit_by_bit(dtype):
+    shape, (q, do, dq) = (2, 8, 4, 16), jax.random.split(jax.random.key(0), 3)
+    queries = _Queries(
+        jax.random.normal(q, shape, dtype),
+        jax.random.normal(do, shape, dtype),
+        jax.random.normal(dq, shape),
+    )
+    back = _Queries.unpacked(queries.packed(), head_dim=16)
+    assert [x.dtype for x in back] == [x.dtype for x in queries]
+    jax.tree.map(np.testing.assert_array_equal, back, queries)
 
 
 RUN = Run(
