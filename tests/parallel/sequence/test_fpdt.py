@@ -120,7 +120,7 @@ def test_queries_that_wait_on_the_host_come_back_bit_by_bit(dtype):
         jax.random.normal(do, shape, dtype),
         jax.random.normal(dq, shape),
     )
-    back = _Queries.unpacked(queries.packed(), head_dim=16)
+    back = _Queries.unpacked(queries.packed(), 16, queries.q.dtype)
     assert [x.dtype for x in back] == [x.dtype for x in queries]
     jax.tree.map(np.testing.assert_array_equal, back, queries)
 
