@@ -21,6 +21,9 @@ HIDDEN_ARRAYS = 6
 # Arrays of a chunk's heads on their way between shares of the sequence; fitted to steps of 2 and 4
 # million tokens that were compiled for four H200s.
 EXCHANGED_ARRAYS = 4.5
+# Bytes of an element of the keys and values for each chunk of queries after the fourth. What the
+# kernel gives for a chunk is added up chunk by chunk of keys, and waits for that; fitted likewise.
+OF_LATER_CHUNK = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +149,12 @@ class _Counts:
 
     @property
     def residual(self) -> float:
-        """The residual; beside it the loss has its gradient, in chunks and joined.
+        """The residual's cotangent and the input of the layer at work, once it has come.
 
-        In the backward the input of the layer at work stays on the device once it has come.
+        Beside chunks on the host the loss is fuller: the residual and its gradient, in chunks and
+        joined.
         """
-        return (3 if self.are_keys_here else 4) * self.of_input
+        return (2 if self.are_keys_here else 4) * self.of_input
 
     @property
     def of_input(self) -> float:
@@ -178,7 +182,8 @@ class _Counts:
         num = len(self.kept_layers)
         if self.strategy.inputs == "device":
             return _Placed(device=num * self.of_input)
-        here = min(self.strategy.device_input_bytes, self.of_input)
+        of_chunk = self.of_input * self.strategy.chunk_tokens / self.job.length
+        here = min(self.strategy.device_input_bytes // of_chunk * of_chunk, self.of_input)
         return _Placed(num * here, num * (self.of_input - here))
 
     @property
@@ -204,8 +209,7 @@ class _Counts:
         chunk = self.strategy.chunk_tokens / self.job.length
         keys = 2 * self.attention.num_kv_heads * self.attention.head_dim
         if self.are_keys_here:
-            # What the kernel gives for each chunk of queries is added up chunk by chunk of keys.
-            later = max(round(1 / chunk) - 4, 0) * self.job.width
+            later = max(round(1 / chunk) - 4, 0) * OF_LATER_CHUNK
             of_key = 2 * self.job.width + ACCUMULATED + later
             return _Placed(device=keys * of_key * self.tokens)
         queries = _width(self.attention) * (2 * self.job.width + ACCUMULATED)
