@@ -270,13 +270,15 @@ def suggested_chunk(
     *,
     device_bytes: float,
 ) -> int | None:
-    """The largest chunk up to the default that divides the sequence and fits; None if none does.
+    """The largest chunk that divides the sequence and fits; None if none does.
 
-    Larger ones are slightly faster and take more of the device; see docs/long_sequences.md.
+    It is at most the default or a quarter of the sequence. Larger ones take more of the device, and
+    a program of many chunks takes long to compile; see docs/long_sequences.md.
     """
     mesh = layout.mesh
     share = mesh.sequence * mesh.tensor * strategy.num_pieces
-    for chunk in range(min(DEFAULT_CHUNK_TOKENS, job.length), 0, -1):
+    largest = max(job.length // 4, min(DEFAULT_CHUNK_TOKENS, job.length))
+    for chunk in range(largest, 0, -1):
         if job.length % chunk or chunk % share:
             continue
         other = dataclasses.replace(strategy, chunk_tokens=chunk)

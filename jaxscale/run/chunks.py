@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -48,24 +49,28 @@ def check_host(run: Run) -> None:
     there = pinnable_bytes()
     if there is None or not is_chunked(run):
         return
-    memory, num_here = memory_of_chunks(run), jax.local_device_count()
+    memory = memory_of_chunks(run)
+    # A smaller mesh leaves devices idle.
+    num_here = min(jax.local_device_count(), math.prod(run.mesh.sizes))
     if memory.on_host * num_here <= there:
         return
     parts = " + ".join(f"{size / GIB:.2f} of {name}" for name, size in memory.host.items() if size)
     given = f"{memory.on_host / GIB:.2f} GiB of host memory a device: {parts}"
     expected = (
         f"at most {there / num_here / GIB:.2f} GiB, {there / GIB:.2f} for {num_here} devices: a "
-        "shorter sequence_length, device_input_bytes above 0, or attention = 'nowhere'"
+        "shorter sequence_length, more device_input_bytes, attention = 'nowhere', or "
+        "ExecutionConfig.checkpoint_every above 1"
     )
     raise InputError("FullyPipelined", given, expected)
 
 
-def chunk_lines(run: Run, device_bytes: float) -> list[str]:
+def chunk_lines(run: Run, device_bytes: float, host_bytes: float) -> list[str]:
     """What `inspect` says of a run in chunks: its memory, other strategies', lengths that fit.
 
     Args:
         run: the run.
         device_bytes: that JAX may take of a device.
+        host_bytes: a device's share of its host; infinite where nobody says.
     """
     job, layout = job_of(run), layout_of(run)
     state = StateCounter(job)(run.mesh)
@@ -74,10 +79,13 @@ def chunk_lines(run: Run, device_bytes: float) -> list[str]:
     lines = [_parts("on a device", memory.device), _parts("on the host", memory.host)]
     chunk = suggested_chunk(job, layout, state, strategy, device_bytes=device_bytes)
     lines.append(f"chunk_tokens  {chunk or 'none'} would fit, {strategy.chunk_tokens} is set")
-    lines.append("by strategy   GiB on a device, GiB on the host, tokens that fit the device")
+    limits = dict(device_bytes=device_bytes, host_bytes=host_bytes)
+    there = f"{device_bytes / GIB:.2f} GiB of a device"
+    there += "" if math.isinf(host_bytes) else f" and {host_bytes / GIB:.2f} of its host"
+    lines.append(f"by strategy   GiB on a device, GiB on the host, tokens that fit {there}")
     for name, needs in _strategies(job, layout, strategy).items():
         device, host = needs(job.length)
-        longest = longest_length(needs, strategy.chunk_tokens, device_bytes=device_bytes)
+        longest = longest_length(needs, strategy.chunk_tokens, **limits)
         lines.append(f"  {name:<34}{device / GIB:>9.2f}{host / GIB:>9.2f}{longest:>12,}")
     return lines
 

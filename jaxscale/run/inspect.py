@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxscale import tree
 from jaxscale.config import operative_config
-from jaxscale.launch.memory import host_bytes
+from jaxscale.launch.memory import GIB, host_bytes
 from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.parameters import Table, count_parameters, parameter_table
 from jaxscale.parallel.mesh import MeshConfig
@@ -26,10 +26,10 @@ from jaxscale.train.host import is_on_host
 from jaxscale.train.optim import make_optimizer
 from jaxscale.train.setup import check_training
 from jaxscale.train.state import abstract_stored
-from jaxscale.types import Params
+from jaxscale.types import Params, check_positive
 
 
-def inspect(*, run: Run) -> None:
+def inspect(*, run: Run, host_gib: float | None = None) -> None:
     """Prints the resolved configuration, parameter counts, the sharding table and bytes per device.
 
     Nothing is allocated and no device is needed. What lies beside the state during a step is
@@ -37,9 +37,12 @@ def inspect(*, run: Run) -> None:
 
     Args:
         run: the run.
+        host_gib: GiB of host memory for each device, by which lengths in chunks are bounded too.
     Raises:
         InputError: the parts do not fit one another.
     """
+    if host_gib is not None:
+        check_positive("host_gib", host_gib)
     table = parameter_table(run.model)
     check_fit(run)
     check_training(table, run.loss(run), run.mesh, run.train)
@@ -55,7 +58,7 @@ def inspect(*, run: Run) -> None:
     print(f"mesh          {dataclasses.asdict(run.mesh)}, {math.prod(run.mesh.sizes)} devices")
     for name, size in bytes_per_device(run, table, specs).items():
         print(f"{name:<13} {_bytes_text(size)} per device")
-    print("\n".join(_step_lines(run)))
+    print("\n".join(_step_lines(run, math.inf if host_gib is None else host_gib * GIB)))
 
 
 def bytes_per_device(
@@ -102,10 +105,10 @@ def bytes_per_device(
     return sizes | {"sum": sum(sizes.values()), "on the host": host}
 
 
-def _step_lines(run: Run) -> list[str]:
+def _step_lines(run: Run, host_limit: float) -> list[str]:
     """What a step needs at its fullest moment, and which devices have that much."""
     if is_chunked(run):
-        return _chunk_lines(run)
+        return _chunk_lines(run, host_limit)
     job, layout = job_of(run), layout_of(run)
     memory = step_memory(job, layout, StateCounter(job)(run.mesh))
     activations = memory.stashed + memory.workspace + memory.copies
@@ -117,10 +120,10 @@ def _step_lines(run: Run) -> list[str]:
     return [f"{name:<13} {text}" for name, text in parts.items()]
 
 
-def _chunk_lines(run: Run) -> list[str]:
+def _chunk_lines(run: Run, host_limit: float) -> list[str]:
     """The same of a run in chunks, on the largest device that is described."""
     largest = max(DEVICES.values(), key=lambda device: device.memory_bytes)
-    lines = chunk_lines(run, largest.memory_bytes * memory_share())
+    lines = chunk_lines(run, largest.memory_bytes * memory_share(), host_limit)
     return [*lines, f"{'fits':<13} {_fitting(run, memory_of_chunks(run).on_device)}"]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxscale import cli
 from jaxscale.launch.memory import GIB
-from jaxscale.planner.chunks import chunked_memory, longest_length
+from jaxscale.planner.chunks import chunked_memory, longest_length, suggested_chunk
 from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
 from jaxscale.run.chunks import check_host
@@ -93,9 +93,39 @@ def test_inspect_shows_strategies_side_by_side(capsys):
     assert re.search(r"^chunk_tokens +65536 would fit, 65536 is set$", shown, re.MULTILINE)
 
 
+def test_inspect_bounds_lengths_by_the_memory_of_a_host_that_is_given(capsys):
+    row = r"^  as it is set +[\d.]+ +([\d.]+) +([\d,]+)$"
+    longest = {}
+    for host_gib in (130, 260):
+        settings = ["host_gib", "mesh.is_optimizer_on_host"]
+        given = [f"{name}={value}" for name, value in zip(settings, (host_gib, False), strict=True)]
+        assert cli.main(["inspect", str(FILE), *(f"--set={each}" for each in given)]) == 0
+        shown = capsys.readouterr().out
+        assert f" and {host_gib}.00 of its host" in shown
+        host, tokens = re.search(row, shown, re.MULTILINE).groups()
+        longest[host_gib] = int(tokens.replace(",", ""))
+    # 256 KiB a token of inputs, and of queries 32 for each but those of two chunks.
+    assert float(host) == 68
+    assert longest == {130: 458_752, 260: 917_504}
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk", "expected"),
+    [(262_144, 65_536, 65_536), (1_048_576, 65_536, 262_144), (98_304, 32_768, 49_152)],
+)
+def test_a_suggested_chunk_is_large_and_divides_the_sequence(run, length, chunk, expected):
+    job, layout = job_of(run), layout_of(run)
+    longer = dataclasses.replace(job, length=length)
+    strategy = dataclasses.replace(run.execution.strategy, chunk_tokens=chunk)
+    state = StateCounter(job)(run.mesh)
+    for device_bytes, found in ((110 * GIB, expected), (10 * GIB, None)):
+        suggested = suggested_chunk(longer, layout, state, strategy, device_bytes=device_bytes)
+        assert suggested == found
+
+
 def test_a_host_that_is_too_small_is_refused_before_the_first_step(run, monkeypatch):
-    monkeypatch.setattr("jaxscale.run.chunks.pinnable_bytes", lambda: 900 * GIB)
-    check_host(run)
+    monkeypatch.setattr("jaxscale.run.chunks.pinnable_bytes", lambda: 98 * GIB)
+    check_host(run)  # of one device, however many there are
     monkeypatch.setattr("jaxscale.run.chunks.pinnable_bytes", lambda: 80 * GIB)
     with pytest.raises(InputError, match=r"64\.00 of inputs .* at most \d+\.\d+ GiB"):
         check_host(run)
