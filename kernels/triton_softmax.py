@@ -3,10 +3,13 @@
 Source: Dao 2023, FlashAttention-2 (arXiv 2307.08691), algorithm 1.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 LEAST_ROWS = 16  # of a product of tensor cores
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -14,8 +17,8 @@ def capped(logits, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """(logits or their tanh, what they are to be multiplied by to be exponents of two)."""
     if SOFTCAP > 0:
         # tanh, which Triton has not.
-        logits = 1 - 2 / (1 + tl.exp2(logits * (SCALE / SOFTCAP) * 2.8853900817779268))
-    factor: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * 1.4426950408889634
+        logits = 1 - 2 / (1 + tl.exp2(logits * (SCALE / SOFTCAP) * (2 * LOG2E)))
+    factor: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
     return logits, factor
 
 

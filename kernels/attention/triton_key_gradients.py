@@ -14,7 +14,18 @@ import triton.language as tl
 from jax import Array
 
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, query_tiles, query_visits
-from jaxscale.kernels.attention.triton_programs import grid_of, pad_queries, runs, sizes_of, visit
+from jaxscale.kernels.attention.triton_programs import (
+    grid_of,
+    head_number,
+    head_offset,
+    pad_queries,
+    place_of,
+    row_offsets,
+    runs,
+    seen,
+    sizes_of,
+    visit,
+)
 from jaxscale.kernels.triton_call import blocks_of, call
 from jaxscale.kernels.triton_softmax import capped
 
@@ -53,10 +64,7 @@ def _add_gradients(
     # Of a block of queries all tiles are visited, though its last ones may lie past the end.
     unit: tl.constexpr = QUERIES * PARTS if PARTS else QUERIES
     for number in range(begin, end):
-        position = number
-        if IS_MASKED:
-            position = tl.where(number < skip_from, number, number + skip)
-        tile, flags = visit(entries, position, PARTS)
+        tile, flags = visit(entries, number, skip_from, skip, IS_MASKED, PARTS)
         query = tile * QUERIES + tl.arange(0, QUERIES)
         at = query.to(tl.int64)[:, None] * STRIDE + h[None, :]
         is_query = (query < NUM_QUERIES)[:, None]
@@ -69,12 +77,9 @@ def _add_gradients(
         logits, factor = capped(tl.dot(k, tl.trans(q_tile)), SCALE, SOFTCAP)
         p = tl.exp2(logits * factor - tl.load(lse + query)[None, :])
         if IS_MASKED:
-            low_query = tl.load(low + query)
-            high_query = tl.load(high + query)
-            sees = (key[:, None] >= low_query[None, :]) & (key[:, None] < high_query[None, :])
-            if PARTS:
-                bit = key % KEYS // BLOCK
-                sees = sees & ((flags >> bit) & 1 > 0)[:, None]
+            low_query = tl.load(low + query)[None, :]
+            high_query = tl.load(high + query)[None, :]
+            sees = seen(key[:, None], low_query, high_query, flags, key, KEYS, PARTS, BLOCK)
             p = tl.where(sees, p, 0.0)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv)
         dp = tl.dot(v, tl.trans(do_tile))
@@ -121,7 +126,7 @@ def _key_gradients(
     """Gradients of one tile of keys and values of one kv head."""
     # Under a causal mask the first tiles are seen by most queries, so they come first.
     tile = tl.program_id(1)
-    number = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    number = head_number()
     if number >= BATCH * KV_HEADS:
         return
     kv_head = number % KV_HEADS
@@ -132,9 +137,8 @@ def _key_gradients(
     low += bounds_row * PADDED
     high += bounds_row * PADDED
     key = tile * KEYS + tl.arange(0, KEYS)
-    h = tl.arange(0, HEAD_DIM)
-    of_keys = (batch.to(tl.int64) * NUM_KEYS * KV_HEADS + kv_head) * HEAD_DIM
-    of_keys += key[:, None].to(tl.int64) * (KV_HEADS * HEAD_DIM) + h[None, :]
+    of_keys = head_offset(batch, kv_head, NUM_KEYS, KV_HEADS, HEAD_DIM)
+    of_keys += row_offsets(key, KV_HEADS, HEAD_DIM)
     is_key = (key < NUM_KEYS)[:, None]
     k_tile = tl.load(k + of_keys, mask=is_key, other=0.0)
     v_tile = tl.load(v + of_keys, mask=is_key, other=0.0)
@@ -142,9 +146,9 @@ def _key_gradients(
     dv_tile = tl.zeros((KEYS, HEAD_DIM), tl.float32)
     for group in range(groups):
         head = kv_head * groups + group
-        place = (head % NUM_PATTERNS if NUM_PATTERNS else bounds_row) * NUM_TILES + tile
+        place = place_of(head, bounds_row, tile, NUM_PATTERNS, NUM_TILES)
         whole_first, whole_end, first, end = runs(table + place * 4, PARTS)
-        of_queries = batch.to(tl.int64) * NUM_QUERIES * stride + head * HEAD_DIM
+        of_queries = head_offset(batch, head, NUM_QUERIES, NUM_HEADS, HEAD_DIM)
         of_sums = (batch * NUM_HEADS + head) * PADDED
         dk_tile, dv_tile = _add_gradients(
             dk_tile, dv_tile, k_tile, v_tile, entries + place * NUM_VISITS,

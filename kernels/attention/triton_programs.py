@@ -14,18 +14,36 @@ from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout, key_tiles, key_
 TOGETHER = 4
 
 
-@triton.jit
-def visit(entries, position, PARTS: tl.constexpr):
-    """(tile, flags) of the `position`-th visit.
+def grid_of(num_tiles: int, num_heads: int) -> tuple[int, int, int]:
+    """Programs: tiles of TOGETHER heads, then those of the next; the first dim varies fastest."""
+    together = min(TOGETHER, num_heads)
+    return together, num_tiles, triton.cdiv(num_heads, together)
 
-    Args:
-        entries: the list of blocks that `tiles.visits` makes, of which each is visited in PARTS.
-        PARTS: 0 without a layout, where a tile's place is its number.
-    """
-    if PARTS:
-        entry = tl.load(entries + position // PARTS)
-        return (entry >> 2) * PARTS + position % PARTS, entry & 3
-    return position, 0
+
+@triton.jit
+def head_number():
+    """Which of the heads of all sequences this program of `grid_of` has; some lie past the last."""
+    return tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def head_offset(batch, head, LENGTH: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where a head of a sequence begins in an array [B, LENGTH, NUM_HEADS, HEAD_DIM]."""
+    stride: tl.constexpr = NUM_HEADS * HEAD_DIM
+    return batch.to(tl.int64) * LENGTH * stride + head * HEAD_DIM
+
+
+@triton.jit
+def row_offsets(row, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where the elements of rows [n] of a head lie behind its beginning, [n, HEAD_DIM]."""
+    stride: tl.constexpr = NUM_HEADS * HEAD_DIM
+    return row.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
+
+
+@triton.jit
+def place_of(head, bounds_row, tile, NUM_PATTERNS: tl.constexpr, NUM_TILES: tl.constexpr):
+    """The row of the table of visits that a tile has: by pattern, or by the bounds it is under."""
+    return (head % NUM_PATTERNS if NUM_PATTERNS else bounds_row) * NUM_TILES + tile
 
 
 @triton.jit
@@ -42,10 +60,38 @@ def runs(table, PARTS: tl.constexpr):
     return whole_first, whole_end, first, end - (whole_end - whole_first)
 
 
-def grid_of(num_tiles: int, num_heads: int) -> tuple[int, int, int]:
-    """Programs: tiles of TOGETHER heads, then those of the next; the first dim varies fastest."""
-    together = min(TOGETHER, num_heads)
-    return together, num_tiles, triton.cdiv(num_heads, together)
+@triton.jit
+def visit(entries, number, skip_from, skip, IS_MASKED: tl.constexpr, PARTS: tl.constexpr):
+    """(tile, flags) of the `number`-th visit of a run.
+
+    Args:
+        entries: the list of blocks that `tiles.visits` makes, of which each is visited in PARTS.
+        skip_from, skip: where masked visits are numbered as if others were missing, and how many.
+        PARTS: 0 without a layout, where a tile's place is its number.
+    """
+    position = number
+    if IS_MASKED:
+        position = tl.where(number < skip_from, number, number + skip)
+    if PARTS:
+        entry = tl.load(entries + position // PARTS)
+        return (entry >> 2) * PARTS + position % PARTS, entry & 3
+    return position, 0
+
+
+@triton.jit
+def seen(key, low, high, flags, row, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows, columns] which pairs of a tile and of one that it visits see each other.
+
+    Args:
+        key, low, high: places of keys and bounds of queries, the one as rows, the other as columns.
+        flags: of the visit, a bit for each block of the program's own tile.
+        row: [rows] those of the program's own tile, of which there are ROWS.
+    """
+    sees = (key >= low) & (key < high)
+    if PARTS:
+        bit = row % ROWS // BLOCK
+        sees = sees & ((flags >> bit) & 1 > 0)[:, None]
+    return sees
 
 
 def key_work(

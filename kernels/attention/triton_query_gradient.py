@@ -17,9 +17,14 @@ from jax import Array
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
 from jaxscale.kernels.attention.triton_programs import (
     grid_of,
+    head_number,
+    head_offset,
     key_work,
     pad_queries,
+    place_of,
+    row_offsets,
     runs,
+    seen,
     sizes_of,
     visit,
 )
@@ -58,10 +63,7 @@ def _add_gradient(
     # Of a block of keys all tiles are visited, though its last ones may lie past the end.
     unit: tl.constexpr = COLUMNS * PARTS if PARTS else COLUMNS
     for number in range(begin, end):
-        position = number
-        if IS_MASKED:
-            position = tl.where(number < skip_from, number, number + skip)
-        tile, flags = visit(entries, position, PARTS)
+        tile, flags = visit(entries, number, skip_from, skip, IS_MASKED, PARTS)
         first = tile * COLUMNS
         key = first + tl.arange(0, COLUMNS)
         offset = first.to(tl.int64) * STRIDE
@@ -75,10 +77,7 @@ def _add_gradient(
         logits, factor = capped(tl.dot(q, k), SCALE, SOFTCAP)
         p = tl.exp2(logits * factor - lse_query[:, None])
         if IS_MASKED:
-            sees = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-            if PARTS:
-                bit = query % ROWS // BLOCK
-                sees = sees & ((flags >> bit) & 1 > 0)[:, None]
+            sees = seen(key[None, :], low[:, None], high[:, None], flags, query, ROWS, PARTS, BLOCK)
             p = tl.where(sees, p, 0.0)
         ds = p * (tl.dot(do, v) - delta_query[:, None])
         if SOFTCAP > 0:
@@ -120,13 +119,13 @@ def _query_gradient(
     """Gradient of one tile of queries of one head."""
     # Under a causal mask the last tiles see most keys, so they come first.
     tile = NUM_TILES - 1 - tl.program_id(1)
-    number = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    number = head_number()
     if number >= BATCH * NUM_HEADS:
         return
     head = number % NUM_HEADS
     batch = number // NUM_HEADS
     bounds_row = batch % NUM_BOUNDS
-    place = (head % NUM_PATTERNS if NUM_PATTERNS else bounds_row) * NUM_TILES + tile
+    place = place_of(head, bounds_row, tile, NUM_PATTERNS, NUM_TILES)
     query = tile * ROWS + tl.arange(0, ROWS)
     query_bounds = bounds_row * NUM_TILES * ROWS + query
     low_query = tl.load(low + query_bounds)
@@ -134,17 +133,15 @@ def _query_gradient(
     of_sums = number * NUM_TILES * ROWS + query
     lse_query = tl.load(lse + of_sums)
     delta_query = tl.load(delta + of_sums)
-    h = tl.arange(0, HEAD_DIM)
-    row_stride: tl.constexpr = NUM_HEADS * HEAD_DIM
-    stride: tl.constexpr = KV_HEADS * HEAD_DIM
-    of_queries = batch.to(tl.int64) * NUM_QUERIES * row_stride + head * HEAD_DIM
-    of_queries += query[:, None].to(tl.int64) * row_stride + h[None, :]
+    of_queries = head_offset(batch, head, NUM_QUERIES, NUM_HEADS, HEAD_DIM)
+    of_queries += row_offsets(query, NUM_HEADS, HEAD_DIM)
     is_query = query < NUM_QUERIES
     q_tile = tl.load(q + of_queries, mask=is_query[:, None], other=0.0)
     do_tile = tl.load(do + of_queries, mask=is_query[:, None], other=0.0)
-    kv_head = head // (NUM_HEADS // KV_HEADS)
-    of_keys = batch.to(tl.int64) * NUM_KEYS * stride + kv_head * HEAD_DIM
-    at = tl.arange(0, COLUMNS)[None, :] * stride + h[:, None]
+    stride: tl.constexpr = KV_HEADS * HEAD_DIM
+    of_keys = head_offset(batch, head // (NUM_HEADS // KV_HEADS), NUM_KEYS, KV_HEADS, HEAD_DIM)
+    key, h = tl.arange(0, COLUMNS), tl.arange(0, HEAD_DIM)
+    at = key[None, :] * stride + h[:, None]
     k_tile = k + of_keys + at
     v_tile = v + of_keys + at
     whole_first, whole_end, first, end = runs(table + place * 4, PARTS)

@@ -13,6 +13,7 @@ from jax import Array
 
 from jaxscale.kernels.triton_call import blocks_of, call
 from jaxscale.kernels.triton_matmul import BAND, add_product, place
+from jaxscale.kernels.triton_softmax import LOG2E
 
 OPERATION = "linear_cross_entropy"
 
@@ -47,7 +48,7 @@ def _exponentials(
     if VOCABULARY % COLUMNS:
         logits = tl.where((column < VOCABULARY)[None, :], logits, -float("inf"))
     top = tl.max(logits, 1)
-    values = tl.exp2((logits - top[:, None]) * 1.4426950408889634)
+    values = tl.exp2((logits - top[:, None]) * LOG2E)
     is_row = row < LENGTH
     tl.store(tops + j * LENGTH + row, top, mask=is_row)
     tl.store(sums + j * LENGTH + row, tl.sum(values, 1), mask=is_row)
