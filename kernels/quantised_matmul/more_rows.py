@@ -17,10 +17,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxscale.kernels.attention.products import MATRIX, spread
+from jaxscale.kernels.attention.products import MATRIX
 from jaxscale.kernels.persistent import NUM_SMS, swizzled
-from jaxscale.kernels.quantised_matmul.packing import INPUTS, OFFSETS, OUTPUTS, unpack_unit
-from jaxscale.kernels.quantised_matmul.pallas import AHEAD, LAYOUT, UNIT, Steps, operands_of
+from jaxscale.kernels.quantised_matmul.packing import INPUTS, OUTPUTS, unpack_unit
+from jaxscale.kernels.quantised_matmul.pallas import (
+    LAYOUT,
+    UNIT,
+    Steps,
+    at_its_tile,
+    of_registers,
+    operands_of,
+)
 
 BLOCKS = 4  # that a multiprocessor has room for
 
@@ -36,7 +43,8 @@ def matmul(
 ) -> list[Array]:
     """As `api.matmul`."""
     num_rows, depth = x.shape
-    chunks, rows = depth // INPUTS, pl.cdiv(num_rows, UNIT) * UNIT
+    chunks = depth // INPUTS
+    rows = pl.cdiv(num_rows, UNIT) * UNIT
     x = jnp.pad(x, ((0, rows - num_rows), (0, 0)))
     x = x.reshape(rows, chunks, INPUTS).swapaxes(0, 1)
     tiles = [words.shape[0] for words, _ in matrices]
@@ -44,29 +52,28 @@ def matmul(
     num_steps = chunks // num_splits
 
     def body(x_gmem, *refs):
-        operands, results = refs[: 2 * len(tiles)], refs[2 * len(tiles) : 3 * len(tiles)]
-        x_smem, full, *buffers = refs[3 * len(tiles) :]
-        split, tile = lax.axis_index("split"), lax.axis_index("tile")
+        operands, refs = refs[: 2 * len(tiles)], refs[2 * len(tiles) :]
+        results, (x_smem, full, *buffers) = refs[: len(tiles)], refs[len(tiles) :]
+        split = lax.axis_index("split")
         mine = pl.ds(split * num_steps, num_steps)
         plgpu.copy_gmem_to_smem(x_gmem.at[mine], x_smem, full)
-        begin = 0
-        for i, num in enumerate(tiles):
-            words, scales = (operands[2 * i + j].at[tile - begin, mine] for j in range(2))
-            result = results[i].at[split, tile - begin]
-            run = functools.partial(_run_tile, words, scales, x_smem, full, result, buffers)
-            pl.when((tile >= begin) & (tile < begin + num))(run)
-            begin += num
+
+        def run(number, tile):
+            words, scales = operands[2 * number : 2 * number + 2]
+            result = results[number].at[split, tile]
+            _run_tile(words.at[tile, mine], scales.at[tile, mine], x_smem, full, result, buffers)
+
+        at_its_tile(lax.axis_index("tile"), tiles, run)
 
     compiler_params = plgpu.CompilerParams(
         lowering_semantics=plgpu.LoweringSemantics.Lane,
         approx_math=True,
     )
+    shapes = [(num_splits, num, OUTPUTS, rows) for num in tiles]
     interpreted = (plgpu.SMEM((OUTPUTS, INPUTS), x.dtype),) if interpret else ()
     kernel = plgpu.kernel(
         body,
-        out_type=tuple(
-            jax.ShapeDtypeStruct((num_splits, num, OUTPUTS, rows), jnp.float32) for num in tiles
-        ),
+        out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
         scratch_types=(
             swizzled((num_steps, rows, INPUTS), x.dtype),
             plgpu.Barrier(),
@@ -89,22 +96,16 @@ def _num_splits(chunks: int, num_tiles: int, room: int) -> int:
 
 
 def _run_tile(words, scales, x_smem, full, result, buffers):
-    """64 outputs over a block's inputs; its steps are written out, so that loads run ahead."""
+    """64 outputs over a block's inputs."""
     steps = Steps(words, scales, 0, words.shape[0])
-    offsets = OFFSETS[4 * words.shape[1]]
+    # The first words are on their way while the inputs come.
     loaded = steps.load_first()
-    total = plgpu.layout_cast(jnp.zeros(result.shape, jnp.float32), MATRIX)
     plgpu.barrier_wait(full)
-    for step in range(steps.num):
-        units, scale = loaded[step]
-        if step + AHEAD < steps.num:
-            loaded.append(steps.load(step + AHEAD))
-        value = None
-        for unit, offset in zip(units, offsets, strict=True):
-            product = _product(unit, offset, x_smem.at[step], buffers)
-            value = product if value is None else 16 * value + product
-        total = total + spread(scale.astype(jnp.float32), total.shape, 0) * value
-    result[...] = total
+
+    def product(unit, offset, step):
+        return _product(unit, offset, x_smem.at[step], buffers)
+
+    result[...] = steps.total(loaded, result.shape, product)
 
 
 def _product(words, offset, x, buffers):
@@ -138,10 +139,6 @@ def _to_bfloat16(offset: int):
             for place, operand in enumerate(operands):
                 column = 2 * number + place // 2
                 columns[column, place % 2] = mgpu.utils.bitcast(operand, pair)
-        return mgpu.FragmentedArray(
-            _registers=registers,
-            _layout=mgpu.WGMMA_LAYOUT,
-            _is_signed=None,
-        )
+        return of_registers(registers, mgpu.WGMMA_LAYOUT)
 
     return convert

@@ -63,13 +63,13 @@ def matmul(
         refs = refs[len(given) :]
         operands, refs = refs[: 2 * len(tiles)], refs[2 * len(tiles) :]
         results, scratch = refs[: len(widths)], refs[len(widths) :]
-        tile, begin = lax.axis_index("tile"), 0
-        for group, result, num in zip(groups, results, widths, strict=True):
-            mine = [operands[2 * i : 2 * i + 2] for i in group]
-            block = _Block(*scratch, **given, depth=depth, epsilon=epsilon, interpret=interpret)
-            run = functools.partial(block.run, tile - begin, mine, result)
-            pl.when((tile >= begin) & (tile < begin + num))(run)
-            begin += num
+        block = _Block(*scratch, **given, depth=depth, epsilon=epsilon, interpret=interpret)
+
+        def run(number, tile):
+            mine = [operands[2 * i : 2 * i + 2] for i in groups[number]]
+            block.run(tile, mine, results[number])
+
+        at_its_tile(lax.axis_index("tile"), widths, run)
 
     compiler_params = plgpu.CompilerParams(
         lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -93,6 +93,15 @@ def matmul(
     )
     flat = [array for matrix in matrices for array in matrix]
     return list(kernel(x, *optional.values(), *flat))
+
+
+def at_its_tile(tile, counts, run):
+    """Calls `run(number of the matrix, its tile)` where the tiles of several follow each other."""
+    begin = 0
+    for number, count in enumerate(counts):
+        is_here = (tile >= begin) & (tile < begin + count)
+        pl.when(is_here)(functools.partial(run, number, tile - begin))
+        begin += count
 
 
 def _num_parts(chunks: int, num_blocks: int) -> int:
@@ -128,8 +137,14 @@ class _Block:
         # The first words are on their way while the inputs are taken.
         loaded = [each.load_first() for each in steps]
         self._take_inputs(pl.ds(first * INPUTS, num_steps * INPUTS), part)
+
+        def product(unit, offset, step):
+            x = self.x_smem.at[:, pl.ds((first + step) * INPUTS, INPUTS)]
+            return _product(unit, offset, x, self.interpret)
+
         for number, each in enumerate(steps):
-            self.sums.at[part, number][...] = self._sum(each, loaded[number])
+            total = each.total(loaded[number], (OUTPUTS, UNIT), product)
+            self.sums.at[part, number][...] = total
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.ready)
         pl.when(part == 0)(functools.partial(self._finish, tile, result))
@@ -150,22 +165,6 @@ class _Block:
                 values = (wide * scale).astype(values.dtype)
             self.x_smem.at[row, mine][...] = values
         plgpu.commit_smem()
-
-    def _sum(self, steps, loaded):
-        """The sum [64, 8] over a warpgroup's inputs; steps are written out, so loads run ahead."""
-        total = plgpu.layout_cast(jnp.zeros((OUTPUTS, UNIT), jnp.float32), MATRIX)
-        offsets = OFFSETS[4 * steps.words.shape[1]]
-        for step in range(steps.num):
-            units, scale = loaded[step]
-            if step + AHEAD < steps.num:
-                loaded.append(steps.load(step + AHEAD))
-            x = self.x_smem.at[:, pl.ds((steps.first + step) * INPUTS, INPUTS)]
-            value = None
-            for unit, offset in zip(units, offsets, strict=True):
-                product = _product(unit, offset, x, self.interpret)
-                value = product if value is None else 16 * value + product
-            total = total + spread(scale.astype(jnp.float32), total.shape, 0) * value
-        return total
 
     def _finish(self, tile, result):
         """Adds up the sums of all warpgroups and what stands behind the product."""
@@ -215,6 +214,28 @@ class Steps:
         units = [plgpu.load(self.words.at[chunk, i], layout=LAYOUT) for i in range(num_planes)]
         return units, plgpu.load(self.scales.at[chunk], layout=ROW, optimized=False)
 
+    def total(self, loaded, shape, product):
+        """The sum over all steps [64, tokens]; they are written out, so that loads run ahead.
+
+        Args:
+            loaded: what `load_first` gave.
+            shape: of the sum.
+            product: (words of a unit, their offset, step) -> (integers - offset) times the inputs.
+        """
+        total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+        offsets = OFFSETS[4 * self.words.shape[1]]
+        for step in range(self.num):
+            units, scale = loaded[step]
+            if step + AHEAD < self.num:
+                loaded.append(self.load(step + AHEAD))
+            # The first unit has the highest bits.
+            value = None
+            for unit, offset in zip(units, offsets, strict=True):
+                each = product(unit, offset, step)
+                value = each if value is None else 16 * value + each
+            total = total + spread(scale.astype(jnp.float32), shape, 0) * value
+        return total
+
 
 def _strided(size):
     """How a warpgroup's registers hold a vector; as many neighbours a thread as there can be."""
@@ -242,12 +263,8 @@ def _by_thread(values, interpret):
                 each = vector.extract(register, [], [place])
                 total = each if total is None else arith.addf(total, each)
         one = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), total)
-        registers = np.full(EACH_THREAD.to_mgpu().registers_shape((THREADS,)), one, object)
-        return mgpu.FragmentedArray(
-            _registers=registers,
-            _layout=EACH_THREAD.to_mgpu(),
-            _is_signed=None,
-        )
+        layout = EACH_THREAD.to_mgpu()
+        return of_registers(np.full(layout.registers_shape((THREADS,)), one, object), layout)
 
     return add(values)
 
@@ -270,12 +287,7 @@ def _total(ref, interpret):
             total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
         layout = ROW.to_mgpu()
         one = vector.broadcast(ir.VectorType.get((layout.vector_length,), total.type), total)
-        registers = np.full(layout.registers_shape((OUTPUTS,)), one, object)
-        return mgpu.FragmentedArray(
-            _registers=registers,
-            _layout=layout,
-            _is_signed=None,
-        )
+        return of_registers(np.full(layout.registers_shape((OUTPUTS,)), one, object), layout)
 
     return add(ref)
 
@@ -318,13 +330,14 @@ def _multiply(offset: int):
         layout = MATRIX.to_mgpu()
         registers = np.empty(layout.registers_shape((OUTPUTS, UNIT)), object)
         registers.reshape(2)[:] = [_vector(totals[:2]), _vector(totals[2:])]
-        return mgpu.FragmentedArray(
-            _registers=registers,
-            _layout=layout,
-            _is_signed=None,
-        )
+        return of_registers(registers, layout)
 
     return multiply
+
+
+def of_registers(registers, layout):
+    """The array of floats that a warpgroup has in registers laid out so."""
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 def operands_of(words, offset):
