@@ -4,8 +4,8 @@ python experiments/bench/pipeline_prediction.py experiments/configs/runs/llama_1
     --set mesh.pipeline=2 --set data.batch_size=32 --set train.num_microbatches=32
 
 F is the forward of a micro-batch through a chunk of a stage, B its backward, W the gradient of the
-weights where the schedule splits it from B. The last F of the last stage has the share of the
-head in it that every stage computes with it. The engine runs any table. So the time of F of one
+weights where the schedule splits it from B. After the last F of the last stage every stage computes
+its share of the head, waiting for the others. The engine runs any table. So the time of F of one
 stage's chunk is that of a table in which the stage does it in tick after tick while the others
 wait, less that of the same table without it. Such a table begins as the shortest schedule does (one
 micro-batch, or as many as there are stages where they have several chunks), so that the slots hold
@@ -26,9 +26,11 @@ from gin_run import make_parser, start_run, synthetic_batch
 from jaxscale.parallel.pipeline.schedule import NONE, Rows, duration, make_schedule
 from jaxscale.train.step import make_step
 
-# The columns of the table that say what F, B and W do, read and store.
+# The columns of the table that say what F, B and W do, read and store, and F with the head.
+FORWARD = ("forward", "forward_chunk", "activation_read", "residual_store")
 COLUMNS = {
-    "forward": ("forward", "forward_chunk", "activation_read", "residual_store", "cotangent_own"),
+    "forward": FORWARD,
+    "head": (*FORWARD, "cotangent_own"),
     "backward": ("backward", "backward_chunk", "residual_read", "cotangent_read"),
     "weight": ("weight", "weight_chunk", "residual_weight"),
 }
@@ -56,7 +58,7 @@ class Tables:
 
     def repeated(self, operation, chunk, stage):
         """The shortest schedule, then the operation in all ticks that are left."""
-        chunk_column = getattr(self.first, f"{operation}_chunk")
+        chunk_column = getattr(self.first, COLUMNS[operation][1])
         tick = np.flatnonzero(chunk_column[:, stage] == chunk)[0]
         table = self.shortest()
         for name in COLUMNS[operation]:
@@ -144,9 +146,11 @@ def main():
     for operation in ("forward", "backward", "weight")[: 2 + schedule.is_split]:
         of_chunks = [[cost(operation, chunk, stage) for stage in stages] for chunk in chunks]
         costs[operation] = np.array(of_chunks)
-    predicted = empty + duration(
-        schedule, costs["forward"], costs["backward"], costs.get("weight", 0.0)
-    )
+    last = cost("head", chunks[-1], stages[-1])
+    costs["head"] = last - costs["forward"][-1, -1]
+    weight = costs.get("weight", 0.0)
+    of_table = (costs["forward"], costs["backward"], weight, costs["head"])
+    predicted = empty + duration(schedule, *of_table)
     figures = {
         "ms": real,
         "predicted_ms": predicted,

@@ -5,7 +5,8 @@ python experiments/bench/plan_choice.py experiments/bench/planner_two_gpus.txt d
 The list is one of `in_turn.py`, of which the lines run whose names begin with the group. All run in
 one process, which spares them most of XLA's choosing of matmul algorithms. One JSON line a mesh,
 then what the planner chooses and the share of the fastest mesh's rate that it has.
-With `--foretell` nothing runs and no GPU is needed. On one device there is nothing to choose.
+With `--foretell` nothing runs and no GPU is needed. On one device there is nothing to choose, nor
+among steps of several models, batches or lengths.
 """
 
 import argparse
@@ -88,9 +89,12 @@ def main():
         print(json.dumps({"name": name} | rounded), flush=True)
         if kind in figures:
             milliseconds[layout_text(layout_of(run))] = figures[kind]
+    jobs = {(job.model, job.batch_size, job.length) for job in map(job_of, runs.values())}
+    if table.num_devices == 1 or len(jobs) > 1:
+        return
     best = search(job_of(run), table, {}, memory_share()).ranked[0]
     chosen = layout_text(best.layout)
-    if table.num_devices > 1 and chosen in milliseconds:
+    if chosen in milliseconds:
         share = min(milliseconds.values()) / milliseconds[chosen]
         print(json.dumps({"chosen": chosen, "share_of_fastest": round(share, 4)}))
 

@@ -129,9 +129,8 @@ class _Needs:
                 # What each micro-batch in flight keeps has its chunk's parameters in it.
                 stashed += in_flight * whole / mesh.num_chunks
         work = WORKSPACE_IN_PIPELINE * self._largest_layer + self._head
-        if job.model.num_experts and not self.layout.is_scanned:
-            # Kernels make the gradients of experts, which cannot add to the sums as XLA's matmuls.
-            work += EXPERT_GRADIENTS * self.state.gathered * job.width
+        if not self.layout.is_scanned:
+            work += self._chunk_at_work
         is_by_layer = mesh.zero == 3 and self.layout.remat == "full"
         layers = 2 * self.state.largest if is_by_layer else self.state.gathered
         return {
@@ -140,6 +139,19 @@ class _Needs:
             "stashed": COPIES_OF_SLOTS * stashed + between,
             "workspace": work,
         }
+
+    @property
+    def _chunk_at_work(self) -> float:
+        """Parameters that are copied, and gradients that lie beside their sums."""
+        job, num_chunks = self.job, self.layout.mesh.num_chunks
+        chunk = self.state.gathered * job.width / num_chunks
+        # One of several chunks is copied out of their stack. The gradients of a single period take
+        # the place of its parameters.
+        copied = chunk if num_chunks > 1 else 0.0
+        is_in_place = copied and self.layout.stages(job).num_slots == 1
+        # Kernels make the gradients of experts, which cannot add to the sums as XLA's matmuls.
+        is_beside = job.model.num_experts and not is_in_place
+        return copied + (EXPERT_GRADIENTS * chunk if is_beside else 0.0)
 
     def of_loop(self) -> dict[str, float]:
         """Sums of gradients lie there all the time, and one layer at a time is at work."""

@@ -17,8 +17,9 @@ from jaxscale.run.compile import LoweredStep, bytes_per_device, lower_step
 from jaxscale.run.planned import planned
 from jaxscale.run.run import Run
 
-# An array of `lax.empty` as it is lowered: its dims, each with an x, and the bits of its type.
-EMPTY = re.compile(r"@AllocateBuffer\(\) : \(\) -> tensor<((?:\d+x)*)[a-z]+(\d+)")
+# An array of a residual slot, which is empty at first, as it is lowered: the bank's one place, the
+# other dims, and the bits of its type. Activations and cotangents have two places.
+SLOT = re.compile(r"@AllocateBuffer\(\) : \(\) -> tensor<1x((?:\d+x)*)[a-z]+(\d+)")
 # Compiled by jax 0.10 a program has its slots once or twice, which a short one does not tell.
 HAS_SLOTS_ONCE = jax.__version_info__ >= (0, 11)
 
@@ -26,10 +27,11 @@ HAS_SLOTS_ONCE = jax.__version_info__ >= (0, 11)
 class CompiledMemory:
     """Peaks of a run's steps under layouts, compiled for devices that need not be here.
 
-    A pipeline's program has the whole stage in it for each micro-batch in flight, up to 2 S - 1
-    times, and takes minutes to compile; what it needs grows by one slot with each. So it is
-    compiled for one micro-batch. What it would allocate more for a second one, which is known
-    before it is compiled, counts for all others in flight. jax 0.10 compiles the whole program.
+    A pipeline's program has a stage's chunk in it for each one in flight, up to v S + S - 1 times,
+    and takes minutes to compile; what it needs grows by one slot with each. So it is compiled for
+    as few micro-batches, and with several chunks stages, as there can be, whose stages hold as many
+    layers. Slots are known before a program is compiled, and count for all others in flight.
+    jax 0.10 compiles the whole program.
 
     Args:
         run: whose mesh, micro-batches and remat a layout replaces.
@@ -45,74 +47,82 @@ class CompiledMemory:
 
     def __call__(self, layouts: Sequence[Layout]) -> list[int]:
         """Bytes that a device needs under each layout; each distinct program is compiled once."""
-        steps = [self._steps(layout) for layout in layouts]
-        programs = {each[0].lowered.as_text(): each[0] for each in steps}
+        shorts = [_short(layout, planned(self.run, layout)) for layout in layouts]
+        steps = [lower_step(run, self.devices[: math.prod(run.mesh.sizes)]) for run in shorts]
+        texts = [step.lowered.as_text() for step in steps]
+        programs = dict(zip(texts, steps, strict=True))
         # Moments on the host are told to the compiler by replacing a function of JAX for a time.
         is_on_host = any(layout.mesh.is_optimizer_on_host for layout in layouts)
         num_threads = 1 if is_on_host else os.cpu_count()
         with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-            peaks = pool.map(_peak, programs.values())
-            by_program = dict(zip(programs, peaks, strict=True))
+            peaks = dict(zip(programs, pool.map(_peak, programs.values()), strict=True))
         found = []
-        for layout, each in zip(layouts, steps, strict=True):
-            peak = by_program[each[0].lowered.as_text()]
-            found.append(peak + _beside(layout, *each))
+        for layout, run, step, text in zip(layouts, shorts, steps, texts, strict=True):
+            beside = self._beside(layout, run, step, text) if _is_long(layout) else 0
+            found.append(peaks[text] + beside)
         return found
 
-    def _steps(self, layout: Layout) -> list[LoweredStep]:
-        """The step that is compiled, and the same with a second slot if it has but one."""
-        whole = planned(self.run, layout)
-        runs = [whole]
-        if _is_long(layout):
-            rows = whole.data.batch_size // layout.num_microbatches
-            runs = [_shortened(whole, rows, num) for num in (1, 2)]
-        devices = self.devices[: layout.num_devices]
-        return [lower_step(run, devices) for run in runs]
+    def _beside(
+        self,
+        layout: Layout,
+        short: Run,
+        step: LoweredStep,
+        text: str,
+    ) -> int:
+        """Bytes that a long pipeline needs beside its short one: slots, rows, and its own state."""
+        num, num_short = layout.num_microbatches, short.train.num_microbatches
+        num_slots = num_in_flight(short.mesh, num_short)
+        num_more = num_in_flight(layout.mesh, num) - num_slots
+        rows = (num / num_short - 1) * bytes_per_device(step.batch)
+        state = 0
+        if short.mesh.pipeline != layout.mesh.pipeline:
+            # What is in no layer is shared by all stages between steps.
+            whole = planned(self.run, layout).setup(self.devices[: layout.num_devices])
+            state = bytes_per_device(whole.state) - bytes_per_device(step.setup.state)
+        return round(num_more * _slots(text) / num_slots + rows + state)
 
 
 def _peak(step: LoweredStep) -> int:
     return memory_of(step.compile()).peak
 
 
-def _shortened(run: Run, rows: int, num_microbatches: int) -> Run:
-    """The run with a batch of a few micro-batches of so many rows."""
+def _short(layout: Layout, run: Run) -> Run:
+    """The run with the fewest branches, of rows and of layers in each as many, if it has many."""
+    if not _is_long(layout):
+        return run
+    mesh, model, num = run.mesh, run.model, 1
+    if mesh.num_chunks > 1:
+        # Several chunks ask for a whole round of micro-batches.
+        num, stages = 2, mesh.pipeline
+        mesh = dataclasses.replace(mesh, pipeline=num)
+        periods = model.num_periods * num // stages
+        num_layers = len(model.prefix) + periods * len(model.pattern)
+        model = dataclasses.replace(model, num_layers=num_layers)
+    rows = run.data.batch_size // layout.num_microbatches
     return dataclasses.replace(
         run,
-        data=dataclasses.replace(run.data, batch_size=rows * num_microbatches),
-        train=dataclasses.replace(run.train, num_microbatches=num_microbatches),
+        mesh=mesh,
+        model=model,
+        data=dataclasses.replace(run.data, batch_size=rows * num),
+        train=dataclasses.replace(run.train, num_microbatches=num),
     )
 
 
-def _beside(
-    layout: Layout,
-    one: LoweredStep,
-    two: LoweredStep | None = None,
-) -> int:
-    """Bytes that a layout needs beside its step of one micro-batch, given that of two."""
-    if two is None:
-        return 0
-    num = layout.num_microbatches
-    slot = _allocated(two) - _allocated(one)
-    num_more = num_in_flight(layout.mesh, num) - 1
-    return num_more * slot + (num - 1) * bytes_per_device(one.batch)
-
-
-def _allocated(step: LoweredStep) -> int:
-    """Bytes of all arrays that a step has empty at first, as slots are."""
+def _slots(text: str) -> int:
+    """Bytes of all residual slots of a lowered step."""
     total = 0
-    for dims, bits in EMPTY.findall(step.lowered.as_text()):
+    for dims, bits in SLOT.findall(text):
         sizes = map(int, dims.split("x")[:-1])
         total += math.prod(sizes) * max(1, int(bits) // 8)
     return total
 
 
 def _is_long(layout: Layout) -> bool:
-    """Whether a pipeline's program has a branch for each of more than two micro-batches.
+    """Whether a pipeline's program has many branches, and a shorter one has stages of its size.
 
-    Several chunks ask for a whole round of micro-batches, and those of GPipe share one branch; see
-    `parallel.pipeline.engine`.
+    The micro-batches of GPipe share one branch; see `parallel.pipeline.engine`.
     """
     mesh = layout.mesh
-    has_branches = mesh.num_chunks == 1 and mesh.schedule != "gpipe"
-    is_long = num_in_flight(mesh, layout.num_microbatches) > 2
-    return HAS_SLOTS_ONCE and has_branches and is_long
+    num_shortest = 2 if mesh.num_chunks == 1 else 2 * mesh.num_chunks
+    is_long = num_in_flight(mesh, layout.num_microbatches) > num_shortest
+    return HAS_SLOTS_ONCE and mesh.schedule != "gpipe" and is_long
