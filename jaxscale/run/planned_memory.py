@@ -123,6 +123,7 @@ def _is_long(layout: Layout) -> bool:
     The micro-batches of GPipe share one branch; see `parallel.pipeline.engine`.
     """
     mesh = layout.mesh
-    num_shortest = 2 if mesh.num_chunks == 1 else 2 * mesh.num_chunks
+    num_shortest = 2 * mesh.num_chunks
     is_long = num_in_flight(mesh, layout.num_microbatches) > num_shortest
-    return HAS_SLOTS_ONCE and mesh.schedule != "gpipe" and is_long
+    is_cut_by_hand = mesh.num_chunks > 1 and mesh.stage_periods is not None
+    return HAS_SLOTS_ONCE and mesh.schedule != "gpipe" and is_long and not is_cut_by_hand

@@ -131,6 +131,7 @@ PIPELINES = [
         "model.num_layers=16 data.batch_size=8",
         89.16,
     ),
+    ("runs/llama_1b", {"pipeline": 2, **TWO_CHUNKS}, 4, "model.num_layers=8", 9.23),
 ]
 
 
