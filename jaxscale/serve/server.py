@@ -27,6 +27,7 @@ from jaxscale.types import InputError, RunError
 
 METRICS_TYPE = "text/plain; version=0.0.4"
 DISCONNECT_POLL_S = 0.1
+CHATS = "/v1/chat/completions"
 CLIENT_CLOSED = 499  # nobody sees it; nginx's number for a client that has gone
 OPEN_PATHS = ("/", "/health", "/metrics")  # for browsers, balancers, monitors, without a key
 CHAT_PAGE = Path(__file__).with_name("static") / "chat.html"
@@ -68,7 +69,7 @@ def make_app(make_engine: Callable[[], Engine], service: Service) -> FastAPI:
         handler: Handler = app.state.handler
         return await _answer(handler, handler.completion(body), body, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post(CHATS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         handler: Handler = app.state.handler
         return await _answer(handler, handler.chat(body), body, request)
@@ -207,13 +208,14 @@ def _add_errors(app: FastAPI) -> None:
     """Every error in OpenAI's form."""
 
     @app.exception_handler(InputError)
-    async def input_error(_: Request, error: InputError) -> Response:
+    async def input_error(request: Request, error: InputError) -> Response:
         if error.parameter == "model":
             return _error(404, str(error), param="model", code="model_not_found")
         code = "context_length_exceeded" if "model.max_length" in str(error) else None
         # Of "SamplingConfig.top_p" and "prompts[0]" what a client knows.
         field = error.parameter.rsplit(".", 1)[-1]
-        param = "prompt" if field.startswith("prompts[") else field
+        given = "messages" if request.url.path == CHATS else "prompt"
+        param = given if field.startswith("prompts[") else field
         return _error(400, str(error), param=param, code=code)
 
     @app.exception_handler(RequestValidationError)

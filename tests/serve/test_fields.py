@@ -100,6 +100,11 @@ def test_the_token_drawn_is_among_the_most_probable_and_equal_texts_do_not_hide_
     assert top(200, -3.0, (201, -0.1), (202, -2.0)) == {"\ufffd": -0.1}
 
 
+def test_a_chat_that_is_too_long_is_told_as_openai_tells_it(client):
+    error = chat(client, messages=[{"role": "user", "content": "a" * 200}]).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
 @pytest.mark.parametrize(
     ("ask", "fields", "param"),
     [
