@@ -4,6 +4,7 @@ answer = pipeline("runs/tour")
 answer(["def ", "class "], max_new_tokens=40)
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,8 +12,10 @@ from typing import Any
 
 from jaxscale.convert.folder import family_of
 from jaxscale.convert.peft import read_adapters
+from jaxscale.convert.tokenizer import stop_ids
 from jaxscale.models.lora import Adapters
 from jaxscale.models.quantised import QuantisedConfig
+from jaxscale.run.folder import KEPT
 from jaxscale.run.huggingface import files_beside
 from jaxscale.run.model import load, opened
 from jaxscale.run.run import Run
@@ -75,10 +78,12 @@ class Pipeline:
 
     Args:
         engine: with a tokenizer.
+        stop_ids: tokens that end a continuation, beside the tokenizer's end token.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, stop_ids: tuple[int, ...] = ()):
         self.engine = engine
+        self._stop_ids = stop_ids
 
     def __call__(
         self,
@@ -90,14 +95,17 @@ class Pipeline:
 
         Args:
             prompts: texts.
-            config: how; or its fields one by one.
-            fields: of `RequestConfig`, such as `max_new_tokens=40`.
+            config: how.
+            fields: of `RequestConfig` that are to be others, such as `max_new_tokens=40`.
         Returns:
             The continuations of each prompt; of a single text its own.
         Raises:
             InputError: a prompt is empty or too long.
         """
-        config = config or RequestConfig(**fields)
+        config = dataclasses.replace(config or RequestConfig(), **fields)
+        if not config.ignore_eos:
+            stop_ids = (*config.stop_ids, *self._stop_ids)
+            config = dataclasses.replace(config, stop_ids=stop_ids)
         if isinstance(prompts, str):
             return self.engine.generate([prompts], config)[0]
         return self.engine.generate(prompts, config)
@@ -120,4 +128,15 @@ def pipeline(
     Raises:
         InputError: as `run.model.load`.
     """
-    return Pipeline(make_engine(run, config=config, step=step, tensor=tensor))
+    run = opened(run)
+    engine = make_engine(run, config=config, step=step, tensor=tensor)
+    return Pipeline(engine, stop_ids(chat_folder(run)))
+
+
+def chat_folder(run: Run) -> Path:
+    """Where a chat template may lie: with an imported model, or beside the tokenizer's file."""
+    kept, tokenizer = run.path / KEPT, run.data.tokenizer.path
+    if kept.is_dir() or tokenizer is None:
+        return kept
+    path = Path(tokenizer).expanduser()
+    return path if path.is_dir() else path.parent

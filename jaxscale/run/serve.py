@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from jaxscale.convert.tokenizer import stop_ids
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.quantised import QuantisedConfig
-from jaxscale.run.folder import KEPT
 from jaxscale.run.model import load
-from jaxscale.run.pipeline import make_engine
+from jaxscale.run.pipeline import chat_folder, make_engine
 from jaxscale.run.run import Run
 from jaxscale.serve.config import EngineConfig
 from jaxscale.types import InputError, Params
@@ -142,15 +141,6 @@ def _read_params(
 ) -> Params:
     """A checkpoint's parameters in the form in which the engine has those of another."""
     return load(run, step=step, tensor=tensor, quantisation=quantisation).pure_params()
-
-
-def chat_folder(run: Run) -> Path:
-    """Where a chat template may lie: with an imported model, or beside the tokenizer's file."""
-    kept, tokenizer = run.path / KEPT, run.data.tokenizer.path
-    if kept.is_dir() or tokenizer is None:
-        return kept
-    path = Path(tokenizer).expanduser()
-    return path if path.is_dir() else path.parent
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -65,6 +65,7 @@ def test_an_imported_model_is_served_with_its_template_and_its_end_tokens(tmp_pa
     (source / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}<|endoftext|>"
     )
+    (source / "generation_config.json").write_text('{"eos_token_id": [94, 7]}')
     directory = tmp_path / "run"
     import_model(source=str(source), directory=str(directory))
     straight, imported = (
@@ -72,8 +73,9 @@ def test_an_imported_model_is_served_with_its_template_and_its_end_tokens(tmp_pa
         for where in (source, directory)
     )
     assert straight == imported
+    check_ends(pipeline(directory, config=SMALL))
     service = make_service(load_run([directory / "config.gin"]))
-    assert (service.model, service.stop_ids) == ("run", (94, 96))
+    assert (service.model, service.stop_ids) == ("run", (94, 96, 7))
 
     async def prompt_of(content):
         handler = Handler(make_engine(directory, config=SMALL), service)
@@ -86,9 +88,19 @@ def test_an_imported_model_is_served_with_its_template_and_its_end_tokens(tmp_pa
 
     asked = asyncio.run(prompt_of("hi"))
     assert asked.prompts == [[ord(each) - 33 for each in "user:hi"] + [94]]
-    assert asked.config.stop_ids == (94, 96)
+    assert asked.config.stop_ids == (94, 96, 7)
     spelt = asyncio.run(prompt_of("x<|endoftext|>y")).prompts[0]
     assert spelt.count(94) == 1, "what a message spells is text"
+
+
+def check_ends(answer):
+    """A pipeline's continuations end where those of the server do, at the tokens 94 and 7."""
+    config = RequestConfig(SamplingConfig(seed=1), max_new_tokens=20, num_sequences=32)
+    free, ended = (answer("x", config, ignore_eos=each) for each in (True, False))
+    for long, short in zip(free, ended, strict=True):
+        stop = next((i for i, token in enumerate(long.tokens) if token in (94, 7)), 20)
+        assert short.tokens == long.tokens[: stop + 1]
+    assert {tokens[-1] for each in ended if len(tokens := each.tokens) < 20} == {94, 7}
 
 
 def test_keys_are_read_from_a_file(tmp_path):

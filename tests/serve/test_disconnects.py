@@ -1,15 +1,46 @@
-"""A client that goes before its stream has begun leaves nothing behind."""
+"""A client that goes before its answer has begun leaves nothing behind."""
 
 import asyncio
 import json
+import threading
 
 import pytest
 
+from jaxscale.serve.requests import RequestConfig
+from jaxscale.serve.worker import Frontend
 from tests.serve.examples import byte_engine
 
 pytest.importorskip("fastapi", reason="the extra `serve`")
 from jaxscale.serve.handler import Service
 from jaxscale.serve.server import make_app
+
+
+def test_prompts_that_are_added_when_their_client_has_gone_are_dropped():
+    """It goes while the engine is busy, and so before it knows of them."""
+    engine, is_told = byte_engine(), threading.Event()
+
+    async def run():
+        frontend = Frontend(engine)
+        try:
+            busy = asyncio.ensure_future(frontend.call(lambda _: is_told.wait(10)))
+            config = RequestConfig(max_new_tokens=100, ignore_eos=True)
+            adding = asyncio.ensure_future(frontend.submit([[1], [2]], [config] * 2))
+            await asyncio.sleep(0.05)
+            adding.cancel()
+            is_told.set()
+            await asyncio.wait([busy, adding])
+            assert adding.cancelled()
+            # The answer to a call comes behind all that was asked before it.
+            for _ in range(3):
+                figures = await frontend.call(lambda engine: engine.figures())
+            assert not frontend._answers
+            return figures
+        finally:
+            frontend.close()
+
+    figures = asyncio.run(run())
+    assert (figures.num_held, figures.num_running, figures.num_waiting) == (0, 0, 0)
+
 
 BODY = dict(model="tiny", prompt=["a", "b"], n=3, max_tokens=120, ignore_eos=True, stream=True)
 

@@ -24,9 +24,9 @@ NEW = 8
 GROUPED = "grouped queries, window, qk norm"
 
 
-def make(name=GROUPED, **changes):
-    model = MODELS[name]
-    return Engine(decoder_of(model), params_of(model), config=EngineConfig(**SMALL | changes))
+def make(name=GROUPED, params=None, **changes):
+    model, config = MODELS[name], EngineConfig(**SMALL | changes)
+    return Engine(decoder_of(model), params or params_of(model), config=config)
 
 
 def prompts_of(name):
@@ -84,16 +84,28 @@ def test_greedy_tokens_are_those_of_a_sequence_alone(name, changes):
     assert engine.figures().num_held == 0
 
 
-def test_a_sequence_that_outgrows_longropes_first_factors_is_computed_again_with_the_others():
+@pytest.mark.parametrize("steps_a_launch", [1, 4])
+def test_a_sequence_that_outgrows_longropes_first_factors_is_computed_again_with_the_others(
+    steps_a_launch,
+):
     """Beside one that does not, one that was longer from the start, and an equal prefix."""
     prompts = [[7, 3, 9, 30, 1, 5], [7, 3, 9, 30], [7, 3, 9, 30, 1, 5, 5, 2, 4, 11, 3, 8]]
-    sizes = EngineConfig(**SMALL)
-    engine = Engine(long_rope.DECODER, long_rope.params(), config=sizes)
-    config = RequestConfig(GREEDY, max_new_tokens=NEW)
+    config = RequestConfig(GREEDY, max_new_tokens=NEW, num_logprobs=0)
+
+    def make(**changes):
+        sizes = EngineConfig(**SMALL | changes)
+        return Engine(long_rope.DECODER, long_rope.params(), config=sizes)
+
     run = functools.partial(generate_tokens, long_rope.DECODER, long_rope.params())
     wanted = [run([each], sampling=GREEDY, max_new_tokens=NEW)[0] for each in prompts]
+    alone = make(use_prefix_cache=False)
+    scores = [logprobs_of(alone.generate([each], config)) for each in prompts]
+    engine = make(steps_a_launch=steps_a_launch)
     for _ in range(2):
-        assert tokens_of(engine.generate(prompts, config)) == wanted
+        found = engine.generate(prompts, config)
+        assert tokens_of(found) == wanted
+        for (each,), score in zip(found, scores, strict=True):
+            np.testing.assert_allclose(logprobs_of([[each]]), score, atol=1e-5)
     assert engine.figures().num_preemptions == 4
 
 
@@ -119,6 +131,10 @@ def log_probabilities(text):
     batch["segments"] = (batch["positions"] < len(text)).astype(np.int32)
     logits = long_rope.LOGITS(long_rope.params(), batch)[0][0, : len(text)]
     return np.asarray(jax.nn.log_softmax(logits))
+
+
+def logprobs_of(completions):
+    return [[each.drawn for each in one.logprobs] for (one,) in completions]
 
 
 def test_each_head_sees_the_blocks_of_its_layout():
@@ -233,11 +249,13 @@ def test_a_stop_token_ends_a_sequence_and_what_was_launched_behind_it_is_dropped
     assert not shared().has_work
 
 
-def test_penalties_take_the_token_drawn_last_into_account():
+@pytest.mark.parametrize("is_preempted", [False, True])
+def test_penalties_take_the_token_drawn_last_into_account(is_preempted):
     """A presence penalty larger than any logit lets no token come twice, in any step."""
     config = RequestConfig(GREEDY, max_new_tokens=16, penalties=Penalties(presence=1e4))
     plain = RequestConfig(GREEDY, max_new_tokens=16)
-    engine = shared()
+    engine = make(admission="growth", num_blocks=8) if is_preempted else shared()
+    before = engine.figures().num_preemptions
     requests = [engine.add(prompt, each) for prompt in PROMPTS for each in (config, plain)]
     found = {request: [] for request in requests}
     while engine.has_work:
@@ -245,6 +263,7 @@ def test_penalties_take_the_token_drawn_last_into_account():
             found[delta.request] += delta.tokens
     penalised, free = (list(found.values())[first::2] for first in (0, 1))
     assert all(len(set(tokens)) == 16 for tokens in penalised)
+    assert (engine.figures().num_preemptions > before) == is_preempted
     assert [tokens[:NEW] for tokens in free] == alone(GROUPED)
 
 

@@ -1,11 +1,12 @@
 """Log-probabilities of prompts are those of the full forward, split, cached, preempted or not."""
 
+import jax
 import numpy as np
 import pytest
 
-from jaxscale.serve.requests import RequestConfig
+from jaxscale.serve.requests import Completion, RequestConfig
 from jaxscale.types import InputError
-from tests.serve.test_decoding import MODELS, full_logits
+from tests.serve.test_decoding import MODELS, full_logits, params_of
 from tests.serve.test_engine import GREEDY, GROUPED, PROMPTS, alone, make, shared
 
 CONFIG = RequestConfig(GREEDY, max_new_tokens=2, num_prompt_logprobs=2)
@@ -51,6 +52,28 @@ def test_of_several_sequences_the_first_has_them():
     first, second = shared().generate([PROMPTS[0]], config)[0]
     check(PROMPTS[0], first)
     assert second.prompt_logprobs == () and second.tokens == first.tokens
+
+
+def test_other_weights_score_anew_what_was_scored_what_is_half_scored_and_what_is_cached():
+    others = jax.tree.map(lambda leaf: leaf * 1.1, params_of(MODELS[GROUPED]))
+    prompt = [*PROMPTS[0], *PROMPTS[4]]  # of 20 tokens, in three steps
+    (wanted,) = make(params=others).generate([prompt], CONFIG)[0]
+    engine, found = make(), Completion()
+    engine.generate([prompt], CONFIG)
+    engine.swap(others)
+    (cached,) = engine.generate([prompt], CONFIG)[0]
+    engine.swap(params_of(MODELS[GROUPED]))
+    engine.add(prompt, CONFIG)
+    for _ in range(2):
+        assert engine.step() == []
+    deltas = engine.swap(others)
+    while engine.has_work:
+        deltas += engine.step()
+    for delta in deltas:
+        found.add(delta)
+    for each in (cached, found):
+        drawn, expected = ([score.drawn for score in one.prompt_logprobs] for one in (each, wanted))
+        np.testing.assert_allclose(drawn, expected, atol=1e-5)
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import re
 import threading
@@ -144,6 +145,19 @@ def test_a_stop_text_ends_a_completion_before_it(client):
     found = complete(client, stop=stop).json()["choices"][0]
     assert found["text"] == text[: text.index(stop)]
     assert found["finish_reason"] == "stop"
+
+
+def test_the_end_tokens_of_a_model_end_an_answer_unless_they_are_to_be_ignored():
+    tokens = new_tokens("def f", 9)
+    end = tokens[3]
+    with running(stop_ids=(end,)) as (address, _), httpx.Client(base_url=address) as client:
+        for changes, wanted in (
+            ({}, tokens.index(end) + 1),
+            (dict(ignore_eos=True), 9),
+            (dict(ignore_eos=True, stop_token_ids=[end]), tokens.index(end) + 1),
+        ):
+            found = complete(client, **changes).json()
+            assert found["usage"]["completion_tokens"] == wanted
 
 
 def test_log_probabilities_are_spelt(client):
@@ -441,6 +455,8 @@ def test_a_training_loop_pauses_the_engine_and_gives_it_other_weights(client):
         assert steering.post("/v1/weights", json={}).json() == {"weights_version": 1}
         changed = complete(steering).json()
         assert changed["weights_version"] == 1
+        chunks = events(complete(steering, stream=True))
+        assert {chunk["weights_version"] for chunk in chunks} == {1}
         assert changed["choices"][0]["text"] != continued("def f", 9)[0]
 
 
@@ -454,6 +470,24 @@ def test_a_request_times_out_while_the_engine_is_paused():
         assert [each["finish_reason"] for each in found["choices"]] == ["timeout"] * 2
         client.post("/v1/resume")
         assert complete(client, max_tokens=1).json()["usage"]["completion_tokens"] == 1
+
+
+def test_an_engine_that_fails_in_the_middle_of_a_stream_says_so_there():
+    engine = byte_engine()
+    step, num_steps = engine.step, itertools.count()
+
+    def failing():
+        if next(num_steps) == 5:
+            raise ValueError("planted")
+        return step()
+
+    engine.step = failing
+    with running(engine) as (address, _), httpx.Client(base_url=address, timeout=10) as client:
+        response = complete(client, stream=True, max_tokens=50, ignore_eos=True)
+        *chunks, last = [line for line in response.text.split("\n\n") if line]
+        assert response.status_code == 200 and chunks
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["type"] == "server_error" and "planted" in error["message"]
 
 
 def test_an_engine_that_fails_is_reported_and_nobody_hangs(monkeypatch):

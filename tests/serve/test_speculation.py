@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -15,7 +16,16 @@ from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
 from tests.serve.examples import byte_engine
 from tests.serve.test_decoding import MODELS, decoder_of, full_logits, params_of
-from tests.serve.test_engine import GREEDY, GROUPED, NEW, PROMPTS, SMALL, alone, tokens_of
+from tests.serve.test_engine import (
+    GREEDY,
+    GROUPED,
+    NEW,
+    PROMPTS,
+    SMALL,
+    alone,
+    cache_bytes,
+    tokens_of,
+)
 
 SPECULATING = SMALL | dict(num_drafts=3, token_budget=16, max_extra=16)
 
@@ -149,6 +159,28 @@ def test_a_small_model_guesses():
         figures = engine.figures()
         assert figures.num_drafts > 20
         assert (figures.num_accepted == figures.num_drafts) == is_same
+
+
+@pytest.mark.long
+def test_a_small_model_guesses_right_after_a_pause_too():
+    """Its pages have gone as those of the large one have."""
+    engine = make(same_model())
+    config = RequestConfig(GREEDY, max_new_tokens=NEW)
+    requests = [engine.add(prompt, config) for prompt in PROMPTS]
+    deltas = [delta for _ in range(4) for delta in engine.step()]
+    before = sum(array.nbytes for array in jax.live_arrays())
+    deltas += engine.pause()
+    pages = 2 * cache_bytes(GROUPED)
+    assert before - sum(array.nbytes for array in jax.live_arrays()) >= pages
+    engine.resume()
+    while engine.has_work:
+        deltas += engine.step()
+    found = {request: [] for request in requests}
+    for delta in deltas:
+        found[delta.request] += delta.tokens
+    assert list(found.values()) == alone(GROUPED)
+    figures = engine.figures()
+    assert figures.num_accepted == figures.num_drafts > 10
 
 
 class Fixed(Planted):
