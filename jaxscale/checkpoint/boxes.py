@@ -249,6 +249,8 @@ def find_fault(shape: tuple[int, ...], placements: Sequence[Placement]) -> str |
         for dim, (stop, size) in enumerate(zip(placement.stops, shape)):
             if stop > size:
                 return f"{placement.origin} reaches to {stop} in dim {dim}, which has {size}"
+            if placement.starts[dim] < 0:
+                return f"{placement.origin} begins at {placement.starts[dim]} in dim {dim}"
     if math.prod(shape) == 0:
         return None
     return _find_fault(shape, placements, ())

@@ -105,16 +105,12 @@ def adam_states(leaves: Mapping[str, LazyArray]) -> dict[tuple[str, str], LazyAr
     """
     states: dict[tuple[str, str], LazyArray] = {}
     for path, array in leaves.items():
-        first, _, name = path.partition("/")
-        if first in STATES:
-            states[first, name] = array
-        elif first == "params":
-            states[WEIGHTS, name.replace("/", ".")] = array
-        elif first == "opt_state":
-            words = name.split("/")
-            for moment, state in STATE_OF_MOMENT.items():
-                if moment in words:
-                    states[state, ".".join(words[words.index(moment) + 1 :])] = array
+        place = _place_of(path)
+        if place is None:
+            continue
+        if place in states:
+            raise InputError("checkpoint", path, f"one array that becomes {'/'.join(place)}")
+        states[place] = array
     names = {name for state, name in states if state == WEIGHTS}
     if not names:
         raise InputError("checkpoint", sorted(leaves)[:3], "leaves under params/ or fp32/")
@@ -127,6 +123,20 @@ def adam_states(leaves: Mapping[str, LazyArray]) -> dict[tuple[str, str], LazyAr
     if kinds and kinds != set(STATE_OF_MOMENT.values()):
         raise InputError("checkpoint", sorted(kinds), "both moments of Adam, or none")
     return states
+
+
+def _place_of(path: str) -> tuple[str, str] | None:
+    """The state and the name that a leaf becomes; None where it is neither weight nor moment."""
+    first, _, name = path.partition("/")
+    if first in STATES:
+        return first, name
+    if first == "params":
+        return WEIGHTS, name.replace("/", ".")
+    words = name.split("/")
+    for moment, state in STATE_OF_MOMENT.items():
+        if first == "opt_state" and moment in words:
+            return state, ".".join(words[words.index(moment) + 1 :])
+    return None
 
 
 def _step(step: int) -> np.ndarray:

@@ -36,7 +36,8 @@ def export(
         budget_bytes: of host memory.
         learning_rate: of the next step, which DeepSpeed's form keeps where it is given.
     Raises:
-        InputError: there is such a checkpoint, or an array cannot be part of one.
+        InputError: there is such a checkpoint, of which only safetensors are replaced, or an array
+            cannot be part of one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     piece_bytes = max(1, budget_bytes // MAX_COPIES)

@@ -96,8 +96,9 @@ def npz_arrays(path: Path) -> dict[str, LazyArray]:
                 raise InputError(str(path), name, f"an array ({error})") from error
             begin = file.tell()
         dtype = UNTYPED.get(dtype, dtype)
-        if dtype.kind in NO_NUMBERS or (dtype.kind == "V" and dtype not in UNTYPED.values()):
-            raise InputError(f"{path}: {name}", str(dtype), "an array of numbers")
+        is_untyped = dtype.kind == "V" and dtype not in UNTYPED.values()
+        if dtype.kind in NO_NUMBERS or is_untyped or dtype != dtype.newbyteorder("<"):
+            raise InputError(f"{path}: {name}", str(dtype), "an array of little-endian numbers")
         if is_column_major and len(shape) > 1:
             backwards = tuple(reversed(range(len(shape))))
             stored = FileArray(path, begin, shape[::-1], dtype)

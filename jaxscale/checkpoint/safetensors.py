@@ -179,6 +179,8 @@ def write_safetensors(
         # Readers would go on with what an index of other weights names.
         (folder / INDEX).unlink(missing_ok=True)
         return
+    # It would go on with names of shards, of which some are new and some are not.
+    (folder / INDEX).unlink(missing_ok=True)
     places = {}
     for number, shard in enumerate(shards, 1):
         name = SHARD.format(number=number, count=len(shards))

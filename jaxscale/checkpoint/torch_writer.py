@@ -10,6 +10,7 @@ import numpy as np
 from jaxscale.checkpoint.boxes import write_rows
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.checkpoint.torch_file import DTYPES, STORAGES
+from jaxscale.types import InputError
 
 PROTOCOL = b"\x80\x02"
 MARK, STOP, TUPLE, REDUCE = b"(", b".", b"t", b"R"
@@ -68,6 +69,9 @@ def _tuple(items: bytes) -> bytes:
 
 def _tensor(array: LazyArray, arrays: list[LazyArray]) -> bytes:
     """A contiguous tensor whose storage is the next one."""
+    if array.dtype not in STORAGE_OF:
+        expected = f"one of torch: {', '.join(map(str, STORAGE_OF))}"
+        raise InputError("type of an array", str(array.dtype), expected)
     kind = f"ctorch\n{STORAGE_OF[array.dtype]}\n".encode()
     num_elements = int(np.prod(array.shape, dtype=np.int64))
     strides = [

@@ -76,8 +76,9 @@ class FamilyLeaf:
 
     @property
     def dtype(self) -> np.dtype:
-        """Its type, that of the first tensor."""
-        return self.tensors[self.shares[0].tensor].dtype
+        """Its type, which holds every number of its tensors."""
+        dtypes = [self.tensors[share.tensor].dtype for share in self.shares]
+        return np.dtype(functools.reduce(jnp.promote_types, dtypes))
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Reads one box."""

@@ -18,6 +18,7 @@ from jaxscale.checkpoint.exports import KINDS, export
 from jaxscale.checkpoint.matching import check_leaves
 from jaxscale.checkpoint.opening import Opened, open_checkpoint, place_of, steps_in
 from jaxscale.checkpoint.patterns import load_rules
+from jaxscale.checkpoint.safetensors import INDEX, SINGLE
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.convert.families import BY_MODEL_TYPE
 from jaxscale.convert.weights import family_leaves
@@ -127,6 +128,9 @@ def convert(
     opened.check()
     leaves = opened.source.leaves()
     directory = Path(destination).expanduser()
+    for name in (SINGLE, INDEX):
+        if to == "safetensors" and (directory / name).exists():
+            raise InputError("destination", str(directory / name), "no weights there yet")
     if step is None:
         is_ours = isinstance(opened.source, native.NativeCheckpoint)
         step = int(opened.path.name) if is_ours and opened.path.name.isdecimal() else 0
@@ -219,8 +223,9 @@ def _to_ours(
 def _asked(rules: str | None, run: str | None, family: str | None) -> str:
     """Changes when arrays would be made otherwise of the same files: half of each is neither."""
     text = Path(rules).expanduser().read_text() if rules else ""
-    model = load_run([run]).model if run else None
-    return hashlib.sha256(repr((text, model, family)).encode()).hexdigest()
+    given = load_run([run]) if run else None
+    of_run = (given.model, given.train.seed) if given else None
+    return hashlib.sha256(repr((text, of_run, family)).encode()).hexdigest()
 
 
 def _of_family(

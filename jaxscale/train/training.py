@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxscale import tree
+from jaxscale.checkpoint.deepspeed_writer import adam_states
 from jaxscale.checkpoint.exports import export
 from jaxscale.checkpoint.manager import BUDGET_BYTES, CheckpointConfig, Checkpoints
 from jaxscale.checkpoint.native import NativeCheckpoint
@@ -97,6 +99,8 @@ def train(
     if int(state.step) >= config.steps:
         logger.info("nothing to do: step %d of %d", int(state.step), config.steps)
         return Outcome(int(state.step), None)
+    if config.export == "deepspeed":
+        adam_states(tree.flatten(setup.canonical_state))  # refuses what cannot be exported
     checkpoints.prepare(setup.canonical_state)
     step_fn = make_step(setup)
     # What refuses only when it is traced does so here, before a file changes. The first step finds

@@ -108,3 +108,9 @@ def test_copies_that_differ_are_refused_and_means_are_taken():
         equal[:]
     mean = Merged("w", (3,), np.dtype("f4"), copies, "mean")
     np.testing.assert_array_equal(mean[:], np.float32([1, 2, 4]))
+
+
+def test_a_part_that_begins_before_the_whole_is_a_fault():
+    part = placed(np.zeros(3), (-1,))
+    with pytest.raises(InputError, match="begins at -1 in dim 0"):
+        Merged("w", (2,), part.part.dtype, ((part,),))

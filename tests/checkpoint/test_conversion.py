@@ -229,6 +229,10 @@ def texts(folder):
     np.savez(folder / "all.npz", w=np.array(["a", "b"]))
 
 
+def big_endian(folder):
+    np.savez(folder / "all.npz", w=np.arange(3, dtype=">f4"))
+
+
 def two_ranks_of_one_axis(folder):
     np.savez(folder / "tensor=0,tensor=1.npz", w=np.zeros(2))
 
@@ -265,8 +269,9 @@ def a_header_without_end(folder):
     [
         (an_array_twice, "one array of that name"),
         (a_header_without_end, "an array"),
-        (python_objects, "object.*an array of numbers"),
-        (texts, "an array of numbers"),
+        (python_objects, "object.*an array of little-endian numbers"),
+        (texts, "an array of little-endian numbers"),
+        (big_endian, "w: given '>f4', expected an array of little-endian numbers"),
         (two_ranks_of_one_axis, "one rank of tensor"),
         (compressed, "an uncompressed member"),
         (cut_short, "a sound zip archive"),

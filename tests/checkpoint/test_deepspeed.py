@@ -411,6 +411,20 @@ def test_one_moment_alone_is_not_adams(tmp_path):
         write_universal(leaves, tmp_path, step=3, piece_bytes=100)
 
 
+def test_two_arrays_do_not_become_one(tmp_path):
+    leaves = {"params/a/w": np.ones(2), "params/a.w": np.zeros(2)}
+    with pytest.raises(
+        InputError, match=r"params/a\.w', expected one array that becomes fp32/a\.w"
+    ):
+        write_universal(leaves, tmp_path, step=3, piece_bytes=100)
+
+
+def test_a_type_that_torch_files_do_not_have_is_named(tmp_path):
+    leaves = {"params/w": np.ones(2, np.uint16)}
+    with pytest.raises(InputError, match="type of an array: given 'uint16'"):
+        write_universal(leaves, tmp_path, step=3, piece_bytes=100)
+
+
 def test_a_name_cannot_lead_out_of_the_folder_that_is_written(tmp_path):
     for name in ("../w", "..", "a/b", "/w"):
         with pytest.raises(InputError, match="names of parameters that can be a folder's"):

@@ -171,3 +171,20 @@ def test_other_weights_in_the_same_folder_are_gone(tmp_path, sizes):
         write_safetensors(tmp_path, tensors, max_shard_bytes=max_shard_bytes)
     assert SafetensorsSource(tmp_path).leaves()["a"][:].tolist() == [1, 1, 1, 1]
     assert (tmp_path / INDEX).exists() != (tmp_path / "model.safetensors").exists()
+
+
+def test_shards_of_two_models_are_never_one(tmp_path):
+    """Where a process is killed between them the index that was there would name both."""
+
+    def model(value, make_last):
+        first = NewTensor("a", (4,), np.dtype("f4"), lambda: np.full(4, value, np.float32))
+        return [first, NewTensor("b", (4,), np.dtype("f4"), make_last)]
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    write_safetensors(tmp_path, model(0, lambda: np.zeros(4)), max_shard_bytes=16)
+    with pytest.raises(KeyboardInterrupt):
+        write_safetensors(tmp_path, model(1, interrupt), max_shard_bytes=16)
+    with pytest.raises(InputError, match=r"a folder with model\.safetensors or"):
+        SafetensorsSource(tmp_path)

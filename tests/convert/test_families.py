@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from jaxscale import tree
 from jaxscale.convert.families import BY_MODEL_TYPE
 from jaxscale.convert.folder import CONFIG, open_folder, read_config, write_folder
-from jaxscale.convert.weights import export_tensors, import_params
+from jaxscale.convert.weights import export_tensors, family_leaves, import_params
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.parameters import abstract_params, parameter_table
@@ -259,6 +259,18 @@ def test_an_export_without_its_import_finds_the_family(name, tmp_path):
     assert (again.config, again.family) == (opened.config, opened.family)
     got = again.params(placed(again.config, "float32"))
     jax.tree.map(np.testing.assert_array_equal, got, params(name))
+
+
+def test_a_stack_of_layers_of_two_types_loses_no_bit():
+    """Its type was that of the first layer's tensor."""
+    opened = folder("llama")
+    name = "model.layers.1.input_layernorm.weight"
+    finer = np.float32(1 + 2**-20) + opened.leaves[name][()].astype(np.float32)
+    leaves = dict(opened.leaves) | {name: finer}
+    found = family_leaves(opened.config, opened.family.layout, leaves, where="llama")
+    leaf = found["layers/0/attention/norm/scale"]
+    assert leaf.dtype == np.float32
+    np.testing.assert_array_equal(leaf[1:][0], finer)
 
 
 def test_parameters_take_the_type_that_is_asked_for():

@@ -128,6 +128,14 @@ def test_parameters_become_those_of_another_system(ranks, params, tmp_path, caps
         np.testing.assert_array_equal(leaves[name][()], whole, err_msg=path)
 
 
+def test_a_model_that_is_there_is_not_overwritten(ranks, tmp_path, capsys):
+    assert run("convert", ranks, tmp_path / "model", "--to", "safetensors") == 0
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert run("convert", ranks, tmp_path / "model", "--to", "safetensors", "--budget", 9999) == 2
+    assert "model.safetensors', expected no weights there yet" in capsys.readouterr().err
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [

@@ -28,14 +28,15 @@ from tests.train.regression import Loader, abstract_rows
 
 STEPS, STOP = 6, 3
 ADAMW = OptimizerConfig(learning_rate=0.05, warmup_steps=2, epsilon=1e-3)
+LION = OptimizerConfig(name="lion", learning_rate=0.05, warmup_steps=2)
 MESH = MeshConfig(data=2, tensor=2, zero=3)
 FACTS = {"fingerprint": {"network": "regression", "width": 8}}
 CHECKPOINT = CheckpointConfig("checkpoints", save_every=2, keep_last=1)
 
 
-def run(directory, mesh, *, evaluate=None, facts=FACTS, loader=None, config=None):
+def run(directory, mesh, *, evaluate=None, facts=FACTS, loader=None, config=None, optimizer=ADAMW):
     """Trains the network in a directory; what `pretrain` does for a decoder."""
-    setup = make_regression(mesh, ADAMW, steps=STEPS).setup
+    setup = make_regression(mesh, optimizer, steps=STEPS).setup
     with surroundings(directory, RuntimeConfig()) as around:
         return train(
             setup,
@@ -132,6 +133,13 @@ def test_the_last_checkpoint_is_also_written_for_another_system(tmp_path, kind):
         if kind == "deepspeed":
             name = f"fp32/{path.removeprefix('params/').replace('/', '.')}"
         np.testing.assert_array_equal(exported[name][()], leaf, err_msg=path)
+
+
+def test_an_export_that_the_optimizer_cannot_have_is_refused_before_the_first_step(tmp_path):
+    config = TrainConfig(steps=STEPS, evaluate_every=STOP, export="deepspeed")
+    with pytest.raises(InputError, match="both moments of Adam, or none"):
+        run(tmp_path, MeshConfig(), config=config, optimizer=LION)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_its_checkpoint_is_refused_to_another_network(on_one_device):
