@@ -48,8 +48,8 @@ def read_around(fields: Fields, names: Collection[str]) -> dict[str, Any]:
     """The arguments of `ModelConfig` that are around the layers."""
     return {
         "vocab_size": fields.take("vocab_size", int),
-        "num_layers": fields.take("num_hidden_layers", int),
-        "model_dim": fields.take("hidden_size", int),
+        "num_layers": fields.count("num_hidden_layers"),
+        "model_dim": fields.count("hidden_size"),
         "max_length": fields.take("max_position_embeddings", int),
         "is_tied": read_tied(fields, names),
     }
@@ -85,7 +85,7 @@ def read_attention(
     **parts: Any,
 ) -> AttentionConfig:
     """Attention with the heads that the file gives; `parts` are its other arguments."""
-    num_heads = fields.take("num_attention_heads", int)
+    num_heads = fields.count("num_attention_heads")
     head_dim = fields.take("head_dim", int, 0)
     if not head_dim:
         head_dim, rest = divmod(model_dim, num_heads)

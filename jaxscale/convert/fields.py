@@ -5,6 +5,7 @@ between versions. Here it is refused, unless the family states what its absence 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from jaxscale.types import InputError, check_type
 
 MISSING = object()
+MAX_COUNT = 1 << 20  # of layers, heads or experts: each is listed
 # They change nothing of what a trained model computes.
 IGNORED = {
     "_attn_implementation",
@@ -63,7 +65,8 @@ class Fields:
         where: str,
         ignored: frozenset[str] | set[str] = frozenset(),
     ):
-        self._left = {name: value for name, value in values.items() if name not in ignored}
+        self._left = dict(values)
+        self._ignored = ignored
         self._where = where
 
     def take(self, name: str, kind: Any, absent: Any = MISSING) -> Any:
@@ -85,6 +88,15 @@ class Fields:
             return absent
         value = tuple(value) if isinstance(value, list) else value
         check_type(self.place(name), value, kind)
+        if value in (math.inf, -math.inf) or value != value:
+            raise InputError(self.place(name), value, "a finite number")
+        return value
+
+    def count(self, name: str, absent: Any = MISSING) -> int:
+        """Takes a field that counts something; arguments and errors as `take`."""
+        value = self.take(name, int, absent)
+        if value is not absent and not 0 < value <= MAX_COUNT:
+            raise InputError(self.place(name), value, f"a number from 1 to {MAX_COUNT}")
         return value
 
     def expect(self, name: str, *allowed: Any) -> None:
@@ -107,7 +119,8 @@ class Fields:
 
     def finish(self) -> None:
         """Raises InputError if a field has not been taken."""
-        for name, value in sorted(self._left.items()):
+        for name in sorted(self._left.keys() - self._ignored):
+            value = self._left[name]
             expected = "no such field: it is unknown for this model_type and may change the model"
             raise InputError(self.place(name), value, expected)
 

@@ -89,7 +89,11 @@ def open_folder(directory: str | Path) -> Folder:
     if not path.is_dir():
         raise InputError("source", str(path), "a folder of Hugging Face")
     values, where = read_json(path / CONFIG), str(path / CONFIG)
-    leaves = {_renamed(name): leaf for name, leaf in SafetensorsSource(path).leaves().items()}
+    leaves: dict[str, LazyArray] = {}
+    for name, leaf in SafetensorsSource(path).leaves().items():
+        if _renamed(name) in leaves:
+            raise InputError(f"{path}: {name}", leaf.shape, f"one tensor {_renamed(name)}")
+        leaves[_renamed(name)] = leaf
     if QUANTISATION in values:
         leaves = whole_leaves(leaves, values.pop(QUANTISATION), where)
     family = _family(values, path / CONFIG)

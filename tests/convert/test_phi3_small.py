@@ -220,6 +220,15 @@ def test_the_released_configuration_is_read_and_written(folder):
     assert found == wanted
 
 
+def test_without_its_scaling_attention_alone_is_as_usual(folder):
+    """Logits are divided by the width's multiplier all the same."""
+    plain = read_config(folder.family, RELEASED | {"mup_use_scaling": False}, "config.json", ())
+    scaled = read_config(folder.family, RELEASED, "config.json", ())
+    attention = plain.layers[0].attention
+    assert attention.scale == attention.head_dim**-0.5
+    assert plain.unembedding_scale == scaled.unembedding_scale == 1 / 8
+
+
 @pytest.mark.parametrize("kind", ["su", "longrope"])
 def test_the_long_model_has_magnitudes_of_both_lists(folder, kind):
     scaling = {

@@ -105,6 +105,20 @@ FIELDS = {
         {"num_experts_per_tok": 1},
         "config.json: num_experts_per_tok: given 1",
     ),
+    "one of SparseMixer's two": (
+        "phimoe",
+        {"num_experts_per_tok": 1},
+        "config.json: num_experts_per_tok: given 1, expected 2",
+    ),
+    "causal": ("bert", {"is_decoder": True}, "config.json: is_decoder: given True"),
+    "no heads": ("llama", {"num_attention_heads": 0}, "num_attention_heads: given 0"),
+    "no heads of GPT-2": ("gpt2", {"n_head": 0}, "n_head: given 0"),
+    "no end of layers": ("llama", {"num_hidden_layers": 1 << 40}, "num_hidden_layers: given 109"),
+    "no end of experts": ("qwen3_moe", {"num_experts": 1 << 40}, "num_experts: given 109"),
+    "no step": ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: given 0"),
+    "no scalar": ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: given 0"),
+    "infinite": ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps: given inf"),
+    "not a number": ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps: given nan"),
     "experts": ("qwen3_moe", {"num_experts": 8}, "config.json: num_experts"),
     "heads": ("qwen2", {"num_attention_heads": 5}, "num_attention_heads.*hidden_size = 32"),
     "post-norm": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before: given False"),
@@ -119,6 +133,16 @@ FIELDS = {
 def test_a_field_that_does_not_fit_is_named(tmp_path, name):
     fixture, changes, message = FIELDS[name]
     refused(copy(fixture, tmp_path, **changes), message)
+
+
+def test_both_names_of_a_norm_are_refused(tmp_path):
+    """One of them would be left out, whichever comes last in the file."""
+    path = copy("bert", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    name = "bert.embeddings.LayerNorm.weight"
+    tensors[name.replace("weight", "gamma")] = tensors[name] + 1
+    save_file(tensors, path / "model.safetensors")
+    refused(path, f"expected one tensor {name}")
 
 
 def test_weights_that_are_no_floats_are_refused(tmp_path):

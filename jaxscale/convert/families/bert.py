@@ -44,9 +44,10 @@ NAMES = {
 
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a config.json."""
-    dim = fields.take("hidden_size", int)
+    dim = fields.count("hidden_size")
     fields.expect("position_embedding_type", "absolute")
     fields.expect("add_cross_attention", False)
+    fields.expect("is_decoder", False)  # it would be causal
     fields.expect("tie_word_embeddings", True)
     for name in OF_TRAINING:
         fields.take(name, Any, None)
@@ -55,7 +56,7 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     feed_forward = FeedForwardConfig(fields.take("intermediate_size", int), activation, True)
     return ModelConfig(
         vocab_size=fields.take("vocab_size", int),
-        num_layers=fields.take("num_hidden_layers", int),
+        num_layers=fields.count("num_hidden_layers"),
         model_dim=dim,
         max_length=fields.take("max_position_embeddings", int),
         pattern=(LayerConfig(attention, feed_forward, norm_position="sum"),),

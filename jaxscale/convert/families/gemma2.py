@@ -22,6 +22,7 @@ from jaxscale.convert.fields import Fields
 from jaxscale.convert.places import Layout
 from jaxscale.convert.rotary import read_rotary
 from jaxscale.models.config import FeedForwardConfig, LayerConfig, ModelConfig, NormConfig
+from jaxscale.types import check_positive
 
 NAMES = llama.NAMES | {
     "attention/norm_after": "post_attention_layernorm",
@@ -33,13 +34,15 @@ NAMES = llama.NAMES | {
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a config.json."""
     around = read_around(fields, names)
+    scalar = fields.take("query_pre_attn_scalar", float)
+    check_positive(fields.place("query_pre_attn_scalar"), scalar)
     attention = read_attention(
         fields,
         around["model_dim"],
         rotary=read_rotary(fields, max_length=around["max_length"]),
         biases=EVERY_BIAS if fields.take("attention_bias", bool) else (),
         softcap=fields.take("attn_logit_softcapping", float | None, None),
-        scale=fields.take("query_pre_attn_scalar", float) ** -0.5,
+        scale=scalar**-0.5,
     )
     activation = fields.choose("hidden_activation", GATED)
     fields.expect("hidden_act", "gelu_pytorch_tanh")  # older files have it twice

@@ -38,7 +38,7 @@ NAMES = {
 
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a config.json."""
-    dim, num_heads = fields.take("n_embd", int), fields.take("n_head", int)
+    dim, num_heads = fields.count("n_embd"), fields.count("n_head")
     head_dim, rest = divmod(dim, num_heads)
     if rest:
         raise InputError(fields.place("n_head"), num_heads, f"a divisor of n_embd = {dim}")
@@ -62,7 +62,7 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     feed_forward = FeedForwardConfig(inner, activation, use_bias=True)
     return ModelConfig(
         vocab_size=fields.take("vocab_size", int),
-        num_layers=fields.take("n_layer", int),
+        num_layers=fields.count("n_layer"),
         model_dim=dim,
         max_length=fields.take("n_positions", int),
         pattern=(LayerConfig(attention, feed_forward),),

@@ -47,7 +47,7 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
 def read_experts(fields: Fields, **more: Any) -> ExpertsConfig:
     """Experts as large as `intermediate_size`; `more` are other arguments of `ExpertsConfig`."""
     experts = ExpertsConfig(
-        num_experts=fields.take("num_local_experts", int),
+        num_experts=fields.count("num_local_experts"),
         num_active=fields.take("num_experts_per_tok", int),
         dim=fields.take("intermediate_size", int),
         activation=fields.choose("hidden_act", GATED),

@@ -50,7 +50,7 @@ UNREAD = (
 
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     """The model of a config.json."""
-    model_dim = fields.take("hidden_size", int)
+    model_dim = fields.count("hidden_size")
     length = fields.take("max_position_embeddings", int)
     attention = _attention(fields, model_dim, length)
     for name in UNREAD:
@@ -60,10 +60,10 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     dim = fields.take("ff_intermediate_size", int)
     feed_forward = FeedForwardConfig(dim, "gegelu", use_bias=True)
     epsilon = fields.take("layer_norm_epsilon", float)
-    is_scaled = fields.take("mup_use_scaling", bool)
     width = fields.take("mup_width_multiplier", float)
-    num_layers = fields.take("num_hidden_layers", int)
-    layout, every = _layout(fields), fields.take("dense_attention_every_n_layers", int)
+    check_positive(fields.place("mup_width_multiplier"), width)
+    num_layers = fields.count("num_hidden_layers")
+    layout, every = _layout(fields), fields.count("dense_attention_every_n_layers")
     layers = []
     for number in range(num_layers):
         is_dense = (number + 1) % every == 0
@@ -77,7 +77,7 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
         pattern=pattern_of(layers),
         norm=NormConfig("layernorm", epsilon, use_bias=True),
         embedding_scale=fields.take("mup_embedding_multiplier", float),
-        unembedding_scale=1 / width if is_scaled else 1.0,
+        unembedding_scale=1 / width,
         is_tied=read_tied(fields, names),
     )
 
@@ -99,6 +99,8 @@ def _attention(
     )
     plain = read_attention(fields, model_dim)
     scale = fields.take("mup_attn_multiplier", float) / plain.head_dim
+    if not fields.take("mup_use_scaling", bool):  # of attention alone
+        scale = plain.head_dim**-0.5
     return {
         "num_heads": plain.num_heads,
         "num_kv_heads": plain.num_kv_heads,

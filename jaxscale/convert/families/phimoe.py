@@ -25,6 +25,9 @@ from jaxscale.models.config import (
     RotaryConfig,
     SparseMixerRouter,
 )
+from jaxscale.types import InputError
+
+NUM_ACTIVE = 2
 
 
 def read(fields: Fields, names: Collection[str]) -> ModelConfig:
@@ -44,6 +47,9 @@ def read(fields: Fields, names: Collection[str]) -> ModelConfig:
     fields.take("input_jitter_noise", float, 0.0)  # of the training
     router = SparseMixerRouter(fields.take("router_jitter_noise", float), mask="released")
     experts = mixtral.read_experts(fields, router=router)
+    if experts.num_active != NUM_ACTIVE:
+        expected = f"{NUM_ACTIVE}: the released router takes one after the other"
+        raise InputError(fields.place("num_experts_per_tok"), experts.num_active, expected)
     windows = read_windows(fields, around["num_layers"])
     layers = [LayerConfig(each, experts) for each in llama.with_windows(attention, windows)]
     use_head_bias = fields.take("lm_head_bias", bool)

@@ -94,7 +94,7 @@ def read_mixture(
         shared_dim=shared_dim,
     )
     check_gates(fields, experts)
-    step = fields.take("decoder_sparse_step", int, 1)
+    step = fields.count("decoder_sparse_step", 1)
     listed = fields.take("mlp_only_layers", tuple, ())
     layers = []
     for number in range(around["num_layers"]):
@@ -105,7 +105,7 @@ def read_mixture(
 
 def read_num_experts(fields: Fields) -> int:
     """The number of experts, under the name of either version."""
-    older, newer = (fields.take(name, int, 0) for name in NUM_EXPERTS)
+    older, newer = (fields.count(name, 0) for name in NUM_EXPERTS)
     if not (older or newer) or (older and newer and older != newer):
         expected = f"one number in {' or '.join(NUM_EXPERTS)}"
         raise InputError(fields.place(NUM_EXPERTS[0]), older, expected)
