@@ -5,9 +5,10 @@ Every level of a table is in the order in which a forward uses its parts.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -62,44 +63,15 @@ class Parameter:
 def parameter_table(config: ModelConfig) -> Table:
     """Nested dict of Parameter, in the shape of the parameter tree."""
     build = _Builder(config)
-    # An embedding that is also the unembedding is multiplied with.
-    tokens = build("VD", Role.EMBEDDING, config.init_std, active=float(config.is_tied))
-    table: Table = {"embedding": {"tokens": tokens}}
-    if config.use_learned_positions:
-        positions = build("UD", Role.POSITIONS, config.init_std, active=0.0)
-        table["embedding"]["positions"] = positions
-    if num := config.num_token_types:
-        types = build("UD", Role.POSITIONS, config.init_std, active=0.0, U=num)
-        table["embedding"]["types"] = types
-    if config.use_embedding_norm:
-        table["embedding"]["norm"] = build.norm("")
+    table: Table = {"embedding": build.embedding()}
     if config.prefix:
-        table["prefix"] = {
-            str(i): build.layer(layer, stack="") for i, layer in enumerate(config.prefix)
-        }
-    table["layers"] = {
-        str(i): build.layer(layer, stack="L") for i, layer in enumerate(config.pattern)
-    }
-    table["final_norm"] = build.norm("")
-    if config.head_activation is not None:
-        # Of its two sizes, which are equal, only the first is the residual's.
-        dense = build("DH", Role.MATRIX, config.init_std, H=config.model_dim)
-        bias = build("H", Role.BIAS, H=config.model_dim)
-        table["final_norm"] = {"dense": dense, "dense_bias": bias} | table["final_norm"]
-    head = {}
-    if not config.is_tied:
-        head["weights"] = build("VD", Role.UNEMBEDDING, config.init_std)
-    if config.use_head_bias:
-        head["bias"] = build("V", Role.LOGIT_BIAS)
-    if head:
+        table["prefix"] = build.layers(config.prefix, stack="")
+    table["layers"] = build.layers(config.pattern, stack="L")
+    table["final_norm"] = build.final_norm()
+    if head := build.head():
         table["head"] = head
-    if config.use_pooler:
-        dense = build("DH", Role.MATRIX, config.init_std, active=0.0, H=config.model_dim)
-        table["pooler"] = {"dense": dense, "dense_bias": build("H", Role.BIAS, H=config.model_dim)}
-    if config.use_pair_head:
-        sizes = {"H": config.model_dim, "Y": 2}
-        pair = build("HY", Role.MATRIX, config.init_std, active=0.0, **sizes)
-        table["pooler"] |= {"pair": pair, "pair_bias": build("Y", Role.BIAS, **sizes)}
+    if pooler := build.pooler():
+        table["pooler"] = pooler
     return table
 
 
@@ -129,6 +101,49 @@ class _Builder:
         width = self.config.width_multiplier if role in HIDDEN else 1.0
         return Parameter(dims, shape, role, std / math.sqrt(width), mean, 1 / width, active)
 
+    def embedding(self) -> Table:
+        config, std = self.config, self.config.init_std
+        # An embedding that is also the unembedding is multiplied with.
+        out: Table = {"tokens": self("VD", Role.EMBEDDING, std, active=float(config.is_tied))}
+        if config.use_learned_positions:
+            out["positions"] = self("UD", Role.POSITIONS, std, active=0.0)
+        if num := config.num_token_types:
+            out["types"] = self("UD", Role.POSITIONS, std, active=0.0, U=num)
+        if config.use_embedding_norm:
+            out["norm"] = self.norm("")
+        return out
+
+    def final_norm(self) -> Table:
+        if self.config.head_activation is None:
+            return self.norm("")
+        # Of its two sizes, which are equal, only the first is the residual's.
+        width = self.config.model_dim
+        return {
+            "dense": self("DH", Role.MATRIX, self.config.init_std, H=width),
+            "dense_bias": self("H", Role.BIAS, H=width),
+            **self.norm(""),
+        }
+
+    def head(self) -> Table:
+        out = {}
+        if not self.config.is_tied:
+            out["weights"] = self("VD", Role.UNEMBEDDING, self.config.init_std)
+        if self.config.use_head_bias:
+            out["bias"] = self("V", Role.LOGIT_BIAS)
+        return out
+
+    def pooler(self) -> Table:
+        """Of a whole text, so that none of it counts as active for a token."""
+        std, sizes = self.config.init_std, {"H": self.config.model_dim, "Y": 2}
+        out = {}
+        if self.config.use_pooler:
+            out["dense"] = self("DH", Role.MATRIX, std, active=0.0, **sizes)
+            out["dense_bias"] = self("H", Role.BIAS, **sizes)
+        if self.config.use_pair_head:
+            out["pair"] = self("HY", Role.MATRIX, std, active=0.0, **sizes)
+            out["pair_bias"] = self("Y", Role.BIAS, **sizes)
+        return out
+
     def norm(self, stack: str, dims: str = "D", **sizes: int) -> Table:
         mean = 1.0 - self.config.norm.scale_offset
         norm = {"scale": self(stack + dims, Role.NORM, mean=mean, **sizes)}
@@ -136,19 +151,21 @@ class _Builder:
             norm["bias"] = self(stack + dims, Role.NORM, **sizes)
         return norm
 
+    def layers(self, layers: Sequence[LayerConfig], stack: str) -> Table:
+        return {str(number): self.layer(layer, stack) for number, layer in enumerate(layers)}
+
     def layer(self, layer: LayerConfig, stack: str) -> Table:
         attention = self.attention(layer.attention, stack)
         if layer.has_norm_before:
             attention = {"norm": self.norm(stack)} | attention
-        is_moe = isinstance(layer.feed_forward, ExpertsConfig)
-        make = self.experts if is_moe else self.feed_forward
+        make = self.experts if layer.is_moe else self.feed_forward
         feed_forward = make(layer.feed_forward, stack)
         if layer.has_norm_before and not layer.is_parallel:
             feed_forward = {"norm": self.norm(stack)} | feed_forward
         if layer.has_norm_after or layer.has_norm_of_sum:
             attention["norm_after"] = self.norm(stack)
             feed_forward["norm_after"] = self.norm(stack)
-        return {"attention": attention, "moe" if is_moe else "ffn": feed_forward}
+        return {"attention": attention, "moe" if layer.is_moe else "ffn": feed_forward}
 
     def attention(self, config: AttentionConfig, stack: str) -> Table:
         sizes = {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
@@ -168,7 +185,8 @@ class _Builder:
         return self.with_adapters(out, stack, sizes)
 
     def feed_forward(self, config: FeedForwardConfig, stack: str) -> Table:
-        sizes, out = {"F": config.dim}, {}
+        sizes = {"F": config.dim}
+        out = {}
         for name in ("gate", "up") if config.is_gated else ("up",):
             out[name] = self(stack + "DF", Role.MATRIX, self.config.init_std, **sizes)
             if config.use_bias:
@@ -179,23 +197,28 @@ class _Builder:
         return self.with_adapters(out, stack, sizes)
 
     def experts(self, config: ExpertsConfig, stack: str) -> Table:
-        sizes, std = {"E": config.num_experts, "F": config.dim}, self.config.init_std
+        std = self.config.init_std
+        sizes = {"E": config.num_experts, "F": config.dim}
+        active = config.num_active / config.num_experts
+        expert = functools.partial(self, role=Role.EXPERT, active=active, **sizes)
         names = ("gate", "up") if config.is_gated else ("up",)
-        of_expert = {"active": config.num_active / config.num_experts, **sizes}
-        matrices = {name: self(stack + "EDF", Role.EXPERT, std, **of_expert) for name in names}
-        matrices["down"] = self(stack + "EFD", Role.EXPERT, self.output_std(), **of_expert)
+        matrices = {name: expert(stack + "EDF", std=std) for name in names}
+        matrices["down"] = expert(stack + "EFD", std=self.output_std())
         out = {"router": self(stack + "DE", Role.ROUTER, std, **sizes), "experts": matrices}
         if config.has_output_scale:
             out["omega"] = self(stack + "D", Role.NORM, mean=1.0)
         if config.shared_dim:
-            sizes = {"F": config.shared_dim, "R": 1}
-            out["shared"] = {
-                "gate": self(stack + "DF", Role.MATRIX, std, **sizes),
-                "up": self(stack + "DF", Role.MATRIX, std, **sizes),
-                "down": self(stack + "FD", Role.MATRIX, self.output_std(), **sizes),
-                "weight": self(stack + "DR", Role.ROUTER, std, **sizes),
-            }
+            out["shared"] = self.shared_expert(config.shared_dim, stack)
         return out
+
+    def shared_expert(self, dim: int, stack: str) -> Table:
+        std, sizes = self.config.init_std, {"F": dim, "R": 1}
+        return {
+            "gate": self(stack + "DF", Role.MATRIX, std, **sizes),
+            "up": self(stack + "DF", Role.MATRIX, std, **sizes),
+            "down": self(stack + "FD", Role.MATRIX, self.output_std(), **sizes),
+            "weight": self(stack + "DR", Role.ROUTER, std, **sizes),
+        }
 
     def with_adapters(
         self,
@@ -208,14 +231,14 @@ class _Builder:
         targets = [] if lora is None else [name for name in lora.targets if name in matrices]
         for name in targets:
             dims = matrices[name].dims.removeprefix(stack)
-            num_inputs = len(dims) - 1 if name == "o" else 1  # dims, of which "o" has the heads'
+            # The inputs of "o" are the dims of the heads; every other matrix has one.
+            num_inputs = len(dims) - 1 if name == "o" else 1
             inputs, outputs = dims[:num_inputs], dims[num_inputs:]
             ranked = sizes | {"R": lora.rank}
-            first = self(stack + inputs + "R", Role.MATRIX, 1.0, **ranked)
-            std = math.prod(first.shape[len(stack) : -1]) ** -0.5
-            a = dataclasses.replace(first, std=std)
+            a = self(stack + inputs + "R", Role.MATRIX, **ranked)
+            std = math.prod(a.shape[len(stack) : -1]) ** -0.5
             b = self(stack + "R" + outputs, Role.MATRIX, **ranked)
-            matrices[f"{name}_lora"] = {"a": a, "b": b}
+            matrices[f"{name}_lora"] = {"a": dataclasses.replace(a, std=std), "b": b}
         return matrices
 
     def output_std(self) -> float:

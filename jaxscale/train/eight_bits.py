@@ -19,6 +19,8 @@ from jaxscale.types import Array
 
 EIGHT_BITS = jnp.float8_e4m3fn
 FORMAT = jnp.finfo(EIGHT_BITS)
+LARGEST = float(FORMAT.max)
+LEAST_NORMAL, LEAST = float(FORMAT.smallest_normal), float(FORMAT.smallest_subnormal)
 SECOND_MOMENT = "nu"  # optax's name of it; it rests as its root, whose range is half as wide
 SEED = 8
 
@@ -56,6 +58,7 @@ def in_eight_bits(optimizer: optax.GradientTransformation) -> optax.GradientTran
 
 
 def _stored(count: Array, state: Any, params: Any) -> EightBitState:
+    """An optimizer's state as it rests; what is drawn for rounding depends on `count`."""
     true = jax.tree.map(lambda _: True, params)
     is_moment = jax.tree.leaves(mirror(state, params, true, False))
     key = jax.random.fold_in(jax.random.key(SEED), count)
@@ -63,20 +66,28 @@ def _stored(count: Array, state: Any, params: Any) -> EightBitState:
     for number, (path, leaf) in enumerate(tree.flatten(state).items()):
         scale = None
         if is_moment[number]:
-            leaf, scale = encode(leaf, jax.random.fold_in(key, number), is_root=_is_second(path))
+            leaf_key = jax.random.fold_in(key, number)
+            leaf, scale = encode(leaf, leaf_key, is_root=_is_second(path))
         values.append(leaf)
         scales.append(scale)
     structure = jax.tree.structure(state)
-    return EightBitState(count, *(jax.tree.unflatten(structure, x) for x in (values, scales)))
+    return EightBitState(
+        count,
+        values=jax.tree.unflatten(structure, values),
+        scales=jax.tree.unflatten(structure, scales),
+    )
 
 
 def _opened(state: EightBitState) -> Any:
+    """The optimizer's state as its update takes it."""
     scales = tree.flatten(state.scales)
 
-    def one(path: str, leaf: Array) -> Array:
-        return decode(leaf, scales[path], is_root=_is_second(path)) if path in scales else leaf
+    def opened(path: str, leaf: Array) -> Array:
+        if path not in scales:
+            return leaf
+        return decode(leaf, scales[path], is_root=_is_second(path))
 
-    return tree.map_with_path(one, state.values)
+    return tree.map_with_path(opened, state.values)
 
 
 def _is_second(path: str) -> bool:
@@ -101,16 +112,20 @@ def encode(
     """
     wide = moment.astype(jnp.float32)
     wide = jnp.sqrt(wide) if is_root else wide
-    scale = jnp.abs(wide).max(-1, keepdims=True) / float(FORMAT.max)
-    x = wide / jnp.where(scale > 0, scale, 1)
+    scale = jnp.abs(wide).max(-1, keepdims=True) / LARGEST
+    x = _rounded_by_chance(wide / jnp.where(scale > 0, scale, 1), key)
+    if is_root:
+        x = jnp.where(wide > 0, jnp.maximum(x, LEAST), x)
+    return jnp.clip(x, -LARGEST, LARGEST).astype(EIGHT_BITS), scale
+
+
+def _rounded_by_chance(x: Array, key: Array) -> Array:
+    """One of the two neighbours in 8 bits of each number, so that the expectation is the number."""
     # The distance to the next number, which is the same below the least normal one.
-    _, exponent = jnp.frexp(jnp.maximum(jnp.abs(x), float(FORMAT.smallest_normal)))
+    _, exponent = jnp.frexp(jnp.maximum(jnp.abs(x), LEAST_NORMAL))
     step = jnp.ldexp(jnp.ones_like(x), exponent - 1 - FORMAT.nmant)
     chance = jax.random.bits(key, x.shape, jnp.uint8).astype(jnp.float32) / 256
-    x = jnp.floor(x / step + chance) * step
-    if is_root:
-        x = jnp.where(wide > 0, jnp.maximum(x, float(FORMAT.smallest_subnormal)), x)
-    return jnp.clip(x, float(FORMAT.min), float(FORMAT.max)).astype(EIGHT_BITS), scale
+    return jnp.floor(x / step + chance) * step
 
 
 def decode(
