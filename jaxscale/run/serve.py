@@ -77,7 +77,6 @@ def serve(
     except ImportError as error:
         expected = "the extra: pip install 'jaxscale[serve]'"
         raise InputError("serve", f"no module {error.name}", expected) from error
-    listening = listen(host, port)
     read_params = functools.partial(_read_params, run, tensor, quantisation)
     service = make_service(
         run,
@@ -86,6 +85,10 @@ def serve(
         timeout_s=timeout_s,
         read_params=read_params if is_steered else None,
     )
+    if service.model in (adapters or {}):
+        expected = "other names than the model's, which nobody could ask for any more"
+        raise InputError("adapters", service.model, expected)
+    listening = listen(host, port)
     made = make_engine(
         run,
         config=engine,

@@ -1,6 +1,7 @@
 """The engine: `step()` plans, launches, and collects what the step before it drew."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -120,7 +121,9 @@ class Engine:
         return self._scheduler.has_work or self._in_flight is not None
 
     def wait_s(self) -> float:
-        """Seconds until a request times out, whether paused or not; infinity for never."""
+        """Seconds until an engine that is paused has to end a request; infinity for never."""
+        if not self.is_paused:
+            return math.inf
         return max(self._scheduler.next_deadline_s() - self._clock(), 0)
 
     @property

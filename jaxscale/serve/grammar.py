@@ -1,5 +1,7 @@
 """Grammars that a continuation has to follow, by llguidance; needs the extra `serve`."""
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -52,17 +54,37 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
+        # The least recently asked for first.
+        self._compiled: collections.OrderedDict[GrammarConfig, concurrent.futures.Future]
+        self._compiled = collections.OrderedDict()
 
     def begin(self, config: GrammarConfig) -> "Matcher":
         """The state at the beginning of a continuation; any thread may ask for it.
+
+        A grammar is compiled once. Nobody waits for another one than his own: a large schema takes
+        a second, for which the engine must not stand still.
 
         Raises:
             InputError: the grammar cannot be compiled, or llguidance is not installed.
         """
         with self._lock:
-            compiled = self._compiled(config)
-        return Matcher(compiled.deep_copy(), self.num_words)
+            known = self._compiled.get(config)
+            future = known or concurrent.futures.Future()
+            self._compiled[config] = future
+            self._compiled.move_to_end(config)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        if known is None:
+            self._compile_into(future, config)
+        return Matcher(future.result().deep_copy(), self.num_words)
+
+    def _compile_into(self, future: concurrent.futures.Future, config: GrammarConfig) -> None:
+        try:
+            future.set_result(self._compile(config))
+        except Exception as error:  # whoever waits finds it in the future
+            with self._lock:
+                self._compiled.pop(config, None)
+            future.set_exception(error)
 
     @property
     def num_words(self) -> int:

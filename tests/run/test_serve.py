@@ -125,6 +125,10 @@ def test_a_port_that_is_taken_and_a_directory_without_a_run_exit_2(
     assert expected in capsys.readouterr().err
     assert cli.main(["serve", run.directory, "--set", "port=99999"]) == 2
     assert "0 <= port <= 65535" in capsys.readouterr().err
+    name = Path(run.directory).name
+    adapters = f"adapters={{{name!r}: 'folder'}}"
+    assert cli.main(["serve", run.directory, "--set", "port=0", "--set", adapters]) == 2
+    assert "other names than the model's" in capsys.readouterr().err
     assert cli.main(["serve", str(tmp_path)]) == 2
     assert "expected an existing gin file" in capsys.readouterr().err
 

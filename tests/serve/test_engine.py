@@ -374,6 +374,16 @@ def test_a_request_times_out_wherever_it_is():
         deltas += engine.step()
     ends = [delta.finish_reason for delta in deltas if delta.finish_reason]
     assert ends == [FinishReason.TIMEOUT] * 10
+    engine.generate(PROMPTS[1:2], config)
+    now[0] = 12.0  # past the deadline of what has ended, for which nobody has to be woken
+    assert engine.wait_s() == np.inf and not engine.has_work
+    engine.pause()
+    engine.add(PROMPTS[1], config)
+    engine.step()
+    assert engine.wait_s() == 5.0 and not engine.has_work
+    now[0] = 17.0
+    assert engine.has_work and engine.step()[0].finish_reason is FinishReason.TIMEOUT
+    assert not engine.has_work and engine.wait_s() == np.inf
     assert engine.figures().num_held == 0
 
 

@@ -1,13 +1,17 @@
 """Continuations follow their grammars, and their neighbours do not."""
 
+import concurrent.futures
 import functools
 import json
 import re
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from jaxscale.data.tokenizer import ByteTokenizer
 from jaxscale.serve.drawing import only_allowed
 from jaxscale.serve.grammar import GrammarConfig, Grammars, choice_grammar, json_grammar
 from jaxscale.serve.requests import RequestConfig
@@ -23,6 +27,7 @@ SCHEMA = {
     "required": ["a", "b"],
     "additionalProperties": False,
 }
+LARGE = GrammarConfig("regex", "a{1,100}")
 
 
 @functools.cache
@@ -118,3 +123,26 @@ def test_what_cannot_be_compiled_is_refused_and_the_engine_goes_on(grammar, mess
     with pytest.raises(InputError, match=message):
         engine().add("x", draws(0, grammar))
     assert not engine().has_work
+
+
+def test_nobody_waits_for_anothers_grammar_and_each_is_compiled_once(monkeypatch):
+    grammars, is_told, compiled = Grammars(ByteTokenizer()), threading.Event(), []
+    compile_one = grammars._compile
+
+    def slow(config):
+        compiled.append(config)
+        if config == LARGE:
+            is_told.wait(30)
+        return compile_one(config)
+
+    monkeypatch.setattr(grammars, "_compile", slow)
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        large = [threads.submit(grammars.begin, LARGE) for _ in range(2)]
+        while not compiled:
+            time.sleep(0.001)
+        small = threads.submit(grammars.begin, GrammarConfig("regex", "b")).result(20)
+        assert small.mask()[ord("b") // 32] == 1 << ord("b") % 32
+        assert not any(each.done() for each in large)
+        is_told.set()
+        assert all(each.result(20).mask().any() for each in large)
+    assert compiled.count(LARGE) == 1

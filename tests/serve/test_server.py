@@ -132,6 +132,14 @@ def test_a_stream_adds_up_to_the_whole_with_its_usage(client):
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == continued("def f", 9)[1]
 
 
+def test_the_usage_tells_what_the_prefix_cache_has_spared(client):
+    fields = dict(prompt=["b" * 20, "c" * 20], n=2, max_tokens=1)
+    first = complete(client, **fields).json()
+    again = complete(client, **fields, stream=True, stream_options={"include_usage": True})
+    details = [each["usage"]["prompt_tokens_details"] for each in (first, events(again)[-1])]
+    assert [each["cached_tokens"] for each in details] == [0, 2 * 16]
+
+
 def test_seeds_repeat_and_differ(client):
     def draw(seed):
         return complete(client, temperature=1.0, seed=seed, max_tokens=20).json()["choices"][0]
