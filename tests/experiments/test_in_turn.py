@@ -40,11 +40,11 @@ def begin(tmp_path, monkeypatch):
 
 @pytest.fixture
 def results(tmp_path):
-    """Name -> what results.jsonl has of it."""
+    """Line -> what results.jsonl has of it."""
 
     def results():
         lines = (tmp_path / "out/results.jsonl").read_text().splitlines()
-        return {each["name"]: each for each in map(json.loads, lines)}
+        return {each["line"]: each for each in map(json.loads, lines)}
 
     return results
 
@@ -142,6 +142,15 @@ def test_the_table_is_short_whatever_the_commands_print(begin):
     output = printed(begin(*[f"a line with a name, number {i} | {loud}" for i in range(40)]))
     assert len(output) < 12_000
     assert output.count("ms 300") == 40
+
+
+def test_figures_keep_their_own_name_and_are_told_in_short(begin, results):
+    figures = (
+        'echo {\\"name\\": \\"of a mesh\\", \\"ms\\": 2.5, \\"long\\": [1, 2]}; echo not one {'
+    )
+    output = printed(begin(f"a line | {figures}"))
+    assert results()["a line"]["name"] == "of a mesh"
+    assert "    name of a mesh, ms 2.5\n    not one {\n" in output
 
 
 def test_a_line_that_cannot_be_read_is_named(begin):
