@@ -137,6 +137,15 @@ def test_results_so_far_are_kept_when_it_is_ended(begin, results, tmp_path):
     assert "third | left out" in output
 
 
+def test_a_call_goes_on_where_one_before_it_ended(begin, results, tmp_path):
+    lines = "done | echo {} >> $FILES/times", "fails | echo {} >> $FILES/times; exit 1"
+    for _ in range(2):
+        output = printed(begin(*lines))
+    times = {name: (tmp_path / f"out/{name}/times").read_text() for name in ("done", "fails")}
+    assert {name: text.count("{}") for name, text in times.items()} == {"done": 1, "fails": 2}
+    assert "done | 0,1 | 0 of 0 | done" in output, "the table has it all the same"
+
+
 def test_the_table_is_short_whatever_the_commands_print(begin):
     loud = 'for i in $(seq 300); do echo {\\"ms\\": $i, \\"other\\": \\"a long text\\"}; done'
     output = printed(begin(*[f"a line with a name, number {i} | {loud}" for i in range(40)]))
