@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
 from jaxscale.kernels.checks import check_backend, check_invariant, require
 from jaxscale.kernels.paged_attention import pallas, ragged, reference
 from jaxscale.kernels.paged_attention.ragged import Sequences
@@ -29,6 +30,7 @@ def paged_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    layout: BlockLayout | None = None,
     is_invariant: bool = False,
     implementation: str,
     interpret: Any = False,
@@ -48,6 +50,7 @@ def paged_attention(
         low, high: [D] int32, within 0 and P * page size; a query with high <= low sees nothing.
         scale: factor on the logits.
         softcap: c in c * tanh(logits / c); None for none.
+        layout: which blocks of keys each head sees, of a query at high - 1; None for all.
         is_invariant: whether a result's bits may depend on its own sequence alone; in pages of 64
             keys they are then those of `attention.api.attention` so asked. By "mosaic" alone.
         implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, "triton" for Ampere and newer.
@@ -56,13 +59,16 @@ def paged_attention(
         [D, N, H] in the type of `q`; 0 where a query sees nothing.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: a kernel reads the pages from low to high once, 4 H K bytes a key in bfloat16.
+    Cost: a kernel reads the pages from low to high once, 4 H K bytes a key in bfloat16; with a
+        layout, for each kv head those that one of its queries sees.
     """
     _check_shapes(q, k_pages, v_pages, block_table)
-    reason = refusal(implementation, q, k_pages)
+    reason = refusal(implementation, q, k_pages, layout)
     check_backend("paged_attention", implementation, BACKENDS, reason)
     check_invariant("paged_attention", implementation, is_invariant)
-    settings = dict(scale=scale, softcap=softcap)
+    is_known = not is_invariant or layout is None
+    require(is_known, "paged_attention", "is_invariant with a layout", "one of them")
+    settings = dict(scale=scale, softcap=softcap, layout=layout)
     arrays = (q, k_pages, v_pages, block_table, low, high)
     if implementation == "reference":
         return reference.paged_attention(*arrays, scales, **settings)
@@ -85,6 +91,7 @@ def write_and_attend(
     *,
     scale: float,
     softcap: float | None = None,
+    layout: BlockLayout | None = None,
     implementation: str,
     interpret: Any = False,
 ) -> tuple[Array, tuple[Array, Array]]:
@@ -95,8 +102,8 @@ def write_and_attend(
     Args:
         new: keys and values of the position high - 1, [D, K, H] each, of the pages' type.
         pages: of keys and of values, [pages, page size, K, H] each.
-        q, block_table, low, high, scale, softcap, interpret: as `paged_attention`; of a sequence
-            with high <= low nothing is written.
+        q, block_table, low, high, scale, softcap, layout, interpret: as `paged_attention`; of a
+            sequence with high <= low nothing is written.
         implementation: "reference" or "mosaic", which is for Hopper GPUs.
     Returns:
         ([D, N, H], the pages, in the memory of the given ones where a program may reuse it).
@@ -104,9 +111,9 @@ def write_and_attend(
         ValueError: as `paged_attention`.
     """
     _check_shapes(q, *pages, block_table)
-    reason = writing_refusal(implementation, q, pages[0])
+    reason = writing_refusal(implementation, q, pages[0], layout)
     check_backend("write_and_attend", implementation, WRITING_BACKENDS, reason)
-    settings = dict(scale=scale, softcap=softcap)
+    settings = dict(scale=scale, softcap=softcap, layout=layout)
     arrays = (q, new, pages, block_table, low, high)
     if implementation == "reference":
         return reference.write_and_attend(*arrays, **settings)
@@ -125,6 +132,7 @@ def ragged_attention(
     window: int | None = None,
     scale: float,
     softcap: float | None = None,
+    layout: BlockLayout | None = None,
     implementation: str,
     interpret: Any = False,
 ) -> Array:
@@ -144,18 +152,21 @@ def ragged_attention(
         num_single: the first sequences, which have one token at most.
         window: keys that a token sees, its own included; None for all up to it.
         scale, softcap, interpret: as `paged_attention`.
+        layout: which blocks of keys each head of a token sees; None for all.
         implementation: "reference" or "mosaic", which is for Hopper GPUs.
     Returns:
         [T, N, H] in the type of `q`; anything where a token is of no sequence.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
     Cost: "mosaic" reads the pages of single tokens once, and of others once for each tile of
-        64 K / N tokens, most of them from the L2 cache.
+        64 K / N tokens, most of them from the L2 cache; with a layout those that one of the tile's
+        rows sees.
     """
     _check_pages(q, k_pages, v_pages)
-    reason = ragged_refusal(implementation, q, k_pages)
+    reason = ragged_refusal(implementation, q, k_pages, layout)
     check_backend("ragged_attention", implementation, RAGGED_BACKENDS, reason)
-    settings = dict(num_single=num_single, window=window, scale=scale, softcap=softcap)
+    settings = dict(num_single=num_single, window=window)
+    settings |= dict(scale=scale, softcap=softcap, layout=layout)
     arrays = (q, k_pages, v_pages, pages, sequences, scales)
     if implementation == "reference":
         return reference.ragged_attention(*arrays, **settings)
@@ -184,11 +195,16 @@ def _check_pages(q: Array, k_pages: Array, v_pages: Array) -> None:
     require(num_heads % kv_heads == 0, "paged_attention", given, "N % K == 0")
 
 
-def writing_refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
+def writing_refusal(
+    implementation: str,
+    q: Array,
+    k_pages: Array,
+    layout: BlockLayout | None = None,
+) -> str | None:
     """As `refusal`, for `write_and_attend`."""
     if implementation == "reference":
         return None
-    if reason := refusal(implementation, q, k_pages):
+    if reason := refusal(implementation, q, k_pages, layout):
         return reason
     if k_pages.dtype != q.dtype:
         return f"pages in {q.dtype}, here {k_pages.dtype}"
@@ -200,11 +216,16 @@ def writing_refusal(implementation: str, q: Array, k_pages: Array) -> str | None
     return None
 
 
-def ragged_refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
+def ragged_refusal(
+    implementation: str,
+    q: Array,
+    k_pages: Array,
+    layout: BlockLayout | None = None,
+) -> str | None:
     """As `refusal`, for `ragged_attention`."""
     if implementation == "reference":
         return None
-    if reason := refusal(implementation, q, k_pages):
+    if reason := refusal(implementation, q, k_pages, layout):
         return reason
     if len(q) % ragged.UNIT:
         return f"T % {ragged.UNIT} == 0, here {len(q)}"
@@ -214,7 +235,12 @@ def ragged_refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
     return None
 
 
-def refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
+def refusal(
+    implementation: str,
+    q: Array,
+    k_pages: Array,
+    layout: BlockLayout | None = None,
+) -> str | None:
     """What a kernel would need to compute the request, as the text of an error.
 
     None when it can, and for what is no kernel. Shapes and types are enough.
@@ -233,6 +259,8 @@ def refusal(implementation: str, q: Array, k_pages: Array) -> str | None:
     page_sizes = PAGE_SIZES[implementation]
     if k_pages.shape[1] not in page_sizes:
         return f"a page size of {page_sizes}, here {k_pages.shape[1]}"
+    if layout is not None and implementation == "mosaic" and k_pages.shape[1] != BLOCK:
+        return f"a page size of {BLOCK} for a layout of blocks, here {k_pages.shape[1]}"
     if q.shape[1] // k_pages.shape[2] > pallas.MAX_GROUPS:
         return f"N / K <= {pallas.MAX_GROUPS}, here {q.shape[1]} / {k_pages.shape[2]}"
     if implementation == "triton":

@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxscale.kernels.attention.products import MATRIX
+from jaxscale.kernels.attention.tiles import BlockLayout
+from jaxscale.kernels.paged_attention.seen_pages import SeenPages
 from jaxscale.kernels.paged_attention.stream import (
     Buffers,
     Reading,
@@ -45,14 +47,18 @@ class Problem:
     Args:
         groups: query heads that read one kv head; they divide UNIT, or UNIT divides them.
         num_streams: blocks among which the pages of a sequence and kv head are dealt out.
+        own_groups: those of them that are no padding.
         reading: how pages are read.
+        layout: which pages, as blocks, each head sees; None for all.
         new_heads: where the heads of the new keys and values begin behind those of the queries, if
             the kernel writes them to their pages.
     """
 
     groups: int
     num_streams: int
+    own_groups: int
     reading: Reading
+    layout: BlockLayout | None
     new_heads: tuple[int, int] | None = None
 
     @property
@@ -62,7 +68,9 @@ class Problem:
 
 
 # jit: the kernel is lowered once for all layers.
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "is_invariant", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("scale", "softcap", "layout", "is_invariant", "interpret")
+)
 def paged_attention(
     q: Array,
     k_pages: Array,
@@ -74,6 +82,7 @@ def paged_attention(
     *,
     scale: float,
     softcap: float | None,
+    layout: BlockLayout | None = None,
     is_invariant: bool = False,
     interpret: Any = False,
 ) -> Array:
@@ -88,7 +97,7 @@ def paged_attention(
     if is_padded:
         groups = pl.cdiv(groups, UNIT) * UNIT
     reading = Reading.of(k_pages, scale, softcap)
-    problem = Problem(groups, num_streams, reading)
+    problem = Problem(groups, num_streams, own_groups, reading, layout)
     wide = reading.wide(q.dtype)
     grouped = q.astype(wide).reshape(num, kv_heads, own_groups, head_dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, groups - own_groups), (0, 0)))
@@ -117,7 +126,7 @@ def paged_attention(
 
 
 # jit: the kernel is lowered once for all layers.
-@functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "layout", "interpret"))
 def write_and_attend(
     q: Array,
     new: tuple[Array, Array],
@@ -128,6 +137,7 @@ def write_and_attend(
     *,
     scale: float,
     softcap: float | None,
+    layout: BlockLayout | None = None,
     interpret: Any = False,
 ) -> tuple[Array, tuple[Array, Array]]:
     """As `api.write_and_attend`."""
@@ -137,7 +147,9 @@ def write_and_attend(
     problem = Problem(
         groups=groups,
         num_streams=_num_streams(num * kv_heads, block_table),
+        own_groups=groups,
         reading=Reading.of(pages[0], scale, softcap),
+        layout=layout,
         new_heads=(num_heads, num_heads + kv_heads),
     )
     shape = (num, kv_heads, problem.num_streams)
@@ -249,9 +261,11 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
     sequence, head, number = map(lax.axis_index, ("sequence", "head", "stream"))
     page_size = problem.reading.page_size
     low, high = refs.low[sequence], refs.high[sequence]
-    first = lax.div(low, page_size) + number
+    first = lax.div(low, page_size)
     end = lax.div(high + page_size - 1, page_size)
-    count = lax.div(end - first + problem.num_streams - 1, problem.num_streams)
+    every = SeenPages.of(problem.layout, problem.own_groups, head, (first, end), high - 1)
+    seen = every.after(number)
+    count = lax.div(seen.count + problem.num_streams - 1, problem.num_streams)
     count = jnp.where(high > low, jnp.maximum(count, 0), 0)
 
     own_head = head * problem.groups
@@ -260,12 +274,17 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
 
     def number_at(i):
         # The last page comes first, as in the kernel for prompts, whose sums are to be the same.
-        return first + (count - 1 - i) * problem.num_streams
+        return seen.page((count - 1 - i) * problem.num_streams)
 
     def visible(i):
-        before = number_at(i) * page_size
+        page = number_at(i)
+        before = page * page_size
         key = plgpu.broadcasted_iota(jnp.int32, (ROWS, page_size), 1, layout=MATRIX)
-        return (key >= low - before) & (key < high - before)
+        sees = (key >= low - before) & (key < high - before)
+        if problem.layout is None:
+            return sees
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, page_size), 0, layout=MATRIX)
+        return sees & seen.is_seen(row - own_row, high - 1, page)
 
     pages = Stream(
         refs.source,

@@ -21,6 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxscale.kernels.attention.products import MATRIX
+from jaxscale.kernels.attention.tiles import BlockLayout
+from jaxscale.kernels.paged_attention.seen_pages import SeenPages
 from jaxscale.kernels.paged_attention.stream import (
     Buffers,
     Reading,
@@ -41,11 +43,13 @@ class Problem:
     Args:
         groups: query heads that read one kv head.
         window: a token sees as many keys up to its own; None for all.
+        layout: which pages, as blocks, each head sees; None for all.
         reading: how pages are read.
     """
 
     groups: int
     window: int | None
+    layout: BlockLayout | None
     reading: Reading
 
     @property
@@ -78,7 +82,7 @@ class Tiles(NamedTuple):
     first_page: Array
 
 
-SETTINGS = ("num_single", "window", "scale", "softcap", "interpret")
+SETTINGS = ("num_single", "window", "scale", "softcap", "layout", "interpret")
 
 
 # jit: the kernel is lowered once for all layers.
@@ -95,13 +99,14 @@ def ragged_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    layout: BlockLayout | None = None,
     interpret: Any = False,
 ) -> Array:
     """As `api.ragged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     reading = Reading.of(k_pages, scale, softcap)
-    problem = Problem(num_heads // kv_heads, window, reading)
+    problem = Problem(num_heads // kv_heads, window, layout, reading)
     tiles = _tiles(sequences, num_tokens, num_single, problem.tile_tokens)
     queries = q.astype(reading.wide(q.dtype))
     operands = (*tiles, pages, queries, k_pages, v_pages, *(scales or ()))
@@ -191,21 +196,34 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
     first = jnp.int32(0)
     if window is not None:
         first = lax.div(jnp.maximum(position + start + 1 - window, 0), page_size)
-    count = lax.div(position + end + page_size - 1, page_size) - first
-    whole_end = lax.div(position + start + 1, page_size) - first
+    last = lax.div(position + end + page_size - 1, page_size)
+    seen = SeenPages.of(problem.layout, problem.groups, head, (first, last), position + start)
+    count = seen.count
+    whole_end = seen.place(lax.div(position + start + 1, page_size))
     whole_first = jnp.int32(0)
     if window is not None:
         unseen = jnp.maximum(position + end - window, 0)  # keys that the last row does not see
-        whole_first = jnp.minimum(lax.div(unseen + page_size - 1, page_size) - first, count)
+        whole_first = jnp.minimum(seen.place(lax.div(unseen + page_size - 1, page_size)), count)
+    if problem.layout is not None:
+        # The last row's local pages are those of all rows.
+        own = lax.div(position + end - 1, page_size) - (problem.layout.local - 1)
+        own = seen.place(jnp.maximum(own, seen.local))
+        whole_first = jnp.minimum(jnp.maximum(whole_first, own), count)
     whole_end = jnp.maximum(whole_end, whole_first)
 
     def visible(i):
         key = plgpu.broadcasted_iota(jnp.int32, (ROWS, page_size), 1, layout=MATRIX)
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS, page_size), 0, layout=MATRIX)
+        page = seen.page(i)
         # How far a key is behind its token, of which every head has a row.
-        behind = (row & (size - 1)) - key + (position - (first + i) * page_size)
+        token = row & (size - 1)
+        behind = token - key + (position - page * page_size)
         sees = behind >= 0
-        return sees if window is None else sees & (behind < window)
+        if window is not None:
+            sees &= behind < window
+        if problem.layout is not None:
+            sees &= seen.is_seen(lax.div(row, size), position + token, page)
+        return sees
 
     stream = Stream(
         refs.source,
@@ -213,7 +231,7 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
         problem.reading,
         head,
         count,
-        page_at=lambda i: refs.pages[first_page + first + i],
+        page_at=lambda i: refs.pages[first_page + seen.page(i)],
         interpret=interpret,
     )
 
@@ -236,7 +254,8 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
         pl.when(end > UNIT)(functools.partial(fetch_queries, size))
         stream.start()
         plgpu.barrier_wait(refs.q_full)
-        partly = [] if window is None else [(0, whole_first, visible)]
+        is_whole = window is None and problem.layout is None
+        partly = [] if is_whole else [(0, whole_first, visible)]
         runs = [*partly, (whole_first, whole_end, None), (whole_end, count, visible)]
         o, _ = stream.attend(runs)
         refs.o_smem[...] = o.astype(refs.o_smem.dtype)

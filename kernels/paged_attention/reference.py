@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
 from jaxscale.kernels.paged_attention.ragged import Sequences
 
 
@@ -18,6 +19,7 @@ def paged_attention(
     *,
     scale: float,
     softcap: float | None,
+    layout: BlockLayout | None = None,
 ) -> Array:
     """As `api.paged_attention`, with all keys gathered and all logits in at least float32."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -37,6 +39,8 @@ def paged_attention(
     key = jnp.arange(keys.shape[1])
     sees = (key >= low[:, None]) & (key < high[:, None])
     sees = sees[:, None, None]
+    if layout is not None:
+        sees = sees & _seen_by_layout(layout, q, high - 1, key).reshape(*logits.shape)
     finite = jnp.where(sees, logits, jnp.finfo(wide).min)
     p = jnp.where(sees, jnp.exp(finite - finite.max(-1, keepdims=True)), 0)
     total = p.sum(-1, keepdims=True)
@@ -55,6 +59,7 @@ def write_and_attend(
     *,
     scale: float,
     softcap: float | None,
+    layout: BlockLayout | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
     """As `api.write_and_attend`, one write behind the other."""
     num_pages, page_size = pages[0].shape[:2]
@@ -65,7 +70,7 @@ def write_and_attend(
         kept.at[page, last % page_size].set(x, mode="drop")
         for kept, x in zip(pages, new, strict=True)
     )
-    settings = dict(scale=scale, softcap=softcap)
+    settings = dict(scale=scale, softcap=softcap, layout=layout)
     o = paged_attention(q, k_pages, v_pages, block_table, low, high, **settings)
     return o, (k_pages, v_pages)
 
@@ -82,6 +87,7 @@ def ragged_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
+    layout: BlockLayout | None = None,
 ) -> Array:
     """As `api.ragged_attention`: each token is a sequence of its own, with all pages."""
     del num_single
@@ -93,8 +99,21 @@ def ragged_attention(
     low = jnp.zeros_like(high) if window is None else jnp.maximum(high - window, 0)
     places = sequences.first_page[owner][:, None] + jnp.arange(len(pages))
     table = pages[jnp.minimum(places, len(pages) - 1)]
-    settings = dict(scale=scale, softcap=softcap)
+    settings = dict(scale=scale, softcap=softcap, layout=layout)
     return paged_attention(q, k_pages, v_pages, table, low, high, scales, **settings)
+
+
+def _seen_by_layout(
+    layout: BlockLayout,
+    q: Array,
+    position: Array,
+    key: Array,
+) -> Array:
+    """[D, N, S] whether a head of the query at `position` [D] sees the block of a key [S]."""
+    by_block = jnp.asarray(layout.sees(-(-len(key) // BLOCK)))
+    of_query = by_block[:, jnp.maximum(position, 0) // BLOCK]  # [patterns, D, blocks]
+    pattern = jnp.arange(q.shape[1]) % layout.stride
+    return jnp.swapaxes(of_query[pattern], 0, 1)[..., key // BLOCK]
 
 
 def _along_pages(scales: Array) -> Array:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from jax import Array
 
+from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
 from jaxscale.kernels.triton_call import blocks_of, call
 from jaxscale.kernels.triton_softmax import LEAST_ROWS, capped, softmax_step
 
@@ -38,6 +39,9 @@ def _over_pages(
     PAGE_SIZE: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    LOCAL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -58,15 +62,38 @@ def _over_pages(
     total = tl.zeros((ROWS,), tl.float32)
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     end = tl.where(high_key > low_key, tl.cdiv(high_key, COLUMNS), 0)
-    for number in range(low_key // COLUMNS + stream, end, num_streams):
+    start = low_key // COLUMNS
+    if STRIDE:
+        # As in `seen_pages`: the columns that one of the queries sees, and then the local blocks.
+        parts: tl.constexpr = BLOCK_SIZE // COLUMNS
+        width: tl.constexpr = GROUPS if GROUPS < STRIDE else STRIDE
+        shift = (head + 1) * GROUPS % STRIDE
+        least = low_key // BLOCK_SIZE + shift
+        before = least // STRIDE * width + tl.minimum(least % STRIDE, width)
+        block = (high_key - 1) // BLOCK_SIZE
+        local = tl.maximum(block - (LOCAL - 1), low_key // BLOCK_SIZE)
+        most = local + shift
+        columns = most // STRIDE * width + tl.minimum(most % STRIDE, width) - before
+        start = 0
+        end = tl.where(high_key > low_key, end - local * parts + columns * parts, 0)
+    for place in range(start + stream, end, num_streams):
+        number = place
+        if STRIDE:
+            rank = before + place // parts
+            column = (rank // width * STRIDE + rank % width - shift) * parts + place % parts
+            number = tl.where(place < columns * parts, column, place + (local - columns) * parts)
         first = number * COLUMNS
         page = tl.load(block_table + sequence * TABLE_WIDTH + first // PAGE_SIZE).to(tl.int64)
         slot = (page * PAGE_SIZE + first % PAGE_SIZE) * stride
         logits = tl.dot(q_tile, tl.load(k_page + slot))
         logits, factor = capped(logits, SCALE, SOFTCAP)
-        place = first + key
-        sees = (place >= low_key) & (place < high_key)
-        logits = tl.where(sees[None, :], logits, -float("inf"))
+        slot_key = first + key
+        sees = ((slot_key >= low_key) & (slot_key < high_key))[None, :]
+        if STRIDE:
+            of_block = first // BLOCK_SIZE
+            turn = (of_block + head * GROUPS + row + 1) % STRIDE
+            sees = sees & ((turn == 0) | (of_block > block - LOCAL))[:, None]
+        logits = tl.where(sees, logits, -float("inf"))
         p, shrink, total, top = softmax_step(logits, factor, total, top, True)
         v_tile = tl.load(v_page + slot)
         o_tile = tl.dot(p.to(v_tile.dtype), v_tile, o_tile * shrink[:, None])
@@ -89,6 +116,7 @@ def paged_attention(
     *,
     scale: float,
     softcap: float | None,
+    layout: BlockLayout | None = None,
     interpret: Any = False,
 ) -> Array:
     """As `api.paged_attention`."""
@@ -96,7 +124,8 @@ def paged_attention(
     _, page_size, kv_heads, _ = k_pages.shape
     groups, width = num_heads // kv_heads, block_table.shape[1]
     blocks = blocks_of("paged_attention")
-    columns = min(blocks.columns, page_size)
+    # A tile is of one block of a layout.
+    columns = min(blocks.columns, page_size, *([BLOCK] if layout else []))
     num_tiles = width * page_size // columns
     num_streams = max(min(PROGRAMS // (num * kv_heads), num_tiles), 1)
     shape = num, kv_heads, num_streams, groups
@@ -117,6 +146,9 @@ def paged_attention(
         PAGE_SIZE=page_size,
         SCALE=scale,
         SOFTCAP=softcap or 0.0,
+        LOCAL=layout.local if layout else 0,
+        STRIDE=layout.stride if layout else 0,
+        BLOCK_SIZE=BLOCK,
         ROWS=max(triton.next_power_of_2(groups), LEAST_ROWS),
         COLUMNS=columns,
     )

@@ -46,12 +46,13 @@ def programs():
         yield from attention_programs(head_dim, None)
         table = integers(64, 20), integers(64), integers(64)
         pages = array(999, 128, 8, head_dim)
-        settings = dict(scale=0.1, softcap=None)
-        yield (
-            f"pages {head_dim}",
-            lambda *a, settings=settings: paged_attention.paged_attention(*a, **settings),
-            (array(64, 32, head_dim), pages, pages, *table),
-        )
+        for layout in (None, BlockLayout()):
+            settings = dict(scale=0.1, softcap=None, layout=layout)
+            yield (
+                f"pages {head_dim}{' layout' if layout else ''}",
+                lambda *a, settings=settings: paged_attention.paged_attention(*a, **settings),
+                (array(64, 32, head_dim), pages, pages, *table),
+            )
         yield from attention_programs(head_dim, BlockLayout())
 
 

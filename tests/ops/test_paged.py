@@ -12,7 +12,7 @@ from jaxscale.kernels.attention import api as attention_api
 from jaxscale.kernels.paged_attention import api as paged_api
 from jaxscale.kernels.paged_attention.api import ragged_attention
 from jaxscale.ops import device as ops_device
-from jaxscale.ops.attention import AttentionContext, paged, paged_kernels
+from jaxscale.ops.attention import AttentionContext, BlockLayout, paged, paged_kernels
 from jaxscale.ops.attention.paged_cache import PagedCache, RaggedRows, empty_pages
 
 PAGE, N, K, H = 4, 4, 2, 8
@@ -125,18 +125,23 @@ def test_the_sequences_of_the_one_launch_are_those_of_the_rows():
 
 
 @pytest.mark.parametrize(
-    ("capability", "page_size", "has_prompts", "chosen"),
+    ("capability", "page_size", "has_prompts", "blocks", "chosen"),
     [
-        ("9.0", 64, True, "ragged"),
-        ("9.0", 64, False, "mosaic"),
-        ("8.0", 64, True, "triton"),
-        ("8.9", 16, False, "triton"),
-        ("8.9", 24, False, "reference"),
-        ("7.5", 64, False, "reference"),
+        ("9.0", 64, True, None, "ragged"),
+        ("9.0", 64, False, None, "mosaic"),
+        ("8.0", 64, True, None, "triton"),
+        ("8.9", 16, False, None, "triton"),
+        ("8.9", 24, False, None, "reference"),
+        ("7.5", 64, False, None, "reference"),
+        ("9.0", 64, True, BlockLayout(), "ragged"),
+        ("9.0", 64, False, BlockLayout(), "mosaic"),
+        ("9.0", 128, True, None, "ragged"),
+        ("9.0", 128, True, BlockLayout(), "reference"),
+        ("8.9", 16, True, BlockLayout(), "triton"),
     ],
 )
 def test_the_device_decides_who_reads_the_pages(
-    capability, page_size, has_prompts, chosen, monkeypatch, caplog
+    capability, page_size, has_prompts, blocks, chosen, monkeypatch, caplog
 ):
     if capability == "9.0" and jax.__version_info__ < (0, 11):
         pytest.skip("the kernel for Hopper GPUs refuses jax 0.10")
@@ -145,11 +150,13 @@ def test_the_device_decides_who_reads_the_pages(
         monkeypatch.setattr(module, "missing", lambda: None)
     q = jnp.zeros((1, 64, 8, 128), jnp.bfloat16)
     pages = jnp.zeros((2, page_size, 4, 128), jnp.bfloat16)
-    context = AttentionContext(jnp.zeros((1, 64), jnp.int32))
+    context = AttentionContext(jnp.zeros((1, 64), jnp.int32), layout=blocks)
     with caplog.at_level("INFO", logger="jaxscale"):
         found = paged._choose(q, context, PagedCache(pages, pages), has_prompts=has_prompts)
     assert found == chosen
     assert f"paged attention: backend {chosen} for bfloat16" in caplog.text
+    what = "all blocks and hides some" if chosen == "reference" else "the blocks that heads see"
+    assert (f"it reads {what}" in caplog.text) == (blocks is not None)
 
 
 def test_the_cache_is_written_in_place():

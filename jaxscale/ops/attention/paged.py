@@ -51,14 +51,16 @@ def attend(
             layer's window, soft-cap, scale and layout; causal.
         cache: of the tokens before.
         rows: what belongs together.
-        implementation: one of BACKENDS; None picks one and logs it.
+        implementation: one of BACKENDS; None picks one and logs it. Under a layout "mosaic" and
+            "triton" compute single tokens alone, and prompts are the reference's, which is logged.
     Returns:
         ([1, T, N, H], the cache with the new tokens).
     Raises:
         InputError: the named backend cannot do what is asked.
     """
+    has_prompts = len(rows.prompt_pages) > 0
     if implementation is None:
-        implementation = _choose(q, context, cache, has_prompts=len(rows.prompt_pages) > 0)
+        implementation = _choose(q, context, cache, has_prompts=has_prompts)
     check_choice("implementation", implementation, BACKENDS)
     if reason := _refusal(implementation, q, context, cache):
         raise InputError("implementation", implementation, reason)
@@ -75,12 +77,14 @@ def attend(
         implementation = "mosaic"
     over_table, over_prompts = _reference_over_table, _reference_over_prompts
     if implementation in FAMILIES:
-        over_table, over_prompts = (
-            functools.partial(f, family=implementation, is_invariant=is_invariant)
-            for f in (kernels.over_table, kernels.over_prompts)
-        )
+        settings = dict(family=implementation, is_invariant=is_invariant)
+        over_table = functools.partial(kernels.over_table, **settings)
+        if context.layout is None:
+            over_prompts = functools.partial(kernels.over_prompts, **settings)
+        elif has_prompts:
+            logger.info("paged attention: prompts under a layout of blocks: backend reference")
     single = over_table(q[0], context, cache, rows)
-    if not len(rows.prompt_pages):
+    if not has_prompts:
         return single[None], cache
     num = len(single)
     k, v = (pages.read(each, rows.prompt_pages, q.dtype) for each in (cache.k, cache.v))
@@ -99,13 +103,17 @@ def _choose(
 ) -> str:
     family = kernel_family()
     candidates = [family] if family in FAMILIES else []
-    # Of pages of 8 bits each tile of a prompt would convert its keys again.
+    # Of pages of 8 bits each tile of a prompt would convert its keys again; under a layout the
+    # reference is what else there is for prompts.
     is_wide = not isinstance(cache.k, pages.QuantisedPages)
-    if family == "mosaic" and has_prompts and is_wide:
+    if family == "mosaic" and has_prompts and (is_wide or context.layout):
         candidates.insert(0, "ragged")
     can = [each for each in candidates if _refusal(each, q, context, cache) is None]
     chosen = can[0] if can else "reference"
     logger.info("paged attention: backend %s for %s", chosen, q.dtype)
+    if context.layout:
+        what = "all blocks and hides some" if chosen == "reference" else "the blocks that heads see"
+        logger.info("paged attention: under a layout of blocks it reads %s", what)
     return chosen
 
 
@@ -116,14 +124,15 @@ def _refusal(
     cache: PagedCache,
 ) -> str | None:
     """What a kernel would need, as the text of an error; None when it can, and for no kernel."""
-    if implementation != "reference" and context.layout is not None:
+    if implementation == "invariant" and context.layout is not None:
         return "a backend for a layout of blocks"
     if implementation not in (*FAMILIES, "ragged"):
         return None
     values, _ = pages.parts(cache.k)
     if implementation == "ragged":
-        return kernel.ragged_refusal("mosaic", q[0], values)
-    return kernel.refusal(implementation, q[0], values) or attention_refusal(implementation, q, q)
+        return kernel.ragged_refusal("mosaic", q[0], values, context.layout)
+    refusal = kernel.refusal(implementation, q[0], values, context.layout)
+    return refusal or attention_refusal(implementation, q, q)
 
 
 def _invariant(

@@ -56,6 +56,7 @@ def over_few(
         *_single_intervals(context, rows),
         scale=context.logits_scale(q.shape[2]),
         softcap=context.softcap,
+        layout=context.layout,
         implementation="mosaic",
     )
     return o, PagedCache(*kept)
@@ -81,6 +82,7 @@ def over_all(
         window=context.window,
         scale=context.logits_scale(q.shape[2]),
         softcap=context.softcap,
+        layout=context.layout,
         implementation="mosaic",
     )
 
@@ -128,6 +130,7 @@ def over_table(
         None if k_scales is None else (k_scales, v_scales),
         scale=context.logits_scale(q.shape[2]),
         softcap=context.softcap,
+        layout=context.layout,
         is_invariant=is_invariant,
         implementation=family,
     )
