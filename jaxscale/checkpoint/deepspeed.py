@@ -48,6 +48,11 @@ class _Range:
     at: int
 
 
+def names_latest(folder: Path) -> bool:
+    """Whether a file of the folder says which of its checkpoints is the newest."""
+    return any((folder / name).is_file() for name in LATEST)
+
+
 def find_tag(folder: Path) -> Path | None:
     """The folder of a checkpoint, which is `folder` or the one that its file `latest` names."""
     for name in LATEST:

@@ -144,7 +144,7 @@ def _open_local(path: Path, rules: tuple[Rule, ...] | None) -> Opened:
     if not path.exists():
         raise InputError("checkpoint", str(path), "a checkpoint's folder; there is nothing")
     numbers = steps.committed_steps(path)
-    if numbers:
+    if numbers and not deepspeed.names_latest(path):
         path = path / str(numbers[-1])
     path = megatron.latest_iteration(path)
     if native.is_native(path):

@@ -77,7 +77,14 @@ def _yarn(given: Fields, max_length: int) -> YarnScaling:
 
 def _longrope(given: Fields, max_length: int) -> LongRopeScaling:
     original = given.take("original_max_position_embeddings", int)
-    factor = given.take("factor", float, max_length / original)
+    if original < 2:
+        expected = "at least 2, as magnitudes follow from its logarithm"
+        raise InputError(given.place("original_max_position_embeddings"), original, expected)
+    ratio = max_length / original
+    factor = given.take("factor", float, ratio)
+    if factor != ratio:  # transformers 4 goes by the ratio, 5 by the field
+        expected = f"max_position_embeddings / original_max_position_embeddings = {ratio}"
+        raise InputError(given.place("factor"), factor, expected)
     magnitude = given.take("attention_factor", float, _magnitude(factor, original))
     return LongRopeScaling(
         factors=given.take("short_factor", Numbers),

@@ -23,6 +23,15 @@ def test_a_trainers_folder_is_deepspeeds_though_it_has_weights_beside(tmp_path):
     assert "exp_avg/3.weight" in opened.source.leaves()
 
 
+def test_of_tags_that_are_numbers_the_latest_is_the_one_that_is_named(tmp_path):
+    """One whose save was not finished has the larger number."""
+    shutil.copytree(FIXTURES / "deepspeed" / "zero_2" / "step3", tmp_path / "300")
+    (tmp_path / "500").mkdir()
+    (tmp_path / "latest").write_text("300")
+    opened = open_checkpoint(tmp_path)
+    assert opened.kind == "DeepSpeed" and opened.path == tmp_path / "300"
+
+
 def test_the_latest_iteration_may_be_a_distributed_checkpoint(tmp_path):
     shutil.copytree(FIXTURES / "torch" / "distributed", tmp_path / "iter_0000007")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")

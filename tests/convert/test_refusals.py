@@ -70,6 +70,11 @@ FIELDS = {
         {"original_max_position_embeddings": 32},
         "original_max_position_embeddings: given 16, expected 32",
     ),
+    "factor of longrope": (
+        "phi3_long",
+        {"rope_scaling": {"factor": 3.0}},
+        r"rope_parameters: factor: given 3.0, expected max_position_embeddings / .* = 4.0",
+    ),
     "partial": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: given 0.5"),
     "tied": ("llama", {"tie_word_embeddings": True}, "tie_word_embeddings.*lm_head.weight"),
     "untied": ("qwen3", {"tie_word_embeddings": False}, "lm_head.weight: given None"),

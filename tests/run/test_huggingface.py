@@ -10,6 +10,7 @@ import tokenizers
 from safetensors.numpy import load_file
 
 from jaxscale import cli, config, tree
+from jaxscale.convert.tokenizer import tokenizer_config
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.quantised import QuantisedConfig
@@ -164,6 +165,25 @@ def test_a_tokenizer_that_disagrees_with_the_configuration_is_refused(tmp_path):
     path = with_tokenizer(tmp_path, eos_token_id=7)
     with pytest.raises(InputError, match=r"tokenizer_config.json: eos_token: .*\(94\)'.*\(7,\)"):
         config.run(import_model, [], [f"source={str(path)!r}", "directory='absent'"])
+
+
+@pytest.mark.parametrize("end", [5000, -1, "94", 3.5, {"a": 1}, [94], True])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_token_of_the_model_is_refused(tmp_path, file, end):
+    path = with_tokenizer(tmp_path)
+    values = json.loads((path / file).read_text()) if (path / file).exists() else {}
+    (path / file).write_text(json.dumps(values | {"eos_token_id": [94, end]}))
+    with pytest.raises(InputError, match=f"{file}: eos_token_id: given .*vocab_size - 1 = 96"):
+        import_model(source=str(path), directory=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_refused(tmp_path):
+    path = with_tokenizer(tmp_path, vocab_size=90, eos_token_id=None)
+    with pytest.raises(
+        InputError, match=r"config\.json: vocab_size: given 90, expected at least 95"
+    ):
+        tokenizer_config(path)
 
 
 @pytest.fixture(scope="module")
