@@ -7,17 +7,14 @@ import time
 
 import jax
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from jaxscale.models.execution import ByChunk
 from jaxscale.parallel.mesh import AXES, DATA, EXPERT, SCHEDULES, TENSOR, MeshConfig
-from jaxscale.parallel.pipeline.schedule import make_schedule
 from jaxscale.parallel.rules import make_specs
 from jaxscale.planner.cluster import DEVICES, Cluster, group_of
 from jaxscale.planner.explain import layout_text, why
 from jaxscale.planner.job import Layout
 from jaxscale.planner.layer_time import LayerClock
-from jaxscale.planner.pipeline import num_branches, num_in_flight, num_ticks
 from jaxscale.planner.search import Planner
 from jaxscale.planner.space import Space
 from jaxscale.planner.state import StateCounter
@@ -25,12 +22,9 @@ from jaxscale.planner.step_time import EXPOSED_ZERO
 from jaxscale.run.inspect import bytes_per_device
 from jaxscale.run.job import job_of
 from jaxscale.run.planned import planned
-from jaxscale.run.pretrain import run_batch
 from jaxscale.run.run import check_fit, load_run
-from jaxscale.train.step import make_step
 from jaxscale.types import InputError
-from tests.run.runs import ROOT, write_run
-from tests.run.runs import load_run as load_tiny
+from tests.run.runs import ROOT
 
 CONFIGS = ROOT / "experiments" / "configs"
 GIB = 2**30
@@ -342,53 +336,6 @@ def test_a_loser_is_told_why():
     assert why(whole, best).startswith("does not fit: 7.") and "stashed" in why(whole, best)
     assert why(best, best) == "best"
     assert layout_text(sliced.layout) == "tensor 8, M 4, remat none"
-
-
-def test_closed_forms_are_those_of_the_tables():
-    for schedule, chunks in (("gpipe", 1), ("1f1b", 1), ("zero_bubble", 1), ("interleaved", 3)):
-        for stages, num in itertools.product((2, 3, 4), (1, 2, 4, 6, 9, 12)):
-            if chunks > 1 and num % stages:
-                continue
-            mesh = MeshConfig(pipeline=stages, schedule=schedule, num_chunks=chunks)
-            made = make_schedule(schedule, stages, chunks, num)
-            assert num_in_flight(mesh, num) == made.num_residual_slots
-            assert num_ticks(mesh, num) == made.num_ticks
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_branches_are_those_of_the_engine(schedule, tmp_path):
-    """Those of a tick, and those inside them, of the traced step."""
-    num, chunks = 4, 2 if schedule == "interleaved" else 1
-    one_stage = "mesh.data=1 mesh.tensor=1 execution.num_loss_chunks=1 model.num_layers=4"
-    pipeline = f"mesh.pipeline=2 mesh.schedule='{schedule}' mesh.num_chunks={chunks}"
-    one_stage += f" train.num_microbatches={num} execution.is_scanned=False"
-    overrides = f"{one_stage} {pipeline}".split()
-    run = load_tiny(write_run(tmp_path), tmp_path, *overrides)
-    setup = run.setup(devices=jax.devices()[:2])
-    jaxpr = make_step(setup).trace(setup.state, run_batch(run, setup)).jaxpr
-    ticks = num_ticks(run.mesh, num)
-    (table,) = (each for each in loops(jaxpr.jaxpr) if each.params["length"] == ticks)
-    outer, inner = branches(table.params["jaxpr"].jaxpr)
-    assert num_branches(run.mesh, num) == ticks * outer + num * chunks * inner
-
-
-def loops(jaxpr):
-    """All loops of a program."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            yield equation
-        for inside in jaxprs_in_params(equation.params):
-            yield from loops(inside)
-
-
-def branches(jaxpr):
-    """Conditionals of a program, and the most that can follow inside them."""
-    outer = inner = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "cond":
-            outer += 1
-            inner += max(sum(branches(each.jaxpr)) for each in equation.params["branches"])
-    return outer, inner
 
 
 def test_a_group_across_hosts_uses_the_network():
