@@ -3,19 +3,24 @@
 python experiments/bench/gradient_bits.py experiments/configs/runs/mixtral_4b.gin \\
     --set data.batch_size=8 --mesh mesh.data=2 --mesh mesh.expert=2
 
-Parameters, batch and key are the same on both. One JSON line a mesh, with the largest relative
-difference between runs of a parameter's gradient, then one with that between the meshes' first
-runs; the norm of the difference over the norm. In float64, which a CPU has, the latter is 1e-12;
-in bfloat16 about 1e-2.
+Parameters, batch and key are the same on both. One JSON line a mesh: of how many runs after the
+first the loss had other bits, and for each parameter that had, in any of them, the last layer that
+did. Then one line with the same of the two meshes' first runs. A difference is its norm over the
+gradient's; between meshes it is 1e-12 in float64, which a CPU has, and about 1e-2 in bfloat16.
+
+The backward goes from the last layer to the first, so the last layer that differs is where a
+difference began. `experiments/results/2026-11-29_two_h200_scaling.md` says which may differ.
 """
 
-import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from gin_run import devices, make_parser, start_run, synthetic_batch
+
+from jaxscale.ops.precision import accumulator
 
 
 def parse_arguments():
@@ -26,48 +31,68 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def name_of(path):
+    """Of a parameter."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 @jax.jit
-def relative_difference(found, expected):
-    """The norm of the difference over the norm, by leaf."""
+def relative_differences(found, expected):
+    """The norm of the difference over the norm: one for each layer of what layers have.
 
-    def of_leaf(found, expected):
-        wide = jnp.promote_types(found.dtype, jnp.float32)
-        found, expected = found.astype(wide), expected.astype(wide)
-        return jnp.linalg.norm(jnp.ravel(found - expected)) / jnp.linalg.norm(jnp.ravel(expected))
-
-    return jax.tree.map(of_leaf, found, expected)
-
-
-def worst(differences):
-    """The parameter that differs most, and how much; not a number counts as the most."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(differences))
-    path, value = max(leaves, key=lambda leaf: np.nan_to_num(leaf[1], nan=np.inf))
-    return {"parameter": jax.tree_util.keystr(path), "difference": float(value)}
-
-
-def first_and_differences(run, num_runs):
-    """(loss and gradient of the first run, the worst difference of each other from it).
-
-    Two gradients are on the devices at a time, where they are compared.
+    0 for the same bits, also of NaN.
     """
+
+    def of_leaf(path, found, expected):
+        axes = tuple(range(1 if name_of(path).startswith("layers/") else 0, found.ndim))
+        bits = f"uint{8 * found.dtype.itemsize}"
+        is_other = found.view(bits) != expected.view(bits)
+        found, expected = accumulator(found), accumulator(expected)
+        squares = (jnp.square(x).sum(axes) for x in (found - expected, expected))
+        ratio = jnp.sqrt(jnp.divide(*squares))
+        return jnp.where(is_other.any(axes), ratio, 0)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, found, expected)
+
+
+def differences(found, expected):
+    """`relative_differences` that are not 0, and inf for NaN, by (name, layer or 0)."""
+    values = jax.device_get(relative_differences(found, expected))
+    return {
+        (name_of(path), layer): math.inf if math.isnan(value) else float(value)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(values)
+        for layer, value in enumerate(np.ravel(leaf))
+        if value != 0
+    }
+
+
+def told(differing):
+    """The last layer that differs of each parameter, and the largest difference."""
+    return {"last_layer": dict(sorted(differing)), "largest": max(differing.values(), default=0.0)}
+
+
+def runs_of(run, num_runs):
+    """(loss, gradient) of each run of one compiled program."""
     setup = run.setup()
     state, batch = setup.init(seed=0), synthetic_batch(run, setup.mesh)
     function = jax.jit(setup.region.gradient(setup.loss_fn))
     compiled = function.lower(state.params, batch, state.key).compile()
-    (loss, weight, _), first = compiled(state.params, batch, state.key)
-    found = []
-    for _ in range(num_runs - 1):
-        _, gradient = compiled(state.params, batch, state.key)
-        found.append(worst(relative_difference(gradient, first)))
-    return float(loss / weight), jax.device_get(first), found
+    for _ in range(num_runs):
+        (loss, weight, _), gradient = compiled(state.params, batch, state.key)
+        yield float(loss / weight), gradient
 
 
-def beside(found, expected):
-    """The worst difference of gradients of two meshes, from the host by way of one device."""
-    put = functools.partial(jax.device_put, device=jax.devices()[0])
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    each = [relative_difference(put(a), put(b)).item() for a, b in pairs]
-    return worst(jax.tree.unflatten(jax.tree.structure(found), each))
+def compared(run, num_runs):
+    """(what is to be told of the runs, the first gradient, on the host)."""
+    runs = runs_of(run, num_runs)
+    first_loss, first = next(runs)
+    num_losses, largest = 0, {}
+    for loss, gradient in runs:
+        num_losses += loss != first_loss
+        for place, value in differences(gradient, first).items():
+            largest[place] = max(value, largest.get(place, 0))
+    line = {"loss": first_loss, "other_losses": num_losses}
+    return line | told(largest), jax.device_get(first)
 
 
 def main():
@@ -76,14 +101,11 @@ def main():
     firsts = []
     for mesh in options.mesh:
         run = start_run(options.file, [*options.set, *mesh])
-        loss, first, found = first_and_differences(run, options.runs)
+        line, first = compared(run, options.runs)
         firsts.append(first)
-        most = max(found, key=lambda each: np.nan_to_num(each["difference"], nan=np.inf))
-        num_same = sum(each["difference"] == 0 for each in found)
-        line = {"mesh": mesh, "loss": loss, "same_bits": f"{num_same} of {len(found)}"}
-        print(json.dumps(devices() | line | most), flush=True)
+        print(json.dumps(devices() | {"mesh": mesh} | line), flush=True)
     for mesh, other in zip(options.mesh[1:], firsts[1:], strict=True):
-        print(json.dumps({"mesh": mesh} | beside(other, firsts[0])), flush=True)
+        print(json.dumps({"mesh": mesh} | told(differences(other, firsts[0]))), flush=True)
 
 
 if __name__ == "__main__":
