@@ -7,6 +7,7 @@ python experiments/bench/long_step.py experiments/configs/papers/fpdt_1b.gin \\
     --set data.sequence_length=131072
 """
 
+import contextlib
 import json
 import time
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from gin_run import devices, make_parser, start_run, synthetic_batch
 from profile_table import device_events, idle_times
-from train_step import compiled_step, peak_gib, rates, time_steps
+from train_step import compiled_step, peak_gib, rates
 
 from jaxscale.kernels.attention.api import attention
 from jaxscale.models.config.model import training_flops_per_token
@@ -87,12 +88,21 @@ def mfu_of_paper(run, ms):
     return (2 * counted - 6 * active) * length / ms * 1e3 / PEAK / jax.device_count()
 
 
+def timed(step, state, batch, num_steps):
+    """Milliseconds of a step, and the loss of the last."""
+    began = time.perf_counter()
+    for _ in range(num_steps):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+    return (time.perf_counter() - began) / num_steps * 1e3, float(metrics["loss"])
+
+
 def profiled(devices):
     """Milliseconds of a profiled step, and of them the share without a kernel, be it in copies."""
     spans = [max(end for _, end, _ in each) - each[0][0] for each in devices]
     computing = [[event for event in each if "Memcpy" not in event[2]] for each in devices]
     idle, _ = idle_times(computing)
-    return {"ms": max(spans) / 1e6, "idle": sum(idle.values()) / sum(spans)}
+    return {"profiled_ms": max(spans) / 1e6, "idle": sum(idle.values()) / sum(spans)}
 
 
 def main():
@@ -100,9 +110,7 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1, help="0 compiles and does not run")
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument(
-        "--profile", help="directory for a profile of one step, which is timed by it"
-    )
+    parser.add_argument("--profile", help="directory for a profile of the one step that is timed")
     parser.add_argument("--no-cap", action="store_true")
     options = parser.parse_args()
     run = start_run(options.file, options.set)
@@ -116,22 +124,19 @@ def main():
     if not options.steps:
         return
     for _ in range(options.warmup):
-        state, metrics = step(state, batch)
-        compiled["loss"] = float(metrics["loss"])
+        state, _ = jax.block_until_ready(step(state, batch))
+    num_steps = 1 if options.profile else options.steps
+    with jax.profiler.trace(options.profile) if options.profile else contextlib.nullcontext():
+        figures["ms"], compiled["loss"] = timed(step, state, batch, num_steps)
+        figures |= compiled | rates(run, figures["ms"])
+        figures["mfu_of_paper"] = mfu_of_paper(run, figures["ms"])
+        figures["host_gib"] = step.memory_analysis().host_temp_size_in_bytes / 2**30
+        figures["peak_gib"] = peak_gib()
+        rounded = {name: round(value, 4) for name, value in figures.items()}
+        # Before the profile is written, which takes long.
+        print(json.dumps(head | rounded), flush=True)
     if options.profile:
-        with jax.profiler.trace(options.profile):
-            state, metrics = step(state, batch)
-            compiled["loss"] = float(metrics["loss"])
-        figures |= profiled(device_events(options.profile))
-    else:
-        figures["ms"], state = time_steps(step, state, batch, options.steps)
-    memory = step.memory_analysis()
-    figures |= compiled | rates(run, figures["ms"])
-    figures["mfu_of_paper"] = mfu_of_paper(run, figures["ms"])
-    figures["host_gib"] = memory.host_temp_size_in_bytes / 2**30
-    figures["peak_gib"] = peak_gib()
-    rounded = {name: round(value, 4) for name, value in figures.items()}
-    print(json.dumps(head | rounded), flush=True)
+        print(json.dumps(profiled(device_events(options.profile))), flush=True)
 
 
 if __name__ == "__main__":
