@@ -156,65 +156,96 @@ def _publish(folder: Path, target: Path) -> None:
         # Another host was faster. Its cache holds the same, so it stays.
 
 
+@dataclasses.dataclass
+class _Facts:
+    """What is known of each document once it has been written, in the order of the documents."""
+
+    num_tokens: list[int] = dataclasses.field(default_factory=list)
+    num_bytes: list[int] = dataclasses.field(default_factory=list)
+    num_scored_bytes: list[int] = dataclasses.field(default_factory=list)
+    key_hashes: list[int] = dataclasses.field(default_factory=list)
+    text_hashes: list[int] = dataclasses.field(default_factory=list)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As `TokenCache` has them."""
+        return {
+            "offsets": np.cumsum([0, *self.num_tokens]),
+            "num_bytes": np.array(self.num_bytes),
+            "key_hashes": np.uint64(self.key_hashes),
+            "text_hashes": np.uint64(self.text_hashes),
+            "num_scored_bytes": np.array(self.num_scored_bytes),
+        }
+
+
 def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the cache's files.
 
-    Its content is named by a hash of the tokens, offsets, sizes and key hashes, in this order. The
-    tokens stand for the texts.
+    Its content is named by a hash of the tokens, which of them are trained, offsets, sizes and key
+    hashes, in this order. The tokens stand for the texts.
     """
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    lengths: list[int] = []
-    sizes: list[int] = []
-    scored_sizes: list[int] = []
-    key_hashes: list[int] = []
-    text_hashes: list[int] = []
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     content = hashlib.sha256()
     hashes: dict[str, list[str]] = {}
+    facts = _write_documents(source, tokenizer, folder, dtype, content, hashes)
+    content.update((folder / TRAINED).read_bytes())
+    if not facts.num_tokens:
+        expected = "at least one document with text: the corpus is empty"
+        raise InputError("DataConfig.sources", source, expected)
+    arrays = facts.arrays()
+    _check_keys(source, folder / KEYS, arrays["key_hashes"])
+    for name in ("offsets", "num_bytes", "key_hashes"):
+        content.update(arrays[name].tobytes())
+    for name, array in arrays.items():
+        with _appending(folder / f"{name}.bin", hashes) as append:
+            append(array.tobytes())
+    manifest = {
+        "format": FORMAT,
+        "tokens_dtype": dtype.name,
+        "content": content.hexdigest(),
+        "sizes_bytes": {file: (folder / file).stat().st_size for file in hashes},
+        "block_hashes": hashes,
+    }
+    with _appending(folder / MANIFEST, {}) as append:
+        append(json.dumps(manifest | {"sha256": _sha256(manifest)}, indent=1).encode())
+
+
+def _write_documents(
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    dtype: np.dtype,
+    content: Any,
+    hashes: dict[str, list[str]],
+) -> _Facts:
+    """Writes tokens, keys and which tokens are trained, as the documents are read.
+
+    Args:
+        source, tokenizer, folder: of the cache.
+        dtype: of the tokens.
+        content: a hash, to which the tokens are added.
+        hashes: as `_appending` fills them.
+    """
+    facts = _Facts()
     with (
         _appending(folder / TOKENS, hashes) as append_tokens,
         _appending(folder / KEYS, hashes) as append_keys,
         _appending(folder / TRAINED, hashes) as append_trained,
     ):
         for documents in _groups(read_documents(source)):
-            sizes += [len(document.text.encode()) for document in documents]
-            key_hashes += [hash_text(document.key) for document in documents]
-            text_hashes += [hash_text(document.text) for document in documents]
             encoded, trained = _encoded(documents, tokenizer)
-            append_trained(np.concatenate(trained).tobytes())
             ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
-            lengths += [len(ids) for ids in ended]
-            scored_sizes += map(_num_scored_bytes, repeat(tokenizer), documents, ended)
-            flat = np.concatenate(ended).tobytes()
-            content.update(flat)
-            append_tokens(flat)
+            tokens = np.concatenate(ended).tobytes()
+            content.update(tokens)
+            append_tokens(tokens)
+            append_trained(np.concatenate(trained).tobytes())
             lines = [json.dumps(document.key) + "\n" for document in documents]
             append_keys("".join(lines).encode())
-    content.update((folder / TRAINED).read_bytes())
-    if not lengths:
-        expected = "at least one document with text: the corpus is empty"
-        raise InputError("DataConfig.sources", source, expected)
-    arrays = {
-        "offsets": np.cumsum([0, *lengths]),
-        "num_bytes": np.array(sizes),
-        "key_hashes": np.uint64(key_hashes),
-    }
-    _check_keys(source, folder / KEYS, arrays["key_hashes"])
-    for array in arrays.values():
-        content.update(array.tobytes())
-    arrays["text_hashes"] = np.uint64(text_hashes)
-    arrays["num_scored_bytes"] = np.array(scored_sizes)
-    for name, array in arrays.items():
-        with _appending(folder / f"{name}.bin", hashes) as append:
-            append(array.tobytes())
-    facts = {
-        "format": FORMAT,
-        "tokens_dtype": np.dtype(dtype).name,
-        "content": content.hexdigest(),
-        "sizes_bytes": {file: (folder / file).stat().st_size for file in hashes},
-        "block_hashes": hashes,
-    }
-    with _appending(folder / MANIFEST, {}) as append:
-        append(json.dumps(facts | {"sha256": _sha256(facts)}, indent=1).encode())
+            facts.num_tokens += [len(ids) for ids in ended]
+            facts.num_bytes += [len(document.text.encode()) for document in documents]
+            facts.num_scored_bytes += map(_num_scored_bytes, repeat(tokenizer), documents, ended)
+            facts.key_hashes += [hash_text(document.key) for document in documents]
+            facts.text_hashes += [hash_text(document.text) for document in documents]
+    return facts
 
 
 def _encoded(

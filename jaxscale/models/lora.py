@@ -74,25 +74,24 @@ def side_by_side(
         dtype: in which they are used.
     """
     paths = dict.fromkeys(path for each in adapters for path in each.leaves)
-    ranks = [each.lora.rank for each in adapters]
-    leaves = {}
-    for path in paths:
-        like = next(each.leaves[path] for each in adapters if path in each.leaves)
-        is_stacked = path.startswith("layers")
-        axis = like.ndim - 1 if path.endswith("/a") else int(is_stacked)
-
-        def part(each: Adapters, rank: int) -> Array:
-            if path in each.leaves:  # noqa: B023
-                return jnp.asarray(each.leaves[path], dtype)  # noqa: B023
-            shape = list(like.shape)  # noqa: B023
-            shape[axis] = rank  # noqa: B023
-            return jnp.zeros(shape, dtype)
-
-        leaves[path] = jnp.concatenate(list(map(part, adapters, ranks)), axis)
     found = params
-    for path, leaf in leaves.items():
+    for path in paths:
+        leaf = _factors_of_all(path, adapters, dtype)
         found = _inserted(found, path.split(tree.SEPARATOR), leaf)
     return found
+
+
+def _factors_of_all(path: str, adapters: Sequence[Adapters], dtype: str) -> Array:
+    """The factors of a matrix of all adapters, joined by rank; 0 where an adapter has none."""
+    like = next(each.leaves[path] for each in adapters if path in each.leaves)
+    is_stacked = path.startswith("layers")
+    axis = like.ndim - 1 if path.endswith("/a") else int(is_stacked)
+    parts = []
+    for each in adapters:
+        shape = (*like.shape[:axis], each.lora.rank, *like.shape[axis + 1 :])
+        leaf = each.leaves.get(path)
+        parts.append(jnp.zeros(shape, dtype) if leaf is None else jnp.asarray(leaf, dtype))
+    return jnp.concatenate(parts, axis)
 
 
 def _inserted(params: Params, path: Sequence[str], leaf: Array) -> Params:

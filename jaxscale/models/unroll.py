@@ -35,12 +35,8 @@ def unrolled(
         carry, (new, output) = body(carry, (own, cache, *other))
         new_caches.append(new)
         outputs.append(output)
-    if not isinstance(caches, tuple):
-        new_caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_caches)
-    else:
-        new_caches = tuple(new_caches)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-    return carry, (new_caches, stacked)
+    joined = tuple(new_caches) if isinstance(caches, tuple) else _stacked(new_caches)
+    return carry, (joined, _stacked(outputs))
 
 
 def scanned_with_caches(
@@ -86,6 +82,11 @@ def scanned_with_caches(
 def periods_of(tree: Any) -> list[Any]:
     """The parts of a tree whose leaves have a leading dim of periods."""
     return _unstack_plain(tree, jax.tree.leaves(tree)[0].shape[0])
+
+
+def _stacked(trees: list[Any]) -> Any:
+    """One tree of the iterations' trees, with a leading dim of iterations."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _unstack_plain(tree: Any, num: int) -> list[Any]:

@@ -129,11 +129,12 @@ class QuantisedTable:
 
     def __getitem__(self, tokens: Array) -> Array:
         """Rows [..., D] of tokens [...], in the type of the scales."""
-        numbers, matrix = tokens.reshape(-1), self.matrix
-        integers = look_up(matrix.words, numbers).reshape(len(numbers), -1, INPUTS)
-        scales = matrix.scales[numbers // OUTPUTS, :, numbers % OUTPUTS]
-        rows = (integers * accumulator(scales)[..., None]).reshape(len(numbers), -1)
-        return rows[:, : matrix.depth].astype(scales.dtype).reshape(*tokens.shape, matrix.depth)
+        numbers = tokens.reshape(-1)
+        integers = look_up(self.matrix.words, numbers).reshape(len(numbers), -1, INPUTS)
+        scales = self.matrix.scales[numbers // OUTPUTS, :, numbers % OUTPUTS]
+        padded = (integers * accumulator(scales)[..., None]).reshape(len(numbers), -1)
+        rows = padded[:, : self.matrix.depth].astype(scales.dtype)
+        return rows.reshape(*tokens.shape, self.matrix.depth)
 
     def whole(self, dtype: str) -> Array:
         """The table in a type of floating point."""

@@ -169,6 +169,8 @@ def huggingface_model(*, directory: str) -> ModelConfig:
 
     Args:
         directory: the folder, with config.json and safetensors; the weights are not read.
+    Raises:
+        InputError: the folder is missing, or its config.json cannot be read; names the field.
     """
     return open_folder(directory).config
 

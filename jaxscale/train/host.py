@@ -66,21 +66,22 @@ def update_in_parts(
         leaf if owner == SHARED else jnp.zeros(leaf.shape, leaf.dtype)
         for leaf, owner in zip(state, owners, strict=True)
     ]
+    shared = [i for i, owner in enumerate(owners) if owner == SHARED]
     new_state, done = list(state), [after]
     for part in parts([param.size for param in params]):
         ours = [i for i, owner in enumerate(owners) if owner in part]
         waiting, _ = lax.optimization_barrier(([state[i] for i in ours], done))
-        here = dict(zip(ours, jax.device_put(waiting, jax.memory.Space.Device), strict=True))
-        whole = jax.tree.unflatten(
-            state_structure, [here.get(i, leaf) for i, leaf in enumerate(given)]
-        )
+        fetched = jax.device_put(waiting, jax.memory.Space.Device)
+        here = dict(zip(ours, fetched, strict=True))
+        whole = [here.get(i, leaf) for i, leaf in enumerate(given)]
+        whole = jax.tree.unflatten(state_structure, whole)
         got_params, got_state = map(jax.tree.leaves, update(gradients, whole, trained))
         done = jax.device_put([got_state[i] for i in ours], jax.memory.Space.Host)
         for i, leaf in zip(ours, done, strict=True):
             new_state[i] = leaf
         for number in part:
             params[number] = got_params[number]
-    for i in (i for i, owner in enumerate(owners) if owner == SHARED):
+    for i in shared:
         new_state[i] = got_state[i]
     return jax.tree.unflatten(structure, params), jax.tree.unflatten(state_structure, new_state)
 
