@@ -16,6 +16,7 @@ from jaxscale.checkpoint.exports import export
 from jaxscale.checkpoint.manager import BUDGET_BYTES, CheckpointConfig, Checkpoints
 from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.launch.memory import check_fits
+from jaxscale.launch.watchdog import Watchdog
 from jaxscale.parallel.batch import place
 from jaxscale.train import diagnosis
 from jaxscale.train.config import TrainConfig
@@ -76,29 +77,22 @@ def train(
         InputError: before anything on disk is touched, when something does not fit.
         NonFiniteError: a loss or gradient norm was not finite.
     """
-    run, on_exit = surroundings.directory, surroundings.exit_stack.callback
+    run = surroundings.directory
     folder = Path(checkpoint.within(run).directory)
     checkpoints = Checkpoints(checkpoint.within(run), **facts)
-    with contextlib.ExitStack() as opened:
-        opened.callback(checkpoints.close)
-        watchdog = surroundings.begin()
-        # Closed before the directory's lock is given up, for until then a save may be written.
-        on_exit(opened.pop_all().close)
+    watchdog = _begin(surroundings, checkpoints)
     watchdog.watch("the restore or first draw of the state", is_slow=True)
     checkpoints.fetch()
-    if checkpoints.latest_step() is None:
-        check_new(run, checkpoint.directory)
-        changed = []
-    else:
-        changed = changes(run)
+    changed = _changes_since_the_last_start(run, checkpoints, checkpoint.directory)
     history_lines(run / HISTORY)  # refuses what the history could not go on in
     check_fits("model", setup.resting())
     state = _restore_or_start(setup, checkpoints, loader, config, facts)
     for line in changed:
         logger.info("changed since the last start: %s", line)
-    if int(state.step) >= config.steps:
-        logger.info("nothing to do: step %d of %d", int(state.step), config.steps)
-        return Outcome(int(state.step), None)
+    first_step = int(state.step)
+    if first_step >= config.steps:
+        logger.info("nothing to do: step %d of %d", first_step, config.steps)
+        return Outcome(first_step, None)
     if config.export == "deepspeed":
         adam_states(tree.flatten(setup.canonical_state))  # refuses what cannot be exported
     checkpoints.prepare(setup.canonical_state)
@@ -106,7 +100,7 @@ def train(
     # What refuses only when it is traced does so here, before a file changes. The first step finds
     # the trace again.
     step_fn.trace(setup.state, batch)
-    write_start(run, int(state.step), checkpoint.directory)
+    write_start(run, first_step, checkpoint.directory)
     announce()
     _say_what_mfu_is_of()
     loop = Loop(
@@ -116,7 +110,7 @@ def train(
         steps=config.steps,
         checkpoints=_CanonicalCheckpoints(checkpoints, setup, folder),
         save_every=checkpoint.save_every,
-        reporters=_open_reporters(reporters, run, config.steps, int(state.step)),
+        reporters=_open_reporters(reporters, run, config.steps, first_step),
         speed=speed,
         evaluate=evaluate,
         evaluate_every=config.evaluate_every,
@@ -126,12 +120,34 @@ def train(
         watchdog=watchdog,
     )
     for resource in (*loop.reporters, loop.profiler):
-        on_exit(resource.close)
+        surroundings.exit_stack.callback(resource.close)
     outcome = loop.run(state)
     if config.export is not None and outcome.step == config.steps and jax.process_index() == 0:
         checkpoints.wait()
         _export(folder, run, config)
     return outcome
+
+
+def _begin(surroundings: Surroundings, checkpoints: Checkpoints) -> Watchdog:
+    """Begins the run's surroundings, at whose end the checkpoints are closed."""
+    with contextlib.ExitStack() as opened:
+        opened.callback(checkpoints.close)
+        watchdog = surroundings.begin()
+        # Closed before the directory's lock is given up, for until then a save may be written.
+        surroundings.exit_stack.callback(opened.pop_all().close)
+    return watchdog
+
+
+def _changes_since_the_last_start(
+    run: Path,
+    checkpoints: Checkpoints,
+    directory: str,
+) -> list[str]:
+    """A line for each field that a resume changes; refuses a new run where an old one has been."""
+    if checkpoints.latest_step() is not None:
+        return changes(run)
+    check_new(run, directory)
+    return []
 
 
 def _export(checkpoints: Path, run: Path, config: TrainConfig) -> None:
