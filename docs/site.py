@@ -28,8 +28,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns a link to a file of the repository that is no page into the name of the file."""
+    """Turns a link to a file of the repository that is no page into the name of the file.
+
+    The page of results gets a list of all of them.
+    """
     folder = ROOT / "docs"
+    if page.file.src_uri == "results.md":
+        markdown += measured_pages()
     if page.file.src_uri.startswith(MEASUREMENTS):
         folder = ROOT / RESULTS
 
@@ -46,6 +51,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{text} (`{place}`)"
 
     return LINK.sub(link, markdown)
+
+
+def measured_pages() -> str:
+    """A line for each page of measured results, the newest first, and one for what did not help."""
+    lines = ["\n## All pages\n"]
+    for path in sorted((ROOT / RESULTS).glob("20*.md"), reverse=True):
+        date = path.name[: len("2026-11-29")]
+        title = path.read_text().splitlines()[0].removeprefix("# ")
+        lines.append(f"- {date}: [{title}](../{RESULTS}{path.name})")
+    lines.append(f"- [What was tried and did not help](../{RESULTS}LOG.md)")
+    return "\n".join(lines)
 
 
 def fields_page() -> str:
