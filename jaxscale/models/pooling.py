@@ -21,9 +21,11 @@ def pooled(decoder: Decoder, params: Params, batch: Batch) -> Array:
         InputError: the model has no pooler.
     """
     if not decoder.config.use_pooler:
-        raise InputError("ModelConfig.use_pooler", False, "True for a vector of a whole text")
+        expected = "True for a vector of a whole text"
+        raise InputError("ModelConfig.use_pooler", False, expected)
+    tokens = decoder.tokens(batch)
     x = decoder.embed(params, batch)
-    x, _, _ = decoder.run_layers(params, x, decoder.tokens(batch))
+    x, _, _ = decoder.run_layers(params, x, tokens)
     first = x[:, 0]
     pooler = decoder.to_compute("pooler", params["pooler"])
     product = linear("bd,dh->bh", first, pooler["dense"])
@@ -44,7 +46,8 @@ def pair_logits(decoder: Decoder, params: Params, batch: Batch) -> Array:
         InputError: the model has no head for pairs.
     """
     if not decoder.config.use_pair_head:
-        raise InputError("ModelConfig.use_pair_head", False, "True for logits of two sentences")
+        expected = "True for logits of two sentences"
+        raise InputError("ModelConfig.use_pair_head", False, expected)
     x = pooled(decoder, params, batch)
     pooler = decoder.to_compute("pooler", params["pooler"])
     product = linear("bh,hy->by", x, pooler["pair"])

@@ -26,16 +26,18 @@ def unrolled(
         (the last carry, (caches as they were given, others stacked)).
     """
     params, caches, *others = inputs
+    are_caches_apart = isinstance(caches, tuple)
     parts = params if isinstance(params, tuple) else _unstack(params)
     num = len(parts)
-    cache_parts = caches if isinstance(caches, tuple) else _unstack_plain(caches, num)
+    cache_parts = caches if are_caches_apart else _unstack_plain(caches, num)
     other_parts = _unstack_plain(others, num)
-    new_caches, outputs = [], []
+    new_caches = []
+    outputs = []
     for own, cache, other in zip(parts, cache_parts, other_parts, strict=True):
         carry, (new, output) = body(carry, (own, cache, *other))
         new_caches.append(new)
         outputs.append(output)
-    joined = tuple(new_caches) if isinstance(caches, tuple) else _stacked(new_caches)
+    joined = tuple(new_caches) if are_caches_apart else _stacked(new_caches)
     return carry, (joined, _stacked(outputs))
 
 
@@ -86,7 +88,11 @@ def periods_of(tree: Any) -> list[Any]:
 
 def _stacked(trees: list[Any]) -> Any:
     """One tree of the iterations' trees, with a leading dim of iterations."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def stack(*leaves: Array) -> Array:
+        return jnp.stack(leaves)
+
+    return jax.tree.map(stack, *trees)
 
 
 def _unstack_plain(tree: Any, num: int) -> list[Any]:
