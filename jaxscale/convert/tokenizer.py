@@ -76,7 +76,8 @@ def first_token(folder: Path) -> str | None:
     tokenizer = _serialized(folder)
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     ids = tokenizer.encode("a").ids
-    num_before = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), 0)
+    beginnings = (n for n in range(len(ids)) if ids[n : n + len(plain)] == plain)
+    num_before = next(beginnings, 0)
     if num_before > 1:
         expected = "at most one token before a text"
         raise InputError(str(folder / HUGGING_FACE_FILE), ids[:num_before], expected)

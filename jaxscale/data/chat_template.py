@@ -245,9 +245,11 @@ def _replace(
     new: str,
     count: int = -1,
 ) -> str:
-    text = str(text)
-    _check_size(len(text) + (len(text) + 1) * len(str(new)) // max(len(old), 1))
-    return text.replace(old, str(new), count)
+    text, new = str(text), str(new)
+    # An empty `old` stands before and behind every character.
+    most_places = (len(text) + 1) // max(len(old), 1)
+    _check_size(len(text) + most_places * len(new))
+    return text.replace(old, new, count)
 
 
 def _join(values: Any, separator: str = "") -> str:

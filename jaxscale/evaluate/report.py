@@ -169,7 +169,8 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 def _running_sums(values: np.ndarray) -> np.ndarray:
     sums = np.cumsum(np.concatenate([[0.0], values]))
     places = np.arange(len(values))
-    reach = np.minimum.reduce([places, places[::-1], np.full(len(values), SMOOTHING_STEPS // 2)])
+    to_nearest_end = np.minimum(places, places[::-1])
+    reach = np.minimum(to_nearest_end, SMOOTHING_STEPS // 2)
     return sums[places + reach + 1] - sums[places - reach]
 
 

@@ -331,4 +331,5 @@ def _add(x: Array, y: Array) -> Array:
 
     In another shape XLA copies `x` first, when the matmul that makes `y` adds `x` too.
     """
-    return (x.reshape(-1, x.shape[-1]) + y.reshape(-1, y.shape[-1])).reshape(x.shape)
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows + y.reshape(rows.shape)).reshape(x.shape)

@@ -1,6 +1,7 @@
 """`data`: what a run will be trained on, in counts and as the text of a batch."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -116,8 +117,11 @@ def pieces_of(batch: Batch, row: int) -> list[Piece]:
     is_end = weights[:num_used] == 0
     is_cut = is_end[:-1] | (np.diff(segments[:num_used].astype(int)) != 0)
     cuts = np.flatnonzero(is_cut) + 1
-    ends = [*cuts, num_used] if num_used else []
-    return [Piece(tokens[begin:end], bool(is_end[end - 1])) for begin, end in zip([0, *cuts], ends)]
+    borders = [0, *cuts, num_used] if num_used else []
+    return [
+        Piece(tokens[begin:end], bool(is_end[end - 1]))
+        for begin, end in itertools.pairwise(borders)
+    ]
 
 
 def _figures(run: Run, loader: TrainLoader, corpora: Sequence[Corpus]) -> list[SourceFigures]:

@@ -131,13 +131,12 @@ def expert_use(load: np.ndarray) -> dict[str, float]:
         load: [layers, E] choices of a step.
     Returns:
         `expert_max_share`, of the layer's choices on one expert: 1 / E to 1. `expert_entropy`, of
-        the shares, as a
-        fraction of log E: 1 where all are used alike, 0 where one gets all.
+        the shares, as a fraction of log E: 1 where all are used alike, 0 where one gets all.
     """
     share = load / np.maximum(load.sum(-1, keepdims=True), 1)
-    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(-1) / max(
-        np.log(load.shape[-1]), 1e-9
-    )
+    logarithm = np.log(np.where(share > 0, share, 1))
+    largest = max(np.log(load.shape[-1]), 1e-9)  # a single expert has none
+    entropy = -(share * logarithm).sum(-1) / largest
     return {"expert_max_share": float(share.max()), "expert_entropy": float(entropy.min())}
 
 

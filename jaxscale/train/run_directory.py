@@ -93,10 +93,10 @@ def check_new(directory: Path, checkpoints: str) -> None:
         InputError: names the directory that has them.
     """
     path = directory / STARTS
-    starts = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for before in dict.fromkeys(
-        start["checkpoints"] for start in reversed(starts) if "checkpoints" in start
-    ):
+    lines = path.read_text().splitlines() if path.exists() else []
+    starts = [json.loads(line) for line in reversed(lines)]
+    places = [start["checkpoints"] for start in starts if "checkpoints" in start]
+    for before in dict.fromkeys(places):
         if steps := committed_steps(directory / before):
             expected = (
                 f"{before!r}, where the run of {directory} has step {steps[-1]}; another directory "

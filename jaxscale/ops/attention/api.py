@@ -88,7 +88,7 @@ def _check(
 ) -> None:
     """Raises InputError for shapes that do not fit and masks that make no sense."""
     shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
-    is_same_batch = (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3])
+    is_same_batch = k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
     if k.shape != v.shape or not is_same_batch or q.shape[2] % k.shape[2]:
         expected = "q [B, T, N, H], k and v [B, S, K, H] with N % K == 0"
         raise InputError("attention", shapes, expected)
