@@ -9,14 +9,15 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxscale.data.checksums import BlockHashes, damaged_bytes
+from jaxscale.data.cache_files import appending, write_errors_named
+from jaxscale.data.checksums import damaged_bytes
 from jaxscale.data.sources import ChatDocument, Document, Source, read_documents
 from jaxscale.data.split import hash_text
 from jaxscale.data.tokenizer_kinds import HuggingFaceTokenizer, Tokenizer
@@ -93,7 +94,7 @@ def open_cache(
     """
     name = fingerprint(source, tokenizer)
     root = Path(directory).expanduser()
-    with _write_errors_named(root):  # its name may be too long to be one
+    with write_errors_named(root):  # its name may be too long to be one
         is_built = (root / name).is_dir()
     if not is_built:
         _build(source, tokenizer, root, name)
@@ -123,7 +124,7 @@ def _build(source: Source, tokenizer: Tokenizer, root: Path, name: str) -> None:
         for abandoned in root.glob(f"{prefix}*"):
             shutil.rmtree(abandoned, ignore_errors=True)
         folder = root / f"{prefix}{os.getpid()}"
-        with _write_errors_named(root):
+        with write_errors_named(root):
             folder.mkdir()
         try:
             _write(source, tokenizer, folder)
@@ -138,7 +139,7 @@ def _lock(root: Path, name: str) -> Iterator[None]:
 
     The operating system releases the lock when the process that holds it dies.
     """
-    with _write_errors_named(root):
+    with write_errors_named(root):
         root.mkdir(parents=True, exist_ok=True)
         lock = (root / f".{name}.lock").open("wb")
     with lock:
@@ -196,7 +197,7 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     for name in ("offsets", "num_bytes", "key_hashes"):
         content.update(arrays[name].tobytes())
     for name, array in arrays.items():
-        with _appending(folder / f"{name}.bin", hashes) as append:
+        with appending(folder / f"{name}.bin", hashes) as append:
             append(array.tobytes())
     manifest = {
         "format": FORMAT,
@@ -205,7 +206,7 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
         "sizes_bytes": {file: (folder / file).stat().st_size for file in hashes},
         "block_hashes": hashes,
     }
-    with _appending(folder / MANIFEST, {}) as append:
+    with appending(folder / MANIFEST, {}) as append:
         append(json.dumps(manifest | {"sha256": _sha256(manifest)}, indent=1).encode())
 
 
@@ -223,13 +224,13 @@ def _write_documents(
         source, tokenizer, folder: of the cache.
         dtype: of the tokens.
         content: a hash, to which the tokens are added.
-        hashes: as `_appending` fills them.
+        hashes: as `appending` fills them.
     """
     facts = _Facts()
     with (
-        _appending(folder / TOKENS, hashes) as append_tokens,
-        _appending(folder / KEYS, hashes) as append_keys,
-        _appending(folder / TRAINED, hashes) as append_trained,
+        appending(folder / TOKENS, hashes) as append_tokens,
+        appending(folder / KEYS, hashes) as append_keys,
+        appending(folder / TRAINED, hashes) as append_trained,
     ):
         for documents in _groups(read_documents(source)):
             encoded, trained = _encoded(documents, tokenizer)
@@ -379,42 +380,3 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
             num_characters = 0
     if group:
         yield group
-
-
-@contextlib.contextmanager
-def _appending(
-    path: Path,
-    hashes: dict[str, list[str]],
-) -> Iterator[Callable[[bytes], None]]:
-    """A function that appends bytes to a new file, which is on the disk when the context ends.
-
-    `hashes` then has the hashes of its blocks under its name.
-    """
-    blocks = BlockHashes()
-    with _write_errors_named(path):
-        file = path.open("wb", buffering=0)
-    with file:
-
-        def append(content: bytes) -> None:
-            blocks.update(content)
-            rest = memoryview(content)
-            with _write_errors_named(path):
-                while rest:
-                    num_written = file.write(rest)  # may be less than it was given
-                    rest = rest[num_written:]
-
-        yield append
-        with _write_errors_named(path):
-            os.fsync(file.fileno())
-    blocks.end()
-    hashes[path.name] = blocks.digests
-
-
-@contextlib.contextmanager
-def _write_errors_named(path: Path) -> Iterator[None]:
-    """Turns the file system's refusal to write into InputError."""
-    try:
-        yield
-    except OSError as error:
-        expected = f"a folder that can be written and has space ({error.strerror})"
-        raise InputError("DataConfig.cache_directory", str(path), expected) from error
