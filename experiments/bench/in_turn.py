@@ -15,7 +15,8 @@ results says which lines ran beside others: the table marks them. A line that ta
 nothing of this list beside it.
 
 Of each command `--output` keeps NAME.txt, which it printed, and NAME/, which it finds as $FILES;
-results.jsonl grows as commands end.
+results.jsonl grows as commands end. What is done by it is not run again: a call goes on where one
+before it ended.
 """
 
 import argparse
@@ -30,7 +31,6 @@ import time
 import uuid
 from pathlib import Path
 
-COLUMNS = ("ms", "tokens_per_second", "mfu", "peak_gib", "predicted_ms", "ratio")
 NEEDS = r"(?P<gpus>\d+) GPUs?, (?P<foretold>\d+) s(?:, at most (?P<most>\d+) s)?"
 LINE = re.compile(rf"(?P<name>[^|]+?) *\| *(?:{NEEDS} *\| *)?(?P<command>.+)")
 MARK = "IN_TURN_COMMAND"  # a variable by which a command's processes are known, also torchrun's
@@ -167,31 +167,48 @@ def kill(running):
         running.process.poll()
 
 
+def parsed(text):
+    """The object of a JSON line; None for other lines, and for one cut where it was killed."""
+    try:
+        value = json.loads(text) if text.startswith("{") else None
+    except json.JSONDecodeError:
+        return None
+    return value
+
+
 def collected(running, ending):
     """The result of a command that has ended: a JSON object for each JSON line, at least one."""
     seconds = round(time.monotonic() - running.began, 1)
-    head = {"name": running.line.name, "ending": ending, "seconds": seconds}
+    head = {"line": running.line.name, "ending": ending, "seconds": seconds}
     head |= {"gpus": running.gpus, "beside_others": running.is_beside}
-    texts = running.log.read_text(errors="replace").splitlines()
-    found = []
-    for text in texts:
-        try:
-            value = json.loads(text) if text.startswith("{") else None
-        except json.JSONDecodeError:  # cut where it was killed
-            continue
-        found += [value] if isinstance(value, dict) else []
+    found = map(parsed, running.log.read_text(errors="replace").splitlines())
     print(f"{running.line.name}: {ending} after {seconds:.0f} s", flush=True)
-    return [head | figures for figures in found] or [head]
+    return [head | figures for figures in found if figures is not None] or [head]
+
+
+def read_results(output):
+    """What the calls before this one have collected."""
+    path = output / "results.jsonl"
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
+def in_short(figures):
+    """The numbers and short texts of a JSON line."""
+    texts = []
+    for name, value in figures.items():
+        if isinstance(value, float):
+            texts.append(f"{name} {value:.5g}")
+        elif isinstance(value, int) or (isinstance(value, str) and len(value) < 40):
+            texts.append(f"{name} {value}")
+    return ", ".join(texts)
 
 
 def last_texts(log, num_characters):
     """The last lines that were printed, figures in short, in at most so many characters."""
     texts = []
     for text in reversed(log.read_text(errors="replace").splitlines()):
-        if text.startswith("{"):
-            figures = re.findall(rf'"({"|".join(COLUMNS)})": ([-\d.e]+)', text)
-            text = ", ".join(f"{name} {value}" for name, value in figures) or text
-        text = text[:160]
+        figures = parsed(text)
+        text = (in_short(figures) if figures else text)[:200]
         num_characters -= len(text) + 5
         if num_characters < 0:
             break
@@ -204,14 +221,15 @@ def print_table(lines, results, output):
     print("\nname | GPUs | seconds of foretold | ending | * ran beside others")
     room = TABLE_CHARACTERS // max(len(lines), 1)
     for line in lines:
-        first = next((each for each in results if each["name"] == line.name), None)
-        if first is None:
+        found = [each for each in results if each["line"] == line.name]
+        if not found:
             print(f"{line.name[:60]} | left out, foretold {line.foretold_s:.0f} s")
             continue
-        gpus = ",".join(map(str, first["gpus"]))
-        star = " *" if first["beside_others"] else ""
-        row = f"{line.name[:60]} | {gpus} | {first['seconds']:.0f} of {line.foretold_s:.0f}"
-        row = f"{row} | {first['ending']}{star}"
+        last = found[-1]
+        gpus = ",".join(map(str, last["gpus"]))
+        star = " *" if last["beside_others"] else ""
+        row = f"{line.name[:60]} | {gpus} | {last['seconds']:.0f} of {line.foretold_s:.0f}"
+        row = f"{row} | {last['ending']}{star}"
         texts = last_texts(output / f"{line.file_name}.txt", room - len(row))
         print("\n".join([row, *texts]), flush=True)
 
@@ -222,7 +240,8 @@ class Lanes:
     def __init__(self, output, ends):
         self.output, self.ends = output, ends
         self.num_gpus = count_gpus()
-        self.free, self.running, self.results = list(range(self.num_gpus)), [], []
+        self.free, self.running = list(range(self.num_gpus)), []
+        self.results = read_results(output)
 
     def begin(self, line):
         """Whether a line has begun; one that needs more GPUs than are free has not."""
@@ -253,9 +272,10 @@ class Lanes:
                 self.end(running, ending)
 
     def run(self, lines):
-        """Run all lines; those that nobody has time or GPUs for are left out."""
+        """Run what is not done yet; lines that there is no time or GPU for are left out."""
+        done = {each["line"] for each in self.results if each["ending"] == "done"}
         for line in lines:
-            if (line.gpus or 0) > self.num_gpus:
+            if line.name in done or (line.gpus or 0) > self.num_gpus:
                 continue
             while time.monotonic() + line.foretold_s <= self.ends and not self.begin(line):
                 self.poll()

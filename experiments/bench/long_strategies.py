@@ -38,10 +38,10 @@ def compiled(run, state, batch, fields):
     return compiled_step(other.setup(), state, batch)
 
 
-def show(title, figures):
+def show(row, figures):
     """One line of rounded figures."""
     rounded = {name: round(value, 4) for name, value in figures.items()}
-    print(f"{title} | {json.dumps(rounded)}", flush=True)
+    print(json.dumps({"row": row} | rounded), flush=True)
 
 
 def main():

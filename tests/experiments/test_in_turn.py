@@ -40,11 +40,11 @@ def begin(tmp_path, monkeypatch):
 
 @pytest.fixture
 def results(tmp_path):
-    """Name -> what results.jsonl has of it."""
+    """Line -> what results.jsonl has of it."""
 
     def results():
         lines = (tmp_path / "out/results.jsonl").read_text().splitlines()
-        return {each["name"]: each for each in map(json.loads, lines)}
+        return {each["line"]: each for each in map(json.loads, lines)}
 
     return results
 
@@ -137,11 +137,29 @@ def test_results_so_far_are_kept_when_it_is_ended(begin, results, tmp_path):
     assert "third | left out" in output
 
 
+def test_a_call_goes_on_where_one_before_it_ended(begin, results, tmp_path):
+    lines = "done | echo {} >> $FILES/times", "fails | echo {} >> $FILES/times; exit 1"
+    for _ in range(2):
+        output = printed(begin(*lines))
+    times = {name: (tmp_path / f"out/{name}/times").read_text() for name in ("done", "fails")}
+    assert {name: text.count("{}") for name, text in times.items()} == {"done": 1, "fails": 2}
+    assert "done | 0,1 | 0 of 0 | done" in output, "the table has it all the same"
+
+
 def test_the_table_is_short_whatever_the_commands_print(begin):
     loud = 'for i in $(seq 300); do echo {\\"ms\\": $i, \\"other\\": \\"a long text\\"}; done'
     output = printed(begin(*[f"a line with a name, number {i} | {loud}" for i in range(40)]))
     assert len(output) < 12_000
     assert output.count("ms 300") == 40
+
+
+def test_figures_keep_their_own_name_and_are_told_in_short(begin, results):
+    figures = (
+        'echo {\\"name\\": \\"of a mesh\\", \\"ms\\": 2.5, \\"long\\": [1, 2]}; echo not one {'
+    )
+    output = printed(begin(f"a line | {figures}"))
+    assert results()["a line"]["name"] == "of a mesh"
+    assert "    name of a mesh, ms 2.5\n    not one {\n" in output
 
 
 def test_a_line_that_cannot_be_read_is_named(begin):
