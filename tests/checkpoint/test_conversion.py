@@ -18,7 +18,7 @@ from jaxscale.checkpoint import conversion, manifest
 from jaxscale.checkpoint.boxes import boxes, chunk_shape
 from jaxscale.checkpoint.conversion import Destination, convert
 from jaxscale.checkpoint.native import NativeCheckpoint, TreeForm
-from jaxscale.checkpoint.rank_files import RankFiles, npz_arrays
+from jaxscale.checkpoint.rank_files import RankFiles, npz_arrays, write_npz
 from jaxscale.types import InputError
 from tests.checkpoint.states import FINGERPRINT, abstract, assert_same, mesh_of, open_at
 
@@ -84,6 +84,31 @@ def test_a_leaf_larger_than_the_budget_streams_through_it(tmp_path, monkeypatch)
     assert peak < budget
     assert_equal(read(tmp_path / "1"), wanted)
     assert manifest.find_damage(tmp_path / "1", lambda name: True) is None
+
+
+def test_a_lost_chunk_of_zeros_is_missed_too(tmp_path):
+    """Were it not written, one that is lost would be as good as one that was all zeros."""
+    zeros = {"w": np.zeros((4, 64), np.float32)}
+    convert(zeros, Destination(tmp_path, 1), identity="", budget_bytes=100_000)
+    next((tmp_path / "1" / "state" / "w").glob("[0-9]*")).unlink()
+    assert "no file" in manifest.find_damage(tmp_path / "1", lambda name: True)
+
+
+def test_per_rank_files_are_there_whole_or_not_at_all(tmp_path):
+    class Interrupted:
+        shape, dtype = (4,), np.dtype("f4")
+
+        def __getitem__(self, index):
+            raise KeyboardInterrupt
+
+    arrays = {"a": np.ones(4, np.float32), "b": Interrupted()}
+    with pytest.raises(KeyboardInterrupt):
+        write_npz(arrays, tmp_path / "all.npz", piece_bytes=100)
+    assert not (tmp_path / "all.npz").exists()
+    write_npz({"a": arrays["a"]}, tmp_path / "all.npz", piece_bytes=100)
+    with pytest.raises(InputError, match="a file that does not exist yet"):
+        write_npz({"a": arrays["a"]}, tmp_path / "all.npz", piece_bytes=100)
+    assert npz_arrays(tmp_path / "all.npz").keys() == {"a"}
 
 
 def test_our_own_checkpoint_is_converted_to_one_that_restores(tmp_path, saved_run):

@@ -322,3 +322,40 @@ def test_an_import_reads_each_tensor_once_and_one_at_a_time():
     stored = placed(opened.config, "float32")
     import_params(opened.config, opened.family.layout, leaves, stored=stored, where="llama")
     assert len(held) == len(leaves) and max(held) == 97 * 32 * 2
+
+
+WINDOW = 2047  # of Phi-3-mini
+
+
+@functools.cache
+def windowed(window):
+    """The tiny Phi-3 with a window of the released size, on 2,050 tokens."""
+    config = folder("phi3").config
+    layers = [
+        dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, window=window))
+        for layer in config.pattern
+    ]
+    return dataclasses.replace(config, pattern=tuple(layers), max_length=4096)
+
+
+@pytest.mark.long
+def test_a_window_of_2047_is_kept_to_the_token_in_both_types():
+    """Files say 2047; backends that ignored it, or rounded angles, failed beyond it."""
+    config, num = windowed(WINDOW), WINDOW + 3
+    tokens = np.random.default_rng(5).integers(0, config.vocab_size, (1, num))
+    batch = {"tokens": tokens, "positions": np.arange(num)[None]}
+    execution = ExecutionConfig(remat="none")
+
+    def logits(window, compute):
+        model = Decoder(windowed(window), policy=Policy(compute=compute), execution=execution)
+        return np.asarray(jax.jit(model.logits)(params("phi3"), batch)[0], np.float32)[0]
+
+    wanted = Naive(params("phi3"), config).logits(batch | {"segments": np.ones((1, num), int)})[0]
+    got = logits(WINDOW, "float32")
+    around = slice(WINDOW - 1, None)
+    assert_close(got[around], wanted[around])
+    for other in (WINDOW - 1, WINDOW + 1, None):
+        assert np.abs(logits(other, "float32")[-1] - wanted[-1]).max() > 1e-4
+    narrow = jax.nn.log_softmax(logits(WINDOW, "bfloat16")[around])
+    divergence = np.exp(narrow) * (narrow - jax.nn.log_softmax(wanted[around]))
+    assert divergence.sum(-1).max() < 2e-3
