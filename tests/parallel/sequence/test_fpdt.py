@@ -113,16 +113,18 @@ def test_queries_meet_all_keys_that_lie_on_the_device_in_one_call(monkeypatch, p
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_queries_that_wait_on_the_host_come_back_bit_by_bit(dtype):
+def test_queries_that_wait_on_the_host_come_back(dtype):
     shape, (q, do, dq) = (2, 8, 4, 16), jax.random.split(jax.random.key(0), 3)
     queries = _Queries(
         jax.random.normal(q, shape, dtype),
         jax.random.normal(do, shape, dtype),
         jax.random.normal(dq, shape),
     )
-    back = _Queries.unpacked(queries.packed(), 16, queries.q.dtype)
+    back = _Queries.unpacked(queries.packed(), head_dim=16)
     assert [x.dtype for x in back] == [x.dtype for x in queries]
-    jax.tree.map(np.testing.assert_array_equal, back, queries)
+    np.testing.assert_array_equal(back.q, queries.q)
+    np.testing.assert_array_equal(back.do, queries.do)
+    np.testing.assert_allclose(back.dq, queries.dq, rtol=2**-17 if dtype == "bfloat16" else 0)
 
 
 RUN = Run(
@@ -154,6 +156,11 @@ def test_a_run_in_chunks_fits():
             dict(chunk_tokens=2),
             r"here 2 % \(2 \* 1 \* 2\) = 2; nearest: 4",
         ),
+        (
+            "strategy",
+            dict(num_pieces=3),
+            r"1024 % \(2 \* 1 \* 3\) = 4; nearest: none with these num_pieces, but with 2 or 4",
+        ),
         ("execution", dict(remat="full"), "ExecutionConfig.remat: given 'full', expected \"none\""),
         (
             "mesh",
@@ -163,7 +170,7 @@ def test_a_run_in_chunks_fits():
         ("mesh", dict(ring=2), "MeshConfig.ring: given 2, expected 1 with FullyPipelined"),
         ("mesh", dict(tensor=2), "== 1 with FullyPipelined and MeshConfig.tensor > 1, here 2"),
     ],
-    ids=["length", "shares", "remat", "pipeline", "ring", "tensor"],
+    ids=["length", "shares", "pieces", "remat", "pipeline", "ring", "tensor"],
 )
 def test_what_does_not_go_with_chunks_is_refused_with_the_equation(part, fields, message):
     if part == "strategy":

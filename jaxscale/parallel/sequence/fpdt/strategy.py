@@ -12,6 +12,7 @@ from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.attention.intervals import IntervalAttention
 from jaxscale.ops.backends import ROUTER
 from jaxscale.ops.draws import Draws
+from jaxscale.parallel.mesh import nearest_divisors
 from jaxscale.parallel.sequence.fpdt.cuts import Cuts, tied
 from jaxscale.parallel.sequence.fpdt.gradient import stream_layer
 from jaxscale.parallel.sequence.fpdt.keys import Intervals
@@ -116,9 +117,13 @@ class FullyPipelined:
             f"{self.chunk_tokens} % ({sequence} * {tensor} * {self.num_pieces})": self.chunk_tokens
             % share,
         }
+        nearest = _nearest(fitting, self.chunk_tokens)
+        if not fitting:
+            pieces = nearest_divisors(length // (sequence * tensor), self.num_pieces)
+            nearest = f"none with these num_pieces, but with {pieces}"
         for equation, rest in equations.items():
             if rest:
-                expected = f"{equation} = {rest}; nearest: {_nearest(fitting, self.chunk_tokens)}"
+                expected = f"{equation} = {rest}; nearest: {nearest}"
                 raise InputError("FullyPipelined.chunk_tokens", self.chunk_tokens, expected)
 
     def _cuts(self, layer: Any, x: Array, context: AttentionContext) -> Cuts:
@@ -248,4 +253,4 @@ _replaced.defvjp(lambda x, value: (value, None), lambda _, g: (g, None))
 def _nearest(sizes: list[int], given: int) -> str:
     below = [size for size in sizes if size <= given][-1:]
     above = [size for size in sizes if size > given][:1]
-    return " or ".join(map(str, below + above)) or "none; change the mesh or num_pieces"
+    return " or ".join(map(str, below + above))
