@@ -17,7 +17,7 @@ from jax import Array
 
 from jaxscale.kernels.attention.tiles import BLOCK, BlockLayout
 from jaxscale.kernels.triton_call import blocks_of, call
-from jaxscale.kernels.triton_softmax import LEAST_ROWS, capped, softmax_step
+from jaxscale.kernels.triton_softmax import LEAST_ROWS, LOG2E, capped, softmax_step
 
 PROGRAMS = 264  # that run at a time: two on each multiprocessor of a large GPU
 
@@ -99,7 +99,7 @@ def _over_pages(
         o_tile = tl.dot(p.to(v_tile.dtype), v_tile, o_tile * shrink[:, None])
     sees_any = total > 0
     total = tl.where(sees_any, total, 1.0)
-    lse_tile = tl.where(sees_any, (top + tl.log2(total)) / 1.4426950408889634, -float("inf"))
+    lse_tile = tl.where(sees_any, (top + tl.log2(total)) / LOG2E, -float("inf"))
     row_out = ((sequence.to(tl.int64) * KV_HEADS + head) * num_streams + stream) * GROUPS + row
     at = row_out[:, None] * HEAD_DIM + h[None, :]
     tl.store(o + at, (o_tile / total[:, None]).to(o.dtype.element_ty), mask=is_row)
