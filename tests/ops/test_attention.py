@@ -383,43 +383,6 @@ def test_key_intervals_are_the_mask(case):
     np.testing.assert_array_equal(np.broadcast_to(sees[:, None], mask.shape), mask)
 
 
-@pytest.mark.parametrize(
-    "change", [{"softcap": 3.0}, {"segments": jnp.ones((1, 12), int)}, {"layout": BlockLayout()}]
-)
-def test_on_hopper_our_kernel_takes_what_cudnn_has_not(change, monkeypatch):
-    monkeypatch.setattr(device, "compute_capability", lambda: "9.0")
-    x = jnp.ones((1, 12, 2, 64), jnp.bfloat16)
-    is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses
-    assert (
-        module._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic"
-    ) == is_new
-    assert module._choose(x, AttentionContext(jnp.arange(12)[None])) != "mosaic"
-    assert (
-        module._choose(x.astype("float32"), AttentionContext(jnp.arange(12)[None], **change))
-        != "mosaic"
-    )
-
-
-@pytest.mark.parametrize(
-    ("dim", "change", "is_ours"),
-    [
-        (128, {}, True),
-        (64, {}, False),
-        (128, {"is_causal": False}, False),
-        (128, {"window": 4}, False),
-    ],
-)
-def test_on_hopper_our_kernel_takes_what_it_was_measured_faster_at(
-    dim, change, is_ours, monkeypatch
-):
-    monkeypatch.setattr(device, "compute_capability", lambda: "9.0")
-    x = jnp.ones((1, 12, 2, dim), jnp.bfloat16)
-    is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses
-    assert (module._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic") == (
-        is_ours and is_new
-    )
-
-
 @pytest.mark.parametrize("length, chosen", [(12, "chunked"), (11, "reference"), (3, "reference")])
 def test_the_chosen_backend_is_logged(length, chosen, caplog):
     x = jnp.ones((1, length, 2, 8))

@@ -9,6 +9,7 @@ import pytest
 from jaxscale.kernels import device as described
 from jaxscale.kernels import triton_call
 from jaxscale.kernels.attention import api as attention_kernel
+from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.ops import device
 from jaxscale.ops.attention import AttentionContext, api, attention, blockwise
 from jaxscale.ops.linear import quantised_products
@@ -84,6 +85,41 @@ def test_causal_attention_goes_to_cudnn_where_it_takes_such_heads(
     context = AttentionContext(jnp.arange(8)[None])
     assert api._choose(x, context) == backend
     assert blockwise.choose(x, context) == of_blocks
+
+
+@pytest.mark.parametrize(
+    "change", [{"softcap": 3.0}, {"segments": jnp.ones((1, 12), int)}, {"layout": BlockLayout()}]
+)
+def test_on_hopper_our_kernel_takes_what_cudnn_has_not(change, monkeypatch):
+    monkeypatch.setattr(described, "compute_capability", lambda: "9.0")
+    x = jnp.ones((1, 12, 2, 64), jnp.bfloat16)
+    is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses
+    assert (api._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic") == is_new
+    assert api._choose(x, AttentionContext(jnp.arange(12)[None])) != "mosaic"
+    assert (
+        api._choose(x.astype("float32"), AttentionContext(jnp.arange(12)[None], **change))
+        != "mosaic"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dim", "change", "is_ours"),
+    [
+        (128, {}, True),
+        (64, {}, False),
+        (128, {"is_causal": False}, False),
+        (128, {"window": 4}, False),
+    ],
+)
+def test_on_hopper_our_kernel_takes_what_it_was_measured_faster_at(
+    dim, change, is_ours, monkeypatch
+):
+    monkeypatch.setattr(described, "compute_capability", lambda: "9.0")
+    x = jnp.ones((1, 12, 2, dim), jnp.bfloat16)
+    is_new = jax.__version_info__ >= (0, 11)  # an older one the kernel refuses
+    assert (api._choose(x, AttentionContext(jnp.arange(12)[None], **change)) == "mosaic") == (
+        is_ours and is_new
+    )
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "mosaic", "triton"])
