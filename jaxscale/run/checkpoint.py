@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from jaxscale import tree
 from jaxscale.checkpoint import conversion, native
-from jaxscale.checkpoint.boxes import boxes, chunk_shape
+from jaxscale.checkpoint.boxes import boxes
+from jaxscale.checkpoint.difference import difference, piece_of
 from jaxscale.checkpoint.exports import KINDS, export
 from jaxscale.checkpoint.matching import check_leaves
 from jaxscale.checkpoint.opening import Opened, open_checkpoint, place_of, steps_in
 from jaxscale.checkpoint.patterns import load_rules
+from jaxscale.checkpoint.remote import RemotePath
 from jaxscale.checkpoint.safetensors import INDEX, SINGLE
 from jaxscale.checkpoint.source import LazyArray
 from jaxscale.convert.families import BY_MODEL_TYPE
@@ -28,7 +30,6 @@ from jaxscale.run.run import Run, load_run
 from jaxscale.train.state import TrainState, run_key
 from jaxscale.types import InputError, RunError, check_choice
 
-PIECE_BYTES = 1 << 26  # of an array that is compared or verified
 MOMENTS = {"exp_avg": "mu", "exp_avg_sq": "nu"}  # of other systems, as optax calls them
 WEIGHTS = "fp32"
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -41,13 +42,29 @@ def ls(path: str) -> None:
         path: of a folder of steps, or of one checkpoint; "s3://BUCKET/PATH" is one in a store.
     Raises:
         InputError: there is none.
+        RunError: some step cannot be read; the others are printed all the same.
     """
     folder = place_of(path)
-    for found in [folder / str(number) for number in steps_in(folder)] or [folder]:
-        opened = open_checkpoint(found)
-        leaves = opened.source.leaves()
-        size = sum(map(_num_bytes, leaves.values()))
-        print(f"{found}  {opened.kind}  {len(leaves)} arrays  {_bytes(size)}")
+    numbers = steps_in(folder)
+    if not numbers:
+        print(_line(folder))
+    num_damaged = 0
+    for found in (folder / str(number) for number in numbers):
+        try:
+            print(_line(found))
+        except InputError as error:
+            print(f"{found}  {error}")
+            num_damaged += 1
+    if num_damaged:
+        raise RunError(f"{num_damaged} of {len(numbers)} steps cannot be read")
+
+
+def _line(path: Path | RemotePath) -> str:
+    """What `ls` says of one checkpoint."""
+    opened = open_checkpoint(path)
+    leaves = opened.source.leaves()
+    size = sum(map(_num_bytes, leaves.values()))
+    return f"{path}  {opened.kind}  {len(leaves)} arrays  {_bytes(size)}"
 
 
 def show(path: str, rules: str | None = None) -> None:
@@ -83,7 +100,7 @@ def verify(path: str, rules: str | None = None) -> None:
     leaves = opened.source.leaves()
     with _bar("verify", leaves) as bar:
         for array in leaves.values():
-            for box in boxes(array.shape, _chunk(array)):
+            for box in boxes(array.shape, piece_of(array)):
                 bar.update(array[box].nbytes)
     print(f"{opened.path}: {len(leaves)} arrays are sound")
 
@@ -166,7 +183,7 @@ def diff(path: str, other: str, rules: str | None = None) -> None:
     one, two = (_compared(each, rules) for each in (path, other))
     num_differing = 0
     for name in sorted({*one, *two}):
-        line = _difference(one.get(name), two.get(name))
+        line = difference(one.get(name), two.get(name))
         if line:
             num_differing += 1
             print(f"{name}: {line}")
@@ -198,10 +215,7 @@ def _to_ours(
     identity: str,
 ) -> None:
     target = conversion.Destination(directory, step)
-    if run is not None:
-        leaves = of_run(leaves, run, step)
-        target = _described(target, leaves, run)
-    elif isinstance(opened.source, native.NativeCheckpoint):
+    if isinstance(opened.source, native.NativeCheckpoint):
         source = opened.source
         target = conversion.Destination(
             directory,
@@ -210,6 +224,9 @@ def _to_ours(
             data_state=source.record("data"),
             form=source.form,
         )
+    if run is not None:
+        leaves = of_run(leaves, run, step)
+        target = _described(target, leaves, run)
     with _bar("convert", leaves) as bar:
         conversion.convert(
             leaves,
@@ -328,40 +345,6 @@ def _described(
         fingerprint=checkpoint_facts(run.model)["fingerprint"],
         form=native.TreeForm.of(wanted),
     )
-
-
-def _difference(one: LazyArray | None, two: LazyArray | None) -> str | None:
-    """What two arrays of one name differ in; None where they are equal bit by bit."""
-    if one is None or two is None:
-        return "only in the second" if one is None else "only in the first"
-    if (one.shape, one.dtype) != (two.shape, two.dtype):
-        return f"{one.dtype}{list(one.shape)} and {two.dtype}{list(two.shape)}"
-    largest, num_differing = 0.0, 0
-    for box in boxes(one.shape, _chunk(one)):
-        first, second = one[box], two[box]
-        # As bits: zeros have two signs, and no number is equal to NaN.
-        is_other = _bits(first) != _bits(second)
-        if not is_other.any():
-            continue
-        num_differing += int(np.count_nonzero(is_other))
-        first, second = first.ravel()[is_other], second.ravel()[is_other]
-        with np.errstate(invalid="ignore"):  # infinity less itself
-            errors = np.abs(first.astype(np.float64) - second.astype(np.float64))
-        largest = np.maximum(largest, errors.max())  # NaN where one is NaN
-    if not num_differing:
-        return None
-    total = math.prod(one.shape)
-    return f"{num_differing} of {total} elements differ, by {largest:.3g} at most"
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    """The bytes of each element as one value."""
-    size = array.dtype.itemsize
-    return np.ascontiguousarray(array).reshape(-1).view(np.dtype(f"V{size}"))
-
-
-def _chunk(array: LazyArray) -> tuple[int, ...]:
-    return chunk_shape(array.shape, array.dtype.itemsize, PIECE_BYTES)
 
 
 def _bar(verb: str, leaves: Mapping[str, LazyArray]) -> tqdm:

@@ -78,6 +78,18 @@ def test_a_checkpoint_is_listed_shown_and_verified(whole, capsys):
     assert "arrays are sound" in capsys.readouterr().out
 
 
+def test_steps_beside_a_damaged_one_are_listed(whole, tmp_path, capsys):
+    shutil.copytree(whole / "checkpoints", tmp_path / "steps")
+    file = tmp_path / "steps" / "25" / "state" / "_METADATA"
+    file.write_text(file.read_text()[:-9])
+    assert run("ls", tmp_path / "steps") == 1
+    printed = capsys.readouterr()
+    damaged, sound = printed.out.splitlines()
+    assert str(file) in damaged and "a sound list of leaves" in damaged
+    assert sound.startswith(f"{tmp_path}/steps/30  jaxscale  ")
+    assert "1 of 2 steps cannot be read" in printed.err
+
+
 def test_differences_are_named_and_exit_1(whole, capsys):
     first, last = (whole / "checkpoints" / str(step) for step in (25, 30))
     assert run("diff", first, last) == 1
@@ -213,5 +225,13 @@ def test_a_run_goes_on_from_its_converted_checkpoint(whole, gin_file, tmp_path):
     for item in ("meta", "data"):
         own = whole / "checkpoints" / str(runs.STEPS) / item / "metadata"
         assert json.loads((step / item / "metadata").read_text()) == json.loads(own.read_text())
+    file = tmp_path / "run.gin"
+    file.write_text(f"include '{gin_file}'\nDIRECTORY = '{tmp_path}/new'\n")
+    options = ["--run", file]
+    assert run("convert", whole / "checkpoints", tmp_path / "checked", *options) == 0
+    for item in ("meta", "data"):
+        again = tmp_path / "checked" / str(runs.STEPS) / item / "metadata"
+        own = whole / "checkpoints" / str(runs.STEPS) / item / "metadata"
+        assert json.loads(again.read_text()) == json.loads(own.read_text())
     _, position = runs.restored(runs.load_run(gin_file, tmp_path / "new"), tmp_path / "new")
     assert position["batch"] == runs.STEPS
