@@ -14,6 +14,7 @@ A system's rules are one TOML file, such as
 """
 
 import dataclasses
+import string
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,11 @@ class Cut:
 
     def __post_init__(self):
         check_types(self)
+        _check_least("Cut.dim", (self.dim,), 0)
+        _check_least("Cut.size", () if self.size is None else (self.size,), 1)
+        _check_least("Cut.blocks", self.blocks, 1)
+        for widths in self.widths:
+            _check_least("Cut.widths", widths, 0)  # a rank may have no row of a block
         if self.is_strided and self.blocks:
             raise InputError("Cut.blocks", self.blocks, "no blocks with is_strided")
         if self.widths and len(self.widths) != len(self.blocks):
@@ -68,6 +74,7 @@ class Offset:
 
     def __post_init__(self):
         check_types(self)
+        _check_least("Offset.firsts", self.firsts, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +97,9 @@ class Target:
 
     def __post_init__(self):
         check_types(self)
+        _check_least("Target.rows", () if self.rows is None else (self.rows,), 1)
+        _check_least("Target.shape", self.shape, 1)
+        _check_path(self.to)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +134,31 @@ class Rule:
         for name in (*self.stack, *self.offsets):
             if name not in groups:
                 raise InputError("Rule.stack, offsets", name, f"a named group of {self.match!r}")
+        _check_path(self.to)
+        _check_least("Rule.shape", self.shape, 1)
 
     @property
     def becomes(self) -> tuple[Target, ...]:
         """The parameters that a tensor becomes."""
         return self.targets or (Target(self.to, None, self.axes, self.shape),)
+
+
+def _check_least(parameter: str, numbers: tuple[int, ...], least: int) -> None:
+    """Raises InputError if a number is below the least that means something."""
+    if min(numbers, default=least) < least:
+        raise InputError(parameter, numbers, f"numbers of at least {least}")
+
+
+def _check_path(to: str) -> None:
+    """Raises InputError unless a path is text with names in braces, without anything after them."""
+    try:
+        fields = list(string.Formatter().parse(to))
+    except ValueError as error:
+        raise InputError("Rule.to", to, f"a path with names in braces ({error})") from None
+    for _, name, layout, conversion in fields:
+        is_plain = name is None or name == "0" or name.isidentifier()
+        if not is_plain or layout or conversion:
+            raise InputError("Rule.to", to, "a path with names of groups, or 0, in braces")
 
 
 def load_rules(path: Path) -> tuple[Rule, ...]:

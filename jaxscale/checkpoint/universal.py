@@ -120,12 +120,18 @@ def _place(
 ) -> tuple[str, tuple[int, ...]]:
     """The path of the tensor's parameter and its index in the parameter's first dims."""
     groups: dict[str, Any] = {
-        name: _number(shard, rule, name, text) for name, text in found.groupdict().items()
+        name: _number(shard, rule, name, text)
+        for name, text in found.groupdict().items()
+        if text is not None  # of a part that the name has not
     }
     try:
         path = target.to.format(shard.name, **groups)
     except (KeyError, IndexError, ValueError) as error:
-        raise InputError("Rule.to", target.to, f"names of groups of {rule.match!r}") from error
+        expected = f"names of groups of {rule.match!r} that match some of the name"
+        raise InputError(shard.origin, target.to, expected) from error
+    for name in rule.stack:
+        if name not in groups:
+            raise InputError(shard.origin, None, f"a number for group {name} of {rule.match!r}")
     index = tuple(groups[name] for name in rule.stack)
     return f"{shard.state}/{path}" if shard.state else path, index
 

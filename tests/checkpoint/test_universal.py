@@ -185,6 +185,35 @@ def test_a_violation_names_tensor_rule_and_ranks(name):
         merge(shards, rules)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Cut("tensor", -1), "Cut.dim"),
+        (lambda: Cut("tensor", 0, size=0), "Cut.size"),
+        (lambda: Cut("tensor", 0, blocks=(6, -2)), "Cut.blocks"),
+        (lambda: Cut("tensor", 0, blocks=(2,), widths=((3, -1),)), "Cut.widths"),
+        (lambda: Offset("pipeline", (-1, 0)), "Offset.firsts"),
+        (lambda: Target("a", rows=-1), "Target.rows"),
+        (lambda: Target("a", shape=(-4, -6)), "Target.shape"),
+        (lambda: Rule("w", shape=(-4, -6)), "Rule.shape"),
+        (lambda: Rule("w", to="{0.__class__}"), "Rule.to"),
+        (lambda: Rule("w", to="{0:>9999999999}"), "Rule.to"),
+        (lambda: Rule("w", to="{0!r}"), "Rule.to"),
+        (lambda: Target("{"), "Rule.to"),
+    ],
+)
+def test_numbers_and_paths_that_mean_nothing_are_refused(make, message):
+    """Of rows -1 and 5 the sum is 4, and so is the product of -4 and -1."""
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("part", [dict(stack=("n",)), dict(to="w{n}")])
+def test_a_group_that_matches_nothing_of_a_name_is_no_number(part):
+    with pytest.raises(InputError, match=r"w of the only rank: given"):
+        merge([Shard("w", {}, normal(2))], [Rule(r"w(?P<n>\d+)?", **part)])
+
+
 def test_a_missing_rank_is_named():
     parts = [Shard("w", {"tensor": rank}, normal(2)) for rank in (0, 2)]
     with pytest.raises(InputError, match=r"all of 3 ranks of rule 'w'; missing are \[1\]"):
