@@ -214,6 +214,13 @@ def test_a_group_that_matches_nothing_of_a_name_is_no_number(part):
         merge([Shard("w", {}, normal(2))], [Rule(r"w(?P<n>\d+)?", **part)])
 
 
+@pytest.mark.parametrize("said", [dict(size=8), dict(blocks=(6, 2))])
+def test_a_lost_last_rank_is_missed_where_the_whole_is_said(said):
+    parts = np.split(normal(8, 3), 2)
+    with pytest.raises(InputError, match="w of rank tensor=0"):
+        merge(shards_of("w", parts[:1]), [Rule("w", cuts=(Cut("tensor", 0, **said),))])
+
+
 def test_a_missing_rank_is_named():
     parts = [Shard("w", {"tensor": rank}, normal(2)) for rank in (0, 2)]
     with pytest.raises(InputError, match=r"all of 3 ranks of rule 'w'; missing are \[1\]"):
