@@ -267,8 +267,17 @@ def test_penalties_take_the_token_drawn_last_into_account(is_preempted):
     assert [tokens[:NEW] for tokens in free] == alone(GROUPED)
 
 
-def test_log_probabilities_are_those_of_the_full_forward():
-    config = RequestConfig(GREEDY, max_new_tokens=4, num_logprobs=3)
+@pytest.mark.parametrize(
+    ("sampling", "penalties"),
+    [
+        (GREEDY, Penalties()),
+        (SamplingConfig(temperature=3.0, top_k=9), Penalties(presence=2.0, repetition=3.0)),
+    ],
+    ids=["greedy", "drawn otherwise"],
+)
+def test_log_probabilities_are_those_of_the_full_forward(sampling, penalties):
+    """The model's own, whatever else decides what is drawn."""
+    config = RequestConfig(sampling, max_new_tokens=4, num_logprobs=3, penalties=penalties)
     for prompt, (found,) in zip(PROMPTS, shared().generate(PROMPTS, config), strict=True):
         logits = full_logits(MODELS[GROUPED], [*prompt, *found.tokens])[len(prompt) - 1 : -1]
         wanted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
