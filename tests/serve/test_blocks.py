@@ -70,6 +70,18 @@ def test_the_host_forgets_the_least_recently_used_too():
     assert pool.take_moves() == [Move(block, spill.place, is_spill=True)], "d goes for c"
 
 
+def test_what_comes_back_from_the_host_is_used_there_too():
+    pool = BlockPool(2, 8, num_places=2)
+    known(pool, b"a")
+    known(pool, b"b")
+    first, second = pool.take((), 2)
+    assert pool.load([first], [b"a"]) == 1
+    pool.register(second, b"c")
+    pool.release([second])
+    pool.take((), 1)
+    assert [pool.load([second], [digest]) for digest in (b"a", b"b", b"c")] == [1, 0, 1]
+
+
 def test_what_is_known_of_a_blocks_tokens_is_forgotten_with_it():
     pool = BlockPool(1, 8)
     known(pool, b"a")

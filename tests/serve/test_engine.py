@@ -365,6 +365,22 @@ def cache_bytes(name):
     return 2 * 4 * SMALL["num_blocks"] * SMALL["block_size"] * width
 
 
+def test_how_long_a_request_waited_for_its_first_step_is_told():
+    now, model = [0.0], MODELS[GROUPED]
+    sizes = EngineConfig(**SMALL | dict(max_sequences=1, admission="growth"))
+    engine = Engine(decoder_of(model), params_of(model), config=sizes, clock=lambda: now[0])
+    config = RequestConfig(GREEDY, max_new_tokens=3)
+    first, second = engine.add(PROMPTS[1], config), engine.add(PROMPTS[3], config)
+    waited = {}
+    while engine.has_work:
+        now[0] += 1.0
+        for delta in engine.step():
+            waited.setdefault(delta.request, set()).add(delta.waited_s)
+    # Three steps of the first come before; what its last one draws is collected in the fourth.
+    assert waited[first] == {1.0} and len(waited[second]) == 1
+    assert waited[second].pop() >= 4.0
+
+
 def test_a_request_times_out_wherever_it_is():
     now = [0.0]
     model = MODELS[GROUPED]
