@@ -3,6 +3,9 @@
 Pages that no query of a kv head sees hold NaN, which a backend that read them would return.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from jaxscale.kernels.paged_attention.api import (
 )
 from jaxscale.kernels.paged_attention.ragged import Sequences
 from jaxscale.kernels.paged_attention.seen_pages import SeenPages
+from jaxscale.launch.ahead_of_time import as_on, described_devices, has_plugin
 from tests.kernels.interpretation import (
     assert_norm_close,
     interpret_of,
@@ -36,7 +40,7 @@ CASES = {
     "a group wider than the stride": (8, 1, 64, 1, 3, None, None, "bfloat16"),
     "a stride that no group divides": (4, 2, 64, 2, 5, None, None, "float16"),
     "groups of three": (6, 2, 64, 2, 4, None, None, "bfloat16"),
-    "window and soft-cap": (8, 2, 64, 2, 4, 200, 1.5, "bfloat16"),
+    "window and soft-cap": (8, 2, 64, 1, 6, 280, 1.5, "bfloat16"),
     "a window within the local blocks": (4, 1, 64, 3, 6, 90, None, "bfloat16"),
     "every block": (4, 2, 64, 1, 1, None, None, "bfloat16"),
     "pages of float8": (4, 1, 128, 2, 8, None, None, "float8_e4m3fn"),
@@ -210,6 +214,34 @@ def test_chunks_of_prompts_beside_decoding_sequences(implementation, case):
     )
     assert_norm_close(o, wanted, TOLERANCE)
     assert not np.asarray(o[104:], np.float32).any()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
+def test_the_kernels_compile_for_an_h200():
+    """Phi-3-small's heads, where there is no GPU."""
+    skip_unless_runnable("mosaic")
+    device = described_devices("h200", num_hosts=1, gpus_per_host=1)[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def array(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def integers(*shape):
+        return array(*shape, dtype="int32")
+
+    layout = dict(layout=BlockLayout(), scale=0.1, implementation="mosaic")
+    pages, table = (array(99, BLOCK, 8, 128),) * 2, (integers(8, 20), integers(8), integers(8))
+    new = (array(8, 8, 128),) * 2
+    sequences = Sequences(*[integers(9)] * 4)
+    mixed = functools.partial(ragged_attention, num_single=8, window=512, **layout)
+    for run, arguments in (
+        (functools.partial(paged_attention, **layout), (array(8, 32, 128), *pages, *table)),
+        (functools.partial(write_and_attend, **layout), (array(8, 32, 128), new, pages, *table)),
+        (mixed, (array(64, 32, 128), *pages, integers(180), sequences)),
+    ):
+        with as_on([device]):
+            assert "mosaic_gpu" in jax.jit(run).lower(*arguments).compile().as_text()
 
 
 @pytest.mark.parametrize("window", [None, 7])
