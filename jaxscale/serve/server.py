@@ -30,6 +30,7 @@ DISCONNECT_POLL_S = 0.1
 CHATS = "/v1/chat/completions"
 CLIENT_CLOSED = 499  # nobody sees it; nginx's number for a client that has gone
 OPEN_PATHS = ("/", "/health", "/metrics")  # for browsers, balancers, monitors, without a key
+OWN_SITES = (b"same-origin", b"none")  # values of Sec-Fetch-Site, a header that browsers set
 CHAT_PAGE = Path(__file__).with_name("static") / "chat.html"
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; "
@@ -57,6 +58,7 @@ def make_app(make_engine: Callable[[], Engine], service: Service) -> FastAPI:
     # Without pages of documentation, which load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, openapi_url=None, title="jaxscale")
     _add_errors(app)
+    app.add_middleware(_SiteCheck)
     if service.api_keys:
         app.add_middleware(_KeyCheck, keys=service.api_keys)
     _add_models(app, service)
@@ -175,6 +177,27 @@ def _add_steering(app: FastAPI) -> None:
     @app.post("/v1/weights")
     async def weights(body: WeightsRequest) -> dict[str, int]:
         return {"weights_version": await app.state.handler.swap(body.step)}
+
+
+class _SiteCheck:
+    """Refuses what a browser sends for a page of another site, which may reach loopback too.
+
+    Args:
+        app: what is behind it.
+    """
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """As ASGI has it."""
+        if scope["type"] == "http" and scope["method"] != "GET":
+            site = dict(scope["headers"]).get(b"sec-fetch-site", b"none")
+            if site not in OWN_SITES:
+                refusal = _error(403, "a page of another site may not ask for this")
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _KeyCheck:

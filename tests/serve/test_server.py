@@ -447,6 +447,18 @@ def test_a_key_is_asked_for():
         assert httpx.get(f"{address}/health").status_code == 200
 
 
+def test_a_page_of_another_site_asks_for_nothing():
+    """A browser sends its requests to a loopback address too, and names the site."""
+    with running(read_params=lambda step: byte_params()) as (address, engine):
+        for site in ("cross-site", "same-site"):
+            response = httpx.post(f"{address}/v1/pause", headers={"sec-fetch-site": site})
+            assert response.status_code == 403
+            assert "another site" in response.json()["error"]["message"]
+        assert not engine.is_paused
+        response = httpx.post(f"{address}/v1/pause", headers={"sec-fetch-site": "same-origin"})
+        assert response.json() == {"status": "paused"}
+
+
 def test_a_training_loop_pauses_the_engine_and_gives_it_other_weights(client):
     """Requests that run go on with them; a server that is not to be steered has no such page."""
     assert client.post("/v1/pause").status_code == 404
