@@ -18,11 +18,9 @@ from jaxscale.planner.state import StateBytes
 ACCUMULATED = 4  # bytes of an element that is added up
 # Arrays of a piece in a gated feed-forward's backward: gate, up, their product and their gradients.
 HIDDEN_ARRAYS = 6
-# Arrays of a chunk's heads on their way between shares of the sequence; fitted to steps of 2 and 4
-# million tokens that were compiled for four H200s.
-EXCHANGED_ARRAYS = 4.5
 # Bytes of an element of the keys and values for each chunk of queries after the fourth. What the
-# kernel gives for a chunk is added up chunk by chunk of keys, and waits for that; fitted likewise.
+# kernel gives for a chunk is added up chunk by chunk of keys, and waits for that; fitted to
+# compiled steps.
 OF_LATER_CHUNK = 3
 
 
@@ -230,10 +228,7 @@ class _Counts:
         # x, o, dy and their gradients, and o of the next chunk.
         num_around = 2 if self.are_keys_here else 4
         around = num_around * (self.model.model_dim + heads) * width
-        exchanged = 0.0
-        if self.layout.mesh.sequence > 1 and not self.are_keys_here:
-            exchanged = EXCHANGED_ARRAYS * heads * width
-        return tokens * (around + exchanged + max(attention, piece))
+        return tokens * (around + max(attention, piece))
 
 
 def _width(attention: AttentionConfig) -> int:
