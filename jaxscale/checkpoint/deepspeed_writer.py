@@ -48,7 +48,7 @@ def write_universal(
     states = adam_states(leaves)
     if step < 1 and any(state != WEIGHTS for state, _ in states):
         raise InputError("step", step, "finished steps of at least 1, as there are moments")
-    tag = f"global_step{step}_universal"  # trainers look for "global_step*"
+    tag = tag_of(step)
     if (folder / tag).exists():
         raise InputError("destination", str(folder / tag), "a folder that does not exist yet")
     unfinished = folder / f"{tag}{UNFINISHED}"
@@ -95,6 +95,11 @@ def write_universal(
         save_torch(unfinished / name, model, piece_bytes=piece_bytes)
     unfinished.rename(folder / tag)
     (folder / LATEST).write_text(tag)
+
+
+def tag_of(step: int) -> str:
+    """The name of a step's folder; trainers look for "global_step*"."""
+    return f"global_step{step}_universal"
 
 
 def adam_states(leaves: Mapping[str, LazyArray]) -> dict[tuple[str, str], LazyArray]:

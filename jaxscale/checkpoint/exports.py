@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from jaxscale.checkpoint.deepspeed_writer import write_universal
+from jaxscale.checkpoint.deepspeed_writer import tag_of, write_universal
 from jaxscale.checkpoint.rank_files import ONLY_RANK, write_npz
 from jaxscale.checkpoint.safetensors import CODES, NewTensor, write_safetensors
 from jaxscale.checkpoint.source import LazyArray
@@ -54,6 +54,11 @@ def export(
         write_safetensors(directory, tensors, max_shard_bytes=MAX_SHARD_BYTES)
     else:
         write_npz(leaves, directory / f"{ONLY_RANK}.npz", piece_bytes=piece_bytes)
+
+
+def is_exported(directory: Path, *, kind: Kind, step: int) -> bool:
+    """Whether `export` has written a step there; other kinds than "deepspeed" name no step."""
+    return kind == "deepspeed" and (directory / tag_of(step)).exists()
 
 
 def _new_tensor(name: str, array: LazyArray) -> NewTensor:

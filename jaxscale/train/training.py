@@ -12,7 +12,7 @@ import jax
 
 from jaxscale import tree
 from jaxscale.checkpoint.deepspeed_writer import adam_states
-from jaxscale.checkpoint.exports import export
+from jaxscale.checkpoint.exports import export, is_exported
 from jaxscale.checkpoint.manager import BUDGET_BYTES, CheckpointConfig, Checkpoints
 from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.launch.memory import check_fits
@@ -92,6 +92,7 @@ def train(
     first_step = int(state.step)
     if first_step >= config.steps:
         logger.info("nothing to do: step %d of %d", first_step, config.steps)
+        _export(checkpoints, folder, run, config, first_step)
         return Outcome(first_step, None)
     if config.export == "deepspeed":
         adam_states(tree.flatten(setup.canonical_state))  # refuses what cannot be exported
@@ -122,9 +123,7 @@ def train(
     for resource in (*loop.reporters, loop.profiler):
         surroundings.exit_stack.callback(resource.close)
     outcome = loop.run(state)
-    if config.export is not None and outcome.step == config.steps and jax.process_index() == 0:
-        checkpoints.wait()
-        _export(folder, run, config)
+    _export(checkpoints, folder, run, config, outcome.step)
     return outcome
 
 
@@ -150,14 +149,29 @@ def _changes_since_the_last_start(
     return []
 
 
-def _export(checkpoints: Path, run: Path, config: TrainConfig) -> None:
-    """Writes the last checkpoint as another system's, too."""
-    leaves = NativeCheckpoint(checkpoints / str(config.steps)).leaves()
+def _export(
+    checkpoints: Checkpoints,
+    folder: Path,
+    run: Path,
+    config: TrainConfig,
+    step: int,
+) -> None:
+    """Writes the last checkpoint of a finished run as another system's, too.
+
+    A run that was killed meanwhile, or is asked for it once it is finished, gets it at its next
+    start.
+    """
+    if config.export is None or step != config.steps or jax.process_index() > 0:
+        return
+    to = run / config.export
+    if is_exported(to, kind=config.export, step=step):
+        return
+    checkpoints.wait()
+    leaves = NativeCheckpoint(folder / str(step)).leaves()
     if config.export == "safetensors":
         leaves = {path: leaf for path, leaf in leaves.items() if path.startswith("params/")}
-    folder = run / config.export
-    export(leaves, folder, kind=config.export, step=config.steps, budget_bytes=BUDGET_BYTES)
-    logger.info("the last checkpoint is also in %s", folder)
+    export(leaves, to, kind=config.export, step=step, budget_bytes=BUDGET_BYTES)
+    logger.info("the last checkpoint is also in %s", to)
 
 
 @dataclasses.dataclass(frozen=True)

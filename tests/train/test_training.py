@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 
 import jax
@@ -67,6 +68,20 @@ def final_state(directory, mesh):
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(state).items()}, position
 
 
+def assert_exported(directory, mesh, kind):
+    """The newest checkpoint stands in `directory` for another system, too."""
+    state, _ = final_state(directory, mesh)
+    exported = open_checkpoint(directory / kind).source.leaves()
+    num_states = 3 if kind == "deepspeed" else 1
+    params = {path: leaf for path, leaf in state.items() if path.startswith("params/")}
+    assert len(exported) == num_states * len(params)
+    for path, leaf in params.items():
+        name = path
+        if kind == "deepspeed":
+            name = f"fp32/{path.removeprefix('params/').replace('/', '.')}"
+        np.testing.assert_array_equal(exported[name][()], leaf, err_msg=path)
+
+
 def stop(params, step):
     if step == STOP:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -123,16 +138,19 @@ def test_the_directory_is_locked_until_its_checkpoints_are_closed(tmp_path, monk
 def test_the_last_checkpoint_is_also_written_for_another_system(tmp_path, kind):
     config = TrainConfig(steps=STEPS, evaluate_every=STOP, export=kind)
     assert run(tmp_path, MESH, config=config) == Outcome(STEPS, None)
-    state, _ = final_state(tmp_path, MESH)
-    exported = open_checkpoint(tmp_path / kind).source.leaves()
-    num_states = 3 if kind == "deepspeed" else 1
-    params = {path: leaf for path, leaf in state.items() if path.startswith("params/")}
-    assert len(exported) == num_states * len(params)
-    for path, leaf in params.items():
-        name = path
-        if kind == "deepspeed":
-            name = f"fp32/{path.removeprefix('params/').replace('/', '.')}"
-        np.testing.assert_array_equal(exported[name][()], leaf, err_msg=path)
+    assert_exported(tmp_path, MESH, kind)
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "safetensors"])
+def test_a_finished_run_is_exported_at_its_next_start(on_one_device, tmp_path, kind):
+    """It was killed while it exported, or is asked for it only now."""
+    directory = shutil.copytree(on_one_device, tmp_path / "run")
+    unfinished = directory / kind / f"global_step{STEPS}_universal.part"
+    unfinished.mkdir(parents=True)
+    config = TrainConfig(steps=STEPS, evaluate_every=STOP, export=kind)
+    for _ in range(2):
+        assert run(directory, MeshConfig(), config=config) == Outcome(STEPS, None)
+        assert_exported(directory, MeshConfig(), kind)
 
 
 def test_an_export_that_the_optimizer_cannot_have_is_refused_before_the_first_step(tmp_path):
