@@ -218,7 +218,8 @@ def test_a_conversion_that_is_killed_goes_on_and_is_whole(tmp_path):
     num_pieces = []
     for _ in range(5):
         kill_while_converting(tmp_path / "ranks", tmp_path, draw.uniform(0, 0.15))
-        num_pieces.append(len(list(tmp_path.glob("1.conversion/state/w1/[0-9]*"))))
+        # A conversion that has ended on a fast machine has its pieces in the step's folder.
+        num_pieces.append(len(list(tmp_path.glob("1*/state/w1/[0-9]*"))))
     assert num_pieces == sorted(num_pieces) and num_pieces[-1] > 0
     if not (tmp_path / "1").exists():
         leaves = RankFiles(tmp_path / "ranks").leaves()
