@@ -81,7 +81,7 @@ class Grammars:
     def _compile_into(self, future: concurrent.futures.Future, config: GrammarConfig) -> None:
         try:
             future.set_result(self._compile(config))
-        except Exception as error:  # whoever waits finds it in the future
+        except BaseException as error:  # whoever waits finds it in the future; a Rust panic too
             with self._lock:
                 self._compiled.pop(config, None)
             future.set_exception(error)

@@ -146,3 +146,20 @@ def test_nobody_waits_for_anothers_grammar_and_each_is_compiled_once(monkeypatch
         is_told.set()
         assert all(each.result(20).mask().any() for each in large)
     assert compiled.count(LARGE) == 1
+
+
+def test_a_compiler_that_breaks_down_leaves_nobody_waiting(monkeypatch):
+    """A panic of a library in Rust is no Exception; the grammar is compiled anew when asked for."""
+
+    class Panic(BaseException):
+        pass
+
+    def panics(_):
+        raise Panic
+
+    grammars, config = Grammars(ByteTokenizer()), GrammarConfig("regex", "a+")
+    with monkeypatch.context() as patched, pytest.raises(Panic):
+        patched.setattr(grammars, "_compile", panics)
+        grammars.begin(config)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(grammars.begin, config).result(timeout=60)
