@@ -60,12 +60,16 @@ class Placement:
         page_size: int,
         dtype: str,
     ) -> dict[str, Any]:
-        """Pages of all layers, of which each member has those of its kv heads."""
+        """Pages of all layers, of which each member makes those of its kv heads alone."""
         shapes = self._of_layers(lambda heads, width: (num_pages, page_size, heads, width))
-        caches = jax.tree.map(lambda shape: empty_pages(*shape, dtype), shapes, is_leaf=_is_shape)
+
+        def make() -> dict[str, Any]:
+            return jax.tree.map(lambda each: empty_pages(*each, dtype), shapes, is_leaf=_is_shape)
+
         if self.region is None:
-            return caches
-        return jax.device_put(caches, NamedSharding(self.region.mesh, PAGES))
+            return make()
+        # No device has room for the pages of all members, not even for a moment.
+        return jax.jit(make, out_shardings=NamedSharding(self.region.mesh, PAGES))()
 
     def spread(self, forward: Callable) -> Callable:
         """`forward(params, caches, last tokens, packed) -> (logits, rows, caches)` on all."""

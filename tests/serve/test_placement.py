@@ -81,6 +81,14 @@ def test_each_member_has_the_pages_of_its_own_heads():
         assert pages.addressable_shards[0].data.shape[2] == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_no_member_makes_the_pages_of_others(dtype):
+    """Pages take what memory is left: made on one device first, they do not fit there."""
+    placement = engine("dense", 2)._runner._placement
+    with jax.transfer_guard_device_to_device("disallow_explicit"):
+        placement.empty_caches(3, 4, dtype)
+
+
 @pytest.mark.long
 def test_prefixes_of_a_group_come_back_from_the_hosts_memory():
     spread = make("dense", 2, num_blocks=8, max_sequences=2, host_bytes=2**20)
