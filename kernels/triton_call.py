@@ -3,6 +3,7 @@
 Triton and jax-triton are optional, so nothing here imports them before a kernel is called.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -10,7 +11,7 @@ import importlib.resources
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -54,19 +55,35 @@ def use_blocks(tuned: Mapping[str, Blocks]) -> None:
     _tuned.update(tuned)
 
 
+@contextlib.contextmanager
+def on_trial(operation: str, blocks: Blocks) -> Iterator[None]:
+    """Has what is traced inside take these blocks of the operation, and then those of before."""
+    before = dict(_tuned)
+    use_blocks(before | {operation: blocks})
+    try:
+        yield
+    finally:
+        use_blocks(before)
+
+
 def operations() -> tuple[str, ...]:
     """All that have blocks."""
     return tuple(_table()[SMALLEST])
 
 
 def blocks_of(operation: str) -> Blocks:
-    """The blocks of an operation, such as "grouped_matmul.forward", on this device.
+    """The blocks that an operation, such as "grouped_matmul.forward", takes on this device."""
+    return _tuned.get(operation) or package_blocks(operation)
+
+
+def package_blocks(operation: str) -> Blocks:
+    """The package's blocks of an operation on this device, whatever this process takes.
 
     A device that is not in the package's table gets those of SMALLEST.
     """
     capability = device.compute_capability() or DEFAULT_CAPABILITY
     table = _table()
-    return _tuned.get(operation) or table.get(capability, table[SMALLEST])[operation]
+    return table.get(capability, table[SMALLEST])[operation]
 
 
 @functools.cache

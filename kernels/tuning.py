@@ -16,7 +16,7 @@ from jax import Array
 
 from jaxscale.kernels.attention.api import HEAD_DIMS
 from jaxscale.kernels.attention.tiles import BlockLayout
-from jaxscale.kernels.triton_call import Blocks, blocks_of, use_blocks
+from jaxscale.kernels.triton_call import Blocks, on_trial, package_blocks
 
 REPEATS, ROUNDS = 10, 3
 
@@ -26,7 +26,7 @@ class Problem:
     """What one operation is timed at.
 
     Args:
-        operation: as `triton_call.blocks_of` knows it.
+        operation: as `triton_call.operations` has it.
         run: the function that is timed.
         arguments: its arrays.
         candidates: the block sizes that are tried.
@@ -121,13 +121,14 @@ def _paged_attention() -> Problem:
 
     num, page_size, width = 64, 128, 16
     q = _draw(num, 32, 128)
-    pages = _draw(num * width, page_size, 8, 128)
+    # Arrays of their own: what is read as keys would be in the cache as values.
+    keys, values = (_draw(num * width, page_size, 8, 128) for _ in range(2))
     table = jnp.arange(num * width, dtype=jnp.int32).reshape(num, width)
     low = jnp.zeros(num, jnp.int32)
     high = jnp.full(num, width * page_size, jnp.int32)
     settings = dict(scale=0.1, softcap=None)
     decode = functools.partial(paged_attention.paged_attention, **settings)
-    return _problem("paged_attention", decode, q, pages, pages, table, low, high)
+    return _problem("paged_attention", decode, q, keys, values, table, low, high)
 
 
 def _draw(*shape: int) -> Array:
@@ -158,19 +159,16 @@ def compiled_with(problem: Problem) -> dict[Blocks, futures.Future]:
 
     It waits for all of them, because compiling would keep the host from calling at its full rate.
     """
-    tried = dict.fromkeys((blocks_of(problem.operation), *problem.candidates))
+    tried = dict.fromkeys((package_blocks(problem.operation), *problem.candidates))
     with futures.ThreadPoolExecutor() as pool:
         return {each: pool.submit(_traced(problem, each)) for each in tried}
 
 
 def _traced(problem: Problem, blocks: Blocks) -> Callable[[], jax.stages.Compiled]:
     """What compiles the problem with these blocks, which are looked up while it is traced."""
-    use_blocks({problem.operation: blocks})
-    try:
+    with on_trial(problem.operation, blocks):
         # A new function, because the block sizes are no argument of it.
         traced = jax.jit(lambda *arguments: problem.run(*arguments)).trace(*problem.arguments)
-    finally:
-        use_blocks({})
     return lambda: traced.lower().compile()
 
 

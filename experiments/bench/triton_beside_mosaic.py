@@ -31,11 +31,11 @@ def again(f, first, *rest):
     return first
 
 
-def pages(q, keys, table, *, implementation):
+def pages(q, keys, values, table, *, implementation):
     """Decoding over all of the pages of each sequence."""
     high = jnp.full(len(q), table.shape[1] * keys.shape[1], jnp.int32)
     settings = dict(scale=0.1, implementation=implementation)
-    return paged_attention(q, keys, keys, table, 0 * high, high, **settings)
+    return paged_attention(q, keys, values, table, 0 * high, high, **settings)
 
 
 def loss(h, head, *, implementation):
@@ -52,10 +52,11 @@ def loss(h, head, *, implementation):
 def problems():
     """(name, function, how often in a row, arrays)."""
     for num, width in ((64, 32), (256, 20), (8, 32)):
-        keys = draw(num * width, 64, 8, 128)
+        # Arrays of their own: what is read as keys would be in the cache as values.
+        keys, values = (draw(num * width, 64, 8, 128) for _ in range(2))
         table = jnp.arange(num * width, dtype=jnp.int32).reshape(num, width)
         name = f"pages, {num} sequences of {64 * width} tokens"
-        yield name, pages, IN_A_ROW, (draw(num, 32, 128), keys, table)
+        yield name, pages, IN_A_ROW, (draw(num, 32, 128), keys, values, table)
     head = 0.02 * draw(32768, 2048)
     yield "head and loss, 8192 x 2048 x 32768", loss, 1, (draw(8192, 2048), head)
 

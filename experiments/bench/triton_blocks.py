@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxscale.kernels import tuning
-from jaxscale.kernels.triton_call import Blocks, blocks_of
+from jaxscale.kernels.triton_call import Blocks, package_blocks
 
 ROUNDS = 3
 
@@ -49,7 +49,7 @@ def main(path):
     print("| operation | package's | ms | file's | ms | file's of package's | difference |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for problem in tuning.problems():
-        ours = blocks_of(problem.operation)
+        ours = package_blocks(problem.operation)
         theirs = Blocks(**given.get(problem.operation, dataclasses.asdict(ours)))
         if ours == theirs:
             continue

@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
 from jaxscale.kernels import device, tuning
-from jaxscale.kernels.triton_call import Blocks, blocks_of, operations, use_blocks
+from jaxscale.kernels.triton_call import Blocks, operations, package_blocks, use_blocks
 from jaxscale.types import InputError, RunError
 
 logger = logging.getLogger(__name__)
@@ -38,8 +37,12 @@ def tune(path: str) -> None:
             raise RunError(str(error)) from error
         found[problem.operation] = fastest = min(times, key=times.get)
         _write(path, found)
-        package = times.get(blocks_of(problem.operation), math.nan)
-        took = f"{times[fastest]:8.3f} ms, by the package's {package:8.3f}"
+        package = times.get(package_blocks(problem.operation))
+        if package is None:
+            beside = "the package's do not run here"
+        else:
+            beside = f"by the package's {package:8.3f}"
+        took = f"{times[fastest]:8.3f} ms, {beside}"
         row = f"{problem.operation:<36} {took}  {dataclasses.asdict(fastest)}"
         print(f"{len(found):>2} of {num}: {row}", flush=True)
 

@@ -72,6 +72,41 @@ def test_tune_tells_how_far_it_is_and_what_the_package_has(measured, tmp_path, c
     assert second.startswith(f" 2 of {of}: paged_attention ")
 
 
+def test_a_process_with_block_sizes_of_its_own_keeps_them_and_tells_the_package_s(
+    file, measured, tmp_path, capsys
+):
+    """Here FAST, which are one of the candidates too."""
+    tuned.use_tuned(str(file))
+    capsys.readouterr()
+    tuned.tune(str(tmp_path / "again.json"))
+    first, second = capsys.readouterr().out.splitlines()
+    took = "1.000 ms, by the package's    4.000"
+    assert took in first and took in second
+    assert [blocks_of(each) for each in OPERATIONS] == [FAST, FAST]
+
+
+def test_block_sizes_that_cannot_be_tried_leave_those_of_before(file, monkeypatch):
+    tuned.use_tuned(str(file))
+
+    def refuse(x):
+        raise ValueError("no such tile")
+
+    problem = tuning.Problem("rms_norm", refuse, (jnp.int32(0),), (SLOW,))
+    with pytest.raises(ValueError, match="no such tile"):
+        tuning.compiled_with(problem)
+    assert blocks_of("rms_norm") == FAST
+
+
+def test_package_s_block_sizes_that_do_not_run_here_are_told(
+    measured, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(tuning, "package_blocks", lambda operation: TOO_LARGE)
+    monkeypatch.setattr(tuned, "package_blocks", lambda operation: TOO_LARGE)
+    tuned.tune(str(tmp_path / "blocks.json"))
+    for line in capsys.readouterr().out.splitlines():
+        assert "1.000 ms, the package's do not run here  {'rows': 128," in line
+
+
 def test_a_tune_that_was_cut_goes_on(file, measured, monkeypatch, capsys):
     whole = file.read_text()
     file.unlink()
