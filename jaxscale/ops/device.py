@@ -72,6 +72,16 @@ def device_refusal(family: str) -> str | None:
     return missing() if family == "triton" else None
 
 
+def is_taken(operation: str, family: str, refusal: str | None) -> bool:
+    """Whether a family's kernel takes what it refuses for this reason, or for none.
+
+    The log says so where it does not and the family was named.
+    """
+    if refusal is not None and family == _named:
+        logger.info("%s: not by %s, which needs %s", operation, family, refusal)
+    return refusal is None
+
+
 def kernel_for(api: ModuleType, *operands: Any) -> str | None:
     """The family whose kernel computes the request here; None where it is left to XLA.
 
@@ -80,5 +90,7 @@ def kernel_for(api: ModuleType, *operands: Any) -> str | None:
         operands: what its `refusal` looks at.
     """
     family = kernel_family()
-    is_ours = family in api.BACKENDS and family != "xla"
-    return family if is_ours and api.refusal(family, *operands) is None else None
+    if family not in api.BACKENDS or family == "xla":
+        return None
+    operation = api.__name__.split(".")[-2]
+    return family if is_taken(operation, family, api.refusal(family, *operands)) else None

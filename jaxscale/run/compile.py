@@ -84,11 +84,7 @@ def compile_step(*, run: Run, topology: str) -> None:
     """
     wanted = Topology.parse(topology)
     share = wanted.share()
-    # The flag of a deterministic run stays out: it asks for tuning on a GPU, without which a
-    # default will do.
-    apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
-    name_kernels(run.runtime.kernels)
-    use_tuned(run.runtime.block_sizes)
+    apply_for_compiling(run.runtime)
     devices, began = wanted.devices(), time.perf_counter()
     step = lower_step(run, devices)
     log_tuned()
@@ -101,6 +97,17 @@ def compile_step(*, run: Run, topology: str) -> None:
     print(_memory_text(memory, step.setup, step.batch, available))
     print(_collectives_text(collectives(compiled.as_text())))
     print(f"\n{check_fits(memory.peak, available, share)}")
+
+
+def apply_for_compiling(runtime: RuntimeConfig) -> None:
+    """Applies to this process what a run's settings change in programs for devices elsewhere.
+
+    The flag of a deterministic run stays out: it asks for tuning on a GPU, without which a default
+    will do.
+    """
+    apply_runtime(RuntimeConfig(platform="cpu", xla_flags=runtime.xla_flags), ".")
+    name_kernels(runtime.kernels)
+    use_tuned(runtime.block_sizes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxscale.config import operative_config
-from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
+from jaxscale.launch.runtime import apply_runtime
 from jaxscale.planner.calibration import measured
 from jaxscale.planner.cluster import Cluster
 from jaxscale.planner.explain import details, layout_text, table, why
@@ -18,7 +18,7 @@ from jaxscale.planner.picture import draw
 from jaxscale.planner.plan import Plan
 from jaxscale.planner.search import Candidate, Planner
 from jaxscale.planner.timing import BlockTimes
-from jaxscale.run.compile import memory_share
+from jaxscale.run.compile import apply_for_compiling, memory_share
 from jaxscale.run.job import job_of, layout_of
 from jaxscale.run.planned import SHARE_OF_LIMIT, planned, search
 from jaxscale.run.planned_memory import CompiledMemory
@@ -70,7 +70,7 @@ def plan(
         apply_runtime(dataclasses.replace(run.runtime, processes=None), ".")
         cluster = _calibrated(cluster)
     elif num_compiled:
-        apply_runtime(RuntimeConfig(platform="cpu", xla_flags=run.runtime.xla_flags), ".")
+        apply_for_compiling(run.runtime)
     began, job = time.perf_counter(), job_of(run)
     found = search(job, cluster, pinned or {}, share)
     seconds = time.perf_counter() - began

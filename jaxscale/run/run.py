@@ -239,11 +239,12 @@ def load_run(
 
 
 def check_fit(run: Run) -> None:
-    """Raises InputError, with the equation that fails, unless lengths, batch and chunks fit."""
+    """Raises InputError, with what fails, unless lengths, batch, chunks and kernels fit."""
     length, mesh = run.data.sequence_length, run.mesh
     if length > run.model.max_length:
         expected = f"sequence_length <= max_length = {run.model.max_length}"
         raise InputError("DataConfig.sequence_length", length, expected)
+    _check_kernels(run)
     # A ring's backends refuse when the step is traced, which is before anything is written.
     if mesh.ring == 1:
         _check_attention(run)
@@ -299,6 +300,14 @@ def _check_pipelined(run: Run) -> None:
     execution.strategy.check(
         length=run.data.sequence_length, sequence=mesh.sequence, tensor=mesh.tensor
     )
+
+
+def _check_kernels(run: Run) -> None:
+    """Refuses kernels that were named for a type that none of them takes."""
+    named, compute = run.runtime.kernels, run.policy.compute
+    if named not in (None, "xla") and compute not in ("bfloat16", "float16"):
+        expected = f"'xla' or None with Policy.compute = {compute!r}: they take 16-bit floats"
+        raise InputError("RuntimeConfig.kernels", named, expected)
 
 
 def _check_attention(run: Run) -> None:

@@ -14,6 +14,7 @@ from jaxscale.ops import device
 from jaxscale.ops.attention import AttentionContext, api, attention, blockwise
 from jaxscale.ops.linear import quantised_products
 from jaxscale.ops.moe import grouped_ffn
+from jaxscale.ops.norm import residual_norm
 from jaxscale.ops.quantised import quantise
 from jaxscale.types import InputError
 
@@ -142,6 +143,22 @@ def test_a_named_family_is_taken_where_another_is_faster_and_logged(on, caplog):
         quantised_products(x, [quantise(jnp.ones((128, 64), jnp.bfloat16), 0, 1, bits=8)], x.dtype)
     assert "experts: backend xla for rows(4, 8)" in caplog.text
     assert "quantised weights: backend whole matrices for x(1, 128)" in caplog.text
+
+
+def test_what_a_named_family_does_not_take_is_logged_with_the_reason(on, caplog):
+    on("9.0")
+    x = jnp.ones((4, 128), jnp.float32)
+    context = AttentionContext(jnp.arange(8)[None], layout=BlockLayout(), segments=jnp.ones((1, 8)))
+    with caplog.at_level("INFO", logger="jaxscale"):
+        residual_norm(x, jnp.ones(128), epsilon=1e-5)
+        assert not caplog.records, "nothing was named"
+        device.name_kernels("triton")
+        residual_norm(x, jnp.ones(128), epsilon=1e-5)
+        api._choose(jnp.ones((1, 8, 2, 64), jnp.bfloat16), context)
+    needed = "x bfloat16 or float16, but it is float32"
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == f"rms_norm: not by triton, which needs {needed}"
+    assert second.startswith("attention: not by triton, which needs a backend that combines")
 
 
 JAX_TRITON, TRITON = "jax-triton >= 0.3.1, < 0.4", "triton >= 3.6, < 3.7"

@@ -11,6 +11,7 @@ import pytest
 
 from jaxscale import cli, config
 from jaxscale.launch import ahead_of_time
+from jaxscale.ops.device import name_kernels
 from jaxscale.run.compile import Topology, check_fits
 from jaxscale.run.inspect import bytes_per_device
 from jaxscale.run.pretrain import pretrain
@@ -36,9 +37,11 @@ def file(tmp_path):
 
 
 def compile_file(file, *overrides, topology="h200:1x8"):
-    return cli.main(
-        ["compile", str(file), "--topology", topology, *(f"--set={each}" for each in overrides)]
-    )
+    arguments = ["compile", str(file), "--topology", topology]
+    try:
+        return cli.main(arguments + [f"--set={each}" for each in overrides])
+    finally:
+        name_kernels(None)
 
 
 def sizes(shown):
@@ -131,6 +134,25 @@ def test_a_compiler_that_fails_exits_1(file, capsys, monkeypatch, reason, messag
 def test_a_topology_that_is_wrong_exits_2(file, capsys, topology, message):
     assert compile_file(file, topology=topology) == 2
     assert message in capsys.readouterr().err
+
+
+@needs_plugin
+@pytest.mark.parametrize("kernels", ["triton", "mosaic"])
+def test_kernels_that_were_named_for_float32_exit_2(file, capsys, kernels):
+    """The tiny run computes in it."""
+    assert compile_file(file, f"runtime.kernels='{kernels}'") == 2
+    message = (
+        f"RuntimeConfig.kernels: given '{kernels}', expected 'xla' or None with Policy.compute"
+    )
+    assert f"{message} = 'float32'" in capsys.readouterr().err
+
+
+@needs_plugin
+def test_kernels_that_were_named_and_another_gpu_lacks_exit_2(file, capsys):
+    overrides = "runtime.kernels='mosaic'", "policy.compute='bfloat16'"
+    assert compile_file(file, *overrides, topology="a100:1x8") == 2
+    expected = "a Hopper GPU, of compute capability 9.0, but this is a GPU of compute capability"
+    assert f"expected {expected} 8.0" in capsys.readouterr().err
 
 
 def test_without_the_compiler_the_extra_is_named(file, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 
 from jaxscale import cli, config
 from jaxscale.launch import ahead_of_time
+from jaxscale.ops.device import named_kernels
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.planner import timing
 from jaxscale.planner.plan import Plan, compare
@@ -168,6 +169,21 @@ def test_layers_of_the_best_plans_are_measured_by_a_flag(folder, capsys, monkeyp
     shown = capsys.readouterr()
     assert "impossible: M 1, remat none: a layer with 8 rows ran out of memory" in shown.out
     assert "in every layout a layer ran out of memory" in shown.err
+
+
+def test_plans_are_compiled_with_the_kernels_that_the_run_names(folder, monkeypatch):
+    module, named = importlib.import_module("jaxscale.run.planned_memory"), []
+    step = types.SimpleNamespace(
+        lowered=types.SimpleNamespace(as_text=lambda: "a program"), compile=lambda: None
+    )
+    monkeypatch.setattr(module, "described_devices", lambda *args, **kwargs: [])
+    monkeypatch.setattr(
+        module, "lower_step", lambda run, devices: named.append(named_kernels()) or step
+    )
+    monkeypatch.setattr(module, "memory_of", lambda step: ahead_of_time.Memory(2**30, 0, 2**29))
+    assert plan_file(folder, "num_compiled=2", "runtime.kernels='xla'") == 0
+    assert plan_file(folder, "num_compiled=1") == 0
+    assert named == ["xla", "xla", None]
 
 
 def test_plans_of_one_program_are_compiled_once(folder, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxscale.ops.attention import chunked, cudnn, invariant, kernels, reference, splash
 from jaxscale.ops.attention.context import AttentionContext
-from jaxscale.ops.device import device_refusal, kernel_family, named_kernels
+from jaxscale.ops.device import device_refusal, is_taken, kernel_family, named_kernels
 from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ def _choose(q: Array, context: AttentionContext) -> str:
     is_plain = context.is_causal and context.window is None
     is_faster = family == "mosaic" and is_plain and q.shape[3] == 128
     is_wanted = is_ours or is_faster or named_kernels()
-    has_kernel = family in MODULES and MODULES[family].refusal(q, context) is None
+    has_kernel = family in MODULES and is_taken(
+        "attention", family, MODULES[family].refusal(q, context)
+    )
     if has_kernel and is_wanted:
         return family
     if jax.default_backend() == "tpu" and splash.refusal(q, context) is None:
