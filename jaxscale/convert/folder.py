@@ -195,9 +195,12 @@ def _values(
         values.pop(QUANTISATION, None)  # what is written are whole matrices
         family = _family(values, like)
         if model_type in (None, *family.model_types) and not _differences(family, values, config):
-            # What is written beside it is in the form of transformers 4, which 5 reads too.
+            # What is written beside it is in the form of transformers 4, which 5 reads too, but
+            # which has no place for all that a file may say.
             values.pop("rope_parameters", None)
-            return family, values | family.write(config)
+            kept = values | family.write(config)
+            if not _differences(family, kept, config):
+                return family, kept
     if model_type is not None and model_type not in BY_MODEL_TYPE:
         raise InputError("family", model_type, one_of(model_type, BY_MODEL_TYPE))
     families = FAMILIES if model_type is None else (BY_MODEL_TYPE[model_type],)

@@ -25,6 +25,7 @@ WORD_BITS = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight outputs, those of a word's bits from 0 on
 Arrays = dict[str, LazyArray]
 Values = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +72,14 @@ class _Format:
     Args:
         packed: last part of the name of the tensor of words.
         others: last parts of the names of the other tensors; those that end with "?" may be absent.
-        shape: the tensors -> [out, in].
+        shape: the tensors -> [out, in], and the shapes that the other tensors have beside it.
         read: as of `PackedMatrix`.
         integers: as of `PackedMatrix`, of matrices whose groups are consecutive inputs.
     """
 
     packed: str
     others: tuple[str, ...]
-    shape: Callable[[Arrays], tuple[int, int]]
+    shape: Callable[[Arrays], tuple[tuple[int, int], Shapes]]
     read: Callable[[Values], np.ndarray]
     integers: Callable[[Values], Integers] | None = None
 
@@ -122,8 +123,13 @@ def _matrix(form: _Format, module: str, leaves: dict[str, LazyArray]) -> PackedM
             arrays[last] = array
         elif not name.endswith("?"):
             raise InputError(f"{module}.{last}", None, f"a tensor beside {module}.{form.packed}")
+    shape, others = form.shape(arrays)
+    for last, wanted in others.items():
+        if last in arrays and tuple(arrays[last].shape) != wanted:
+            expected = f"{wanted}, as {form.packed} and {FIELD} say"
+            raise InputError(f"{module}.{last}", tuple(arrays[last].shape), expected)
     integers = None if "weight_g_idx" in arrays else form.integers
-    return PackedMatrix(arrays, form.shape(arrays), form.read, integers)
+    return PackedMatrix(arrays, shape, form.read, integers)
 
 
 def _unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
@@ -145,15 +151,20 @@ def _gptq(fields: Fields) -> _Format:
     if more is None:
         raise InputError(fields.place("checkpoint_format"), version, "gptq or gptq_v2")
 
-    def shape(arrays: Arrays) -> tuple[int, int]:
-        rows, columns = arrays["qweight"].shape
-        return columns, rows * WORD_BITS // bits
+    group_size = _group_size(fields)
+
+    def shape(arrays: Arrays) -> tuple[tuple[int, int], Shapes]:
+        rows, outputs = arrays["qweight"].shape
+        inputs = rows * WORD_BITS // bits
+        groups = _num_groups(inputs, group_size)
+        zeros = groups, outputs * bits // WORD_BITS
+        return (outputs, inputs), {"scales": (groups, outputs), "qzeros": zeros, "g_idx": (inputs,)}
 
     def read(values: Values) -> np.ndarray:
         integers = _unpacked(values["qweight"], bits, 0)
         zeros = _unpacked(values["qzeros"], bits, 1) + more
-        groups = values["g_idx"]
         scales = values["scales"].astype(np.float32)
+        groups = _checked_groups("g_idx", values["g_idx"], len(scales))
         return ((integers - zeros[groups]) * scales[groups]).T
 
     return _Format("qweight", ("qzeros", "scales", "g_idx"), shape, read)
@@ -163,23 +174,24 @@ def _awq(fields: Fields) -> _Format:
     bits, num = 4, WORD_BITS // 4
     fields.expect("bits", bits)
     fields.expect("version", "gemm", "GEMM")
+    group_size = _group_size(fields)
 
     def in_order(integers: np.ndarray) -> np.ndarray:
         by_word = integers.reshape(len(integers), -1, num)
         places = np.argsort(AWQ_ORDER)
         return by_word[:, :, places].reshape(integers.shape)
 
-    def shape(arrays: Arrays) -> tuple[int, int]:
-        rows, columns = arrays["qweight"].shape
-        return columns * num, rows
+    def shape(arrays: Arrays) -> tuple[tuple[int, int], Shapes]:
+        inputs, columns = arrays["qweight"].shape
+        groups, outputs = _num_groups(inputs, group_size), columns * num
+        return (outputs, inputs), {"scales": (groups, outputs), "qzeros": (groups, columns)}
 
     def read(values: Values) -> np.ndarray:
         integers = in_order(_unpacked(values["qweight"], bits, 1))
         zeros = in_order(_unpacked(values["qzeros"], bits, 1))
         scales = values["scales"].astype(np.float32)
-        size = len(integers) // len(scales)
-        zeros, scales = zeros.repeat(size, 0), scales.repeat(size, 0)
-        return ((integers - zeros) * scales).T
+        groups = _consecutive(len(integers), group_size)
+        return ((integers - zeros[groups]) * scales[groups]).T
 
     return _Format("qweight", ("qzeros", "scales"), shape, read)
 
@@ -198,10 +210,11 @@ def _compressed(fields: Fields) -> _Format:
         raise InputError(fields.place("config_groups"), list(groups), expected)
     (group_size,) = settings
 
-    def shape(arrays: Arrays) -> tuple[int, int]:
+    def shape(arrays: Arrays) -> tuple[tuple[int, int], Shapes]:
         _bits_of(arrays)
         rows, columns = (int(size) for size in arrays["weight_shape"][()])
-        return rows, columns
+        scales = rows, _num_groups(columns, group_size)
+        return (rows, columns), {"weight_scale": scales, "weight_g_idx": (columns,)}
 
     def integers(values: Values) -> Integers:
         rows, columns = values["weight_shape"]
@@ -212,14 +225,40 @@ def _compressed(fields: Fields) -> _Format:
     def read(values: Values) -> np.ndarray:
         found = integers(values)
         by_input = values.get("weight_g_idx")
-        if by_input is None:
-            columns = found.values.shape[1]
-            by_input = np.arange(columns) // (group_size or columns)
-        return found.values * found.scales.astype(np.float32)[:, by_input]
+        if by_input is None or (by_input == -1).all():  # as the file begins; no order was found
+            by_input = _consecutive(found.values.shape[1], group_size)
+        groups = _checked_groups("weight_g_idx", by_input, found.scales.shape[1])
+        return found.values * found.scales.astype(np.float32)[:, groups]
 
     others = ("weight_scale", "weight_shape", "weight_g_idx?")
     as_ours = integers if group_size == GROUP else None
     return _Format("weight_packed", others, shape, read, as_ours)
+
+
+def _group_size(fields: Fields) -> int | None:
+    """Inputs that share a scale; None where all inputs do."""
+    size = fields.take("group_size", int)
+    if size == -1:
+        return None
+    check_positive(fields.place("group_size"), size)
+    return size
+
+
+def _num_groups(num_inputs: int, group_size: int | None) -> int:
+    return math.ceil(num_inputs / (group_size or num_inputs))
+
+
+def _consecutive(num_inputs: int, group_size: int | None) -> np.ndarray:
+    """The group of each input, of groups of consecutive ones."""
+    return np.arange(num_inputs) // (group_size or num_inputs)
+
+
+def _checked_groups(name: str, by_input: np.ndarray, num_groups: int) -> np.ndarray:
+    """The group of each input; raises InputError for one that there is not."""
+    if by_input.min() < 0 or by_input.max() >= num_groups:
+        given = int(by_input.min()), int(by_input.max())
+        raise InputError(name, given, f"groups from 0 to {num_groups - 1}")
+    return by_input
 
 
 def _read_group(group: Any, place: str) -> int | None:
@@ -233,9 +272,7 @@ def _read_group(group: Any, place: str) -> int | None:
     _bits(weights, "num_bits")
     if weights.choose("strategy", {"group": "group", "channel": "channel"}) == "channel":
         return None
-    group_size = weights.take("group_size", int)
-    check_positive(weights.place("group_size"), group_size)
-    return group_size
+    return _group_size(weights)
 
 
 def _bits_of(arrays: Mapping[str, Any]) -> int:

@@ -29,8 +29,16 @@ COMPRESSED = {
 CONFIGS = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True},
-    "gptq_v2": {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"},
+    "gptq_v2": {
+        "quant_method": "gptq",
+        "bits": 8,
+        "group_size": GROUP,
+        "checkpoint_format": "gptq_v2",
+    },
     "compressed": COMPRESSED,
+    "compressed_in_order": COMPRESSED,
+    "compressed_by_channel": COMPRESSED
+    | {"config_groups": {"group_0": {"weights": WEIGHTS | {"strategy": "channel"}}}},
 }
 
 
@@ -50,16 +58,19 @@ def write_module(name, module, shape, rng):
     """(tensors of a module [out, in], the matrix that they stand for)."""
     outputs, inputs = shape
     bits = 8 if name == "gptq_v2" else 4
-    scales = rng.uniform(0.01, 0.1, (inputs // GROUP, outputs)).astype(np.float16)
+    size = inputs if name == "compressed_by_channel" else GROUP
+    scales = rng.uniform(0.01, 0.1, (inputs // size, outputs)).astype(np.float16)
     integers = rng.integers(0, 2**bits, (inputs, outputs))
-    groups = np.arange(inputs) // GROUP
-    if name == "compressed":
+    groups = np.arange(inputs) // size
+    if name.startswith("compressed"):
+        is_in_order = name == "compressed_in_order"  # of activations
+        groups = rng.permutation(groups).astype(np.int32) if is_in_order else groups
         matrix = (integers - 8) * scales[groups].astype(np.float32)
         tensors = {
             "weight_packed": packed(integers.T, bits, None),
             "weight_scale": np.ascontiguousarray(scales.T),
             "weight_shape": np.array([outputs, inputs]),
-        }
+        } | ({"weight_g_idx": groups} if is_in_order else {})
         return {f"{module}.{last}": array for last, array in tensors.items()}, matrix.T
     zeros = rng.integers(1, 2**bits, scales.shape)
     if name == "awq":
@@ -159,3 +170,49 @@ def test_a_missing_tensor_of_a_matrix_is_named(tmp_path):
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.scales: given None"):
         open_folder(path)
+
+
+def with_tensor(path, last, change):
+    """The folder, in which a tensor of one matrix is changed; its name."""
+    name = f"model.layers.1.mlp.up_proj.{last}"
+    tensors = load_file(path / "model.safetensors")
+    tensors[name] = np.ascontiguousarray(change(tensors.get(name)))
+    save_file(tensors, path / "model.safetensors")
+    return name
+
+
+OF_ANOTHER_SIZE = {
+    # Twice as many groups as the file says: the first half of the scales was taken for all.
+    "compressed": ("weight_scale", lambda scales: scales.repeat(2, 1)),
+    "awq": ("scales", lambda scales: scales.repeat(2, 0)),
+    "gptq": ("qzeros", lambda zeros: zeros.repeat(2, 0)),
+    "gptq_v2": ("g_idx", lambda groups: groups[:-1]),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_SIZE)
+def test_scales_of_another_size_than_the_file_says_are_refused(tmp_path, name):
+    path, _ = write(name, tmp_path)
+    tensor = with_tensor(path, *OF_ANOTHER_SIZE[name])
+    with pytest.raises(InputError, match=rf"{tensor}: given .*, expected .*quantization_config"):
+        open_folder(path)
+
+
+@pytest.mark.parametrize(("name", "last"), [("gptq", "g_idx"), ("compressed", "weight_g_idx")])
+@pytest.mark.parametrize("wrong", [-2, 1000])
+def test_an_input_of_no_group_is_refused(tmp_path, name, last, wrong):
+    """Numpy takes a negative number for a group counted from the end."""
+    path, _ = write(name, tmp_path)
+    num_inputs = 32
+    with_tensor(path, last, lambda _: np.full(num_inputs, wrong, np.int32))
+    with pytest.raises(InputError, match=rf"{last}: given \({wrong}, {wrong}\), expected groups"):
+        params_of(path)
+
+
+def test_groups_whose_order_was_never_found_are_consecutive(tmp_path):
+    """compressed-tensors begins with -1 for every input."""
+    path, whole = write("compressed", tmp_path)
+    with_tensor(path, "weight_g_idx", lambda _: np.full(32, -1, np.int32))
+    got = params_of(path)
+    for name, leaf in params_of(whole).items():
+        np.testing.assert_array_equal(got[name], leaf, name)

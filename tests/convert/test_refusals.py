@@ -193,3 +193,14 @@ def test_a_folder_with_a_model_is_not_overwritten(tmp_path):
     with pytest.raises(InputError, match=r"a folder without a config\.json"):
         path = copy("llama", tmp_path)
         write_folder(path, folder("llama").config, params("llama"), dtype=BFLOAT16)
+
+
+def test_an_export_that_would_lose_a_magnitude_is_refused(tmp_path):
+    """Transformers 4 has no field for it beside the factors: what was written said another."""
+    rotary = json.loads((FIXTURES / "phi3_long" / "config.json").read_text())["rope_parameters"]
+    path = copy("phi3_long", tmp_path, rope_parameters=rotary | {"attention_factor": 2.0})
+    opened = open_folder(path)
+    weights = opened.params(placed(opened.config, "float32"))
+    settings = dict(dtype=np.dtype("float32"), like=path / "config.json")
+    with pytest.raises(InputError, match="none of them has all that it has"):
+        write_folder(tmp_path / "out", opened.config, weights, **settings)
