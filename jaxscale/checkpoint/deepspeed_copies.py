@@ -4,6 +4,7 @@ They hold weights in the training's type. Most are copies of what the optimizers
 float32; those that no optimizer has, as they are frozen or no parameters, are nowhere else.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from jaxscale.checkpoint.boxes import boxes, piece_sizes
 from jaxscale.checkpoint.torch_file import Tensor, load_torch
 from jaxscale.checkpoint.universal import Shard
 from jaxscale.types import InputError
+
+logger = logging.getLogger(__name__)
 
 EXPERT_FILE = re.compile(
     r"layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_(?P<tensor>\d+)_model_states\.pt"
@@ -59,8 +62,15 @@ def untrained(folder: Path, weights: Sequence[Shard]) -> Iterator[Shard]:
 
 
 def _check_files(folder: Path, files: Sequence[str], names: Iterable[str]) -> None:
-    """Raises InputError unless each layer and each expert that is trained has its file."""
+    """Raises InputError unless each layer and each expert that is trained has its file.
+
+    DeepSpeed writes no file of a layer that is a plain function, and nothing else names a layer
+    that is frozen as a whole. So a number without a file is logged, not refused.
+    """
     layers, experts = _numbers(files)
+    if absent := sorted(set(range(max(layers, default=0))) - layers):
+        message = "%s has no files of the pipeline's layers %s: they are functions, or lost"
+        logger.warning(message, folder, absent)
     for name in names:
         layer = LAYER_OF.match(name)
         if layers and layer and int(layer[1]) not in layers:

@@ -106,6 +106,19 @@ def test_what_only_a_lost_file_had_is_missed(tmp_path, name, file, message):
         open_checkpoint(tmp_path / name).source.leaves()
 
 
+def test_a_layer_without_a_file_is_told(tmp_path, caplog):
+    """It may be a function; a frozen layer that is lost is named by nothing else."""
+    shutil.copytree(FIXTURES / "stages_1" / "step3", tmp_path / "step")
+    assert len(DeepSpeedCheckpoint(tmp_path / "step").leaves()) == 13
+    assert not caplog.records
+    frozen = tmp_path / "step" / "layer_04-model_states.pt"
+    shutil.copy(tmp_path / "step" / "layer_02-model_states.pt", frozen)
+    leaves = DeepSpeedCheckpoint(tmp_path / "step").leaves()
+    assert {"fp32/4.weight", "fp32/4.bias"} <= leaves.keys()
+    (record,) = caplog.records
+    assert "layers [3]: they are functions, or lost" in record.getMessage()
+
+
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
@@ -276,6 +289,21 @@ def test_its_patterns_say_how_tensor_and_pipeline_ranks_hold_parameters(tmp_path
         np.testing.assert_allclose(leaves[f"fp32/{name}"][:], whole, rtol=1e-6, err_msg=name)
         moment = leaves[f"exp_avg/{name}"][:]
         np.testing.assert_allclose(moment, 2 * whole, rtol=1e-6, err_msg=name)
+
+
+def test_a_frozen_layer_is_whole_over_its_tensor_ranks(tmp_path):
+    """Half of it would look like a smaller layer."""
+    write_zero_3(tmp_path / "step", INFO)
+    frozen = normal(8, 6, seed=6)
+    for rank, part in enumerate(np.split(frozen, 2)):
+        for layer, held in enumerate(({}, {"weight": part})):
+            path = tmp_path / "step" / f"layer_0{layer}-model_0{rank}-model_states.pt"
+            save_torch(path, held, piece_bytes=100)
+    leaves = DeepSpeedCheckpoint(tmp_path / "step").leaves()
+    np.testing.assert_array_equal(leaves["fp32/1.weight"][:], frozen)
+    path.unlink()
+    with pytest.raises(InputError, match=r"1.weight of .*; missing are \[1\]"):
+        DeepSpeedCheckpoint(tmp_path / "step").leaves()
 
 
 def test_patterns_are_strict(tmp_path):
