@@ -12,6 +12,7 @@ Parts, one process each, as memory is counted from a process at rest:
   they divide, and saves it so into FOLDER given by `--from`.
 `checkpoint_torch.py` is torch's distributed checkpoint beside it. Steps are a matmul of `--work`
 rounds and a donated update of the whole state; there are `--steps` without a save and with one.
+`--dtype bfloat16` halves the state, for a machine without memory for two of it.
 """
 
 import argparse
@@ -56,6 +57,13 @@ def drawn(abstract):
 def without_key(state):
     """The state as plain arrays: keys of its own type are none of what is measured."""
     return {"params": state.params, "opt_state": state.opt_state}
+
+
+def of_type(leaf: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
+    """A leaf of floating numbers in another type."""
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    wanted = jnp.dtype(dtype) if is_float else leaf.dtype
+    return jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=leaf.sharding)
 
 
 def make_step(work: int):
@@ -135,6 +143,8 @@ def run_orbax(abstract, options) -> None:
 
 
 def run_load(abstract, options) -> None:
+    with measured("the device, started"):
+        jnp.zeros(()).block_until_ready()
     folders = {"this mesh": options.directory}
     if options.source:
         folders["another mesh"] = options.source
@@ -206,9 +216,11 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--from", dest="source", type=Path)
     parser.add_argument("--budget", type=float, default=4.0)
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     run = start_run(options.file, options.set)
     abstract = without_key(run.setup(jax.devices()[:1]).canonical_state)
+    abstract = jax.tree.map(lambda leaf: of_type(leaf, options.dtype), abstract)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)]
     kind = jax.devices()[0].device_kind
     print(f"{options.part}: {sum(sizes) / 1e9:.2f} GB in {len(sizes)} leaves, {kind}", flush=True)

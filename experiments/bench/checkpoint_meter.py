@@ -14,13 +14,17 @@ SAVED_AT = 3
 def stall(name: str, step: Callable, save: Callable, num_steps: int) -> None:
     """Prints what a save before one of several steps costs them, beside as many without one.
 
+    Steps without a save vary too, so that the same sums of theirs are printed beside.
+
     Args:
         name: of what saves.
         step: does one step and waits for it.
         save: starts a save.
         num_steps: how many steps, of which the fourth comes after the save.
     """
-    usual = float(np.median(_run(step, num_steps)))
+    without = _run(step, num_steps)
+    usual = float(np.median(without))
+    noise = [1e3 * (seconds - usual) for seconds in without[SAVED_AT:]]
     calls: list[float] = []
 
     def timed():
@@ -31,7 +35,8 @@ def stall(name: str, step: Callable, save: Callable, num_steps: int) -> None:
     lost = [1e3 * (seconds - usual) for seconds in _run(step, num_steps, timed)[SAVED_AT:]]
     print(
         f"{name:<46} call {1e3 * calls[0]:.1f} ms, its step {lost[0]:+.1f} ms, worst after it "
-        f"{max(lost[1:]):+.1f} ms, all {sum(lost):+.1f} ms (step {1e3 * usual:.1f} ms)",
+        f"{max(lost[1:]):+.1f} ms, all {sum(lost):+.1f} ms (step {1e3 * usual:.1f} ms; without a "
+        f"save worst {max(noise):+.1f} ms, all {sum(noise):+.1f} ms)",
         flush=True,
     )
 

@@ -3,7 +3,7 @@
     python experiments/bench/checkpoint_torch.py --directory /tmp/bench --part save
 
 The tensors are those of the Llama shape of experiments/configs/models/llama_1b.gin, three times:
-weights and two moments in float32. One process, gloo; memory is that of a process at rest. The part
+weights and two moments. One process, gloo; memory is that of a process at rest. The part
 `save` is asynchronous, beside steps; `write` is not; both load what they have written.
 """
 
@@ -22,14 +22,14 @@ FFN, VOCAB, HEADS, KEYS, WIDTH = 8192, 32064, 2048, 1024, 4096
 NUM_WRITERS = 8
 
 
-def draw(layers: int, dim: int, device: str) -> dict:
+def draw(layers: int, dim: int, **kind) -> dict:
     shapes = {"q": (HEADS, dim), "k": (KEYS, dim), "v": (KEYS, dim), "o": (dim, HEADS)}
     shapes |= {"gate": (FFN, dim), "up": (FFN, dim), "down": (dim, FFN)}
     names = {f"{n}.{name}": shape for n in range(layers) for name, shape in shapes.items()}
     names |= {"embed": (VOCAB, dim), "head": (VOCAB, dim)}
     return {
-        f"{kind}.{name}": torch.randn(shape, device=device)
-        for kind in ("params", "mu", "nu")
+        f"{part}.{name}": torch.randn(shape, **kind)
+        for part in ("params", "mu", "nu")
         for name, shape in names.items()
     }
 
@@ -88,11 +88,14 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--work", type=int, default=0)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-    state = draw(options.layers, options.dim, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, options.dtype)
+    state = draw(options.layers, options.dim, device=device, dtype=dtype)
     total = sum(tensor.nbytes for tensor in state.values())
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"torch: {total / 1e9:.2f} GB in {len(state)} tensors, {kind}", flush=True)

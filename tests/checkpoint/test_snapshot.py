@@ -30,6 +30,19 @@ def test_it_holds_the_state_as_it_was_at_the_save(tmp_path):
     checkpoints.close()
 
 
+def test_its_memory_is_free_once_the_save_is_committed(tmp_path):
+    """Or the next save would need room for two."""
+    state = make_state(mesh_of(4, 2))
+    checkpoints = open_at(tmp_path, use_snapshot=True)
+    before = jax.live_arrays()
+    for step in (1, 2):
+        checkpoints.save(step, state, {})
+        checkpoints.wait()
+        held = {id(array) for array in before}
+        assert [array.shape for array in jax.live_arrays() if id(array) not in held] == []
+    checkpoints.close()
+
+
 def test_a_whole_state_with_its_key_goes_there_and_back(tmp_path):
     state = make_state(mesh_of(4, 2))
     checkpoints = open_at(tmp_path, use_snapshot=True)
