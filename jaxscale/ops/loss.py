@@ -14,7 +14,6 @@ from jaxscale.ops.device import kernel_for
 from jaxscale.ops.linear import quantised_products
 from jaxscale.ops.precision import accumulator
 from jaxscale.ops.quantised import QuantisedTable
-from jaxscale.ops.split_product import parts_of
 from jaxscale.types import Array, InputError
 
 logger = logging.getLogger(__name__)
@@ -163,11 +162,11 @@ def label_and_normaliser(
     logger.info(message, family or "logits", h.shape, shape, h.dtype)
     if family is None:
         return from_logits(unembed(h, head, softcap), labels)
-    rows, matrix = _with_bias_in_columns(rows, head)
     label, normaliser = linear_cross_entropy.label_and_normaliser(
         rows,
-        matrix,
+        _matrix(head),
         labels.reshape(-1),
+        accumulator(head.bias) if isinstance(head, Head) else None,
         implementation=family,
     )
     return label.reshape(labels.shape), normaliser.reshape(labels.shape)
@@ -186,25 +185,6 @@ def from_logits(
     label = jnp.where(is_label, logits, 0).sum(-1)
     sums = total(jnp.exp(logits - top[..., None]))
     return label, jnp.log(sums) + top
-
-
-def _with_bias_in_columns(
-    h: Array,
-    head: Array | Head,
-) -> tuple[Array, Array]:
-    """h [T, D] and head [V, D], with three columns more if there is a bias.
-
-    In `h` these are ones; in the head they are three parts that add up to the bias in float32.
-    """
-    if not isinstance(head, Head):
-        return h, head
-    first, *rest = parts_of(accumulator(head.bias), 3)
-    # The bias is one parameter, so only one of the columns has its gradient.
-    columns = [first, *map(lax.stop_gradient, rest)]
-    columns = jnp.stack(columns, -1).astype(h.dtype)
-    ones = jnp.ones((len(h), 3), h.dtype)
-    h = jnp.concatenate([h, ones], -1)
-    return h, jnp.concatenate([head.weights, columns], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,8 +1,10 @@
 """RMSNorm and LayerNorm over the model dim."""
 
+import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.kernels.rms_norm import api as kernel
@@ -108,13 +110,64 @@ def layer_norm(
         bias: [D] or None.
         epsilon: added to the variance.
     Returns:
-        [..., D] in the type of `x`.
+        [..., D] in the type of `x`; has no forward-mode derivative.
     """
+    return _layer_norm(x, scale, bias, epsilon)
+
+
+def _moments(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """Mean and 1 / std [..., 1] of each row."""
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return mean, lax.rsqrt(variance + epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(
+    x: Array,
+    scale: Array,
+    bias: Array | None,
+    epsilon: float,
+) -> Array:
     x_wide = accumulator(x)
-    centred = x_wide - x_wide.mean(-1, keepdims=True)
-    variance = (centred * centred).mean(-1, keepdims=True)
-    y = centred * lax.rsqrt(variance + epsilon)
-    y = y * accumulator(scale)
+    mean, inverse = _moments(x_wide, epsilon)
+    y = (x_wide - mean) * inverse * accumulator(scale)
     if bias is not None:
         y = y + accumulator(bias)
     return y.astype(x.dtype)
+
+
+def _layer_forward(
+    x: Array,
+    scale: Array,
+    bias: Array | None,
+    epsilon: float,
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    return _layer_norm(x, scale, bias, epsilon), (x, scale, bias)
+
+
+def _layer_backward(
+    epsilon: float,
+    residuals: tuple[Array, Array, Array | None],
+    dy: Array,
+) -> tuple[Array, Array, Array | None]:
+    """The barriers give the sums over rows a pass of their own.
+
+    Without them XLA joins the moments with the products that are summed, which it then writes and
+    reads in float32.
+    """
+    x, scale, bias = residuals
+    x_wide, dy = accumulator(lax.optimization_barrier(x)), accumulator(dy)
+    mean, inverse = lax.optimization_barrier(_moments(x_wide, epsilon))
+    normed = (x_wide - mean) * inverse
+    rows = tuple(range(x.ndim - 1))
+    dscale = (dy * normed).sum(rows)
+    dbias = None if bias is None else dy.sum(rows).astype(bias.dtype)
+    dnormed = dy * accumulator(scale)
+    of_mean = dnormed.mean(-1, keepdims=True)
+    of_deviation = (dnormed * normed).mean(-1, keepdims=True)
+    dx = inverse * (dnormed - of_mean - normed * of_deviation)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias
+
+
+_layer_norm.defvjp(_layer_forward, _layer_backward)

@@ -13,6 +13,9 @@ ROOM_OF_EXCHANGE = 1.45
 # Attention that is not causal, has a window or other heads goes to cuDNN; from
 # experiments/results/2026-11-24_h200_attention.md, forward with backward.
 CUDNN_RATE = 0.85
+# The moments of a layer norm's input, in two passes, and its weights' gradients in one over two
+# arrays; a step compiled for an H200 has them, where RMSNorm has a kernel.
+LAYER_NORM_REREAD = 4
 # Of what experts give back, what a loop keeps where the outputs of matmuls are kept; fitted too.
 DOTS_RETURNED = 0.75
 
@@ -82,6 +85,7 @@ class LayerWork:
         passed: elements of keys and values, which a ring passes on.
         choices: experts a token is sent to; 0 in a dense layer.
         num_experts: E of a mixture.
+        reread: elements that the backward of norms without a kernel reads in passes of its own.
     """
 
     matmul_flops: float
@@ -100,6 +104,7 @@ class LayerWork:
     passed: float = 0.0
     choices: int = 0
     num_experts: int = 0
+    reread: float = 0.0
 
     def most_rows(self, mesh: MeshConfig) -> int:
         """Rows of experts that a device may get for each of its tokens."""
@@ -137,6 +142,7 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
     normed = heads + kv_heads if attention.qk_norm else 0
     num_after = 2 * (layer.has_norm_after or layer.has_norm_of_sum)
     num_norms = (1 if layer.is_parallel else 2) * layer.has_norm_before + num_after
+    num_layer_norms = num_norms * (model.norm.kind == "layernorm")
     own = (2 + num_after) * dim
     gathered = min(num_norms, 1 if layer.is_parallel else 2) * dim
     has_kernel = model.is_causal and attention.window is None and attention.head_dim == 128
@@ -146,11 +152,12 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
         heads=heads,
         exchanged=qkvo,
         passed=2 * kv_heads,
+        reread=LAYER_NORM_REREAD * num_layer_norms * dim,
     )
     attention_matmuls = 2 * dim * qkvo
     feed_forward = layer.feed_forward
     num_in = 1 + feed_forward.is_gated
-    split_own = (2 + num_norms * (model.norm.kind == "layernorm")) * dim
+    split_own = (2 + num_layer_norms) * dim
     # Queries, keys and values are one array for the weights, and three for the biases.
     has_biases = not {"q", "k", "v"}.isdisjoint(attention.biases)
     split_qkv = (qkvo - heads) * (1 + has_biases)

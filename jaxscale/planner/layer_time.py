@@ -83,7 +83,8 @@ class LayerClock:
         seconds = np.zeros((3, len(PARTS)))
         seconds[:, MATMUL] = matmul
         seconds[:2, ATTENTION] = attention, attention * ATTENTION_BACKWARD
-        seconds[:2, MEMORY] = memory * FORWARD_PASSES, memory * BACKWARD_PASSES
+        reread = tokens * work.reread * share * self.job.width / self.memory_bandwidth
+        seconds[:2, MEMORY] = memory * FORWARD_PASSES, memory * BACKWARD_PASSES + reread
         exchanges = self._exchanges(work, tokens, mesh, attention)
         seconds[:2] += exchanges
         seconds[FORWARD, IN_SEQUENCE] += ring * RING_FORWARD_PASSES

@@ -213,11 +213,22 @@ class Clock:
             if mesh.zero:
                 again = replicas.all_gather_s(state.held * job.parameter_width)
             parts["reduction"] = EXPOSED_REDUCTION * sums + again
-        passes = 2 * (state.moments + state.trained) + state.gradients
-        parts["update"] = passes / self._layers.memory_bandwidth
+        parts["update"] = self._updated_bytes(layout, state) / self._layers.memory_bandwidth
         if mesh.is_optimizer_on_host:
             parts["host"] = 2 * state.moments / self.cluster.device.host_bandwidth
         return parts
+
+    def _updated_bytes(self, layout: Layout, state: StateBytes) -> float:
+        """Bytes read and written once a step: the norms that are reported, AdamW, and stacks."""
+        job = self.job
+        update = 2 * (state.moments + state.trained) + state.gradients
+        # The norm of the parameters is taken where they are converted, if they are.
+        converted = state.parameters * job.width / job.parameter_width
+        norms = state.gradients + state.parameters
+        norms += converted if job.width != job.parameter_width else 0.0
+        # Each layer's gradients are copied into the stack of all, as a micro-batch's are added up.
+        stacks = 2 * state.held * job.width if layout.num_microbatches == 1 else 0.0
+        return update + norms + stacks
 
 
 def _only(part: int) -> np.ndarray:

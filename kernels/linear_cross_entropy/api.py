@@ -11,6 +11,7 @@ from jax import Array
 from jaxscale.kernels.checks import check_backend, require
 from jaxscale.kernels.linear_cross_entropy import pallas, reference
 from jaxscale.kernels.linear_cross_entropy.block_sizes import H200
+from jaxscale.kernels.parts import parts_of
 from jaxscale.kernels.triton_call import blocks_of, missing
 
 BACKENDS = ("reference", "mosaic", "triton")
@@ -20,11 +21,12 @@ def label_and_normaliser(
     h: Array,
     head: Array,
     labels: Array,
+    bias: Array | None = None,
     *,
     implementation: str,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
-    """Each token's logit of its label, and log sum exp of all its logits h head^T.
+    """Each token's logit of its label, and log sum exp of all its logits h head^T + bias.
 
     Their difference is the loss. A kernel keeps one number of 16 bits for each logit between
     forward and backward: its exponential, relative to that of the largest of its tile. From these
@@ -36,6 +38,7 @@ def label_and_normaliser(
         h: [T, D].
         head: [V, D] of the same type.
         labels: [T] int32; one outside [0, V) has the logit 0.
+        bias: [V] float32, if there is one.
         implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, "triton" for Ampere and newer.
         interpret: JAX's parameters of interpretation, to try a kernel on a CPU; False compiles it.
     Returns:
@@ -48,11 +51,15 @@ def label_and_normaliser(
     given = f"h {h.shape}, head {head.shape} and labels {labels.shape}"
     is_fit = h.shape == (*labels.shape, head.shape[-1])
     require(is_fit, "label_and_normaliser", given, "[T, D], [V, D] and [T]")
+    if bias is not None:
+        given = f"bias {bias.shape} {bias.dtype} and head {head.shape}"
+        is_fit = bias.shape == head.shape[:1] and bias.dtype == jnp.float32
+        require(is_fit, "label_and_normaliser", given, "[V] float32 and [V, D]")
     reason = refusal(implementation, h, head)
     check_backend("label_and_normaliser", implementation, BACKENDS, reason)
     if implementation == "reference":
-        return reference.label_and_normaliser(h, head, labels)
-    return _by_kernel(h, head, labels, implementation, interpret)
+        return reference.label_and_normaliser(h, head, labels, bias)
+    return _by_kernel(h, head, labels, bias, implementation, interpret)
 
 
 def refusal(implementation: str, h: Array, head: Array) -> str | None:
@@ -78,38 +85,59 @@ def _kernel(implementation: str) -> tuple[Callable, int]:
     return functools.partial(pallas.exponentials, blocks=H200), H200.columns
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _by_kernel(
     h: Array,
     head: Array,
     labels: Array,
+    bias: Array | None,
     implementation: str,
     interpret: Any,
 ) -> tuple[Array, Array]:
-    return _forward(h, head, labels, implementation, interpret)[0]
+    return _forward(h, head, labels, bias, implementation, interpret)[0]
+
+
+def _with_bias_in_columns(
+    h: Array,
+    head: Array,
+    bias: Array,
+) -> tuple[Array, Array]:
+    """h [T, D + 3] and head [V, D + 3], whose product has the bias in it.
+
+    In `h` the columns are ones; in the head they are three parts that add up to the bias. Only the
+    kernel reads these, which wants whole tiles and so a copy: a gradient of D + 3 columns would be
+    a matmul whose rows are not aligned.
+    """
+    columns = jnp.stack(parts_of(bias, 3), -1).astype(h.dtype)
+    ones = jnp.ones((len(h), 3), h.dtype)
+    return jnp.concatenate([h, ones], -1), jnp.concatenate([head, columns], -1)
 
 
 def _forward(
     h: Array,
     head: Array,
     labels: Array,
+    bias: Array | None,
     implementation: str,
     interpret: Any,
 ):
     exponentials, _ = _kernel(implementation)
-    values, tops, sums = exponentials(h, head, interpret=interpret)
+    operands = (h, head) if bias is None else _with_bias_in_columns(h, head, bias)
+    values, tops, sums = exponentials(*operands, interpret=interpret)
     # Join the sums of the tiles, each of which is relative to its own largest logit.
     top = tops.max(0)
     total = (sums * jnp.exp(tops - top)).sum(0)
     normaliser = top + jnp.log(total)
     vocabulary = head.shape[0]
     is_known = (labels >= 0) & (labels < vocabulary)
-    rows = head[jnp.clip(labels, 0, vocabulary - 1)]
-    rows = jnp.where(is_known[:, None], rows, 0)
+    known = jnp.clip(labels, 0, vocabulary - 1)
+    rows = jnp.where(is_known[:, None], head[known], 0)
     label = jnp.einsum("td,td->t", h, rows, preferred_element_type=jnp.float32)
+    if bias is not None:
+        label = label + jnp.where(is_known, bias[known], 0)
     # Times this, a tile's exponentials are probabilities.
     scales = jnp.exp(tops - normaliser)
-    return (label, normaliser), (h, head, labels, values, scales)
+    return (label, normaliser), (h, head, labels, bias, values, scales)
 
 
 def _backward(
@@ -118,7 +146,7 @@ def _backward(
     residuals: tuple[Array, ...],
     cotangents: tuple[Array, Array],
 ):
-    h, head, labels, values, scales = residuals
+    h, head, labels, bias, values, scales = residuals
     dlabel, dnormaliser = cotangents
     vocabulary = head.shape[0]
     scale = (scales * dnormaliser).T
@@ -127,10 +155,12 @@ def _backward(
     is_label = jnp.arange(vocabulary) == labels[:, None]
     of_normaliser = values[:, :vocabulary].astype(jnp.float32) * scale
     of_label = jnp.where(is_label, dlabel[:, None], 0)
-    dlogits = (of_normaliser + of_label).astype(h.dtype)
+    dlogits = of_normaliser + of_label
+    dbias = None if bias is None else dlogits.sum(0)
+    dlogits = dlogits.astype(h.dtype)
     dh = jnp.einsum("tv,vd->td", dlogits, head)
     dhead = jnp.einsum("tv,td->vd", dlogits, h)
-    return dh, dhead, None
+    return dh, dhead, None, dbias
 
 
 _by_kernel.defvjp(_forward, _backward)

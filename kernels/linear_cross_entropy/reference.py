@@ -9,11 +9,14 @@ def label_and_normaliser(
     h: Array,
     head: Array,
     labels: Array,
+    bias: Array | None = None,
 ) -> tuple[Array, Array]:
     """As `api.label_and_normaliser`, with all logits in at least float32."""
     wide = jnp.promote_types(h.dtype, jnp.float32)
     h, head = h.astype(wide), head.astype(wide)
     logits = jnp.einsum("td,vd->tv", h, head, precision=jax.lax.Precision.HIGHEST)
+    if bias is not None:
+        logits = logits + bias
     is_label = jnp.arange(head.shape[0]) == labels[:, None]
     label = jnp.where(is_label, logits, 0).sum(-1)
     return label, jax.nn.logsumexp(logits, -1)

@@ -4,6 +4,7 @@ The GPU kernel is interpreted where there is no GPU.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,11 @@ def naive(h, head, labels, dlabel, dnormaliser):
     return label, normaliser, dlogits @ head, dlogits.T @ h
 
 
-def results_and_gradients(operation, h, head, labels, dlabel, dnormaliser):
-    results, pullback = jax.vjp(lambda h, head: operation(h, head, labels), h, head)
+def results_and_gradients(operation, h, head, labels, dlabel, dnormaliser, *bias):
+    def loss(h, head, *bias):
+        return operation(h, head, labels, *bias)
+
+    results, pullback = jax.vjp(loss, h, head, *bias)
     return *results, *pullback((dlabel, dnormaliser))
 
 
@@ -106,6 +110,30 @@ def test_probabilities_of_large_logits_are_as_exact_as_bfloat16(run):
 def test_twice_the_same_bits(run):
     arguments = draw(SHAPES["edges"])
     assert_same_bits(run(*arguments), run(*arguments))
+
+
+@pytest.mark.parametrize("shape", ["edges", "one_tile"])
+def test_a_bias_is_added_to_the_logits_and_has_its_gradient(run, shape):
+    """As float64 has it with the bias in one more column, of which `h` has ones."""
+    h, head, labels, *cotangents = draw(SHAPES[shape])
+    bias = 3 * jax.random.normal(jax.random.key(1), head.shape[:1])
+    wide = (np.concatenate([x, y[:, None]], -1) for x, y in ((h, np.ones(len(h))), (head, bias)))
+    wide_h, wide_head = (np.asarray(x, np.float64) for x in wide)
+    *wanted, dh, dhead = naive(wide_h, wide_head, labels, *cotangents)
+    wanted += [dh[:, :-1], dhead[:, :-1], dhead[:, -1]]
+    check(run(h, head, labels, *cotangents, bias), wanted, TOLERANCE)
+
+
+def test_gradients_of_a_head_with_a_bias_are_matmuls_of_aligned_rows():
+    """With the bias in columns of the operands XLA would multiply rows of D + 3 numbers."""
+    h, head, labels, *cotangents = jax.eval_shape(lambda: draw((128, 64, 256)))
+    bias = jax.ShapeDtypeStruct(head.shape[:1], "float32")
+    operation = functools.partial(label_and_normaliser, implementation="mosaic")
+    run = functools.partial(results_and_gradients, operation)
+    lowered = lower_for_gpu(run, h, head, labels, *cotangents, bias)
+    products = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert len(products) == 3, "the label's, and two gradients"
+    assert not any("67" in re.findall(r"[x<](\d+)(?=x)", line) for line in products)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -158,3 +186,10 @@ def test_shapes_that_do_not_fit_are_refused(implementation, h, head, labels):
     labels = jnp.zeros(labels, jnp.int32)
     with pytest.raises(ValueError, match=r"expected \[T, D\], \[V, D\] and \[T\]"):
         label_and_normaliser(h, head, labels, implementation=implementation)
+
+
+@pytest.mark.parametrize("bias", [((15,), "float32"), ((16,), "bfloat16")])
+def test_a_bias_that_does_not_fit_is_refused(bias):
+    h, head, labels = jnp.zeros((8, 64)), jnp.zeros((16, 64)), jnp.zeros(8, jnp.int32)
+    with pytest.raises(ValueError, match=r"expected \[V\] float32 and \[V, D\]"):
+        label_and_normaliser(h, head, labels, jnp.zeros(*bias), implementation="reference")

@@ -1,5 +1,7 @@
 """Norms against their formulas in float64, and the type in which they work."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,16 +48,24 @@ def test_gradient_equals_finite_differences(kind):
         check_grads(lambda *a: run(kind, *a), (X, SCALE, BIAS), order=1, modes=["rev"])
 
 
-@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, lambda f: jax.vmap(f, (0, None))])
-def test_rms_gradient_is_that_of_the_formula(transform):
-    def plain(x, scale):
-        return x * (jnp.square(x).mean(-1, keepdims=True) + 1e-3) ** -0.5 * scale
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize(
+    "transform", [jax.jit, jax.checkpoint, lambda f: jax.vmap(f, (0, None, None))]
+)
+def test_gradient_is_that_of_the_formula(transform, kind):
+    def plain(x, scale, bias):
+        mean = x.mean(-1, keepdims=True) if kind == "layer" else 0
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        return (x - mean) * (variance + 1e-3) ** -0.5 * scale + (bias if kind == "layer" else 0)
 
     def gradient(f):
-        return jax.grad(lambda x, scale: jnp.sin(transform(f)(x, scale)).sum(), (0, 1))(X, SCALE)
+        def total(*arguments):
+            return jnp.sin(transform(f)(*arguments)).sum()
+
+        return jax.grad(total, (0, 1, 2))(X, SCALE, BIAS)
 
     with jax.enable_x64(True):
-        got, wanted = gradient(lambda x, scale: rms_norm(x, scale, epsilon=1e-3)), gradient(plain)
+        got, wanted = gradient(functools.partial(run, kind)), gradient(plain)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, wanted)
 
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscale.ops.split_product import parts_of, split_product
+from jaxscale.kernels.parts import parts_of
+from jaxscale.ops.split_product import split_product
 
 
 def test_product_and_gradients_are_those_of_float32():

@@ -56,7 +56,7 @@ MEASURED = [
     ("runs/llama_1b", 2, f"{LONG} data.sequence_length=32768 mesh.ring=2", 560.4, 27.3),
     ("runs/long_1b", 1, "model.num_layers=4", 2282, 23.98),
     ("runs/mixtral_4b", 1, "model.num_layers=6", 86.07, 23.87),
-    ("papers/grin_moe_h200", 1, "model.num_layers=6", 89.41, 22.88),
+    ("papers/grin_moe_h200", 1, "model.num_layers=6 execution.num_loss_chunks=4", 89.41, 22.88),
     ("runs/llama_1b", 2, f"{DENSE} mesh.data=2 mesh.zero=3", 231.57, 29.60),
     ("runs/llama_1b", 2, f"{DENSE} mesh.data=2 mesh.zero=1", 232.19, 30.98),
     ("runs/llama_1b", 2, f"{DENSE} mesh.data=2 mesh.zero=0", 233.36, 33.24),
@@ -143,7 +143,7 @@ def planner_of(run, devices, limit_bytes=float("inf")):
 
 
 def test_time_and_memory_are_those_of_real_steps():
-    """Both within 4 % on average, time within 9 % and memory within 10 % at most."""
+    """On average time within 2.5 % and memory within 4 %, at most within 6 % and 10 %."""
     of_time, of_memory = [], []
     for name, num_devices, overrides, milliseconds, gib in MEASURED:
         run = run_of(name, *overrides.split())
@@ -151,7 +151,7 @@ def test_time_and_memory_are_those_of_real_steps():
         of_time.append(abs(found.time.total * 1e3 / milliseconds - 1))
         if run.mesh.pipeline == 1 or jax.__version_info__ >= (0, 11):  # by which they were measured
             of_memory.append(abs(found.memory.total / GIB / gib - 1))
-    assert sum(of_time) / len(of_time) < 0.04 and max(of_time) < 0.09
+    assert sum(of_time) / len(of_time) < 0.025 and max(of_time) < 0.06
     assert sum(of_memory) / len(of_memory) < 0.04 and max(of_memory) < 0.10
 
 
