@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxscale import tree
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
@@ -19,8 +20,11 @@ from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.types import InputError
 from tests.parallel.comparison import (
+    KEY,
     assert_equal_to_single_device,
+    canonical,
     dense,
+    gradient_on_mesh,
     make_batch,
     make_loss,
     make_params,
@@ -110,6 +114,31 @@ def test_queries_meet_all_keys_that_lie_on_the_device_in_one_call(monkeypatch, p
     params = jax.tree.map(lambda x: x.astype("float32"), make_params(model))
     jax.eval_shape(jax.grad(sum_loss), params)
     assert calls == [(4, 4 if places is ON_HOST else 16)] * num_calls
+
+
+@pytest.mark.parametrize(
+    "places", [KEYS_ON_DEVICE, pytest.param(ON_HOST, marks=pytest.mark.long)], ids=str
+)
+def test_what_is_frozen_gets_no_gradient_and_none_is_computed(places):
+    """Barriers tie all weights' gradients to the steps' order; those that nobody asks for go."""
+    strategy = FullyPipelined(chunk_tokens=T // 2, num_pieces=1, **places)
+    trainable = r".*attention/(q|o)"
+    num_matmuls = []
+    with jax.enable_x64(True):
+        for names in (".*", trainable):
+            settings = dict(trainable=names, strategy=strategy, remat="none")
+            region, run = gradient_on_mesh(DENSE, MeshConfig(), **settings)
+            arguments = make_params(DENSE), make_batch(length=T), KEY
+            program = run.lower(*arguments).compile()
+            num_matmuls.append(program.as_text().count(" dot("))
+        gradients = canonical(region.specs, program(*arguments)[1])
+        found = {path: leaf for path, leaf in tree.flatten(gradients).items() if leaf is not None}
+        _, wanted = single_device(DENSE, length=T)
+    assert set(found) == {"layers/0/attention/q", "layers/0/attention/o"}
+    for path, leaf in found.items():
+        np.testing.assert_allclose(leaf, tree.flatten(wanted)[path], rtol=1e-9, atol=1e-12)
+    # Of each chunk the three weights of the feed-forward, and those of the head.
+    assert num_matmuls[0] - num_matmuls[1] == 3 * 2 + 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
