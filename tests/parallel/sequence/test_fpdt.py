@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,10 +12,16 @@ from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
 from jaxscale.models.execution import ExecutionConfig
-from jaxscale.ops.attention.intervals import IntervalAttention
+from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.attention.intervals import IntervalAttention, attention_over_intervals
+from jaxscale.ops.rotary import LongRopeScaling
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.sequence.fpdt.by_keys import _Queries
+from jaxscale.parallel.sequence.fpdt.cuts import Cuts
+from jaxscale.parallel.sequence.fpdt.gradient import stream_layer
+from jaxscale.parallel.sequence.fpdt.keys import Intervals
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.parallel.sequence.fpdt.stream import Places, Stream, Tokens
 from jaxscale.run.run import Run, check_fit
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
@@ -34,16 +41,38 @@ from tests.parallel.comparison import (
 )
 
 T = 32  # of the batches that are compared
+
+
+def richest():
+    """A layer with a window, a soft-cap, LongRoPE's two lists, drawn experts and dropout."""
+    model = mixture(
+        num_layers=1,
+        moe_pattern=(True,),
+        windows=(5,),
+        max_length=T,
+        attention_softcap=2.0,
+        router="sparsemixer_v2",
+        router_threshold=0.8,
+        expert_dropout=0.3,
+    )
+    # Documents of more than 12 tokens have the second list.
+    scaling = LongRopeScaling((1.0, 2.0, 3.0, 4.0), 1.0, (4.0, 3.0, 2.0, 1.0), 1.2, 12)
+    (layer,) = model.pattern
+    rotary = dataclasses.replace(layer.attention.rotary, scaling=scaling)
+    attention = dataclasses.replace(layer.attention, rotary=rotary)
+    return dataclasses.replace(model, pattern=(dataclasses.replace(layer, attention=attention),))
+
+
 DENSE = dense(num_layers=2, max_length=T)
 MOE = mixture(num_layers=2, max_length=T)
-MOE_LAYER = mixture(num_layers=1, moe_pattern=(True,), windows=(None,), max_length=T)
+RICH_LAYER = richest()
 DEEP_MOE = mixture(num_layers=4, max_length=T)  # two periods, one for each of two stages
 ON_HOST, TWICE = dict(chunks="host"), dict(attention="nowhere")
 ON_DEVICE = dict(inputs="device", attention="device", chunks="device")
 KEYS_ON_DEVICE = dict(chunks="device")
 # Packed documents, padding, and rows without any token that counts are in every batch.
 MESHES = [
-    ("moe layer", 4, dict(sequence=2), dict(num_pieces=1) | TWICE),
+    ("rich moe", 4, dict(sequence=2), dict(num_pieces=1) | TWICE),
     ("dense", 4, dict(sequence=2), KEYS_ON_DEVICE),
     *[
         pytest.param(
@@ -67,6 +96,7 @@ MESHES = [
     *[
         pytest.param(name, 2, sizes, places, marks=pytest.mark.long)
         for name, sizes, places in (
+            ("rich moe", dict(sequence=2, expert=2), KEYS_ON_DEVICE),
             ("moe", dict(sequence=2, expert=2), KEYS_ON_DEVICE),
             ("moe", dict(tensor=2, data=2, num_microbatches=4), ON_HOST),
             ("moe", dict(tensor=2, data=2, num_microbatches=4), KEYS_ON_DEVICE),
@@ -81,7 +111,7 @@ MESHES = [
 
 @pytest.mark.parametrize(("name", "num_chunks", "sizes", "settings"), MESHES, ids=str)
 def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, sizes, settings):
-    model = {"dense": DENSE, "moe layer": MOE_LAYER, "moe": MOE, "deep moe": DEEP_MOE}[name]
+    model = {"dense": DENSE, "rich moe": RICH_LAYER, "moe": MOE, "deep moe": DEEP_MOE}[name]
     strategy = FullyPipelined(chunk_tokens=T // num_chunks, **settings)
     settings = dict(zero=3, num_microbatches=2) | sizes
     num_microbatches = settings["num_microbatches"] if "moe" in name else 1
@@ -89,6 +119,34 @@ def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, s
         wanted = single_device(model, num_microbatches, length=T)
         result = on_mesh(model, strategy=strategy, remat="none", length=T, **settings)
         assert_equal_to_single_device(result, wanted, length=T)
+
+
+@pytest.mark.parametrize("places", [KEYS_ON_DEVICE, ON_HOST], ids=str)
+def test_gradients_of_chunks_in_bfloat16_are_added_up_in_float32(places):
+    """256 + 1 is 256 in bfloat16, whichever chunk comes first."""
+    q = jax.ShapeDtypeStruct((1, 1, 1, 8), "bfloat16")
+    context = AttentionContext(jnp.zeros((1, 1), jnp.int32))
+
+    def project(params, x, known):
+        return (x[..., None, :],) * 3
+
+    stream = Stream(
+        project=project,
+        leave=lambda o: o,
+        finish=lambda params, x, o, known, logits: (params * x, None),
+        attention=attention_over_intervals(q, context, implementation="reference"),
+        chunks=Cuts(3),
+        pieces=Cuts(1),
+        places=Places(("device",) * 3, "device", places["chunks"]),
+    )
+    last = jnp.arange(3, dtype=jnp.int32)[None]
+    tokens = Tokens(None, Intervals(0 * last, last + 1))
+    x = jnp.zeros((1, 3, 8), "bfloat16").at[0, :, 0].set(jnp.array([1, 256, 1]))
+
+    def total(weight):
+        return stream_layer(stream, weight, x, tokens)[0].astype("float32").sum()
+
+    assert jax.jit(jax.grad(total))(jnp.ones((), "bfloat16")) == 258
 
 
 @pytest.mark.parametrize(
