@@ -15,6 +15,7 @@ from jaxscale.kernels.parts import parts_of
 from jaxscale.kernels.triton_call import blocks_of, missing
 
 BACKENDS = ("reference", "mosaic", "triton")
+UNIT = 64  # numbers of a row that the kernels read at once
 
 
 def label_and_normaliser(
@@ -102,15 +103,15 @@ def _with_bias_in_columns(
     head: Array,
     bias: Array,
 ) -> tuple[Array, Array]:
-    """h [T, D + 3] and head [V, D + 3], whose product has the bias in it.
+    """h and head with three columns more and zeros up to whole units, whose product has the bias.
 
     In `h` the columns are ones; in the head they are three parts that add up to the bias. Only the
-    kernel reads these, which wants whole tiles and so a copy: a gradient of D + 3 columns would be
-    a matmul whose rows are not aligned.
+    kernel reads these. Rows of D + 3 numbers, or gradients of them, would not be aligned.
     """
     columns = jnp.stack(parts_of(bias, 3), -1).astype(h.dtype)
-    ones = jnp.ones((len(h), 3), h.dtype)
-    return jnp.concatenate([h, ones], -1), jnp.concatenate([head, columns], -1)
+    zeros = (0, 0), (0, -(h.shape[1] + 3) % UNIT)
+    h = jnp.concatenate([h, jnp.ones((len(h), 3), h.dtype)], -1)
+    return jnp.pad(h, zeros), jnp.pad(jnp.concatenate([head, columns], -1), zeros)
 
 
 def _forward(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.kernels.linear_cross_entropy import api
 from jaxscale.kernels.linear_cross_entropy.api import BACKENDS, label_and_normaliser, refusal
 from tests.kernels.interpretation import (
     assert_norm_close,
@@ -134,6 +135,21 @@ def test_gradients_of_a_head_with_a_bias_are_matmuls_of_aligned_rows():
     products = [line for line in lowered.splitlines() if "dot_general" in line]
     assert len(products) == 3, "the label's, and two gradients"
     assert not any("67" in re.findall(r"[x<](\d+)(?=x)", line) for line in products)
+
+
+def test_a_kernel_is_given_rows_of_whole_units_with_a_bias_too(monkeypatch):
+    """Triton would read rows of D + 3 numbers as they are, none of them aligned."""
+    given = []
+
+    def exponentials(h, head, interpret):
+        given.append((h.shape, head.shape))
+        tiles = jnp.zeros((1, len(h)))
+        return jnp.zeros((len(h), len(head)), h.dtype), tiles, tiles
+
+    monkeypatch.setattr(api, "_kernel", lambda implementation: (exponentials, 256))
+    h, head, labels, *_ = draw((8, 64, 256))
+    label_and_normaliser(h, head, labels, jnp.zeros(256), implementation="mosaic")
+    assert given == [((8, 128), (256, 128))]
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
