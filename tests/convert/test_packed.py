@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import ml_dtypes
@@ -34,6 +35,8 @@ FAMILIES = {
 def small(name):
     """(a tiny model of a family, its parameters in few bits)."""
     values = TINY if name == "phi3small" else json.loads((FIXTURES / name / CONFIG).read_text())
+    if name == "phi3":  # more inputs than a group has
+        values |= {"hidden_size": 160, "intermediate_size": 136}
     names = () if values.get("tie_word_embeddings", True) else ("lm_head.weight",)
     model = read_config(BY_MODEL_TYPE[name], values, CONFIG, names)
     table = parameter_table(model)
@@ -61,6 +64,21 @@ def test_a_folder_in_few_bits_has_the_same_integers_again(name, tmp_path):
     whole = tree.flatten(folder.params(stored))
     for path, leaf in tree.flatten(dequantised(params, "bfloat16")).items():
         np.testing.assert_array_equal(np.asarray(whole[path]), np.asarray(leaf), path)
+
+
+def test_what_is_written_says_the_bits_of_each_module(tmp_path):
+    """Others read the words by it."""
+    write("phi3", tmp_path)
+    groups = json.loads((tmp_path / CONFIG).read_text())["quantization_config"]["config_groups"]
+    found = {each["weights"]["num_bits"]: each["targets"] for each in groups.values()}
+    assert set(found) == {4, 8}
+    for bits, module in (
+        (8, "lm_head"),
+        (8, "model.embed_tokens"),
+        (4, "model.layers.1.mlp.down_proj"),
+    ):
+        assert [pattern for pattern in found[bits] if re.fullmatch(pattern[3:], module)]
+        assert not [each for each in found[12 - bits] if re.fullmatch(each[3:], module)]
 
 
 def test_the_file_of_phi3_mini(tmp_path):

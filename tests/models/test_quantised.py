@@ -17,7 +17,7 @@ from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.parameters import abstract_params, init_params, parameter_table
 from jaxscale.models.quantised import QuantisedConfig, dequantised, num_bytes, quantised
 from jaxscale.ops.precision import Policy
-from jaxscale.ops.quantised import quantise
+from jaxscale.ops.quantised import QuantisedTable, quantise
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
@@ -60,6 +60,34 @@ def test_a_group_is_rounded_to_multiples_of_its_own_scale(bits):
     assert (np.abs(got.reshape(groups.shape) - groups) <= scale / 2 * 1.0001).all()
     np.testing.assert_array_equal(got[:, 288:], 0)
     assert found.words.nbytes == 3 * 384 * 64 * bits // 8  # 5 outputs are padded to 64
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_fit_the_scale_that_is_kept(bits):
+    """In bfloat16 it is rounded, and the largest integers would be off by a quarter of a step."""
+    matrix = np.random.default_rng(0).normal(size=(128, 64)).astype(jnp.bfloat16)
+    found = quantise(jnp.asarray(matrix), 0, 1, bits)
+    got, scales = found.integers()
+    wide = matrix.astype(np.float32)
+    error = np.abs(np.asarray(got, np.float32) * scales.astype("float32") - wide)
+    assert (error <= scales.astype("float32") / 2 * 1.0001).all()
+
+
+def test_rows_of_a_table_are_those_of_the_whole():
+    """Of tokens beyond the first unit of 64, with more inputs than a group has."""
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(150, 200)), jnp.float32)
+    small = QuantisedTable(quantise(table.T, 0, 1, 8))
+    tokens = jnp.asarray([[0, 63, 64], [149, 128, 7]])
+    np.testing.assert_allclose(small[tokens], small.whole("float32")[tokens], rtol=1e-6)
+    np.testing.assert_allclose(small[tokens], table[tokens], atol=0.02)
+
+
+def test_each_expert_s_matrix_has_scales_of_its_own():
+    small = quantised(params("mixture"), parameter_table(MODELS["mixture"]), CONFIGS["mixture"])
+    experts = small["layers"]["0"]["moe"]["experts"]
+    for name, shape in (("gate", (16, 12)), ("up", (16, 12)), ("down", (12, 16))):
+        assert (experts[name].shape, experts[name].num_inputs) == (shape, 1)
+        assert experts[name].scales.shape[:2] == (2, 4)
 
 
 CONFIGS = {

@@ -109,6 +109,16 @@ def test_the_intervals_of_the_kernel_are_the_keys_that_tokens_of_prompts_see(win
     assert (high[~is_of_prompt] <= low[~is_of_prompt]).all()
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_intervals_of_the_kernel_are_the_keys_that_decoding_tokens_see(window):
+    rows, positions, _ = layout()
+    context = AttentionContext(jnp.asarray(positions)[None], window=window)
+    low, high = map(np.asarray, paged_kernels._single_intervals(context, rows))
+    # The first two sequences decode behind 6 tokens and behind none; the third is a prompt.
+    np.testing.assert_array_equal(low, [0 if window is None else 3, 0, 0])
+    np.testing.assert_array_equal(high, [7, 1, 0])
+
+
 def test_the_sequences_of_the_one_launch_are_those_of_the_rows():
     rng = np.random.default_rng(0)
     rows, positions, own = layout()

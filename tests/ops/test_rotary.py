@@ -17,6 +17,7 @@ from jaxscale.ops.rotary import (
     LongRopeScaling,
     RotaryConfig,
     YarnScaling,
+    document_lengths,
     rotate,
 )
 from jaxscale.types import InputError
@@ -126,23 +127,43 @@ def test_llama3_scaling_goes_by_the_wavelength():
     assert len({*np.round(np.array(wanted) / plain_frequencies(128, 5e5), 6)}) > 5
 
 
-@pytest.mark.parametrize("theta, length", [(1e4, 4096), (1e6, 32768)])
-def test_yarn_interpolates_by_the_number_of_rotations(theta, length):
+@pytest.mark.parametrize(
+    ("theta", "length", "size"),
+    [
+        (1e4, 4096, 128),
+        (1e6, 32768, 128),
+        # The ramp would begin before the first pair, or end behind all elements of the head.
+        (10.0, 64, 16),
+        (10.0, 2000, 16),
+    ],
+)
+def test_yarn_interpolates_by_the_number_of_rotations(theta, length, size):
     """The paper's ramp over pairs, whose ends are rounded outwards as in its released code."""
-    factor, size = 16.0, 128
+    factor = 16.0
     config = RotaryConfig(theta, scaling=YarnScaling(factor, length))
 
     def pair_of(num_rotations):
         return size * math.log(length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = math.floor(pair_of(32)), math.ceil(pair_of(1))
+    low = max(math.floor(pair_of(32)), 0)
+    high = min(math.ceil(pair_of(1)), size - 1)
     plain, wanted = plain_frequencies(size, theta), []
     for pair, frequency in enumerate(plain):
         share = min(max((pair - low) / (high - low), 0), 1)
         wanted.append(share * frequency / factor + (1 - share) * frequency)
     np.testing.assert_allclose(config.frequencies(size), wanted, rtol=1e-12)
     assert config.frequencies(size)[0] == plain[0]
-    assert config.frequencies(size)[-1] == plain[-1] / factor
+    assert (config.frequencies(size)[-1] == plain[-1] / factor) == (high < size // 2)
+
+
+def test_yarn_s_magnitude_of_no_longer_text_is_1():
+    assert YarnScaling(0.5, 64).magnitude == YarnScaling(1.0, 64).magnitude == 1
+
+
+def test_rows_without_segments_have_lengths_of_their_own():
+    positions = jnp.asarray([[0, 1, 2, 3], [0, 1, 1, 1]])
+    got = document_lengths(positions, None, lambda x: x)
+    np.testing.assert_array_equal(got, [[4] * 4, [2] * 4])
 
 
 def test_yarn_s_magnitude_is_on_queries_and_keys():
