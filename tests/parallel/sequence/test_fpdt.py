@@ -121,6 +121,51 @@ def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, s
         assert_equal_to_single_device(result, wanted, length=T)
 
 
+def copied(jaxpr, space):
+    """Elements that a layer of a traced program copies to a space of memory."""
+    found = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "device_put":
+            pairs = zip(equation.params["devices"], equation.outvars, strict=True)
+            found += sum(x.aval.size for where, x in pairs if where == space)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            found += copied(inner, space) if hasattr(inner, "eqns") else 0
+    return found
+
+
+# Of 8 rows of 16 tokens: inputs, outputs with their lse, and of 3 of 4 chunks keys and values.
+INPUTS, OUTPUTS, KEYS = 8 * 16 * 16, 8 * 16 * 4 * (8 + 1), 3 * 8 * 4 * 2 * (2 * 8)
+QUERIES = 8 * 4 * 4 * (3 * 8)  # with their gradient and the cotangent of the output, of a chunk
+
+
+@pytest.mark.parametrize(
+    ("places", "on_host"),
+    [
+        (ON_DEVICE, 0),
+        (ON_DEVICE | dict(inputs="host"), INPUTS),
+        (ON_DEVICE | dict(inputs="host", device_input_bytes=INPUTS * 4 // 2), INPUTS // 2),
+        (ON_DEVICE | dict(attention="host"), OUTPUTS),
+        (KEYS_ON_DEVICE, INPUTS + OUTPUTS),
+        # Three chunks of queries wait for the second outer step, two for the third; the last stays.
+        (ON_HOST, INPUTS + OUTPUTS + KEYS + (3 + 2) * QUERIES),
+    ],
+    ids=str,
+)
+def test_what_rests_on_the_host_is_copied_there(places, on_host):
+    strategy = FullyPipelined(chunk_tokens=4, **places)
+    loss = make_loss(DENSE, "float32", remat="none", strategy=strategy)
+
+    def total(params):
+        return loss(params, make_batch(), None)[0]
+
+    params = jax.tree.map(lambda x: x.astype("float32"), make_params(DENSE))
+    program = jax.make_jaxpr(jax.grad(total))(params).jaxpr
+    assert copied(program, jax.memory.Space.Host) == on_host
+    # More where a chunk comes twice: inputs for keys made again, keys for each chunk of queries.
+    assert copied(program, jax.memory.Space.Device) >= on_host
+
+
 @pytest.mark.parametrize("places", [KEYS_ON_DEVICE, ON_HOST], ids=str)
 def test_gradients_of_chunks_in_bfloat16_are_added_up_in_float32(places):
     """256 + 1 is 256 in bfloat16, whichever chunk comes first."""
