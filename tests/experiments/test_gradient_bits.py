@@ -35,10 +35,14 @@ def test_the_last_layer_that_differs_in_any_run_is_told(bits, monkeypatch):
     runs = [(1.0, gradient()), (1.0, gradient(q=of_first)), (1.5, gradient(q=of_second))]
     monkeypatch.setattr(bits, "runs_of", lambda run, num_runs: iter(runs))
     line, first = bits.compared(None, 3)
-    assert line == {"loss": 1.0, "other_losses": 1, "last_layer": {"layers/0/q": 1}, "largest": 2.0}
+    place = "layers/0/q", 1
+    told = {"last_layer": dict([place]), "largest": 2.0, "of": place}
+    assert line == {"loss": 1.0, "other_losses": 1} | told
     line = bits.told(bits.differences(runs[1][1], first))
-    assert line == {"last_layer": {"layers/0/q": 0}, "largest": pytest.approx(2**-24)}
-    assert bits.told(bits.differences(first, first)) == {"last_layer": {}, "largest": 0.0}
+    place = "layers/0/q", 0
+    assert line == {"last_layer": dict([place]), "largest": pytest.approx(2**-24), "of": place}
+    told = bits.told(bits.differences(first, first))
+    assert told == {"last_layer": {}, "largest": 0.0, "of": None}
 
 
 def test_what_is_not_a_number_differs_most_and_zeros_have_signs(bits):
