@@ -48,8 +48,9 @@ def ours(values, options, bits):
         return dataclasses.replace(cache, k=noise, v=noise)
 
     def with_slots(cache):  # of all layers the same, as they are where a prompt was read
-        is_used = jnp.arange(length + new)[None] < length
-        places = jnp.where(is_used, jnp.arange(length + new), -1)
+        slots = jnp.arange(cache.k.shape[2])
+        is_used = slots[None] < length
+        places = jnp.where(is_used, slots, -1)
         return dataclasses.replace(
             cache, positions=places, segments=is_used.astype(jnp.int32), length=jnp.int32(length)
         )

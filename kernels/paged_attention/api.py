@@ -14,8 +14,9 @@ from jaxscale.kernels.triton_call import missing
 
 BACKENDS = ("reference", "mosaic", "triton")
 RAGGED_BACKENDS = WRITING_BACKENDS = ("reference", "mosaic")
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = {"mosaic": (64, 96, 128, 256), "triton": (64, 128, 256)}
 PAGE_SIZES = {"mosaic": (64, 128), "triton": (16, 32, 64, 128)}
+WARPGROUP = 128  # threads, each of which takes part in the copy of a new key or value
 NARROW_TYPES = (jnp.int8, jnp.float8_e4m3fn)
 
 
@@ -208,6 +209,9 @@ def writing_refusal(
         return reason
     if k_pages.dtype != q.dtype:
         return f"pages in {q.dtype}, here {k_pages.dtype}"
+    row_bytes = q.shape[2] * q.dtype.itemsize
+    if row_bytes % WARPGROUP:
+        return f"a head's row in multiples of {WARPGROUP} bytes, here {row_bytes}"
     num_heads, unit = q.shape[1], pallas.UNIT
     groups = num_heads // k_pages.shape[2]
     if num_heads % unit or (unit % groups and groups % unit) or k_pages.shape[2] % (unit // 2):
@@ -254,8 +258,9 @@ def refusal(
         return f"mosaic and head_dim % 128 == 0 for pages in {k_pages.dtype}, here {given}"
     if not is_half or (k_pages.dtype != q.dtype and not is_narrow):
         return f"q and pages both bfloat16 or both float16, here {q.dtype} and {k_pages.dtype}"
-    if q.shape[2] not in HEAD_DIMS:
-        return f"head_dim one of {HEAD_DIMS}, here {q.shape[2]}"
+    head_dims = HEAD_DIMS[implementation]
+    if q.shape[2] not in head_dims:
+        return f"head_dim one of {head_dims}, here {q.shape[2]}"
     page_sizes = PAGE_SIZES[implementation]
     if k_pages.shape[1] not in page_sizes:
         return f"a page size of {page_sizes}, here {k_pages.shape[1]}"

@@ -33,7 +33,8 @@ from jaxscale.kernels.persistent import LOG2E, ROWS, swizzled
 SHIFT = 2.0**8
 # How 8 bits lie in registers while they are converted.
 NARROW_LAYOUT = plgpu.Layout.WGMMA_UPCAST_4X
-PAGES_BYTES = 64 * 1024  # of pages in shared memory, so that two blocks fit a multiprocessor
+# Of pages in shared memory, so that two blocks fit a multiprocessor; 72 KiB for heads of 96.
+PAGES_BYTES = 64 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,14 @@ class Reading:
         """Pages of keys, and of values, in shared memory."""
         num_elements = 2 * self.page_size * self.head_dim  # of a page of keys and one of values
         if not self.is_narrow:
-            return max(PAGES_BYTES // (2 * num_elements), 2)
+            return max(-(-PAGES_BYTES // (2 * num_elements)), 2)
         converted_bytes = 2 * num_elements
         return max((PAGES_BYTES - converted_bytes) // num_elements, 2)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a swizzled tile: a head's row, of at least 2 bytes a value, has whole ones."""
+        return 128 if self.head_dim % 64 == 0 else 64
 
     def wide(self, q_type: Any) -> Any:
         """The type that the tensor cores multiply."""
@@ -120,15 +126,15 @@ def buffer_types(
 ) -> Buffers:
     """What `Buffers` are made of."""
     page, stages = (reading.page_size, reading.head_dim), reading.stages
-    pages = swizzled((stages, *page), pages_type)
+    pages = swizzled((stages, *page), pages_type, reading.row_bytes)
     full = plgpu.Barrier(num_arrivals=2 if reading.is_narrow else 1, num_barriers=stages)
     wide = reading.wide(q_type)
     converted, scales = None, None
     if reading.is_narrow:
-        converted = swizzled(page, wide)
+        converted = swizzled(page, wide, reading.row_bytes)
         scales = plgpu.SMEM((stages, reading.page_size), jnp.bfloat16)
     return Buffers(
-        q=swizzled((ROWS, reading.head_dim), wide),
+        q=swizzled((ROWS, reading.head_dim), wide, reading.row_bytes),
         k=pages,
         v=pages,
         k_full=full,

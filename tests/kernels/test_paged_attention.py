@@ -39,6 +39,7 @@ CASES = {
     "heads that share a tile": (2, 5, 2, 64, 8, 4, 64, "bfloat16", None, None),
     "pages of int8": (2, 5, 2, 64, 2, 1, 128, "bfloat16", None, None),
     "pages of float8": (2, 5, 2, 64, 2, 1, 128, "bfloat16", None, None),
+    "heads of 96": (2, 5, 4, 64, 4, 2, 96, "bfloat16", None, 90),
     "pages of 128": (2, 5, 2, 128, 2, 2, 64, "bfloat16", None, None),
 }
 
@@ -95,7 +96,7 @@ def expected(arrays, scale, softcap):
     return out
 
 
-@pytest.mark.parametrize("case", long_but(CASES, ("grouped heads",)))
+@pytest.mark.parametrize("case", long_but(CASES, ("grouped heads", "heads of 96")))
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_attention_over_pages(case, implementation):
     if implementation == "mosaic" and not IS_NEW:
@@ -103,7 +104,7 @@ def test_attention_over_pages(case, implementation):
     arrays, settings = draw(case)
     skip_unless_runnable(implementation)
     if refusal(implementation, *arrays[:2]):
-        pytest.skip("the kernel does not take pages of 8 bits")
+        pytest.skip("the kernel takes neither pages of 8 bits nor heads of 96")
     interpret = interpret_of(implementation)
     o = paged_attention(*arrays, **settings, implementation=implementation, interpret=interpret)
     assert o.dtype == arrays[0].dtype
@@ -151,6 +152,7 @@ RAGGED = {
     "two heads a group": (4, 2, 64, None, None, "bfloat16"),
     "a window": (8, 1, 64, 70, None, "bfloat16"),
     "a head a group, soft-cap": (2, 2, 128, None, 1.5, "float16"),
+    "heads of 96": (4, 2, 96, None, None, "bfloat16"),
     "pages of float8": (4, 2, 128, None, None, "float8_e4m3fn"),
 }
 # (first token, tokens, position of the first, pages): two that decode, one of padding, and prompts
@@ -206,6 +208,8 @@ def test_tokens_of_prompts_and_decoding_sequences_in_one_launch(implementation, 
 def test_what_the_kernels_that_write_or_take_all_cannot_do_is_said():
     (q, k_pages, *_), _ = draw("grouped heads")
     assert "N % 8 == 0" in writing_refusal("mosaic", q, k_pages)
+    of_96 = jnp.zeros((8, 8, 96), q.dtype), jnp.zeros((2, 64, 8, 96), q.dtype)
+    assert "multiples of 128 bytes" in writing_refusal("mosaic", *of_96)
     assert "T % 8" in ragged_refusal("mosaic", q, k_pages)
     many = jnp.zeros((8, 18, 64), q.dtype)
     assert "N / K <= 8" in ragged_refusal("mosaic", many, k_pages)

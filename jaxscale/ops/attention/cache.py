@@ -2,14 +2,21 @@
 
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.ops.attention import cache_kernels as kernels
 from jaxscale.ops.attention.api import attention
 from jaxscale.ops.attention.context import NEVER, AttentionContext
-from jaxscale.types import Array
+from jaxscale.ops.device import device_refusal, kernel_family
+from jaxscale.types import Array, InputError, check_choice
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("xla", "mosaic")
 
 
 @functools.partial(
@@ -44,8 +51,11 @@ def empty_cache(
     head_dim: int,
     dtype: str,
 ) -> KVCache:
-    """A cache of `capacity` free slots per row."""
+    """A cache of `capacity` free slots per row; a long one has some more, to be whole pages."""
     shape = batch_size, num_kv_heads, capacity, head_dim
+    if kernels.is_long(shape, jnp.dtype(dtype).itemsize):
+        capacity += -capacity % kernels.PAGE
+        shape = batch_size, num_kv_heads, capacity, head_dim
     return KVCache(
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),
@@ -80,6 +90,8 @@ def attend(
     v: Array,
     context: AttentionContext,
     cache: KVCache,
+    *,
+    implementation: str | None = None,
 ) -> tuple[Array, KVCache]:
     """Appends the new keys to the cache and attends over all of it.
 
@@ -93,10 +105,21 @@ def attend(
         context: positions and segments of the new tokens, [B, T]; the layer's window, soft-cap and
             scale.
         cache: what came before; its capacity must hold T more slots.
+        implementation: one of BACKENDS; "mosaic" is our kernel for one token a row on Hopper GPUs.
+            None picks one and logs it.
     Returns:
         ([B, T, N, H], the longer cache). The output is NaN once the cache has overflowed: a
-        compiled loop cannot raise, and the write lands on the last slots.
+        compiled loop cannot raise, and the write lands on the last slots. With "mosaic" it is NaN
+        too where what a token sees is not one run of slots.
+    Raises:
+        InputError: the named backend cannot do what is asked.
     """
+    if implementation is None:
+        implementation = _choose(q, context, cache)
+    check_choice("implementation", implementation, BACKENDS)
+    is_kernel = implementation == "mosaic"
+    if is_kernel and (reason := kernels.refusal(q, cache.k, context) or device_refusal("mosaic")):
+        raise InputError("implementation", implementation, reason)
     cache, segments = _append(k, v, context, cache)
     seen = dataclasses.replace(
         context,
@@ -104,8 +127,22 @@ def attend(
         key_positions=cache.positions,
         key_segments=cache.segments,
     )
-    o = over_keys(q, cache.k, cache.v, seen)
+    over = kernels.over_slots if is_kernel else over_keys
+    o = over(q, cache.k, cache.v, seen)
     return jnp.where(cache.length <= cache.k.shape[2], o, jnp.nan), cache
+
+
+def _choose(q: Array, context: AttentionContext, cache: KVCache) -> str:
+    """The kernel for one token behind a long cache where it can, else XLA."""
+    if q.shape[1] != 1 or not kernels.is_long(cache.k.shape, cache.k.dtype.itemsize):
+        return "xla"
+    reason = "a Hopper GPU"
+    if kernel_family() == "mosaic":
+        reason = kernels.refusal(q, cache.k, context)
+    chosen = "xla" if reason else "mosaic"
+    why = f", as mosaic needs {reason}" if reason else ""
+    logger.info("attention over a long cache: backend %s for %s%s", chosen, q.dtype, why)
+    return chosen
 
 
 def _append(

@@ -1,0 +1,167 @@
+"""One token's attention over a long cache by the kernel over pages, and when it is taken."""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from jaxscale.kernels.attention.tiles import BlockLayout
+from jaxscale.launch.ahead_of_time import as_on, described_devices, has_plugin
+from jaxscale.ops.attention import AttentionContext, cache_kernels
+from jaxscale.ops.attention import cache as kv_cache
+from jaxscale.ops.device import is_hopper
+from jaxscale.types import InputError
+from tests.kernels.interpretation import INTERPRET, assert_norm_close, long_but
+
+IS_NEW = jax.__version_info__ >= (0, 11)
+needs_kernel = pytest.mark.skipif(not IS_NEW, reason="the kernel needs jax 0.11")
+TOLERANCE = 4e-3  # of the norm, in bfloat16
+CAPACITY, USED, PADDING = 384, 201, 77  # slots, those written, those of the second row's padding
+# Query heads, kv heads, H, settings of the context.
+CASES = {
+    "a head a group of 96": (4, 4, 96, {}),
+    "groups of 4 and a window": (8, 2, 64, {"window": 70}),
+    "soft-cap and a scale": (2, 1, 128, {"softcap": 1.5, "scale": 0.2}),
+}
+
+
+def draw(case):
+    """(queries, a filled cache, the context of one new token) of two rows, the second padded."""
+    num_heads, num_kv_heads, head_dim, settings = CASES[case]
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 1, num_heads, head_dim))
+    k, v = rng.normal(size=(2, 2, num_kv_heads, CAPACITY, head_dim))
+    # Keys that are not seen may be NaN, and so may values in pages of which nothing is.
+    k[:, :, USED:], v[:, :, USED:], v[:, :, 256:] = np.nan, 0, np.nan
+    k[1, :, :PADDING], v[1, :, :64] = np.nan, np.nan
+    positions = np.arange(CAPACITY) - np.asarray([[0], [PADDING]])
+    positions = np.where(positions < 0, -1, positions)
+    positions[:, USED:] = -1
+    cache = kv_cache.KVCache(
+        *(jnp.asarray(each, "bfloat16") for each in (k, v)),
+        positions=jnp.asarray(positions),
+        segments=jnp.asarray(positions >= 0, jnp.int32),
+        length=jnp.int32(USED),
+    )
+    new = AttentionContext(cache.positions[:, USED - 1 : USED], **settings)
+    return jnp.asarray(q, "bfloat16"), cache, new
+
+
+def over_slots(q, cache, context):
+    """By the interpreted kernel, or on a Hopper GPU by the kernel."""
+    return cache_kernels.over_slots(q, cache.k, cache.v, seen(context, cache), interpret=INTERPRET)
+
+
+def seen(context, cache):
+    """The context with the cache's keys."""
+    return dataclasses.replace(
+        context,
+        segments=cache.segments[:, USED - 1 : USED],
+        key_positions=cache.positions,
+        key_segments=cache.segments,
+    )
+
+
+@needs_kernel
+@pytest.mark.parametrize("case", long_but(CASES, ("a head a group of 96",)))
+def test_the_kernel_is_attention_over_the_cache(case):
+    """In float32, of rows of two lengths, neither a multiple of a page."""
+    q, cache, context = draw(case)
+    wide = (jnp.nan_to_num(each.astype("float32")) for each in (q, cache.k, cache.v))
+    wanted = kv_cache.over_keys(*wide, seen(context, cache))
+    o = over_slots(q, cache, context)
+    assert o.dtype == q.dtype
+    assert_norm_close(o, wanted, TOLERANCE)
+
+
+@needs_kernel
+def test_packed_documents_are_seen_and_holes_give_nan():
+    """The first row's token is of its second document; in the second row a slot is skipped."""
+    q, cache, context = draw("soft-cap and a scale")
+    positions, segments = np.array(cache.positions), np.array(cache.segments)
+    segments[0, 100:USED], positions[0, 100:USED] = 2, np.arange(USED - 100)
+    positions[1, 150] = -1
+    cache = dataclasses.replace(
+        cache, positions=jnp.asarray(positions), segments=jnp.asarray(segments)
+    )
+    context = dataclasses.replace(context, positions=cache.positions[:, USED - 1 : USED])
+    o = over_slots(q, cache, context)
+    wide = (jnp.nan_to_num(each.astype("float32")) for each in (q, cache.k, cache.v))
+    wanted = kv_cache.over_keys(*wide, seen(context, cache))
+    assert_norm_close(o[0], wanted[0], TOLERANCE)
+    assert np.isnan(o[1].astype("float32")).all()
+
+
+def of_phi3(length, capacity, **settings):
+    """Shapes (q, k, v, context, cache) of `length` new tokens of Phi-3-mini, one row."""
+    heads = jax.ShapeDtypeStruct((1, length, 32, 96), "bfloat16")
+    cache = jax.eval_shape(lambda: kv_cache.empty_cache(1, capacity, 32, 96, "bfloat16"))
+    positions = jax.ShapeDtypeStruct((1, length), "int32")
+    return heads, heads, heads, AttentionContext(positions, **settings), cache
+
+
+def test_a_long_cache_is_whole_pages_and_a_short_one_as_asked():
+    assert of_phi3(1, 65536 + 31)[-1].positions.shape == (1, 65600)
+    assert of_phi3(1, 300)[-1].k.shape == (1, 32, 300, 96)
+    assert of_phi3(1, 300)[-1].positions.shape == (1, 300)
+
+
+@pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
+@pytest.mark.parametrize(
+    ("length", "capacity", "settings", "chosen"),
+    [
+        (1, 65567, {}, "mosaic"),
+        (1, 65567, {"window": 2047, "softcap": 3.0}, "mosaic"),
+        (1, 4096, {}, None),
+        (2, 65567, {}, None),
+        (1, 65567, {"layout": BlockLayout()}, "xla"),
+    ],
+)
+@needs_kernel
+def test_on_an_h200_one_token_behind_a_long_cache_takes_the_kernel(
+    length, capacity, settings, chosen, caplog
+):
+    """The cache is then written in place, and not copied for the kernel."""
+    caplog.set_level(logging.INFO)
+    device = described_devices("h200", num_hosts=1, gpus_per_host=1)[0]
+    place = SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        of_phi3(length, capacity, **settings),
+    )
+    with as_on([device]):
+        lowered = jax.jit(kv_cache.attend, donate_argnums=4).lower(*arguments)
+    assert ("mosaic_gpu" in lowered.as_text()) == (chosen == "mosaic")
+    assert ("over a long cache: backend " in caplog.text) == (chosen is not None)
+    if chosen is not None:
+        assert f"over a long cache: backend {chosen}" in caplog.text
+    if chosen == "mosaic":
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < 2**22
+
+
+def named(name, *arguments):
+    """The shapes that a named backend gives."""
+    return jax.eval_shape(functools.partial(kv_cache.attend, implementation=name), *arguments)
+
+
+def test_what_the_kernel_cannot_do_is_said():
+    """A backend that is named never falls back."""
+    with pytest.raises(InputError, match="one new token a row, here 2"):
+        named("mosaic", *of_phi3(2, 65567))
+    with pytest.raises(InputError, match="a layout of blocks"):
+        named("mosaic", *of_phi3(1, 65567, layout=BlockLayout()))
+    with pytest.raises(InputError, match="capacity % 64 == 0, here 300"):
+        named("mosaic", *of_phi3(1, 300))
+    with pytest.raises(InputError, match="one of 'xla', 'mosaic'"):
+        named("triton", *of_phi3(1, 320))
+
+
+@pytest.mark.skipif(is_hopper(), reason="here it can")
+def test_the_kernel_is_for_hopper_gpus():
+    with pytest.raises(InputError, match="Hopper GPU" if IS_NEW else "jax >= 0.11"):
+        named("mosaic", *of_phi3(1, 320))
