@@ -1,7 +1,8 @@
 """The modelled memory of a step whose layers run in chunks, on the device and on its host.
 
 Counts the arrays that `parallel.sequence.fpdt` holds at its fullest moment, in a feed-forward's
-backward or attention's, and what every step holds; docs/long_sequences.md says how far it is off.
+backward, attention's or the loss's, and what every step holds; docs/long_sequences.md says how far
+it is off.
 
 Source: Yao et al. 2024, FPDT (arXiv 2408.16978), table 2, whose counts for GELU and multi-head
     attention are taken again here for gated feed-forwards and grouped queries.
@@ -81,6 +82,10 @@ def chunked_memory(
         "residual": counts.residual,
         "work": counts.work,
     }
+    waiting = kept["chunks"].device
+    of_layers = sum(device[name] for name in ("gradients", "gathered", "residual", "work"))
+    of_loss = counts.loss + state.outside * ACCUMULATED
+    device["work"] += max(of_loss - of_layers - waiting, 0)
     device |= {name: placed.device for name, placed in kept.items()}
     return ChunkedMemory(device, on_host)
 
@@ -213,6 +218,15 @@ class _Counts:
         queries = _width(self.attention) * (2 * self.job.width + ACCUMULATED)
         of_token = max(queries * max(1 - 2 * chunk, 0), keys * self.job.width * (1 - chunk))
         return _Placed(host=of_token * self.tokens)
+
+    @property
+    def loss(self) -> float:
+        """Of one of its chunks logits with their gradient, and thrice the residual.
+
+        Where the loss has few chunks it is fuller than a layer.
+        """
+        logits = self.tokens * self.model.vocab_size * self.job.width
+        return 2 * logits / self.job.execution.num_loss_chunks + 3 * self.of_input
 
     @property
     def work(self) -> float:

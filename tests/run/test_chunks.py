@@ -12,7 +12,7 @@ from jaxscale.launch.memory import GIB
 from jaxscale.planner.chunks import chunked_memory, longest_length, suggested_chunk
 from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
-from jaxscale.run.chunks import check_host
+from jaxscale.run.chunks import check_host, memory_of_chunks
 from jaxscale.run.job import job_of, layout_of
 from jaxscale.run.run import load_run
 from jaxscale.types import InputError
@@ -48,6 +48,18 @@ def test_what_rests_on_the_host_is_what_is_kept(run):
     memory = chunked_memory(in_groups, layout, StateCounter(job)(run.mesh), strategy)
     assert memory.host["groups' inputs"] == 8 * of_layer
     assert memory.host["inputs"] == 4 * of_layer
+
+
+@pytest.mark.parametrize(("num_loss_chunks", "compiled_gib"), [(4, 40.68), (12, 28.14)])
+def test_a_loss_in_few_chunks_is_fuller_than_a_layer(num_loss_chunks, compiled_gib):
+    """Beside two layers compiled for an H200, the second of which ran there."""
+    settings = ["model.num_layers=2", "data.sequence_length=196608"]
+    settings += ["mesh.is_optimizer_on_host=False", "execution.strategy.attention=host"]
+    settings += ["execution.strategy.chunks=device"]
+    run = load_run([FILE], [*settings, f"execution.num_loss_chunks={num_loss_chunks}"])
+    memory = memory_of_chunks(run)
+    assert memory.on_device / GIB == pytest.approx(compiled_gib, rel=0.1)
+    assert memory.on_host / GIB == pytest.approx(6.05, rel=0.001)
 
 
 def test_groups_of_whole_layers_keep_their_inputs_and_what_one_group_keeps():

@@ -244,6 +244,24 @@ def test_what_is_frozen_gets_no_gradient_and_none_is_computed(places):
     assert num_matmuls[0] - num_matmuls[1] == 3 * 2 + 1
 
 
+@pytest.mark.parametrize(("places", "num_calls"), [(ON_HOST, 4 + 3 + 2 + 1), (KEYS_ON_DEVICE, 4)])
+def test_attention_whose_outputs_are_kept_is_not_run_again(monkeypatch, places, num_calls):
+    calls, forward = {}, IntervalAttention.forward
+    params = jax.tree.map(lambda x: x.astype("float32"), make_params(DENSE))
+    for attention in ("host", "nowhere"):
+        calls[attention] = []
+
+        def counted(self, q, *rest, of=calls[attention]):
+            of.append(q.shape)
+            return forward(self, q, *rest)
+
+        monkeypatch.setattr(IntervalAttention, "forward", counted)
+        strategy = FullyPipelined(chunk_tokens=4, attention=attention, **places)
+        loss = make_loss(DENSE, "float32", remat="none", strategy=strategy)
+        jax.eval_shape(jax.grad(lambda p, f=loss: f(p, make_batch(), None)[0]), params)
+    assert len(calls["nowhere"]) - len(calls["host"]) == num_calls
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_queries_that_wait_on_the_host_come_back(dtype):
     shape, (q, do, dq) = (2, 8, 4, 16), jax.random.split(jax.random.key(0), 3)
