@@ -159,14 +159,18 @@ def _layer_backward(
     x, scale, bias = residuals
     x_wide, dy = accumulator(lax.optimization_barrier(x)), accumulator(dy)
     mean, inverse = lax.optimization_barrier(_moments(x_wide, epsilon))
-    normed = (x_wide - mean) * inverse
+
+    def normed() -> Array:
+        # Written out for each use: a zero bubble would keep one value for both in float32.
+        return (x_wide - mean) * inverse
+
     rows = tuple(range(x.ndim - 1))
-    dscale = (dy * normed).sum(rows)
+    dscale = (dy * normed()).sum(rows)
     dbias = None if bias is None else dy.sum(rows).astype(bias.dtype)
     dnormed = dy * accumulator(scale)
     of_mean = dnormed.mean(-1, keepdims=True)
-    of_deviation = (dnormed * normed).mean(-1, keepdims=True)
-    dx = inverse * (dnormed - of_mean - normed * of_deviation)
+    of_deviation = (dnormed * normed()).mean(-1, keepdims=True)
+    dx = inverse * (dnormed - of_mean - normed() * of_deviation)
     return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias
 
 

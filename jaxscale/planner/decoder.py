@@ -158,6 +158,8 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
     feed_forward = layer.feed_forward
     num_in = 1 + feed_forward.is_gated
     split_own = (2 + num_layer_norms) * dim
+    # A layer norm's backward makes its deviations again, of what the next layer keeps anyway.
+    staged_own = 2 * dim if num_layer_norms else own
     # Queries, keys and values are one array for the weights, and three for the biases.
     has_biases = not {"q", "k", "v"}.isdisjoint(attention.biases)
     split_qkv = (qkvo - heads) * (1 + has_biases)
@@ -173,7 +175,7 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
             dots_in_loop=Kept(own, 0.0, qkvo, returned=DOTS_RETURNED * rows),
             dots_staged=Kept(own, 0.0, qkvo),
             full=Kept(own=dim),
-            staged=Kept(own, gathered, qkvo + normed, rows, hidden * num_in, rows),
+            staged=Kept(staged_own, gathered, qkvo + normed, rows, hidden * num_in, rows),
             # One of the hidden vectors is in float32.
             split=Kept(split_own, 0.0, split_qkv, rows, hidden * (num_in + 2)),
             choices=active,
@@ -189,7 +191,7 @@ def layer_work(model: ModelConfig, layer: LayerConfig, length: int) -> LayerWork
         dots_staged=Kept(own, 0.0, qkvo + hidden * num_in),
         full=Kept(own=dim),
         # What enters an activation and what leaves it, or the two that a gate multiplies.
-        staged=Kept(own, gathered, qkvo + normed + hidden * 2),
+        staged=Kept(staged_own, gathered, qkvo + normed + hidden * 2),
         split=Kept(split_own, 0.0, split_qkv + hidden * num_in),
         **shared,
     )

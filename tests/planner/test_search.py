@@ -101,9 +101,7 @@ COMPILED = [
 ZERO_BUBBLE, TWO_CHUNKS = {"schedule": "zero_bubble"}, {"schedule": "interleaved", "num_chunks": 2}
 PIPELINES = [
     ("papers/grin_moe", {"pipeline": 8, "data": 8}, 128, "", 93.73),
-    ("papers/rannc_bert", {"pipeline": 8, "data": 4, **ZERO_BUBBLE}, 64, "", 19.17),
-    ("papers/rannc_bert", {"pipeline": 16, "data": 2, **ZERO_BUBBLE}, 128, "", 16.73),
-    ("papers/rannc_bert", {"pipeline": 4, "data": 8, **ZERO_BUBBLE}, 32, "", 23.95),
+    ("papers/rannc_bert", {"pipeline": 8, "data": 4, **ZERO_BUBBLE}, 16, "", 51.23),
     (
         "papers/grin_moe",
         {"pipeline": 4, "data": 8, **TWO_CHUNKS},
@@ -168,7 +166,7 @@ def test_memory_is_that_of_compiled_steps():
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="slots are there twice")
 def test_memory_is_that_of_compiled_pipelines():
-    """Within 2 %: a mixture, also interleaved, and zero bubbles with biases and layer norms."""
+    """Within 2 %: a mixture, also interleaved, and a zero bubble with biases and layer norms."""
     for name, axes, num, overrides, gib in PIPELINES:
         mesh = MeshConfig(**axes)
         devices = f"h200:1x{math.prod(mesh.sizes)}"

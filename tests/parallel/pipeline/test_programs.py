@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.ops.norm import rms_norm
+from jaxscale.ops.norm import layer_norm, rms_norm
 from jaxscale.parallel.pipeline.programs import make_stage_programs
 
 RNG = np.random.default_rng(0)
@@ -94,15 +94,21 @@ def test_recomputation_is_done_by_the_backward_alone():
     assert len(parts.kept) == 2  # the layers' inputs
 
 
-def test_nothing_is_left_to_the_weight_gradient_in_a_wider_type_than_it_was_made_in():
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_nothing_is_left_to_the_weight_gradient_in_a_wider_type_than_it_was_made_in(kind):
     """The arithmetic inside the norm is in float32."""
 
     def normalised(params, x, batch):
-        return rms_norm(x, params["scale"], epsilon=1e-6) @ params["up"] @ params["down"], None
+        if kind == "rms":
+            x = rms_norm(x, params["scale"], epsilon=1e-6)
+        else:
+            x = layer_norm(x, params["scale"], params["scale"], epsilon=1e-6)
+        return x @ params["up"] @ params["down"], None
 
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS | {"scale": jnp.ones(4)})
     parts = make_stage_programs(normalised, params, X.astype(jnp.bfloat16), BATCH, is_deep=True)
-    assert {leaf.dtype.name for leaf in parts.extra if leaf.shape == X.shape} <= {"bfloat16"}
+    between = [*parts.kept, *parts.extra]
+    assert {leaf.dtype.name for leaf in between if leaf.shape == X.shape} <= {"bfloat16"}
 
 
 def test_what_is_elementwise_is_made_again():
