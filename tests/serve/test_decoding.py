@@ -43,6 +43,21 @@ SMALL = dict(
     ffn_dim=32,
     max_length=32,
 )
+
+
+def with_shared_expert(model):
+    """The model in whose mixtures each token visits one expert more."""
+    layers = (
+        dataclasses.replace(
+            each, feed_forward=dataclasses.replace(each.feed_forward, shared_dim=12)
+        )
+        if each.is_moe
+        else each
+        for each in model.pattern
+    )
+    return dataclasses.replace(model, pattern=tuple(layers))
+
+
 MODELS = {
     "dense": from_flat(**SMALL | {"num_layers": 1}),
     "grouped queries, window, qk norm": from_flat(
@@ -60,13 +75,15 @@ MODELS = {
         activation="gelu",
         is_tied=True,
     ),
-    "experts with prefix, window": from_flat(
-        **SMALL | {"num_layers": 5, "num_kv_heads": 1},
-        num_dense_prefix=1,
-        windows=(4, None),
-        moe_pattern=(False, True),
-        num_experts=4,
-        expert_dim=16,
+    "experts with prefix, window": with_shared_expert(
+        from_flat(
+            **SMALL | {"num_layers": 5, "num_kv_heads": 1},
+            num_dense_prefix=1,
+            windows=(4, None),
+            moe_pattern=(False, True),
+            num_experts=4,
+            expert_dim=16,
+        )
     ),
     "post norms, qk norm over all heads": POST_NORMS,
     "side by side, partial rotary": SIDE_BY_SIDE,
