@@ -33,6 +33,18 @@ MEANINGS = {
         lambda model: rotary(model).scaling,
         YarnScaling(4.0, 32, beta_fast=16.0, beta_slow=2.0, attention_factor=0.7),
     ),
+    "the first name of LongRoPE": (
+        "phi3_long",
+        {
+            "rope_parameters": None,
+            "rope_scaling": {"type": "su", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]},
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 16,
+        },
+        lambda model: rotary(model).scaling.long_factors,
+        (3.0, 4.0),
+    ),
     "magnitudes": (
         "phimoe_long",
         {},

@@ -39,6 +39,28 @@ def test_parameters_are_as_many_as_published(name):
     assert count_parameters(parameter_table(model))[0] + unread == MODELS[name]["parameters"]
 
 
+# Windows of the first two layers, base of the rotary positions, magnitude beyond the original length.
+MEANT = {
+    "Phi-3-mini 4K": ([2047, 2047], 1e4, None),
+    "Phi-3-mini 128K": ([262144, 262144], 1e4, 1.1902380714238083),  # sqrt(1 + ln 32 / ln 4096)
+    "Phi-3.5-MoE": ([131072, 131072], 1e4, 1.243163121016122),
+    "Mistral 7B v0.1": ([4096, 4096], 1e4, None),
+    "Qwen2 7B": ([None, None], 1e6, None),  # one is there, and switched off
+    "Gemma 2 9B": ([4096, None], 1e4, None),
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_windows_and_rotary_positions_are_the_released_ones(name):
+    """Which no count of parameters tells."""
+    attentions = [layer.attention for layer in model_of(name).layers[:2]]
+    scaling = attentions[0].rotary.scaling
+    magnitude = None if scaling is None else scaling.long_magnitude
+    windows = [attention.window for attention in attentions]
+    assert (windows, attentions[0].rotary.theta) == MEANT[name][:2]
+    assert magnitude == pytest.approx(MEANT[name][2])
+
+
 @pytest.mark.parametrize("name", LLM_JP)
 def test_the_llm_jp_releases_have_their_sizes(name):
     release = LLM_JP[name]

@@ -250,6 +250,23 @@ def test_without_draws_the_largest_logits_are_taken_and_c_is_one(version):
     assert slopes is None
 
 
+@pytest.mark.parametrize("version", ESTIMATORS)
+def test_without_draws_the_gradient_is_that_of_the_gate_itself(version):
+    """Of the softmax over the experts that may be drawn, at the version's temperature."""
+    config, temperature = config_of(version), ESTIMATORS[version].temperature
+    z = jnp.asarray(random_logits(8))
+
+    def gates(z):
+        return draw(z, None, config).gates.sum()
+
+    def of_softmax(z):
+        keep = may_be_drawn(z, jnp.ones(z.shape, bool), threshold=0.4, form="paper")
+        return jax.nn.softmax(jnp.where(keep, z / temperature, -jnp.inf)).max(-1).sum()
+
+    np.testing.assert_allclose(gates(z), of_softmax(z), rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(gates)(z), jax.grad(of_softmax)(z), atol=1e-12)
+
+
 @functools.cache
 def drawn(num_active):
     """Experts and gates [tokens, A] of many tokens with the same logits."""
