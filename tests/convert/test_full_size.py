@@ -39,7 +39,7 @@ def test_parameters_are_as_many_as_published(name):
     assert count_parameters(parameter_table(model))[0] + unread == MODELS[name]["parameters"]
 
 
-# Windows of the first two layers, base of the rotary positions, magnitude beyond the original length.
+# Windows of the first two layers, base of the rotary positions, magnitude beyond L0.
 MEANT = {
     "Phi-3-mini 4K": ([2047, 2047], 1e4, None),
     "Phi-3-mini 128K": ([262144, 262144], 1e4, 1.1902380714238083),  # sqrt(1 + ln 32 / ln 4096)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxscale.ops.attention import attention as attend
 from jaxscale.ops.attention import blockwise as block_attention
+from jaxscale.ops.attention import chunked
 from jaxscale.ops.attention import reference as attention
 from jaxscale.ops.attention.context import NEVER, AttentionContext
 from jaxscale.types import InputError
@@ -83,6 +85,19 @@ def test_blocks_add_up():
     dq, dk, dv = zip(*gradients, strict=True)
     gradients = sum(dq), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
     close((o, gradients), wanted(q, k, v, do, context))
+
+
+@pytest.mark.parametrize("case", ["window", "everything"])
+def test_chunks_of_queries_see_the_keys_that_they_are_given(case, monkeypatch):
+    """Which are not the queries' own tokens."""
+    monkeypatch.setattr(chunked, "QUERY_CHUNK", 7)
+    (q, k, v), _, context = make(**CASES[case])
+    keys = slice(2, 11)
+    given = q, k[:, keys], v[:, keys], between(context, keys)
+    got, reference = (attend(*given, implementation=name)[0] for name in ("chunked", "reference"))
+    sees = np.asarray(given[-1].mask().any(-1))[:, 0]
+    assert sees.any() and not sees.all()
+    close(got[sees], reference[sees])
 
 
 def test_a_query_that_sees_nothing_has_no_part_in_the_sum():
