@@ -102,6 +102,7 @@ ZERO_BUBBLE, TWO_CHUNKS = {"schedule": "zero_bubble"}, {"schedule": "interleaved
 PIPELINES = [
     ("papers/grin_moe", {"pipeline": 8, "data": 8}, 128, "", 93.73),
     ("papers/rannc_bert", {"pipeline": 8, "data": 4, **ZERO_BUBBLE}, 16, "", 51.23),
+    ("papers/rannc_bert", {"pipeline": 8, "data": 4, **ZERO_BUBBLE}, 64, "", 18.45),
     (
         "papers/grin_moe",
         {"pipeline": 4, "data": 8, **TWO_CHUNKS},
