@@ -251,7 +251,10 @@ class Loop:
             draw: logits [B, V] and the positions [B] of what is drawn -> tokens [B].
         """
         end = PADDING if self.eos_id is None else self.eos_id
-        next_pass = with_attention(self.decoder, kv_cache.attend)
+        # In a loop over layers a kernel would need one more copy of each layer's cache.
+        backend = "xla" if self.decoder.execution.is_scanned else None
+        attend = functools.partial(kv_cache.attend, implementation=backend)
+        next_pass = with_attention(self.decoder, attend)
 
         def is_going(state: _State) -> Array:
             return (state.count < self.max_new_tokens) & ~state.is_finished.all()

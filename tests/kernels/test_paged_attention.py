@@ -237,9 +237,10 @@ def test_it_lowers_for_a_gpu():
 
 
 @pytest.mark.skipif(not IS_NEW, reason="the kernel needs jax 0.11")
-def test_invariant_bits_are_those_of_the_kernel_for_prompts():
+@pytest.mark.parametrize("dim", [64, 96])
+def test_invariant_bits_are_those_of_the_kernel_for_prompts(dim):
     """A decoding token has the bits of a prompt's last one, wherever its tile of queries ends."""
-    rng, length, dim = np.random.default_rng(0), 200, 64
+    rng, length = np.random.default_rng(0), 200
     q, k, v = (jnp.asarray(rng.normal(size=(1, 256, n, dim)), "bfloat16") for n in (2, 1, 1))
     asked = dict(scale=dim**-0.5, is_invariant=True, implementation="mosaic", interpret=INTERPRET)
     place = jnp.arange(256, dtype=jnp.int32)[None]

@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from jaxscale.kernels import device as described
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.launch.ahead_of_time import as_on, described_devices, has_plugin
+from jaxscale.models.config.facts import from_flat
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.ops.attention import AttentionContext, cache_kernels
 from jaxscale.ops.attention import cache as kv_cache
-from jaxscale.ops.device import is_hopper
+from jaxscale.ops.device import is_hopper, name_kernels
+from jaxscale.ops.precision import Policy
+from jaxscale.serve.caches import empty_caches
+from jaxscale.serve.decoding import Loop
+from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
 from tests.kernels.interpretation import INTERPRET, assert_norm_close, long_but
 
@@ -165,3 +174,45 @@ def test_what_the_kernel_cannot_do_is_said():
 def test_the_kernel_is_for_hopper_gpus():
     with pytest.raises(InputError, match="Hopper GPU" if IS_NEW else "jax >= 0.11"):
         named("mosaic", *of_phi3(1, 320))
+
+
+@pytest.mark.parametrize("family", [None, "xla"])
+def test_why_the_kernel_is_not_taken_is_logged(family, monkeypatch, caplog):
+    """On a Hopper GPU whose run names other kernels nothing is missing."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(described, "compute_capability", lambda: family and "9.0")
+    name_kernels(family)
+    try:
+        named(None, *of_phi3(1, 65567))
+    finally:
+        name_kernels(None)
+    (record,) = caplog.records
+    why = ", as mosaic needs a Hopper GPU" if family is None else ""
+    assert record.getMessage().split(", of compute")[0].endswith(f"backend xla for bfloat16{why}")
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_only_unrolled_layers_ask_for_the_kernel(is_scanned, caplog):
+    """In a loop over layers it would be given a copy of the cache, which takes longer than XLA."""
+    caplog.set_level(logging.INFO)
+    model = from_flat(
+        vocab_size=8,
+        num_layers=2,
+        model_dim=16,
+        max_length=2**17,
+        ffn_dim=16,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+    )
+    policy, execution = Policy(compute="bfloat16"), ExecutionConfig(is_scanned=is_scanned)
+    decoder = Decoder(model, policy=policy, execution=execution)
+    loop = Loop(decoder, SamplingConfig(), max_new_tokens=2, eos_id=None, num_tokens=None)
+
+    def run(params, row):
+        caches = empty_caches(decoder, 1, 2**16)
+        return loop.onwards(decoder.prepared(params), caches, row, row, lambda logits, _: row)
+
+    params = abstract_params(parameter_table(model), "float32")
+    jax.eval_shape(run, params, jax.ShapeDtypeStruct((1,), "int32"))
+    assert ("attention over a long cache" in caplog.text) != is_scanned

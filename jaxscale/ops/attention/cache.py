@@ -136,10 +136,9 @@ def _choose(q: Array, context: AttentionContext, cache: KVCache) -> str:
     """The kernel for one token behind a long cache where it can, else XLA."""
     if q.shape[1] != 1 or not kernels.is_long(cache.k.shape, cache.k.dtype.itemsize):
         return "xla"
-    reason = "a Hopper GPU"
-    if kernel_family() == "mosaic":
-        reason = kernels.refusal(q, cache.k, context)
-    chosen = "xla" if reason else "mosaic"
+    is_ours = kernel_family() == "mosaic"
+    reason = kernels.refusal(q, cache.k, context) if is_ours else device_refusal("mosaic")
+    chosen = "mosaic" if is_ours and not reason else "xla"
     why = f", as mosaic needs {reason}" if reason else ""
     logger.info("attention over a long cache: backend %s for %s%s", chosen, q.dtype, why)
     return chosen
