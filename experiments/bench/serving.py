@@ -10,9 +10,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from decode import BFLOAT16, draw_params, make_model
 from decode_work import FULL, TINY
+from serving_work import WORKLOADS, draw
 
 from jaxscale.models.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
 from jaxscale.models.decoder import Decoder
@@ -26,8 +26,6 @@ from jaxscale.serve.engine import Engine
 from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
 
-# Prompt, new tokens, requests.
-WORKLOADS = ((1200, 128, 1024), (2600, 60, 512), (512, 512, 512), (172, 512, 1))
 GREEDY = SamplingConfig(temperature=0)
 
 
@@ -111,13 +109,8 @@ def main():
         engine.warm_up()
     print("| workload | requests/s | new tokens/s | behind the first |\n|---|---|---|---|")
     for workload in workloads:
-        rng = np.random.default_rng(0)
-        prompt, new, count = (workload[0] // 32, 8, 8) if is_tiny else workload
-        prompts, lengths = (
-            np.clip(rng.normal(mean, 0.3 * mean, count), 4, 2.5 * mean).astype(int)
-            for mean in (prompt, new)
-        )
-        tokens = [rng.integers(0, model.vocab_size, each).tolist() for each in prompts]
+        sizes = (workload[0] // 32, 8, 8) if is_tiny else workload
+        tokens, lengths = draw(*sizes, model.vocab_size)
         run(engine, tokens, lengths)
         gc.collect()
         gc.freeze()  # as the server does: what lives as long as the engine is not looked at again
@@ -125,7 +118,7 @@ def main():
             print("ready", flush=True)
             input()
         seconds, rate = run(engine, tokens, lengths)
-        figures = f"{count / seconds:.2f} | {sum(lengths) / seconds:.0f} | {rate:.0f}"
+        figures = f"{len(tokens) / seconds:.2f} | {sum(lengths) / seconds:.0f} | {rate:.0f}"
         print(f"| {workload} | {figures} |", flush=True)
 
 
