@@ -226,7 +226,7 @@ class Clock:
         converted = state.parameters * job.width / job.parameter_width
         norms = state.gradients + state.parameters
         norms += converted if job.width != job.parameter_width else 0.0
-        # Each layer's gradients are copied into the stack of all, as a micro-batch's are added up.
+        # With one micro-batch each layer's gradients are copied into the array of all layers'.
         stacks = 2 * state.held * job.width if layout.num_microbatches == 1 else 0.0
         return update + norms + stacks
 

@@ -1,10 +1,12 @@
 """Measured layers take in a plan as long as they took, and each distinct one runs once."""
 
+import dataclasses
 import itertools
 
 import jax
 import pytest
 
+from jaxscale.models.config import NormConfig
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.planner import timing
 from jaxscale.planner.cluster import Cluster
@@ -59,3 +61,19 @@ def test_a_share_of_a_layer_has_a_share_of_the_matmuls(job):
     half = share_of_layer(layer, 2)
     assert half.feed_forward.dim == layer.feed_forward.dim // 2
     assert half.attention.num_heads == layer.attention.num_heads // 2
+
+
+def test_layer_norms_are_read_again_in_the_backward(job):
+    """Their input three times and its norm's gradient once, as there is no kernel for them."""
+    cluster = Cluster.parse("h200:1x1")
+    layer_norms = dataclasses.replace(job.model, norm=NormConfig("layernorm"))
+    layout, others = (
+        Layout(MeshConfig(), 1, "none", False),
+        dataclasses.replace(job, model=layer_norms),
+    )
+    rms, layer = (
+        Planner(each, cluster, 1e12).estimate(layout).time.parts["memory"] for each in (job, others)
+    )
+    num_norms = 2 * job.model.num_layers
+    num_bytes = 4 * num_norms * layout.tokens(job) * job.model.model_dim * job.width
+    assert layer - rms == pytest.approx(num_bytes / LayerClock(job, cluster).memory_bandwidth)
