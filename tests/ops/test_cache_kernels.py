@@ -120,6 +120,16 @@ def test_a_long_cache_is_whole_pages_and_a_short_one_as_asked():
     assert of_phi3(1, 300)[-1].positions.shape == (1, 300)
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_kv_heads", "is_long"),
+    [(1, 8, True), (1, 7, False), (2, 33, True), (67, 1, False)],
+)
+def test_readers_that_leave_multiprocessors_idle_or_were_not_measured_are_left_to_xla(
+    num_rows, num_kv_heads, is_long
+):
+    assert cache_kernels.is_long((num_rows, num_kv_heads, 2**17, 128), 2) == is_long
+
+
 @pytest.mark.skipif(not has_plugin(), reason="jax-cuda13-plugin is not installed")
 @pytest.mark.parametrize(
     ("length", "capacity", "settings", "chosen"),

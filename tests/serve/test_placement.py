@@ -86,7 +86,9 @@ def test_no_member_makes_the_pages_of_others(dtype):
     """Pages take what memory is left: made on one device first, they do not fit there."""
     placement = engine("dense", 2)._runner._placement
     with jax.transfer_guard_device_to_device("disallow_explicit"):
-        placement.empty_caches(3, 4, dtype)
+        caches = placement.empty_caches(3, 4, dtype)
+    assert all(len(leaf.sharding.device_set) == 2 for leaf in jax.tree.leaves(caches))
+    assert not any(leaf.is_fully_replicated for leaf in jax.tree.leaves(caches))
 
 
 @pytest.mark.long
