@@ -14,7 +14,7 @@ BY_FILE := --dist loadfile --no-loadscope-reorder
 VERSIONED := tests/kernels tests/test_golden.py tests/launch/test_ahead_of_time.py \
 	tests/launch/test_collectives.py tests/run/test_compile.py tests/train/test_step.py \
 	tests/parallel/pipeline/test_programs.py tests/parallel/test_composition.py \
-	tests/checkpoint/test_manager.py tests/ops/test_cache_kernels.py
+	tests/checkpoint/test_manager.py tests/models/test_by_row.py tests/ops/test_cache_kernels.py
 
 # The compiler for TPUs that goes with the jax that is installed.
 LIBTPU := "from importlib import metadata; names = metadata.requires('jax'); \

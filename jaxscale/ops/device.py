@@ -73,9 +73,9 @@ def device_refusal(family: str) -> str | None:
 
 
 def is_taken(operation: str, family: str, refusal: str | None) -> bool:
-    """Whether a family's kernel takes what it refuses for this reason, or for none.
+    """Whether a family's kernel takes a request: it does if it has no reason to refuse it.
 
-    The log says so where it does not and the family was named.
+    If the family was named, the log gives the reason.
     """
     if refusal is not None and family == _named:
         logger.info("%s: not by %s, which needs %s", operation, family, refusal)

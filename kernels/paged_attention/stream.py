@@ -78,7 +78,7 @@ class Reading:
 
     @property
     def row_bytes(self) -> int:
-        """Of a swizzled tile: a head's row, of at least 2 bytes a value, has whole ones."""
+        """Bytes of a row of a swizzled tile, which divide those of a head's key or value."""
         return 128 if self.head_dim % 64 == 0 else 64
 
     def wide(self, q_type: Any) -> Any:
