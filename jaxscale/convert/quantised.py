@@ -23,6 +23,15 @@ from jaxscale.types import InputError, check_positive
 FIELD = "quantization_config"
 WORD_BITS = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the eight outputs, those of a word's bits from 0 on
+# How compressed-tensors ordered a matrix's inputs, and whether it stores the group of each.
+ACTIVATION_ORDERS = {
+    False: False,
+    "weight": False,
+    "static": False,
+    True: True,
+    "group": True,
+    "dynamic": True,
+}
 Arrays = dict[str, LazyArray]
 Values = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
@@ -206,9 +215,9 @@ def _compressed(fields: Fields) -> _Format:
         for name, group in groups.items()
     }
     if len(settings) != 1:
-        expected = "groups of modules with one strategy and one group_size"
+        expected = "groups of modules with one strategy, group_size and actorder"
         raise InputError(fields.place("config_groups"), list(groups), expected)
-    (group_size,) = settings
+    ((group_size, is_ordered),) = settings
 
     def shape(arrays: Arrays) -> tuple[tuple[int, int], Shapes]:
         _bits_of(arrays)
@@ -230,7 +239,7 @@ def _compressed(fields: Fields) -> _Format:
         groups = _checked_groups("weight_g_idx", by_input, found.scales.shape[1])
         return found.values * found.scales.astype(np.float32)[:, groups]
 
-    others = ("weight_scale", "weight_shape", "weight_g_idx?")
+    others = ("weight_scale", "weight_shape", "weight_g_idx" if is_ordered else "weight_g_idx?")
     as_ours = integers if group_size == GROUP else None
     return _Format("weight_packed", others, shape, read, as_ours)
 
@@ -261,8 +270,11 @@ def _checked_groups(name: str, by_input: np.ndarray, num_groups: int) -> np.ndar
     return by_input
 
 
-def _read_group(group: Any, place: str) -> int | None:
-    """Inputs that share a scale, of a group of modules; None where all inputs do."""
+def _read_group(group: Any, place: str) -> tuple[int | None, bool]:
+    """(inputs that share a scale, whether each input's group is stored) of a group of modules.
+
+    None where all inputs share one.
+    """
     fields = Fields(group, place)
     for activations in ("input_activations", "output_activations"):
         fields.expect(activations)  # in integers they change the model
@@ -270,20 +282,25 @@ def _read_group(group: Any, place: str) -> int | None:
     weights.expect("type", "int")
     weights.expect("symmetric", True)
     _bits(weights, "num_bits")
+    order = weights.take("actorder", str | bool, False)
+    is_ordered = ACTIVATION_ORDERS.get(order)
+    if is_ordered is None:
+        expected = f"one of {', '.join(map(repr, ACTIVATION_ORDERS))}"
+        raise InputError(weights.place("actorder"), order, expected)
     if weights.choose("strategy", {"group": "group", "channel": "channel"}) == "channel":
-        return None
-    return _group_size(weights)
+        return None, is_ordered
+    return _group_size(weights), is_ordered
 
 
 def _bits_of(arrays: Mapping[str, Any]) -> int:
     """Bits of an integer, by the number of words that a row takes."""
-    num_words = arrays["weight_packed"].shape[1]
-    columns = int(arrays["weight_shape"][()][1])
+    shape = tuple(arrays["weight_packed"].shape)
+    rows, columns = (int(size) for size in arrays["weight_shape"][()])
     for bits in (4, 8):
-        if num_words == math.ceil(columns * bits / WORD_BITS):
+        if shape == (rows, math.ceil(columns * bits / WORD_BITS)):
             return bits
-    expected = f"words for {columns} integers of 4 or 8 bits"
-    raise InputError("weight_packed", arrays["weight_packed"].shape, expected)
+    expected = f"{rows} rows of words for {columns} integers of 4 or 8 bits"
+    raise InputError("weight_packed", shape, expected)
 
 
 def packed(integers: np.ndarray, bits: int) -> np.ndarray:

@@ -36,7 +36,8 @@ CONFIGS = {
         "checkpoint_format": "gptq_v2",
     },
     "compressed": COMPRESSED,
-    "compressed_in_order": COMPRESSED,
+    "compressed_in_order": COMPRESSED
+    | {"config_groups": {"group_0": {"weights": WEIGHTS | {"actorder": "group"}}}},
     "compressed_by_channel": COMPRESSED
     | {"config_groups": {"group_0": {"weights": WEIGHTS | {"strategy": "channel"}}}},
 }
@@ -144,6 +145,11 @@ REFUSED = {
         {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
         "quantization_config: transform_config: given",
     ),
+    "an order of activations": (
+        "compressed",
+        {"config_groups": {"group_0": {"weights": WEIGHTS | {"actorder": "random"}}}},
+        "weights: actorder: given 'random', expected one of False, 'weight'",
+    ),
     "activations": (
         "compressed",
         {"config_groups": {"group_0": {"weights": WEIGHTS, "input_activations": {"num_bits": 8}}}},
@@ -163,12 +169,16 @@ def test_what_is_not_read_is_named(tmp_path, case):
         open_folder(tmp_path)
 
 
-def test_a_missing_tensor_of_a_matrix_is_named(tmp_path):
-    path, _ = write("gptq", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "last"), [("gptq", "scales"), ("compressed_in_order", "weight_g_idx")]
+)
+def test_a_missing_tensor_of_a_matrix_is_named(tmp_path, name, last):
+    """Without the order of activations groups would be taken for consecutive inputs."""
+    path, _ = write(name, tmp_path)
     tensors = load_file(path / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.scales"]
+    del tensors[f"model.layers.1.mlp.up_proj.{last}"]
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.scales: given None"):
+    with pytest.raises(InputError, match=rf"layers.1.mlp.up_proj.{last}: given None"):
         open_folder(path)
 
 
@@ -195,6 +205,19 @@ def test_scales_of_another_size_than_the_file_says_are_refused(tmp_path, name):
     path, _ = write(name, tmp_path)
     tensor = with_tensor(path, *OF_ANOTHER_SIZE[name])
     with pytest.raises(InputError, match=rf"{tensor}: given .*, expected .*quantization_config"):
+        open_folder(path)
+
+
+@pytest.mark.parametrize("cut", [lambda words: words[:-1], lambda words: words[:, :-1]])
+def test_words_of_another_matrix_are_refused(tmp_path, cut):
+    """Of too many rows the last were left out."""
+    path, _ = write("compressed", tmp_path)
+    with_tensor(path, "weight_shape", lambda size: size - np.array([1, 0]))
+    with pytest.raises(InputError, match=r"weight_packed: given .*, expected .* rows of words"):
+        open_folder(path)
+    with_tensor(path, "weight_shape", lambda size: size + np.array([1, 0]))
+    with_tensor(path, "weight_packed", cut)
+    with pytest.raises(InputError, match=r"weight_packed: given .*, expected .* rows of words"):
         open_folder(path)
 
 
