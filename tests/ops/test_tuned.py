@@ -10,7 +10,7 @@ import pytest
 
 from jaxscale import cli
 from jaxscale.kernels import device, tuning
-from jaxscale.kernels.triton_call import Blocks, blocks_of, operations
+from jaxscale.kernels.triton_call import Blocks, blocks_of, on_trial, operations
 from jaxscale.launch.runtime import RuntimeConfig, apply_runtime
 from jaxscale.ops import tuned
 from jaxscale.ops.device import kernel_family
@@ -82,6 +82,13 @@ def test_a_process_with_block_sizes_of_its_own_keeps_them_and_tells_the_package_
     first, second = capsys.readouterr().out.splitlines()
     took = "1.000 ms, by the package's    4.000"
     assert took in first and took in second
+    assert [blocks_of(each) for each in OPERATIONS] == [FAST, FAST]
+
+
+def test_a_trial_of_one_operation_leaves_the_blocks_of_others(file):
+    tuned.use_tuned(str(file))
+    with on_trial("rms_norm", SLOW):
+        assert [blocks_of(each) for each in OPERATIONS] == [SLOW, FAST]
     assert [blocks_of(each) for each in OPERATIONS] == [FAST, FAST]
 
 
