@@ -85,6 +85,7 @@ def main():
     options = parse_arguments()
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(options.runner - 1)
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS"), "1")
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # greedy: nothing is sampled
     import vllm  # it reads the environment as it is imported
 
     with tempfile.TemporaryDirectory() as directory:
