@@ -38,6 +38,7 @@ COMPILER_PARAMS = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,
     approx_math=True,
 )
+COPY_ALIGNMENT = 128  # bytes; where a copy from shared memory may begin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,7 @@ def paged_attention(
     num_streams = 1 if is_invariant else _num_streams(num * kv_heads, block_table)
     # Several streams write their normalisers, at least UNIT of them at a time.
     is_padded = num_streams > 1 or num_heads % UNIT or (UNIT % groups and groups % UNIT)
+    is_padded |= groups * head_dim * q.dtype.itemsize % COPY_ALIGNMENT != 0
     if is_padded:
         groups = pl.cdiv(groups, UNIT) * UNIT
     reading = Reading.of(k_pages, scale, softcap)

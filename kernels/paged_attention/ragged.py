@@ -120,7 +120,7 @@ def ragged_attention(
         body,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            plgpu.SMEM((ROWS, head_dim), q.dtype),
+            plgpu.SMEM((UNIT + ROWS, head_dim), q.dtype),
             plgpu.Barrier(num_arrivals=problem.groups),
             *buffer_types(reading, k_pages.dtype, q.dtype, interpret),
         ),
@@ -241,10 +241,11 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
             own = refs.buffers.q.at[pl.ds(group * size, num_rows)]
             plgpu.copy_gmem_to_smem(queries, own, refs.q_full)
 
-    def store(row, num_rows):
+    def store(offset, num_rows):
         for group in range(problem.groups):
-            rows = refs.o_smem.at[pl.ds(group * size + row, num_rows)]
-            place = refs.o.at[pl.ds(first_token + row, num_rows), head * problem.groups + group]
+            rows = refs.o_smem.at[pl.ds(UNIT + group * size + offset, num_rows)]
+            token = first_token + start + offset
+            place = refs.o.at[pl.ds(token, num_rows), head * problem.groups + group]
             plgpu.copy_smem_to_gmem(rows, place)
 
     @pl.when(end > start)
@@ -258,12 +259,14 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
         partly = [] if is_whole else [(0, whole_first, visible)]
         runs = [*partly, (whole_first, whole_end, None), (whole_end, count, visible)]
         o, _ = stream.attend(runs)
-        refs.o_smem[...] = o.astype(refs.o_smem.dtype)
+        # The rows before and behind are other tiles', so these are stored in powers of two. Each
+        # copy begins at a multiple of 128 bytes, as the hardware asks: the first row lies at UNIT,
+        # and the others behind it at even distances.
+        refs.o_smem[pl.ds(UNIT - start, ROWS)] = o.astype(refs.o_smem.dtype)
         plgpu.commit_smem()
-        # The rows before and behind are other tiles', so these are stored in powers of two.
         num, num_rows = end - start, size
         while num_rows:
-            row = end - lax.rem(num, 2 * num_rows)
-            pl.when(num & num_rows > 0)(functools.partial(store, row, num_rows))
+            offset = num - lax.rem(num, 2 * num_rows)
+            pl.when(num & num_rows > 0)(functools.partial(store, offset, num_rows))
             num_rows //= 2
         plgpu.wait_smem_to_gmem(0)

@@ -40,6 +40,7 @@ CASES = {
     "pages of int8": (2, 5, 2, 64, 2, 1, 128, "bfloat16", None, None),
     "pages of float8": (2, 5, 2, 64, 2, 1, 128, "bfloat16", None, None),
     "heads of 96": (2, 5, 4, 64, 4, 2, 96, "bfloat16", None, 90),
+    "heads of 96, a head a group": (3, 4, 1, 64, 8, 8, 96, "bfloat16", None, None),
     "pages of 128": (2, 5, 2, 128, 2, 2, 64, "bfloat16", None, None),
 }
 
@@ -153,6 +154,7 @@ RAGGED = {
     "a window": (8, 1, 64, 70, None, "bfloat16"),
     "a head a group, soft-cap": (2, 2, 128, None, 1.5, "float16"),
     "heads of 96": (4, 2, 96, None, None, "bfloat16"),
+    "heads of 96, a head a group": (4, 4, 96, None, None, "bfloat16"),
     "pages of float8": (4, 2, 128, None, None, "float8_e4m3fn"),
 }
 # (first token, tokens, position of the first, pages): two that decode, one of padding, and prompts
