@@ -6,9 +6,9 @@ python experiments/bench/gradient_bits.py experiments/configs/runs/mixtral_4b.gi
 Parameters, batch and key are the same on both. One JSON line a mesh: of how many runs after the
 first the loss had other bits, and for each parameter that had, in any of them, the last layer that
 did. Then one line with the same of the two meshes' first runs. A difference is its norm over the
-gradient's; between meshes it is below 1e-5 in float32, and in bfloat16 as large as what bfloat16
-does to a gradient on one device: 1e-2, and in a mixture 0.1 and more, for tokens near a tie of two
-experts take the other one.
+gradient's; between meshes it is below 1e-5 in float32 on a CPU, and in bfloat16 as large as what
+bfloat16 does to a gradient on one device: 1e-2, and in a mixture 0.1 and more, for tokens near a
+tie of two experts take the other one.
 
 The backward goes from the last layer to the first, so the last layer that differs is where a
 difference began. `experiments/results/2026-11-29_two_h200_scaling.md` says which may differ.
