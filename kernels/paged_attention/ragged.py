@@ -260,8 +260,8 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
         runs = [*partly, (whole_first, whole_end, None), (whole_end, count, visible)]
         o, _ = stream.attend(runs)
         # The rows before and behind are other tiles', so these are stored in powers of two. Each
-        # copy begins at a multiple of 128 bytes, as the hardware asks: the first row lies at UNIT,
-        # and the others behind it at even distances.
+        # copy has to begin at a multiple of 128 bytes, and so at an even row where heads have 96:
+        # the first row lies at UNIT, and every other copy begins an even number of rows behind it.
         refs.o_smem[pl.ds(UNIT - start, ROWS)] = o.astype(refs.o_smem.dtype)
         plgpu.commit_smem()
         num, num_rows = end - start, size
