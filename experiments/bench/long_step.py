@@ -110,9 +110,15 @@ def timed(step, state, batch, num_steps):
 
 
 def profiled(devices):
-    """Milliseconds of a profiled step, and of them the share without a kernel, be it in copies."""
-    spans = [max(end for _, end, _ in each) - each[0][0] for each in devices]
+    """Milliseconds from a step's first kernel, and the share without a kernel, be it in copies.
+
+    Before its first kernel a first step pins host memory, a second and more a GiB.
+    """
     computing = [[event for event in each if "Memcpy" not in event[2]] for each in devices]
+    spans = [
+        max(end for _, end, _ in events) - kernels[0][0]
+        for events, kernels in zip(devices, computing, strict=True)
+    ]
     idle, _ = idle_times(computing)
     return {"profiled_ms": max(spans) / 1e6, "idle": sum(idle.values()) / sum(spans)}
 
@@ -148,7 +154,6 @@ def main():
         # Before the profile is written, which takes long.
         print(json.dumps(head | rounded), flush=True)
     if options.profile:
-        # The first step's milliseconds above hold what pinning its host memory takes.
         found = profiled(device_events(options.profile))
         print(json.dumps(found | rates(run, found["profiled_ms"])), flush=True)
 
