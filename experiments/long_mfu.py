@@ -19,6 +19,7 @@ from jaxscale.run.run import load_run
 
 PEAK = 989e12  # FLOP/s of bfloat16
 FORWARD, BOTH, MATMUL = 712e12, 576e12, 780e12  # FLOP/s: attention, with its backward; a matmul
+STYLES = {("whole", False): "s", ("chunks", False): "o", ("chunks", True): "*"}
 RECOMPUTED = {"nothing made again": (0, 0), "layers made again": (1, 0), "attention too": (1, 1)}
 
 
@@ -42,12 +43,12 @@ def main(measured, output):
         run = load_run([f"experiments/configs/papers/fpdt_{shape}.gin"], [])
         for name, again in RECOMPUTED.items():
             axis.plot(lengths, [cap(run, length, *again) for length in lengths], label=name)
-        for strategy, marker in (("whole", "s"), ("chunks", "o")):
+        for (strategy, is_full), style in STYLES.items():
             own = [p for p in points if (p["shape"], p["strategy"]) == (shape, strategy)]
-            label = f"{strategy}, measured on fewer layers"
-            axis.plot(
-                [p["tokens"] for p in own], [p["mfu"] for p in own], f"k{marker}", label=label
-            )
+            own = [p for p in own if (p["layers"] == len(run.model.layers)) == is_full]
+            tokens, mfu = [p["tokens"] for p in own], [p["mfu"] for p in own]
+            label = f"{strategy}, measured on {'all' if is_full else 'fewer'} layers"
+            axis.plot(tokens, mfu, style, color="black", label=label)
         axis.set_xscale("log", base=2)
         axis.set_title(f"{shape}, caps of all layers")
         axis.set_xlabel("tokens")

@@ -112,7 +112,7 @@ def timed(step, state, batch, num_steps):
 def profiled(devices):
     """Milliseconds from a step's first kernel, and the share without a kernel, be it in copies.
 
-    Before its first kernel a first step pins host memory, a second and more a GiB.
+    Before its first kernel a first step pins host memory, about a second a GiB.
     """
     computing = [[event for event in each if "Memcpy" not in event[2]] for each in devices]
     spans = [

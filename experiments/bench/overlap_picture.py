@@ -19,7 +19,9 @@ ROWS = {
 def main(directory, output, first="0", last="1"):
     """One picture, of the first device."""
     events = device_events(directory)[0]
-    began, ended = events[0][0], max(end for _, end, _ in events)
+    # Before its first kernel a first step pins host memory.
+    began = next(start for start, _, name in events if "Memcpy" not in name)
+    ended = max(end for _, end, _ in events)
     span = ended - began
     figure, axis = plt.subplots(figsize=(11, 2.4))
     for row, (label, belongs) in enumerate(ROWS.items()):
