@@ -18,7 +18,7 @@ from jaxscale.ops.attention import invariant
 from jaxscale.ops.by_row import ByRow
 from jaxscale.ops.device import kernel_family
 from jaxscale.ops.linear import Joined
-from jaxscale.ops.precision import Policy, accumulator
+from jaxscale.ops.precision import Policy
 from jaxscale.ops.tiles import over_tiles
 from jaxscale.types import Array, Params
 
@@ -88,11 +88,8 @@ def prepared(params: Params) -> Params:
 def logits(h: Array, head: Array | loss.Head, softcap: float | None) -> Array:
     """As `ops.loss.unembed`; not differentiated."""
     matrix = head.weights if isinstance(head, loss.Head) else head
-    found = by_row.project(h.reshape(-1, h.shape[-1]), matrix)
-    if isinstance(head, loss.Head):
-        found = found + accumulator(head.bias)
-    if softcap is not None:
-        found = softcap * jnp.tanh(found / softcap)
+    products = by_row.project(h.reshape(-1, h.shape[-1]), matrix)
+    found = loss.biased_and_capped(products, head, softcap)
     return found.reshape(*h.shape[:-1], -1)
 
 

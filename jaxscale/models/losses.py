@@ -64,7 +64,8 @@ class NextTokenLoss:
         Args:
             params: the parameter tree.
             batch: tokens, labels, weights, positions and optionally segments, [B, T]; a label
-                outside the vocabulary, such as -100, does not count, whatever its weight. In
+                outside the vocabulary, such as -100, does not count, whatever its weight, and one
+                that the head's bias forbids makes the loss infinite if its weight is not 0. In
                 training also `token_keys`, see `ops.draws.with_token_keys`; without them nothing is
                 drawn.
             key: unused: what this loss draws comes from the batch's `token_keys`.
@@ -169,6 +170,8 @@ class NextTokenLoss:
             own_labels = own_tokens(labels)
             is_known = (own_labels >= 0) & (own_labels < self.model.vocab_size)
             weights = jnp.where(is_known, own_tokens(weights), 0)
+            # A token that does not count adds 0, also where its loss is infinite.
+            nll, normaliser = (jnp.where(weights == 0, 0, each) for each in (nll, normaliser))
             nll, z = (nll * weights).sum(), (normaliser**2 * weights).sum()
             return nll + self.z_loss * z, nll, weights.sum()
 

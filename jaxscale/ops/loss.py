@@ -62,7 +62,8 @@ class Head(NamedTuple):
 
     Args:
         weights: [V, D].
-        bias: [V], added in at least float32.
+        bias: [V], added in at least float32. -inf forbids a word, also behind a soft-cap: its
+            probability and its gradients are 0, and the others' are as without it.
     """
 
     weights: Array
@@ -96,11 +97,24 @@ def unembed(
         (logits,) = quantised_products(h, [matrix.matrix], accumulator(h).dtype)
     else:
         logits = project(h, matrix)
-    if isinstance(head, Head):
-        logits = logits + accumulator(head.bias)
-    if softcap is None:
+    return biased_and_capped(logits, head, softcap)
+
+
+def biased_and_capped(
+    logits: Array,
+    head: Array | Head,
+    softcap: float | None,
+) -> Array:
+    """What `unembed` makes of products [..., V] with the head's matrix."""
+    bias = accumulator(head.bias) if isinstance(head, Head) else None
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias is None:
         return logits
-    return softcap * jnp.tanh(logits / softcap)
+    # A cap would allow a forbidden word again. As a constant its logit has no gradient.
+    return jnp.where(bias == -jnp.inf, -jnp.inf, logits)
 
 
 def token_loss(
@@ -116,15 +130,26 @@ def token_loss(
     Args:
         h: [B, T, D].
         head: [V, D], or with a bias.
-        labels: [B, T] int32; one outside [0, V), such as -100, has a loss of 0.
+        labels: [B, T] int32; one outside [0, V), such as -100, has a loss of 0, and a forbidden
+            word one of +inf, which has no gradient.
         softcap: as in `unembed`.
     Returns:
-        (nll [B, T], log sum exp [B, T]).
+        (nll [B, T], log sum exp [B, T], which is -inf where all words are forbidden).
     """
     label, normaliser = label_and_normaliser(h, head, labels, softcap)
-    is_known = (labels >= 0) & (labels < num_rows(head))
-    nll = jnp.where(is_known, normaliser - label, 0)
-    return nll, normaliser
+    return nll_of(label, normaliser, labels, num_rows(head)), normaliser
+
+
+def nll_of(
+    label: Array,
+    normaliser: Array,
+    labels: Array,
+    num_words: int,
+) -> Array:
+    """`token_loss` of a label's logit and log sum exp, for labels of a whole vocabulary."""
+    is_known = (labels >= 0) & (labels < num_words)
+    nll = jnp.where(label == -jnp.inf, jnp.inf, normaliser - label)
+    return jnp.where(is_known, nll, 0)
 
 
 def loss_of_logits(
@@ -134,8 +159,7 @@ def loss_of_logits(
 ) -> tuple[Array, Array]:
     """What `token_loss` returns, of logits [B, T, V] and labels [B, T]; `total` adds up V."""
     label, normaliser = from_logits(logits, labels, total)
-    is_known = (labels >= 0) & (labels < logits.shape[-1])
-    return jnp.where(is_known, normaliser - label, 0), normaliser
+    return nll_of(label, normaliser, labels, logits.shape[-1]), normaliser
 
 
 def label_and_normaliser(
@@ -180,11 +204,25 @@ def from_logits(
     """What `label_and_normaliser` returns, of logits [B, T, V] and labels [B, T]."""
     # The maximum only keeps the exponentials finite, so it needs no gradient. In this form XLA
     # computes the gradient of the logits in one pass.
-    top = lax.stop_gradient(logits.max(-1))
+    top = finite_top(lax.stop_gradient(logits.max(-1)))
     is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
     label = jnp.where(is_label, logits, 0).sum(-1)
     sums = total(jnp.exp(logits - top[..., None]))
-    return label, jnp.log(sums) + top
+    return label, log_of_sum(sums, top)
+
+
+def finite_top(top: Array) -> Array:
+    """The largest logits, 0 where all are -inf: -inf - -inf would be NaN."""
+    return jnp.where(top == -jnp.inf, 0, top)
+
+
+def log_of_sum(sums: Array, top: Array) -> Array:
+    """log sum exp of logits whose exponentials, relative to `top`, add up to `sums`.
+
+    -inf where there are none, with a gradient of 0, where that of the logarithm would be NaN.
+    """
+    is_empty = sums == 0
+    return jnp.where(is_empty, -jnp.inf, jnp.log(jnp.where(is_empty, 1, sums)) + top)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

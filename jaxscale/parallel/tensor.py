@@ -235,17 +235,15 @@ def token_loss(
     label, part = loss.label_and_normaliser(h, head, local, softcap)
     # lse = top + log(sum of exp(part - top)). The maximum keeps the exponentials from overflowing;
     # lse does not depend on it, so it carries no gradient.
-    top = lax.pmax(lax.stop_gradient(part), axes)
+    top = loss.finite_top(lax.pmax(lax.stop_gradient(part), axes))
     # The label's logit is 0 on all members but one, so it is summed in the same exchange.
     both = jnp.stack([jnp.exp(part - top), label], -1)
     others = tuple(axis for axis in axes if axis != TENSOR)
     both = reduce_scatter_tokens(lax.psum(both, others))
     total, label = jnp.moveaxis(both, -1, 0)
-    lse = jnp.log(total) + own_tokens(top)
+    lse = loss.log_of_sum(total, own_tokens(top))
     num_labels = num_columns * lax.axis_size(axes)
-    is_known = (labels >= 0) & (labels < num_labels)
-    nll = jnp.where(own_tokens(is_known), lse - label, 0)
-    return nll, lse
+    return loss.nll_of(label, lse, own_tokens(labels), num_labels), lse
 
 
 def kv_heads(weights: Array, axis: int, num_kv_heads: int) -> Array:

@@ -39,7 +39,9 @@ def label_and_normaliser(
         h: [T, D].
         head: [V, D] of the same type.
         labels: [T] int32; one outside [0, V) has the logit 0.
-        bias: [V] float32, if there is one.
+        bias: [V] float32, if there is one. -inf forbids a word: its logit is -inf, its gradients
+            are 0, and all else is as without it. With every word forbidden log sum exp is -inf.
+            What is below the range of the type of `h` forbids a word likewise.
         implementation: one of BACKENDS; "mosaic" is for Hopper GPUs, "triton" for Ampere and newer.
         interpret: JAX's parameters of interpretation, to try a kernel on a CPU; False compiles it.
     Returns:
@@ -108,7 +110,10 @@ def _with_bias_in_columns(
     In `h` the columns are ones; in the head they are three parts that add up to the bias. Only the
     kernel reads these. Rows of D + 3 numbers, or gradients of them, would not be aligned.
     """
-    columns = jnp.stack(parts_of(bias, 3), -1).astype(h.dtype)
+    first, *others = (part.astype(h.dtype) for part in parts_of(bias, 3))
+    # Where the first part is -inf the others are infinite or NaN.
+    others = [jnp.where(jnp.isinf(first), 0, part) for part in others]
+    columns = jnp.stack([first, *others], -1)
     zeros = (0, 0), (0, -(h.shape[1] + 3) % UNIT)
     h = jnp.concatenate([h, jnp.ones((len(h), 3), h.dtype)], -1)
     return jnp.pad(h, zeros), jnp.pad(jnp.concatenate([head, columns], -1), zeros)
@@ -126,7 +131,7 @@ def _forward(
     operands = (h, head) if bias is None else _with_bias_in_columns(h, head, bias)
     values, tops, sums = exponentials(*operands, interpret=interpret)
     # Join the sums of the tiles, each of which is relative to its own largest logit.
-    top = tops.max(0)
+    top = _finite(tops.max(0))
     total = (sums * jnp.exp(tops - top)).sum(0)
     normaliser = top + jnp.log(total)
     vocabulary = head.shape[0]
@@ -137,7 +142,7 @@ def _forward(
     if bias is not None:
         label = label + jnp.where(is_known, bias[known], 0)
     # Times this, a tile's exponentials are probabilities.
-    scales = jnp.exp(tops - normaliser)
+    scales = jnp.exp(tops - _finite(normaliser))
     return (label, normaliser), (h, head, labels, bias, values, scales)
 
 
@@ -150,6 +155,8 @@ def _backward(
     h, head, labels, bias, values, scales = residuals
     dlabel, dnormaliser = cotangents
     vocabulary = head.shape[0]
+    if bias is not None:
+        dlabel = jnp.where(_is_forbidden(bias, labels), 0, dlabel)
     scale = (scales * dnormaliser).T
     _, columns = _kernel(implementation)
     scale = jnp.repeat(scale, columns, axis=1)[:, :vocabulary]
@@ -165,3 +172,13 @@ def _backward(
 
 
 _by_kernel.defvjp(_forward, _backward)
+
+
+def _finite(top: Array) -> Array:
+    """The largest logits, 0 where all are -inf: -inf - -inf would be NaN."""
+    return jnp.where(top == -jnp.inf, 0, top)
+
+
+def _is_forbidden(bias: Array, labels: Array) -> Array:
+    """[T] whether a label's own bias is -inf."""
+    return bias[jnp.clip(labels, 0, len(bias) - 1)] == -jnp.inf

@@ -48,7 +48,8 @@ def exponentials(
         head: [V, D].
     Returns:
         (exp(logit - top) [T, V rounded up to PIECE] in the type of `h`, 0 beyond V;
-        top [tiles, T], the largest logit of each tile of columns, float32;
+        top [tiles, T], the largest logit of each tile of columns, float32; where it is -inf, the
+        exponentials are 0;
         the sum of its exponentials [tiles, T], float32).
     """
     num_tokens, vocabulary = h.shape[0], head.shape[0]
@@ -92,7 +93,9 @@ def exponentials(
                 is_known = column < vocabulary - j * blocks.columns
                 logits = jnp.where(is_known, logits, -jnp.inf)
             top = logits.max(axis=1) * LOG2E
-            top_of_column = lax.broadcast_in_dim(top, logits.shape, [0])
+            # A tile of forbidden words leaves -inf, and -inf - -inf would be NaN.
+            safe = jnp.where(top == -jnp.inf, 0.0, top)
+            top_of_column = lax.broadcast_in_dim(safe, logits.shape, [0])
             values = jnp.exp2(logits * LOG2E - top_of_column)
             sums = values.sum(axis=1)
             store(values, out_smem.at[warpgroup], out_gmem, row, j * blocks.columns)

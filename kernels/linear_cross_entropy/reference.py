@@ -16,7 +16,10 @@ def label_and_normaliser(
     h, head = h.astype(wide), head.astype(wide)
     logits = jnp.einsum("td,vd->tv", h, head, precision=jax.lax.Precision.HIGHEST)
     if bias is not None:
-        logits = logits + bias
+        # A forbidden word's logit is a constant, so that h and its row have no gradient of it.
+        logits = jnp.where(bias == -jnp.inf, -jnp.inf, logits + bias)
     is_label = jnp.arange(head.shape[0]) == labels[:, None]
     label = jnp.where(is_label, logits, 0).sum(-1)
-    return label, jax.nn.logsumexp(logits, -1)
+    is_any = (logits != -jnp.inf).any(-1)
+    normaliser = jax.nn.logsumexp(jnp.where(is_any[:, None], logits, 0), -1)
+    return label, jnp.where(is_any, normaliser, -jnp.inf)

@@ -48,7 +48,9 @@ def _exponentials(
     if VOCABULARY % COLUMNS:
         logits = tl.where((column < VOCABULARY)[None, :], logits, -float("inf"))
     top = tl.max(logits, 1)
-    values = tl.exp2((logits - top[:, None]) * LOG2E)
+    # A tile of forbidden words leaves -inf, and -inf - -inf would be NaN.
+    safe = tl.where(top == -float("inf"), 0.0, top)
+    values = tl.exp2((logits - safe[:, None]) * LOG2E)
     is_row = row < LENGTH
     tl.store(tops + j * LENGTH + row, top, mask=is_row)
     tl.store(sums + j * LENGTH + row, tl.sum(values, 1), mask=is_row)
@@ -69,7 +71,8 @@ def exponentials(
         head: [V, D].
     Returns:
         (exp(logit - top) [T, V rounded up to whole tiles] in the type of `h`, 0 beyond V;
-        top [tiles, T], the largest logit of each tile of columns, float32;
+        top [tiles, T], the largest logit of each tile of columns, float32; where it is -inf, the
+        exponentials are 0;
         the sum of its exponentials [tiles, T], float32).
     """
     blocks = blocks_of(OPERATION)

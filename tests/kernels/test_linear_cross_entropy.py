@@ -125,6 +125,81 @@ def test_a_bias_is_added_to_the_logits_and_has_its_gradient(run, shape):
     check(run(h, head, labels, *cotangents, bias), wanted, TOLERANCE)
 
 
+# Rows of zeros that fill the last tile are multiplied too, and nobody reads what comes out.
+rows_beyond_the_end = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+
+
+def forbidding(vocabulary, lowest=-np.inf):
+    """A bias that allows the words of some columns, and whether it does: of no kernel's first tile.
+
+    Of the last tile it allows none either.
+    """
+    bias = 3 * jax.random.normal(jax.random.key(1), (vocabulary,))
+    word = np.arange(vocabulary)
+    is_allowed = (word >= 256) & (word < 512) & (word % 7 > 0)
+    return jnp.where(is_allowed, bias, lowest), is_allowed
+
+
+def without_forbidden_words(h, head, labels, dlabel, dnormaliser, bias, is_allowed):
+    """As `naive` has it of a head that has the allowed words alone; the bias's gradient is last."""
+    ones = np.ones(len(h))[:, None]
+    wide_h, wide_head = (
+        np.concatenate([np.asarray(x, np.float64), y], -1)
+        for x, y in ((h, ones), (head, np.asarray(bias)[:, None]))
+    )
+    number = np.where(is_allowed, np.cumsum(is_allowed) - 1, -1)
+    known = np.clip(labels, 0, len(head) - 1)
+    is_known = (np.asarray(labels) == known) & is_allowed[known]
+    own = np.where(is_known, number[known], -1)
+    label, normaliser, dh, of_allowed = naive(
+        wide_h, wide_head[is_allowed], own, dlabel, dnormaliser
+    )
+    dhead = np.zeros(wide_head.shape)
+    dhead[is_allowed] = of_allowed
+    label[np.asarray(labels) == known] = (wide_h * wide_head[known]).sum(-1)[labels == known]
+    return label, normaliser, dh[:, :-1], dhead[:, :-1], dhead[:, -1]
+
+
+@rows_beyond_the_end
+@pytest.mark.parametrize(
+    ("dtype", "lowest"),
+    [
+        ("bfloat16", -np.inf),
+        ("bfloat16", np.finfo("float32").min),
+        ("float16", -np.inf),
+        ("float16", -1e9),
+    ],
+)
+def test_a_forbidden_word_is_as_if_it_were_not_there(run, dtype, lowest):
+    """Also in tiles without an allowed word; two labels are forbidden, and count for nobody."""
+    h, head, labels, *cotangents = draw(SHAPES["odd_vocabulary"], dtype, 0.1)
+    bias, is_allowed = forbidding(len(head), lowest)
+    allowed = np.flatnonzero(is_allowed)
+    own = jnp.asarray(allowed)[labels % len(allowed)]
+    labels = jnp.where((labels >= 0) & (labels < len(head)), own, labels)
+    if np.isinf(lowest):
+        labels = labels.at[8].set(0).at[9].set(520)
+    wanted = without_forbidden_words(h, head, labels, *cotangents, bias, is_allowed)
+    found = run(h, head, labels, *cotangents, bias)
+    check(found, wanted, TOLERANCE)
+    *_, dhead, dbias = found
+    assert not np.asarray(dhead)[~is_allowed].any()
+    assert not np.asarray(dbias)[~is_allowed].any()
+    if np.isinf(lowest):
+        assert (np.asarray(found[0])[8:10] == -np.inf).all()
+
+
+def test_with_every_word_forbidden_nothing_is_nan(run):
+    h, head, labels, *cotangents = draw(SHAPES["one_tile"])
+    bias = jnp.full(len(head), -jnp.inf)
+    label, normaliser, *gradients = run(h, head, labels, *cotangents, bias)
+    is_known = (labels >= 0) & (labels < len(head))
+    np.testing.assert_array_equal(label, np.where(is_known, -np.inf, 0))
+    np.testing.assert_array_equal(normaliser, np.full(len(h), -np.inf))
+    for gradient in gradients:
+        np.testing.assert_array_equal(np.asarray(gradient, np.float32), 0)
+
+
 def test_gradients_of_a_head_with_a_bias_are_matmuls_of_aligned_rows():
     """With the bias in columns of the operands XLA would multiply rows of D + 3 numbers."""
     h, head, labels, *cotangents = jax.eval_shape(lambda: draw((128, 64, 256)))

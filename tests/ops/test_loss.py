@@ -7,7 +7,7 @@ import pytest
 
 from jaxscale.kernels import device
 from jaxscale.ops import loss as losses
-from jaxscale.ops.loss import Head, project, sum_over_chunks, token_loss
+from jaxscale.ops.loss import Head, loss_of_logits, project, sum_over_chunks, token_loss
 from jaxscale.types import InputError
 
 B, T, D, V = 2, 12, 8, 20
@@ -149,6 +149,65 @@ def test_a_label_outside_the_vocabulary_has_no_loss_and_no_gradient(label):
     wanted = jax.value_and_grad(nll)(x, labels, weights.at[1, 5].set(0))
     got = jax.value_and_grad(nll)(x, labels.at[0, 3].set(label).at[1, 5].set(label), weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), got, wanted)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_forbidden_word_is_as_if_it_were_not_there(softcap):
+    """With z-loss and tokens of weight 0, of which one has a forbidden label."""
+    x, head, labels, weights = make()
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=V), jnp.float32)
+    allowed = np.arange(5, V, 2)
+
+    def sums(x, head, labels):
+        def of_chunk(x, head, labels, weights):
+            nll, normaliser = token_loss(x, head, labels, softcap)
+            nll, normaliser = (jnp.where(weights == 0, 0, each) for each in (nll, normaliser))
+            return ((nll + 0.1 * normaliser**2) * weights).sum()
+
+        return sum_over_chunks(of_chunk, 3, x, head, labels, weights)
+
+    def whole(x, head, bias):
+        own = jnp.asarray(allowed)[labels % len(allowed)].at[0, 0].set(0)
+        return sums(x, Head(head, bias), own)
+
+    def part(x, head, bias):
+        return sums(x, Head(head[allowed], bias[allowed]), labels % len(allowed))
+
+    weights = weights.at[0, 0].set(0)
+    forbidding = jnp.full(V, -jnp.inf).at[allowed].set(bias[allowed])
+    got = jax.jit(jax.value_and_grad(whole, (0, 1, 2)))(x, head, forbidding)
+    wanted = jax.jit(jax.value_and_grad(part, (0, 1, 2)))(x, head, bias)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, wanted)
+
+
+def test_a_forbidden_label_has_an_infinite_loss_and_no_gradient():
+    x, head, labels, _ = make()
+    bias = jnp.zeros(V).at[3].set(-jnp.inf)
+    labels = jnp.where(labels == 3, 4, labels).at[0, 5].set(3)
+
+    def nll(x, head, bias):
+        return token_loss(x, Head(head, bias), labels)[0]
+
+    value, pullback = jax.vjp(nll, x, head, bias)
+    assert value[0, 5] == np.inf
+    assert np.isfinite(value.at[0, 5].set(0)).all()
+    gradients = pullback(jnp.ones(value.shape))
+    wanted = pullback(jnp.ones(value.shape).at[0, 5].set(0))
+    jax.tree.map(np.testing.assert_array_equal, gradients, wanted)
+    assert all(np.isfinite(each).all() for each in gradients)
+
+
+def test_logits_that_are_all_forbidden_have_no_gradient():
+    """A row of a mask of one's own, beside others."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, V)))
+    logits = logits.at[0, 1].set(-jnp.inf).at[0, 2, ::2].set(-jnp.inf)
+    labels = jnp.asarray([[3, 4, 5]])
+    (nll, normaliser), pullback = jax.vjp(lambda x: loss_of_logits(x, labels), logits)
+    assert (nll[0, 1], normaliser[0, 1]) == (np.inf, -np.inf)
+    (gradient,) = pullback((jnp.ones((1, 3)), jnp.ones((1, 3))))
+    wanted = 2 * jax.nn.softmax(logits[0, ::2]) - jax.nn.one_hot(labels[0, ::2], V)
+    np.testing.assert_allclose(gradient[0, ::2], wanted, atol=1e-6)
+    assert (gradient[0, 1] == 0).all()
 
 
 def test_projection_is_rounded_neither_in_the_logits_nor_wider_in_the_gradient():

@@ -122,6 +122,35 @@ def test_token_loss():
         )
 
 
+@pytest.mark.parametrize("num_forbidden", [1, 3, V])
+def test_token_loss_with_forbidden_words(num_forbidden):
+    """Also all of a member, or of all members; a label that is forbidden has no gradient."""
+    with jax.enable_x64(True):
+        h = jnp.asarray(RNG.normal(size=(B, T, D)))
+        matrix = jnp.asarray(RNG.normal(size=(V, D)))
+        bias = jnp.asarray(RNG.normal(size=V)).at[:num_forbidden].set(-jnp.inf)
+        labels = jnp.asarray(RNG.permutation(np.arange(B * T) % V).reshape(B, T))
+
+        def both(token_loss, h, matrix, bias):
+            def of_head(matrix, bias):
+                return token_loss(h, loss.Head(matrix, bias), labels)
+
+            values, pullback = jax.vjp(of_head, matrix, bias)
+            return values, pullback(tuple(map(jnp.ones_like, values)))
+
+        rows = P(TENSOR)
+        shared = functools.partial(both, tensor.token_loss)
+        run = on_mesh(shared, (P(), rows, rows), (OWN, rows))
+        figures, gradients = run(h, matrix, bias)
+        plain = jax.jit(functools.partial(both, loss.token_loss))
+        values, wanted = plain(h, matrix, bias)
+        assert_close(tuple(map(in_order, figures)), values)
+        assert_close(gradients, wanted)
+        assert all(np.isfinite(each).all() for each in gradients)
+        nll, _ = values
+        np.testing.assert_array_equal(nll == np.inf, labels < num_forbidden)
+
+
 def assert_close(got, wanted):
     def one(a, b):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
