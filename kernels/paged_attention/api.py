@@ -28,6 +28,7 @@ def paged_attention(
     low: Array,
     high: Array,
     scales: tuple[Array, Array] | None = None,
+    mask: Array | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -49,6 +50,9 @@ def paged_attention(
         scales: of keys and of values of 8 bits, [pages, 1, K, page size] bfloat16 each; None where
             they have the type of `q`.
         low, high: [D] int32, within 0 and P * page size; a query with high <= low sees nothing.
+        mask: [R, P * page size] bool, R dividing D: which of the keys between low and high are
+            seen, any set of them, by the D / R sequences that follow one another; None for all.
+            A value that is not seen must be finite in a page that is read.
         scale: factor on the logits.
         softcap: c in c * tanh(logits / c); None for none.
         layout: which blocks of keys each head sees, of a query at high - 1; None for all.
@@ -61,9 +65,15 @@ def paged_attention(
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
     Cost: a kernel reads the pages from low to high once, 4 H K bytes a key in bfloat16; with a
-        layout, for each kv head those that one of its queries sees.
+        layout, for each kv head those that one of its queries sees. A mask adds 2 K bytes a key,
+        and in the kernel one comparison for each logit.
     """
     _check_shapes(q, k_pages, v_pages, block_table)
+    if mask is not None:
+        num_keys = block_table.shape[1] * k_pages.shape[1]
+        is_fit = mask.ndim == 2 and len(q) % len(mask) == 0 and mask.shape[1] == num_keys
+        expected = f"[R, {num_keys}] with D = {len(q)} a multiple of R"
+        require(is_fit, "paged_attention", f"mask {mask.shape}", expected)
     reason = refusal(implementation, q, k_pages, layout)
     check_backend("paged_attention", implementation, BACKENDS, reason)
     check_invariant("paged_attention", implementation, is_invariant)
@@ -72,14 +82,14 @@ def paged_attention(
     settings = dict(scale=scale, softcap=softcap, layout=layout)
     arrays = (q, k_pages, v_pages, block_table, low, high)
     if implementation == "reference":
-        return reference.paged_attention(*arrays, scales, **settings)
+        return reference.paged_attention(*arrays, scales, mask, **settings)
     if implementation == "triton":
         # Triton is optional, so it is imported where it is used.
         from jaxscale.kernels.paged_attention import triton
 
-        return triton.paged_attention(*arrays, **settings, interpret=interpret)
+        return triton.paged_attention(*arrays, mask, **settings, interpret=interpret)
     settings["is_invariant"] = is_invariant
-    return pallas.paged_attention(*arrays, scales, **settings, interpret=interpret)
+    return pallas.paged_attention(*arrays, scales, mask, **settings, interpret=interpret)
 
 
 def write_and_attend(

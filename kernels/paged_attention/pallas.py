@@ -22,6 +22,7 @@ from jaxscale.kernels.attention.products import MATRIX
 from jaxscale.kernels.attention.tiles import BlockLayout
 from jaxscale.kernels.paged_attention.seen_pages import SeenPages
 from jaxscale.kernels.paged_attention.stream import (
+    MASK_TYPE,
     Buffers,
     Reading,
     Source,
@@ -80,6 +81,7 @@ def paged_attention(
     low: Array,
     high: Array,
     scales: tuple[Array, Array] | None = None,
+    mask: Array | None = None,
     *,
     scale: float,
     softcap: float | None,
@@ -105,18 +107,24 @@ def paged_attention(
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, groups - own_groups), (0, 0)))
     grouped = grouped.reshape(num, -1, head_dim)
 
-    operands = (block_table, low, high, grouped, k_pages, v_pages, *(scales or ()))
+    operands = [block_table, low, high, grouped, k_pages, v_pages, *(scales or ())]
+    num_paged = len(operands)
+    if mask is not None:
+        operands.append(mask.astype(MASK_TYPE).reshape(len(mask), -1, reading.page_size))
 
     def body(*refs):
-        source, others = Source.of(refs[4 : len(operands)]), refs[len(operands) :]
-        own = _Refs(*refs[:4], source, *others[:5], None, None, Buffers(*others[5:]))
+        source, others = Source.of(refs[4:num_paged]), refs[len(operands) :]
+        of_mask = None if mask is None else refs[num_paged]
+        own = _Refs(*refs[:4], source, *others[:5], None, None, Buffers(*others[5:]), of_mask)
         _run(own, problem, interpret)
 
     shape = (num, kv_heads, problem.num_streams)
     kernel = plgpu.kernel(
         body,
         out_type=_out_types(shape, problem, q.dtype),
-        scratch_types=_scratch_types(problem, k_pages.dtype, q.dtype, interpret),
+        scratch_types=_scratch_types(
+            problem, k_pages.dtype, q.dtype, interpret, has_mask=mask is not None
+        ),
         grid=shape,
         grid_names=GRID_NAMES,
         compiler_params=COMPILER_PARAMS,
@@ -204,13 +212,15 @@ def _scratch_types(
     pages_type: Any,
     dtype: Any,
     interpret: Any,
+    *,
+    has_mask: bool = False,
 ) -> tuple[Any, ...]:
     """Shared memory and barriers in the order of `_Refs`, without those of new keys."""
     return (
         plgpu.SMEM((ROWS, problem.reading.head_dim), dtype),
         plgpu.SMEM((ROWS,), jnp.float32),
         plgpu.Barrier(),
-        *buffer_types(problem.reading, pages_type, dtype, interpret),
+        *buffer_types(problem.reading, pages_type, dtype, interpret, has_mask=has_mask),
     )
 
 
@@ -256,6 +266,8 @@ class _Refs(NamedTuple):
     new_smem: Any
     new_full: Any
     buffers: Buffers
+    # In global memory: [rows, P, page size], or None.
+    mask: Any = None
 
 
 def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
@@ -288,6 +300,10 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS, page_size), 0, layout=MATRIX)
         return sees & seen.is_seen(row - own_row, high - 1, page)
 
+    def mask_at(i):
+        row = lax.div(sequence, refs.low.shape[0] // refs.mask.shape[0])
+        return refs.mask.at[row, number_at(i)]
+
     pages = Stream(
         refs.source,
         refs.buffers,
@@ -296,6 +312,7 @@ def _run(refs: _Refs, problem: Problem, interpret: Any) -> None:
         count,
         page_at=lambda i: refs.block_table[sequence, number_at(i)],
         interpret=interpret,
+        mask_at=None if refs.mask is None else mask_at,
     )
 
     @pl.when(count > 0)

@@ -16,6 +16,7 @@ def paged_attention(
     low: Array,
     high: Array,
     scales: tuple[Array, Array] | None = None,
+    mask: Array | None = None,
     *,
     scale: float,
     softcap: float | None,
@@ -38,6 +39,8 @@ def paged_attention(
         logits = softcap * jnp.tanh(logits / softcap)
     key = jnp.arange(keys.shape[1])
     sees = (key >= low[:, None]) & (key < high[:, None])
+    if mask is not None:
+        sees &= jnp.repeat(mask, num // len(mask), 0)
     sees = sees[:, None, None]
     if layout is not None:
         sees = sees & _seen_by_layout(layout, q, high - 1, key).reshape(*logits.shape)

@@ -31,6 +31,7 @@ from jaxscale.kernels.persistent import LOG2E, ROWS, swizzled
 
 # Weights times scales of values are multiplied in float16, which has few digits below 2^-14.
 SHIFT = 2.0**8
+MASK_TYPE = jnp.bfloat16  # 1 for a key that is seen, else 0
 # How 8 bits lie in registers while they are converted.
 NARROW_LAYOUT = plgpu.Layout.WGMMA_UPCAST_4X
 # Of pages in shared memory, so that two blocks fit a multiprocessor; 72 KiB for heads of 96.
@@ -114,6 +115,8 @@ class Buffers(NamedTuple):
     v_scales: Any
     k_wide: Any
     v_wide: Any
+    # Which of a page's keys are seen, if a mask says so.
+    mask: Any
     # What interpretation needs.
     p: Any
 
@@ -123,11 +126,15 @@ def buffer_types(
     pages_type: Any,
     q_type: Any,
     interpret: Any,
+    *,
+    has_mask: bool = False,
 ) -> Buffers:
     """What `Buffers` are made of."""
     page, stages = (reading.page_size, reading.head_dim), reading.stages
     pages = swizzled((stages, *page), pages_type, reading.row_bytes)
-    full = plgpu.Barrier(num_arrivals=2 if reading.is_narrow else 1, num_barriers=stages)
+    num_copies = 2 if reading.is_narrow else 1
+    k_full = plgpu.Barrier(num_arrivals=num_copies + has_mask, num_barriers=stages)
+    v_full = plgpu.Barrier(num_arrivals=num_copies, num_barriers=stages)
     wide = reading.wide(q_type)
     converted, scales = None, None
     if reading.is_narrow:
@@ -137,12 +144,13 @@ def buffer_types(
         q=swizzled((ROWS, reading.head_dim), wide, reading.row_bytes),
         k=pages,
         v=pages,
-        k_full=full,
-        v_full=full,
+        k_full=k_full,
+        v_full=v_full,
         k_scales=scales,
         v_scales=scales,
         k_wide=converted,
         v_wide=converted,
+        mask=plgpu.SMEM((stages, reading.page_size), MASK_TYPE) if has_mask else None,
         p=plgpu.SMEM((ROWS, reading.page_size), wide) if interpret else None,
     )
 
@@ -159,6 +167,8 @@ class Stream:
         count: pages.
         page_at: i -> the number of the i-th page.
         interpret: JAX's parameters of interpretation, or False.
+        mask_at: i -> which keys of the i-th page are seen [page size] MASK_TYPE, as a reference;
+            None where `attend` is told all.
     """
 
     source: Source
@@ -168,6 +178,7 @@ class Stream:
     count: Any
     page_at: Callable
     interpret: Any
+    mask_at: Callable | None = None
 
     def start(self, before_first: Callable = lambda: None) -> None:
         """Fetches as many pages as there is room for; the first one behind `before_first`."""
@@ -214,6 +225,9 @@ class Stream:
             if scales is not None:
                 of_page = scales.at[page, 0, self.head]
                 plgpu.copy_gmem_to_smem(of_page, scales_smem.at[slot], full.at[slot])
+        if self.mask_at is not None:
+            mask = buffers.mask.at[slot]
+            plgpu.copy_gmem_to_smem(self.mask_at(i), mask, buffers.k_full.at[slot])
 
     def _step(self, visible: Callable | None, i: Any, carry: tuple) -> tuple:
         o, total, top = carry
@@ -226,7 +240,11 @@ class Stream:
         logits = _logits(buffers.q, keys, self.reading)
         if is_narrow:
             logits = _scaled(logits, buffers.k_scales.at[slot])
-        p, shrink, top = _softmax(logits, top, visible and visible(i), self.reading)
+        sees = visible and visible(i)
+        if self.mask_at is not None:
+            in_mask = _in_mask(buffers.mask.at[slot], logits.shape)
+            sees = in_mask if sees is None else sees & in_mask
+        p, shrink, top = _softmax(logits, top, sees, self.reading)
         total = total * shrink + p.sum(axis=1)
         o = o * spread(shrink, o.shape, 0)
         plgpu.barrier_wait(buffers.v_full.at[slot])
@@ -242,6 +260,11 @@ class Stream:
         (o,), _ = accumulate((o,), product, (), interpret=self.interpret)
         pl.when(later < self.count)(functools.partial(self._fetch, later, page))
         return o, total, top
+
+
+def _in_mask(mask: Any, shape: tuple[int, int]) -> Array:
+    """[ROWS, page size] whether the mask of a page has a key."""
+    return spread(plgpu.load(mask, layout=COLUMN).astype(jnp.float32), shape, 1) != 0.0
 
 
 def _scaled(x: Array, scales: Any) -> Array:

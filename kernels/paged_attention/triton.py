@@ -30,6 +30,7 @@ def _over_pages(
     q,
     k_pages,
     v_pages,
+    mask,
     o,
     lse,
     TABLE_WIDTH: tl.constexpr,
@@ -42,6 +43,7 @@ def _over_pages(
     LOCAL: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    SHARE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -88,7 +90,11 @@ def _over_pages(
         logits = tl.dot(q_tile, tl.load(k_page + slot))
         logits, factor = capped(logits, SCALE, SOFTCAP)
         slot_key = first + key
-        sees = ((slot_key >= low_key) & (slot_key < high_key))[None, :]
+        sees = (slot_key >= low_key) & (slot_key < high_key)
+        if SHARE:
+            row_of_mask = mask + (sequence // SHARE).to(tl.int64) * TABLE_WIDTH * PAGE_SIZE
+            sees = sees & (tl.load(row_of_mask + slot_key) != 0)
+        sees = sees[None, :]
         if STRIDE:
             of_block = first // BLOCK_SIZE
             turn = (of_block + head * GROUPS + row + 1) % STRIDE
@@ -113,6 +119,7 @@ def paged_attention(
     block_table: Array,
     low: Array,
     high: Array,
+    mask: Array | None = None,
     *,
     scale: float,
     softcap: float | None,
@@ -129,9 +136,11 @@ def paged_attention(
     num_tiles = width * page_size // columns
     num_streams = max(min(PROGRAMS // (num * kv_heads), num_tiles), 1)
     shape = num, kv_heads, num_streams, groups
+    # Without a mask the kernel reads none, and any array stands in its place.
+    of_mask = low if mask is None else mask.astype(jnp.int8)
     o, lse = call(
         _over_pages,
-        *(block_table, low, high, q, k_pages, v_pages),
+        *(block_table, low, high, q, k_pages, v_pages, of_mask),
         out_type=(
             jax.ShapeDtypeStruct((*shape, head_dim), q.dtype),
             jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -149,6 +158,7 @@ def paged_attention(
         LOCAL=layout.local if layout else 0,
         STRIDE=layout.stride if layout else 0,
         BLOCK_SIZE=BLOCK,
+        SHARE=0 if mask is None else num // len(mask),
         ROWS=max(triton.next_power_of_2(groups), LEAST_ROWS),
         COLUMNS=columns,
     )

@@ -54,6 +54,13 @@ def programs():
                 (array(64, 32, head_dim), pages, pages, *table),
             )
         yield from attention_programs(head_dim, BlockLayout())
+    settings = dict(scale=0.1, softcap=None)
+    yield (
+        "pages, mask",
+        lambda *a: paged_attention.paged_attention(*a, **settings),
+        (array(64, 32, 128), array(999, 128, 8, 128), array(999, 128, 8, 128))
+        + (integers(64, 20), integers(64), integers(64), array(8, 2560, dtype="bool")),
+    )
 
 
 def attention_programs(head_dim, layout):

@@ -70,7 +70,7 @@ def draw(case):
     return (*arrays, *integers, *scales), dict(scale=dim**-0.5, softcap=softcap)
 
 
-def expected(arrays, scale, softcap):
+def expected(arrays, scale, softcap, mask=None):
     """A sequence and a head at a time, in float64."""
     arrays, scales = arrays[:6], arrays[6:]
     q, k_pages, v_pages, table, low, high = (np.asarray(each, np.float64) for each in arrays)
@@ -81,7 +81,9 @@ def expected(arrays, scale, softcap):
     out = np.zeros_like(q)
     groups = q.shape[1] // k_pages.shape[2]
     for d, pages in enumerate(table.astype(int)):
-        seen = slice(int(low[d]), int(high[d]))
+        seen = np.arange(int(low[d]), int(high[d]))
+        if mask is not None:
+            seen = seen[mask[d * len(mask) // len(q), seen]]
         for head in range(q.shape[1]):
             keys, values = (
                 each[pages, :, head // groups].reshape(-1, q.shape[2])[seen]
@@ -110,6 +112,36 @@ def test_attention_over_pages(case, implementation):
     o = paged_attention(*arrays, **settings, implementation=implementation, interpret=interpret)
     assert o.dtype == arrays[0].dtype
     assert_norm_close(o, expected(arrays, **settings), TOLERANCE)
+
+
+@pytest.mark.parametrize("case", long_but(CASES, ("grouped heads", "window and soft-cap")))
+@pytest.mark.parametrize("num_rows", [1, None])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_any_set_of_keys_is_seen(implementation, num_rows, case):
+    """By one mask for all sequences, or one each; a page between and the first row see none."""
+    arrays, settings = draw(case)
+    skip_unless_runnable(implementation)
+    if refusal(implementation, *arrays[:2]):
+        pytest.skip("the kernel takes neither pages of 8 bits nor heads of 96")
+    q, k_pages, _, table, *_ = arrays
+    page = k_pages.shape[1]
+    mask = np.random.default_rng(1).random((num_rows or len(q), table.shape[1] * page)) < 0.3
+    mask[:, -2 * page : -page] = False
+    if num_rows is None and len(q) > 1:
+        mask[0] = False
+    interpret = interpret_of(implementation)
+    chosen = dict(implementation=implementation, interpret=interpret)
+    o = paged_attention(*arrays, mask=jnp.asarray(mask), **settings, **chosen)
+    assert_norm_close(o, expected(arrays, **settings, mask=mask), TOLERANCE)
+
+
+def test_a_mask_that_does_not_fit_is_refused():
+    arrays, settings = draw("grouped heads")
+    for shape in ((2, 256), (3, 255)):
+        with pytest.raises(ValueError, match=r"expected \[R, 256\] with D = 3 a multiple of R"):
+            paged_attention(
+                *arrays, mask=jnp.zeros(shape, bool), **settings, implementation="reference"
+            )
 
 
 @pytest.mark.skipif(not IS_NEW, reason="the kernel needs jax 0.11")

@@ -88,22 +88,68 @@ def test_the_kernel_is_attention_over_the_cache(case):
     assert_norm_close(o, wanted, TOLERANCE)
 
 
+def packed(positions, segments):
+    """A document behind another; in the second row they alternate."""
+    positions[0, 100:USED], segments[0, 100:USED] = np.arange(USED - 100), 2
+    segments[1, :USED] = 1 + np.arange(USED) % 2
+
+
+def padded_between_turns(positions, segments):
+    """In the second row padding of more than a page, in the first of a few slots."""
+    for row, padding in ((0, slice(150, 153)), (1, slice(60, 190))):
+        positions[row] -= padding.stop - padding.start
+        positions[row, padding], segments[row, padding] = -1, 0
+        before = slice(PADDING if row else 0, padding.start)
+        positions[row, before] = np.arange(max(before.stop - before.start, 0))
+
+
+def in_a_ring(positions, segments):
+    """As if the oldest slots had been written over: positions fall once."""
+    for row in range(2):
+        positions[row, :USED] = 500 + np.roll(np.arange(USED), 1 - 40 - row)
+        segments[row, :USED] = 1
+    positions[:, USED - 1] = positions.max(1) + 1
+
+
+def later_and_nothing(positions, segments):
+    """The first row's token is at an early position; that of the second is padding."""
+    positions[0, USED - 1] = 100
+    positions[1, USED - 1], segments[1, USED - 1] = -1, 0
+
+
 @needs_kernel
-def test_packed_documents_are_seen_and_holes_give_nan():
-    """The first row's token is of its second document; in the second row a slot is skipped."""
+@pytest.mark.parametrize(
+    ("place", "window"),
+    [
+        (packed, None),
+        (padded_between_turns, None),
+        (padded_between_turns, 60),
+        (in_a_ring, 50),
+        (later_and_nothing, None),
+    ],
+)
+def test_the_slots_that_are_seen_may_be_any(place, window):
+    """With holes, which were NaN once, and pages between of which nothing is seen."""
     q, cache, context = draw("soft-cap and a scale")
     positions, segments = np.array(cache.positions), np.array(cache.segments)
-    segments[0, 100:USED], positions[0, 100:USED] = 2, np.arange(USED - 100)
-    positions[1, 150] = -1
+    place(positions, segments)
     cache = dataclasses.replace(
-        cache, positions=jnp.asarray(positions), segments=jnp.asarray(segments)
+        cache,
+        v=jnp.nan_to_num(cache.v),
+        positions=jnp.asarray(positions),
+        segments=jnp.asarray(segments),
     )
-    context = dataclasses.replace(context, positions=cache.positions[:, USED - 1 : USED])
-    o = over_slots(q, cache, context)
+    new = cache.positions[:, USED - 1 : USED]
+    context = dataclasses.replace(context, positions=new, window=window)
+    mask = np.asarray(seen(context, cache).mask()[:, 0, 0])
+    o = np.asarray(over_slots(q, cache, context), np.float64)
     wide = (jnp.nan_to_num(each.astype("float32")) for each in (q, cache.k, cache.v))
-    wanted = kv_cache.over_keys(*wide, seen(context, cache))
-    assert_norm_close(o[0], wanted[0], TOLERANCE)
-    assert np.isnan(o[1].astype("float32")).all()
+    wanted = np.asarray(kv_cache.over_keys(*wide, seen(context, cache)))
+    wanted = np.where(mask.any(1)[:, None, None, None], wanted, 0)
+    for row in range(2):
+        assert_norm_close(o[row], wanted[row], TOLERANCE, row)
+    is_hole = ~mask & (np.cumsum(mask, 1) > 0) & (np.cumsum(mask[:, ::-1], 1)[:, ::-1] > 0)
+    assert is_hole.any() or place is later_and_nothing
 
 
 def of_phi3(length, capacity, **settings):

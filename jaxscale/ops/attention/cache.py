@@ -109,8 +109,8 @@ def attend(
             None picks one and logs it.
     Returns:
         ([B, T, N, H], the longer cache). The output is NaN once the cache has overflowed: a
-        compiled loop cannot raise, and the write lands on the last slots. With "mosaic" it is NaN
-        too where what a token sees is not one run of slots.
+        compiled loop cannot raise, and the write lands on the last slots. The slots that a token
+        sees may be any.
     Raises:
         InputError: the named backend cannot do what is asked.
     """

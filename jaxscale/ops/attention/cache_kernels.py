@@ -64,33 +64,36 @@ def over_slots(
     *,
     interpret: Any = False,
 ) -> Array:
-    """As `cache.over_keys` of one query a row [B, 1, N, H]; NaN where it sees no run of slots.
+    """As `cache.over_keys` of one query a row [B, 1, N, H], which may see any set of slots.
 
-    A row of one document, padded on the left, is a run, and so are packed documents. A query that
-    sees nothing gets 0.
+    So also between padding that later turns of a chat brought, behind padding on the right, of one
+    of several documents whose slots alternate, and of positions in any order. A query that sees
+    nothing gets 0. Values must be finite in slots that are not seen, as in `cache.over_keys`.
+
+    The kernel reads the pages between the first slot that is seen and the last one.
     """
     batch, num_kv_heads, capacity, head_dim = k.shape
-    low, high, is_run = _intervals(context.mask()[:, 0, 0])
+    mask = context.mask()[:, 0, 0]
+    low, high = _bounds(mask)
     num_readers, num_pages = batch * num_kv_heads, capacity // PAGE
     of_heads = (jnp.repeat(bound, num_kv_heads) for bound in (low, high))
     table = jnp.arange(num_readers * num_pages, dtype=jnp.int32)
-    o = kernel.paged_attention(
+    return kernel.paged_attention(
         q.reshape(num_readers, -1, head_dim),
         k.reshape(-1, PAGE, 1, head_dim),
         v.reshape(-1, PAGE, 1, head_dim),
         table.reshape(num_readers, num_pages),
         *of_heads,
+        mask=mask,
         scale=context.logits_scale(head_dim),
         softcap=context.softcap,
         implementation="mosaic",
         interpret=interpret,
-    )
-    return jnp.where(is_run[:, None, None, None], o.reshape(q.shape), jnp.nan)
+    ).reshape(q.shape)
 
 
-def _intervals(sees: Array) -> tuple[Array, Array, Array]:
-    """(low, high, whether a row's query sees all slots between, [B] each) of a mask [B, S]."""
-    slots = jnp.arange(sees.shape[1], dtype=jnp.int32)
-    low = jnp.where(sees, slots, len(slots)).min(1)
-    high = jnp.where(sees, slots + 1, 0).max(1)
-    return low, high, sees.sum(1, dtype=jnp.int32) == jnp.maximum(high - low, 0)
+def _bounds(mask: Array) -> tuple[Array, Array]:
+    """(the first slot that is seen, the one behind the last), [B] each, of a mask [B, S]."""
+    slots = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    low = jnp.where(mask, slots, len(slots)).min(1)
+    return low, jnp.where(mask, slots + 1, 0).max(1)
