@@ -14,7 +14,7 @@ from jaxscale.models.execution import Whole
 from jaxscale.models.parameters import Table, in_order_of_use
 from jaxscale.ops.backends import Operations
 from jaxscale.ops.draws import with_token_keys
-from jaxscale.ops.loss import unembed
+from jaxscale.ops.loss import Head, unembed
 from jaxscale.parallel import tensor
 from jaxscale.parallel.region import LossFn
 from jaxscale.parallel.sequence.layout import Chunked, Contiguous
@@ -42,7 +42,7 @@ def first_non_finite(
         The path of a parameter, else of a tensor of the forward ("layers/0/q, layer 3 of its
         stack"), else "loss", else of the gradient that the backward makes first, else their norm.
     """
-    for path, leaf in tree.flatten(params).items():
+    for path, leaf in tree.flatten(setup.allowed(params)).items():
         if not bool(jnp.isfinite(leaf).all()):
             return f"parameter {path}"
     if name := _first_of_forward(setup, params, batch, key):
@@ -203,11 +203,13 @@ def _watch(operations: Operations) -> tuple[Operations, dict[str, list[Array]]]:
 
     def count_tokens(
         h: Array,
-        head: Array,
+        head: Array | Head,
         labels: Array,
         softcap: float | None,
     ) -> tuple[Array, Array]:
         """In place of the loss, in whose loop over chunks `name` would see tracers only."""
+        if isinstance(head, Head):  # the logit of a forbidden word is no fault
+            head = head._replace(bias=jnp.where(head.bias == -jnp.inf, 0, head.bias))
         is_bad = ~jnp.isfinite(unembed(h, head, softcap)).all(-1, keepdims=True)
         sums = operations.collectives.reduce_scatter_tokens(is_bad.astype(jnp.float32))
         return sums[..., 0], sums[..., 0]

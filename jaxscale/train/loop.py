@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxscale.launch.watchdog import Watchdog
 from jaxscale.train.metrics import Speed, expert_use
@@ -88,6 +87,7 @@ class Loop:
         speed: throughput between steps.
         evaluate: (params, step) -> figures.
         evaluate_every: steps between evaluations; the last step is always evaluated.
+        norm: of parameters; not finite where one is broken.
         diagnose: (state, batch) -> name of the first tensor that is not finite.
         preemption: says when a signal asks for the end; protected from the first step on.
         profiler: records a window of steps.
@@ -104,6 +104,7 @@ class Loop:
     speed: Speed
     evaluate: Callable[[Any, int], dict[str, Any]]
     evaluate_every: int
+    norm: Callable[[Any], jax.Array]
     diagnose: Callable[[TrainState, Batch], str]
     preemption: Any
     profiler: Profiler
@@ -185,7 +186,7 @@ class Loop:
         force: bool = False,
     ) -> None:
         """Saves unless an update has broken the parameters, which no step has used yet."""
-        if not _are_finite(state.params):
+        if not jnp.isfinite(self.norm(state.params)):
             raise NonFiniteError(
                 f"step {step}: the update was not finite; the last good state is that of the "
                 "newest checkpoint"
@@ -216,11 +217,6 @@ class Loop:
         for reporter in self.reporters if figures else ():
             reporter.report(step, figures)
         self.speed.figures()  # restarts the clock: evaluation is not training time
-
-
-@jax.jit
-def _are_finite(params: Any) -> jax.Array:
-    return jnp.isfinite(optax.tree.norm(params))
 
 
 def _host_value(value: Any) -> Any:

@@ -32,7 +32,7 @@ from jaxscale.train.optim import (
     make_optimizer,
 )
 from jaxscale.train.state import TrainState, abstract_state, run_key, state_dims
-from jaxscale.types import InputError
+from jaxscale.types import InputError, Params, Role
 
 # The generator of random numbers takes seconds a leaf to optimise on a CPU, and runs once.
 RUNS_ONCE = {"xla_backend_optimization_level": 0}
@@ -85,6 +85,20 @@ class Setup:
             "optimizer state": self.state.opt_state,
             "gradients": jax.tree.map(gradient, trained, specs),
         }
+
+    def norm(self, params: Params) -> jax.Array:
+        """The norm of parameters; a forbidden word's bias, which is -inf and no fault, adds 0."""
+        return optax.tree.norm(self.allowed(params))
+
+    def allowed(self, params: Params) -> Params:
+        """The parameters with 0 in place of the biases of forbidden words."""
+        entries = tree.flatten(self.table)
+
+        def of(path: str, leaf: jax.Array) -> jax.Array:
+            is_bias = entries[path].role == Role.LOGIT_BIAS
+            return jnp.where(leaf == -jnp.inf, 0, leaf) if is_bias else leaf
+
+        return tree.map_with_path(of, params)
 
     def init(self, seed: int) -> TrainState:
         """The first state, each leaf made where it lives; the same numbers on any mesh."""

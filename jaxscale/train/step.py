@@ -45,7 +45,7 @@ def make_step(setup: Setup) -> Step:
         # The norm of the parameters before the update: XLA fuses that sum with their conversion to
         # the compute type, where the norm of the new ones would slow the update down (3.4 of 224 ms
         # on an H200). A bad update shows one step later.
-        parameter_norm = optax.tree.norm(trained)
+        parameter_norm = setup.norm(trained)
         is_finite = state.is_finite
         for figure in (loss, gradient_norm, parameter_norm):
             is_finite = is_finite & jnp.isfinite(figure)

@@ -115,6 +115,7 @@ def train(
         speed=speed,
         evaluate=evaluate,
         evaluate_every=config.evaluate_every,
+        norm=jax.jit(setup.norm),
         diagnose=functools.partial(_diagnose, setup),
         preemption=surroundings.preemption,
         profiler=Profiler(config.profile_steps, run / "profile"),

@@ -140,6 +140,17 @@ def test_logits_that_overflow():
     assert diagnose(training, params, make_batch()) == "logits"
 
 
+@pytest.mark.parametrize(
+    ("label", "value", "name"), [(2, 1.0, "loss"), (9, np.nan, "parameter head/weights")]
+)
+def test_a_forbidden_word_is_no_fault(label, value, name):
+    """But a label that is forbidden is one of the loss, which is infinite."""
+    training, rows = make_training(make_model(use_head_bias=True)), make_batch()
+    rows["labels"] = np.full_like(rows["labels"], label)
+    params = changed(training, head__bias=set_to(-jnp.inf, 2), head__weights=set_to(value, 1, 1))
+    assert diagnose(training, params, rows) == name
+
+
 def test_the_micro_batch_is_named():
     """Row 2, of micro-batch 2 % 4, alone has the token that reads what overflows."""
     training, batch = make_training(num_microbatches=4), make_batch()

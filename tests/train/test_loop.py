@@ -7,6 +7,7 @@ import signal
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from jaxscale.launch.preemption import Preemption
@@ -88,6 +89,7 @@ def make_loop(world, tmp_path, *, steps=5, evaluate_every=100, window=None, pree
         speed=Speed(1, 1.0),
         evaluate=world.evaluate,
         evaluate_every=evaluate_every,
+        norm=optax.tree.norm,
         diagnose=world.diagnose,
         preemption=preemption or Preemption(),
         profiler=Profiler(window, tmp_path),

@@ -106,6 +106,34 @@ def test_weights_of_any_scale_give_the_same_means():
     assert_close(got, wanted, 1e-6)
 
 
+def test_forbidden_words_stay_forbidden_and_stop_no_step():
+    """As if their bias were finite and their probability still 0; one is a label of weight 0."""
+    training, batch = make_training(make_model(use_head_bias=True)), make_batch()
+    batch["labels"] = np.where(batch["weights"] > 0, batch["labels"] % 20 + 5, 2).astype(np.int32)
+    is_forbidden = np.arange(32) < 5
+
+    def run(value):
+        state = training.start()
+        bias = jnp.where(is_forbidden, value, state.params["head"]["bias"])
+        head = state.params["head"] | {"bias": bias}
+        state = dataclasses.replace(state, params=state.params | {"head": head})
+        return training.run(batch, batch, state=state)
+
+    state, metrics = run(-jnp.inf)
+    wanted, wanted_metrics = run(-1e4)
+    assert metrics["is_finite"]
+    for name in ("loss", "nll", "gradient_norm"):
+        np.testing.assert_allclose(metrics[name], wanted_metrics[name], rtol=1e-5, err_msg=name)
+    bias = state.params["head"].pop("bias")
+    assert (bias[is_forbidden] == -np.inf).all()
+    of_others = wanted.params["head"].pop("bias")[~is_forbidden]
+    np.testing.assert_allclose(bias[~is_forbidden], of_others, rtol=1e-6)
+    assert_close(state, wanted, 1e-6)
+    norm = training.setup.norm(state.params | {"head": state.params["head"] | {"bias": bias}})
+    others = [*jax.tree.leaves(state.params), bias[~is_forbidden]]
+    np.testing.assert_allclose(norm, optax.tree.norm(others), rtol=1e-6)
+
+
 def test_an_update_that_is_not_finite_stops_the_run():
     """Loss and gradient are finite. The next step finds that the update was not."""
     training = make_regression(optimizer=OptimizerConfig(learning_rate=3e38, weight_decay=10.0))
