@@ -50,8 +50,7 @@ def main(measured, output):
             label = f"{strategy}, measured on {'all' if is_full else 'fewer'} layers"
             axis.plot(tokens, mfu, style, color="black", label=label)
         axis.set_xscale("log", base=2)
-        axis.set_title(f"{shape}, caps of all layers")
-        axis.set_xlabel("tokens")
+        axis.set(title=f"{shape}, caps of all layers", xlabel="tokens")
     axes[0].set_ylabel("MFU, attention's backward counted twice its forward")
     axes[0].legend(fontsize=8)
     figure.savefig(output, bbox_inches="tight", dpi=110)
