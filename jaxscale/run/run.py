@@ -258,6 +258,8 @@ def check_fit(run: Run) -> None:
         run.execution.check_periods(run.model.num_periods)
     if isinstance(run.execution.strategy, FullyPipelined):
         _check_pipelined(run)
+    if mesh.pipeline > 1:
+        _check_places(run.execution)
     if isinstance(run.execution.strategy, ByChunk | HeadChunks) and mesh.tensor > 1:
         expected = "Whole() with MeshConfig.tensor > 1, whose members have other tokens each"
         raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
@@ -284,12 +286,6 @@ def _check_pipelined(run: Run) -> None:
     if mesh.ring > 1:
         expected = "1 with FullyPipelined, whose chunks every shard of the sequence exchanges"
         raise InputError("MeshConfig.ring", mesh.ring, expected)
-    if mesh.pipeline > 1 and not execution.strategy.is_on_device:
-        expected = (
-            'inputs and chunks = "device" and attention "device" or "nowhere" with '
-            "MeshConfig.pipeline > 1, whose slots for what a stage keeps are on the device"
-        )
-        raise InputError("FullyPipelined", execution.strategy, expected)
     num_rows = run.data.batch_size // (mesh.num_batch_shards * run.train.num_microbatches)
     if mesh.tensor > 1 and num_rows > 1:
         expected = (
@@ -300,6 +296,23 @@ def _check_pipelined(run: Run) -> None:
     execution.strategy.check(
         length=run.data.sequence_length, sequence=mesh.sequence, tensor=mesh.tensor
     )
+
+
+def _check_places(execution: ExecutionConfig) -> None:
+    """Refuses what would rest on the host beside a pipeline, whose slots are on the device."""
+    strategy = execution.strategy
+    if isinstance(strategy, FullyPipelined) and not strategy.is_on_device:
+        places = 'inputs and chunks = "device" and attention "device" or "nowhere"'
+        refused = "FullyPipelined", strategy, places
+    elif execution.checkpoint_every > 1 and execution.checkpoint_place == "host":
+        refused = "ExecutionConfig.checkpoint_place", "host", '"device"'
+    elif execution.offloaded_names:
+        refused = "ExecutionConfig.offloaded_names", execution.offloaded_names, "none"
+    else:
+        return
+    parameter, given, expected = refused
+    reason = "MeshConfig.pipeline > 1, whose slots for what a stage keeps are on the device"
+    raise InputError(parameter, given, f"{expected} with {reason}")
 
 
 def _check_kernels(run: Run) -> None:

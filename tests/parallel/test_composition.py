@@ -206,21 +206,46 @@ def test_layers_by_chunks_equal_whole_ones_on_one_device(name, sizes):
     check(name, sizes | dict(strategy=ByChunk(2)))
 
 
-def test_layers_by_chunks_are_refused_in_a_tensor_group():
-    """Its members have other tokens each, so that a chunk of one is none of another."""
-    run = Run(
+def run_of(mesh, **execution):
+    """A run of a dense model of two layers."""
+    return Run(
         directory="unused",
         model=dense(),
-        mesh=MeshConfig(tensor=2),
+        mesh=mesh,
         data=DataConfig(sources=(TextSource(("unread",)),), sequence_length=16, batch_size=8),
         optimizer=OptimizerConfig(),
-        train=TrainConfig(steps=1),
+        train=TrainConfig(steps=1, num_microbatches=2),
         checkpoint=CheckpointConfig("unused", save_every=1, keep_last=1),
-        execution=ExecutionConfig(num_loss_chunks=2, strategy=ByChunk(2)),
+        execution=ExecutionConfig(num_loss_chunks=2, **execution),
     )
+
+
+def test_layers_by_chunks_are_refused_in_a_tensor_group():
+    """Its members have other tokens each, so that a chunk of one is none of another."""
+    run = run_of(MeshConfig(tensor=2), strategy=ByChunk(2))
     with pytest.raises(InputError, match=r"ExecutionConfig.strategy: given ByChunk.*tensor > 1"):
         check_fit(run)
     check_fit(dataclasses.replace(run, mesh=MeshConfig(data=2, sequence=2)))
+
+
+@pytest.mark.parametrize(
+    ("execution", "message"),
+    [
+        (
+            dict(checkpoint_every=2, checkpoint_place="host"),
+            r"checkpoint_place: given 'host', expected \"device\" with MeshConfig.pipeline > 1",
+        ),
+        (
+            dict(remat="names", offloaded_names=("residual",)),
+            r"offloaded_names: given \('residual',\), expected none with MeshConfig.pipeline > 1",
+        ),
+    ],
+    ids=["checkpoint_place", "offloaded_names"],
+)
+def test_a_pipeline_refuses_what_would_rest_on_the_host(execution, message):
+    with pytest.raises(InputError, match=message):
+        check_fit(run_of(MeshConfig(pipeline=2), **execution))
+    check_fit(run_of(MeshConfig(data=2), **execution))
 
 
 LONG = SINGLES + PAIRS + TRIPLES + VARIANTS

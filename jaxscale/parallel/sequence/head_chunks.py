@@ -14,6 +14,7 @@ from jax import lax
 from jaxscale.ops.attention import KERNEL_OUTPUT, AttentionContext
 from jaxscale.ops.backends import EXCHANGED, ROUTER
 from jaxscale.ops.draws import Draws
+from jaxscale.ops.linear import ADAPTED
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, InputError, Params, check_positive, check_types
 
@@ -50,12 +51,12 @@ class HeadChunks:
         """As `models.execution.LayerStrategy`.
 
         Raises:
-            InputError: there is a cache, or heads that the chunks do not divide or that know their
-                number.
+            InputError: there is a cache, or heads that the chunks do not divide, that know their
+                number or that have adapters.
         """
         if cache is not None:
             raise InputError("ExecutionConfig.strategy", self, "Whole() where there is a cache")
-        self._check(layer.config.attention)
+        self._check(layer.config.attention, layer.params["attention"])
         collectives = layer.operations.collectives
         x, h = layer.enter_attention(x)
         h = collectives.gather_tokens(h)
@@ -79,13 +80,16 @@ class HeadChunks:
         x, choices = layer.finish(x, h, y, draws)
         return x, None, choices
 
-    def _check(self, attention: Any) -> None:
+    def _check(self, attention: Any, params: Params) -> None:
         if rest := attention.num_kv_heads % self.num_chunks:
             equation = f"{attention.num_kv_heads} % {self.num_chunks} = {rest}"
             expected = f"num_kv_heads % num_chunks == 0, but {equation}"
             raise InputError("HeadChunks.num_chunks", self.num_chunks, expected)
         if attention.qk_norm == "all" or attention.layout is not None:
             expected = "Whole() for a norm over all heads or a layout of blocks by a head's number"
+            raise InputError("ExecutionConfig.strategy", self, expected)
+        if any(isinstance(params[name], ADAPTED) for name in HEADS_DIM if name in params):
+            expected = "Whole() or FullyPipelined() with adapters, which all groups would share"
             raise InputError("ExecutionConfig.strategy", self, expected)
 
     def _groups(self, params: Params) -> Params:

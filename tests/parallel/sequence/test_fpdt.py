@@ -11,6 +11,7 @@ from jaxscale import tree
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
+from jaxscale.models.config.lora import LoraConfig
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.attention.intervals import IntervalAttention, attention_over_intervals
@@ -64,9 +65,17 @@ def richest():
 
 
 DENSE = dense(num_layers=2, max_length=T)
+ADAPTED = dense(num_layers=1, max_length=T, lora=LoraConfig(2))
 MOE = mixture(num_layers=2, max_length=T)
 RICH_LAYER = richest()
 DEEP_MOE = mixture(num_layers=4, max_length=T)  # two periods, one for each of two stages
+MODELS = {
+    "dense": DENSE,
+    "adapted": ADAPTED,
+    "moe": MOE,
+    "rich moe": RICH_LAYER,
+    "deep moe": DEEP_MOE,
+}
 ON_HOST, TWICE = dict(chunks="host"), dict(attention="nowhere")
 ON_DEVICE = dict(inputs="device", attention="device", chunks="device")
 KEYS_ON_DEVICE = dict(chunks="device")
@@ -74,6 +83,7 @@ KEYS_ON_DEVICE = dict(chunks="device")
 MESHES = [
     ("rich moe", 4, dict(sequence=2), dict(num_pieces=1) | TWICE),
     ("dense", 4, dict(sequence=2), KEYS_ON_DEVICE),
+    ("adapted", 2, dict(), dict(num_pieces=1) | KEYS_ON_DEVICE),
     *[
         pytest.param(
             "dense",
@@ -111,7 +121,7 @@ MESHES = [
 
 @pytest.mark.parametrize(("name", "num_chunks", "sizes", "settings"), MESHES, ids=str)
 def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, sizes, settings):
-    model = {"dense": DENSE, "rich moe": RICH_LAYER, "moe": MOE, "deep moe": DEEP_MOE}[name]
+    model = MODELS[name]
     strategy = FullyPipelined(chunk_tokens=T // num_chunks, **settings)
     settings = dict(zero=3, num_microbatches=2) | sizes
     num_microbatches = settings["num_microbatches"] if "moe" in name else 1

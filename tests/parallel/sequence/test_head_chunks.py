@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from jaxscale.models.config.lora import LoraConfig
 from jaxscale.parallel.sequence.head_chunks import HeadChunks
 from jaxscale.types import InputError
 from tests.parallel.comparison import (
@@ -32,3 +33,8 @@ def test_loss_and_every_gradient_equal_those_of_whole_layers(model, sizes):
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(InputError, match=r"HeadChunks.num_chunks: given 3, .* but 2 % 3 = 2"):
         on_mesh(dense(), strategy=HeadChunks(3), remat="none", dtype="float32")
+
+
+def test_adapters_are_refused():
+    with pytest.raises(InputError, match=r"given HeadChunks\(num_chunks=2\), .* with adapters"):
+        on_mesh(dense(lora=LoraConfig(2)), strategy=HeadChunks(2), remat="none", dtype="float32")

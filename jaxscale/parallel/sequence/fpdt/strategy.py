@@ -79,7 +79,7 @@ class FullyPipelined:
         cuts = self._cuts(layer, x, context)
         context = layer.masked(context)
         stream = Stream(
-            **_functions(_unnamed(layer)),
+            **_functions(_unnamed(layer), cuts.num_members),
             attention=_attention(layer, x, context),
             chunks=cuts,
             pieces=dataclasses.replace(cuts, num=self.num_pieces),
@@ -162,9 +162,10 @@ class _Known(NamedTuple):
     draws: Draws | None
 
 
-def _functions(layer: Any) -> dict[str, Callable]:
-    """A layer as the functions that `Stream` wants."""
+def _functions(layer: Any, num_members: int) -> dict[str, Callable]:
+    """A layer as the functions that `Stream` wants; its heads are shared out among the members."""
     collectives = layer.operations.collectives
+    num_heads = layer.config.attention.num_heads // num_members
 
     def project(params: Params, x: Array, known: _Known) -> tuple[Array, Array, Array]:
         here = dataclasses.replace(layer, params=params)
@@ -173,7 +174,6 @@ def _functions(layer: Any) -> dict[str, Callable]:
         return collectives.to_heads(q, k, v)
 
     def leave(o: Array) -> Array:
-        num_heads = layer.params["attention"]["o"].shape[0]
         return collectives.to_tokens(o, num_heads)
 
     def finish(
