@@ -15,6 +15,7 @@ from jaxscale.serve.sequences import FinishReason
 from jaxscale.serve.text import UNFINISHED
 from jaxscale.serve.tools import ToolCall, ToolForm, ToolStream
 
+LEAST_LOGPROB = -9999.0  # OpenAI's for a token that is very unlikely
 REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -222,7 +223,7 @@ class Form:
             known = {**dict(each.top), token: each.drawn}
             found.append(
                 {
-                    str(id): {"logprob": value, "decoded_token": self.tokenizer.decode([id])}
+                    str(id): {"logprob": _in_json(value), "decoded_token": self._text(id)}
                     for id, value in known.items()
                 }
             )
@@ -250,8 +251,8 @@ class Form:
                 "content": [self._in_chat(*pair) for pair in zip(tokens, logprobs, strict=True)]
             }
         return {
-            "tokens": [self.tokenizer.decode([token]) for token in tokens],
-            "token_logprobs": [each.drawn for each in logprobs],
+            "tokens": [self._text(token) for token in tokens],
+            "token_logprobs": [_in_json(each.drawn) for each in logprobs],
             "top_logprobs": [self._top(*pair) for pair in zip(tokens, logprobs, strict=True)],
         }
 
@@ -262,18 +263,26 @@ class Form:
         """
         found: dict[str, float] = {}
         for each, value in (*logprobs.top, (token, logprobs.drawn)):
-            found.setdefault(self.tokenizer.decode([each]), value)
+            found.setdefault(self._text(each), _in_json(value))
         return found
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.decode([token])
 
     def _in_chat(self, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
         top = [self._spelt(token, value) for token, value in logprobs.top]
         return self._spelt(token, logprobs.drawn) | {"top_logprobs": top}
 
     def _spelt(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
+        text = self._text(token)
         # A part of a character has no text of its own, and the bytes of its sign are not its own.
         spelt = None if UNFINISHED in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": spelt}
+        return {"token": text, "logprob": _in_json(logprob), "bytes": spelt}
+
+
+def _in_json(logprob: float) -> float:
+    """A log-probability as JSON can have it, which knows no -inf of a forbidden token."""
+    return max(logprob, LEAST_LOGPROB)
 
 
 def _reason(reason: FinishReason | None, has_calls: bool) -> str | None:

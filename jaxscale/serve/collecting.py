@@ -90,6 +90,10 @@ class Collector:
         count = None if logprobs is None else member.config.num_logprobs
         text, tokens, scores = "", [], []
         for token, place in zip(drawn, places, strict=False):
+            if member.matcher and not member.matcher.allows(token):
+                # The head forbids every token of the grammar, and something else was drawn.
+                self._scheduler.finish(piece.sequence, FinishReason.LENGTH)
+                break
             text += self._append(member, piece, token)
             tokens.append(token)
             if count is not None:

@@ -76,7 +76,8 @@ class Grammars:
                 self._compiled.popitem(last=False)
         if known is None:
             self._compile_into(future, config)
-        return Matcher(future.result().deep_copy(), self.num_words)
+        compiled = future.result().deep_copy()
+        return Matcher(compiled, self.num_words, self._tokenizer.eos_id)
 
     def _compile_into(self, future: concurrent.futures.Future, config: GrammarConfig) -> None:
         try:
@@ -129,11 +130,13 @@ class Matcher:
     Args:
         matcher: llguidance's.
         num_words: of a mask.
+        eos_id: the token that ends a text.
     """
 
-    def __init__(self, matcher: Any, num_words: int):
+    def __init__(self, matcher: Any, num_words: int, eos_id: int):
         self._matcher = matcher
         self._num_words = num_words
+        self._eos_id = eos_id
 
     def mask(self) -> np.ndarray:
         """A bit for each token that may come next, [words] int32; the end token at an end."""
@@ -160,8 +163,14 @@ class Matcher:
             self._matcher.rollback(num_taken)
         return found
 
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+        if self._matcher.is_stopped():
+            return token == self._eos_id
+        return self._matcher.validate_tokens([token]) == 1
+
     def accept(self, token: int) -> None:
-        """Takes the token drawn; one that the last mask allowed."""
+        """Takes the token drawn; one that it allows."""
         self._matcher.consume_token(token)
 
     @property

@@ -187,8 +187,8 @@ class Runner:
         Args:
             pieces: what runs.
             configs: of each piece's request.
-            masks: what each piece's grammar allows, [words] int32 for each of its rows, of which
-                the last ones may be missing; None for all tokens.
+            masks: what each piece's grammar allows, [words] int32 for each of the rows that draw,
+                of which the last ones may be missing; None for all tokens.
         """
         shape, packed, rows, extra = self._pack(pieces)
         of_rows = None
@@ -196,7 +196,9 @@ class Runner:
             num_words = len(next(filter(None, masks))[0])
             of_rows = np.full((shape.rows.num_rows, num_words), -1, np.int32)
             for place, of_piece in enumerate(masks):
-                for row, mask in zip((*extra.get(place, ()), rows[place]), of_piece or ()):
+                # The rows before the last draw behind drafts, but only score tokens of a prompt.
+                before = extra.get(place, ()) if pieces[place].drafts else ()
+                for row, mask in zip((*before, rows[place]), of_piece or ()):
                     of_rows[row] = mask
         tokens, logprobs = self._launch(
             shape,

@@ -32,6 +32,8 @@ def test_a_part_that_saw_no_key_adds_nothing():
     one, none = Part(o, jnp.zeros((1, 1, 2))), Part(0 * o, jnp.full((1, 1, 2), -jnp.inf))
     np.testing.assert_array_equal((one + none).o, o)
     np.testing.assert_array_equal((none + one).lse, 0)
+    np.testing.assert_array_equal((none + none).o, 0)
+    np.testing.assert_array_equal(((none + none) + one).o, o)
 
 
 @pytest.mark.parametrize(

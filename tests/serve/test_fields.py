@@ -1,6 +1,7 @@
 """Fields of requests that OpenAI's and vLLM's servers know: what they change, or a refusal."""
 
 import json
+import math
 
 import pytest
 
@@ -98,6 +99,16 @@ def test_the_token_drawn_is_among_the_most_probable_and_equal_texts_do_not_hide_
 
     assert top(65, -3.0, (66, -0.1)) == {"B": -0.1, "A": -3.0}
     assert top(200, -3.0, (201, -0.1), (202, -2.0)) == {"\ufffd": -0.1}
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_forbidden_token_has_a_log_probability_that_json_knows(is_chat):
+    """It is -inf, of which Python's JSON makes something that no client can read, or an error."""
+    score = TokenLogprobs(-math.inf, ((66, -0.1), (67, -math.inf)))
+    choice = Completion(tokens=[65], logprobs=[score], prompt_logprobs=(score,))
+    answer = Form("tiny", is_chat, ByteTokenizer()).whole([choice], [[65, 68]], Usage())
+    text = json.dumps(answer, allow_nan=False)
+    assert text.count("-9999.0") >= 4
 
 
 def test_a_chat_that_is_too_long_is_told_as_openai_tells_it(client):

@@ -1,6 +1,7 @@
 """Continuations follow their grammars, and their neighbours do not."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import re
@@ -8,16 +9,19 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxscale.data.tokenizer import ByteTokenizer
+from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.drawing import only_allowed
+from jaxscale.serve.engine import Engine
 from jaxscale.serve.grammar import GrammarConfig, Grammars, choice_grammar, json_grammar
 from jaxscale.serve.requests import RequestConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
-from tests.serve.examples import byte_engine
+from tests.serve.examples import BYTE_MODEL, SIZES, byte_decoder, byte_engine, byte_params
 from tests.serve.test_text import TOKENIZERS
 
 pytest.importorskip("llguidance", reason="the extra `serve`")
@@ -107,6 +111,35 @@ def test_greedy_neighbours_are_as_without_a_grammar_beside_them():
     while engine().has_work:
         found += [each.tokens for each in engine().step() if each.request == number]
     assert [token for tokens in found for token in tokens] == alone
+
+
+@pytest.mark.parametrize("prompt", ["def f", "a prompt of more than one piece"])
+def test_the_first_token_behind_a_prompt_that_is_scored_follows_the_grammar(prompt):
+    """Its row comes behind those of the prompt's tokens, of which the first had its mask."""
+    greedy, grammar = SamplingConfig(temperature=0), GrammarConfig("regex", "[0-9]{3}")
+    plain = RequestConfig(greedy, max_new_tokens=9, grammar=grammar)
+    scored = dataclasses.replace(plain, num_prompt_logprobs=1)
+    (found,), (wanted,) = (engine().generate([prompt], each)[0] for each in (scored, plain))
+    assert re.fullmatch("[0-9]{3}", found.text) and found.tokens == wanted.tokens
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "text", "reason"),
+    [(b"0123456789", "", "length"), (b"012345678", "999", "stop"), ([256], "999", "length")],
+)
+def test_where_the_head_forbids_all_that_a_grammar_allows_the_text_ends(forbidden, text, reason):
+    """A token was drawn that the grammar forbids; 256 is the end of a text."""
+    bias = np.zeros(258, np.float32)
+    bias[[*forbidden]] = -np.inf
+    bias[ord("9")] += 100
+    params = byte_params()
+    params = params | {"head": params["head"] | {"bias": jnp.asarray(bias)}}
+    model = dataclasses.replace(BYTE_MODEL, use_head_bias=True)
+    decoder = dataclasses.replace(byte_decoder(), config=model)
+    engine = Engine(decoder, params, config=EngineConfig(**SIZES), tokenizer=ByteTokenizer())
+    asked = RequestConfig(SamplingConfig(), 9, grammar=GrammarConfig("regex", "[0-9]{3}"))
+    (found,) = engine.generate(["x"], asked)[0]
+    assert (found.text, found.finish_reason) == (text, reason)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ class ModelConfig:
         use_pair_head: whether that vector has two logits, of which the first is larger where the
             text's second sentence follows the first; needs use_pooler.
         is_tied: whether the unembedding is the embedding.
-        use_head_bias: whether the logits have a bias.
+        use_head_bias: whether the logits have a bias; -inf forbids a word, see `ops.loss.Head`.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
         lora: low-rank adapters beside the matrices; None for none.
         init_std: standard deviation of initial weights; output projections divide it by sqrt(2 L).

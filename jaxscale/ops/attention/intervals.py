@@ -36,7 +36,7 @@ class Part:
     lse: Array
 
     def __add__(self, other: "Part") -> "Part":
-        """Over the keys of both; each query must have seen one in at least one of them.
+        """Over the keys of both.
 
         Source: Dao 2023 (arXiv 2307.08691), section 3.1.1; the larger lse is taken out of both
             exponentials, so that none overflows.
@@ -47,8 +47,8 @@ class Part:
 
 
 def _share(lse: Array, total: Array) -> Array:
-    """[B, T, N, 1] what part of the whole softmax lies in one part's keys."""
-    share = jnp.exp(lse - total)
+    """[B, T, N, 1] what part of the whole softmax lies in one part's keys; 0 where all saw none."""
+    share = jnp.exp(lse - jnp.where(total == -jnp.inf, 0, total))  # -inf - -inf would be NaN
     return jnp.moveaxis(share, 1, 2)[..., None]
 
 
