@@ -18,15 +18,15 @@ import numpy as np
 
 from jaxscale.data.cache_files import appending, write_errors_named
 from jaxscale.data.checksums import damaged_bytes
-from jaxscale.data.sources import ChatDocument, Document, Source, read_documents
+from jaxscale.data.encoding import encoded
+from jaxscale.data.sources import Document, Source, read_documents
 from jaxscale.data.split import hash_text
-from jaxscale.data.tokenizer_kinds import HuggingFaceTokenizer, Tokenizer
+from jaxscale.data.tokenizer_kinds import Tokenizer
 from jaxscale.types import InputError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 TRAINED = "trained.bin"  # empty unless the documents are chats
-_NONE = np.zeros(0, bool)
 CHARACTERS_PER_ENCODE = 1 << 22
 TOKENS = "tokens.bin"
 KEYS = "keys.jsonl"
@@ -233,8 +233,8 @@ def _write_documents(
         appending(folder / TRAINED, hashes) as append_trained,
     ):
         for documents in _groups(read_documents(source)):
-            encoded, trained = _encoded(documents, tokenizer)
-            ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in encoded]
+            tokens_of, trained = encoded(documents, tokenizer)
+            ended = [np.append(ids, tokenizer.eos_id).astype(dtype) for ids in tokens_of]
             tokens = np.concatenate(ended).tobytes()
             content.update(tokens)
             append_tokens(tokens)
@@ -247,19 +247,6 @@ def _write_documents(
             facts.key_hashes += [hash_text(document.key) for document in documents]
             facts.text_hashes += [hash_text(document.text) for document in documents]
     return facts
-
-
-def _encoded(
-    documents: list[Document] | list[ChatDocument],
-    tokenizer: Tokenizer,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The tokens of documents; and of chats which are trained, the one that ends them not."""
-    if not isinstance(documents[0], ChatDocument):
-        return tokenizer.encode_batch([document.text for document in documents]), [_NONE]
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise InputError("TokenizerConfig.kind", type(tokenizer), "'huggingface' for chats")
-    pairs = [tokenizer.encode_trained(each.text, each.trained) for each in documents]
-    return [ids for ids, _ in pairs], [np.append(mask, False) for _, mask in pairs]
 
 
 def _num_scored_bytes(tokenizer: Tokenizer, document: Document, ids: np.ndarray) -> int:

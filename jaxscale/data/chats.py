@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxscale.data.files import find_files, read_lines, stamps
 from jaxscale.data.sources import ChatDocument
@@ -19,8 +19,104 @@ ASSISTANT = "assistant"
 NEXT = {"role": "user", "content": "Go on."}
 
 
+class Line(NamedTuple):
+    """A line of a file.
+
+    Args:
+        text: the line.
+        label: names it in errors.
+        key: names it among the documents.
+    """
+
+    text: bytes
+    label: str
+    key: str
+
+    def field(self, name: str, kind: str) -> Any:
+        """A field of the JSON object that the line is; `kind` says in an error what it holds."""
+        try:
+            return json.loads(self.text)[name]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            beginning = self.text[:80].decode(errors="replace")
+            expected = f"a JSON object with {name!r}, {kind} ({error!r})"
+            raise InputError(self.label, beginning, expected) from None
+
+    def messages(self, name: str, special: list[str]) -> "list[Message]":
+        """A field that holds messages, of text that spells none of the special tokens."""
+        found = self.field(name, "a list of role and content")
+        label = f"{self.label}: {name}"
+        if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+            raise InputError(label, found, "a list of messages, each with a role and its content")
+        return [_checked(message, label, special) for message in found]
+
+
+def _checked(message: dict[str, Any], label: str, special: list[str]) -> "Message":
+    role, content = message.get("role"), message.get("content")
+    if not (isinstance(role, str) and isinstance(content, str)):
+        raise InputError(label, (role, content), "a role and a content of text")
+    for token in special:
+        if token in content:
+            expected = f"text that does not spell the special token {token!r}"
+            raise InputError(label, content, expected)
+    return {"role": role, "content": content}
+
+
 @dataclasses.dataclass(frozen=True)
-class ChatSource:
+class TemplatedSource:
+    """Lines of JSON whose messages the tokenizer's chat template writes; see its subclasses.
+
+    Args:
+        paths: files and folders.
+        tokenizer: folder of Hugging Face with the tokenizer of the run and its chat template.
+        patterns: which files of a folder count.
+    """
+
+    paths: tuple[str, ...]
+    tokenizer: str
+    patterns: tuple[str, ...] = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
+
+    def __post_init__(self):
+        check_types(self)
+
+    def documents(self) -> Iterator[ChatDocument]:
+        """The documents, in the order of their lines."""
+        # It needs jinja, which runs without chats do without.
+        from jaxscale.data.chat_template import read_chat_template
+
+        kind = type(self).__name__
+        folder = Path(self.tokenizer).expanduser()
+        template = read_chat_template(folder)
+        if template is None:
+            raise InputError(f"{kind}.tokenizer", self.tokenizer, "a folder with a chat template")
+        special = _special_tokens(folder / HUGGING_FACE_FILE)
+        for name, path in self._files():
+            for number, line in enumerate(read_lines(f"{kind}.paths", path), 1):
+                if line.strip():
+                    where = Line(line, f"{path}:{number}", f"{name}:{number}")
+                    yield self._document(where, template, special)
+
+    def _document(
+        self,
+        line: Line,
+        template: "ChatTemplate",
+        special: list[str],
+    ) -> ChatDocument:
+        raise NotImplementedError
+
+    def version(self) -> list[Any]:
+        """Facts of the files, and of the template."""
+        folder = Path(self.tokenizer).expanduser()
+        names = ("chat_template.jinja", "tokenizer_config.json", HUGGING_FACE_FILE)
+        files = [folder / name for name in names if (folder / name).exists()]
+        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        return [*stamps(self._files()), *hashes]
+
+    def _files(self) -> list[tuple[str, Path]]:
+        return find_files(f"{type(self).__name__}.paths", self.paths, self.patterns)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSource(TemplatedSource):
     """One chat per line of JSON, gzip and zstd recognised by their first bytes; extra `chat`.
 
     Its text is that of the tokenizer's template; what the assistant says, with what ends it, is
@@ -33,43 +129,15 @@ class ChatSource:
         field: the field that holds the messages, each with a `role` and its `content`.
     """
 
-    paths: tuple[str, ...]
-    tokenizer: str
-    patterns: tuple[str, ...] = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
     field: str = "messages"
 
-    def __post_init__(self):
-        check_types(self)
-
-    def documents(self) -> Iterator[ChatDocument]:
-        """The chats, in the order of their lines."""
-        # It needs jinja, which runs without chats do without.
-        from jaxscale.data.chat_template import read_chat_template
-
-        folder = Path(self.tokenizer).expanduser()
-        template = read_chat_template(folder)
-        if template is None:
-            raise InputError(
-                "ChatSource.tokenizer", self.tokenizer, "a folder with a chat template"
-            )
-        special = _special_tokens(folder / HUGGING_FACE_FILE)
-        for name, path in self._files():
-            lines = read_lines("ChatSource.paths", path)
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    messages = _messages(line, f"{path}:{number}", self.field, special)
-                    yield chat_document(template, messages, f"{name}:{number}")
-
-    def version(self) -> list[Any]:
-        """Facts of the files, and of the template."""
-        folder = Path(self.tokenizer).expanduser()
-        names = ("chat_template.jinja", "tokenizer_config.json", HUGGING_FACE_FILE)
-        files = [folder / name for name in names if (folder / name).exists()]
-        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-        return [*stamps(self._files()), *hashes]
-
-    def _files(self) -> list[tuple[str, Path]]:
-        return find_files("ChatSource.paths", self.paths, self.patterns)
+    def _document(
+        self,
+        line: Line,
+        template: "ChatTemplate",
+        special: list[str],
+    ) -> ChatDocument:
+        return chat_document(template, line.messages(self.field, special), line.key)
 
 
 def chat_document(
@@ -112,29 +180,6 @@ def _common_length(one: str, other: str) -> int:
     pairs = enumerate(zip(one, other))
     shorter = min(len(one), len(other))
     return next((place for place, (a, b) in pairs if a != b), shorter)
-
-
-def _messages(
-    line: bytes,
-    label: str,
-    field: str,
-    special: list[str],
-) -> "list[Message]":
-    try:
-        messages = json.loads(line)[field]
-        pairs = [(message["role"], message["content"]) for message in messages]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        beginning = line[:80].decode(errors="replace")
-        expected = f"a JSON object with {field!r}, a list of role and content ({error!r})"
-        raise InputError(label, beginning, expected) from None
-    for pair in pairs:
-        if not all(isinstance(each, str) for each in pair):
-            raise InputError(f"{label}: {field}", pair, "a role and a content of text")
-        for token in special:
-            if token in pair[1]:
-                expected = f"text that does not spell the special token {token!r}"
-                raise InputError(f"{label}: {field}", pair[1], expected)
-    return [{"role": role, "content": content} for role, content in pairs]
 
 
 def _special_tokens(file: Path) -> list[str]:

@@ -16,10 +16,12 @@ class Corpus:
     Args:
         cache: the source's tokens.
         documents: int64 [n], which documents of the cache.
+        is_paired: whether each document is a pair of answers.
     """
 
     cache: TokenCache
     documents: np.ndarray
+    is_paired: bool = False
 
     @property
     def offsets(self) -> np.ndarray:

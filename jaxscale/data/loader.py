@@ -16,6 +16,7 @@ from jaxscale.data.cache import open_cache
 from jaxscale.data.corpus import Corpus, select_split
 from jaxscale.data.mixture import Mixture
 from jaxscale.data.permutation import permute
+from jaxscale.data.preferences import PreferenceSource
 from jaxscale.data.rows import CorpusRows, read_batch
 from jaxscale.data.sources import Source
 from jaxscale.data.split import HeldOutBy, Split, check_held_out_fraction
@@ -78,6 +79,8 @@ class DataConfig:
             equation = f"{len(self.weights)} == {num_sources} does not hold"
             expected = f"one weight per source: {equation}"
             raise InputError("DataConfig.weights", self.weights, expected)
+        if not self.is_packed and any(isinstance(s, PreferenceSource) for s in self.sources):
+            raise InputError("DataConfig.is_packed", False, "True for pairs of PreferenceSource")
 
 
 def make_loader(
@@ -116,12 +119,14 @@ def open_corpora(config: DataConfig, split: Split) -> list[Corpus]:
         InputError: as in make_loader.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    caches = []
+    fraction, by = config.held_out_fraction, config.held_out_by
+    corpora = []
     for source in config.sources:
         directory, is_verified = config.cache_directory, config.is_cache_verified
-        caches.append(open_cache(source, tokenizer, directory, is_verified=is_verified))
-    fraction, by = config.held_out_fraction, config.held_out_by
-    corpora = [select_split(cache, split, fraction, by) for cache in caches]
+        cache = open_cache(source, tokenizer, directory, is_verified=is_verified)
+        corpus = select_split(cache, split, fraction, by)
+        is_paired = isinstance(source, PreferenceSource)
+        corpora.append(dataclasses.replace(corpus, is_paired=is_paired))
     sizes = [len(corpus.documents) for corpus in corpora]
     # Every source must have documents to train on; held-out documents of some sources are enough.
     is_enough = all(sizes) if split == "train" else any(sizes)

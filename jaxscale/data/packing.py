@@ -91,6 +91,7 @@ def read_rows(
     *,
     is_packed: bool,
     trained: np.ndarray | None = None,
+    is_paired: bool = False,
 ) -> dict[str, np.ndarray]:
     """The rows of a batch.
 
@@ -101,6 +102,8 @@ def read_rows(
         is_packed: each piece is a segment of its own; otherwise a row is one segment and attention
             crosses documents. The labels are the same: none crosses a document.
         trained: bool, of each token whether it is learned to be predicted; None for all.
+        is_paired: each piece is a pair of answers, the halves of which are segments of their own:
+            2 p + 1 and 2 p + 2 for pair p of a row. The first ends with its trained tokens.
 
     Returns:
         tokens, labels, segments, positions int32 [b, T] and weights float32 [b, T]; all 0 where
@@ -127,7 +130,10 @@ def read_rows(
     has_weight = has_label if trained is None else has_label & trained[following]
 
     num_used = np.bincount(row, lengths, minlength=len(rows)).astype(np.int64)
-    if is_packed:
+    if is_paired:
+        half, positions = _halves(trained[index], place_in_piece, lengths)
+        segments = 2 * np.repeat(rank, lengths) + half + 1
+    elif is_packed:
         segments = np.repeat(rank + 1, lengths)
         positions = place_in_piece
     else:
@@ -144,6 +150,24 @@ def read_rows(
         "segments": _scattered(segments, is_used, np.int32),
         "positions": _scattered(positions, is_used, np.int32),
     }
+
+
+def _halves(
+    is_trained: np.ndarray,
+    place_in_piece: np.ndarray,
+    lengths: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token of pairs, the half that it is in, 0 or 1, and its place in that half."""
+    piece = np.repeat(np.arange(len(lengths)), lengths)
+    # An answer ends with a trained token before one that is not: the other answer's prompt, or what
+    # ends the pair.
+    ends_answer = np.append(is_trained[:-1] & ~is_trained[1:], False)
+    first = np.full(len(lengths), -1)
+    ends, places = piece[ends_answer], place_in_piece[ends_answer]
+    first[ends[::-1]] = places[::-1]  # of a piece's ends the first is written last
+    second = np.repeat(first + 1, lengths)
+    half = (place_in_piece >= second).astype(np.int64)
+    return half, place_in_piece - half * second
 
 
 def _scattered(values: np.ndarray, mask: np.ndarray, dtype: type) -> np.ndarray:

@@ -1,17 +1,21 @@
 """The rows that corpora fill, and how a batch is put together from rows of several corpora."""
 
+import logging
+
 import numpy as np
 
 from jaxscale.data.corpus import Corpus
 from jaxscale.data.packing import concatenate_rows, pack_rows, read_rows
-from jaxscale.types import Batch
+from jaxscale.types import Batch, InputError
+
+logger = logging.getLogger(__name__)
 
 
 class CorpusRows:
     """The rows that the documents of one corpus fill.
 
     Args:
-        corpus: the documents.
+        corpus: the documents. Pairs of answers that are longer than a row are left out.
         sequence_length: T, tokens in a row.
         is_packed: as in DataConfig.
 
@@ -23,8 +27,11 @@ class CorpusRows:
         pack = pack_rows if is_packed else concatenate_rows
         self._tokens = corpus.cache.tokens
         self._trained = corpus.cache.trained
-        self._packing = pack(corpus.offsets, corpus.lengths, sequence_length)
-        self._is_packed = is_packed
+        offsets, lengths = corpus.offsets, corpus.lengths
+        if corpus.is_paired:
+            offsets, lengths = _that_fit(offsets, lengths, sequence_length)
+        self._packing = pack(offsets, lengths, sequence_length)
+        self._is_packed, self._is_paired = is_packed, corpus.is_paired
         self.num_rows = self._packing.num_rows
 
     def read(self, rows: np.ndarray) -> Batch:
@@ -35,6 +42,7 @@ class CorpusRows:
             rows,
             is_packed=self._is_packed,
             trained=self._trained,
+            is_paired=self._is_paired,
         )
         if not self._is_packed:
             # A row is one document to attention. Without segments it takes a plain causal backend,
@@ -46,6 +54,23 @@ class CorpusRows:
             places = np.arange(shape[1], dtype=np.int32)
             batch["positions"] = np.broadcast_to(places, shape)
         return batch
+
+
+def _that_fit(
+    offsets: np.ndarray,
+    lengths: np.ndarray,
+    sequence_length: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs that are no longer than a row."""
+    fits = lengths <= sequence_length
+    num_fitting = int(fits.sum())
+    if not num_fitting:
+        expected = f"at least the tokens of the shortest pair, {lengths.min()}"
+        raise InputError("DataConfig.sequence_length", sequence_length, expected)
+    if num_fitting < len(fits):
+        message = "%d of %d pairs are longer than sequence_length = %d and are left out"
+        logger.warning(message, len(fits) - num_fitting, len(fits), sequence_length)
+    return offsets[fits], lengths[fits]
 
 
 def read_batch(corpora: list[CorpusRows], sources: np.ndarray, rows: np.ndarray) -> Batch:

@@ -28,11 +28,13 @@ class ChatDocument(NamedTuple):
         key: as of a `Document`.
         text: what is read.
         trained: first and last character, the latter excluded, of each span that is trained.
+        second: of a pair of answers, the character with which the rejected one's text begins.
     """
 
     key: str
     text: str
     trained: tuple[tuple[int, int], ...]
+    second: int | None = None
 
 
 def check_characters(parameter: str, given: str, text: str) -> None:

@@ -16,6 +16,7 @@ from jaxscale.data.loader import (
     HeldOutLoader,
     make_loader,
 )
+from jaxscale.data.preferences import PreferenceSource
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.models.evaluation import EvaluationContext
 from jaxscale.parallel.batch import batch_share
@@ -55,11 +56,14 @@ class BitsPerByte:
         """Opens the held-out documents, for the first time.
 
         Raises:
-            InputError: the tokenizer knows more tokens than the model, there are no held-out
-                documents, or each of them is a single token.
+            InputError: the documents are pairs of answers, the tokenizer knows more tokens than the
+                model, there are no held-out documents, or each of them is a single token.
         """
+        if any(isinstance(source, PreferenceSource) for source in self.data.sources):
+            expected = "text or chats: PreferenceAccuracy measures pairs"
+            raise InputError("BitsPerByte.data", self.data.sources, expected)
         check_vocabulary(load_tokenizer(self.data.tokenizer), context.model.vocab_size)
-        loader = _open(self.data, *batch_share(context.mesh))
+        loader = held_out(self.data, *batch_share(context.mesh))
         if not loader.num_scored_bytes:
             expected = "held-out documents with more than one token: no byte of these is predicted"
             fraction = self.data.held_out_fraction
@@ -68,7 +72,7 @@ class BitsPerByte:
     def __call__(self, context: EvaluationContext) -> dict[str, float]:
         """Returns `loss` (nats a token), `perplexity` and `bits_per_byte`."""
         nll = weight = 0.0
-        loader = _open(self.data, *batch_share(context.mesh))
+        loader = held_out(self.data, *batch_share(context.mesh))
         for batch in self._batches(loader):
             _, batch_weight, metrics = context.sums(
                 context.params, context.place(batch), jax.random.key(0)
@@ -95,5 +99,6 @@ class BitsPerByte:
 
 
 @functools.lru_cache(maxsize=4)  # opened once for all of a run's evaluations
-def _open(data: DataConfig, index: int, count: int) -> HeldOutLoader:
+def held_out(data: DataConfig, index: int, count: int) -> HeldOutLoader:
+    """The held-out documents for one host of several."""
     return make_loader(data, split="held_out", process_index=index, process_count=count)

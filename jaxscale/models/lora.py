@@ -191,3 +191,8 @@ def with_adapters(
 def without_adapters(config: ModelConfig) -> ModelConfig:
     """The model into which `merged` makes a tree."""
     return dataclasses.replace(config, lora=None)
+
+
+def base(params: Params) -> Params:
+    """The parameters of the model beneath its adapters."""
+    return _joined(params, lambda matrix, adapter: matrix)

@@ -5,6 +5,7 @@ from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.checkpoint.mirror import MirrorConfig
 from jaxscale.data.chats import ChatSource
 from jaxscale.data.loader import DataConfig
+from jaxscale.data.preferences import PreferenceSource
 from jaxscale.data.sources import (
     HuggingFaceSource,
     JsonLinesSource,
@@ -41,9 +42,10 @@ from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.parallel.sequence.head_chunks import HeadChunks
+from jaxscale.rlhf.accuracy import PreferenceAccuracy
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
-from jaxscale.run.run import Run, masked_token_loss, next_token_loss
+from jaxscale.run.run import Run, dpo_loss, masked_token_loss, next_token_loss
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
@@ -82,6 +84,8 @@ __all__ = [
     "ParquetSource",
     "PlannedMesh",
     "Policy",
+    "PreferenceAccuracy",
+    "PreferenceSource",
     "ProcessesConfig",
     "QuantisedConfig",
     "RotaryConfig",
@@ -99,6 +103,7 @@ __all__ = [
     "Wandb",
     "Whole",
     "YarnScaling",
+    "dpo_loss",
     "huggingface_model",
     "masked_token_loss",
     "next_token_loss",

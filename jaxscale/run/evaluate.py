@@ -12,6 +12,7 @@ import jax
 
 from jaxscale.checkpoint.restore import restore_params
 from jaxscale.data.loader import DataConfig, check_tokenizer, warn_of_trained_documents
+from jaxscale.data.preferences import PreferenceSource
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.evaluate.perplexity import BitsPerByte
 from jaxscale.launch.memory import check_fits
@@ -19,6 +20,7 @@ from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.evaluation import check_evaluators
 from jaxscale.models.quantised import QuantisedConfig, dequantised, quantised
+from jaxscale.rlhf.accuracy import PreferenceAccuracy
 from jaxscale.run.evaluation import all_figures, evaluation_context
 from jaxscale.run.run import Run, check_fit
 from jaxscale.train.metrics import json_value, writing
@@ -39,7 +41,7 @@ def evaluate(
     """Measures a checkpoint, on any mesh; prints the figures and writes them to the run's folder.
 
     They go to evaluation_STEP.json; where the run is read-only, a warning says so. A run without
-    evaluators has `BitsPerByte` as "held_out".
+    evaluators has `BitsPerByte` as "held_out", or of pairs `PreferenceAccuracy`.
 
     Args:
         run: the run; its mesh may be another one than that of the training.
@@ -53,7 +55,9 @@ def evaluate(
     """
     apply_runtime(run.runtime, str(run.path))
     if not run.evaluators:
-        run = dataclasses.replace(run, evaluators={"held_out": BitsPerByte(run.data)})
+        is_paired = any(isinstance(source, PreferenceSource) for source in run.data.sources)
+        measure = PreferenceAccuracy if is_paired else BitsPerByte
+        run = dataclasses.replace(run, evaluators={"held_out": measure(run.data)})
     check_fit(run)
     region = run.region()
     context = evaluation_context(run, region, run.loss(run))

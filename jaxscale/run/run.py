@@ -11,6 +11,7 @@ import jax
 from jaxscale import config
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
+from jaxscale.data.preferences import PreferenceSource
 from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.execution import ByChunk, ExecutionConfig
@@ -27,6 +28,7 @@ from jaxscale.parallel.region import LossFn, Region
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.parallel.sequence.head_chunks import HeadChunks
 from jaxscale.parallel.sequence.layout import Chunked, TokenLayout
+from jaxscale.rlhf.dpo import DpoLoss
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.reporters import TensorBoard
@@ -42,6 +44,9 @@ def next_token_loss(run: "Run") -> LossFn:
     Args:
         run: whose model is trained.
     """
+    if any(isinstance(source, PreferenceSource) for source in run.data.sources):
+        expected = "dpo_loss for pairs: the next token's loss would learn rejected answers too"
+        raise InputError("Run.loss", "next_token_loss", expected)
     # NEFTune's width is alpha / sqrt(T D).
     width = run.data.sequence_length * run.model.model_dim
     return NextTokenLoss(
@@ -68,6 +73,26 @@ def masked_token_loss(run: "Run", *, mask_id: int, fraction: float = 0.15) -> Lo
         z_loss=run.train.z_loss,
         mask_id=mask_id,
         fraction=fraction,
+    )
+
+
+def dpo_loss(run: "Run", *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossFn:
+    """The loss of preferences, see `rlhf.dpo.DpoLoss`.
+
+    Args:
+        run: whose model, which has adapters, learns from pairs of `PreferenceSource`.
+        beta: how dear it is to leave the reference.
+        label_smoothing: the share of pairs that are thought to be the wrong way round.
+    """
+    if not all(isinstance(source, PreferenceSource) for source in run.data.sources):
+        expected = "PreferenceSource alone for the loss of preferences"
+        raise InputError("DataConfig.sources", run.data.sources, expected)
+    return DpoLoss(
+        model=run.model,
+        policy=run.policy,
+        execution=run.execution,
+        beta=beta,
+        label_smoothing=label_smoothing,
     )
 
 

@@ -4,48 +4,25 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxscale.data.chats import ChatSource
 from jaxscale.data.loader import DataConfig, make_loader
 from jaxscale.data.tokenizer import TokenizerConfig, load_tokenizer
 from jaxscale.types import InputError
+from tests.data.chat_tokenizer import SPECIAL, TEMPLATE, as_messages, write_chat_tokenizer
 
-SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
-    "GENERATION{{ message['content'] + '<|end|>\n' }}END{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
 CHATS = [
     [("user", "Two and two?"), ("assistant", "Four.\n"), ("user", "So?"), ("assistant", "So.")],
     [("system", "Be short."), ("user", "Hi <there>"), ("assistant", "Hé")],
 ]
 
 
-def as_messages(chat):
-    return [{"role": role, "content": content} for role, content in chat]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tokenizer with a template, and a file of chats."""
     path = tmp_path_factory.mktemp("chats")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=SPECIAL,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["Two and two? Four. So? Hi there", "<|system|>\n"], trainer)
-    tokenizer.save(str(path / "tokenizer.json"))
-    template = TEMPLATE.replace("GENERATION", "").replace("END", "")
-    values = {"eos_token": SPECIAL[0], "chat_template": template}
-    (path / "tokenizer_config.json").write_text(json.dumps(values))
+    write_chat_tokenizer(path)
     lines = [json.dumps({"messages": as_messages(chat)}) for chat in CHATS]
     (path / "chats.jsonl").write_text("\n".join(lines))
     return path

@@ -1,0 +1,68 @@
+"""Documents as tokens, and which of them are learned to be predicted."""
+
+import numpy as np
+
+from jaxscale.data.sources import ChatDocument, Document
+from jaxscale.data.tokenizer_kinds import HuggingFaceTokenizer, Tokenizer
+from jaxscale.types import InputError
+
+_NONE = np.zeros(0, bool)
+
+
+def encoded(
+    documents: list[Document] | list[ChatDocument],
+    tokenizer: Tokenizer,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The tokens of documents; and of chats which are trained, the one that ends them not.
+
+    Args:
+        documents: all of one kind.
+        tokenizer: that of the run.
+    Raises:
+        InputError: chats have another tokenizer than one of Hugging Face, or an answer of a pair
+            has no token of its own.
+    """
+    if not isinstance(documents[0], ChatDocument):
+        texts = [document.text for document in documents]
+        return tokenizer.encode_batch(texts), [_NONE]
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise InputError("TokenizerConfig.kind", type(tokenizer), "'huggingface' for chats")
+    tokens = []
+    trained = []
+    for document in documents:
+        is_pair = document.second is not None
+        encode = _encoded_pair if is_pair else _encoded_chat
+        ids, is_trained = encode(document, tokenizer)
+        tokens.append(ids)
+        trained.append(np.append(is_trained, False))
+    return tokens, trained
+
+
+def _encoded_chat(
+    document: ChatDocument,
+    tokenizer: HuggingFaceTokenizer,
+) -> tuple[np.ndarray, np.ndarray]:
+    return tokenizer.encode_trained(document.text, document.trained)
+
+
+def _encoded_pair(
+    document: ChatDocument,
+    tokenizer: HuggingFaceTokenizer,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both texts one by one; the first ends with its answer, without what is written behind it."""
+    place = document.second
+    answer, (begin, end) = document.trained
+    halves = (
+        (document.text[:place], answer),
+        (document.text[place:], (begin - place, end - place)),
+    )
+    (chosen, of_chosen), (rejected, of_rejected) = (
+        tokenizer.encode_trained(text, [span]) for text, span in halves
+    )
+    if not of_chosen.any() or not of_rejected.any():
+        expected = "answers that have a token of their own"
+        raise InputError(document.key, document.text, expected)
+    size = np.flatnonzero(of_chosen)[-1] + 1
+    ids = np.append(chosen[:size], rejected)
+    is_trained = np.append(of_chosen[:size], of_rejected)
+    return ids, is_trained

@@ -1,0 +1,1 @@
+"""Learning from preferences: DPO, which DeepSpeed-Chat (arXiv 2308.01320) has beside PPO."""

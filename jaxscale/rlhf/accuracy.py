@@ -1,0 +1,45 @@
+"""How often the answer that was preferred is the one that a model came to prefer."""
+
+import collections
+import dataclasses
+
+import jax
+
+from jaxscale.data.loader import DataConfig
+from jaxscale.evaluate.perplexity import held_out
+from jaxscale.models.evaluation import EvaluationContext
+from jaxscale.parallel.batch import batch_share
+from jaxscale.types import InputError, check_types
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceAccuracy:
+    """Evaluator that goes once over the held-out pairs of a run whose loss is `dpo_loss`.
+
+    Args:
+        data: as the run's.
+    """
+
+    data: DataConfig
+
+    def __post_init__(self):
+        check_types(self)
+        if self.data.held_out_fraction == 0:
+            expected = "above 0: no pair is held out to be evaluated on"
+            raise InputError("DataConfig.held_out_fraction", 0, expected)
+
+    def check(self, context: EvaluationContext) -> None:
+        """Opens the held-out pairs, for the first time."""
+        held_out(self.data, *batch_share(context.mesh))
+
+    def __call__(self, context: EvaluationContext) -> dict[str, float]:
+        """Returns the means over pairs of what the loss reports, see `DpoLoss`."""
+        sums = collections.Counter()
+        for batch in held_out(self.data, *batch_share(context.mesh)):
+            loss, weight, figures = context.sums(
+                context.params, context.place(batch), jax.random.key(0)
+            )
+            for name, figure in {"loss": loss, "weight": weight, **figures}.items():
+                sums[name] += float(figure)
+        num_pairs = sums.pop("weight")
+        return {name: total / num_pairs for name, total in sums.items()}

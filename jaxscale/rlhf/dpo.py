@@ -1,0 +1,127 @@
+"""Direct preference optimisation: a model learns which of two answers was preferred."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.lora import base, without_adapters
+from jaxscale.models.losses import document_numbers, sum_by_group, token_log_probabilities
+from jaxscale.ops.backends import Operations
+from jaxscale.ops.precision import Policy
+from jaxscale.types import Array, Batch, InputError, Params, check_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoLoss:
+    """-log sigmoid of how much more than the reference the model prefers the chosen answer.
+
+    The reference is the same model without its adapters, so that no second one is kept: before the
+    first update both are equal and the loss is log 2. What an answer is worth, its reward, is
+    beta (log p - log p_reference), summed over its tokens.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; smoothed labels, Mitchell 2023, "A
+        note on DPO with noisy preferences", equation 3.
+    Args:
+        model: the model; it has adapters.
+        policy: dtype policy.
+        execution: how the layers run.
+        beta: how dear it is to leave the reference.
+        label_smoothing: the share of pairs that are thought to be the wrong way round.
+    """
+
+    model: ModelConfig
+    policy: Policy
+    execution: ExecutionConfig
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if self.model.lora is None:
+            expected = "adapters: the reference is the model without them, see `jaxscale adapt`"
+            raise InputError("ModelConfig.lora", None, expected)
+        check_positive("dpo_loss.beta", self.beta)
+        if not 0 <= self.label_smoothing < 0.5:
+            expected = "0 <= label_smoothing < 0.5"
+            raise InputError("dpo_loss.label_smoothing", self.label_smoothing, expected)
+
+    def __call__(
+        self,
+        params: Params,
+        batch: Batch,
+        key: Any,
+        *,
+        operations: Operations | None = None,
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Sums over the pairs of this device's rows.
+
+        Args:
+            params: the parameter tree.
+            batch: tokens, labels, weights, positions and segments, [B, T]. Segments 2 p + 1 and
+                2 p + 2 of a row are the chosen and the rejected answer of its pair p, with their
+                prompts; only the tokens of answers have a weight.
+            key: unused: nothing is drawn.
+            operations: what the mesh injects.
+        Returns:
+            (sum_loss, number of pairs, sums over pairs: {"accuracy": the chosen answer has the
+            greater reward, "margin": the difference of the two rewards, "chosen_reward",
+            "rejected_reward"}).
+        """
+        operations = operations or self.execution.operations()
+        rewards, is_pair = self._rewards(params, batch, operations)
+        chosen, rejected = rewards[..., 0], rewards[..., 1]
+        margin = chosen - rejected
+        smoothing = self.label_smoothing
+        loss = (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(margin)
+        counted = is_pair * operations.collectives.is_counted()
+        figures = {
+            "accuracy": margin > 0,
+            "margin": margin,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+        }
+        sums = {name: (figure * counted).sum() for name, figure in figures.items()}
+        return (loss * counted).sum(), counted.sum(), sums
+
+    def _rewards(
+        self,
+        params: Params,
+        batch: Batch,
+        operations: Operations,
+    ) -> tuple[Array, Array]:
+        """(those of chosen and rejected answers [B, pairs, 2], whether there is the pair)."""
+        log_p = self._log_probabilities(self.model, params, batch, operations)
+        reference = self._log_probabilities(
+            without_adapters(self.model), lax.stop_gradient(base(params)), batch, operations
+        )
+        collectives = operations.collectives
+        segments = collectives.whole_rows(batch["segments"])
+        num_rows, length = segments.shape
+        # A pair has five tokens at least: two prompts, two answers, and the one that ends it.
+        num_pairs = max(length // 5, 1)
+        sums = sum_by_group(
+            self.beta * (log_p - reference) * collectives.own_tokens(batch["weights"]),
+            document_numbers(batch, 2 * num_pairs),
+            num_rows * 2 * num_pairs,
+            collectives,
+        )
+        is_pair = 2 * jnp.arange(1, num_pairs + 1) <= segments.max(1, keepdims=True)
+        return sums.reshape(num_rows, num_pairs, 2), is_pair
+
+    def _log_probabilities(
+        self,
+        model: ModelConfig,
+        params: Params,
+        batch: Batch,
+        operations: Operations,
+    ) -> Array:
+        """[B, own T] of the labels."""
+        decoder = Decoder(model, operations, self.policy, self.execution)
+        x = decoder.embed(params, batch)
+        x, _, _ = decoder.run_layers(params, x, decoder.tokens(batch))
+        return token_log_probabilities(decoder, params, x, batch["labels"])

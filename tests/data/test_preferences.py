@@ -1,0 +1,163 @@
+"""Pairs of answers as training data: two documents of a row, of which the answers have a weight."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from jaxscale.data.loader import DataConfig, make_loader
+from jaxscale.data.preferences import PreferenceSource
+from jaxscale.data.sources import TextSource
+from jaxscale.data.tokenizer import TokenizerConfig, load_tokenizer
+from jaxscale.types import InputError
+from tests.data.chat_tokenizer import as_messages, write_chat_tokenizer
+
+END = "<|end|>\n"
+# (messages before, chosen, rejected)
+PAIRS = [
+    ([("user", "Two and two?")], "Four.", "Five, or is it six?"),
+    ([("system", "Be short."), ("user", "Hi"), ("assistant", "Hi."), ("user", "So?")], "So.", "No"),
+    ([("user", "Hé")], "Hi there", "Hi"),
+]
+
+
+def as_line(before, chosen, rejected):
+    answers = {"chosen": chosen, "rejected": rejected}
+    return {name: as_messages([*before, ("assistant", answer)]) for name, answer in answers.items()}
+
+
+def rendered(before, answer):
+    """(what is read, what is trained) by the template of the tokenizer."""
+    prompt = "".join(f"<|{role}|>\n{content}{END}" for role, content in before)
+    return f"{prompt}<|assistant|>\n", f"{answer}{END}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("preferences")
+    write_chat_tokenizer(path)
+    lines = [json.dumps(as_line(*pair)) for pair in PAIRS]
+    (path / "pairs.jsonl").write_text("\n".join(lines))
+    return path
+
+
+def loader(folder, cache, sequence_length=256, paths=None, **fields):
+    source = PreferenceSource(paths or (str(folder),), str(folder))
+    config = DataConfig(
+        sources=(source,),
+        sequence_length=sequence_length,
+        batch_size=1,
+        tokenizer=TokenizerConfig("huggingface", str(folder)),
+        held_out_fraction=0.0,
+        cache_directory=str(cache),
+        **fields,
+    )
+    return make_loader(config)
+
+
+def documents(batch):
+    """{(row, segment): (ids, weights, positions)} of a batch."""
+    found = {}
+    for row, segments in enumerate(batch["segments"]):
+        for number in range(1, segments.max() + 1):
+            here = segments == number
+            found[row, number] = [
+                batch[name][row][here].tolist() for name in ("tokens", "weights", "positions")
+            ]
+    return found
+
+
+def test_a_pair_is_two_documents_of_whose_tokens_the_answers_have_a_weight(folder, tmp_path):
+    tokenizer = load_tokenizer(TokenizerConfig("huggingface", str(folder)))
+    wanted = []
+    for before, *answers in PAIRS:
+        pair = []
+        for answer in answers:
+            prompt, trained = rendered(before, answer)
+            ids, mask = tokenizer.encode_trained(
+                prompt + trained, [(len(prompt), len(prompt + trained))]
+            )
+            # A weight belongs to the token before the one that is predicted.
+            pair.append(([*map(int, ids)], [*map(float, mask[1:]), 0.0]))
+        ids, weights = pair[1]
+        pair[1] = [*ids, 0, 0], [*weights, 0.0, 0.0]  # the template's end, and a document's
+        wanted.append(pair)
+    found = documents(next(loader(folder, tmp_path)))
+    pairs = []
+    for (_, number), (ids, weights, positions) in found.items():
+        assert positions == list(range(len(ids)))
+        if number % 2:
+            pairs.append([])
+        pairs[-1].append((ids, weights))
+    assert len(pairs) == len(PAIRS)
+    assert sorted(map(str, pairs)) == sorted(
+        map(str, [[tuple(each) for each in w] for w in wanted])
+    )
+
+
+def test_a_pair_that_is_longer_than_a_row_is_left_out_whole(folder, tmp_path, caplog):
+    lengths = {}
+    for (row, number), (ids, _, _) in documents(next(loader(folder, tmp_path))).items():
+        lengths[row, (number - 1) // 2] = lengths.get((row, (number - 1) // 2), 0) + len(ids)
+    shorter = sorted(lengths.values())[1]
+    with caplog.at_level(logging.WARNING):
+        short = loader(folder, tmp_path, sequence_length=shorter)
+        assert "1 of 3 pairs are longer than sequence_length" in caplog.text
+    seen = [documents(short.batch_at(n)) for n in range(sum(short.rows_per_epoch))]
+    assert sum(len(each) for each in seen) == 4
+    with pytest.raises(InputError, match=r"DataConfig\.sequence_length: given 8"):
+        loader(folder, tmp_path, sequence_length=8)
+
+
+ANSWER = [("user", "a"), ("assistant", "b")]
+BAD = {
+    "no answer": ({"chosen": as_messages(ANSWER[:1])}, "the assistant's answer to them"),
+    "other prompt": (
+        {"rejected": as_messages([("user", "c"), ("assistant", "b")])},
+        "before the answer the messages of `chosen`",
+    ),
+    "no field": ({"rejected": None}, "a list of messages"),
+    "text": ({"chosen": "b"}, "a list of messages, each with a role"),
+    "special": ({"rejected": as_messages([*ANSWER[:1], ("assistant", "<|end|>")])}, "spell"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_pair_is_refused_with_its_line(folder, tmp_path, name):
+    changes, message = BAD[name]
+    line = {"chosen": as_messages(ANSWER), "rejected": as_messages(ANSWER)} | changes
+    (tmp_path / "bad.jsonl").write_text(json.dumps(line))
+    with pytest.raises(InputError, match=rf"bad.jsonl:1: .*{message}"):
+        loader(folder, tmp_path / "cache", paths=(str(tmp_path),))
+
+
+def test_pairs_want_packed_rows(folder, tmp_path):
+    with pytest.raises(InputError, match=r"DataConfig\.is_packed: given False"):
+        loader(folder, tmp_path, is_packed=False)
+
+
+def test_a_pair_whose_answer_has_no_token_of_its_own_is_refused(folder, tmp_path):
+    """By a template without special tokens, where the answer ends a token of the question's."""
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    values["chat_template"] = template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    (tmp_path / "one.jsonl").write_text(json.dumps(as_line([("user", "T")], "wo", "x")))
+    with pytest.raises(InputError, match="answers that have a token of their own"):
+        loader(tmp_path, tmp_path / "cache")
+
+
+def test_sources_of_text_and_of_pairs_fill_rows_of_one_batch(folder, tmp_path):
+    (tmp_path / "text.txt").write_text("Two and two? " * 40)
+    config = DataConfig(
+        sources=(PreferenceSource((str(folder),), str(folder)), TextSource((str(tmp_path),))),
+        sequence_length=256,
+        batch_size=4,
+        tokenizer=TokenizerConfig("huggingface", str(folder)),
+        held_out_fraction=0.0,
+        cache_directory=str(tmp_path / "cache"),
+    )
+    batch = next(make_loader(config))
+    assert sorted(np.unique(batch["segments"].max(1))) == [1, 6]

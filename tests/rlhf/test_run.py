@@ -1,0 +1,108 @@
+"""From chats to preferences by gin files: a base, its adapters, and what pairs teach them."""
+
+import json
+import math
+
+import pytest
+
+from jaxscale import cli
+from jaxscale.train.metrics import read_history
+from tests.data.chat_tokenizer import as_messages, write_chat_tokenizer
+from tests.run.runs import ROOT
+
+CHATS = """
+from __gin__ import dynamic_registration
+from jaxscale import run
+include '{root}/tests/tiny.gin'
+CORPUS = ()
+CACHE = '{folder}/cache'
+DIRECTORY = '{folder}/base'
+run.ModelConfig.vocab_size = 300
+run.ModelConfig.max_length = 64
+run.DataConfig.sequence_length = 64
+run.DataConfig.sources = (@run.ChatSource(),)
+run.ChatSource.paths = ('{folder}/chats.jsonl',)
+run.ChatSource.tokenizer = '{folder}'
+run.TokenizerConfig.kind = 'huggingface'
+run.TokenizerConfig.path = '{folder}'
+run.TrainConfig.steps = 2
+"""
+PAIRS = """
+from __gin__ import dynamic_registration
+from jaxscale import run
+include '{folder}/adapted/config.gin'
+run.Run.directory = '{folder}/aligned'
+run.Run.loss = @run.dpo_loss
+run.dpo_loss.beta = 0.5
+run.Run.evaluators = {{'preferences': @run.PreferenceAccuracy()}}
+run.DataConfig.sources = (@run.PreferenceSource(),)
+run.PreferenceSource.paths = ('{folder}/pairs.jsonl',)
+run.PreferenceSource.tokenizer = '{folder}'
+run.TrainConfig.steps = 20
+run.TrainConfig.evaluate_every = 20
+run.OptimizerConfig.learning_rate = 0.05
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base that was trained on chats, adapters beside it, and files of what follows."""
+    path = tmp_path_factory.mktemp("aligned")
+    write_chat_tokenizer(path)
+    asked = [[("user", f"{number * 7 % 40} and two?")] for number in range(40)]
+    chats = [as_messages([*each, ("assistant", "So.")]) for each in asked]
+    answers = {"chosen": "Hi there", "rejected": "Four."}
+    pairs = [
+        {name: as_messages([*each, ("assistant", text)]) for name, text in answers.items()}
+        for each in asked
+    ]
+    lines = [json.dumps({"messages": chat}) for chat in chats]
+    (path / "chats.jsonl").write_text("\n".join(lines))
+    (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    for name, text in (("chats", CHATS), ("pairs", PAIRS)):
+        (path / f"{name}.gin").write_text(text.format(root=ROOT, folder=path))
+    assert cli.main(["pretrain", str(path / "chats.gin")]) == 0
+    words = [str(path / "base"), str(path / "adapted"), "--set=lora.rank=2"]
+    assert cli.main(["adapt", *words]) == 0
+    return path
+
+
+def test_a_run_learns_which_answers_are_preferred_and_says_so_of_pairs_held_out(folder):
+    assert cli.main(["pretrain", str(folder / "pairs.gin")]) == 0
+    history = read_history(folder / "aligned" / "metrics.jsonl")
+    steps = [line for line in history if "loss" in line]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert steps[-1]["accuracy"] == 1 and steps[-1]["loss"] < 0.3
+    (held_out,) = [line for line in history if "preferences/accuracy" in line]
+    assert held_out["preferences/accuracy"] == 1 and held_out["preferences/margin"] > 1
+    words = [
+        str(folder / "pairs.gin"),
+        "--set=evaluators={}",
+        "--set=mesh.data=8",
+        "--set=mesh.tensor=1",
+    ]
+    assert cli.main(["evaluate", *words]) == 0
+    figures = json.loads((folder / "aligned" / "evaluation_20.json").read_text())
+    assert figures["held_out/margin"] == pytest.approx(held_out["preferences/margin"], rel=1e-4)
+
+
+BAD = {
+    "the next token's loss": ("run.Run.loss = @run.next_token_loss", "learn rejected answers too"),
+    "bits per byte": (
+        "run.Run.evaluators = {'held_out': @run.BitsPerByte()}",
+        "PreferenceAccuracy measures pairs",
+    ),
+    "chats": ("run.DataConfig.sources = (@run.ChatSource(),)", "PreferenceSource alone"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_pairs_and_another_loss_are_refused_before_anything_is_written(folder, capsys, name):
+    binding, message = BAD[name]
+    file = folder / "bad.gin"
+    directory = f"run.Run.directory = '{folder}/bad'"
+    file.write_text("\n".join([PAIRS.format(folder=folder), directory, binding]))
+    assert cli.main(["pretrain", str(file)]) != 0
+    assert message in capsys.readouterr().err
+    assert not (folder / "bad").exists()
