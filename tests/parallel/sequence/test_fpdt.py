@@ -176,32 +176,91 @@ def test_what_rests_on_the_host_is_copied_there(places, on_host):
     assert copied(program, jax.memory.Space.Device) >= on_host
 
 
-@pytest.mark.parametrize("places", [KEYS_ON_DEVICE, ON_HOST], ids=str)
-def test_gradients_of_chunks_in_bfloat16_are_added_up_in_float32(places):
-    """256 + 1 is 256 in bfloat16, whichever chunk comes first."""
+def fetched_after_a_step(jaxpr):
+    """Copies to the device of what comes out of a barrier with something that is used next."""
+    found = 0
+    made = {x: equation for equation in jaxpr.eqns for x in equation.outvars}
+    used = {id(x) for equation in jaxpr.eqns for x in equation.invars}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "device_put":
+            barriers = {made.get(x) for x in equation.invars}
+            is_copy = set(equation.params["devices"]) == {jax.memory.Space.Device}
+            ties = [e for e in barriers if e and e.primitive.name == "optimization_barrier"]
+            others = [x for e in ties for x in e.outvars if x not in equation.invars]
+            found += is_copy and any(id(x) in used for x in others)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            found += fetched_after_a_step(inner) if hasattr(inner, "eqns") else 0
+    return found
+
+
+@pytest.mark.parametrize(
+    ("places", "num_fetched"),
+    # Keys of the chunks before, and queries that wait. Made again, keys come twice, outputs too.
+    [(ON_DEVICE, 0), (ON_HOST, 1 + 2 + 3 + 3 + 2), (ON_HOST | TWICE, 2 * (1 + 2 + 3) + 3 + 2 + 4)],
+    ids=str,
+)
+def test_a_chunk_comes_from_the_host_only_once_the_step_before_is_done(places, num_fetched):
+    """Else the compiler may fetch all at once, and all chunks were on the device."""
+    strategy = FullyPipelined(chunk_tokens=4, **places)
+    loss = make_loss(DENSE, "float32", remat="none", strategy=strategy)
+    params = jax.tree.map(lambda x: x.astype("float32"), make_params(DENSE))
+    program = jax.make_jaxpr(jax.grad(lambda p: loss(p, make_batch(), None)[0]))(params)
+    assert fetched_after_a_step(program.jaxpr) == num_fetched
+
+
+def stream_of(finish, chunks):
+    """A layer of one head of 8, whose queries, keys and values are its input, in three chunks."""
     q = jax.ShapeDtypeStruct((1, 1, 1, 8), "bfloat16")
     context = AttentionContext(jnp.zeros((1, 1), jnp.int32))
 
     def project(params, x, known):
         return (x[..., None, :],) * 3
 
-    stream = Stream(
+    return Stream(
         project=project,
         leave=lambda o: o,
-        finish=lambda params, x, o, known, logits: (params * x, None),
+        finish=finish,
         attention=attention_over_intervals(q, context, implementation="reference"),
         chunks=Cuts(3),
         pieces=Cuts(1),
-        places=Places(("device",) * 3, "device", places["chunks"]),
+        places=Places(("device",) * 3, "device", chunks),
     )
-    last = jnp.arange(3, dtype=jnp.int32)[None]
-    tokens = Tokens(None, Intervals(0 * last, last + 1))
+
+
+LAST = np.arange(3, dtype=np.int32)[None]  # key that each of three tokens sees
+
+
+@pytest.mark.parametrize("chunks", ["device", "host"])
+def test_gradients_of_chunks_in_bfloat16_are_added_up_in_float32(chunks):
+    """256 + 1 is 256 in bfloat16, whichever chunk comes first."""
+    stream = stream_of(lambda params, x, o, known, logits: (params * x, None), chunks)
+    tokens = Tokens(None, Intervals(0 * LAST, LAST + 1))
     x = jnp.zeros((1, 3, 8), "bfloat16").at[0, :, 0].set(jnp.array([1, 256, 1]))
 
     def total(weight):
         return stream_layer(stream, weight, x, tokens)[0].astype("float32").sum()
 
     assert jax.jit(jax.grad(total))(jnp.ones((), "bfloat16")) == 258
+
+
+@pytest.mark.parametrize("chunks", ["device", "host"])
+def test_log_sum_exps_in_bfloat16_are_kept_in_float32(chunks):
+    """Near 91.5 bfloat16 has steps of a half, and a probability would be off by a fifth."""
+    stream = stream_of(lambda params, x, o, known, logits: (o[:, :, 0], None), chunks)
+    tokens = Tokens(None, Intervals(0 * LAST, LAST + 1))
+    x = jnp.asarray(np.arange(24).reshape(1, 3, 8) % 5 / 8, "bfloat16").at[..., 0].set(16)
+
+    def in_chunks(x):
+        return (stream_layer(stream, (), x, tokens)[0].astype("float32") ** 2).sum()
+
+    def whole(x):
+        logits = jnp.where(np.tri(3), x @ x.T / np.sqrt(8), -jnp.inf)
+        return ((jax.nn.softmax(logits) @ x) ** 2).sum()
+
+    wanted = jax.grad(whole)(x[0].astype("float32"))
+    found = jax.jit(jax.grad(in_chunks))(x)[0]
+    np.testing.assert_allclose(found.astype("float32"), wanted, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
