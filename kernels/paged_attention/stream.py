@@ -258,6 +258,9 @@ class Stream:
             return ()
 
         (o,), _ = accumulate((o,), product, (), interpret=self.interpret)
+        if self.mask_at is not None:
+            # A warp may still read the mask in whose place the next one is put.
+            plgpu.commit_smem()
         pl.when(later < self.count)(functools.partial(self._fetch, later, page))
         return o, total, top
 

@@ -15,6 +15,7 @@ from jaxscale.kernels.attention.api import attention
 from jaxscale.kernels.grouped_matmul.api import feed_forward
 from jaxscale.kernels.grouped_matmul.swiglu import backward_of_some
 from jaxscale.kernels.linear_cross_entropy.api import label_and_normaliser
+from jaxscale.kernels.paged_attention import pallas as paged_attention
 from jaxscale.kernels.rms_norm import pallas as rms_norm
 from tests.kernels.interpretation import skip_unless_runnable
 
@@ -99,6 +100,23 @@ def test_the_kernels_of_norms_and_of_the_loss(races):
 
     found = races(forward_and_backward(loss), *draw((128, 128), (300, 128)))
     assert found and not any(found)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_a_stream_of_more_pages_than_shared_memory_holds(races, monkeypatch, has_mask):
+    """The page, and its mask, that come next are put where others were read from."""
+    monkeypatch.setattr(paged_attention, "NUM_SMS", 1)
+    pages = draw(*[(8, 64, 1, 128)] * 2)
+    table, high = jnp.arange(8)[None], jnp.asarray([500])
+    mask = jnp.arange(512)[None] % 3 > 0 if has_mask else None
+
+    def run(q):
+        arrays = q, *pages, table, 0 * high, high
+        settings = dict(scale=0.1, softcap=None, interpret=WATCHED)
+        return paged_attention.paged_attention(*arrays, None, mask, **settings)
+
+    assert races(run, *draw((1, 2, 128))) == [False]
 
 
 @pytest.mark.long
