@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from jaxscale.models.config import AttentionConfig, LayerConfig, ModelConfig
 from jaxscale.parallel.sequence.fpdt.strategy import DEFAULT_CHUNK_TOKENS, FullyPipelined
+from jaxscale.parallel.sequence.ulysses import num_spread
 from jaxscale.planner.job import Job, Layout
 from jaxscale.planner.state import StateBytes
 
@@ -146,6 +147,13 @@ class _Counts:
         return max((layer.attention for layer in self.model.layers), key=_width)
 
     @property
+    def num_key_heads(self) -> int:
+        """Kv heads of all devices, with the copies that the exchange and a tensor group make."""
+        tensor, heads = self.layout.mesh.tensor, self.attention
+        own_kv = max(heads.num_kv_heads // tensor, 1)
+        return tensor * num_spread(heads.num_heads // tensor, own_kv, self.layout.mesh.sequence)
+
+    @property
     def are_keys_here(self) -> bool:
         """Whether keys and values of the layer at work lie on the device, and no queries wait."""
         return self.strategy.chunks == "device"
@@ -210,7 +218,7 @@ class _Counts:
         their gradients, as they are added up and as the kernel gives them.
         """
         chunk = self.strategy.chunk_tokens / self.job.length
-        keys = 2 * self.attention.num_kv_heads * self.attention.head_dim
+        keys = 2 * self.num_key_heads * self.attention.head_dim
         if self.are_keys_here:
             later = max(round(1 / chunk) - 4, 0) * OF_LATER_CHUNK
             of_key = 2 * self.job.width + ACCUMULATED + later

@@ -211,6 +211,17 @@ class _Group:
         return [list(range(first, first + num)) for first in range(0, self.ring * num, num)]
 
 
+def num_spread(
+    num_heads: int,
+    num_kv_heads: int,
+    num_members: int,
+) -> int:
+    """Kv heads, their copies included, that `spread_heads` shares out, before it pads them."""
+    num = math.lcm(num_kv_heads, num_members)
+    is_even = num_heads % num_members == 0 and num_heads % num == 0
+    return num if is_even else num_heads
+
+
 def spread_heads(
     q: Array,
     k: Array,
@@ -227,10 +238,7 @@ def spread_heads(
         q [B, T, N', H], k and v [B, T, K', H]; U divides both, and N' / K' queries read a kv head.
     """
     num_heads, num_kv_heads = q.shape[2], k.shape[2]
-    num_spread = math.lcm(num_kv_heads, num_members)
-    if num_heads % num_members or num_heads % num_spread:
-        num_spread = num_heads
-    copies = num_spread // num_kv_heads
+    copies = num_spread(num_heads, num_kv_heads, num_members) // num_kv_heads
     k = jnp.repeat(k, copies, axis=2)
     v = jnp.repeat(v, copies, axis=2)
     num_missing = -num_heads % num_members
