@@ -194,7 +194,8 @@ def token_log_probabilities(
         decoder: bound to the mesh's operations.
         params: the parameter tree.
         x: residual after the layers, [B, own T, D].
-        labels: [B, T] int32; one outside the vocabulary has 0.
+        labels: [B, T] int32; one outside the vocabulary has 0, and one that the head's bias forbids
+            -inf without a gradient.
     Returns:
         [B, own T] in at least float32.
     Raises:
