@@ -7,7 +7,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxscale.parallel.mesh import SEQUENCE, MeshConfig, make_mesh
-from jaxscale.parallel.sequence.layout import Contiguous, Zigzag, zigzag_order
+from jaxscale.parallel.sequence.layout import (
+    Chunked,
+    Contiguous,
+    Zigzag,
+    chunk_order,
+    zigzag_order,
+)
 from jaxscale.types import InputError
 
 T = 32
@@ -27,6 +33,7 @@ def placed(layout, tokens):
         pytest.param(Contiguous(), np.arange(T), id="contiguous"),
         pytest.param(Zigzag(2), zigzag_order(T, 2), id="zigzag of 2"),
         pytest.param(Zigzag(4), zigzag_order(T, 4), id="zigzag of 4"),
+        pytest.param(Chunked(8), chunk_order(T, 4, 4, 1), id="chunks of 8"),
     ],
 )
 def test_all_that_is_kept_for_a_token_moves_with_it(layout, order):
@@ -34,6 +41,14 @@ def test_all_that_is_kept_for_a_token_moves_with_it(layout, order):
     found = placed(layout, tokens)
     np.testing.assert_array_equal(found["tokens"], tokens[:, order])
     np.testing.assert_array_equal(found["weights"], found["tokens"] / 2)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_chunk_s_shares_are_consecutive_tokens(tensor):
+    """Of 32 tokens in 4 chunks, as the 2 shards' members have them one after the other."""
+    by_member = chunk_order(T, 4, 2, tensor).reshape(2 * tensor, 4, -1)
+    for number in range(4):
+        assert by_member[:, number].reshape(-1).tolist() == list(range(8 * number, 8 * number + 8))
 
 
 def test_every_member_has_as_much_to_look_at():
