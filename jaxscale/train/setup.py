@@ -21,7 +21,8 @@ from jaxscale.parallel.pipeline.schedule import Schedule, make_schedule
 from jaxscale.parallel.pipeline.stages import canonical_shapes, from_canonical, to_canonical
 from jaxscale.parallel.region import LossFn, Region, make_operations
 from jaxscale.parallel.rules import make_specs
-from jaxscale.parallel.sequence.layout import Contiguous, TokenLayout, Zigzag
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.parallel.sequence.layout import Chunked, Contiguous, TokenLayout, Zigzag
 from jaxscale.parallel.sequence.ring import ring_attention
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.host import HOST, check_host_memory, through_device
@@ -217,6 +218,7 @@ def make_setup(
         token_layout=token_layout,
         devices=devices,
     )
+    _check_layout(loss_fn, mesh, region.token_layout)
     # Devices that are only described have no memories.
     if mesh.is_optimizer_on_host and devices is None:
         check_host_memory(region.mesh.local_devices[0])
@@ -231,6 +233,18 @@ def make_setup(
         trainable=train.trainable,
     )
     return Setup(table, policy.parameters, loss_fn, region, transformation, rates, state)
+
+
+def _check_layout(loss_fn: LossFn, mesh: MeshConfig, layout: TokenLayout) -> None:
+    """Refuses tokens that lie elsewhere than a strategy thinks: it would mask the wrong keys."""
+    strategy = getattr(getattr(loss_fn, "execution", None), "strategy", None)
+    if strategy is None or mesh.sequence * mesh.tensor == 1:
+        return
+    wanted = Chunked(strategy.chunk_tokens) if isinstance(strategy, FullyPipelined) else None
+    given = layout if isinstance(layout, Chunked) else None
+    if given != wanted:
+        expected = f"{wanted or 'no chunks'}, for the loss's strategy is {strategy}"
+        raise InputError("token_layout", layout, expected)
 
 
 def make_region(

@@ -12,7 +12,7 @@ from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
 from jaxscale.models.config.lora import LoraConfig
-from jaxscale.models.execution import ExecutionConfig
+from jaxscale.models.execution import ExecutionConfig, Whole
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.attention.intervals import IntervalAttention, attention_over_intervals
 from jaxscale.ops.rotary import LongRopeScaling
@@ -23,9 +23,11 @@ from jaxscale.parallel.sequence.fpdt.gradient import stream_layer
 from jaxscale.parallel.sequence.fpdt.keys import Intervals
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.parallel.sequence.fpdt.stream import Places, Stream, Tokens
+from jaxscale.parallel.sequence.layout import Chunked
 from jaxscale.run.run import Run, check_fit
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
+from jaxscale.train.setup import make_setup
 from jaxscale.types import InputError
 from tests.parallel.comparison import (
     KEY,
@@ -398,6 +400,29 @@ def test_what_does_not_go_with_chunks_is_refused_with_the_equation(part, fields,
     changed = dataclasses.replace(getattr(RUN, part), **fields)
     with pytest.raises(InputError, match=message):
         check_fit(dataclasses.replace(RUN, **{part: changed}))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout", "expected"),
+    [
+        (FullyPipelined(1024), None, r"Chunked\(chunk_tokens=1024\)"),
+        (FullyPipelined(1024), Chunked(512), r"Chunked\(chunk_tokens=1024\)"),
+        (Whole(), Chunked(1024), "no chunks"),
+    ],
+    ids=str,
+)
+def test_tokens_that_lie_elsewhere_than_the_strategy_thinks_are_refused(strategy, layout, expected):
+    loss = make_loss(RUN.model, "float32", remat="none", strategy=strategy)
+    with pytest.raises(InputError, match=f"token_layout: given .*, expected {expected}"):
+        make_setup(
+            table=RUN.table(),
+            loss_fn=loss,
+            mesh=RUN.mesh,
+            optimizer=RUN.optimizer,
+            train=RUN.train,
+            token_layout=layout,
+            devices=jax.devices()[:2],
+        )
 
 
 @pytest.mark.parametrize(
