@@ -57,12 +57,14 @@ class BitsPerByte:
 
         Raises:
             InputError: the documents are pairs of answers, the tokenizer knows more tokens than the
-                model, there are no held-out documents, or each of them is a single token.
+                model, batches do not fit the run, there are no held-out documents, or each of them
+                is a single token.
         """
         if any(isinstance(source, PreferenceSource) for source in self.data.sources):
             expected = "text or chats: PreferenceAccuracy measures pairs"
             raise InputError("BitsPerByte.data", self.data.sources, expected)
         check_vocabulary(load_tokenizer(self.data.tokenizer), context.model.vocab_size)
+        context.check_data("BitsPerByte", self.data)
         loader = held_out(self.data, *batch_share(context.mesh))
         if not loader.num_scored_bytes:
             expected = "held-out documents with more than one token: no byte of these is predicted"

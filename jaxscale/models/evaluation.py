@@ -12,6 +12,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxscale.data.loader import DataConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.types import Array, Batch, Params, check_built
 
@@ -33,6 +34,8 @@ class EvaluationContext:
         place: puts a host's numpy batch on the mesh.
         whole: the parameters, gathered and in the order of the layers, on this process's first
             device.
+        check_data: (name of an evaluator, the data that it goes over) -> None; raises InputError
+            unless `sums` takes batches of that data's size and length.
     """
 
     params: Params
@@ -42,6 +45,7 @@ class EvaluationContext:
     sums: Callable[..., tuple[Array, Array, dict[str, Any]]]
     place: Callable[[Batch], Batch]
     whole: Callable[[Params], Params]
+    check_data: Callable[[str, DataConfig], None]
 
 
 def check_evaluators(evaluators: Mapping[str, Callable], context: EvaluationContext) -> None:

@@ -266,12 +266,19 @@ class ExecutionConfig:
         of_chunks = functools.partial(attention_over_intervals, implementation=self.attention)
         return Operations(backends=Backends(attention=named, chunk_attention=of_chunks))
 
-    def check_periods(self, num: int) -> None:
-        """Raises InputError, with the equation, unless groups of periods divide `num` of them."""
+    def check_periods(self, num: int, *, num_stages: int = 1) -> None:
+        """Raises InputError, with the equation, unless groups of periods divide `num` of them.
+
+        Args:
+            num: periods that are scanned.
+            num_stages: virtual stages of the pipeline, of which each scans so many.
+        """
         size = self.checkpoint_every
         if rest := num % size:
             fitting = [k for k in range(1, num + 1) if num % k == 0]
-            expected = f"periods % checkpoint_every == 0, but {num} % {size} = {rest}: {fitting}"
+            of = "" if num_stages == 1 else f" of the longest of {num_stages} stages"
+            expected = f"periods{of} % checkpoint_every == 0, but {num} % {size} = {rest}: "
+            expected += f"{fitting}"
             raise InputError("ExecutionConfig.checkpoint_every", size, expected)
 
     def scan(

@@ -29,7 +29,12 @@ class PreferenceAccuracy:
             raise InputError("DataConfig.held_out_fraction", 0, expected)
 
     def check(self, context: EvaluationContext) -> None:
-        """Opens the held-out pairs, for the first time."""
+        """Opens the held-out pairs, for the first time.
+
+        Raises:
+            InputError: batches do not fit the run, or there are no held-out pairs.
+        """
+        context.check_data("PreferenceAccuracy", self.data)
         held_out(self.data, *batch_share(context.mesh))
 
     def __call__(self, context: EvaluationContext) -> dict[str, float]:

@@ -20,10 +20,12 @@ from jaxscale.models.masked import MaskedTokenLoss
 from jaxscale.models.parameters import Table, parameter_table
 from jaxscale.ops.attention import DETERMINISTIC, AttentionContext, check_backend
 from jaxscale.ops.attention.chunked import QUERY_CHUNK
+from jaxscale.ops.attention.intervals import attention_over_intervals
 from jaxscale.ops.device import is_hopper
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.elastic import shrink
 from jaxscale.parallel.mesh import MeshConfig, check_batch, nearest_divisors
+from jaxscale.parallel.pipeline.stages import StageLayout
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.parallel.sequence.head_chunks import HeadChunks
@@ -272,19 +274,19 @@ def check_fit(run: Run) -> None:
     _check_kernels(run)
     # A ring's backends refuse when the step is traced, which is before anything is written.
     if mesh.ring == 1:
-        _check_attention(run)
+        check_attention(run)
     check_batch(
         mesh,
         batch_size=run.data.batch_size,
         length=length,
         num_microbatches=run.train.num_microbatches,
     )
-    if mesh.pipeline == 1:
-        run.execution.check_periods(run.model.num_periods)
-    if isinstance(run.execution.strategy, FullyPipelined):
-        _check_pipelined(run)
     if mesh.pipeline > 1:
         _check_places(run.execution)
+    stages = StageLayout(run.model.num_periods, mesh.pipeline, mesh.num_chunks, mesh.stage_periods)
+    run.execution.check_periods(stages.num_slots, num_stages=stages.num_virtual)
+    if isinstance(run.execution.strategy, FullyPipelined):
+        _check_pipelined(run)
     if isinstance(run.execution.strategy, ByChunk | HeadChunks) and mesh.tensor > 1:
         expected = "Whole() with MeshConfig.tensor > 1, whose members have other tokens each"
         raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
@@ -318,6 +320,9 @@ def _check_pipelined(run: Run) -> None:
             f"MeshConfig.tensor > 1, here {num_rows}"
         )
         raise InputError("DataConfig.batch_size", run.data.batch_size, expected)
+    if not run.model.is_causal or any(layer.attention.layout for layer in run.model.layers):
+        expected = "Whole() where attention is not causal or has a layout of blocks"
+        raise InputError("ExecutionConfig.strategy", execution.strategy, expected)
     execution.strategy.check(
         length=run.data.sequence_length, sequence=mesh.sequence, tensor=mesh.tensor
     )
@@ -348,9 +353,10 @@ def _check_kernels(run: Run) -> None:
         raise InputError("RuntimeConfig.kernels", named, expected)
 
 
-def _check_attention(run: Run) -> None:
-    """Refuses now what a named backend would refuse when it is traced."""
-    if run.execution.attention is None:
+def check_attention(run: Run) -> None:
+    """Raises InputError for what a named backend of attention would refuse when it is traced."""
+    named = run.execution.attention
+    if named is None:
         return
     shape = (run.data.batch_size, run.data.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, "int32")
@@ -359,4 +365,7 @@ def _check_attention(run: Run) -> None:
         heads = (*shape, attention.num_heads, attention.head_dim)
         q = jax.ShapeDtypeStruct(heads, run.policy.compute)
         context = AttentionContext(tokens, segments=tokens, softcap=attention.softcap)
-        check_backend("ExecutionConfig.attention", run.execution.attention, q, context)
+        if isinstance(run.execution.strategy, FullyPipelined):
+            attention_over_intervals(q, context, implementation=named)
+        else:
+            check_backend("ExecutionConfig.attention", named, q, context)

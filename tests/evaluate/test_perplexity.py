@@ -231,6 +231,7 @@ def counting_context(labels):
         sums=sums,
         place=lambda batch: batch,
         whole=lambda params: params,
+        check_data=lambda name, data: None,
     )
 
 
@@ -301,7 +302,7 @@ def test_what_does_not_fit_is_refused(run, data, tmp_path):
     with pytest.raises(InputError, match=r"BitsPerByte.max_batches: given 0"):
         BitsPerByte(data, max_batches=0)
     with pytest.raises(InputError, match=r"model.vocab_size: given 256"):
-        context = EvaluationContext(None, 0, from_flat(**FIELDS | {"vocab_size": 256}), *[None] * 4)
+        context = EvaluationContext(None, 0, from_flat(**FIELDS | {"vocab_size": 256}), *[None] * 5)
         check_evaluators({"held_out": BitsPerByte(data)}, context)
     with pytest.raises(InputError, match=r"leaves documents in the split 'held_out'"):
         BitsPerByte(dataclasses.replace(data, held_out_fraction=1e-9)).check(counting_context([]))

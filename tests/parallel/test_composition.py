@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -246,6 +247,26 @@ def test_a_pipeline_refuses_what_would_rest_on_the_host(execution, message):
     with pytest.raises(InputError, match=message):
         check_fit(run_of(MeshConfig(pipeline=2), **execution))
     check_fit(run_of(MeshConfig(data=2), **execution))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "num", "fitting"),
+    [(dict(pipeline=2), 1, [1]), (dict(pipeline=2, stage_periods=(3, 1)), 3, [1, 3])],
+    ids=str,
+)
+def test_groups_of_layers_that_do_not_divide_a_stages_are_refused_with_the_equation(
+    mesh, num, fitting
+):
+    """They divide the model's layers; a stage runs as many as the longest one has."""
+    run = run_of(MeshConfig(**mesh), checkpoint_every=2)
+    run = dataclasses.replace(run, model=dense(num_layers=sum(mesh.get("stage_periods", (1, 1)))))
+    message = (
+        r"ExecutionConfig.checkpoint_every: given 2, expected periods of the longest of 2 stages "
+        rf"% checkpoint_every == 0, but {num} % 2 = 1: {re.escape(str(fitting))}"
+    )
+    with pytest.raises(InputError, match=message):
+        check_fit(run)
+    check_fit(dataclasses.replace(run, mesh=MeshConfig(data=2)))
 
 
 LONG = SINGLES + PAIRS + TRIPLES + VARIANTS

@@ -15,6 +15,7 @@ from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.lora import TRAINABLE, base, without_adapters
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.rlhf.dpo import DpoLoss
 from jaxscale.types import InputError
 from tests.parallel.comparison import (
@@ -152,6 +153,30 @@ def test_every_mesh_has_the_same_loss_and_gradient(sizes):
     with jax.enable_x64(True):
         config = MeshConfig(**sizes)
         region, run = gradient_on_mesh(MODEL, config, LOSS, trainable=TRAINABLE)
+        stored = region.specs.layout.store(make_params(MODEL), region.specs.dims)
+        sums, gradient = run(stored, make_batch(), KEY)
+        check(sums, gradient)
+
+
+IN_CHUNKS = [
+    (4, dict(sequence=2), dict(chunks="device")),
+    (2, dict(data=2, sequence=2, zero=3), dict()),
+    (2, dict(tensor=2, sequence=2, num_microbatches=8), dict()),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("num_chunks", "sizes", "places"), IN_CHUNKS, ids=str)
+def test_layers_in_chunks_have_the_same_loss_and_gradient(num_chunks, sizes, places):
+    """Pairs lie across chunks, and each shard has a share of every chunk."""
+    sizes = dict(sizes)
+    num_microbatches = sizes.pop("num_microbatches", 1)
+    strategy = FullyPipelined(LENGTH // num_chunks, num_pieces=1, **places)
+    execution = dataclasses.replace(EXECUTION, remat="none", strategy=strategy)
+    loss = dataclasses.replace(LOSS, execution=execution)
+    settings = dict(num_microbatches=num_microbatches, trainable=TRAINABLE, strategy=strategy)
+    with jax.enable_x64(True):
+        region, run = gradient_on_mesh(MODEL, MeshConfig(**sizes), loss, **settings)
         stored = region.specs.layout.store(make_params(MODEL), region.specs.dims)
         sums, gradient = run(stored, make_batch(), KEY)
         check(sums, gradient)

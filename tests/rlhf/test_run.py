@@ -94,11 +94,17 @@ BAD = {
         "PreferenceAccuracy measures pairs",
     ),
     "chats": ("run.DataConfig.sources = (@run.ChatSource(),)", "PreferenceSource alone"),
+    "length": (
+        "run.PreferenceAccuracy.data = @evaluated/run.DataConfig()\n"
+        "evaluated/run.DataConfig.sequence_length = 63",
+        "DataConfig.sequence_length of PreferenceAccuracy: given 63, expected sequence_length % "
+        "(sequence * tensor * num_loss_chunks) == 0, here 63 % (1 * 2 * 1) = 1; nearest: 62 or 64",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_pairs_and_another_loss_are_refused_before_anything_is_written(folder, capsys, name):
+def test_what_does_not_go_with_pairs_is_refused_before_anything_is_written(folder, capsys, name):
     binding, message = BAD[name]
     file = folder / "bad.gin"
     directory = f"run.Run.directory = '{folder}/bad'"

@@ -78,6 +78,8 @@ class Chunked:
     def place(self, batch: Batch) -> Batch:
         """Permutes the tokens into `chunk_order`.
 
+        Raises:
+            InputError: T % chunk_tokens != 0.
         Cost: one all-gather of [b, T] for each array; nothing where nothing is shared out.
         """
         shards, tensor = lax.axis_size(SEQUENCE), lax.axis_size(TENSOR)
@@ -85,6 +87,9 @@ class Chunked:
             return batch
 
         def order(length: int) -> np.ndarray:
+            size = self.chunk_tokens
+            remainder = "sequence_length % chunk_tokens"
+            check_multiple("DataConfig.sequence_length", length, size, remainder, str(size))
             return chunk_order(length, length // self.chunk_tokens, shards, tensor)
 
         return _place(batch, order)

@@ -106,6 +106,23 @@ MESHES = [
         "deep moe", 2, dict(pipeline=2), dict(num_pieces=1) | ON_DEVICE, marks=pytest.mark.long
     ),
     *[
+        pytest.param(
+            name,
+            2,
+            dict(pipeline=2) | sizes,
+            dict(num_pieces=1) | ON_DEVICE,
+            marks=pytest.mark.long,
+        )
+        for name, sizes in (
+            ("dense", dict(sequence=2)),
+            ("dense", dict(tensor=2, num_microbatches=8)),
+            ("dense", dict(tensor=2, sequence=2, num_microbatches=8)),
+            ("deep moe", dict(sequence=2)),
+            ("deep moe", dict(tensor=2, num_microbatches=8)),
+            ("deep moe", dict(expert=2)),
+        )
+    ],
+    *[
         pytest.param(name, 2, sizes, places, marks=pytest.mark.long)
         for name, sizes, places in (
             ("rich moe", dict(sequence=2, expert=2), KEYS_ON_DEVICE),
@@ -390,8 +407,24 @@ def test_a_run_in_chunks_fits():
         ),
         ("mesh", dict(ring=2), "MeshConfig.ring: given 2, expected 1 with FullyPipelined"),
         ("mesh", dict(tensor=2), "== 1 with FullyPipelined and MeshConfig.tensor > 1, here 2"),
+        (
+            "execution",
+            dict(attention="invariant"),
+            "ExecutionConfig.attention: given 'invariant', expected one of 'reference', 'mosaic'",
+        ),
+        ("model", dict(is_causal=False), r"Whole\(\) where attention is not causal"),
     ],
-    ids=["length", "shares", "pieces", "remat", "pipeline", "ring", "tensor"],
+    ids=[
+        "length",
+        "shares",
+        "pieces",
+        "remat",
+        "pipeline",
+        "ring",
+        "tensor",
+        "invariant",
+        "bidirectional",
+    ],
 )
 def test_what_does_not_go_with_chunks_is_refused_with_the_equation(part, fields, message):
     if part == "strategy":
