@@ -91,18 +91,31 @@ def step_memory(job: Job, layout: Layout, state: StateBytes) -> StepMemory:
         state: its parameters under the layout's mesh.
     """
     needs = _Needs(job, layout, state)
-    moments, host = state.moments, 0.0
+    moments = state.moments
     if layout.mesh.is_optimizer_on_host:
         # The moments of a leaf come to the device together, and new ones are made beside them.
-        share = state.largest_leaf / state.whole
-        moments, host = 1.5 * share * state.moments, state.moments
+        moments *= 1.5 * state.largest_leaf / state.whole
     if layout.mesh.pipeline > 1:
         temporaries = needs.of_pipeline()
     elif layout.is_scanned:
         temporaries = needs.of_loop()
     else:
         temporaries = needs.of_unrolled()
+    host = sum(host_memory(job, layout, state).values())
     return StepMemory(state.parameters, moments, host=host, **temporaries)
+
+
+def host_memory(job: Job, layout: Layout, state: StateBytes) -> dict[str, float]:
+    """What rests in a device's share of its host, in bytes by name; arguments as `step_memory`.
+
+    Tensors that `ExecutionConfig.offloaded_names` sends there are not counted.
+    """
+    execution, found = job.execution, {}
+    if layout.mesh.is_optimizer_on_host:
+        found["moments"] = state.moments
+    if execution.checkpoint_every > 1 and execution.checkpoint_place == "host":
+        found["groups' inputs"] = _Needs(job, layout, state).group_inputs
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,10 +259,14 @@ class _Needs:
         every = execution.checkpoint_every
         if every == 1:
             return num * self._kept_by_period
-        inputs = 0.0
-        if execution.checkpoint_place == "device":
-            inputs = num / every * self._bytes(self.job.model.model_dim / self.layout.mesh.tensor)
+        inputs = self.group_inputs if execution.checkpoint_place == "device" else 0.0
         return every * self._kept_by_period + inputs
+
+    @property
+    def group_inputs(self) -> float:
+        """Bytes of the inputs of groups of periods until their backward, wherever they rest."""
+        num = self.job.model.num_periods / self.job.execution.checkpoint_every
+        return num * self._bytes(self.job.model.model_dim / self.layout.mesh.tensor)
 
     @property
     def _prefix(self) -> float:

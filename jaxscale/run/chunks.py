@@ -5,9 +5,7 @@ import functools
 import math
 from collections.abc import Callable
 
-import jax
-
-from jaxscale.launch.memory import GIB, pinnable_bytes
+from jaxscale.launch.memory import GIB
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.planner.chunks import (
     ChunkedMemory,
@@ -20,7 +18,6 @@ from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
 from jaxscale.run.job import job_of, layout_of
 from jaxscale.run.run import Run
-from jaxscale.types import InputError
 
 ON_DEVICE = dict(inputs="device", attention="device", chunks="device")
 # Strategies beside which a run's own is shown.
@@ -44,26 +41,6 @@ def memory_of_chunks(run: Run) -> ChunkedMemory:
     return chunked_memory(job, layout, state, run.execution.strategy)
 
 
-def check_host(run: Run) -> None:
-    """Raises InputError, part by part, unless this machine can pin the memory that a run takes."""
-    there = pinnable_bytes()
-    if there is None or not is_chunked(run):
-        return
-    memory = memory_of_chunks(run)
-    # A smaller mesh leaves devices idle.
-    num_here = min(jax.local_device_count(), math.prod(run.mesh.sizes))
-    if memory.on_host * num_here <= there:
-        return
-    parts = " + ".join(f"{size / GIB:.2f} of {name}" for name, size in memory.host.items() if size)
-    given = f"{memory.on_host / GIB:.2f} GiB of host memory a device: {parts}"
-    expected = (
-        f"at most {there / num_here / GIB:.2f} GiB, {there / GIB:.2f} for {num_here} devices: a "
-        "shorter sequence_length, more device_input_bytes, attention = 'nowhere', or "
-        "ExecutionConfig.checkpoint_every above 1"
-    )
-    raise InputError("FullyPipelined", given, expected)
-
-
 def chunk_lines(run: Run, device_bytes: float, host_bytes: float) -> list[str]:
     """What `inspect` says of a run in chunks: its memory, other strategies', lengths that fit.
 
@@ -81,12 +58,16 @@ def chunk_lines(run: Run, device_bytes: float, host_bytes: float) -> list[str]:
     lines.append(f"chunk_tokens  {chunk or 'none'} would fit, {strategy.chunk_tokens} is set")
     limits = dict(device_bytes=device_bytes, host_bytes=host_bytes)
     there = f"{device_bytes / GIB:.2f} GiB of a device"
-    there += "" if math.isinf(host_bytes) else f" and {host_bytes / GIB:.2f} of its host"
-    lines.append(f"by strategy   GiB on a device, GiB on the host, tokens that fit {there}")
+    if math.isinf(host_bytes):
+        there += " (no host is asked: host_gib)"
+    else:
+        there += f" and {host_bytes / GIB:.2f} of its host"
+    title = f"by strategy   GiB on a device and on the host; tokens that fit {there}"
+    lines.append(f"{title}, and GiB on the host that they take")
     for name, needs in _strategies(job, layout, strategy).items():
-        device, host = needs(job.length)
         longest = longest_length(needs, strategy.chunk_tokens, **limits)
-        lines.append(f"  {name:<34}{device / GIB:>9.2f}{host / GIB:>9.2f}{longest:>12,}")
+        device, host, taken = (size / GIB for size in (*needs(job.length), needs(longest)[1]))
+        lines.append(f"  {name:<34}{device:>9.2f}{host:>9.2f}{longest:>12,}{taken:>9.2f}")
     return lines
 
 

@@ -20,6 +20,7 @@ from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
 from jaxscale.run.chunks import chunk_lines, is_chunked, memory_of_chunks
 from jaxscale.run.compile import memory_share
+from jaxscale.run.host import host_parts
 from jaxscale.run.job import job_of, layout_of
 from jaxscale.run.run import Run, check_fit
 from jaxscale.train.host import is_on_host
@@ -37,7 +38,8 @@ def inspect(*, run: Run, host_gib: float | None = None) -> None:
 
     Args:
         run: the run.
-        host_gib: GiB of host memory for each device, by which lengths in chunks are bounded too.
+        host_gib: GiB of host memory for each device, with which what rests there is compared and by
+            which lengths in chunks are bounded; None compares with no host, and says so.
     Raises:
         InputError: the parts do not fit one another.
     """
@@ -106,35 +108,43 @@ def bytes_per_device(
 
 
 def _step_lines(run: Run, host_limit: float) -> list[str]:
-    """What a step needs at its fullest moment, and which devices have that much."""
+    """What a step needs at its fullest moment, and which devices and hosts have that much."""
+    on_host = sum(host_parts(run).values())
     if is_chunked(run):
-        return _chunk_lines(run, host_limit)
-    job, layout = job_of(run), layout_of(run)
-    memory = step_memory(job, layout, StateCounter(job)(run.mesh))
-    activations = memory.stashed + memory.workspace + memory.copies
-    parts = {
-        "activations": f"{_bytes_text(activations)} per device at the fullest moment, estimated",
-        "a step": f"{_bytes_text(memory.total)} per device, estimated",
-        "fits": _fitting(run, memory.total),
-    }
-    return [f"{name:<13} {text}" for name, text in parts.items()]
+        largest = max(DEVICES.values(), key=lambda device: device.memory_bytes)
+        lines = chunk_lines(run, largest.memory_bytes * memory_share(), host_limit)
+        on_device = memory_of_chunks(run).on_device
+    else:
+        job, layout = job_of(run), layout_of(run)
+        memory = step_memory(job, layout, StateCounter(job)(run.mesh))
+        on_device = memory.total
+        activations = memory.stashed + memory.workspace + memory.copies
+        at_most = f"{_bytes_text(activations)} per device at the fullest moment, estimated"
+        lines = [
+            f"{'activations':<13} {at_most}",
+            f"{'a step':<13} {_bytes_text(on_device)} per device, estimated",
+        ]
+    return [*lines, *_fitting(run, on_device, on_host, host_limit)]
 
 
-def _chunk_lines(run: Run, host_limit: float) -> list[str]:
-    """The same of a run in chunks, on the largest device that is described."""
-    largest = max(DEVICES.values(), key=lambda device: device.memory_bytes)
-    lines = chunk_lines(run, largest.memory_bytes * memory_share(), host_limit)
-    return [*lines, f"{'fits':<13} {_fitting(run, memory_of_chunks(run).on_device)}"]
+def _fitting(run: Run, on_device: float, on_host: float, host_limit: float) -> list[str]:
+    """Which devices have memory for a step, and whether their host has; a CPU's share the host's.
 
-
-def _fitting(run: Run, needed: float) -> str:
-    """Which devices have memory for a step; a CPU's share the host's."""
+    This machine's host is another one than that of the devices, unless the run is on its CPU.
+    """
     if run.runtime.platform == "cpu":
-        there, needed = host_bytes(), needed * math.prod(run.mesh.sizes)
-        return "unknown" if there is None else _verdict("this machine", needed, there)
+        there, needed = host_bytes(), (on_device + on_host) * math.prod(run.mesh.sizes)
+        verdict = "unknown" if there is None else _verdict("this machine", needed, there)
+        return [f"{'fits':<13} {verdict}"]
     share = memory_share()
-    found = [_verdict(each.name, needed, each.memory_bytes * share) for each in DEVICES.values()]
-    return f"{', '.join(found)} (JAX's share: {share:g} of the memory)"
+    found = [_verdict(each.name, on_device, each.memory_bytes * share) for each in DEVICES.values()]
+    lines = [f"{'fits':<13} {', '.join(found)} (JAX's share: {share:g} of the memory)"]
+    if not on_host:
+        return lines
+    verdict = "compared with no host; give host_gib, what it has for each device"
+    if not math.isinf(host_limit):
+        verdict = _verdict("of host_gib", on_host, host_limit)
+    return [*lines, f"{'host':<13} {_bytes_text(on_host)} per device, {verdict}"]
 
 
 def _verdict(name: str, needed: float, there: float) -> str:

@@ -19,8 +19,8 @@ from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.evaluation import check_evaluators
 from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.batch import abstract_batch, batch_share
-from jaxscale.run.chunks import check_host
 from jaxscale.run.evaluation import all_figures, evaluation_context
+from jaxscale.run.host import check_host
 from jaxscale.run.progress import say_figures, say_what_begins, say_what_came
 from jaxscale.run.run import Run
 from jaxscale.train.loop import Outcome

@@ -13,10 +13,9 @@ from jaxscale.launch.memory import GIB
 from jaxscale.planner.chunks import chunked_memory, longest_length, suggested_chunk
 from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
-from jaxscale.run.chunks import check_host, memory_of_chunks
+from jaxscale.run.chunks import memory_of_chunks
 from jaxscale.run.job import job_of, layout_of
 from jaxscale.run.run import load_run
-from jaxscale.types import InputError
 
 FILE = Path(__file__).resolve().parents[2] / "experiments/configs/papers/fpdt_8b.gin"
 
@@ -113,7 +112,7 @@ def test_the_longest_sequence_fits_and_one_chunk_more_does_not(run):
 def test_inspect_shows_strategies_side_by_side(capsys):
     assert cli.main(["inspect", str(FILE)]) == 0
     shown = capsys.readouterr().out
-    row = r"^  {} +([\d.]+) +([\d.]+) +([\d,]+)$"
+    row = r"^  {} +([\d.]+) +([\d.]+) +([\d,]+) +[\d.]+$"
     found = {}
     names = "chunks, all on the device", "chunks, all on the host"
     for name in (*names, "whole layers, ZeRO-3", "the same, inputs on the host"):
@@ -126,19 +125,32 @@ def test_inspect_shows_strategies_side_by_side(capsys):
 
 
 def test_inspect_bounds_lengths_by_the_memory_of_a_host_that_is_given(capsys):
-    row = r"^  as it is set +[\d.]+ +([\d.]+) +([\d,]+)$"
-    longest = {}
+    row = r"^  as it is set +[\d.]+ +([\d.]+) +([\d,]+) +([\d.]+)$"
+    longest, taken = {}, {}
     for host_gib in (130, 260):
         settings = ["host_gib", "mesh.is_optimizer_on_host"]
         given = [f"{name}={value}" for name, value in zip(settings, (host_gib, False), strict=True)]
         assert cli.main(["inspect", str(FILE), *(f"--set={each}" for each in given)]) == 0
         shown = capsys.readouterr().out
         assert f" and {host_gib}.00 of its host" in shown
-        host, tokens = re.search(row, shown, re.MULTILINE).groups()
+        host, tokens, of_longest = re.search(row, shown, re.MULTILINE).groups()
         longest[host_gib] = int(tokens.replace(",", ""))
+        taken[host_gib] = float(of_longest)
     # 256 KiB a token of inputs, and of queries 32 for each but those of two chunks.
     assert float(host) == 68
     assert longest == {130: 458_752, 260: 917_504}
+    assert taken == {130: 112 + 10, 260: 224 + 24}
+
+
+def test_inspect_says_what_the_longest_sequence_takes_of_a_host_that_it_does_not_ask(capsys):
+    """A length that fits the device alone is none that fits."""
+    assert cli.main(["inspect", str(FILE), "--set=mesh.is_optimizer_on_host=False"]) == 0
+    shown = capsys.readouterr().out
+    assert "(no host is asked: host_gib)" in shown
+    row = r"^  as it is set +[\d.]+ +[\d.]+ +([\d,]+) +([\d.]+)$"
+    tokens, taken = re.search(row, shown, re.MULTILINE).groups()
+    assert (tokens, float(taken)) == ("1,048,576", 256 + 28)
+    assert "host          68.00 GiB per device, compared with no host; give host_gib" in shown
 
 
 @pytest.mark.parametrize(
@@ -153,11 +165,3 @@ def test_a_suggested_chunk_is_large_and_divides_the_sequence(run, length, chunk,
     for device_bytes, found in ((110 * GIB, expected), (10 * GIB, None)):
         suggested = suggested_chunk(longer, layout, state, strategy, device_bytes=device_bytes)
         assert suggested == found
-
-
-def test_a_host_that_is_too_small_is_refused_before_the_first_step(run, monkeypatch):
-    monkeypatch.setattr("jaxscale.run.chunks.pinnable_bytes", lambda: 98 * GIB)
-    check_host(run)  # of one device, however many there are
-    monkeypatch.setattr("jaxscale.run.chunks.pinnable_bytes", lambda: 80 * GIB)
-    with pytest.raises(InputError, match=r"64\.00 of inputs .* at most \d+\.\d+ GiB"):
-        check_host(run)
