@@ -37,7 +37,7 @@ NAMES = {  # of ours, theirs
 def pair(number):
     """One of 24 pairs: a question, two answers of other lengths."""
     question = {"role": "user", "content": f"Is {number * 7 % 24} even?"}
-    texts = ANSWERS[number % 4], ANSWERS[(number + number // 4 + 1) % 4]
+    texts = ANSWERS[number % 4], ANSWERS[(number + number // 4 % 3 + 1) % 4]
     answers = ({"role": "assistant", "content": text} for text in texts)
     return dict(zip(("chosen", "rejected"), ([question, answer] for answer in answers)))
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxscale.data.cache_files import appending, write_errors_named
 from jaxscale.data.checksums import damaged_bytes
-from jaxscale.data.encoding import encoded
+from jaxscale.data.encoding import encoded, split_text
 from jaxscale.data.sources import Document, Source, read_documents
 from jaxscale.data.split import hash_text
 from jaxscale.data.tokenizer_kinds import Tokenizer
@@ -43,7 +43,7 @@ class TokenCache:
         num_scored_bytes: int64 [num_documents], the same without the document's first token, which
             no model predicts.
         key_hashes: uint64 [num_documents], the hash_text of each key.
-        text_hashes: uint64 [num_documents], the hash_text of each text.
+        text_hashes: uint64 [num_documents], the hash_text of each `split_text`.
         fingerprint: names source, tokenizer and the state of the source's files on this machine.
         content: names the tokens, the documents' ends and their keys; the same wherever they were
             read.
@@ -245,7 +245,7 @@ def _write_documents(
             facts.num_bytes += [len(document.text.encode()) for document in documents]
             facts.num_scored_bytes += map(_num_scored_bytes, repeat(tokenizer), documents, ended)
             facts.key_hashes += [hash_text(document.key) for document in documents]
-            facts.text_hashes += [hash_text(document.text) for document in documents]
+            facts.text_hashes += [hash_text(split_text(document)) for document in documents]
     return facts
 
 

@@ -86,8 +86,6 @@ class TemplatedSource:
         kind = type(self).__name__
         folder = Path(self.tokenizer).expanduser()
         template = read_chat_template(folder)
-        if template is None:
-            raise InputError(f"{kind}.tokenizer", self.tokenizer, "a folder with a chat template")
         special = _special_tokens(folder / HUGGING_FACE_FILE)
         for name, path in self._files():
             for number, line in enumerate(read_lines(f"{kind}.paths", path), 1):
@@ -156,23 +154,40 @@ def chat_document(
             once it goes on, so that no span is an answer's.
     """
     text = template.render(messages, is_reply_next=False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
-            continue
-        before = template.render(messages[:index], is_reply_next=True)
-        # What stands after the answer whether the chat goes on or not is the answer's too.
-        so_far = messages[: index + 1]
-        last = template.render(so_far, is_reply_next=False)
-        going_on = template.render([*so_far, NEXT], is_reply_next=False)
-        end = min(_common_length(last, other) for other in (text, going_on))
-        if not text.startswith(before) or end <= len(before):
-            expected = "a chat whose answers follow what is written of the messages before them"
-            raise InputError(key, text, expected)
-        spans.append((len(before), end))
-    if not spans:
+    places = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+    if not places:
         raise InputError(key, messages, "at least one message of the assistant")
-    return ChatDocument(key, text, tuple(spans))
+    spans = tuple(answer_span(template, messages, place, key) for place in places)
+    return ChatDocument(key, text, spans)
+
+
+def answer_span(
+    template: "ChatTemplate",
+    messages: "list[Message]",
+    index: int,
+    key: str,
+) -> tuple[int, int]:
+    """First and last character of an answer in the text of a chat, with what ends the answer.
+
+    Args:
+        template: of the tokenizer.
+        messages: of the chat.
+        index: of the answer.
+        key: of the document, for errors.
+    Raises:
+        InputError: as `chat_document`.
+    """
+    text = template.render(messages, is_reply_next=False)
+    before = template.render(messages[:index], is_reply_next=True)
+    # What stands after the answer whether the chat goes on or not is the answer's too.
+    so_far = messages[: index + 1]
+    last = template.render(so_far, is_reply_next=False)
+    going_on = template.render([*so_far, NEXT], is_reply_next=False)
+    end = min(_common_length(last, other) for other in (text, going_on))
+    if not text.startswith(before) or end <= len(before):
+        expected = "a chat whose answers follow what is written of the messages before them"
+        raise InputError(key, text, expected)
+    return len(before), end
 
 
 def _common_length(one: str, other: str) -> int:

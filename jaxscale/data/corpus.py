@@ -1,12 +1,16 @@
 """The documents of one source that are in one split, tokenised."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 
 from jaxscale.data.cache import TokenCache
 from jaxscale.data.split import HeldOutBy, Split, is_held_out
+from jaxscale.types import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,3 +77,24 @@ def select_split(
     held_out = is_held_out(hashes, held_out_fraction)
     chosen = held_out if split == "held_out" else ~held_out
     return Corpus(cache, np.flatnonzero(chosen))
+
+
+def pairs_that_fit(corpus: Corpus, sequence_length: int) -> Corpus:
+    """A corpus of pairs of answers without those that are longer than a row.
+
+    Args:
+        corpus: its documents are pairs.
+        sequence_length: T, tokens in a row.
+    Raises:
+        InputError: no pair is left.
+    """
+    lengths = corpus.lengths
+    fits = lengths <= sequence_length
+    num_longer = int((~fits).sum())
+    if num_longer and not fits.any():
+        expected = f"at least the tokens of the shortest pair, {lengths.min()}"
+        raise InputError("DataConfig.sequence_length", sequence_length, expected)
+    if num_longer:
+        message = "%d of %d pairs are longer than sequence_length = %d and are left out"
+        logger.warning(message, num_longer, len(fits), sequence_length)
+    return Corpus(corpus.cache, corpus.documents[fits], is_paired=True)

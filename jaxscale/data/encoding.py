@@ -56,13 +56,29 @@ def _encoded_pair(
         (document.text[:place], answer),
         (document.text[place:], (begin - place, end - place)),
     )
-    (chosen, of_chosen), (rejected, of_rejected) = (
-        tokenizer.encode_trained(text, [span]) for text, span in halves
-    )
-    if not of_chosen.any() or not of_rejected.any():
-        expected = "answers that have a token of their own"
-        raise InputError(document.key, document.text, expected)
+    encoded_halves = [tokenizer.encode_trained(text, [span]) for text, span in halves]
+    for _, is_trained in encoded_halves:
+        _check_half(document, is_trained)
+    (chosen, of_chosen), (rejected, of_rejected) = encoded_halves
     size = np.flatnonzero(of_chosen)[-1] + 1
     ids = np.append(chosen[:size], rejected)
     is_trained = np.append(of_chosen[:size], of_rejected)
     return ids, is_trained
+
+
+def _check_half(document: ChatDocument, is_trained: np.ndarray) -> None:
+    """Raises InputError unless a prompt has tokens of its own, and then the answer has."""
+    places = np.flatnonzero(is_trained)
+    is_whole = places.size > 0 and places[-1] - places[0] == places.size - 1
+    if not is_whole or places[0] == 0:
+        expected = "a prompt and answers that have tokens of their own"
+        raise InputError(document.key, document.text, expected)
+
+
+def split_text(document: Document | ChatDocument) -> str:
+    """The text whose hash says whether a document is held out: of a pair, what is answered.
+
+    So all pairs of one prompt are on one side.
+    """
+    is_pair = isinstance(document, ChatDocument) and document.second is not None
+    return document.text[: document.trained[0][0]] if is_pair else document.text

@@ -13,14 +13,14 @@ import grain
 import numpy as np
 
 from jaxscale.data.cache import open_cache
-from jaxscale.data.corpus import Corpus, select_split
+from jaxscale.data.corpus import Corpus, pairs_that_fit, select_split
 from jaxscale.data.mixture import Mixture
 from jaxscale.data.permutation import permute
 from jaxscale.data.preferences import PreferenceSource
 from jaxscale.data.rows import CorpusRows, read_batch
 from jaxscale.data.sources import Source
 from jaxscale.data.split import HeldOutBy, Split, check_held_out_fraction
-from jaxscale.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from jaxscale.data.tokenizer import TokenizerConfig, load_tokenizer
 from jaxscale.types import Batch, InputError, check_choice, check_positive, check_types
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,15 @@ class DataConfig:
             equation = f"{len(self.weights)} == {num_sources} does not hold"
             expected = f"one weight per source: {equation}"
             raise InputError("DataConfig.weights", self.weights, expected)
-        if not self.is_packed and any(isinstance(s, PreferenceSource) for s in self.sources):
+        if self.is_paired and not all(isinstance(s, PreferenceSource) for s in self.sources):
+            raise InputError("DataConfig.sources", self.sources, "PreferenceSource alone, or none")
+        if self.is_paired and not self.is_packed:
             raise InputError("DataConfig.is_packed", False, "True for pairs of PreferenceSource")
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the documents are pairs of answers."""
+        return any(isinstance(source, PreferenceSource) for source in self.sources)
 
 
 def make_loader(
@@ -125,8 +132,9 @@ def open_corpora(config: DataConfig, split: Split) -> list[Corpus]:
         directory, is_verified = config.cache_directory, config.is_cache_verified
         cache = open_cache(source, tokenizer, directory, is_verified=is_verified)
         corpus = select_split(cache, split, fraction, by)
-        is_paired = isinstance(source, PreferenceSource)
-        corpora.append(dataclasses.replace(corpus, is_paired=is_paired))
+        corpora.append(
+            pairs_that_fit(corpus, config.sequence_length) if config.is_paired else corpus
+        )
     sizes = [len(corpus.documents) for corpus in corpora]
     # Every source must have documents to train on; held-out documents of some sources are enough.
     is_enough = all(sizes) if split == "train" else any(sizes)
@@ -137,22 +145,6 @@ def open_corpora(config: DataConfig, split: Split) -> list[Corpus]:
         )
         raise InputError("DataConfig.held_out_fraction", fraction, expected)
     return corpora
-
-
-def check_tokenizer(state: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Checks that a training read its text with `tokenizer`.
-
-    Args:
-        state: the state of the training's loader; one that names no tokenizer passes.
-        tokenizer: the tokenizer to compare with.
-
-    Raises:
-        InputError: the training read its text with another tokenizer.
-    """
-    trained = state.get("depends_on", {}).get("tokenizer", tokenizer.fingerprint)
-    if trained != tokenizer.fingerprint:
-        expected = f"the tokenizer that the model was trained with, of fingerprint {trained}"
-        raise InputError("TokenizerConfig", tokenizer.fingerprint, expected)
 
 
 def warn_of_trained_documents(state: dict[str, Any], config: DataConfig) -> None:

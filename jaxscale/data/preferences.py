@@ -1,14 +1,18 @@
 """Pairs of answers to one prompt, of which one was preferred."""
 
 import dataclasses
+import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from jaxscale.data.chats import ASSISTANT, Line, TemplatedSource, chat_document
+from jaxscale.data.chats import ASSISTANT, Line, TemplatedSource, answer_span
 from jaxscale.data.sources import ChatDocument
 from jaxscale.types import InputError
 
 if TYPE_CHECKING:
     from jaxscale.data.chat_template import ChatTemplate, Message
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +22,25 @@ class PreferenceSource(TemplatedSource):
     Each is a chat that ends with the assistant's answer, a list of messages with a `role` and its
     `content`; all messages before the two answers are the same. In a row the two are documents that
     do not see one another, the chosen one first, and the tokens of the answers alone have a weight.
-    A pair that is longer than a row is left out.
+    A pair that is longer than a row is left out, and so is one whose answers are the same. Pairs of
+    one prompt are all trained or all held out.
 
     Args:
         paths: files and folders.
         tokenizer: folder of Hugging Face with the tokenizer of the run and its chat template.
         patterns: which files of a folder count.
     """
+
+    def documents(self) -> Iterator[ChatDocument]:
+        """The pairs whose answers differ, in the order of their lines."""
+        num_equal = 0
+        for document in super().documents():
+            if document.text[: document.second] == document.text[document.second :]:
+                num_equal += 1
+            else:
+                yield document
+        if num_equal:
+            logger.warning("%d pairs have the same answer twice and are left out", num_equal)
 
     def _document(
         self,
@@ -34,11 +50,12 @@ class PreferenceSource(TemplatedSource):
     ) -> ChatDocument:
         chosen, rejected = (line.messages(name, special) for name in ("chosen", "rejected"))
         _check_pair(chosen, rejected, line.label)
-        first, second = (chat_document(template, chat, line.label) for chat in (chosen, rejected))
-        begin = len(first.text)
-        answer, (start, end) = first.trained[-1], second.trained[-1]
-        spans = answer, (begin + start, begin + end)
-        return ChatDocument(line.key, first.text + second.text, spans, begin)
+        first, second = (template.render(each, is_reply_next=False) for each in (chosen, rejected))
+        answer, (start, end) = (
+            answer_span(template, each, len(each) - 1, line.label) for each in (chosen, rejected)
+        )
+        place = len(first)
+        return ChatDocument(line.key, first + second, (answer, (place + start, place + end)), place)
 
 
 def _check_pair(
@@ -49,8 +66,14 @@ def _check_pair(
     """Raises InputError unless both end with an answer to the same messages."""
     for name, chat in (("chosen", chosen), ("rejected", rejected)):
         if len(chat) < 2 or chat[-1]["role"] != ASSISTANT:
-            expected = "a message or more, and the assistant's answer to them"
+            expected = (
+                "a message or more and the assistant's answer to them, for no other field is read"
+            )
             raise InputError(f"{label}: {name}", chat, expected)
-    if chosen[:-1] != rejected[:-1]:
-        expected = f"before the answer the messages of `chosen`, {chosen[:-1]}"
-        raise InputError(f"{label}: rejected", rejected[:-1], expected)
+    if len(chosen) != len(rejected):
+        expected = f"{len(chosen)}, as many as `chosen` has"
+        raise InputError(f"{label}: rejected", f"{len(rejected)} messages", expected)
+    for number, (one, other) in enumerate(zip(chosen[:-1], rejected[:-1], strict=True)):
+        if one != other:
+            expected = f"that of `chosen`, {one}"
+            raise InputError(f"{label}: rejected[{number}]", other, expected)

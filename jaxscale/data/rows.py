@@ -1,21 +1,17 @@
 """The rows that corpora fill, and how a batch is put together from rows of several corpora."""
 
-import logging
-
 import numpy as np
 
 from jaxscale.data.corpus import Corpus
 from jaxscale.data.packing import concatenate_rows, pack_rows, read_rows
-from jaxscale.types import Batch, InputError
-
-logger = logging.getLogger(__name__)
+from jaxscale.types import Batch
 
 
 class CorpusRows:
     """The rows that the documents of one corpus fill.
 
     Args:
-        corpus: the documents. Pairs of answers that are longer than a row are left out.
+        corpus: the documents.
         sequence_length: T, tokens in a row.
         is_packed: as in DataConfig.
 
@@ -27,10 +23,7 @@ class CorpusRows:
         pack = pack_rows if is_packed else concatenate_rows
         self._tokens = corpus.cache.tokens
         self._trained = corpus.cache.trained
-        offsets, lengths = corpus.offsets, corpus.lengths
-        if corpus.is_paired:
-            offsets, lengths = _that_fit(offsets, lengths, sequence_length)
-        self._packing = pack(offsets, lengths, sequence_length)
+        self._packing = pack(corpus.offsets, corpus.lengths, sequence_length)
         self._is_packed, self._is_paired = is_packed, corpus.is_paired
         self.num_rows = self._packing.num_rows
 
@@ -54,23 +47,6 @@ class CorpusRows:
             places = np.arange(shape[1], dtype=np.int32)
             batch["positions"] = np.broadcast_to(places, shape)
         return batch
-
-
-def _that_fit(
-    offsets: np.ndarray,
-    lengths: np.ndarray,
-    sequence_length: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs that are no longer than a row."""
-    fits = lengths <= sequence_length
-    num_fitting = int(fits.sum())
-    if not num_fitting:
-        expected = f"at least the tokens of the shortest pair, {lengths.min()}"
-        raise InputError("DataConfig.sequence_length", sequence_length, expected)
-    if num_fitting < len(fits):
-        message = "%d of %d pairs are longer than sequence_length = %d and are left out"
-        logger.warning(message, len(fits) - num_fitting, len(fits), sequence_length)
-    return offsets[fits], lengths[fits]
 
 
 def read_batch(corpora: list[CorpusRows], sources: np.ndarray, rows: np.ndarray) -> Batch:

@@ -10,7 +10,7 @@ import itertools
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import sentencepiece
 import tokenizers
@@ -80,6 +80,22 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         equation = f"{vocab_size} >= {tokenizer.vocab_size} does not hold"
         raise InputError("model.vocab_size", vocab_size, f"at least the tokenizer's: {equation}")
+
+
+def check_tokenizer(state: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Checks that a training read its text with `tokenizer`.
+
+    Args:
+        state: the state of the training's loader; one that names no tokenizer passes.
+        tokenizer: the tokenizer to compare with.
+
+    Raises:
+        InputError: the training read its text with another tokenizer.
+    """
+    trained = state.get("depends_on", {}).get("tokenizer", tokenizer.fingerprint)
+    if trained != tokenizer.fingerprint:
+        expected = f"the tokenizer that the model was trained with, of fingerprint {trained}"
+        raise InputError("TokenizerConfig", tokenizer.fingerprint, expected)
 
 
 def train_tokenizer(

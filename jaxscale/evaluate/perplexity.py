@@ -16,7 +16,6 @@ from jaxscale.data.loader import (
     HeldOutLoader,
     make_loader,
 )
-from jaxscale.data.preferences import PreferenceSource
 from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.models.evaluation import EvaluationContext
 from jaxscale.parallel.batch import batch_share
@@ -60,7 +59,7 @@ class BitsPerByte:
                 model, batches do not fit the run, there are no held-out documents, or each of them
                 is a single token.
         """
-        if any(isinstance(source, PreferenceSource) for source in self.data.sources):
+        if self.data.is_paired:
             expected = "text or chats: PreferenceAccuracy measures pairs"
             raise InputError("BitsPerByte.data", self.data.sources, expected)
         check_vocabulary(load_tokenizer(self.data.tokenizer), context.model.vocab_size)

@@ -1,1 +1,1 @@
-"""Learning from preferences: DPO, which DeepSpeed-Chat (arXiv 2308.01320) has beside PPO."""
+"""Learning from preferences: DPO, which the code of DeepSpeed-Chat (arXiv 2308.01320) has too."""

@@ -24,6 +24,9 @@ class PreferenceAccuracy:
 
     def __post_init__(self):
         check_types(self)
+        if not self.data.is_paired:
+            expected = "pairs of PreferenceSource"
+            raise InputError("PreferenceAccuracy.data", self.data.sources, expected)
         if self.data.held_out_fraction == 0:
             expected = "above 0: no pair is held out to be evaluated on"
             raise InputError("DataConfig.held_out_fraction", 0, expected)

@@ -31,8 +31,8 @@ class DpoLoss:
         model: the model; it has adapters.
         policy: dtype policy.
         execution: how the layers run.
-        beta: how dear it is to leave the reference.
-        label_smoothing: the share of pairs that are thought to be the wrong way round.
+        beta: weight of the divergence from the reference.
+        label_smoothing: probability that a pair is the wrong way round.
     """
 
     model: ModelConfig
@@ -42,6 +42,9 @@ class DpoLoss:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
+        if not self.model.is_causal:
+            expected = "True for log-probabilities of answers: else a token sees its own label"
+            raise InputError("ModelConfig.is_causal", False, expected)
         if self.model.lora is None:
             expected = "adapters: the reference is the model without them, see `jaxscale adapt`"
             raise InputError("ModelConfig.lora", None, expected)
@@ -65,7 +68,7 @@ class DpoLoss:
             batch: tokens, labels, weights, positions and segments, [B, T]. Segments 2 p + 1 and
                 2 p + 2 of a row are the chosen and the rejected answer of its pair p, with their
                 prompts; only the tokens of answers have a weight.
-            key: unused: nothing is drawn.
+            key: unused: nothing is drawn, also no dropout.
             operations: what the mesh injects.
         Returns:
             (sum_loss, number of pairs, sums over pairs: {"accuracy": the chosen answer has the
@@ -73,6 +76,7 @@ class DpoLoss:
             "rejected_reward"}).
         """
         operations = operations or self.execution.operations()
+        batch = {name: array for name, array in batch.items() if name != "token_keys"}
         rewards, is_pair = self._rewards(params, batch, operations)
         chosen, rejected = rewards[..., 0], rewards[..., 1]
         margin = chosen - rejected
@@ -100,12 +104,15 @@ class DpoLoss:
             without_adapters(self.model), lax.stop_gradient(base(params)), batch, operations
         )
         collectives = operations.collectives
+        # A label without weight may be a forbidden word, of which both are -inf.
+        own_weights = collectives.own_tokens(batch["weights"])
+        ratio = jnp.where(own_weights == 0, 0, log_p - reference)
         segments = collectives.whole_rows(batch["segments"])
         num_rows, length = segments.shape
         # A pair has five tokens at least: two prompts, two answers, and the one that ends it.
         num_pairs = max(length // 5, 1)
         sums = sum_by_group(
-            self.beta * (log_p - reference) * collectives.own_tokens(batch["weights"]),
+            self.beta * ratio * own_weights,
             document_numbers(batch, 2 * num_pairs),
             num_rows * 2 * num_pairs,
             collectives,

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 
 from jaxscale.checkpoint.restore import restore_params
-from jaxscale.data.loader import DataConfig, check_tokenizer, warn_of_trained_documents
-from jaxscale.data.preferences import PreferenceSource
-from jaxscale.data.tokenizer import load_tokenizer
+from jaxscale.data.loader import DataConfig, warn_of_trained_documents
+from jaxscale.data.tokenizer import check_tokenizer, load_tokenizer
 from jaxscale.evaluate.perplexity import BitsPerByte
 from jaxscale.launch.memory import check_fits
 from jaxscale.launch.runtime import apply_runtime
@@ -55,8 +54,7 @@ def evaluate(
     """
     apply_runtime(run.runtime, str(run.path))
     if not run.evaluators:
-        is_paired = any(isinstance(source, PreferenceSource) for source in run.data.sources)
-        measure = PreferenceAccuracy if is_paired else BitsPerByte
+        measure = PreferenceAccuracy if run.data.is_paired else BitsPerByte
         run = dataclasses.replace(run, evaluators={"held_out": measure(run.data)})
     check_fit(run)
     region = run.region()

@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxscale.checkpoint.restore import Restored, restore_params
 from jaxscale.convert.folder import open_folder
-from jaxscale.data.loader import check_tokenizer
-from jaxscale.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxscale.data.tokenizer import Tokenizer, check_tokenizer, check_vocabulary, load_tokenizer
 from jaxscale.launch.memory import check_fits
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.decoder import Decoder

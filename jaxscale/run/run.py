@@ -3,18 +3,19 @@
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
-from jaxscale import config
+from jaxscale import config, tree
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
-from jaxscale.data.preferences import PreferenceSource
 from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.execution import ByChunk, ExecutionConfig
+from jaxscale.models.lora import TRAINABLE
 from jaxscale.models.losses import NextTokenLoss
 from jaxscale.models.masked import MaskedTokenLoss
 from jaxscale.models.parameters import Table, parameter_table
@@ -46,7 +47,7 @@ def next_token_loss(run: "Run") -> LossFn:
     Args:
         run: whose model is trained.
     """
-    if any(isinstance(source, PreferenceSource) for source in run.data.sources):
+    if run.data.is_paired:
         expected = "dpo_loss for pairs: the next token's loss would learn rejected answers too"
         raise InputError("Run.loss", "next_token_loss", expected)
     # NEFTune's width is alpha / sqrt(T D).
@@ -83,12 +84,20 @@ def dpo_loss(run: "Run", *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
 
     Args:
         run: whose model, which has adapters, learns from pairs of `PreferenceSource`.
-        beta: how dear it is to leave the reference.
-        label_smoothing: the share of pairs that are thought to be the wrong way round.
+        beta: weight of the divergence from the reference.
+        label_smoothing: probability that a pair is the wrong way round.
     """
-    if not all(isinstance(source, PreferenceSource) for source in run.data.sources):
-        expected = "PreferenceSource alone for the loss of preferences"
+    if not run.data.is_paired:
+        expected = "PreferenceSource for dpo_loss"
         raise InputError("DataConfig.sources", run.data.sources, expected)
+    if run.mesh.pipeline > 1:
+        expected = "1 for dpo_loss: no stage of a pipeline has the whole sum over an answer"
+        raise InputError("MeshConfig.pipeline", run.mesh.pipeline, expected)
+    trained = tree.flatten(tree.select(run.table(), run.train.trainable))
+    others = [path for path, leaf in trained.items() if leaf and not re.fullmatch(TRAINABLE, path)]
+    if others:
+        expected = f"adapters alone, {TRAINABLE!r}, for dpo_loss: the rest is the reference"
+        raise InputError("TrainConfig.trainable", run.train.trainable, expected)
     return DpoLoss(
         model=run.model,
         policy=run.policy,

@@ -3,10 +3,9 @@
 import json
 import logging
 
-import numpy as np
 import pytest
 
-from jaxscale.data.loader import DataConfig, make_loader
+from jaxscale.data.loader import DataConfig, make_loader, open_corpora
 from jaxscale.data.preferences import PreferenceSource
 from jaxscale.data.sources import TextSource
 from jaxscale.data.tokenizer import TokenizerConfig, load_tokenizer
@@ -104,6 +103,7 @@ def test_a_pair_that_is_longer_than_a_row_is_left_out_whole(folder, tmp_path, ca
     with caplog.at_level(logging.WARNING):
         short = loader(folder, tmp_path, sequence_length=shorter)
         assert "1 of 3 pairs are longer than sequence_length" in caplog.text
+    assert short.num_documents == 2 and short.num_tokens == sum(sorted(lengths.values())[:2])
     seen = [documents(short.batch_at(n)) for n in range(sum(short.rows_per_epoch))]
     assert sum(len(each) for each in seen) == 4
     with pytest.raises(InputError, match=r"DataConfig\.sequence_length: given 8"):
@@ -112,10 +112,17 @@ def test_a_pair_that_is_longer_than_a_row_is_left_out_whole(folder, tmp_path, ca
 
 ANSWER = [("user", "a"), ("assistant", "b")]
 BAD = {
-    "no answer": ({"chosen": as_messages(ANSWER[:1])}, "the assistant's answer to them"),
+    "no answer": (
+        {"chosen": as_messages(ANSWER[:1])},
+        "the assistant's answer to them, for no other",
+    ),
     "other prompt": (
         {"rejected": as_messages([("user", "c"), ("assistant", "b")])},
-        "before the answer the messages of `chosen`",
+        r"rejected\[0\]: given {'role': 'user', 'content': 'c'}, expected that of `chosen`",
+    ),
+    "more turns": (
+        {"rejected": as_messages([*ANSWER, *ANSWER])},
+        "given '4 messages', expected 2, as many as `chosen` has",
     ),
     "no field": ({"rejected": None}, "a list of messages"),
     "text": ({"chosen": "b"}, "a list of messages, each with a role"),
@@ -137,27 +144,74 @@ def test_pairs_want_packed_rows(folder, tmp_path):
         loader(folder, tmp_path, is_packed=False)
 
 
-def test_a_pair_whose_answer_has_no_token_of_its_own_is_refused(folder, tmp_path):
-    """By a template without special tokens, where the answer ends a token of the question's."""
+TEMPLATES = {
+    "an answer": "{{ messages | map(attribute='content') | join }}",
+    "a prompt": "{% for message in messages[1:] %}{{ message['content'] }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_pair_without_tokens_of_its_own_for_each_part_is_refused(folder, tmp_path, name):
+    """By templates without special tokens: "wo" ends a token of the question's, or has no prompt."""
     values = json.loads((folder / "tokenizer_config.json").read_text())
-    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    values["chat_template"] = template
+    values["chat_template"] = TEMPLATES[name]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     (tmp_path / "one.jsonl").write_text(json.dumps(as_line([("user", "T")], "wo", "x")))
-    with pytest.raises(InputError, match="answers that have a token of their own"):
+    with pytest.raises(InputError, match="a prompt and answers that have tokens of their own"):
         loader(tmp_path, tmp_path / "cache")
 
 
-def test_sources_of_text_and_of_pairs_fill_rows_of_one_batch(folder, tmp_path):
-    (tmp_path / "text.txt").write_text("Two and two? " * 40)
+def test_a_template_that_rewrites_earlier_answers_is_taken(folder, tmp_path):
+    """As one that strips earlier thoughts: of a pair the last answer alone is trained."""
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    shown = "message['content'] if loop.last else message['content'].split('|')[-1]"
+    values["chat_template"] = (
+        "{% for message in messages %}<|{{ message['role'] }}|>{{ " + shown + " }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    before = [("user", "Hi"), ("assistant", "a thought|Hi"), ("user", "So?")]
+    (tmp_path / "one.jsonl").write_text(json.dumps(as_line(before, "So.", "Four.")))
+    batch = next(loader(tmp_path, tmp_path / "cache"))
+    tokenizer = load_tokenizer(TokenizerConfig("huggingface", str(folder)))
+    weights, labels = batch["weights"][0], batch["labels"][0]
+    assert tokenizer.decode(labels[weights > 0]) == "So.Four."
+
+
+def test_a_pair_with_the_same_answer_twice_is_left_out(folder, tmp_path, caplog):
+    before, *_ = PAIRS[0]
+    lines = [as_line(before, "So.", "So."), as_line(before, "So.", "Four.")]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with caplog.at_level(logging.WARNING):
+        batch = next(loader(folder, tmp_path / "cache", paths=(str(tmp_path),)))
+    assert batch["segments"].max() == 2
+    assert "1 pairs have the same answer twice and are left out" in caplog.text
+
+
+def test_pairs_of_one_prompt_are_all_trained_or_all_held_out(folder, tmp_path):
+    (tmp_path / "many.jsonl").write_text(
+        "\n".join(
+            json.dumps(as_line([("user", f"Hi {number % 4}")], f"So. {number}", "Four."))
+            for number in range(40)
+        )
+    )
+    source = PreferenceSource((str(tmp_path / "many.jsonl"),), str(folder))
     config = DataConfig(
-        sources=(PreferenceSource((str(folder),), str(folder)), TextSource((str(tmp_path),))),
+        sources=(source,),
         sequence_length=256,
-        batch_size=4,
+        batch_size=1,
         tokenizer=TokenizerConfig("huggingface", str(folder)),
-        held_out_fraction=0.0,
+        held_out_fraction=0.5,
         cache_directory=str(tmp_path / "cache"),
     )
-    batch = next(make_loader(config))
-    assert sorted(np.unique(batch["segments"].max(1))) == [1, 6]
+    trained, held_out = (open_corpora(config, split)[0] for split in ("train", "held_out"))
+    assert len(trained.documents) + len(held_out.documents) == 40
+    assert 0 < len(trained.documents) < 40 and len(trained.documents) % 10 == 0
+
+
+def test_pairs_and_texts_are_not_mixed(folder, tmp_path):
+    sources = (PreferenceSource((str(folder),), str(folder)), TextSource((str(tmp_path),)))
+    with pytest.raises(InputError, match="PreferenceSource alone, or none"):
+        DataConfig(sources=sources, sequence_length=256, batch_size=4)

@@ -13,6 +13,7 @@ from jaxscale.models.config import LoraConfig
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.lora import TRAINABLE, base, without_adapters
+from jaxscale.ops.draws import with_token_keys
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
@@ -23,6 +24,7 @@ from tests.parallel.comparison import (
     dense,
     gradient_on_mesh,
     make_params,
+    mixture,
     relative_errors,
 )
 
@@ -200,7 +202,44 @@ def test_a_margin_of_hundreds_is_no_infinity():
     assert abs(float(figures["margin"])) > 1e3 and np.isfinite(value)
 
 
+def test_a_forbidden_word_that_has_no_weight_changes_nothing():
+    """A head's bias of -inf: of that label both log-probabilities are -inf."""
+    model = dataclasses.replace(MODEL, use_head_bias=True)
+    batch = dict(make_batch())
+    batch["labels"] = np.where(batch["weights"] == 0, 63, batch["labels"] % 63)
+    params = make_params(model)
+    forbidden = tree.map_with_path(
+        lambda path, leaf: (
+            np.where(np.arange(64) == 63, -np.inf, 0) if path == "head/bias" else leaf
+        ),
+        params,
+    )
+    far = tree.map_with_path(
+        lambda path, leaf: np.where(np.arange(64) == 63, -1e4, 0) if path == "head/bias" else leaf,
+        params,
+    )
+    loss = dataclasses.replace(LOSS, model=model)
+    with jax.enable_x64(True):
+        run = jax.jit(jax.value_and_grad(lambda params: loss(params, batch, None)[0]))
+        (value, gradient), (wanted, wanted_gradient) = run(forbidden), run(far)
+    np.testing.assert_allclose(value, wanted, rtol=1e-12)
+    adapters, others = (tree.select(each, TRAINABLE) for each in (gradient, wanted_gradient))
+    assert all(error < 1e-9 for error in relative_errors(adapters, others).values())
+
+
+def test_nothing_is_dropped_out():
+    model = dataclasses.replace(
+        mixture(expert_dropout=0.5, max_length=32), lora=LoraConfig(rank=2, targets=("q", "v"))
+    )
+    loss = jax.jit(dataclasses.replace(LOSS, model=model))
+    with jax.enable_x64(True):
+        params, batch = make_params(model), make_batch()
+        values = [loss(params, each, KEY)[0] for each in (batch, with_token_keys(batch, KEY))]
+    assert values[0] == values[1]
+
+
 BAD = {
+    "not causal": (dict(model=dataclasses.replace(MODEL, is_causal=False)), "sees its own label"),
     "no adapters": (dict(model=without_adapters(MODEL)), r"ModelConfig\.lora: given None"),
     "beta": (dict(beta=0.0), r"dpo_loss\.beta: given 0\.0"),
     "smoothing": (dict(label_smoothing=0.5), "0 <= label_smoothing < 0.5"),

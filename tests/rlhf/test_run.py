@@ -93,7 +93,16 @@ BAD = {
         "run.Run.evaluators = {'held_out': @run.BitsPerByte()}",
         "PreferenceAccuracy measures pairs",
     ),
-    "chats": ("run.DataConfig.sources = (@run.ChatSource(),)", "PreferenceSource alone"),
+    "chats": (
+        "run.DataConfig.sources = (@run.ChatSource(),)\nrun.Run.evaluators = {}",
+        "PreferenceSource for dpo_loss",
+    ),
+    "accuracy of chats": (
+        "run.DataConfig.sources = (@run.ChatSource(),)",
+        "PreferenceAccuracy.data: given",
+    ),
+    "a pipeline": ("run.MeshConfig.pipeline = 2", "MeshConfig.pipeline: given 2, expected 1"),
+    "all parameters": ("run.TrainConfig.trainable = '.*'", "the rest is the reference"),
     "length": (
         "run.PreferenceAccuracy.data = @evaluated/run.DataConfig()\n"
         "evaluated/run.DataConfig.sequence_length = 63",
