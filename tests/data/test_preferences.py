@@ -152,7 +152,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_pair_without_tokens_of_its_own_for_each_part_is_refused(folder, tmp_path, name):
-    """By templates without special tokens: "wo" ends a token of the question's, or has no prompt."""
+    """By templates without special tokens: "wo" ends a token of its prompt, or there is none."""
     values = json.loads((folder / "tokenizer_config.json").read_text())
     values["chat_template"] = TEMPLATES[name]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
