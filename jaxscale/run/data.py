@@ -107,15 +107,16 @@ def pieces_of(batch: Batch, row: int) -> list[Piece]:
         row: of the batch.
     """
     tokens, weights = batch["tokens"][row], batch["weights"][row]
+    is_end = weights == 0
     if "segments" in batch:
+        # Of a chat most tokens have weight 0, and so has the last one of every segment.
         segments = batch["segments"][row]
+        num_used = np.count_nonzero(segments)
+        is_cut = np.diff(segments[:num_used]) != 0
     else:
         # A document's last token has weight 0, and so has padding, which begins after it.
-        last_predicting = np.flatnonzero(weights).max(initial=-1)
-        segments = np.arange(len(tokens)) <= last_predicting + 1
-    num_used = np.count_nonzero(segments)
-    is_end = weights[:num_used] == 0
-    is_cut = is_end[:-1] | (np.diff(segments[:num_used].astype(int)) != 0)
+        num_used = min(np.flatnonzero(weights).max(initial=-1) + 2, len(tokens))
+        is_cut = is_end[: num_used - 1]
     cuts = np.flatnonzero(is_cut) + 1
     borders = [0, *cuts, num_used] if num_used else []
     return [

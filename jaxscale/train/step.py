@@ -27,10 +27,10 @@ def make_step(setup: Setup) -> Step:
     Args:
         setup: model, loss, mesh and optimizer.
     Returns:
-        The step. Its metrics: means over valid tokens (`loss`, and each scalar that the loss
-        reports, such as `nll`), arrays that the loss reports as sums (`load`), the number of valid
-        tokens, the learning rate, the norm of the gradients, and that of the parameters before the
-        step.
+        The step. Its metrics: means over what the loss counts, such as valid tokens or pairs of
+        answers (`loss`, and each scalar that the loss reports, such as `nll`), arrays that the loss
+        reports as sums (`load`), how many it counts (`weight`), the learning rate, the norm of the
+        gradients, and that of the parameters before the step.
     """
     region = setup.region
     gradient = region.gradient(setup.loss_fn)

@@ -87,6 +87,15 @@ def test_a_run_learns_which_answers_are_preferred_and_says_so_of_pairs_held_out(
     assert figures["held_out/margin"] == pytest.approx(held_out["preferences/margin"], rel=1e-4)
 
 
+def test_what_is_trained_on_is_shown_answer_by_answer(folder, capsys):
+    words = [str(folder / "pairs.gin"), "--set=num_rows=1", "--set=num_characters=200"]
+    assert cli.main(["data", *words]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " tokens  '" in line]
+    assert len(lines) % 2 == 0 and all(line.endswith("| document ends") for line in lines)
+    for chosen, rejected in zip(lines[::2], lines[1::2], strict=True):
+        assert "Hi there" in chosen and "Four." in rejected
+
+
 BAD = {
     "the next token's loss": ("run.Run.loss = @run.next_token_loss", "learn rejected answers too"),
     "bits per byte": (
