@@ -26,11 +26,13 @@ class Line(NamedTuple):
         text: the line.
         label: names it in errors.
         key: names it among the documents.
+        special: the special tokens, which no message may spell.
     """
 
     text: bytes
     label: str
     key: str
+    special: list[str]
 
     def field(self, name: str, kind: str) -> Any:
         """A field of the JSON object that the line is; `kind` says in an error what it holds."""
@@ -41,13 +43,13 @@ class Line(NamedTuple):
             expected = f"a JSON object with {name!r}, {kind} ({error!r})"
             raise InputError(self.label, beginning, expected) from None
 
-    def messages(self, name: str, special: list[str]) -> "list[Message]":
-        """A field that holds messages, of text that spells none of the special tokens."""
+    def messages(self, name: str) -> "list[Message]":
+        """A field that holds messages."""
         found = self.field(name, "a list of role and content")
         label = f"{self.label}: {name}"
         if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
             raise InputError(label, found, "a list of messages, each with a role and its content")
-        return [_checked(message, label, special) for message in found]
+        return [_checked(message, label, self.special) for message in found]
 
 
 def _checked(message: dict[str, Any], label: str, special: list[str]) -> "Message":
@@ -90,15 +92,10 @@ class TemplatedSource:
         for name, path in self._files():
             for number, line in enumerate(read_lines(f"{kind}.paths", path), 1):
                 if line.strip():
-                    where = Line(line, f"{path}:{number}", f"{name}:{number}")
-                    yield self._document(where, template, special)
+                    given = Line(line, f"{path}:{number}", f"{name}:{number}", special)
+                    yield self._document(given, template)
 
-    def _document(
-        self,
-        line: Line,
-        template: "ChatTemplate",
-        special: list[str],
-    ) -> ChatDocument:
+    def _document(self, line: Line, template: "ChatTemplate") -> ChatDocument:
         raise NotImplementedError
 
     def version(self) -> list[Any]:
@@ -129,13 +126,8 @@ class ChatSource(TemplatedSource):
 
     field: str = "messages"
 
-    def _document(
-        self,
-        line: Line,
-        template: "ChatTemplate",
-        special: list[str],
-    ) -> ChatDocument:
-        return chat_document(template, line.messages(self.field, special), line.key)
+    def _document(self, line: Line, template: "ChatTemplate") -> ChatDocument:
+        return chat_document(template, line.messages(self.field), line.key)
 
 
 def chat_document(
@@ -157,7 +149,7 @@ def chat_document(
     places = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
     if not places:
         raise InputError(key, messages, "at least one message of the assistant")
-    spans = tuple(answer_span(template, messages, place, key) for place in places)
+    spans = tuple(answer_span(template, messages, place, text, key) for place in places)
     return ChatDocument(key, text, spans)
 
 
@@ -165,6 +157,7 @@ def answer_span(
     template: "ChatTemplate",
     messages: "list[Message]",
     index: int,
+    text: str,
     key: str,
 ) -> tuple[int, int]:
     """First and last character of an answer in the text of a chat, with what ends the answer.
@@ -173,11 +166,11 @@ def answer_span(
         template: of the tokenizer.
         messages: of the chat.
         index: of the answer.
+        text: of the chat, by the template.
         key: of the document, for errors.
     Raises:
         InputError: as `chat_document`.
     """
-    text = template.render(messages, is_reply_next=False)
     before = template.render(messages[:index], is_reply_next=True)
     # What stands after the answer whether the chat goes on or not is the answer's too.
     so_far = messages[: index + 1]

@@ -19,8 +19,8 @@ def encoded(
         documents: all of one kind.
         tokenizer: that of the run.
     Raises:
-        InputError: chats have another tokenizer than one of Hugging Face, or an answer of a pair
-            has no token of its own.
+        InputError: chats have another tokenizer than one of Hugging Face, or a prompt or an answer
+            of a pair has no token of its own.
     """
     if not isinstance(documents[0], ChatDocument):
         texts = [document.text for document in documents]
@@ -30,19 +30,13 @@ def encoded(
     tokens = []
     trained = []
     for document in documents:
-        is_pair = document.second is not None
-        encode = _encoded_pair if is_pair else _encoded_chat
-        ids, is_trained = encode(document, tokenizer)
+        if document.second is None:
+            ids, is_trained = tokenizer.encode_trained(document.text, document.trained)
+        else:
+            ids, is_trained = _encoded_pair(document, tokenizer)
         tokens.append(ids)
         trained.append(np.append(is_trained, False))
     return tokens, trained
-
-
-def _encoded_chat(
-    document: ChatDocument,
-    tokenizer: HuggingFaceTokenizer,
-) -> tuple[np.ndarray, np.ndarray]:
-    return tokenizer.encode_trained(document.text, document.trained)
 
 
 def _encoded_pair(
@@ -67,7 +61,7 @@ def _encoded_pair(
 
 
 def _check_half(document: ChatDocument, is_trained: np.ndarray) -> None:
-    """Raises InputError unless a prompt has tokens of its own, and then the answer has."""
+    """Raises InputError unless a prompt and, right behind it, its answer have their own tokens."""
     places = np.flatnonzero(is_trained)
     is_whole = places.size > 0 and places[-1] - places[0] == places.size - 1
     if not is_whole or places[0] == 0:

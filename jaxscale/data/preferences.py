@@ -42,20 +42,16 @@ class PreferenceSource(TemplatedSource):
         if num_equal:
             logger.warning("%d pairs have the same answer twice and are left out", num_equal)
 
-    def _document(
-        self,
-        line: Line,
-        template: "ChatTemplate",
-        special: list[str],
-    ) -> ChatDocument:
-        chosen, rejected = (line.messages(name, special) for name in ("chosen", "rejected"))
-        _check_pair(chosen, rejected, line.label)
-        first, second = (template.render(each, is_reply_next=False) for each in (chosen, rejected))
+    def _document(self, line: Line, template: "ChatTemplate") -> ChatDocument:
+        chats = [line.messages(name) for name in ("chosen", "rejected")]
+        _check_pair(*chats, line.label)
+        texts = [template.render(chat, is_reply_next=False) for chat in chats]
         answer, (start, end) = (
-            answer_span(template, each, len(each) - 1, line.label) for each in (chosen, rejected)
+            answer_span(template, chat, len(chat) - 1, text, line.label)
+            for chat, text in zip(chats, texts, strict=True)
         )
-        place = len(first)
-        return ChatDocument(line.key, first + second, (answer, (place + start, place + end)), place)
+        place = len(texts[0])
+        return ChatDocument(line.key, "".join(texts), (answer, (place + start, place + end)), place)
 
 
 def _check_pair(

@@ -277,8 +277,8 @@ class ExecutionConfig:
         if rest := num % size:
             fitting = [k for k in range(1, num + 1) if num % k == 0]
             of = "" if num_stages == 1 else f" of the longest of {num_stages} stages"
-            expected = f"periods{of} % checkpoint_every == 0, but {num} % {size} = {rest}: "
-            expected += f"{fitting}"
+            equation = f"{num} % {size} = {rest}"
+            expected = f"periods{of} % checkpoint_every == 0, but {equation}: {fitting}"
             raise InputError("ExecutionConfig.checkpoint_every", size, expected)
 
     def scan(
