@@ -19,7 +19,13 @@ from jaxscale.run.run import load_run
 
 PEAK = 989e12  # FLOP/s of bfloat16
 FORWARD, BOTH, MATMUL = 712e12, 576e12, 780e12  # FLOP/s: attention, with its backward; a matmul
-STYLES = {("whole", False): "s", ("chunks", False): "o", ("chunks", True): "*"}
+STYLES = {
+    ("whole", False): "s",
+    ("chunks", False): "o",
+    ("chunks", True): "*",
+    ("chunks, attention twice", False): "+",
+    ("chunks, attention twice", True): "x",
+}
 RECOMPUTED = {"nothing made again": (0, 0), "layers made again": (1, 0), "attention too": (1, 1)}
 
 
@@ -51,8 +57,9 @@ def main(measured, output):
             axis.plot(tokens, mfu, style, color="black", label=label)
         axis.set_xscale("log", base=2)
         axis.set(title=f"{shape}, caps of all layers", xlabel="tokens")
-    axes[0].set_ylabel("MFU, attention's backward counted twice its forward")
-    axes[0].legend(fontsize=8)
+    axes[0].set_ylabel("MFU")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, fontsize=8, loc="upper center")
+    figure.subplots_adjust(top=0.7)
     figure.savefig(output, bbox_inches="tight", dpi=110)
 
 

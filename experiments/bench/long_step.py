@@ -73,21 +73,26 @@ def matmul_rate():
 
 
 def cap(run):
-    """The kernel's TFLOP/s, and the MFU above which no step with it can be; likewise sustained."""
+    """The kernel's TFLOP/s, and the MFU above which no step with it can be; likewise sustained.
+
+    "cap_twice" is the cap of a step that runs attention's forward twice. All devices have the same
+    rates and divide the work, so that a cap is the same for any number of them.
+    """
     length, layers = run.data.sequence_length, run.model.layers
     config = layers[0].attention
     _, active = count_parameters(run.table())
     forward, both = kernel_seconds(config)
     one_forward = 2.0 * SAMPLE**2 * config.num_heads * config.head_dim
-    attention_s = len(layers) * both * (length / SAMPLE) ** 2
+    num_samples = len(layers) * (length / SAMPLE) ** 2
     rate = matmul_rate()
-    least = attention_s + 6 * active * length / rate
+    least = num_samples * both + 6 * active * length / rate
     flops = training_flops_per_token(run.model, active, length) * length
     figures = {
         "kernel_forward_tflops": one_forward / forward / 1e12,
         "kernel_tflops": 3.5 * one_forward / both / 1e12,
         "matmul_tflops": rate / 1e12,
-        "cap": flops / least / PEAK / jax.device_count(),
+        "cap": flops / least / PEAK,
+        "cap_twice": flops / (least + num_samples * forward) / PEAK,
     }
     return {p + name: found[i] for i, p in enumerate(PREFIXES) for name, found in figures.items()}
 

@@ -10,7 +10,8 @@ from profile_table import device_events
 
 ROWS = {
     "attention": lambda name: "mosaic" in name,
-    "other kernels": lambda name: "mosaic" not in name and "Memcpy" not in name,
+    "between GPUs": lambda name: "nccl" in name,
+    "other kernels": lambda name: not any(kind in name for kind in ("mosaic", "nccl", "Memcpy")),
     "from the host": lambda name: "MemcpyH2D" in name,
     "to the host": lambda name: "MemcpyD2H" in name,
 }

@@ -123,7 +123,10 @@ def draw_picture(found, path):
     figure, axis = plt.subplots(figsize=(6, 4))
     table = np.array(list(found.values())).T
     image = axis.imshow(table, vmin=0, vmax=1, origin="lower", aspect="auto", cmap="viridis")
-    axis.set_xticks(range(len(found)), [f"{length:,}" for length in found])
+    for (row, column), share in np.ndenumerate(table):
+        color = "black" if share > 0.6 else "white"
+        axis.text(column, row, f"{share:.2f}", ha="center", va="center", color=color, fontsize=8)
+    axis.set_xticks(range(len(found)), [f"{length:,}" for length in found], fontsize=8)
     axis.set_yticks(range(NUM_DEPTHS), [f"{i / NUM_DEPTHS:.0%}" for i in range(NUM_DEPTHS)])
     axis.set_xlabel("tokens")
     axis.set_ylabel("depth of the needle")
