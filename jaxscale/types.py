@@ -4,7 +4,7 @@ Dimension legend, used in einsums, suffixes and the sharding rules:
     B batch, T query tokens, S key tokens, D model, N query heads, K kv heads, G queries per kv
     head, H head dim, F feed-forward, V vocabulary, E experts, A active experts per token,
     C capacity, L layers (of a stack: its periods), P pages, U learned positions, R rank of
-    adapters, Y classes of a text.
+    adapters, Y classes of a text, M rows of an alignment or of pairs, each attended by itself.
 """
 
 import collections.abc
