@@ -19,13 +19,8 @@ from jaxscale.run.run import load_run
 
 PEAK = 989e12  # FLOP/s of bfloat16
 FORWARD, BOTH, MATMUL = 712e12, 576e12, 780e12  # FLOP/s: attention, with its backward; a matmul
-STYLES = {
-    ("whole", False): "s",
-    ("chunks", False): "o",
-    ("chunks", True): "*",
-    ("chunks, attention twice", False): "+",
-    ("chunks, attention twice", True): "x",
-}
+TWICE = "chunks, attention twice"
+PLACES = (("whole", 0), ("chunks", 0), ("chunks", 1), (TWICE, 0), (TWICE, 1))
 RECOMPUTED = {"nothing made again": (0, 0), "layers made again": (1, 0), "attention too": (1, 1)}
 
 
@@ -43,23 +38,21 @@ def cap(run, length, layers_again, attention_again):
 def main(measured, output):
     """One panel a shape."""
     points = [json.loads(line) for line in Path(measured).read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, gridspec_kw={"top": 0.7})
     lengths = [2**n for n in range(15, 23)]
     for axis, shape in zip(axes, ("8b", "1b")):
         run = load_run([f"experiments/configs/papers/fpdt_{shape}.gin"], [])
         for name, again in RECOMPUTED.items():
             axis.plot(lengths, [cap(run, length, *again) for length in lengths], label=name)
-        for (strategy, is_full), style in STYLES.items():
+        for (strategy, is_full), style in zip(PLACES, "so*+x"):
             own = [p for p in points if (p["shape"], p["strategy"]) == (shape, strategy)]
             own = [p for p in own if (p["layers"] == len(run.model.layers)) == is_full]
-            tokens, mfu = [p["tokens"] for p in own], [p["mfu"] for p in own]
             label = f"{strategy}, measured on {'all' if is_full else 'fewer'} layers"
-            axis.plot(tokens, mfu, style, color="black", label=label)
+            axis.plot([p["tokens"] for p in own], [p["mfu"] for p in own], f"k{style}", label=label)
         axis.set_xscale("log", base=2)
         axis.set(title=f"{shape}, caps of all layers", xlabel="tokens")
     axes[0].set_ylabel("MFU")
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, fontsize=8, loc="upper center")
-    figure.subplots_adjust(top=0.7)
     figure.savefig(output, bbox_inches="tight", dpi=110)
 
 
