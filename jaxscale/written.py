@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -55,8 +56,8 @@ def as_written(value: Any, scopes: Scopes) -> tuple[Any, Fields]:
     """A Python value as a gin file would hold it.
 
     Args:
-        value: a literal, a function or class that can be imported, a dataclass instance, or a list,
-            tuple or dict of these.
+        value: a literal, a function or class that can be imported, such a function with parameters
+            bound by name, a dataclass instance, or a list, tuple or dict of these.
         scopes: in which the fields of dataclass instances are bound.
     Returns:
         The value as written, and the bindings that it needs beside it.
@@ -75,6 +76,8 @@ def as_written(value: Any, scopes: Scopes) -> tuple[Any, Fields]:
         return Reference(value, (), is_called=False), {}
     if dataclasses.is_dataclass(type(value)):
         return _instance_as_written(value, scopes)
+    if isinstance(value, functools.partial) and not value.args and _is_importable(value.func):
+        return _partial_as_written(value, scopes)
     raise UnwritableError(repr(value))
 
 
@@ -99,6 +102,16 @@ def _instance_as_written(instance: Any, scopes: Scopes) -> tuple[Reference, Fiel
         values[name], more = as_written(getattr(instance, name), inner)
         fields |= more
     return Reference(kind, scopes, is_called=True), fields
+
+
+def _partial_as_written(value: functools.partial, scopes: Scopes) -> tuple[Reference, Fields]:
+    """A function of which gin has bound parameters, as it hands it to what calls it."""
+    values: dict[str, Any] = {}
+    fields: Fields = {(scopes, value.func): values}
+    for name, given in value.keywords.items():
+        values[name], more = as_written(given, (*scopes, name))
+        fields |= more
+    return Reference(value.func, scopes, is_called=False), fields
 
 
 def _is_literal(value: Any) -> bool:

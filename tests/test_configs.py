@@ -17,9 +17,10 @@ from jaxscale import cli, config
 from jaxscale.bindings import REQUIRED, Bindings, Builder, Macro
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.parameters import abstract_params, count_parameters, parameter_table
+from jaxscale.run.fit import check_fit
 from jaxscale.run.inspect import inspect as inspect_run
 from jaxscale.run.pretrain import pretrain
-from jaxscale.run.run import Run, check_fit
+from jaxscale.run.run import Run
 from jaxscale.types import InputError
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"

@@ -82,18 +82,23 @@ class TemplatedSource:
 
     def documents(self) -> Iterator[ChatDocument]:
         """The documents, in the order of their lines."""
+        template = self._template()
+        for line in self._lines():
+            yield self._document(line, template)
+
+    def _template(self) -> "ChatTemplate":
         # It needs jinja, which runs without chats do without.
         from jaxscale.data.chat_template import read_chat_template
 
+        return read_chat_template(Path(self.tokenizer).expanduser())
+
+    def _lines(self) -> Iterator[Line]:
         kind = type(self).__name__
-        folder = Path(self.tokenizer).expanduser()
-        template = read_chat_template(folder)
-        special = _special_tokens(folder / HUGGING_FACE_FILE)
+        special = _special_tokens(Path(self.tokenizer).expanduser() / HUGGING_FACE_FILE)
         for name, path in self._files():
             for number, line in enumerate(read_lines(f"{kind}.paths", path), 1):
                 if line.strip():
-                    given = Line(line, f"{path}:{number}", f"{name}:{number}", special)
-                    yield self._document(given, template)
+                    yield Line(line, f"{path}:{number}", f"{name}:{number}", special)
 
     def _document(self, line: Line, template: "ChatTemplate") -> ChatDocument:
         raise NotImplementedError

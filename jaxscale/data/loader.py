@@ -17,6 +17,7 @@ from jaxscale.data.corpus import Corpus, pairs_that_fit, select_split
 from jaxscale.data.mixture import Mixture
 from jaxscale.data.permutation import permute
 from jaxscale.data.preferences import PreferenceSource
+from jaxscale.data.prompts import PromptSource
 from jaxscale.data.rows import CorpusRows, read_batch
 from jaxscale.data.sources import Source
 from jaxscale.data.split import HeldOutBy, Split, check_held_out_fraction
@@ -72,22 +73,30 @@ class DataConfig:
         check_positive("DataConfig.sequence_length", self.sequence_length)
         check_positive("DataConfig.batch_size", self.batch_size)
         check_held_out_fraction("DataConfig.held_out_fraction", self.held_out_fraction)
-        num_sources = len(self.sources)
-        if num_sources == 0:
+        if (num_sources := len(self.sources)) == 0:
             raise InputError("DataConfig.sources", self.sources, "at least one source")
         if self.weights is not None and len(self.weights) != num_sources:
-            equation = f"{len(self.weights)} == {num_sources} does not hold"
-            expected = f"one weight per source: {equation}"
+            expected = f"one a source: {len(self.weights)} == {num_sources} does not hold"
             raise InputError("DataConfig.weights", self.weights, expected)
-        if self.is_paired and not all(isinstance(s, PreferenceSource) for s in self.sources):
-            raise InputError("DataConfig.sources", self.sources, "PreferenceSource alone, or none")
+        for kind in (PreferenceSource, PromptSource):
+            if self._has(kind) and not all(isinstance(source, kind) for source in self.sources):
+                expected = f"{kind.__name__} alone, or none"
+                raise InputError("DataConfig.sources", self.sources, expected)
         if self.is_paired and not self.is_packed:
             raise InputError("DataConfig.is_packed", False, "True for pairs of PreferenceSource")
 
     @property
     def is_paired(self) -> bool:
         """Whether the documents are pairs of answers."""
-        return any(isinstance(source, PreferenceSource) for source in self.sources)
+        return self._has(PreferenceSource)
+
+    @property
+    def is_prompted(self) -> bool:
+        """Whether the documents are prompts, which a model answers."""
+        return self._has(PromptSource)
+
+    def _has(self, kind: type) -> bool:
+        return any(isinstance(source, kind) for source in self.sources)
 
 
 def make_loader(
@@ -107,6 +116,8 @@ def make_loader(
             divide.
     """
     check_choice("split", split, ("train", "held_out"))
+    if config.is_prompted:
+        raise InputError("DataConfig.sources", config.sources, "texts; prompts want Run.rollouts")
     num_local, rest = divmod(config.batch_size, process_count)
     if rest:
         equation = f"{config.batch_size} % {process_count} = {rest}, not 0"

@@ -5,15 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
-from jaxscale.models.lora import base, without_adapters
-from jaxscale.models.losses import document_numbers, sum_by_group, token_log_probabilities
+from jaxscale.models.losses import document_numbers, sum_by_group
 from jaxscale.ops.backends import Operations
 from jaxscale.ops.precision import Policy
+from jaxscale.rlhf.log_probabilities import log_probabilities, reference_log_probabilities
 from jaxscale.types import Array, Batch, InputError, Params, check_positive
 
 
@@ -99,10 +98,9 @@ class DpoLoss:
         operations: Operations,
     ) -> tuple[Array, Array]:
         """(those of chosen and rejected answers [B, pairs, 2], whether there is the pair)."""
-        log_p = self._log_probabilities(self.model, params, batch, operations)
-        reference = self._log_probabilities(
-            without_adapters(self.model), lax.stop_gradient(base(params)), batch, operations
-        )
+        decoder = Decoder(self.model, operations, self.policy, self.execution)
+        log_p = log_probabilities(decoder, params, batch)
+        reference = reference_log_probabilities(decoder, params, batch)
         collectives = operations.collectives
         # A label without weight may be a forbidden word, of which both are -inf.
         own_weights = collectives.own_tokens(batch["weights"])
@@ -119,16 +117,3 @@ class DpoLoss:
         )
         is_pair = 2 * jnp.arange(1, num_pairs + 1) <= segments.max(1, keepdims=True)
         return sums.reshape(num_rows, num_pairs, 2), is_pair
-
-    def _log_probabilities(
-        self,
-        model: ModelConfig,
-        params: Params,
-        batch: Batch,
-        operations: Operations,
-    ) -> Array:
-        """[B, own T] of the labels."""
-        decoder = Decoder(model, operations, self.policy, self.execution)
-        x = decoder.embed(params, batch)
-        x, _, _ = decoder.run_layers(params, x, decoder.tokens(batch))
-        return token_log_probabilities(decoder, params, x, batch["labels"])

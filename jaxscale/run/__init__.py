@@ -6,6 +6,7 @@ from jaxscale.checkpoint.mirror import MirrorConfig
 from jaxscale.data.chats import ChatSource
 from jaxscale.data.loader import DataConfig
 from jaxscale.data.preferences import PreferenceSource
+from jaxscale.data.prompts import PromptSource
 from jaxscale.data.sources import (
     HuggingFaceSource,
     JsonLinesSource,
@@ -43,9 +44,11 @@ from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.parallel.sequence.head_chunks import HeadChunks
 from jaxscale.rlhf.accuracy import PreferenceAccuracy
+from jaxscale.rlhf.rewards import exact_match
+from jaxscale.rlhf.rollouts import HeldOutRewards, RolloutConfig
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
-from jaxscale.run.run import Run, dpo_loss, masked_token_loss, next_token_loss
+from jaxscale.run.run import Run, dpo_loss, masked_token_loss, next_token_loss, policy_loss
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.train.config import TrainConfig
@@ -68,6 +71,7 @@ __all__ = [
     "FeedForwardConfig",
     "FullyPipelined",
     "HeadChunks",
+    "HeldOutRewards",
     "HuggingFaceSource",
     "JsonLinesSource",
     "LayerConfig",
@@ -87,7 +91,9 @@ __all__ = [
     "PreferenceAccuracy",
     "PreferenceSource",
     "ProcessesConfig",
+    "PromptSource",
     "QuantisedConfig",
+    "RolloutConfig",
     "RotaryConfig",
     "Run",
     "RuntimeConfig",
@@ -104,7 +110,9 @@ __all__ = [
     "Whole",
     "YarnScaling",
     "dpo_loss",
+    "exact_match",
     "huggingface_model",
     "masked_token_loss",
     "next_token_loss",
+    "policy_loss",
 ]

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from jaxscale.evaluate.perplexity import BitsPerByte
 from jaxscale.launch.memory import check_fits
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.config.facts import checkpoint_facts
-from jaxscale.models.evaluation import check_evaluators
+from jaxscale.models.evaluation import EvaluationContext, check_evaluators
 from jaxscale.models.quantised import QuantisedConfig, dequantised, quantised
 from jaxscale.rlhf.accuracy import PreferenceAccuracy
+from jaxscale.rlhf.rollouts import HeldOutRewards
 from jaxscale.run.evaluation import all_figures, evaluation_context
-from jaxscale.run.run import Run, check_fit
+from jaxscale.run.fit import check_fit
+from jaxscale.run.run import Run
 from jaxscale.train.metrics import json_value, writing
 from jaxscale.train.state import stored_params
 from jaxscale.types import InputError, Params
@@ -40,7 +43,8 @@ def evaluate(
     """Measures a checkpoint, on any mesh; prints the figures and writes them to the run's folder.
 
     They go to evaluation_STEP.json; where the run is read-only, a warning says so. A run without
-    evaluators has `BitsPerByte` as "held_out", or of pairs `PreferenceAccuracy`.
+    evaluators has `BitsPerByte` as "held_out", of pairs `PreferenceAccuracy`, and of prompts
+    `HeldOutRewards`.
 
     Args:
         run: the run; its mesh may be another one than that of the training.
@@ -54,8 +58,7 @@ def evaluate(
     """
     apply_runtime(run.runtime, str(run.path))
     if not run.evaluators:
-        measure = PreferenceAccuracy if run.data.is_paired else BitsPerByte
-        run = dataclasses.replace(run, evaluators={"held_out": measure(run.data)})
+        run = dataclasses.replace(run, evaluators={"held_out": _measure(run)})
     check_fit(run)
     region = run.region()
     context = evaluation_context(run, region, run.loss(run))
@@ -82,6 +85,12 @@ def evaluate(
         path = run.path / f"evaluation_{restored.step}.json"
         _write_figures(path, {"step": restored.step, **figures})
     return figures
+
+
+def _measure(run: Run) -> Callable[[EvaluationContext], dict[str, Any]]:
+    if run.rollouts is not None:
+        return HeldOutRewards(run.data, run.rollouts, run.policy)
+    return PreferenceAccuracy(run.data) if run.data.is_paired else BitsPerByte(run.data)
 
 
 def _rounded(params: Params, run: Run, quantisation: QuantisedConfig) -> Params:

@@ -16,7 +16,8 @@ from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import check_multiple
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
-from jaxscale.run.run import Run, check_attention
+from jaxscale.run.fit import check_attention
+from jaxscale.run.run import Run
 from jaxscale.types import InputError, Params
 
 
@@ -29,7 +30,7 @@ def evaluation_context(run: Run, region: Region, loss_fn: LossFn) -> EvaluationC
         mesh=region.mesh,
         sums=jax.jit(region.evaluate(loss_fn)),
         place=functools.partial(place, region.mesh),
-        whole=_make_whole(region),
+        whole=make_whole(region),
         check_data=functools.partial(check_data, run),
     )
 
@@ -100,8 +101,8 @@ def _factors(run: Run) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _make_whole(region: Region) -> Callable[[Params], Params]:
-    """Gathers parameters, in the order of the layers, onto this process's first device."""
+def make_whole(region: Region) -> Callable[[Params], Params]:
+    """What gathers parameters, in the order of the layers, onto this process's first device."""
     layout, dims = region.specs.layout, region.specs.dims
     everywhere = NamedSharding(region.mesh, PartitionSpec())
     gather = jax.jit(lambda params: layout.restore(params, dims), out_shardings=everywhere)

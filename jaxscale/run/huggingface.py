@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import shutil
@@ -197,7 +198,8 @@ def gin_text(run: Run) -> str:
     values, fields = {}, {}
     for field in dataclasses.fields(run):
         value = getattr(run, field.name)
-        scopes = () if dataclasses.is_dataclass(value) else (field.name,)
+        is_part = dataclasses.is_dataclass(value) or isinstance(value, functools.partial)
+        scopes = () if is_part else (field.name,)
         values[field.name], more = as_written(value, scopes)
         fields |= more
     for index, source in enumerate(run.data.sources):

@@ -20,9 +20,10 @@ from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
 from jaxscale.run.chunks import chunk_lines, is_chunked, memory_of_chunks
 from jaxscale.run.compile import memory_share
+from jaxscale.run.fit import check_fit
 from jaxscale.run.host import host_parts
 from jaxscale.run.job import job_of, layout_of
-from jaxscale.run.run import Run, check_fit
+from jaxscale.run.run import Run
 from jaxscale.train.host import is_on_host
 from jaxscale.train.optim import make_optimizer
 from jaxscale.train.setup import check_training

@@ -22,8 +22,9 @@ from jaxscale.parallel.batch import abstract_batch, batch_share
 from jaxscale.run.evaluation import all_figures, evaluation_context
 from jaxscale.run.host import check_host
 from jaxscale.run.progress import say_figures, say_what_begins, say_what_came
+from jaxscale.run.rollouts import make_answering, prompt_loader
 from jaxscale.run.run import Run
-from jaxscale.train.loop import Outcome
+from jaxscale.train.loop import Loader, Outcome
 from jaxscale.train.metrics import Speed
 from jaxscale.train.reporters import check_reporters
 from jaxscale.train.setup import Setup
@@ -56,8 +57,7 @@ def pretrain(*, run: Run) -> Outcome:
         check_vocabulary(load_tokenizer(run.data.tokenizer), run.model.vocab_size)
         check_reporters(run.reporters)
         evaluate = _make_evaluate(setup, run)
-        index, count = batch_share(setup.mesh)
-        loader = make_loader(run.data, split="train", process_index=index, process_count=count)
+        loader, prepare = _make_data(setup, run)
         check_agreement(shared_facts(run, loader.state()["depends_on"]))
         began = time.monotonic()
         outcome = train(
@@ -69,6 +69,7 @@ def pretrain(*, run: Run) -> Outcome:
             facts=checkpoint_facts(run.model),
             surroundings=around,
             speed=_make_speed(run),
+            prepare=prepare,
             evaluate=evaluate,
             reporters=run.reporters,
             announce=functools.partial(say_what_begins, run, loader),
@@ -100,7 +101,19 @@ def run_batch(run: Run, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch of a run as shapes with shardings."""
     data = run.data
     shape = (data.batch_size, data.sequence_length)
-    return abstract_batch(setup.mesh, *shape, is_packed=data.is_packed)
+    if run.rollouts is None:
+        return abstract_batch(setup.mesh, *shape, is_packed=data.is_packed)
+    batch = abstract_batch(setup.mesh, *shape, is_packed=False)
+    return batch | {"advantages": batch["weights"]}
+
+
+def _make_data(setup: Setup, run: Run) -> tuple[Loader, Callable | None]:
+    """What a run reads, and what makes a batch of it beside placing it on the mesh."""
+    if run.rollouts is not None:
+        loader = prompt_loader(run)
+        return loader, make_answering(run, setup, loader)
+    index, count = batch_share(setup.mesh)
+    return make_loader(run.data, split="train", process_index=index, process_count=count), None
 
 
 def _make_speed(run: Run) -> Speed:

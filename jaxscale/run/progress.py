@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxscale.data.loader import TrainLoader
+from jaxscale.data.prompt_loader import PromptLoader
 from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.mesh import AXES
 from jaxscale.run.run import Run
@@ -18,7 +19,7 @@ from jaxscale.train.reporters import texts
 logger = logging.getLogger(__name__)
 
 
-def say_what_begins(run: Run, loader: TrainLoader) -> None:
+def say_what_begins(run: Run, loader: TrainLoader | PromptLoader) -> None:
     """Parameters, mesh and data.
 
     Args:
@@ -27,9 +28,14 @@ def say_what_begins(run: Run, loader: TrainLoader) -> None:
     """
     total, active = count_parameters(run.table())
     axes = [f"{axis} {getattr(run.mesh, axis)}" for axis in AXES if getattr(run.mesh, axis) > 1]
-    rows, length = sum(loader.rows_per_epoch), run.data.sequence_length
     _say(f"model: {total:,} parameters, {active:,} of them active")
     _say(f"mesh: {', '.join(axes) or 'one device'}")
+    if run.rollouts is not None:
+        _say(f"data: {len(loader.prompts):,} prompts, {loader.num_others:,} more are held out")
+        num = run.rollouts.num_answers
+        _say(f"a step: {num} answers to each of {run.data.batch_size // num} prompts")
+        return
+    rows, length = sum(loader.rows_per_epoch), run.data.sequence_length
     documents = f"{loader.num_documents:,} documents of {loader.num_tokens:,} tokens"
     _say(f"data: {documents}, {loader.num_held_out:,} more are held out")
     _say(f"an epoch: {rows:,} rows of {length} tokens, {run.data.batch_size} a step")

@@ -14,24 +14,24 @@ from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.data.loader import DataConfig
 from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config import ModelConfig
-from jaxscale.models.execution import ByChunk, ExecutionConfig
+from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.lora import TRAINABLE
 from jaxscale.models.losses import NextTokenLoss
 from jaxscale.models.masked import MaskedTokenLoss
 from jaxscale.models.parameters import Table, parameter_table
-from jaxscale.ops.attention import DETERMINISTIC, AttentionContext, check_backend
+from jaxscale.ops.attention import DETERMINISTIC
 from jaxscale.ops.attention.chunked import QUERY_CHUNK
-from jaxscale.ops.attention.intervals import attention_over_intervals
 from jaxscale.ops.device import is_hopper
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.elastic import shrink
-from jaxscale.parallel.mesh import MeshConfig, check_batch, nearest_divisors
-from jaxscale.parallel.pipeline.stages import StageLayout
+from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
-from jaxscale.parallel.sequence.head_chunks import HeadChunks
 from jaxscale.parallel.sequence.layout import Chunked, TokenLayout
 from jaxscale.rlhf.dpo import DpoLoss
+from jaxscale.rlhf.policy import PolicyLoss
+from jaxscale.rlhf.rollouts import RolloutConfig
+from jaxscale.run.fit import check_fit
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.reporters import TensorBoard
@@ -49,6 +49,9 @@ def next_token_loss(run: "Run") -> LossFn:
     """
     if run.data.is_paired:
         expected = "dpo_loss for pairs: the next token's loss would learn rejected answers too"
+        raise InputError("Run.loss", "next_token_loss", expected)
+    if run.data.is_prompted:
+        expected = "policy_loss for prompts, which hold no answer to learn"
         raise InputError("Run.loss", "next_token_loss", expected)
     # NEFTune's width is alpha / sqrt(T D).
     width = run.data.sequence_length * run.model.model_dim
@@ -90,14 +93,8 @@ def dpo_loss(run: "Run", *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
     if not run.data.is_paired:
         expected = "PreferenceSource for dpo_loss"
         raise InputError("DataConfig.sources", run.data.sources, expected)
-    if run.mesh.pipeline > 1:
-        expected = "1 for dpo_loss: no stage of a pipeline has the whole sum over an answer"
-        raise InputError("MeshConfig.pipeline", run.mesh.pipeline, expected)
-    trained = tree.flatten(tree.select(run.table(), run.train.trainable))
-    others = [path for path, leaf in trained.items() if leaf and not re.fullmatch(TRAINABLE, path)]
-    if others:
-        expected = f"adapters alone, {TRAINABLE!r}, for dpo_loss: the rest is the reference"
-        raise InputError("TrainConfig.trainable", run.train.trainable, expected)
+    _check_no_pipeline(run, "dpo_loss")
+    _check_reference(run, "dpo_loss")
     return DpoLoss(
         model=run.model,
         policy=run.policy,
@@ -105,6 +102,39 @@ def dpo_loss(run: "Run", *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
         beta=beta,
         label_smoothing=label_smoothing,
     )
+
+
+def policy_loss(run: "Run", *, beta: float = 0.04) -> LossFn:
+    """The loss of answers that the model wrote, by their rewards, see `rlhf.policy.PolicyLoss`.
+
+    Args:
+        run: whose model learns from `rollouts`.
+        beta: price of the divergence from the reference; 0 asks for no reference and no adapters.
+    """
+    if run.rollouts is None:
+        raise InputError("Run.rollouts", None, "RolloutConfig(...) for policy_loss")
+    if not run.data.is_prompted:
+        raise InputError("DataConfig.sources", run.data.sources, "PromptSource for policy_loss")
+    _check_no_pipeline(run, "policy_loss")
+    loss = PolicyLoss(model=run.model, policy=run.policy, execution=run.execution, beta=beta)
+    if beta:
+        _check_reference(run, "policy_loss with beta above 0")
+    return loss
+
+
+def _check_no_pipeline(run: "Run", loss: str) -> None:
+    if run.mesh.pipeline > 1:
+        expected = f"1 for {loss}: no stage of a pipeline has the whole sum over an answer"
+        raise InputError("MeshConfig.pipeline", run.mesh.pipeline, expected)
+
+
+def _check_reference(run: "Run", loss: str) -> None:
+    """Refuses to train what lies beneath the adapters, which is the reference."""
+    trained = tree.flatten(tree.select(run.table(), run.train.trainable))
+    others = [path for path, leaf in trained.items() if leaf and not re.fullmatch(TRAINABLE, path)]
+    if others:
+        expected = f"adapters alone, {TRAINABLE!r}, for {loss}: the rest is the reference"
+        raise InputError("TrainConfig.trainable", run.train.trainable, expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +154,8 @@ class Run:
         execution: how the layers are executed.
         runtime: platform, flags, processes and watchdog.
         loss: run -> a loss under the contract of `models.losses`.
+        rollouts: what the model writes in each step to learn from, for `policy_loss`; None where it
+            reads what there is.
         evaluators: name -> evaluator(context) -> figures, see `models.evaluation`.
         reporters: what gets the figures beside `metrics.jsonl`, see `train.reporters.Reporter`.
     """
@@ -139,6 +171,7 @@ class Run:
     execution: ExecutionConfig = ExecutionConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     loss: Callable[["Run"], LossFn] = next_token_loss
+    rollouts: RolloutConfig | None = None
     evaluators: dict[str, Callable] = dataclasses.field(default_factory=dict)
     reporters: tuple[Callable, ...] = (TensorBoard(),)
 
@@ -272,109 +305,3 @@ def load_run(
         return run
 
     return config.run(the_run, files, overrides, admitted)
-
-
-def check_fit(run: Run) -> None:
-    """Raises InputError, with what fails, unless lengths, batch, chunks and kernels fit."""
-    length, mesh = run.data.sequence_length, run.mesh
-    if length > run.model.max_length:
-        expected = f"sequence_length <= max_length = {run.model.max_length}"
-        raise InputError("DataConfig.sequence_length", length, expected)
-    _check_kernels(run)
-    # A ring's backends refuse when the step is traced, which is before anything is written.
-    if mesh.ring == 1:
-        check_attention(run)
-    check_batch(
-        mesh,
-        batch_size=run.data.batch_size,
-        length=length,
-        num_microbatches=run.train.num_microbatches,
-    )
-    if mesh.pipeline > 1:
-        _check_places(run.execution)
-    stages = StageLayout(run.model.num_periods, mesh.pipeline, mesh.num_chunks, mesh.stage_periods)
-    run.execution.check_periods(stages.num_slots, num_stages=stages.num_virtual)
-    if isinstance(run.execution.strategy, FullyPipelined):
-        _check_pipelined(run)
-    if isinstance(run.execution.strategy, ByChunk | HeadChunks) and mesh.tensor > 1:
-        expected = "Whole() with MeshConfig.tensor > 1, whose members have other tokens each"
-        raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
-    if run.execution.is_batch_invariant and math.prod(mesh.sizes) > mesh.data:
-        expected = "a mesh of data alone with the strategy BatchInvariant"
-        raise InputError("ExecutionConfig.strategy", run.execution.strategy, expected)
-    own = length // (mesh.sequence * mesh.tensor)
-    num_chunks = run.execution.num_loss_chunks
-    if rest := own % num_chunks:
-        expected = (
-            "sequence_length / (sequence * tensor) % num_loss_chunks == 0, here "
-            f"{length} / ({mesh.sequence} * {mesh.tensor}) % {num_chunks} = {rest}; nearest: "
-            f"{nearest_divisors(own, num_chunks)}"
-        )
-        raise InputError("ExecutionConfig.num_loss_chunks", num_chunks, expected)
-
-
-def _check_pipelined(run: Run) -> None:
-    """Refuses what does not go with `FullyPipelined`."""
-    mesh, execution = run.mesh, run.execution
-    if execution.remat != "none":
-        expected = '"none" with FullyPipelined, which keeps what its backward needs by itself'
-        raise InputError("ExecutionConfig.remat", execution.remat, expected)
-    if mesh.ring > 1:
-        expected = "1 with FullyPipelined, whose chunks every shard of the sequence exchanges"
-        raise InputError("MeshConfig.ring", mesh.ring, expected)
-    num_rows = run.data.batch_size // (mesh.num_batch_shards * run.train.num_microbatches)
-    if mesh.tensor > 1 and num_rows > 1:
-        expected = (
-            "batch_size / (data * expert * num_microbatches) == 1 with FullyPipelined and "
-            f"MeshConfig.tensor > 1, here {num_rows}"
-        )
-        raise InputError("DataConfig.batch_size", run.data.batch_size, expected)
-    if not run.model.is_causal or any(layer.attention.layout for layer in run.model.layers):
-        expected = "Whole() where attention is not causal or has a layout of blocks"
-        raise InputError("ExecutionConfig.strategy", execution.strategy, expected)
-    execution.strategy.check(
-        length=run.data.sequence_length, sequence=mesh.sequence, tensor=mesh.tensor
-    )
-
-
-def _check_places(execution: ExecutionConfig) -> None:
-    """Refuses what would rest on the host beside a pipeline, whose slots are on the device."""
-    strategy = execution.strategy
-    if isinstance(strategy, FullyPipelined) and not strategy.is_on_device:
-        places = 'inputs and chunks = "device" and attention "device" or "nowhere"'
-        refused = "FullyPipelined", strategy, places
-    elif execution.checkpoint_every > 1 and execution.checkpoint_place == "host":
-        refused = "ExecutionConfig.checkpoint_place", "host", '"device"'
-    elif execution.offloaded_names:
-        refused = "ExecutionConfig.offloaded_names", execution.offloaded_names, "none"
-    else:
-        return
-    parameter, given, expected = refused
-    reason = "MeshConfig.pipeline > 1, whose slots for what a stage keeps are on the device"
-    raise InputError(parameter, given, f"{expected} with {reason}")
-
-
-def _check_kernels(run: Run) -> None:
-    """Refuses kernels that were named for a type that none of them takes."""
-    named, compute = run.runtime.kernels, run.policy.compute
-    if named not in (None, "xla") and compute not in ("bfloat16", "float16"):
-        expected = f"'xla' or None with Policy.compute = {compute!r}: they take 16-bit floats"
-        raise InputError("RuntimeConfig.kernels", named, expected)
-
-
-def check_attention(run: Run) -> None:
-    """Raises InputError for what a named backend of attention would refuse when it is traced."""
-    named = run.execution.attention
-    if named is None:
-        return
-    shape = (run.data.batch_size, run.data.sequence_length)
-    tokens = jax.ShapeDtypeStruct(shape, "int32")
-    for layer in run.model.layers:
-        attention = layer.attention
-        heads = (*shape, attention.num_heads, attention.head_dim)
-        q = jax.ShapeDtypeStruct(heads, run.policy.compute)
-        context = AttentionContext(tokens, segments=tokens, softcap=attention.softcap)
-        if isinstance(run.execution.strategy, FullyPipelined):
-            attention_over_intervals(q, context, implementation=named)
-        else:
-            check_backend("ExecutionConfig.attention", named, q, context)

@@ -14,7 +14,7 @@ from jaxscale.train.metrics import Speed, expert_use
 from jaxscale.train.profiler import Profiler
 from jaxscale.train.reporters import Reporter
 from jaxscale.train.state import TrainState
-from jaxscale.types import Batch, RunError
+from jaxscale.types import Batch, Params, RunError
 
 
 class NonFiniteError(RunError):
@@ -69,7 +69,7 @@ class _Pending:
     metrics: dict[str, jax.Array]
     batch: Batch
     data_state: dict[str, Any]
-    data_wait_s: float
+    figures: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Loop:
     Args:
         step_fn: (state, batch) -> (state, metrics), the state donated.
         loader: host batches.
-        place: puts a host batch on the mesh.
+        prepare: (parameters, host batch) -> (batch on the mesh, figures of how it came about).
         steps: total, counted from the run's very first.
         checkpoints: see `Saver`.
         save_every: steps between checkpoints.
@@ -96,7 +96,7 @@ class Loop:
 
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     loader: Loader
-    place: Callable[[Batch], Batch]
+    prepare: Callable[[Params, Batch], tuple[Batch, dict[str, Any]]]
     steps: int
     checkpoints: Saver
     save_every: int
@@ -144,10 +144,10 @@ class Loop:
     def _start(self, state: TrainState, step: int) -> tuple[TrainState, _Pending]:
         before, data_state = time.perf_counter(), self.loader.state()
         batch = next(self.loader)
-        waited = time.perf_counter() - before
-        batch = self.place(batch)
+        figures = {"data_wait_s": time.perf_counter() - before}
+        batch, of_batch = self.prepare(state.params, batch)
         state, metrics = self.step_fn(state, batch)
-        return state, _Pending(step, metrics, batch, data_state, waited)
+        return state, _Pending(step, metrics, batch, data_state, figures | of_batch)
 
     def _report(self, pending: _Pending | None, state: TrainState) -> None:
         """Fetches a step's figures while the next one runs."""
@@ -158,7 +158,7 @@ class Loop:
         }
         if not figures.pop("is_finite"):
             self._stop_non_finite(pending, state)
-        figures |= self.speed.figures() | {"data_wait_s": pending.data_wait_s}
+        figures |= self.speed.figures() | pending.figures
         figures |= expert_use(figures["load"]) if "load" in figures else {}
         for reporter in self.reporters:
             reporter.report(pending.step, figures)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 SHOWN = {
     "loss": ("loss", "{:.3f}"),
+    "reward": ("reward", "{:.3g}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "mfu": ("mfu", "{:.1%}"),
 }

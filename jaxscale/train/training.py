@@ -52,6 +52,7 @@ def train(
     facts: dict[str, Any],
     surroundings: Surroundings,
     speed: Speed,
+    prepare: Callable[[Params, Batch], tuple[Batch, dict[str, Any]]] | None = None,
     evaluate: Callable[[Params, int], dict[str, Any]] = lambda params, step: {},
     reporters: Sequence[Callable[[Path, int], Reporter]] = (),
     announce: Callable[[], None] = lambda: None,
@@ -67,6 +68,7 @@ def train(
         facts: which model a checkpoint is of, as `Checkpoints` takes them.
         surroundings: of the run.
         speed: throughput between steps.
+        prepare: (params, host batch) -> (batch on the mesh, figures); None places the batch.
         evaluate: (params, step) -> figures.
         reporters: what gets the figures beside `metrics.jsonl` and the terminal, see
             `train.reporters.Reporter`.
@@ -107,7 +109,7 @@ def train(
     loop = Loop(
         step_fn=step_fn,
         loader=loader,
-        place=functools.partial(place, setup.mesh),
+        prepare=prepare or functools.partial(_placed, setup),
         steps=config.steps,
         checkpoints=_CanonicalCheckpoints(checkpoints, setup, folder),
         save_every=checkpoint.save_every,
@@ -309,6 +311,10 @@ def _say_what_mfu_is_of() -> None:
     if peak:
         against = f"measured against {peak / 1e12:.0f} TFLOP/s (dense bf16)"
     logger.info("MFU of a %s is %s", kind, against)
+
+
+def _placed(setup: Setup, params: Params, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+    return place(setup.mesh, batch), {}
 
 
 def _diagnose(

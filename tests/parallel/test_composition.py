@@ -25,7 +25,8 @@ from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
 from jaxscale.models.execution import ByChunk, ExecutionConfig
 from jaxscale.parallel.mesh import AXES, MeshConfig
-from jaxscale.run.run import Run, check_fit
+from jaxscale.run.fit import check_fit
+from jaxscale.run.run import Run
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.types import InputError

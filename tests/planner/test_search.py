@@ -19,10 +19,11 @@ from jaxscale.planner.search import Planner
 from jaxscale.planner.space import Space
 from jaxscale.planner.state import StateCounter
 from jaxscale.planner.step_time import EXPOSED_ZERO
+from jaxscale.run.fit import check_fit
 from jaxscale.run.inspect import bytes_per_device
 from jaxscale.run.job import job_of
 from jaxscale.run.planned import planned
-from jaxscale.run.run import check_fit, load_run
+from jaxscale.run.run import load_run
 from jaxscale.types import InputError
 from tests.run.runs import ROOT
 

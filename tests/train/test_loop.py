@@ -81,7 +81,7 @@ def make_loop(world, tmp_path, *, steps=5, evaluate_every=100, window=None, pree
     return Loop(
         step_fn=world.step,
         loader=world,
-        place=lambda batch: batch,
+        prepare=lambda params, batch: (batch, {}),
         steps=steps,
         checkpoints=world,
         save_every=4,

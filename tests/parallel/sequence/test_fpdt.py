@@ -24,7 +24,8 @@ from jaxscale.parallel.sequence.fpdt.keys import Intervals
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.parallel.sequence.fpdt.stream import Places, Stream, Tokens
 from jaxscale.parallel.sequence.layout import Chunked
-from jaxscale.run.run import Run, check_fit
+from jaxscale.run.fit import check_fit
+from jaxscale.run.run import Run
 from jaxscale.train.config import TrainConfig
 from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.setup import make_setup

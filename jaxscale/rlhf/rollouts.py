@@ -1,0 +1,235 @@
+"""Answers that a model writes to prompts while it is trained, and what each is worth."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxscale.data.loader import DataConfig
+from jaxscale.data.prompt_loader import PromptLoader
+from jaxscale.data.prompts import Prompt
+from jaxscale.data.tokenizer import load_tokenizer
+from jaxscale.data.tokenizer_kinds import Tokenizer
+from jaxscale.models.config import ModelConfig
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.evaluation import EvaluationContext
+from jaxscale.models.execution import ExecutionConfig
+from jaxscale.ops.precision import Policy
+from jaxscale.serve.decoding import check_prompts, generate_tokens
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import Batch, InputError, Params, check_positive, check_types
+
+Reward = Callable[[Prompt, str], float]
+SMALLEST_DEVIATION = 1e-6  # of rewards; what is less is rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """What a model that learns from rewards writes in each step.
+
+    Args:
+        rewards: name -> (prompt, text of the answer) -> a number; their sum is an answer's reward.
+        num_answers: to each prompt; an answer is compared with the others.
+        max_new_tokens: longest answer.
+        end: text of the special token that ends an answer; None for the one that ends a document.
+    """
+
+    rewards: dict[str, Reward]
+    num_answers: int = 8
+    max_new_tokens: int = 128
+    end: str | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("RolloutConfig.max_new_tokens", self.max_new_tokens)
+        if self.num_answers < 2:
+            expected = "2 or more: an answer is compared with the others to its prompt"
+            raise InputError("RolloutConfig.num_answers", self.num_answers, expected)
+        if not self.rewards:
+            raise InputError("RolloutConfig.rewards", self.rewards, "at least one reward")
+
+    def end_id(self, tokenizer: Tokenizer) -> int:
+        """The token that ends an answer; raises InputError if the tokenizer has none such."""
+        if self.end is None:
+            return tokenizer.eos_id
+        special = getattr(tokenizer, "special_tokens", {})
+        if self.end not in special:
+            raise InputError("RolloutConfig.end", self.end, f"one of {sorted(special)}")
+        return special[self.end]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Writes and rewards answers on one device.
+
+    They are drawn at temperature 1 from all tokens that the tokenizer knows, so that their
+    probability is the one that the loss takes, but for what a model with more rows gives to those
+    that stand for no token.
+
+    Args:
+        config: how many and how long.
+        model: the model.
+        policy: dtypes, as the run's.
+        tokenizer: as the run's.
+        length: T, tokens of a row.
+        seed: of the draws.
+    """
+
+    config: RolloutConfig
+    model: ModelConfig
+    policy: Policy
+    tokenizer: Tokenizer
+    length: int
+    seed: int
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[Prompt],
+        draws: np.ndarray,
+    ) -> tuple[Batch, dict[str, float]]:
+        """Answers to each prompt, as rows to learn from.
+
+        Args:
+            params: whole, on one device.
+            prompts: P of them.
+            draws: [P] a number for each, from which what is drawn derives.
+        Returns:
+            ({tokens, labels, weights, positions, advantages} [P * num_answers, T], answers to one
+            prompt next to each other; figures: means of each reward and of their sum, "reward",
+            with its deviation among the answers to a prompt, of an answer's tokens, the share of
+            answers that were cut off, and seconds).
+        """
+        num, began = self.config.num_answers, time.perf_counter()
+        asked = [prompt for prompt in prompts for _ in range(num)]
+        sequences = (draws[:, None] * num + np.arange(num)).reshape(-1)
+        end = self.config.end_id(self.tokenizer)
+        execution = ExecutionConfig(is_scanned=False, remat="none")
+        answers = generate_tokens(
+            Decoder(self.model, policy=self.policy, execution=execution),
+            params,
+            [prompt.tokens for prompt in asked],
+            sampling=SamplingConfig(seed=self.seed),
+            max_new_tokens=self.config.max_new_tokens,
+            eos_id=end,
+            sequences=sequences.tolist(),
+            num_tokens=self.tokenizer.vocab_size,
+        )
+        rewards = self._rewards(asked, answers, end)
+        total = sum(rewards.values()).reshape(-1, num)
+        figures = {f"reward/{name}": float(of_each.mean()) for name, of_each in rewards.items()}
+        figures |= {
+            "reward": float(total.mean()),
+            "reward_deviation": float(total.std(1).mean()),
+            "answer_tokens": float(np.mean([len(answer) for answer in answers])),
+            "cut_off": float(np.mean([end not in answer for answer in answers])),
+            "rollout_s": time.perf_counter() - began,
+        }
+        return self._rows(asked, answers, advantages(total)), figures
+
+    def _rewards(
+        self,
+        asked: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        end: int,
+    ) -> Mapping[str, np.ndarray]:
+        texts = [
+            self.tokenizer.decode([token for token in answer if token != end]) for answer in answers
+        ]
+        found = {}
+        for name, reward in self.config.rewards.items():
+            pairs = zip(asked, texts, strict=True)
+            found[name] = np.array([_checked(name, reward, *pair) for pair in pairs])
+        return found
+
+    def _rows(
+        self,
+        asked: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        advantages: np.ndarray,
+    ) -> Batch:
+        shape = (len(asked), self.length)
+        batch: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in ("tokens", "labels")}
+        batch["positions"] = np.tile(np.arange(self.length, dtype=np.int32), (len(asked), 1))
+        batch["weights"] = np.zeros(shape, np.float32)
+        for row, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
+            text = [*prompt.tokens, *answer]
+            size, first = len(text) - 1, len(prompt.tokens) - 1
+            batch["tokens"][row, :size] = text[:-1]
+            batch["labels"][row, :size] = text[1:]
+            batch["weights"][row, first:size] = 1
+        of_rows = advantages.reshape(-1, 1).astype(np.float32)
+        return batch | {"advantages": np.broadcast_to(of_rows, shape).copy()}
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """How many deviations an answer is better than the mean of the answers to its prompt.
+
+    Source: Shao et al. 2024, GRPO (arXiv 2402.03300), section 4.1.2.
+    Args:
+        rewards: [P, answers to each].
+    Returns:
+        The same shape; 0 where all answers to a prompt are worth the same.
+    """
+    centred = rewards - rewards.mean(1, keepdims=True)
+    deviation = rewards.std(1, keepdims=True)
+    is_equal = deviation < SMALLEST_DEVIATION
+    return np.where(is_equal, 0, centred / np.where(is_equal, 1, deviation))
+
+
+def _checked(name: str, reward: Reward, prompt: Prompt, text: str) -> float:
+    value = float(reward(prompt, text))
+    if not np.isfinite(value):
+        given = f"{value} for {text!r}, an answer to {prompt.key}"
+        raise InputError(f"RolloutConfig.rewards[{name!r}]", given, "a finite number")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutRewards:
+    """Evaluator that answers held-out prompts as the training does, and rewards the answers.
+
+    Args:
+        data: as the run's.
+        rollouts: as the run's, or with other rewards.
+        policy: dtypes, as the run's.
+        num_prompts: at most.
+        seed: of the draws, the same at each evaluation.
+    Cost: a whole copy of the parameters on one device while answers are written.
+    """
+
+    data: DataConfig
+    rollouts: RolloutConfig
+    policy: Policy = Policy()
+    num_prompts: int = 32
+    seed: int = 0
+
+    def __post_init__(self):
+        check_types(self)
+        check_positive("HeldOutRewards.num_prompts", self.num_prompts)
+
+    def check(self, context: EvaluationContext) -> None:
+        """Reads the prompts; raises InputError if none is held out, or one is too long."""
+        tokens = [prompt.tokens for prompt in self._prompts()]
+        check_prompts(tokens, context.model, self.rollouts.max_new_tokens)
+
+    def __call__(self, context: EvaluationContext) -> dict[str, float]:
+        """The figures of `Rollouts`."""
+        prompts = self._prompts()
+        rollouts = Rollouts(
+            self.rollouts,
+            model=context.model,
+            policy=self.policy,
+            tokenizer=load_tokenizer(self.data.tokenizer),
+            length=self.data.sequence_length,
+            seed=self.seed,
+        )
+        whole = context.whole(context.params)
+        _, figures = rollouts(whole, prompts, np.arange(len(prompts)))
+        return figures
+
+    def _prompts(self) -> list[Prompt]:
+        num = self.rollouts.max_new_tokens
+        return PromptLoader(self.data, 1, num, "held_out").prompts[: self.num_prompts]

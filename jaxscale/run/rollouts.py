@@ -1,0 +1,61 @@
+"""What a run learns from that answers prompts itself: its prompts, and its answers on the mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxscale.data.prompt_loader import PromptLoader
+from jaxscale.data.tokenizer import load_tokenizer
+from jaxscale.parallel.batch import place
+from jaxscale.rlhf.rollouts import Rollouts
+from jaxscale.run.evaluation import make_whole
+from jaxscale.run.run import Run
+from jaxscale.serve.decoding import check_prompts
+from jaxscale.train.setup import Setup
+from jaxscale.types import Batch, InputError, Params
+
+
+def prompt_loader(run: Run) -> PromptLoader:
+    """The prompts of a run; as many at a time as a batch has rows for their answers.
+
+    Raises:
+        InputError: the batch does not divide, no prompt fits, or there are several processes.
+    """
+    size, num = run.data.batch_size, run.rollouts.num_answers
+    if rest := size % num:
+        expected = f"batch_size % num_answers == 0, here {size} % {num} = {rest}"
+        raise InputError("DataConfig.batch_size", size, expected)
+    if jax.process_count() > 1:
+        expected = "1 with Run.rollouts: one process writes all answers"
+        raise InputError("RuntimeConfig.processes", jax.process_count(), expected)
+    loader = PromptLoader(run.data, size // num, run.rollouts.max_new_tokens)
+    tokens = [prompt.tokens for prompt in loader.prompts]
+    check_prompts(tokens, run.model, run.rollouts.max_new_tokens)
+    return loader
+
+
+def make_answering(
+    run: Run,
+    setup: Setup,
+    loader: PromptLoader,
+) -> Callable[[Params, Batch], tuple[Batch, dict[str, Any]]]:
+    """(parameters, what the loader gave) -> (rows of answers on the mesh, figures of them)."""
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    run.rollouts.end_id(tokenizer)  # refuses an end that is no token
+    rollouts = Rollouts(
+        run.rollouts,
+        model=run.model,
+        policy=run.policy,
+        tokenizer=tokenizer,
+        length=run.data.sequence_length,
+        seed=run.train.seed,
+    )
+    whole = make_whole(setup.region)
+
+    def answered(params: Params, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+        prompts = [loader.prompts[number] for number in batch["prompts"]]
+        rows, figures = rollouts(whole(params), prompts, batch["draws"])
+        return place(setup.mesh, rows), figures
+
+    return answered

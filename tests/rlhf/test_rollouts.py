@@ -1,0 +1,258 @@
+"""A model that learns from rewards of what it writes: rows, draws, whole runs by gin files."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxscale import cli
+from jaxscale.data.prompt_loader import PromptLoader
+from jaxscale.data.prompts import Prompt
+from jaxscale.data.tokenizer_kinds import ByteTokenizer
+from jaxscale.models.decoder import Decoder
+from jaxscale.ops.precision import Policy
+from jaxscale.rlhf.rewards import exact_match
+from jaxscale.rlhf.rollouts import RolloutConfig, Rollouts, advantages
+from jaxscale.run.run import load_run
+from jaxscale.train.metrics import read_history
+from jaxscale.types import InputError
+from tests.data.chat_tokenizer import as_messages, write_chat_tokenizer
+from tests.parallel.comparison import dense, make_params
+from tests.rlhf.counting import digits
+from tests.run.runs import ROOT
+
+RUN = """
+from __gin__ import dynamic_registration
+from jaxscale import run
+from tests.rlhf import counting
+include '{root}/tests/tiny.gin'
+CORPUS = ()
+CACHE = '{folder}/cache'
+DIRECTORY = '{folder}/run'
+run.ModelConfig.vocab_size = 300
+run.DataConfig.batch_size = 64
+run.DataConfig.sources = (@run.PromptSource(),)
+run.PromptSource.paths = ('{folder}/prompts.jsonl',)
+run.PromptSource.tokenizer = '{folder}'
+run.TokenizerConfig.kind = 'huggingface'
+run.TokenizerConfig.path = '{folder}'
+run.Run.loss = @run.policy_loss
+run.policy_loss.beta = 0.0
+run.Run.rollouts = @run.RolloutConfig()
+run.RolloutConfig.rewards = {{'digits': @counting.digits}}
+run.RolloutConfig.num_answers = 8
+run.RolloutConfig.max_new_tokens = 8
+run.RolloutConfig.end = '<|end|>'
+run.MeshConfig.data = 8
+run.MeshConfig.tensor = 1
+run.TrainConfig.steps = 40
+run.TrainConfig.evaluate_every = 40
+run.Run.evaluators = {{'held_out': @run.HeldOutRewards()}}
+run.HeldOutRewards.num_prompts = 4
+run.CheckpointConfig.save_every = 40
+run.OptimizerConfig.learning_rate = 0.02
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewarded")
+    write_chat_tokenizer(path)
+    asked = [[("user", f"{number * 7 % 40} and two?")] for number in range(40)]
+    lines = [{"messages": as_messages(chat), "answer": "Four."} for chat in asked]
+    (path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (path / "run.gin").write_text(RUN.format(root=ROOT, folder=path))
+    return path
+
+
+def trained(folder, name, *words):
+    """The history of a run of its own directory, by step."""
+    directory = folder / name
+    words = [str(folder / "run.gin"), f"--set=directory={directory}", *words]
+    assert cli.main(["pretrain", *words]) == 0
+    return {line["step"]: line for line in read_history(directory / "metrics.jsonl")[::-1]}
+
+
+def test_what_is_rewarded_is_written_more_often_also_to_prompts_that_were_held_out(folder):
+    steps = trained(folder, "rising")
+    assert steps[1]["reward"] < 0.1 and steps[1]["reward_deviation"] > 0
+    assert steps[39]["reward"] > 0.9 and steps[39]["entropy"] < steps[1]["entropy"]
+    words = [str(folder / "run.gin"), f"--set=directory={folder / 'rising'}", "--set=evaluators={}"]
+    assert cli.main(["evaluate", *words]) == 0
+    figures = json.loads((folder / "rising" / "evaluation_40.json").read_text())
+    assert figures["held_out/reward"] > 0.9 and figures["held_out/cut_off"] <= 1
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(folder):
+    words = ["--set=evaluators={}", "--set=checkpoint.save_every=3", "--set=train.steps=6"]
+    whole = trained(folder, "whole", *words)
+    shutil.copytree(folder / "whole", folder / "stopped")
+    shutil.rmtree(folder / "stopped" / "checkpoints" / "6")
+    stopped = trained(folder, "stopped", *words)
+    for step in (4, 5, 6):
+        for figure in ("reward", "loss", "answer_tokens", "gradient_norm"):
+            assert stopped[step][figure] == whole[step][figure], (step, figure)
+
+
+def test_on_a_mesh_the_same_answers_are_written_and_learned_from(folder):
+    words = ["--set=evaluators={}", "--set=train.steps=2"]
+    one = trained(folder, "one", *words)
+    meshed = trained(folder, "meshed", *words, "--set=mesh.data=4", "--set=mesh.tensor=2")
+    for step in (1, 2):
+        assert meshed[step]["reward"] == one[step]["reward"]
+        assert meshed[step]["gradient_norm"] == pytest.approx(one[step]["gradient_norm"], rel=1e-4)
+
+
+ADAPTED = """
+from __gin__ import dynamic_registration
+from jaxscale import run
+include '{folder}/adapted/config.gin'
+run.policy_loss.beta = {beta}
+run.TrainConfig.steps = 30
+run.OptimizerConfig.learning_rate = 0.03
+"""
+
+
+def test_a_price_keeps_adapters_near_the_reference(folder):
+    trained(folder, "base", "--set=evaluators={}", "--set=train.steps=3")
+    words = [str(folder / "base"), str(folder / "adapted"), "--set=lora.rank=2"]
+    assert cli.main(["adapt", *words, "--admit=tests.rlhf"]) == 0
+    means = {}
+    for beta in (0.01, 3.0):
+        (folder / "adapted.gin").write_text(ADAPTED.format(folder=folder, beta=beta))
+        directory = folder / f"adapted_{beta}"
+        words = [f"--set=directory={directory}", "--admit=tests.rlhf"]
+        assert cli.main(["pretrain", str(folder / "adapted.gin"), *words]) == 0
+        history = read_history(directory / "metrics.jsonl")
+        first, *others = [line["kl"] for line in history if "kl" in line]
+        assert first == pytest.approx(0, abs=1e-7)
+        means[beta] = np.mean(others[10:])
+    assert 0 < means[3.0] < means[0.01] / 2
+
+
+PROMPTS = [Prompt(name, list(name.encode()), {}) for name in ("one", "a longer one")]
+
+
+def make_rollouts(num_answers=4, max_new_tokens=5, reward=digits, **model):
+    config = RolloutConfig({"it": reward}, num_answers, max_new_tokens)
+    model = dense(vocab_size=264, max_length=32, **model)
+    policy = Policy(compute="float32")
+    made = Rollouts(config, model, policy, ByteTokenizer(), length=24, seed=3)
+    return made, jax.tree.map(np.float32, make_params(model))
+
+
+def test_rows_hold_each_prompt_with_its_answer_which_alone_has_weight():
+    made, params = make_rollouts()
+    batch, figures = made(params, PROMPTS, np.array([6, 9]))
+    assert {array.shape for array in batch.values()} == {(8, 24)}
+    for row in range(8):
+        prompt = PROMPTS[row // 4].tokens
+        places = np.flatnonzero(batch["weights"][row])
+        assert places[0] == len(prompt) - 1 and len(places) <= 5
+        np.testing.assert_array_equal(places, places[0] + np.arange(len(places)))
+        assert batch["tokens"][row, : len(prompt)].tolist() == prompt
+        size = len(prompt) - 1 + len(places)
+        np.testing.assert_array_equal(
+            batch["tokens"][row, 1:size], batch["labels"][row, : size - 1]
+        )
+        assert (batch["tokens"][row, size:] == 0).all()
+    answers = {tuple(batch["labels"][row][batch["weights"][row] > 0]) for row in range(8)}
+    assert len(answers) == 8  # each is drawn for itself
+    assert figures["answer_tokens"] == batch["weights"].sum() / 8
+    again, _ = made(params, PROMPTS[::-1], np.array([9, 6]))
+    np.testing.assert_array_equal(again["labels"], np.roll(batch["labels"], 4, axis=0))
+
+
+def test_answers_are_drawn_with_the_probability_that_the_loss_takes():
+    """The mean of -log p of what is drawn is the entropy, within four standard errors."""
+    made, params = make_rollouts(num_answers=2048, max_new_tokens=1)
+    batch, _ = made(params, PROMPTS[:1], np.array([0]))
+    place = len(PROMPTS[0].tokens) - 1
+    row = {name: batch[name][:1] for name in ("tokens", "positions")}
+    logits, _ = Decoder(made.model, policy=made.policy).logits(params, row)
+    log_p = np.asarray(jax.nn.log_softmax(logits[0, place, : made.tokenizer.vocab_size]), float)
+    drawn = -log_p[batch["labels"][:, place]]
+    entropy = -(np.exp(log_p) * log_p).sum()
+    assert abs(drawn.mean() - entropy) < 4 * drawn.std() / np.sqrt(len(drawn))
+    assert drawn.std() > 0.1
+
+
+def test_advantages_compare_the_answers_to_one_prompt():
+    rewards = np.array([[1.0, 0, 0, 1], [5, 5, 5, 5], [0, 0, 0, 4]])
+    found = advantages(rewards)
+    np.testing.assert_allclose(found[0], [1, -1, -1, 1])
+    np.testing.assert_array_equal(found[1], 0)
+    np.testing.assert_allclose(found[2], np.array([-1, -1, -1, 3]) / np.sqrt(3))
+    np.testing.assert_allclose(advantages(10 + 3 * rewards), found, atol=1e-12)
+
+
+def test_a_reward_that_is_no_number_is_refused_with_its_answer():
+    made, params = make_rollouts(reward=lambda prompt, answer: jnp.nan)
+    with pytest.raises(InputError, match=r"given \"nan for .* an answer to one"):
+        made(params, PROMPTS, np.array([0, 1]))
+
+
+def test_an_exact_match_is_worth_one():
+    prompt = Prompt("here", [1], {"answer": " 42\n"})
+    assert exact_match(prompt, "42 ") == 1 and exact_match(prompt, "42.") == 0
+    with pytest.raises(InputError, match="here: given None, expected a field `answer`"):
+        exact_match(Prompt("here", [1], {}), "42")
+
+
+def test_every_prompt_is_answered_once_an_epoch_and_draws_never_repeat(folder):
+    run = load_run([folder / "run.gin"])
+    loader, held_out = (PromptLoader(run.data, 5, 8, split) for split in ("train", "held_out"))
+    num = len(loader.prompts)
+    assert num + len(held_out.prompts) == 40 and num == 40 - loader.num_others
+    assert len(held_out.prompts) > 0
+    batches = [next(loader) for _ in range(num)]  # five epochs
+    numbers = np.concatenate([batch["prompts"] for batch in batches]).reshape(5, num)
+    np.testing.assert_array_equal(np.sort(numbers, 1), np.tile(np.arange(num), (5, 1)))
+    assert (numbers[0] != numbers[1]).any()
+    draws = np.concatenate([batch["draws"] for batch in batches])
+    np.testing.assert_array_equal(draws, np.arange(5 * num))
+
+
+BAD = {
+    "no rollouts": ("run.Run.rollouts = None", "Run.rollouts: given None"),
+    "the next token's loss": ("run.Run.loss = @run.next_token_loss", "policy_loss for prompts"),
+    "texts": ("run.DataConfig.sources = (@run.StandardLibrary(),)", "PromptSource for policy_loss"),
+    "a pipeline": ("run.MeshConfig.pipeline = 2", "MeshConfig.pipeline: given 2, expected 1"),
+    "no adapters": ("run.policy_loss.beta = 0.1", "ModelConfig.lora: given None"),
+    "rows": (
+        "run.RolloutConfig.num_answers = 7",
+        "DataConfig.batch_size: given 64, expected batch_size % num_answers == 0, here 64 % 7 = 1",
+    ),
+    "one answer": ("run.RolloutConfig.num_answers = 1", "2 or more"),
+    "no reward": ("run.RolloutConfig.rewards = {}", "at least one reward"),
+    "no room": ("run.RolloutConfig.max_new_tokens = 32", "prompts of at most 1 tokens"),
+    "no such end": ("run.RolloutConfig.end = '<|stop|>'", "RolloutConfig.end: given '<|stop|>'"),
+    "weights": ("run.DataConfig.weights = (1.0,)", "DataConfig.weights: given (1.0,)"),
+    "another source beside": (
+        "run.DataConfig.sources = (@run.PromptSource(), @run.StandardLibrary())",
+        "PromptSource alone, or none",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_go_with_rewards_is_refused_before_anything_is_written(folder, capsys, name):
+    binding, message = BAD[name]
+    file = folder / "bad.gin"
+    directory = f"run.Run.directory = '{folder}/bad'"
+    file.write_text("\n".join([RUN.format(root=ROOT, folder=folder), directory, binding]))
+    assert cli.main(["pretrain", str(file)]) != 0
+    assert message in capsys.readouterr().err
+    assert not (folder / "bad").exists()
+
+
+def test_a_prompt_that_has_its_answer_already_is_refused(folder, capsys):
+    chat = as_messages([("user", "So?"), ("assistant", "Four.")])
+    (folder / "answered.jsonl").write_text(json.dumps({"messages": chat}))
+    words = [str(folder / "run.gin"), f"--set=directory={folder}/bad"]
+    words.append(f"--set=data.sources.0.paths=('{folder}/answered.jsonl',)")
+    assert cli.main(["pretrain", *words]) != 0
+    assert "waits for the assistant's answer" in capsys.readouterr().err
