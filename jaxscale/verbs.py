@@ -47,6 +47,10 @@ VERBS = {
         "jaxscale.run.evaluate:evaluate",
         "measure a checkpoint on held-out text",
     ),
+    "corpus": Verb(
+        "jaxscale.data.build_corpus:build_corpus",
+        "filter raw text and take near duplicates out, into JSON lines with a report",
+    ),
     "tokenizer": Verb(
         "jaxscale.data.tokenizer:train_tokenizer",
         "train a tokenizer",
@@ -136,6 +140,7 @@ examples:
       --set mesh.data=128 --set data.batch_size=512
   jaxscale plan experiments/configs/runs/llama_1b.gin --devices h200:2x8 \\
       --set data.batch_size=512
+  jaxscale corpus experiments/configs/examples/corpus.gin --set num_processes=2
   jaxscale tokenizer experiments/configs/runs/main_job.gin
   jaxscale pretrain experiments/configs/runs/main_job.gin --set train.steps=100 --set mesh.zero=3
   jaxscale generate runs/main_job --set 'prompts="Once upon"'

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxscale.data.cache_files import appending, write_errors_named
+from jaxscale.data.cache_files import appending, only_builder, write_errors_named
 from jaxscale.data.checksums import damaged_bytes
 from jaxscale.data.encoding import encoded, split_text
 from jaxscale.data.sources import Document, Source, read_documents
@@ -115,7 +114,7 @@ def fingerprint(source: Source, tokenizer: Tokenizer) -> str:
 
 
 def _build(source: Source, tokenizer: Tokenizer, root: Path, name: str) -> None:
-    with _lock(root, name):
+    with only_builder(root, name):
         if (root / name).is_dir():  # another process built it while this one waited
             return
         # With the lock in hand, folders of this host are left over from killed processes. The lock
@@ -131,20 +130,6 @@ def _build(source: Source, tokenizer: Tokenizer, root: Path, name: str) -> None:
             _publish(folder, root / name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(root: Path, name: str) -> Iterator[None]:
-    """Lets one process of a host build this cache.
-
-    The operating system releases the lock when the process that holds it dies.
-    """
-    with write_errors_named(root):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / f".{name}.lock").open("wb")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _publish(folder: Path, target: Path) -> None:

@@ -4,9 +4,28 @@ from jaxscale.checkpoint.changes import Changes
 from jaxscale.checkpoint.manager import CheckpointConfig
 from jaxscale.checkpoint.mirror import MirrorConfig
 from jaxscale.data.chats import ChatSource
+from jaxscale.data.filtered_chunks import CorpusPart
+from jaxscale.data.filters import (
+    Alphanumeric,
+    Compression,
+    Japanese,
+    KanaLines,
+    Keys,
+    Keywords,
+    Length,
+    LineLengths,
+    MaskedAddresses,
+    NoEmptyBrackets,
+    Normalised,
+    ScriptShare,
+    SentenceLength,
+    UntilReferences,
+)
 from jaxscale.data.loader import DataConfig
+from jaxscale.data.minhash import MinHash
 from jaxscale.data.preferences import PreferenceSource
 from jaxscale.data.prompts import PromptSource
+from jaxscale.data.repetition import Repetition
 from jaxscale.data.sources import (
     HuggingFaceSource,
     JsonLinesSource,
@@ -56,6 +75,7 @@ from jaxscale.train.optim import OptimizerConfig
 from jaxscale.train.reporters import TensorBoard, Wandb
 
 __all__ = [
+    "Alphanumeric",
     "AttentionConfig",
     "BatchInvariant",
     "BitsPerByte",
@@ -63,6 +83,8 @@ __all__ = [
     "Changes",
     "ChatSource",
     "CheckpointConfig",
+    "Compression",
+    "CorpusPart",
     "DataConfig",
     "DenseMixerRouter",
     "EngineConfig",
@@ -73,17 +95,27 @@ __all__ = [
     "HeadChunks",
     "HeldOutRewards",
     "HuggingFaceSource",
+    "Japanese",
     "JsonLinesSource",
+    "KanaLines",
+    "Keys",
+    "Keywords",
     "LayerConfig",
+    "Length",
+    "LineLengths",
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
     "LoraConfig",
+    "MaskedAddresses",
     "MaskedSamplingRouter",
     "MeshConfig",
+    "MinHash",
     "MirrorConfig",
     "ModelConfig",
+    "NoEmptyBrackets",
     "NormConfig",
+    "Normalised",
     "OptimizerConfig",
     "ParquetSource",
     "PlannedMesh",
@@ -93,12 +125,15 @@ __all__ = [
     "ProcessesConfig",
     "PromptSource",
     "QuantisedConfig",
+    "Repetition",
     "RolloutConfig",
     "RotaryConfig",
     "Run",
     "RuntimeConfig",
     "Samples",
     "SamplingConfig",
+    "ScriptShare",
+    "SentenceLength",
     "SparseMixerRouter",
     "StandardLibrary",
     "TensorBoard",
@@ -106,6 +141,7 @@ __all__ = [
     "TokenizerConfig",
     "TopKRouter",
     "TrainConfig",
+    "UntilReferences",
     "Wandb",
     "Whole",
     "YarnScaling",
