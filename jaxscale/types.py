@@ -182,6 +182,7 @@ class Role(enum.StrEnum):
     EMBEDDING = "embedding"  # looked up by token
     POSITIONS = "positions"  # looked up by position
     UNEMBEDDING = "unembedding"  # hidden state to logits
+    VALUE = "value"  # hidden state to one value a token
     ROUTER = "router"  # hidden state to the logits of experts
     NORM = "norm"  # scales and biases of norms, and other scales that start at 1
     BIAS = "bias"  # of projections

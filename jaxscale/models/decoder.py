@@ -32,7 +32,7 @@ from jaxscale.types import Array, Batch, Params, Role
 
 # A router in low precision picks other experts (GRIN keeps it in float32). A scale next to 1 has
 # steps of 2^-7 in bfloat16, so that an update of it would be lost.
-KEPT_IN_PARAMETER_TYPE = (Role.ROUTER, Role.NORM, Role.LOGIT_BIAS)
+KEPT_IN_PARAMETER_TYPE = (Role.ROUTER, Role.NORM, Role.LOGIT_BIAS, Role.VALUE)
 
 
 class Tokens(NamedTuple):
@@ -104,8 +104,7 @@ class Decoder:
         """What is known of a batch's tokens; without `segments` a row is one document."""
         positions, segments, lengths = batch["positions"], batch.get("segments"), None
         if self.config.switch_lengths:
-            whole_rows = self.operations.collectives.whole_rows
-            lengths = document_lengths(positions, segments, whole_rows)
+            lengths = document_lengths(positions, segments, self.operations.collectives.whole_rows)
         context = AttentionContext(
             positions=positions,
             segments=segments,
@@ -255,6 +254,7 @@ class Decoder:
 
     def head(self, params: Params) -> Array | Head:
         """The unembedding matrix [V, D], with its bias where it has one (on a mesh: local rows)."""
+        ends.check_has_logits(self.config)
         head = self._use("head", params["head"]) if "head" in params else {}
         if self.config.is_tied:
             head["weights"] = self._use("embedding", params["embedding"])["tokens"]

@@ -7,7 +7,7 @@ from jaxscale.models.layers import normalise
 from jaxscale.ops.activation import activate
 from jaxscale.ops.embedding import look_up
 from jaxscale.ops.linear import linear
-from jaxscale.types import Array, Batch, Params
+from jaxscale.types import Array, Batch, InputError, Params
 
 
 def complete(
@@ -45,3 +45,10 @@ def finished(norm: Params, x: Array, config: ModelConfig) -> Array:
         x = linear("btd,dh->bth", x, norm["dense"]) + norm["dense_bias"]
         x = activate(config.head_activation, None, x)
     return normalise(norm, x, config.norm)
+
+
+def check_has_logits(config: ModelConfig) -> None:
+    """Raises InputError for a model that has values in the place of logits."""
+    if config.use_value_head:
+        expected = "False for logits: a model with values has none, see `jaxscale score`"
+        raise InputError("ModelConfig.use_value_head", True, expected)

@@ -28,7 +28,7 @@ Table = dict[str, Any]
 
 # What muP calls hidden weights: their inputs grow with the width.
 HIDDEN = (Role.MATRIX, Role.EXPERT, Role.ROUTER)
-SMALL_ROLES = (Role.NORM, Role.BIAS, Role.ROUTER, Role.LOGIT_BIAS)
+SMALL_ROLES = (Role.NORM, Role.BIAS, Role.ROUTER, Role.LOGIT_BIAS, Role.VALUE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,9 @@ def parameter_table(config: ModelConfig) -> Table:
         table["prefix"] = build.layers(config.prefix, stack="")
     table["layers"] = build.layers(config.pattern, stack="L")
     table["final_norm"] = build.final_norm()
-    if head := build.head():
+    if config.use_value_head:
+        table["value_head"] = build.value_head()
+    elif head := build.head():
         table["head"] = head
     if pooler := build.pooler():
         table["pooler"] = pooler
@@ -131,6 +133,10 @@ class _Builder:
         if self.config.use_head_bias:
             out["bias"] = self("V", Role.LOGIT_BIAS)
         return out
+
+    def value_head(self) -> Table:
+        """Begins with zeros, so that at first all answers are worth the same on any trunk."""
+        return {"weights": self("YD", Role.VALUE, Y=1)}
 
     def pooler(self) -> Table:
         """Of a whole text, so that none of it counts as active for a token."""
@@ -257,8 +263,8 @@ def in_order_of_use(table: Table, path: str = "") -> Iterator[tuple[str, Paramet
 def stored_type(parameter: Parameter, dtype: str) -> jnp.dtype:
     """The type in which a parameter is stored where matrices are stored in `dtype`.
 
-    Norms, biases and routers are kept in at least float32. They are few, and in bfloat16 the steps
-    next to a scale of 1 are 2^-7, in which an update of 3e-4 is lost.
+    Norms, biases, routers and value heads are kept in at least float32. They are few, and in
+    bfloat16 the steps next to a scale of 1 are 2^-7, in which an update of 3e-4 is lost.
     """
     dtype = jnp.dtype(dtype)
     return jnp.promote_types(dtype, jnp.float32) if parameter.role in SMALL_ROLES else dtype

@@ -18,8 +18,9 @@ class Policy:
     """Names of the floating-point types of a run.
 
     Args:
-        parameters: type of the stored (master) parameters and of the optimizer state; norms, biases
-            and routers, which are few, are stored in at least float32. Not float16.
+        parameters: type of the stored (master) parameters and of the optimizer state; norms,
+            biases, routers and value heads, which are few, are stored in at least float32. Not
+            float16.
         compute: type of activations, and of the parameters as matmuls see them.
         reduction: type in which gradients are accumulated over micro-batches and summed over
             devices. Not float16.

@@ -67,6 +67,7 @@ from jaxscale.rlhf.rewards import exact_match
 from jaxscale.rlhf.rollouts import HeldOutRewards, RolloutConfig
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
+from jaxscale.run.reward import reward_loss
 from jaxscale.run.run import Run, dpo_loss, masked_token_loss, next_token_loss, policy_loss
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
@@ -151,4 +152,5 @@ __all__ = [
     "masked_token_loss",
     "next_token_loss",
     "policy_loss",
+    "reward_loss",
 ]

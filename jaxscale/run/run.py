@@ -48,7 +48,10 @@ def next_token_loss(run: "Run") -> LossFn:
         run: whose model is trained.
     """
     if run.data.is_paired:
-        expected = "dpo_loss for pairs: the next token's loss would learn rejected answers too"
+        expected = (
+            "dpo_loss or reward_loss for pairs: the next token's loss would learn rejected "
+            "answers too"
+        )
         raise InputError("Run.loss", "next_token_loss", expected)
     if run.data.is_prompted:
         expected = "policy_loss for prompts, which hold no answer to learn"
@@ -90,10 +93,7 @@ def dpo_loss(run: "Run", *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
         beta: weight of the divergence from the reference.
         label_smoothing: probability that a pair is the wrong way round.
     """
-    if not run.data.is_paired:
-        expected = "PreferenceSource for dpo_loss"
-        raise InputError("DataConfig.sources", run.data.sources, expected)
-    _check_no_pipeline(run, "dpo_loss")
+    check_pairs(run, "dpo_loss")
     _check_reference(run, "dpo_loss")
     return DpoLoss(
         model=run.model,
@@ -120,6 +120,13 @@ def policy_loss(run: "Run", *, beta: float = 0.04) -> LossFn:
     if beta:
         _check_reference(run, "policy_loss with beta above 0")
     return loss
+
+
+def check_pairs(run: "Run", loss: str) -> None:
+    """Raises InputError unless the run has pairs for a loss, and its devices whole answers."""
+    if not run.data.is_paired:
+        raise InputError("DataConfig.sources", run.data.sources, f"PreferenceSource for {loss}")
+    _check_no_pipeline(run, loss)
 
 
 def _check_no_pipeline(run: "Run", loss: str) -> None:

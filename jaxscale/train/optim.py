@@ -21,7 +21,7 @@ from jaxscale.types import (
 )
 
 # Matrices; not norms, biases, routers or learned positions.
-DECAYED = ("matrix", "expert", "embedding", "unembedding")
+DECAYED = ("matrix", "expert", "embedding", "unembedding", "value")
 MUON_MATRICES = (Role.MATRIX, Role.EXPERT)
 
 

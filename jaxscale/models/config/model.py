@@ -115,6 +115,8 @@ class ModelConfig:
             token, as in BERT; see `models.pooling`.
         use_pair_head: whether that vector has two logits, of which the first is larger where the
             text's second sentence follows the first; needs use_pooler.
+        use_value_head: whether a matrix to one value a token takes the place of the unembedding, as
+            in a reward model; see `models.values`.
         is_tied: whether the unembedding is the embedding.
         use_head_bias: whether the logits have a bias; -inf forbids a word, see `ops.loss.Head`.
         logit_softcap: c of c * tanh(logits / c) on the final logits; None for none.
@@ -142,6 +144,7 @@ class ModelConfig:
     head_activation: str | None = None
     use_pooler: bool = False
     use_pair_head: bool = False
+    use_value_head: bool = False
     is_tied: bool = False
     use_head_bias: bool = False
     logit_softcap: float | None = None
