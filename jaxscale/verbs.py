@@ -39,6 +39,10 @@ VERBS = {
         "jaxscale.run.generate:generate",
         "sample text from a checkpoint",
     ),
+    "score": Verb(
+        "jaxscale.run.reward:score",
+        "print what a reward model says of texts, or of answers to a prompt",
+    ),
     "serve": Verb(
         "jaxscale.run.serve:serve",
         "answer OpenAI's clients over HTTP with a checkpoint",
@@ -149,6 +153,7 @@ examples:
   jaxscale adapt runs/phi3 runs/phi3_lora --set lora.rank=8
   jaxscale chat runs/phi3 --set sampling.temperature=0.7
   jaxscale serve runs/phi3 --set port=8000
+  jaxscale score runs/reward --set 'prompt=Is 7 even?' --set 'texts=("No.", "Yes.")'
   jaxscale export runs/phi3 models/phi3_tuned
   jaxscale checkpoint show runs/main_job/checkpoints
 

@@ -120,7 +120,7 @@ def test_the_make_targets_exist():
 def test_the_commands_load(line, repository):
     """Everything up to the verb's call."""
     left = (repository / "runs" / "main_job" / "config.gin").read_text()
-    for name in ("phi3", "phi3_lora", "phi3_packed", "phi3_tuned"):
+    for name in ("phi3", "phi3_lora", "phi3_packed", "phi3_reward", "phi3_tuned"):
         (repository / "runs" / name).mkdir()
         (repository / "runs" / name / "config.gin").write_text(left)
     (repository / "tuned.gin").write_text(gin_snippet("ChatSource"))

@@ -35,6 +35,7 @@ class Family:
         write: the fields of a model of the family. Nothing is checked here: whoever writes them
             reads them again and compares.
         layout: of the tensors.
+        has_score: whether transformers has it with a value head, "...ForSequenceClassification".
     """
 
     model_types: tuple[str, ...]
@@ -42,6 +43,7 @@ class Family:
     read: Callable[[Fields, Collection[str]], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     layout: Layout
+    has_score: bool = True
 
 
 def read_around(fields: Fields, names: Collection[str]) -> dict[str, Any]:

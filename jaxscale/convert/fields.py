@@ -40,6 +40,7 @@ IGNORED = {
     "output_router_logits",
     "pad_token_id",
     "pretraining_tp",
+    "problem_type",
     "resid_pdrop",
     "router_aux_loss_coef",
     "sep_token_id",

@@ -16,6 +16,7 @@ from jaxscale.convert.families import BY_MODEL_TYPE, FAMILIES, bert
 from jaxscale.convert.family import Family
 from jaxscale.convert.fields import IGNORED, Fields, read_json
 from jaxscale.convert.packed import import_packed, is_packed, packed_tensors
+from jaxscale.convert.places import SCORE
 from jaxscale.convert.quantised import FIELD as QUANTISATION
 from jaxscale.convert.quantised import whole_leaves
 from jaxscale.convert.weights import export_tensors, import_params
@@ -129,7 +130,8 @@ def read_config(
     fields = Fields(values, where, IGNORED)
     config = family.read(fields, names)
     fields.finish()
-    return config
+    has_score = family.has_score and f"{SCORE}.weight" in names
+    return dataclasses.replace(config, use_value_head=True) if has_score else config
 
 
 def write_folder(
@@ -162,6 +164,8 @@ def write_folder(
         raise InputError("directory", str(path), f"a folder without a {CONFIG}")
     chosen, values = _values(config, family, like)
     values = values | {"dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name}
+    if config.use_value_head:
+        values |= _of_score(chosen)
     if any(map(is_quantised, jax.tree.leaves(params, is_leaf=is_quantised))):
         tensors, values[QUANTISATION] = packed_tensors(config, chosen.layout, params, dtype=dtype)
     else:
@@ -221,6 +225,17 @@ def _written(family: Family, config: ModelConfig) -> dict[str, Any]:
     return about | family.write(config)
 
 
+def _of_score(family: Family) -> dict[str, Any]:
+    """What a config.json says of a model with one score."""
+    stem = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    label = "LABEL_0"
+    return {
+        "architectures": [f"{stem}ForSequenceClassification"],
+        "id2label": {"0": label},
+        "label2id": {label: 0},
+    }
+
+
 def _differences(family: Family, values: dict[str, Any], config: ModelConfig) -> list[str]:
     """What a reader of a config.json would not find of the model, as `name = value`."""
     try:
@@ -236,7 +251,8 @@ def _differences(family: Family, values: dict[str, Any], config: ModelConfig) ->
 def _telling(config: ModelConfig) -> list[str]:
     """Names of tensors by which a reader knows parts of a model of which config.json is silent."""
     parts = {
-        "lm_head.weight": not config.is_tied,
+        "lm_head.weight": not (config.is_tied or config.use_value_head),
+        f"{SCORE}.weight": config.use_value_head,
         bert.POOLER: config.use_pooler,
         bert.PAIR: config.use_pair_head,
     }

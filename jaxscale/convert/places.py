@@ -17,7 +17,8 @@ from jaxscale.types import Role
 # A module, or several of which a folder has one: experts one by one or packed.
 Names = Mapping[str, str | tuple[str, ...]]
 EXPERT = "{expert}"
-TABLES = (Role.EMBEDDING, Role.POSITIONS, Role.UNEMBEDDING)
+SCORE = "score"  # module of the value head, which transformers gives this name in every family
+TABLES = (Role.EMBEDDING, Role.POSITIONS, Role.UNEMBEDDING, Role.VALUE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Layout:
     is_input_first: bool = False
     interleaved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     num_unread_positions: int = 0
+
+    @property
+    def modules(self) -> Names:
+        """All names, also that of a value head."""
+        return {**self.names, "value_head": SCORE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +187,8 @@ def _section(
     available: Collection[str] | None,
 ) -> Iterator[Share]:
     parameters = dict(in_order_of_use(table))
-    order = list(layout.names)
-    for leaf in sorted(parameters, key=lambda leaf: order.index(_entry(leaf, layout.names))):
+    order = list(layout.modules)
+    for leaf in sorted(parameters, key=lambda leaf: order.index(_entry(leaf, layout.modules))):
         parameter = parameters[leaf]
         name = _tensor_name(leaf, begin, parameter, layout, available)
         experts: list[int | None] = [None]
@@ -209,7 +215,7 @@ def _tensor_name(
     layout: Layout,
     available: Collection[str] | None,
 ) -> str:
-    modules = layout.names[_entry(leaf, layout.names)]
+    modules = layout.modules[_entry(leaf, layout.modules)]
     modules = (modules,) if isinstance(modules, str) else modules
     is_bias = leaf.endswith(("/bias", "_bias"))
     names = []

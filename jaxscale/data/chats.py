@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,10 +49,11 @@ class Line(NamedTuple):
         label = f"{self.label}: {name}"
         if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
             raise InputError(label, found, "a list of messages, each with a role and its content")
-        return [_checked(message, label, self.special) for message in found]
+        return [checked(message, label, self.special) for message in found]
 
 
-def _checked(message: dict[str, Any], label: str, special: list[str]) -> "Message":
+def checked(message: dict[str, Any], label: str, special: Iterable[str]) -> "Message":
+    """A message of a chat; raises InputError unless it is of text that spells no special token."""
     role, content = message.get("role"), message.get("content")
     if not (isinstance(role, str) and isinstance(content, str)):
         raise InputError(label, (role, content), "a role and a content of text")

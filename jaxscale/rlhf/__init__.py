@@ -1,1 +1,1 @@
-"""Learning from preferences: DPO, which the code of DeepSpeed-Chat (arXiv 2308.01320) has too."""
+"""Learning from preferences: reward models and DPO, as in DeepSpeed-Chat (arXiv 2308.01320)."""

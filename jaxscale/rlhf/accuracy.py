@@ -14,7 +14,7 @@ from jaxscale.types import InputError, check_types
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceAccuracy:
-    """Evaluator that goes once over the held-out pairs of a run whose loss is `dpo_loss`.
+    """Evaluator that goes once over the held-out pairs of a run by `dpo_loss` or `reward_loss`.
 
     Args:
         data: as the run's.

@@ -64,7 +64,9 @@ def say_what_came(run: Run, outcome: Outcome, seconds: float) -> None:
         text += f", {evaluations[-1]}"
     _say(f"{text}; figures and checkpoints are in {run.path}")
     if outcome.signal is None:
-        _say(f"next: jaxscale evaluate {run.path}, or jaxscale generate {run.path} --set prompts=a")
+        is_reward = run.model.use_value_head
+        verb, field = ("score", "texts") if is_reward else ("generate", "prompts")
+        _say(f"next: jaxscale evaluate {run.path}, or jaxscale {verb} {run.path} --set {field}=a")
 
 
 def _numbers_text(figures: Mapping[str, Any]) -> str:

@@ -1,8 +1,26 @@
 """Reward models of a run: what they learn by, and `score`, what they say of texts."""
 
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxscale.data.chat_template import read_chat_template
+from jaxscale.data.chats import ASSISTANT, chat_document, checked
+from jaxscale.data.encoding import encoded
+from jaxscale.data.tokenizer import Tokenizer
+from jaxscale.launch.runtime import apply_runtime
+from jaxscale.models.decoder import Decoder
+from jaxscale.models.values import token_values
 from jaxscale.parallel.region import LossFn
 from jaxscale.rlhf.reward import RewardLoss
+from jaxscale.run.huggingface import files_beside
+from jaxscale.run.model import load, opened
 from jaxscale.run.run import Run, check_pairs
+from jaxscale.types import Array, Batch, InputError, Params
 
 
 def reward_loss(
@@ -26,3 +44,78 @@ def reward_loss(
         compared=compared,
         centering=centering,
     )
+
+
+def score(
+    *,
+    run: Run | str | Path,
+    texts: tuple[str, ...] | str,
+    prompt: str | None = None,
+    step: int | None = None,
+) -> list[float]:
+    """Prints and returns a reward model's score of each text, on one device.
+
+    Args:
+        run: the run; or the directory of one, or of Hugging Face, with a reward model.
+        texts: one or more texts. A score is the value of a text's last token.
+        prompt: what the texts are answers of the assistant to, by the tokenizer's chat template;
+            None for texts that are scored as they stand.
+        step: which checkpoint; the newest when None.
+    Raises:
+        InputError: the model has no value head, there is no such checkpoint or no template, or a
+            text has no token, too many for the model, or spells a special token in an answer.
+    """
+    run = opened(run)
+    apply_runtime(run.runtime, str(run.path))
+    if not run.model.use_value_head:
+        raise InputError("ModelConfig.use_value_head", False, "True for a model that scores")
+    texts = (texts,) if isinstance(texts, str) else texts
+    model = load(run, step=step)
+    if prompt is None:
+        tokens = [model.tokenizer.encode(text) for text in texts]
+    else:
+        tokens = _answers(prompt, texts, model.tokenizer, files_beside(run))
+    batch, last = _rows(tokens, run.model.max_length)
+    values = _values(model.decoder, model.pure_params(), batch)
+    scores = [float(value) for value in values[np.arange(len(texts)), last]]
+    for text, each in zip(texts, scores, strict=True):
+        print(f"{each:10.4f}  {text!r}")
+    return scores
+
+
+def _answers(
+    prompt: str,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    folder: Path,
+) -> list[np.ndarray]:
+    """The tokens of each answer with its prompt, up to what ends it, as in training."""
+    template = read_chat_template(folder)
+    found = []
+    for number, text in enumerate(texts):
+        label, special = f"texts[{number}]", getattr(tokenizer, "special_tokens", ())
+        turns = {"role": "user", "content": prompt}, {"role": ASSISTANT, "content": text}
+        messages = [checked(turn, label, special) for turn in turns]
+        (tokens,), (is_answer,) = encoded([chat_document(template, messages, label)], tokenizer)
+        found.append(tokens[: np.flatnonzero(is_answer).max(initial=-1) + 1])
+    return found
+
+
+def _rows(tokens: Sequence[Sequence[int]], max_length: int) -> tuple[Batch, np.ndarray]:
+    """A batch with a row for each text, and the place of the last token of each."""
+    for number, each in enumerate(tokens):
+        if not 0 < len(each) <= max_length:
+            expected = f"1 to max_length = {max_length} tokens"
+            raise InputError(f"texts[{number}]", f"{len(each)} tokens", expected)
+    last = np.array([len(each) - 1 for each in tokens])
+    rows = np.zeros((len(tokens), last.max() + 1), np.int32)
+    for row, each in zip(rows, tokens, strict=True):
+        row[: len(each)] = each
+    positions = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
+    return {"tokens": rows, "positions": jnp.asarray(positions)}, last
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _values(decoder: Decoder, params: Params, batch: Batch) -> Array:
+    x, _, _ = decoder.run_layers(params, decoder.embed(params, batch), decoder.tokens(batch))
+    return token_values(decoder, params, x)

@@ -147,6 +147,16 @@ def test_roles_of_a_model_with_every_part():
     assert paths_of(MODELS["gpt2"], Role.POSITIONS) == {"embedding/positions"}
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_value_head_takes_the_place_of_the_unembedding(is_tied):
+    config = dataclasses.replace(MODELS["grin"], is_tied=is_tied, use_value_head=True)
+    table = tree.flatten(parameter_table(config))
+    value = table["value_head/weights"]
+    assert value.role == Role.VALUE and value.shape == (1, config.model_dim)
+    assert value.std == value.mean == 0
+    assert not [path for path in table if path.startswith("head/")]
+
+
 def test_parts_that_a_configuration_lacks_have_no_parameters():
     """Biases of three projections of four; norms before, after, or both, and one where parallel."""
     biases = paths_of(MODELS["post_norms"], Role.BIAS)

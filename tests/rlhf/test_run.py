@@ -7,26 +7,7 @@ import pytest
 
 from jaxscale import cli
 from jaxscale.train.metrics import read_history
-from tests.data.chat_tokenizer import as_messages, write_chat_tokenizer
-from tests.run.runs import ROOT
 
-CHATS = """
-from __gin__ import dynamic_registration
-from jaxscale import run
-include '{root}/tests/tiny.gin'
-CORPUS = ()
-CACHE = '{folder}/cache'
-DIRECTORY = '{folder}/base'
-run.ModelConfig.vocab_size = 300
-run.ModelConfig.max_length = 64
-run.DataConfig.sequence_length = 64
-run.DataConfig.sources = (@run.ChatSource(),)
-run.ChatSource.paths = ('{folder}/chats.jsonl',)
-run.ChatSource.tokenizer = '{folder}'
-run.TokenizerConfig.kind = 'huggingface'
-run.TokenizerConfig.path = '{folder}'
-run.TrainConfig.steps = 2
-"""
 PAIRS = """
 from __gin__ import dynamic_registration
 from jaxscale import run
@@ -45,30 +26,15 @@ run.OptimizerConfig.learning_rate = 0.05
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A base that was trained on chats, adapters beside it, and files of what follows."""
-    path = tmp_path_factory.mktemp("aligned")
-    write_chat_tokenizer(path)
-    asked = [[("user", f"{number * 7 % 40} and two?")] for number in range(40)]
-    chats = [as_messages([*each, ("assistant", "So.")]) for each in asked]
-    answers = {"chosen": "Hi there", "rejected": "Four."}
-    pairs = [
-        {name: as_messages([*each, ("assistant", text)]) for name, text in answers.items()}
-        for each in asked
-    ]
-    lines = [json.dumps({"messages": chat}) for chat in chats]
-    (path / "chats.jsonl").write_text("\n".join(lines))
-    (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    for name, text in (("chats", CHATS), ("pairs", PAIRS)):
-        (path / f"{name}.gin").write_text(text.format(root=ROOT, folder=path))
-    assert cli.main(["pretrain", str(path / "chats.gin")]) == 0
-    words = [str(path / "base"), str(path / "adapted"), "--set=lora.rank=2"]
-    assert cli.main(["adapt", *words]) == 0
-    return path
+def pairs(folder):
+    """The gin file of the run that learns from pairs."""
+    file = folder / "pairs.gin"
+    file.write_text(PAIRS.format(folder=folder))
+    return file
 
 
-def test_a_run_learns_which_answers_are_preferred_and_says_so_of_pairs_held_out(folder):
-    assert cli.main(["pretrain", str(folder / "pairs.gin")]) == 0
+def test_a_run_learns_which_answers_are_preferred_and_says_so_of_pairs_held_out(folder, pairs):
+    assert cli.main(["pretrain", str(pairs)]) == 0
     history = read_history(folder / "aligned" / "metrics.jsonl")
     steps = [line for line in history if "loss" in line]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -77,7 +43,7 @@ def test_a_run_learns_which_answers_are_preferred_and_says_so_of_pairs_held_out(
     (held_out,) = [line for line in history if "preferences/accuracy" in line]
     assert held_out["preferences/accuracy"] == 1 and held_out["preferences/margin"] > 1
     words = [
-        str(folder / "pairs.gin"),
+        str(pairs),
         "--set=evaluators={}",
         "--set=mesh.data=8",
         "--set=mesh.tensor=1",
@@ -87,8 +53,8 @@ def test_a_run_learns_which_answers_are_preferred_and_says_so_of_pairs_held_out(
     assert figures["held_out/margin"] == pytest.approx(held_out["preferences/margin"], rel=1e-4)
 
 
-def test_what_is_trained_on_is_shown_answer_by_answer(folder, capsys):
-    words = [str(folder / "pairs.gin"), "--set=num_rows=1", "--set=num_characters=200"]
+def test_what_is_trained_on_is_shown_answer_by_answer(pairs, capsys):
+    words = [str(pairs), "--set=num_rows=1", "--set=num_characters=200"]
     assert cli.main(["data", *words]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " tokens  '" in line]
     assert len(lines) % 2 == 0 and all(line.endswith("| document ends") for line in lines)

@@ -93,4 +93,4 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 
 LAYOUT = Layout(NAMES, layer="bert.encoder.layer.{layer}.")
-BERT = Family(("bert",), "BertForMaskedLM", read, write, LAYOUT)
+BERT = Family(("bert",), "BertForMaskedLM", read, write, LAYOUT, has_score=False)

@@ -61,4 +61,5 @@ def write_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 OLMO2 = Family(("olmo2",), "Olmo2ForCausalLM", read, write, Layout(OLMO2_NAMES))
-OLMOE = Family(("olmoe",), "OlmoeForCausalLM", read_moe, write_moe, Layout(llama.NAMES | EXPERTS))
+OLMOE_LAYOUT = Layout(llama.NAMES | EXPERTS)
+OLMOE = Family(("olmoe",), "OlmoeForCausalLM", read_moe, write_moe, OLMOE_LAYOUT, has_score=False)

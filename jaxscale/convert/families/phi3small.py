@@ -163,4 +163,5 @@ PHI3_SMALL = Family(
     read,
     write,
     Layout(NAMES, interleaved=INTERLEAVED),
+    has_score=False,
 )

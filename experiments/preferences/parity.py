@@ -1,0 +1,54 @@
+"""Write pairs of answers about numbers, and a tokenizer for them: what reward_cpu.gin learns from.
+
+The better answer says rightly whether a number is even. Its form says nothing.
+
+python experiments/preferences/parity.py runs/parity
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import tokenizers
+
+SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
+LETTERS = "0123456789 abcdefghijklmnopqrstuvwxyz?.,"
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def chat(number, answer):
+    """A question and an answer to it."""
+    return [
+        {"role": "user", "content": f"is {number} even or odd?"},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def pairs(size=1000):
+    """A right and a wrong answer about each number, each in one of three forms."""
+    forms = "{}.", "it is {}.", "{1} is {0}, of course."
+    for number in range(size):
+        right, wrong = ("even", "odd") if number % 2 == 0 else ("odd", "even")
+        chosen = forms[number // 2 % 3].format(right, number)
+        rejected = forms[number // 6 % 3].format(wrong, number)
+        yield {"chosen": chat(number, chosen), "rejected": chat(number, rejected)}
+
+
+def write(folder):
+    """The tokenizer has one token a character."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = {letter: number for number, letter in enumerate(LETTERS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"eos_token": SPECIAL[0], "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs()))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
