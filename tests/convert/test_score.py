@@ -14,6 +14,8 @@ from jaxscale.types import InputError
 from tests.convert.test_families import FIXTURES, NAMES, folder, params, placed
 
 WITHOUT = ("bert", "olmoe")
+TUNED = [(name, True) for name in NAMES if name not in WITHOUT]  # by the folder's config.json
+NEW = [("gpt2", False), ("llama", False), ("phi3", False)]
 
 
 def scored(name):
@@ -24,8 +26,7 @@ def scored(name):
     return dataclasses.replace(folder(name).config, use_value_head=True), trunk | head
 
 
-@pytest.mark.parametrize("is_kept", [True, False], ids=["tuned", "new"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT])
+@pytest.mark.parametrize(("name", "is_kept"), TUNED + NEW)
 def test_a_value_head_is_the_score_of_transformers_and_is_read_again(name, is_kept, tmp_path):
     config, wanted = scored(name)
     like = FIXTURES / name / CONFIG if is_kept else None
