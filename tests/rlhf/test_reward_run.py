@@ -37,18 +37,12 @@ run.DataConfig.held_out_fraction = 0.999999
 NUM_FEW = 3
 
 
-@pytest.fixture(scope="module")
-def trained(folder):
-    """The gin file of a run that has learned from pairs."""
+def test_a_reward_model_learns_from_a_language_model_and_scores_as_it_was_evaluated(folder, capsys):
+    """The template writes a line's end and a document's behind an answer; neither is scored."""
     file = folder / "rewarded.gin"
     file.write_text(PAIRS.format(folder=folder, base=folder / "base"))
     assert cli.main(["pretrain", str(file)]) == 0
-    return file
-
-
-def test_a_reward_model_learns_from_a_language_model_and_says_so_of_pairs_held_out(
-    folder, trained, capsys
-):
+    assert f"or jaxscale score {folder}/reward --set texts=a" in capsys.readouterr().err
     history = read_history(folder / "reward" / "metrics.jsonl")
     steps = [line for line in history if "loss" in line]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -56,18 +50,12 @@ def test_a_reward_model_learns_from_a_language_model_and_says_so_of_pairs_held_o
     assert steps[-1]["accuracy"] == 1 and steps[-1]["loss"] < 0.3
     (held_out,) = [line for line in history if "preferences/accuracy" in line]
     assert held_out["preferences/accuracy"] == 1 and held_out["preferences/margin"] > 1
-    assert cli.main(["pretrain", str(trained)]) == 0
-    assert f"or jaxscale score {folder}/reward --set texts=a" in capsys.readouterr().err
-
-
-def test_answers_have_the_scores_that_pairs_have_on_any_mesh(folder, trained, capsys):
-    """The template writes a line's end and a document's behind an answer; neither is scored."""
     lines = (folder / "pairs.jsonl").read_text().splitlines()
     (folder / "few.jsonl").write_text("\n".join(lines[:NUM_FEW]))
-    file = folder / "few.gin"
-    file.write_text((PAIRS + FEW).format(folder=folder, base=folder / "base"))
+    few = folder / "few.gin"
+    few.write_text((PAIRS + FEW).format(folder=folder, base=folder / "base"))
     words = ["--set=evaluators={}", "--set=mesh.data=8", "--set=mesh.tensor=1"]
-    assert cli.main(["evaluate", str(file), *words]) == 0
+    assert cli.main(["evaluate", str(few), *words]) == 0
     figures = json.loads((folder / "reward" / "evaluation_20.json").read_text())
     both = [
         score(run=folder / "reward", texts=tuple(ANSWERS.values()), prompt=prompt)
@@ -131,11 +119,3 @@ def test_what_does_not_go_with_rewards_is_refused_before_anything_is_written(fol
     assert cli.main(["pretrain", str(file)]) != 0
     assert message in capsys.readouterr().err
     assert not (folder / "bad").exists()
-
-
-def test_logits_of_a_reward_model_are_refused(folder, trained, capsys):
-    assert (
-        cli.main(["generate", str(folder / "reward"), "--set=prompts=a", "--set=max_new_tokens=5"])
-        != 0
-    )
-    assert "use_value_head: given True, expected False for logits" in capsys.readouterr().err

@@ -113,3 +113,9 @@ def test_several_labels_are_no_score(tmp_path, capsys):
     write_safetensors(tmp_path / "many", tensors, max_shard_bytes=10**9)
     assert cli.main(["score", str(tmp_path / "many"), "--set=texts=a"]) == cli.EXIT_BAD_INPUT
     assert "score.weight: given (3, 16), expected (1, 16)" in capsys.readouterr().err
+
+
+def test_logits_of_a_reward_model_are_refused(capsys):
+    words = ["--set=prompts=a", "--set=max_new_tokens=5"]
+    assert cli.main(["generate", str(FIXTURE), *words]) == cli.EXIT_BAD_INPUT
+    assert "use_value_head: given True, expected False for logits" in capsys.readouterr().err
