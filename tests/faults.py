@@ -55,6 +55,27 @@ FAULTS = (
         "tests/ops/test_attention.py::test_no_future_token_is_seen",
     ),
     Fault(
+        "the pair bias's gradient is the first row's",
+        "jaxscale/ops/attention/evoformer_chunked.py",
+        "dlogits.sum(1, keepdims=True)",
+        "dlogits[:, :1]",
+        "tests/ops/test_evoformer_attention.py::test_chunks_agree_with_the_reference",
+    ),
+    Fault(
+        "a query without keys is NaN",
+        "jaxscale/ops/attention/evoformer_chunked.py",
+        "jnp.where(new_top == -jnp.inf, 0, new_top)",
+        "new_top",
+        "tests/ops/test_evoformer_attention.py::test_a_query_without_keys_gives_zeros",
+    ),
+    Fault(
+        "the incoming edges of a triangle are its outgoing ones",
+        "jaxscale/models/evoformer/block.py",
+        '"bktf,bksf->btsf" if is_incoming',
+        '"btkf,bskf->btsf" if is_incoming',
+        "tests/models/evoformer/test_block.py::test_a_block_is_alphafolds",
+    ),
+    Fault(
         "documents of a row see one another",
         "jaxscale/ops/attention/context.py",
         "self.segments[:, :, None] == key_segments[:, None, :]",

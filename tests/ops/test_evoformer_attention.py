@@ -27,13 +27,13 @@ SHAPES = {
 }
 
 
-def draw(shape, biases=(True, True), dtype=jnp.float32, seed=0):
+def draw(shape, biases=(True, True)):
     """Operands with some keys hidden, and a cotangent."""
     batch, rows, queries, keys, heads, width = shape
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     of_queries, of_keys = ((batch, rows, n, heads, width) for n in (queries, keys))
     q, k, v, do = (
-        jnp.asarray(rng.normal(size=size), dtype)
+        jnp.asarray(rng.normal(size=size), jnp.float32)
         for size in (of_queries, of_keys, of_keys, of_queries)
     )
     hidden = rng.random((batch, rows, 1, 1, keys)) < 0.3
@@ -184,14 +184,20 @@ def test_a_finite_mask_on_every_key_sees_them_all_alike(dtype):
     )
 
 
-@pytest.mark.parametrize("width", [8, 64])
-def test_bfloat16_stays_by_the_float32_reference(width):
-    operands, do = draw((1, 3, 20, 37, 2, width), dtype=jnp.bfloat16)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (operands, do))
-    got = with_gradients(operands, do, "chunked")
-    assert [x.dtype for x in got] == [jnp.bfloat16] * 4 + [jnp.float32] * 2
-    # The type of the biases is their own, as that of their gradients is.
-    assert_close(got, with_gradients(*wide, "reference"), tolerance=1e-2)
+@pytest.mark.parametrize(
+    ("dtype", "width", "tolerance"),
+    [("bfloat16", 8, 1e-2), ("bfloat16", 64, 1e-2), ("float16", 32, 1.5e-3)],
+)
+def test_half_types_stay_by_the_float32_reference(dtype, width, tolerance):
+    """The type of the biases is their own, as that of their gradients is."""
+    operands, do = draw((1, 3, 20, 37, 2, width))
+    halves = [x.astype(dtype) for x in (*operands[:3], do)]
+    operands = (*halves[:3], *operands[3:])
+    got = with_gradients(operands, halves[3], "chunked")
+    assert [x.dtype for x in got] == [jnp.dtype(dtype)] * 4 + [jnp.dtype("float32")] * 2
+    *wide, do = (x.astype("float32") for x in halves)
+    want = with_gradients((*wide, *operands[3:]), do, "reference")
+    assert_close(got, want, tolerance)
 
 
 def test_biases_in_bfloat16():
