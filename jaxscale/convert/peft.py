@@ -124,11 +124,14 @@ def write_adapters(
         layout: of its family.
         params: the parameter tree.
     Raises:
-        InputError: the model has no adapters, or the folder has some.
+        InputError: the model has no adapters or also a value head, or the folder has adapters.
     """
     folder = Path(directory).expanduser()
     if config.lora is None:
         raise InputError("ModelConfig.lora", None, "adapters to write")
+    if config.use_value_head:
+        expected = "False for adapters alone, beside which a value head would be lost"
+        raise InputError("ModelConfig.use_value_head", True, expected)
     if (folder / CONFIG).exists():
         raise InputError("directory", str(folder), f"a folder without an {CONFIG}")
     leaves = tree.flatten(params)

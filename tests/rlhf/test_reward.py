@@ -63,6 +63,8 @@ def pairs():
             answers[1][num_common:] += 32  # no token of the chosen one
             for answer in answers:
                 answer[num_common + 1 :][-1:] = 0
+            if num_chosen == num_common < num_rejected:
+                answers[1][num_common] = answers[0][-1]  # it goes on with the same token again
             texts = [np.append(prompt, answer) for answer in answers]
             yield row, *texts, rng.integers(1, 64, num_behind), num_prompt
 

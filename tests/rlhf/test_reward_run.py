@@ -81,21 +81,32 @@ run.DataConfig.cache_directory = '{folder}/cache'
 run.DataConfig.held_out_fraction = 0.0
 run.DataConfig.batch_size = 8
 run.MeshConfig.data = 8
-run.TrainConfig.steps = 1
+run.TrainConfig.trainable = '.*_lora/[ab]|value_head/.*'
+run.TrainConfig.steps = 2
 """
 
 
-def test_an_imported_language_model_becomes_a_reward_model_without_its_head(folder):
-    base, fixture = folder / "imported", Path(__file__).parent / "fixtures" / "trl"
-    assert cli.main(["import", str(fixture), f"--set=directory={base}"]) == 0
+def test_an_imported_language_model_becomes_a_reward_model_by_adapters(folder, capsys):
+    """Its head is dropped; adapters and the value head alone are trained, and merged for others."""
+    base, fixture = folder / "of_adapters", Path(__file__).parent / "fixtures" / "trl"
+    assert cli.main(["import", str(fixture), f"--set=directory={folder / 'imported'}"]) == 0
+    assert cli.main(["adapt", str(folder / "imported"), str(base), "--set=lora.rank=2"]) == 0
     text = PAIRS + IMPORTED
     file = folder / "of_imported.gin"
     file.write_text(text.format(folder=folder, base=base, fixture=fixture))
     assert cli.main(["pretrain", str(file)]) == 0
-    (step,) = read_history(folder / "of_imported" / "metrics.jsonl")
-    assert step["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    yes, no = score(run=folder / "of_imported", texts=("Yes.", "No, never."), prompt="Is 7 even?")
+    first, second = read_history(folder / "of_imported" / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(second["loss"] - math.log(2)) > 1e-4
+    run, exported = folder / "of_imported", folder / "exported"
+    assert cli.main(["export", str(run), str(exported)]) == 0
+    texts = ("Yes.", "No, never.")
+    yes, no = score(run=run, texts=texts, prompt="Is 7 even?")
     assert yes != no
+    assert score(run=exported, texts=texts, prompt="Is 7 even?") == pytest.approx([yes, no], 1e-5)
+    capsys.readouterr()
+    assert cli.main(["export", str(run), str(folder / "peft"), "--set=is_peft=True"]) != 0
+    assert "adapters alone, beside which a value head would be lost" in capsys.readouterr().err
 
 
 BAD = {
