@@ -292,14 +292,14 @@ FAULTS = (
         "jaxscale/rlhf/reward.py",
         "scores = values[row, pairs.starts + pairs.lengths - 1]",
         "scores = values[row, pairs.starts + pairs.lengths - 2]",
-        "tests/rlhf/test_reward.py::test_pairs_in_rows_have_the_loss_and_gradient_of_each_answer_by_itself",
+        "tests/rlhf/test_reward.py::test_pairs_in_rows_have_the_loss_and_gradient_of_answers_apart",
     ),
     Fault(
         "answers are compared from their second difference on",
         "jaxscale/rlhf/reward.py",
         "is_compared = is_used & (position >= first[row, pair])",
         "is_compared = is_used & (position > first[row, pair])",
-        "tests/rlhf/test_reward.py::test_pairs_in_rows_have_the_loss_and_gradient_of_each_answer_by_itself",
+        "tests/rlhf/test_reward.py::test_pairs_in_rows_have_the_loss_and_gradient_of_answers_apart",
         "each",
     ),
 )

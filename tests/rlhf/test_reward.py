@@ -163,7 +163,7 @@ def check(loss, sums, gradient):
 
 
 @pytest.mark.parametrize("loss", [LOSS, LAST], ids=["each token", "last token"])
-def test_pairs_in_rows_have_the_loss_and_gradient_of_each_answer_by_itself(loss):
+def test_pairs_in_rows_have_the_loss_and_gradient_of_answers_apart(loss):
     with jax.enable_x64(True):
 
         def total(params):
