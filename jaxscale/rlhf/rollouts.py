@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,10 +19,22 @@ from jaxscale.models.execution import ExecutionConfig
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.decoding import check_prompts, generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
-from jaxscale.types import Batch, InputError, Params, check_positive, check_types
+from jaxscale.types import Batch, InputError, Params, check_built, check_positive, check_types
 
-Reward = Callable[[Prompt, str], float]
+Reward = Callable[[Sequence[Prompt], Sequence["Answer"]], Sequence[float]]
 SMALLEST_DEVIATION = 1e-6  # of rewards; what is less is rounding
+
+
+class Answer(NamedTuple):
+    """What a model wrote.
+
+    Args:
+        tokens: with the one that ended it, unless it was cut off.
+        text: without that one.
+    """
+
+    tokens: list[int]
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +42,8 @@ class RolloutConfig:
     """What a model that learns from rewards writes in each step.
 
     Args:
-        rewards: name -> (prompt, text of the answer) -> a number; their sum is an answer's reward.
+        rewards: name -> (prompts, the answer to each) -> numbers; their sum is an answer's reward.
+            One that also has `check(tokenizer)` is asked before anything is written.
         num_answers: to each prompt; an answer is compared with the others.
         max_new_tokens: longest answer.
         end: text of the special token that ends an answer; None for the one that ends a document.
@@ -49,6 +62,13 @@ class RolloutConfig:
             raise InputError("RolloutConfig.num_answers", self.num_answers, expected)
         if not self.rewards:
             raise InputError("RolloutConfig.rewards", self.rewards, "at least one reward")
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises InputError if there is no such end, or a reward's own `check` does."""
+        self.end_id(tokenizer)
+        for name, reward in self.rewards.items():
+            check_built(f"RolloutConfig.rewards[{name!r}]", reward)
+            getattr(reward, "check", lambda tokenizer: None)(tokenizer)
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The token that ends an answer; raises InputError if the tokenizer has none such."""
@@ -107,7 +127,7 @@ class Rollouts:
         sequences = (draws[:, None] * num + np.arange(num)).reshape(-1)
         end = self.config.end_id(self.tokenizer)
         execution = ExecutionConfig(is_scanned=False, remat="none")
-        answers = generate_tokens(
+        written = generate_tokens(
             Decoder(self.model, policy=self.policy, execution=execution),
             params,
             [prompt.tokens for prompt in asked],
@@ -117,32 +137,25 @@ class Rollouts:
             sequences=sequences.tolist(),
             num_tokens=self.tokenizer.vocab_size,
         )
-        rewards = self._rewards(asked, answers, end)
+        answers = [self._answer(tokens, end) for tokens in written]
+        rewards = {
+            name: _checked(name, reward(asked, answers), asked, answers)
+            for name, reward in self.config.rewards.items()
+        }
         total = sum(rewards.values()).reshape(-1, num)
         figures = {f"reward/{name}": float(of_each.mean()) for name, of_each in rewards.items()}
         figures |= {
             "reward": float(total.mean()),
             "reward_deviation": float(total.std(1).mean()),
-            "answer_tokens": float(np.mean([len(answer) for answer in answers])),
-            "cut_off": float(np.mean([end not in answer for answer in answers])),
+            "answer_tokens": float(np.mean([len(tokens) for tokens in written])),
+            "cut_off": float(np.mean([end not in tokens for tokens in written])),
             "rollout_s": time.perf_counter() - began,
         }
-        return self._rows(asked, answers, advantages(total)), figures
+        return self._rows(asked, written, advantages(total)), figures
 
-    def _rewards(
-        self,
-        asked: Sequence[Prompt],
-        answers: Sequence[Sequence[int]],
-        end: int,
-    ) -> Mapping[str, np.ndarray]:
-        texts = [
-            self.tokenizer.decode([token for token in answer if token != end]) for answer in answers
-        ]
-        found = {}
-        for name, reward in self.config.rewards.items():
-            pairs = zip(asked, texts, strict=True)
-            found[name] = np.array([_checked(name, reward, *pair) for pair in pairs])
-        return found
+    def _answer(self, tokens: list[int], end: int) -> Answer:
+        text = self.tokenizer.decode([token for token in tokens if token != end])
+        return Answer(tokens, text)
 
     def _rows(
         self,
@@ -179,12 +192,21 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
     return np.where(is_equal, 0, centred / np.where(is_equal, 1, deviation))
 
 
-def _checked(name: str, reward: Reward, prompt: Prompt, text: str) -> float:
-    value = float(reward(prompt, text))
-    if not np.isfinite(value):
-        given = f"{value} for {text!r}, an answer to {prompt.key}"
-        raise InputError(f"RolloutConfig.rewards[{name!r}]", given, "a finite number")
-    return value
+def _checked(
+    name: str,
+    rewards: Sequence[float],
+    asked: Sequence[Prompt],
+    answers: Sequence[Answer],
+) -> np.ndarray:
+    found, parameter = np.asarray(rewards, float), f"RolloutConfig.rewards[{name!r}]"
+    if found.shape != (len(asked),):
+        expected = f"a number for each of {len(asked)} answers"
+        raise InputError(parameter, f"an array of shape {found.shape}", expected)
+    for reward, prompt, answer in zip(found, asked, answers, strict=True):
+        if not np.isfinite(reward):
+            given = f"{reward} for {answer.text!r}, an answer to {prompt.key}"
+            raise InputError(parameter, given, "a finite number")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +233,8 @@ class HeldOutRewards:
         check_positive("HeldOutRewards.num_prompts", self.num_prompts)
 
     def check(self, context: EvaluationContext) -> None:
-        """Reads the prompts; raises InputError if none is held out, or one is too long."""
+        """Raises InputError if no prompt is held out, one is too long, or a reward refuses."""
+        self.rollouts.check(load_tokenizer(self.data.tokenizer))
         tokens = [prompt.tokens for prompt in self._prompts()]
         check_prompts(tokens, context.model, self.rollouts.max_new_tokens)
 

@@ -67,7 +67,7 @@ from jaxscale.rlhf.rewards import exact_match
 from jaxscale.rlhf.rollouts import HeldOutRewards, RolloutConfig
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
-from jaxscale.run.reward import reward_loss
+from jaxscale.run.reward import RewardModel, reward_loss
 from jaxscale.run.run import Run, dpo_loss, masked_token_loss, next_token_loss, policy_loss
 from jaxscale.serve.config import EngineConfig
 from jaxscale.serve.sampling import SamplingConfig
@@ -127,6 +127,7 @@ __all__ = [
     "PromptSource",
     "QuantisedConfig",
     "Repetition",
+    "RewardModel",
     "RolloutConfig",
     "RotaryConfig",
     "Run",

@@ -1,5 +1,6 @@
 """Reward models of a run: what they learn by, and `score`, what they say of texts."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +12,18 @@ import numpy as np
 from jaxscale.data.chat_template import read_chat_template
 from jaxscale.data.chats import ASSISTANT, chat_document, checked
 from jaxscale.data.encoding import encoded
+from jaxscale.data.prompts import Prompt
 from jaxscale.data.tokenizer import Tokenizer
 from jaxscale.launch.runtime import apply_runtime
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.values import token_values
 from jaxscale.parallel.region import LossFn
 from jaxscale.rlhf.reward import RewardLoss
+from jaxscale.rlhf.rollouts import Answer
 from jaxscale.run.huggingface import files_beside
-from jaxscale.run.model import load, opened
+from jaxscale.run.model import LanguageModel, load, opened
 from jaxscale.run.run import Run, check_pairs
-from jaxscale.types import Array, Batch, InputError, Params
+from jaxscale.types import Array, Batch, InputError, Params, check_types
 
 
 def reward_loss(
@@ -67,20 +70,63 @@ def score(
     """
     run = opened(run)
     apply_runtime(run.runtime, str(run.path))
-    if not run.model.use_value_head:
-        raise InputError("ModelConfig.use_value_head", False, "True for a model that scores")
     texts = (texts,) if isinstance(texts, str) else texts
-    model = load(run, step=step)
+    model = _load(run, step)
     if prompt is None:
         tokens = [model.tokenizer.encode(text) for text in texts]
     else:
         tokens = _answers(prompt, texts, model.tokenizer, files_beside(run))
-    batch, last = _rows(tokens, run.model.max_length)
-    values = _values(model.decoder, model.pure_params(), batch)
-    scores = [float(value) for value in values[np.arange(len(texts)), last]]
+    scores = _scores(model, tokens)
     for text, each in zip(texts, scores, strict=True):
         print(f"{each:10.4f}  {text!r}")
     return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """A reward of `RolloutConfig`: a reward model's value of an answer's last token.
+
+    It reads the tokens that were written, so that both models have one tokenizer.
+
+    Args:
+        directory: of the reward model's run, or of Hugging Face.
+        step: which checkpoint; the newest when None.
+    Cost: the whole model on one device.
+    """
+
+    directory: str
+    step: int | None = None
+
+    def __post_init__(self):
+        check_types(self)
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Loads the model; raises InputError as `score`, or for another tokenizer than this."""
+        own = self._model.tokenizer.fingerprint
+        if own != tokenizer.fingerprint:
+            expected = f"a reward model with the tokenizer of the run, {tokenizer.fingerprint}"
+            raise InputError("RewardModel.directory", f"{self.directory}, of {own}", expected)
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
+        """The score of the answer to each prompt."""
+        pairs = zip(prompts, answers, strict=True)
+        return _scores(self._model, [[*prompt.tokens, *answer.tokens] for prompt, answer in pairs])
+
+    @functools.cached_property
+    def _model(self) -> LanguageModel:
+        return _load(opened(self.directory), self.step)
+
+
+def _load(run: Run, step: int | None) -> LanguageModel:
+    if not run.model.use_value_head:
+        raise InputError("ModelConfig.use_value_head", False, "True for a model that scores")
+    return load(run, step=step)
+
+
+def _scores(model: LanguageModel, tokens: Sequence[Sequence[int]]) -> list[float]:
+    batch, last = _rows(tokens, model.decoder.config.max_length)
+    values = _values(model.decoder, model.pure_params(), batch)
+    return [float(value) for value in values[np.arange(len(tokens)), last]]
 
 
 def _answers(
@@ -102,13 +148,17 @@ def _answers(
 
 
 def _rows(tokens: Sequence[Sequence[int]], max_length: int) -> tuple[Batch, np.ndarray]:
-    """A batch with a row for each text, and the place of the last token of each."""
+    """A batch with a row for each text, and the place of the last token of each.
+
+    Rows have a power of two of tokens, so that lengths share a compilation.
+    """
     for number, each in enumerate(tokens):
         if not 0 < len(each) <= max_length:
             expected = f"1 to max_length = {max_length} tokens"
             raise InputError(f"texts[{number}]", f"{len(each)} tokens", expected)
     last = np.array([len(each) - 1 for each in tokens])
-    rows = np.zeros((len(tokens), last.max() + 1), np.int32)
+    width = min(1 << int(last.max()).bit_length(), max_length)
+    rows = np.zeros((len(tokens), width), np.int32)
     for row, each in zip(rows, tokens, strict=True):
         row[: len(each)] = each
     positions = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)

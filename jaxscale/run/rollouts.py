@@ -42,7 +42,7 @@ def make_answering(
 ) -> Callable[[Params, Batch], tuple[Batch, dict[str, Any]]]:
     """(parameters, what the loader gave) -> (rows of answers on the mesh, figures of them)."""
     tokenizer = load_tokenizer(run.data.tokenizer)
-    run.rollouts.end_id(tokenizer)  # refuses an end that is no token
+    run.rollouts.check(tokenizer)
     rollouts = Rollouts(
         run.rollouts,
         model=run.model,

@@ -15,7 +15,7 @@ from jaxscale.data.tokenizer_kinds import ByteTokenizer
 from jaxscale.models.decoder import Decoder
 from jaxscale.ops.precision import Policy
 from jaxscale.rlhf.rewards import exact_match
-from jaxscale.rlhf.rollouts import RolloutConfig, Rollouts, advantages
+from jaxscale.rlhf.rollouts import Answer, RolloutConfig, Rollouts, advantages
 from jaxscale.run.run import load_run
 from jaxscale.train.metrics import read_history
 from jaxscale.types import InputError
@@ -190,16 +190,23 @@ def test_advantages_compare_the_answers_to_one_prompt():
 
 
 def test_a_reward_that_is_no_number_is_refused_with_its_answer():
-    made, params = make_rollouts(reward=lambda prompt, answer: jnp.nan)
+    made, params = make_rollouts(reward=lambda prompts, answers: [jnp.nan] * len(answers))
     with pytest.raises(InputError, match=r"given \"nan for .* an answer to one"):
+        made(params, PROMPTS, np.array([0, 1]))
+
+
+def test_rewards_of_another_number_than_answers_are_refused():
+    made, params = make_rollouts(reward=lambda prompts, answers: 1.0)
+    with pytest.raises(InputError, match=r"shape \(\)', expected a number for each of 8 answers"):
         made(params, PROMPTS, np.array([0, 1]))
 
 
 def test_an_exact_match_is_worth_one():
     prompt = Prompt("here", [1], {"answer": " 42\n"})
-    assert exact_match(prompt, "42 ") == 1 and exact_match(prompt, "42.") == 0
+    answers = [Answer([], text) for text in ("42 ", "42.", "\n42")]
+    assert exact_match([prompt] * 3, answers) == [1, 0, 1]
     with pytest.raises(InputError, match="here: given None, expected a field `answer`"):
-        exact_match(Prompt("here", [1], {}), "42")
+        exact_match([Prompt("here", [1], {})], answers[:1])
 
 
 def test_every_prompt_is_answered_once_an_epoch_and_draws_never_repeat(folder):

@@ -10,7 +10,14 @@ import pytest
 
 from jaxscale import cli
 from jaxscale.checkpoint.safetensors import NewTensor, SafetensorsSource, write_safetensors
-from jaxscale.run.reward import score
+from jaxscale.data.chat_template import read_chat_template
+from jaxscale.data.prompts import Prompt
+from jaxscale.data.tokenizer import load_tokenizer
+from jaxscale.data.tokenizer_kinds import ByteTokenizer
+from jaxscale.rlhf.rollouts import Answer
+from jaxscale.run.model import opened
+from jaxscale.run.reward import RewardModel, score
+from jaxscale.types import InputError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "reward"
 WANTED = json.loads((FIXTURE / "trl.json").read_text())
@@ -119,3 +126,22 @@ def test_logits_of_a_reward_model_are_refused(capsys):
     words = ["--set=prompts=a", "--set=max_new_tokens=5"]
     assert cli.main(["generate", str(FIXTURE), *words]) == cli.EXIT_BAD_INPUT
     assert "use_value_head: given True, expected False for logits" in capsys.readouterr().err
+
+
+def test_what_is_written_is_rewarded_with_its_score():
+    """By tokens, with the one that ends an answer; of several lengths at once."""
+    folder = opened(FIXTURE)
+    tokenizer = load_tokenizer(folder.data.tokenizer)
+    template = read_chat_template(FIXTURE)
+    texts, question = ("No.", "Yes.", "No, it is odd."), "Is 7 even?"
+    tokens = template.encode([{"role": "user", "content": question}], tokenizer)
+    end = tokenizer.special_tokens["<end>"]
+    answers = [Answer([*tokenizer.encode_part(text), end], text) for text in texts]
+    model = RewardModel(str(FIXTURE))
+    model.check(tokenizer)
+    found = model([Prompt("here", tokens, {})] * len(texts), answers)
+    wanted = score(run=FIXTURE, texts=texts, prompt=question)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert len(set(found)) == len(texts)
+    with pytest.raises(InputError, match="a reward model with the tokenizer of the run"):
+        model.check(ByteTokenizer())
