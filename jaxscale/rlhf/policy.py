@@ -65,8 +65,8 @@ class PolicyLoss:
 
         Args:
             params: the parameter tree.
-            batch: tokens, labels, weights (1 where the label is an answer's token), positions and
-                advantages, [B, T].
+            batch: tokens, labels, weights (1 where the label is an answer's token), segments,
+                positions and advantages, [B, T].
             key: unused: nothing is drawn, also no dropout.
             operations: what the mesh injects.
         Returns:

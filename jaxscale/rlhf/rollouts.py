@@ -86,7 +86,8 @@ class Rollouts:
 
     They are drawn at temperature 1 from all tokens that the tokenizer knows, so that their
     probability is the one that the loss takes, but for what a model with more rows gives to those
-    that stand for no token.
+    that stand for no token, and of an answer that outgrows LongRoPE's original length the tokens
+    before that.
 
     Args:
         config: how many and how long.
@@ -117,10 +118,10 @@ class Rollouts:
             prompts: P of them.
             draws: [P] a number for each, from which what is drawn derives.
         Returns:
-            ({tokens, labels, weights, positions, advantages} [P * num_answers, T], answers to one
-            prompt next to each other; figures: means of each reward and of their sum, "reward",
-            with its deviation among the answers to a prompt, of an answer's tokens, the share of
-            answers that were cut off, and seconds).
+            ({tokens, labels, weights, segments, positions, advantages} [P * num_answers, T],
+            answers to one prompt next to each other; figures: means of each reward and of their
+            sum, "reward", with its deviation among the answers to a prompt, of an answer's tokens,
+            the share of answers that were cut off, and seconds).
         """
         num, began = self.config.num_answers, time.perf_counter()
         asked = [prompt for prompt in prompts for _ in range(num)]
@@ -164,7 +165,8 @@ class Rollouts:
         advantages: np.ndarray,
     ) -> Batch:
         shape = (len(asked), self.length)
-        batch: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in ("tokens", "labels")}
+        names = ("tokens", "labels", "segments")
+        batch: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in names}
         batch["positions"] = np.tile(np.arange(self.length, dtype=np.int32), (len(asked), 1))
         batch["weights"] = np.zeros(shape, np.float32)
         for row, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
@@ -173,6 +175,8 @@ class Rollouts:
             batch["tokens"][row, :size] = text[:-1]
             batch["labels"][row, :size] = text[1:]
             batch["weights"][row, first:size] = 1
+            # Padding is no part of the text, whose length decides its positions in LongRoPE.
+            batch["segments"][row, :size] = 1
         of_rows = advantages.reshape(-1, 1).astype(np.float32)
         return batch | {"advantages": np.broadcast_to(of_rows, shape).copy()}
 

@@ -103,7 +103,7 @@ def run_batch(run: Run, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (data.batch_size, data.sequence_length)
     if run.rollouts is None:
         return abstract_batch(setup.mesh, *shape, is_packed=data.is_packed)
-    batch = abstract_batch(setup.mesh, *shape, is_packed=False)
+    batch = abstract_batch(setup.mesh, *shape, is_packed=True)
     return batch | {"advantages": batch["weights"]}
 
 

@@ -1,5 +1,6 @@
 """A model that learns from rewards of what it writes: rows, draws, whole runs by gin files."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,8 +13,11 @@ from jaxscale import cli
 from jaxscale.data.prompt_loader import PromptLoader
 from jaxscale.data.prompts import Prompt
 from jaxscale.data.tokenizer_kinds import ByteTokenizer
+from jaxscale.models.config import LongRopeScaling, RotaryConfig
 from jaxscale.models.decoder import Decoder
+from jaxscale.models.execution import ExecutionConfig
 from jaxscale.ops.precision import Policy
+from jaxscale.rlhf.policy import PolicyLoss
 from jaxscale.rlhf.rewards import exact_match
 from jaxscale.rlhf.rollouts import Answer, RolloutConfig, Rollouts, advantages
 from jaxscale.run.run import load_run
@@ -136,9 +140,17 @@ def test_a_price_keeps_adapters_near_the_reference(folder):
 PROMPTS = [Prompt(name, list(name.encode()), {}) for name in ("one", "a longer one")]
 
 
-def make_rollouts(num_answers=4, max_new_tokens=5, reward=digits, **model):
+SCALING = LongRopeScaling((1.0, 1.1, 1.2, 1.3), 1.1, (2.0, 3.0, 4.0, 5.0), 1.3, 12)
+EXECUTION = ExecutionConfig(num_loss_chunks=1)
+
+
+def make_rollouts(num_answers=4, max_new_tokens=5, reward=digits, rotary=RotaryConfig()):
     config = RolloutConfig({"it": reward}, num_answers, max_new_tokens)
-    model = dense(vocab_size=264, max_length=32, **model)
+    model = dense(vocab_size=264, max_length=32, num_layers=1)
+    (layer,) = model.pattern
+    attention = dataclasses.replace(layer.attention, rotary=rotary)
+    layer = dataclasses.replace(layer, attention=attention)
+    model = dataclasses.replace(model, pattern=(layer,))
     policy = Policy(compute="float32")
     made = Rollouts(config, model, policy, ByteTokenizer(), length=24, seed=3)
     return made, jax.tree.map(np.float32, make_params(model))
@@ -178,6 +190,22 @@ def test_answers_are_drawn_with_the_probability_that_the_loss_takes():
     entropy = -(np.exp(log_p) * log_p).sum()
     assert abs(drawn.mean() - entropy) < 4 * drawn.std() / np.sqrt(len(drawn))
     assert drawn.std() > 0.1
+
+
+def test_a_short_answer_in_a_long_row_is_learned_with_the_positions_it_was_written_with():
+    """LongRoPE's, which the length of the text decides, and not that of its row."""
+    made, params = make_rollouts(rotary=RotaryConfig(scaling=SCALING))
+    batch, _ = made(params, PROMPTS[:1], np.array([0]))
+    _, weight, figures = PolicyLoss(made.model, made.policy, EXECUTION, beta=0.0)(
+        params, batch, None
+    )
+    size = len(PROMPTS[0].tokens) + 4
+    assert size <= SCALING.original_length < made.length and weight == 20
+    texts = {name: batch[name][:, :size] for name in ("tokens", "positions")}
+    logits, _ = Decoder(made.model, policy=made.policy).logits(params, texts)
+    log_p = np.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][:, :size, None], -1)
+    wanted = -(log_p[..., 0] * batch["weights"][:, :size]).sum()
+    np.testing.assert_allclose(figures["entropy"], wanted, rtol=1e-5)
 
 
 def test_advantages_compare_the_answers_to_one_prompt():
