@@ -117,7 +117,7 @@ def make_loader(
     """
     check_choice("split", split, ("train", "held_out"))
     if config.is_prompted:
-        raise InputError("DataConfig.sources", config.sources, "texts; prompts want Run.rollouts")
+        raise InputError("DataConfig.sources", config.sources, "texts: only rollouts take prompts")
     num_local, rest = divmod(config.batch_size, process_count)
     if rest:
         equation = f"{config.batch_size} % {process_count} = {rest}, not 0"

@@ -21,17 +21,29 @@ class PromptLoader:
     """The prompts of one split, without end; shuffled in every epoch.
 
     Args:
-        config: whose sources are of `PromptSource`.
-        num: prompts at a time.
+        config: whose sources are of `PromptSource`; a batch has a row for each answer.
+        num_answers: to each prompt.
         max_new_tokens: of an answer; a prompt that leaves less room in a row is left out.
         split: as of `make_loader`.
     Raises:
-        InputError: sources have weights, or there is no prompt.
+        InputError: sources have weights or are of something else, prompts are held out by their
+            keys, or there is none.
     """
 
-    def __init__(self, config: DataConfig, num: int, max_new_tokens: int, split: Split = "train"):
+    def __init__(
+        self,
+        config: DataConfig,
+        num_answers: int,
+        max_new_tokens: int,
+        split: Split = "train",
+    ):
+        if not config.is_prompted:
+            expected = "PromptSource for Run.rollouts and HeldOutRewards"
+            raise InputError("DataConfig.sources", config.sources, expected)
         if config.weights is not None:
             raise InputError("DataConfig.weights", config.weights, "None with PromptSource")
+        if config.held_out_by != "text":
+            raise InputError("DataConfig.held_out_by", config.held_out_by, "'text' of PromptSource")
         tokenizer = load_tokenizer(config.tokenizer)
         every = [prompt for source in config.sources for prompt in source.prompts(tokenizer)]
         hashes = [hash_text(str(prompt.tokens)) for prompt in every]
@@ -46,10 +58,9 @@ class PromptLoader:
         if not self.prompts:
             expected = f"prompts of at most {longest} tokens in the split {split!r}"
             raise InputError("DataConfig.sources", config.sources, expected)
-        self._config, self._num, self._next = config, num, 0
+        self._config, self._num_answers, self._num_served = config, num_answers, 0
         self._facts = {
             "sequence_length": config.sequence_length,
-            "batch_size": config.batch_size,
             "held_out_fraction": config.held_out_fraction,
             "held_out_by": "text",
             "seed": config.seed,
@@ -58,28 +69,39 @@ class PromptLoader:
         }
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """{"prompts": [num] numbers in `prompts`, "draws": [num] numbers that no other has}."""
-        draws = self._next * self._num + np.arange(self._num)
+        """{"prompts": [P] numbers in `prompts`, "draws": [P] numbers that no other has}."""
+        draws = self._num_served + np.arange(self._config.batch_size // self._num_answers)
         epochs, within = np.divmod(draws, len(self.prompts))
         numbers = [
             permute([place], len(self.prompts), seed=self._config.seed, stream=0, epoch=int(epoch))
             for epoch, place in zip(epochs, within, strict=True)
         ]
-        self._next += 1
+        self._num_served += len(draws)
         return {"prompts": np.concatenate(numbers), "draws": draws}
 
     def state(self) -> dict[str, Any]:
-        """As of `TrainLoader.state`."""
-        return {"batch": self._next, "depends_on": self._facts}
+        """JSON-able: how many prompts were served, and what they depend on."""
+        return {
+            "num_served": self._num_served,
+            "num_answers": self._num_answers,
+            "depends_on": self._facts,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues at `state`; raises InputError if it is of other prompts or settings."""
+        """Continues after the prompts served; with another batch size, as many more at a time.
+
+        Raises:
+            InputError: the state is of other prompts or settings; names the field.
+        """
         for name, value in self._facts.items():
             saved = state["depends_on"].get(name)
             if saved != value:
                 expected = f"{saved!r}, with which the run was begun"
                 raise InputError(f"DataConfig.{name}", value, expected)
-        self._next = state["batch"]
+        if state["num_answers"] != self._num_answers:  # what is drawn would repeat
+            expected = f"{state['num_answers']}, with which the run was begun"
+            raise InputError("RolloutConfig.num_answers", self._num_answers, expected)
+        self._num_served = state["num_served"]
 
 
 def _fingerprint(prompts: list[Prompt]) -> str:

@@ -1,10 +1,12 @@
 """Answers that a model writes to prompts while it is trained, and what each is worth."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxscale.data.loader import DataConfig
@@ -123,6 +125,7 @@ class Rollouts:
             sum, "reward", with its deviation among the answers to a prompt, of an answer's tokens,
             the share of answers that were cut off, and seconds).
         """
+        jax.block_until_ready(params)  # the step before may not be over, and is no part of this
         num, began = self.config.num_answers, time.perf_counter()
         asked = [prompt for prompt in prompts for _ in range(num)]
         sequences = (draws[:, None] * num + np.arange(num)).reshape(-1)
@@ -223,7 +226,7 @@ class HeldOutRewards:
         policy: dtypes, as the run's.
         num_prompts: at most.
         seed: of the draws, the same at each evaluation.
-    Cost: a whole copy of the parameters on one device while answers are written.
+    Cost: a whole copy of the parameters on each device while answers are written.
     """
 
     data: DataConfig
@@ -235,16 +238,18 @@ class HeldOutRewards:
     def __post_init__(self):
         check_types(self)
         check_positive("HeldOutRewards.num_prompts", self.num_prompts)
+        if self.data.held_out_fraction == 0:
+            expected = "above 0: no prompt is held out to be answered"
+            raise InputError("DataConfig.held_out_fraction", 0, expected)
 
     def check(self, context: EvaluationContext) -> None:
         """Raises InputError if no prompt is held out, one is too long, or a reward refuses."""
         self.rollouts.check(load_tokenizer(self.data.tokenizer))
-        tokens = [prompt.tokens for prompt in self._prompts()]
+        tokens = [prompt.tokens for prompt in self._prompts]
         check_prompts(tokens, context.model, self.rollouts.max_new_tokens)
 
     def __call__(self, context: EvaluationContext) -> dict[str, float]:
         """The figures of `Rollouts`."""
-        prompts = self._prompts()
         rollouts = Rollouts(
             self.rollouts,
             model=context.model,
@@ -254,9 +259,11 @@ class HeldOutRewards:
             seed=self.seed,
         )
         whole = context.whole(context.params)
-        _, figures = rollouts(whole, prompts, np.arange(len(prompts)))
+        _, figures = rollouts(whole, self._prompts, np.arange(len(self._prompts)))
         return figures
 
+    @functools.cached_property  # read once for all of a run's evaluations
     def _prompts(self) -> list[Prompt]:
-        num = self.rollouts.max_new_tokens
-        return PromptLoader(self.data, 1, num, "held_out").prompts[: self.num_prompts]
+        num_answers, num_tokens = self.rollouts.num_answers, self.rollouts.max_new_tokens
+        loader = PromptLoader(self.data, num_answers, num_tokens, "held_out")
+        return loader.prompts[: self.num_prompts]

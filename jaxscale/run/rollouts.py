@@ -29,7 +29,7 @@ def prompt_loader(run: Run) -> PromptLoader:
     if jax.process_count() > 1:
         expected = "1 with Run.rollouts: one process writes all answers"
         raise InputError("RuntimeConfig.processes", jax.process_count(), expected)
-    loader = PromptLoader(run.data, size // num, run.rollouts.max_new_tokens)
+    loader = PromptLoader(run.data, num, run.rollouts.max_new_tokens)
     tokens = [prompt.tokens for prompt in loader.prompts]
     check_prompts(tokens, run.model, run.rollouts.max_new_tokens)
     return loader

@@ -131,7 +131,7 @@ def check_pairs(run: "Run", loss: str) -> None:
 
 def _check_no_pipeline(run: "Run", loss: str) -> None:
     if run.mesh.pipeline > 1:
-        expected = f"1 for {loss}: no stage of a pipeline has the whole sum over an answer"
+        expected = f"1 for {loss}, which stages of a pipeline cannot run"
         raise InputError("MeshConfig.pipeline", run.mesh.pipeline, expected)
 
 
