@@ -105,13 +105,20 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(folder):
             assert stopped[step][figure] == whole[step][figure], (step, figure)
 
 
-def test_on_a_mesh_the_same_answers_are_written_and_learned_from(folder):
-    words = ["--set=evaluators={}", "--set=train.steps=2"]
-    one = trained(folder, "one", *words)
-    meshed = trained(folder, "meshed", *words, "--set=mesh.data=4", "--set=mesh.tensor=2")
+SHORT = ["--set=evaluators={}", "--set=train.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    """The history of a run of two steps."""
+    return trained(folder, "base", *SHORT)
+
+
+def test_on_a_mesh_the_same_answers_are_written_and_learned_from(folder, base):
+    meshed = trained(folder, "meshed", *SHORT, "--set=mesh.data=4", "--set=mesh.tensor=2")
     for step in (1, 2):
-        assert meshed[step]["reward"] == one[step]["reward"]
-        assert meshed[step]["gradient_norm"] == pytest.approx(one[step]["gradient_norm"], rel=1e-4)
+        assert meshed[step]["reward"] == base[step]["reward"]
+        assert meshed[step]["gradient_norm"] == pytest.approx(base[step]["gradient_norm"], rel=1e-4)
 
 
 ADAPTED = """
@@ -124,8 +131,7 @@ run.OptimizerConfig.learning_rate = 0.03
 """
 
 
-def test_a_price_keeps_adapters_near_the_reference(folder):
-    trained(folder, "base", "--set=evaluators={}", "--set=train.steps=3")
+def test_a_price_keeps_adapters_near_the_reference(folder, base):
     words = [str(folder / "base"), str(folder / "adapted"), "--set=lora.rank=2"]
     assert cli.main(["adapt", *words, "--admit=tests.rlhf"]) == 0
     means = {}
