@@ -197,8 +197,9 @@ def test_rows_hold_each_prompt_with_its_answer_which_alone_has_weight():
     assert texts == [made.tokenizer.decode([t for t in answer if t != end]) for answer in answers]
     assert figures["answer_tokens"] == batch["weights"].sum() / 256
     assert figures["cut_off"] == 1 - len(ended) / 256
-    again, _ = made(params, PROMPTS[::-1], np.array([9, 6]))
-    np.testing.assert_array_equal(again["labels"], np.roll(batch["labels"], 128, axis=0))
+    again, _ = made(params, PROMPTS[:1] * 2, np.array([7, 6]))
+    np.testing.assert_array_equal(again["labels"][128:], batch["labels"][:128])
+    assert len(np.unique(again["labels"], axis=0)) > 250  # another number is another draw
 
 
 def test_answers_are_drawn_with_the_probability_that_the_loss_takes():
@@ -314,12 +315,21 @@ def test_every_evaluation_answers_the_prompts_that_were_there_when_the_run_began
     file = shutil.copy(folder / "prompts.jsonl", tmp_path)
     source = dataclasses.replace(run.data.sources[0], paths=(str(file),))
     data = dataclasses.replace(run.data, sources=(source,))
-    evaluator = HeldOutRewards(data, dataclasses.replace(run.rollouts, max_new_tokens=1))
+    asked = []
+
+    def read(prompts, answers):
+        asked.extend(tuple(prompt.tokens) for prompt in prompts)
+        return [len(answer.tokens) for answer in answers]
+
+    config = RolloutConfig({"length": read}, num_answers=2, max_new_tokens=1)
+    evaluator = HeldOutRewards(data, config)
+    trained_on = {tuple(prompt.tokens) for prompt in PromptLoader(data, 2, 1).prompts}
     context = SimpleNamespace(model=run.model, params=None, whole=lambda params: whole)
     evaluator.check(context)
     Path(file).write_text("")
     whole = init_params(parameter_table(run.model), jax.random.key(0), "float32")
-    assert evaluator(context)["answer_tokens"] == 1
+    assert evaluator(context)["reward"] == 1
+    assert len(set(asked)) == len(asked) / 2 == 40 - len(trained_on) and not trained_on & set(asked)
 
 
 BAD = {
