@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from jaxscale import cli
+from jaxscale.data import filtered_chunks
 from jaxscale.data.sources import JsonLinesSource
 from tests.run import runs
 
@@ -32,7 +35,9 @@ DIRECTORY = '{folder}/run'
 """
 
 
-def test_raw_files_become_a_corpus_that_is_trained_on(tmp_path, capsys):
+@pytest.mark.processes
+def test_raw_files_become_a_corpus_that_is_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(filtered_chunks, "CHUNK_CHARACTERS", 300)  # several chunks
     pages = [
         f"{number}番目の吾輩は猫である。{number * 37}匹の名前はまだ無い。" for number in range(40)
     ]
@@ -43,7 +48,7 @@ def test_raw_files_become_a_corpus_that_is_trained_on(tmp_path, capsys):
     (tmp_path / "notes" / "a.txt").write_text("A note in English.")
     file = tmp_path / "run.gin"
     file.write_text(GIN.format(root=runs.ROOT, folder=tmp_path))
-    assert cli.main(["corpus", str(file)]) == 0
+    assert cli.main(["corpus", str(file), "--set=num_processes=2"]) == 0
     printed = capsys.readouterr().out.splitlines()
     figures = {
         tuple(line.split()[:2]): line.split() for line in printed if line[:5] in ("pages", "notes")
@@ -59,6 +64,12 @@ def test_raw_files_become_a_corpus_that_is_trained_on(tmp_path, capsys):
     assert documents["notes/a.txt"] == "A note in English."
     assert len(documents) == int(figures["pages", "near"][3]) + 1 > 30
     assert set(documents.values()) <= {*pages, "A note in English."}
+    again = tmp_path / "again"
+    assert cli.main(["corpus", str(file), f"--set=directory={str(again)!r}"]) == 0
+    files = [path.relative_to(again) for path in again.rglob("*.*")]
+    assert len(files) > 5
+    for each in files:  # one process writes the same bytes as two
+        assert (again / each).read_bytes() == (tmp_path / "clean" / each).read_bytes()
     arguments = ["--set=train.steps=2", "--set=train.evaluate_every=2"]
     assert cli.main(["pretrain", str(file), *arguments]) == 0
     assert len(runs.losses(tmp_path / "run")) == 2
