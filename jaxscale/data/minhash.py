@@ -91,7 +91,7 @@ class MinHash:
         content = "".join(padded).encode("utf-32-le")
         codes = np.frombuffer(content, np.uint32).astype(np.uint64)
         num_windows = len(codes) - self.ngram + 1
-        hashes = np.zeros(num_windows, np.uint64)
+        hashes = np.full(num_windows, self.seed, np.uint64)
         for place in range(self.ngram):
             window = codes[place : place + num_windows]
             hashes = hashes * PRIME + window
