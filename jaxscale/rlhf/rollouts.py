@@ -205,7 +205,12 @@ def _checked(
     asked: Sequence[Prompt],
     answers: Sequence[Answer],
 ) -> np.ndarray:
-    found, parameter = np.asarray(rewards, float), f"RolloutConfig.rewards[{name!r}]"
+    parameter = f"RolloutConfig.rewards[{name!r}]"
+    try:
+        found = np.asarray(rewards, float)
+    except (TypeError, ValueError) as error:
+        expected = f"numbers ({error})"
+        raise InputError(parameter, type(rewards).__name__, expected) from error
     if found.shape != (len(asked),):
         expected = f"a number for each of {len(asked)} answers"
         raise InputError(parameter, f"an array of shape {found.shape}", expected)

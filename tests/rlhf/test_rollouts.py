@@ -247,9 +247,17 @@ def test_a_reward_that_is_no_number_is_refused_with_its_answer():
         made(params, PROMPTS, np.array([0, 1]))
 
 
-def test_rewards_of_another_number_than_answers_are_refused():
-    made, params = make_rollouts(reward=lambda prompts, answers: 1.0)
-    with pytest.raises(InputError, match=r"shape \(\)', expected a number for each of 8 answers"):
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        (1.0, r"shape \(\)', expected a number for each of 8 answers"),
+        (["good"] * 8, "given 'list', expected numbers"),
+        (iter([1.0] * 8), "given 'list_iterator', expected numbers"),
+    ],
+)
+def test_rewards_that_are_no_number_an_answer_are_refused(rewards, message):
+    made, params = make_rollouts(reward=lambda prompts, answers: rewards)
+    with pytest.raises(InputError, match=message):
         made(params, PROMPTS, np.array([0, 1]))
 
 
