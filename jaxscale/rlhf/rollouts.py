@@ -45,7 +45,8 @@ class RolloutConfig:
 
     Args:
         rewards: name -> (prompts, the answer to each) -> numbers; their sum is an answer's reward.
-            One that also has `check(tokenizer)` is asked before anything is written.
+            One that also has `check(tokenizer, prompts, max_new_tokens)` is asked before anything
+            is written, and raises InputError if it could not reward answers to them.
         num_answers: to each prompt; an answer is compared with the others.
         max_new_tokens: longest answer.
         end: text of the special token that ends an answer; None for the one that ends a document.
@@ -65,12 +66,13 @@ class RolloutConfig:
         if not self.rewards:
             raise InputError("RolloutConfig.rewards", self.rewards, "at least one reward")
 
-    def check(self, tokenizer: Tokenizer) -> None:
+    def check(self, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
         """Raises InputError if there is no such end, or a reward's own `check` does."""
         self.end_id(tokenizer)
         for name, reward in self.rewards.items():
             check_built(f"RolloutConfig.rewards[{name!r}]", reward)
-            getattr(reward, "check", lambda tokenizer: None)(tokenizer)
+            if hasattr(reward, "check"):
+                reward.check(tokenizer, prompts, self.max_new_tokens)
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The token that ends an answer; raises InputError if the tokenizer has none such."""
@@ -249,7 +251,7 @@ class HeldOutRewards:
 
     def check(self, context: EvaluationContext) -> None:
         """Raises InputError if no prompt is held out, one is too long, or a reward refuses."""
-        self.rollouts.check(load_tokenizer(self.data.tokenizer))
+        self.rollouts.check(load_tokenizer(self.data.tokenizer), self._prompts)
         tokens = [prompt.tokens for prompt in self._prompts]
         check_prompts(tokens, context.model, self.rollouts.max_new_tokens)
 

@@ -63,7 +63,7 @@ from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.parallel.sequence.head_chunks import HeadChunks
 from jaxscale.rlhf.accuracy import PreferenceAccuracy
-from jaxscale.rlhf.rewards import exact_match
+from jaxscale.rlhf.rewards import ExactMatch
 from jaxscale.rlhf.rollouts import HeldOutRewards, RolloutConfig
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
@@ -89,6 +89,7 @@ __all__ = [
     "DataConfig",
     "DenseMixerRouter",
     "EngineConfig",
+    "ExactMatch",
     "ExecutionConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
@@ -148,7 +149,6 @@ __all__ = [
     "Whole",
     "YarnScaling",
     "dpo_loss",
-    "exact_match",
     "huggingface_model",
     "masked_token_loss",
     "next_token_loss",

@@ -100,12 +100,30 @@ class RewardModel:
     def __post_init__(self):
         check_types(self)
 
-    def check(self, tokenizer: Tokenizer) -> None:
-        """Loads the model; raises InputError as `score`, or for another tokenizer than this."""
+    def check(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+    ) -> None:
+        """Loads the model.
+
+        Raises:
+            InputError: as `score`, it has another tokenizer than this, or an answer to a prompt
+                could be too long for it.
+        """
         own = self._model.tokenizer.fingerprint
         if own != tokenizer.fingerprint:
             expected = f"a reward model with the tokenizer of the run, {tokenizer.fingerprint}"
             raise InputError("RewardModel.directory", f"{self.directory}, of {own}", expected)
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        max_length = self._model.decoder.config.max_length
+        if longest + max_new_tokens > max_length:
+            expected = (
+                f"a reward model with prompt + max_new_tokens <= max_length = {max_length}, here "
+                f"{longest} + {max_new_tokens}"
+            )
+            raise InputError("RewardModel.directory", self.directory, expected)
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
         """The score of the answer to each prompt."""

@@ -42,7 +42,7 @@ def make_answering(
 ) -> Callable[[Params, Batch], tuple[Batch, dict[str, Any]]]:
     """(parameters, what the loader gave) -> (rows of answers on the mesh, figures of them)."""
     tokenizer = load_tokenizer(run.data.tokenizer)
-    run.rollouts.check(tokenizer)
+    run.rollouts.check(tokenizer, loader.prompts)
     rollouts = Rollouts(
         run.rollouts,
         model=run.model,

@@ -22,7 +22,7 @@ from jaxscale.models.parameters import init_params, parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.rlhf import rollouts
 from jaxscale.rlhf.policy import PolicyLoss
-from jaxscale.rlhf.rewards import exact_match
+from jaxscale.rlhf.rewards import ExactMatch
 from jaxscale.rlhf.rollouts import Answer, HeldOutRewards, RolloutConfig, Rollouts, advantages
 from jaxscale.run.run import load_run
 from jaxscale.train.metrics import read_history
@@ -284,9 +284,9 @@ def test_the_seconds_of_answers_begin_when_the_step_before_is_over(monkeypatch):
 def test_an_exact_match_is_worth_one():
     prompt = Prompt("here", [1], {"answer": " 42\n"})
     answers = [Answer([], text) for text in ("42 ", "42.", "\n42")]
-    assert exact_match([prompt] * 3, answers) == [1, 0, 1]
-    with pytest.raises(InputError, match="here: given None, expected a field `answer`"):
-        exact_match([Prompt("here", [1], {})], answers[:1])
+    assert ExactMatch()([prompt] * 3, answers) == [1, 0, 1]
+    with pytest.raises(InputError, match="here: given None, expected a field 'solution'"):
+        ExactMatch("solution").check(ByteTokenizer(), [prompt], 1)
 
 
 def test_every_prompt_is_answered_once_an_epoch_and_draws_never_repeat(folder):
@@ -364,6 +364,10 @@ BAD = {
     "one answer": ("run.RolloutConfig.num_answers = 1", "2 or more"),
     "no reward": ("run.RolloutConfig.rewards = {}", "at least one reward"),
     "no room": ("run.RolloutConfig.max_new_tokens = 32", "prompts of at most 1 tokens"),
+    "no right answer": (
+        "run.RolloutConfig.rewards = {'right': @run.ExactMatch()}\nrun.ExactMatch.field = 'right'",
+        "expected a field 'right' with a text for ExactMatch",
+    ),
     "no such end": ("run.RolloutConfig.end = '<|stop|>'", "RolloutConfig.end: given '<|stop|>'"),
     "weights": ("run.DataConfig.weights = (1.0,)", "DataConfig.weights: given (1.0,)"),
     "another source beside": (

@@ -138,10 +138,13 @@ def test_what_is_written_is_rewarded_with_its_score():
     end = tokenizer.special_tokens["<end>"]
     answers = [Answer([*tokenizer.encode_part(text), end], text) for text in texts]
     model = RewardModel(str(FIXTURE))
-    model.check(tokenizer)
-    found = model([Prompt("here", tokens, {})] * len(texts), answers)
+    prompts = [Prompt("here", tokens, {})] * len(texts)
+    model.check(tokenizer, prompts, 10)
+    found = model(prompts, answers)
     wanted = score(run=FIXTURE, texts=texts, prompt=question)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert len(set(found)) == len(texts)
     with pytest.raises(InputError, match="a reward model with the tokenizer of the run"):
-        model.check(ByteTokenizer())
+        model.check(ByteTokenizer(), prompts, 10)
+    with pytest.raises(InputError, match=r"max_length = 128, here \d+ \+ 128"):
+        model.check(tokenizer, prompts, 128)
