@@ -99,6 +99,19 @@ def write_texts(folder):
     parquet.write_table(pyarrow.table({"text": texts[60:]}), folder / "books" / "a.parquet")
 
 
+def write_raw(folder):
+    """What a corpus is made of: pages and articles in Japanese, and code."""
+    pages = [f"{number}番目の吾輩は猫である。名前はまだ無い。\n" * 20 for number in range(40)]
+    code = [path.read_text() for path in sorted(Path(os.__file__).parent.glob("*.py"))[:120]]
+    for name, texts in (("pages", pages), ("encyclopedia", pages[:20]), ("code", code)):
+        lines = [
+            {"text": text, "url": f"https://example.com/{number}"}
+            for number, text in enumerate(texts)
+        ]
+        (folder / "raw" / name).mkdir(parents=True)
+        (folder / "raw" / name / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
 @pytest.mark.long
 def test_the_readme_and_the_examples_run_in_their_order(checkout, monkeypatch, capfd):
     lines = readme_lines()
@@ -123,6 +136,10 @@ def test_the_readme_and_the_examples_run_in_their_order(checkout, monkeypatch, c
         file, settings = f"{EXAMPLES}/{name}.gin", [f"TEXTS=('{texts}',)"]
         run("tokenizer", file, settings=settings)
         assert "documents" in run("data", file, settings=settings)
+    write_raw(checkout)
+    assert "fingerprint" in run("corpus", f"{EXAMPLES}/corpus.gin")
+    run("tokenizer", f"{EXAMPLES}/corpus.gin")
+    run("pretrain", f"{EXAMPLES}/corpus.gin", settings=SHORT)
     for name in ("mixture", "sentencepiece"):
         run("tokenizer", f"{EXAMPLES}/{name}.gin")
         run("pretrain", f"{EXAMPLES}/{name}.gin", settings=SHORT)
@@ -133,5 +150,13 @@ def test_the_readme_and_the_examples_run_in_their_order(checkout, monkeypatch, c
         read_history(Path("runs") / name / "metrics.jsonl") for name in ("fine_tune", "main_job")
     )
     assert tuned[0]["loss"] < main[0]["loss"], "it starts from what was learned"
-    names = {"json_lines", "parquet", "mixture", "sentencepiece", "profile", "fine_tune"}
+    names = {
+        "json_lines",
+        "parquet",
+        "corpus",
+        "mixture",
+        "sentencepiece",
+        "profile",
+        "fine_tune",
+    }
     assert {path.stem for path in Path(EXAMPLES).glob("*.gin")} == names, "each example is run"
