@@ -86,6 +86,7 @@ run.TrainConfig.steps = 2
 """
 
 
+@pytest.mark.long
 def test_an_imported_language_model_becomes_a_reward_model_by_adapters(folder, capsys):
     """Its head is dropped; adapters and the value head alone are trained, and merged for others."""
     base, fixture = folder / "of_adapters", Path(__file__).parent / "fixtures" / "trl"

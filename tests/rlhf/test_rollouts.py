@@ -131,6 +131,7 @@ run.OptimizerConfig.learning_rate = 0.03
 """
 
 
+@pytest.mark.long
 def test_a_price_keeps_adapters_near_the_reference(folder, base):
     words = [str(folder / "base"), str(folder / "adapted"), "--set=lora.rank=2"]
     assert cli.main(["adapt", *words, "--admit=tests.rlhf"]) == 0
