@@ -1,9 +1,11 @@
 """Losses: loss_fn(params, batch, key, *, operations) -> (sum_loss, sum_weight, metrics), all sums.
 
-A plain function of this form trains on any mesh without a pipeline. A pipeline runs a loss in parts
-and wants an object like `NextTokenLoss`, see `parallel.pipeline.loss.StagedLoss`.
+A plain function of this form trains on any mesh without a pipeline; `DecoderLoss` makes one of what
+a loss does with a decoder. A pipeline runs a loss in parts and wants an object like
+`NextTokenLoss`, see `parallel.pipeline.loss.StagedLoss`.
 """
 
+import abc
 import dataclasses
 import functools
 from typing import Any
@@ -23,28 +25,24 @@ from jaxscale.types import Array, Batch, InputError, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class NextTokenLoss:
-    """Cross-entropy of the next token, with z-loss and, for mixtures, the router's losses.
+class DecoderLoss(abc.ABC):
+    """A loss of what a decoder computes; each kind of it says by `sums` what that is.
 
-    Source: z-loss, Chowdhery et al. 2022 (arXiv 2204.02311), section 5.
     Args:
         model: the model.
         policy: dtype policy.
         execution: how the layers run.
-        z_loss: weight of log^2 Z.
-        embedding_noise: half the width of the noise on embeddings in training, see
-            `Decoder.add_noise`.
+    Raises:
+        InputError: the model is not causal, or for `MaskedTokenLoss` is.
     """
 
     model: ModelConfig
     policy: Policy
     execution: ExecutionConfig
-    z_loss: float = 0.0
-    embedding_noise: float = 0.0
 
     def __post_init__(self):
         if not self.model.is_causal:
-            expected = "True for the next token's loss: else a token sees its own label"
+            expected = f"True for {type(self).__name__}: else a token sees what follows it"
             raise InputError("ModelConfig.is_causal", False, expected)
 
     def decoder(self, operations: Operations) -> Decoder:
@@ -59,22 +57,64 @@ class NextTokenLoss:
         *,
         operations: Operations | None = None,
     ) -> tuple[Array, Array, dict[str, Array]]:
+        """Sums over this device's part of the batch.
+
+        Args:
+            params: the parameter tree.
+            batch: as `sums` takes it.
+            key: unused: what a loss draws comes from the batch's `token_keys`, see
+                `ops.draws.with_token_keys`.
+            operations: what the mesh injects; None for one device.
+        Returns:
+            What `sums` returns.
+        """
+        operations = operations or self.execution.operations()
+        return self.sums(self.decoder(operations), params, batch)
+
+    @abc.abstractmethod
+    def sums(
+        self,
+        decoder: Decoder,
+        params: Params,
+        batch: Batch,
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """(sum_loss, sum_weight, sums of metrics) of a batch; a mesh is bound to the decoder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokenLoss(DecoderLoss):
+    """Cross-entropy of the next token, with z-loss and, for mixtures, the router's losses.
+
+    Source: z-loss, Chowdhery et al. 2022 (arXiv 2204.02311), section 5.
+    Args:
+        z_loss: weight of log^2 Z.
+        embedding_noise: half the width of the noise on embeddings in training, see
+            `Decoder.add_noise`.
+    """
+
+    z_loss: float = 0.0
+    embedding_noise: float = 0.0
+
+    def sums(
+        self,
+        decoder: Decoder,
+        params: Params,
+        batch: Batch,
+    ) -> tuple[Array, Array, dict[str, Array]]:
         """Sums over this device's own tokens.
 
         Args:
+            decoder: bound to the mesh's operations.
             params: the parameter tree.
             batch: tokens, labels, weights, positions and optionally segments, [B, T]; a label
                 outside the vocabulary, such as -100, does not count, whatever its weight, and one
                 that the head's bias forbids makes the loss infinite if its weight is not 0. In
-                training also `token_keys`, see `ops.draws.with_token_keys`; without them nothing is
-                drawn.
-            key: unused: what this loss draws comes from the batch's `token_keys`.
-            operations: what the mesh injects.
+                training also `token_keys`; without them nothing is drawn.
         Returns:
             (sum_loss, sum_weight, {"nll": [], "load": [MoE layers in order, E] choices, for
             mixtures}).
         """
-        operations = operations or self.execution.operations()
+        operations = decoder.operations
         x = self.start(params, batch, operations=operations)
         x, router_loss, by_layer = self.body(params["layers"], x, batch, operations=operations)
         loss, weight, metrics = self.finish(params, x, batch, operations=operations)

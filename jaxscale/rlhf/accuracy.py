@@ -41,7 +41,7 @@ class PreferenceAccuracy:
         held_out(self.data, *batch_share(context.mesh))
 
     def __call__(self, context: EvaluationContext) -> dict[str, float]:
-        """Returns the means over pairs of what the loss reports, see `DpoLoss`."""
+        """Returns the means over pairs of what the loss reports, see `sums_over_pairs`."""
         sums = collections.Counter()
         for batch in held_out(self.data, *batch_share(context.mesh)):
             loss, weight, figures = context.sums(

@@ -1,23 +1,19 @@
 """Direct preference optimisation: a model learns which of two answers was preferred."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
-from jaxscale.models.execution import ExecutionConfig
-from jaxscale.models.losses import document_numbers, sum_by_group
-from jaxscale.ops.backends import Operations
-from jaxscale.ops.precision import Policy
+from jaxscale.models.losses import DecoderLoss, document_numbers, sum_by_group
 from jaxscale.rlhf.log_probabilities import log_probabilities, reference_log_probabilities
+from jaxscale.rlhf.preferences import sums_over_pairs
 from jaxscale.types import Array, Batch, InputError, Params, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
-class DpoLoss:
+class DpoLoss(DecoderLoss):
     """-log sigmoid of how much more than the reference the model prefers the chosen answer.
 
     The reference is the same model without its adapters, so that no second one is kept: before the
@@ -28,22 +24,15 @@ class DpoLoss:
         note on DPO with noisy preferences", equation 3.
     Args:
         model: the model; it has adapters.
-        policy: dtype policy.
-        execution: how the layers run.
         beta: weight of the divergence from the reference.
         label_smoothing: probability that a pair is the wrong way round.
     """
 
-    model: ModelConfig
-    policy: Policy
-    execution: ExecutionConfig
     beta: float = 0.1
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        if not self.model.is_causal:
-            expected = "True for log-probabilities of answers: else a token sees its own label"
-            raise InputError("ModelConfig.is_causal", False, expected)
+        super().__post_init__()
         if self.model.lora is None:
             expected = "adapters: the reference is the model without them, see `jaxscale adapt`"
             raise InputError("ModelConfig.lora", None, expected)
@@ -52,56 +41,41 @@ class DpoLoss:
             expected = "0 <= label_smoothing < 0.5"
             raise InputError("dpo_loss.label_smoothing", self.label_smoothing, expected)
 
-    def __call__(
+    def sums(
         self,
+        decoder: Decoder,
         params: Params,
         batch: Batch,
-        key: Any,
-        *,
-        operations: Operations | None = None,
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Sums over the pairs of this device's rows.
 
         Args:
+            decoder: bound to the mesh's operations.
             params: the parameter tree.
             batch: tokens, labels, weights, positions and segments, [B, T]. Segments 2 p + 1 and
                 2 p + 2 of a row are the chosen and the rejected answer of its pair p, with their
                 prompts; only the tokens of answers have a weight.
-            key: unused: nothing is drawn, also no dropout.
-            operations: what the mesh injects.
         Returns:
-            (sum_loss, number of pairs, sums over pairs: {"accuracy": the chosen answer has the
-            greater reward, "margin": the difference of the two rewards, "chosen_reward",
-            "rejected_reward"}).
+            (sum_loss, number of pairs, sums as `sums_over_pairs`).
         """
-        operations = operations or self.execution.operations()
-        batch = {name: array for name, array in batch.items() if name != "token_keys"}
-        rewards, is_pair = self._rewards(params, batch, operations)
+        rewards, is_pair = self._rewards(decoder, params, batch)
         chosen, rejected = rewards[..., 0], rewards[..., 1]
         margin = chosen - rejected
         smoothing = self.label_smoothing
         loss = (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(margin)
-        counted = is_pair * operations.collectives.is_counted()
-        figures = {
-            "accuracy": margin > 0,
-            "margin": margin,
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
-        }
-        sums = {name: (figure * counted).sum() for name, figure in figures.items()}
-        return (loss * counted).sum(), counted.sum(), sums
+        counted = is_pair * decoder.operations.collectives.is_counted()
+        return sums_over_pairs(loss, chosen, rejected, counted)
 
     def _rewards(
         self,
+        decoder: Decoder,
         params: Params,
         batch: Batch,
-        operations: Operations,
     ) -> tuple[Array, Array]:
         """(those of chosen and rejected answers [B, pairs, 2], whether there is the pair)."""
-        decoder = Decoder(self.model, operations, self.policy, self.execution)
         log_p = log_probabilities(decoder, params, batch)
         reference = reference_log_probabilities(decoder, params, batch)
-        collectives = operations.collectives
+        collectives = decoder.operations.collectives
         # A label without weight may be a forbidden word, of which both are -inf.
         own_weights = collectives.own_tokens(batch["weights"])
         ratio = jnp.where(own_weights == 0, 0, log_p - reference)

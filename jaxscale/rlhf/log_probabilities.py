@@ -8,6 +8,22 @@ from jaxscale.models.losses import token_log_probabilities
 from jaxscale.types import Array, Batch, Params
 
 
+def residual(decoder: Decoder, params: Params, batch: Batch) -> Array:
+    """The residual after the layers, [B, own T, D], of a forward that draws nothing.
+
+    Dropout would make an answer's probability differ from that of the model which wrote it, or
+    which is the reference.
+
+    Args:
+        decoder: bound to the mesh's operations.
+        params: the parameter tree.
+        batch: tokens, weights, positions and optionally segments, [B, T].
+    """
+    tokens = decoder.tokens(batch)._replace(draws=None)
+    x, _, _ = decoder.run_layers(params, decoder.embed(params, batch), tokens)
+    return x
+
+
 def log_probabilities(decoder: Decoder, params: Params, batch: Batch) -> Array:
     """log p of each own token's label, [B, own T], with a gradient.
 
@@ -16,8 +32,7 @@ def log_probabilities(decoder: Decoder, params: Params, batch: Batch) -> Array:
         params: the parameter tree.
         batch: tokens, labels, weights, positions and optionally segments, [B, T].
     """
-    x = decoder.embed(params, batch)
-    x, _, _ = decoder.run_layers(params, x, decoder.tokens(batch))
+    x = residual(decoder, params, batch)
     return token_log_probabilities(decoder, params, x, batch["labels"])
 
 

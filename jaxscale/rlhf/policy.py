@@ -1,22 +1,18 @@
 """The loss of answers that the model itself wrote and that were rewarded."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
-from jaxscale.models.execution import ExecutionConfig
-from jaxscale.ops.backends import Operations
-from jaxscale.ops.precision import Policy
+from jaxscale.models.losses import DecoderLoss
 from jaxscale.rlhf.log_probabilities import log_probabilities, reference_log_probabilities
 from jaxscale.types import Array, Batch, InputError, Params, check_not_negative
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyLoss:
+class PolicyLoss(DecoderLoss):
     """The policy gradient of rewarded answers, with a price on leaving the reference.
 
     Of a token with the advantage A it is -A p / sg(p) + beta (q / p - log(q / p) - 1): p is the
@@ -29,22 +25,15 @@ class PolicyLoss:
         (arXiv 2503.14476), equation 8, and not first over those of each: there a token of a long
         answer counts less than one of a short answer.
     Args:
-        model: the model; it is causal, and has adapters where beta is above 0.
-        policy: dtype policy.
-        execution: how the layers run.
+        model: the model; it has adapters where beta is above 0.
         beta: price of the divergence from the reference, in rewards a nat; without it no
             reference is asked.
     """
 
-    model: ModelConfig
-    policy: Policy
-    execution: ExecutionConfig
     beta: float = 0.04
 
     def __post_init__(self):
-        if not self.model.is_causal:
-            expected = "True for log-probabilities of answers: else a token sees its own label"
-            raise InputError("ModelConfig.is_causal", False, expected)
+        super().__post_init__()
         check_not_negative("policy_loss.beta", self.beta)
         if self.beta and self.model.lora is None:
             expected = (
@@ -53,32 +42,26 @@ class PolicyLoss:
             )
             raise InputError("ModelConfig.lora", None, expected)
 
-    def __call__(
+    def sums(
         self,
+        decoder: Decoder,
         params: Params,
         batch: Batch,
-        key: Any,
-        *,
-        operations: Operations | None = None,
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Sums over this device's own tokens of answers.
 
         Args:
+            decoder: bound to the mesh's operations.
             params: the parameter tree.
             batch: tokens, labels, weights (1 where the label is an answer's token), segments,
                 positions and advantages, [B, T].
-            key: unused: nothing is drawn, also no dropout.
-            operations: what the mesh injects.
         Returns:
             (sum_loss, number of tokens, sums over tokens: {"entropy": -log p of what was drawn,
             whose mean estimates the entropy; with a reference also "kl", the divergence from it as
             above}).
         """
-        operations = operations or self.execution.operations()
-        batch = {name: array for name, array in batch.items() if name != "token_keys"}
-        own = operations.collectives.own_tokens
+        own = decoder.operations.collectives.own_tokens
         weights, advantages = own(batch["weights"]), own(batch["advantages"])
-        decoder = Decoder(self.model, operations, self.policy, self.execution)
 
         # A label without weight may be a forbidden word, whose log-probability is -inf.
         is_counted = weights != 0

@@ -1,19 +1,17 @@
 """A reward model: a decoder whose values say which of two answers is the better one."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
-from jaxscale.models.execution import ExecutionConfig
-from jaxscale.models.losses import row_numbers, sum_by_group
+from jaxscale.models.losses import DecoderLoss, row_numbers, sum_by_group
 from jaxscale.models.values import token_values
-from jaxscale.ops.backends import Operations
 from jaxscale.ops.collectives import Collectives
-from jaxscale.ops.precision import Policy
+from jaxscale.rlhf.log_probabilities import residual
+from jaxscale.rlhf.preferences import sums_over_pairs
 from jaxscale.types import (
     Array,
     Batch,
@@ -25,7 +23,7 @@ from jaxscale.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardLoss:
+class RewardLoss(DecoderLoss):
     """-log sigmoid of how much more the chosen answer is worth than the rejected one.
 
     The score of an answer is the value of its last token. "last_token" compares the scores alone.
@@ -38,56 +36,41 @@ class RewardLoss:
         Eisenstein et al. 2023 (arXiv 2312.09244), section 2, for the centering.
     Args:
         model: the model; it has a value head.
-        policy: dtype policy.
-        execution: how the layers run.
         compared: "each_token" or "last_token".
         centering: weight of the square of the sum of both scores.
     """
 
-    model: ModelConfig
-    policy: Policy
-    execution: ExecutionConfig
     compared: str = "each_token"
     centering: float = 0.0
 
     def __post_init__(self):
-        if not self.model.is_causal:
-            expected = "True for values of answers: else a token sees what follows it"
-            raise InputError("ModelConfig.is_causal", False, expected)
+        super().__post_init__()
         if not self.model.use_value_head:
             expected = "True for reward_loss, which learns values in the place of logits"
             raise InputError("ModelConfig.use_value_head", False, expected)
         check_choice("reward_loss.compared", self.compared, ("each_token", "last_token"))
         check_not_negative("reward_loss.centering", self.centering)
 
-    def __call__(
+    def sums(
         self,
+        decoder: Decoder,
         params: Params,
         batch: Batch,
-        key: Any,
-        *,
-        operations: Operations | None = None,
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Sums over the pairs of this device's rows.
 
         Args:
+            decoder: bound to the mesh's operations.
             params: the parameter tree.
             batch: as `DpoLoss` takes it; an answer ends with the last token that is predicted with
                 a weight.
-            key: unused: nothing is drawn, also no dropout.
-            operations: what the mesh injects.
         Returns:
-            (sum_loss, number of pairs, sums over pairs, under the names of `DpoLoss`; an answer's
-            reward is its score).
+            (sum_loss, number of pairs, sums as `sums_over_pairs`; an answer's reward is its score).
         """
-        operations = operations or self.execution.operations()
-        batch = {name: array for name, array in batch.items() if name != "token_keys"}
-        decoder = Decoder(self.model, operations, self.policy, self.execution)
-        x = decoder.embed(params, batch)
-        x, _, _ = decoder.run_layers(params, x, decoder.tokens(batch))
-        values = token_values(decoder, params, x)
-        pairs = _pairs(batch, operations.collectives)
-        values = _by_place(values, batch, pairs, operations.collectives)
+        collectives = decoder.operations.collectives
+        values = token_values(decoder, params, residual(decoder, params, batch))
+        pairs = _pairs(batch, collectives)
+        values = _by_place(values, batch, pairs, collectives)
         row = jnp.arange(len(values))[:, None]
         scores = values[row, pairs.starts + pairs.lengths - 1]
         chosen, rejected = scores[:, ::2], scores[:, 1::2]
@@ -96,15 +79,8 @@ class RewardLoss:
         loss = _mean_loss(values, pairs) if is_each else jax.nn.softplus(-margin)
         loss = loss + self.centering * (chosen + rejected) ** 2
         is_pair = (pairs.lengths[:, ::2] > 0) & (pairs.lengths[:, 1::2] > 0)
-        counted = is_pair * operations.collectives.is_counted()
-        figures = {
-            "accuracy": margin > 0,
-            "margin": margin,
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
-        }
-        sums = {name: (figure * counted).sum() for name, figure in figures.items()}
-        return (loss * counted).sum(), counted.sum(), sums
+        counted = is_pair * collectives.is_counted()
+        return sums_over_pairs(loss, chosen, rejected, counted)
 
 
 class Pairs(NamedTuple):

@@ -239,7 +239,7 @@ def test_nothing_is_dropped_out():
 
 
 BAD = {
-    "not causal": (dict(model=dataclasses.replace(MODEL, is_causal=False)), "sees its own label"),
+    "not causal": (dict(model=dataclasses.replace(MODEL, is_causal=False)), "sees what follows it"),
     "no adapters": (dict(model=without_adapters(MODEL)), r"ModelConfig\.lora: given None"),
     "beta": (dict(beta=0.0), r"dpo_loss\.beta: given 0\.0"),
     "smoothing": (dict(label_smoothing=0.5), "0 <= label_smoothing < 0.5"),

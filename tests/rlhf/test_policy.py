@@ -139,7 +139,7 @@ def test_a_forbidden_word_that_has_no_weight_changes_nothing():
 
 
 BAD = {
-    "not causal": (dict(model=dataclasses.replace(MODEL, is_causal=False)), "sees its own label"),
+    "not causal": (dict(model=dataclasses.replace(MODEL, is_causal=False)), "sees what follows it"),
     "no adapters": (dict(model=without_adapters(MODEL)), r"ModelConfig\.lora: given None"),
     "beta": (dict(beta=-0.1), r"policy_loss\.beta: given -0\.1"),
 }
