@@ -16,9 +16,11 @@ LOG2E = tl.constexpr(math.log2(math.e))
 def capped(logits, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """(logits or their tanh, what they are to be multiplied by to be exponents of two)."""
     if SOFTCAP > 0:
-        # tanh, which Triton has not.
-        logits = 1 - 2 / (1 + tl.exp2(logits * (SCALE / SOFTCAP) * (2 * LOG2E)))
-    factor: tl.constexpr = (SOFTCAP if SOFTCAP > 0 else SCALE) * LOG2E
+        x = logits * (SCALE / SOFTCAP)
+        # tanh(x), which Triton has not.
+        logits = 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E)))
+    multiplier: tl.constexpr = SOFTCAP if SOFTCAP > 0 else SCALE
+    factor: tl.constexpr = multiplier * LOG2E
     return logits, factor
 
 
@@ -34,9 +36,11 @@ def softmax_step(logits, factor, total, top, IS_MASKED: tl.constexpr):
     Returns:
         (exponentials [rows, keys], what the sums of before shrink by [rows], total, top).
     """
-    new = tl.maximum(top, tl.max(logits, 1) * factor)
+    top_of_tile = tl.max(logits, 1) * factor
+    new_top = tl.maximum(top, top_of_tile)
     # Where nothing is seen yet, -inf - -inf would be NaN.
-    safe = tl.where(new == -float("inf"), 0.0, new) if IS_MASKED else new
-    p = tl.exp2(logits * factor - safe[:, None])
-    shrink = tl.exp2(top - safe)
-    return p, shrink, total * shrink + tl.sum(p, 1), new
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top) if IS_MASKED else new_top
+    p = tl.exp2(logits * factor - shift[:, None])
+    shrink = tl.exp2(top - shift)
+    new_total = total * shrink + tl.sum(p, 1)
+    return p, shrink, new_total, new_top

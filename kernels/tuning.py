@@ -49,7 +49,8 @@ def problems() -> Iterator[Problem]:
 
 def _problem(operation: str, run: Callable, *arguments: Array) -> Problem:
     """With all combinations of the sizes that are to be tried for the operation."""
-    sizes = _candidates()[operation.rstrip(string.digits + ".")]
+    without_head_dim = operation.rstrip(string.digits + ".")
+    sizes = _candidates()[without_head_dim]
     combinations = itertools.product(*sizes.values())
     candidates = tuple(Blocks(**dict(zip(sizes, each))) for each in combinations)
     return Problem(operation, run, arguments, candidates)
@@ -57,6 +58,7 @@ def _problem(operation: str, run: Callable, *arguments: Array) -> Problem:
 
 @functools.cache
 def _candidates() -> dict[str, dict[str, list[int]]]:
+    """Operation -> field of `Blocks` -> sizes."""
     folder = importlib.resources.files("jaxscale.kernels")
     return json.loads((folder / "triton_candidates.json").read_text())
 
@@ -66,11 +68,12 @@ def _matmuls() -> Iterator[Problem]:
     from jaxscale.kernels.grouped_matmul import triton as grouped_matmul
     from jaxscale.kernels.linear_cross_entropy import triton as linear_cross_entropy
 
-    rows = _draw(8192, 2048)
-    cotangent = _draw(8192, 4096)
-    weights = _draw(8, 2048, 4096)
-    head = _draw(32768, 2048)
-    sizes = jnp.full(8, 1024, jnp.int32)
+    num_tokens, model_dim, ffn_dim, vocab_size, num_experts = 8192, 2048, 4096, 32768, 8
+    rows = _draw(num_tokens, model_dim)
+    cotangent = _draw(num_tokens, ffn_dim)
+    weights = _draw(num_experts, model_dim, ffn_dim)
+    head = _draw(vocab_size, model_dim)
+    sizes = jnp.full(num_experts, num_tokens // num_experts, jnp.int32)
 
     def multiply(rows, weights, sizes):
         return grouped_matmul.forward((rows,), (weights,), sizes, is_transposed=False)
@@ -101,33 +104,36 @@ def _attention(head_dim: int) -> Iterator[Problem]:
     k = _draw(batch, length, kv_heads, head_dim)
     low = jnp.zeros((1, length), jnp.int32)
     high = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
-    # Times do not depend on what a query's logits add up to.
+    # Times do not depend on values, so that v is k, do is q, and delta is lse.
     lse = jnp.zeros((batch, num_heads, length))
-    settings = dict(scale=head_dim**-0.5, softcap=None, interpret=False)
-    for layout, prefix in ((None, ""), (BlockLayout(), "layout_")):
-        settings["layout"] = layout
-        name = f"attention.{'layout' if layout else 'forward'}.{head_dim}"
-        yield _problem(name, functools.partial(forward, **settings), q, k, k, low, high)
-        gradients = key_gradients, functools.partial(query_gradient, dtype=q.dtype)
-        for name, gradient in zip(("key_gradients", "query_gradient"), gradients):
+    saved = q, k, k, q, lse, lse, low, high
+    gradients = {
+        "key_gradients": key_gradients,
+        "query_gradient": functools.partial(query_gradient, dtype=q.dtype),
+    }
+    for layout, name, prefix in ((None, "forward", ""), (BlockLayout(), "layout", "layout_")):
+        settings = dict(scale=head_dim**-0.5, softcap=None, layout=layout, interpret=False)
+        run = functools.partial(forward, **settings)
+        yield _problem(f"attention.{name}.{head_dim}", run, q, k, k, low, high)
+        for gradient_name, gradient in gradients.items():
             run = functools.partial(gradient, **settings)
-            arguments = q, k, k, q, lse, lse, low, high
-            yield _problem(f"attention.{prefix}{name}.{head_dim}", run, *arguments)
+            yield _problem(f"attention.{prefix}{gradient_name}.{head_dim}", run, *saved)
 
 
 def _paged_attention() -> Problem:
     """Decoding of 64 sequences of 2,048 tokens."""
     from jaxscale.kernels.paged_attention import triton as paged_attention
 
-    num, page_size, width = 64, 128, 16
-    q = _draw(num, 32, 128)
+    num_sequences, pages_each, page_size = 64, 16, 128
+    num_heads, kv_heads, head_dim = 32, 8, 128
+    num_pages = num_sequences * pages_each
+    q = _draw(num_sequences, num_heads, head_dim)
     # Arrays of their own: what is read as keys would be in the cache as values.
-    keys, values = (_draw(num * width, page_size, 8, 128) for _ in range(2))
-    table = jnp.arange(num * width, dtype=jnp.int32).reshape(num, width)
-    low = jnp.zeros(num, jnp.int32)
-    high = jnp.full(num, width * page_size, jnp.int32)
-    settings = dict(scale=0.1, softcap=None)
-    decode = functools.partial(paged_attention.paged_attention, **settings)
+    keys, values = (_draw(num_pages, page_size, kv_heads, head_dim) for _ in range(2))
+    table = jnp.arange(num_pages, dtype=jnp.int32).reshape(num_sequences, pages_each)
+    low = jnp.zeros(num_sequences, jnp.int32)
+    high = jnp.full(num_sequences, pages_each * page_size, jnp.int32)
+    decode = functools.partial(paged_attention.paged_attention, scale=0.1, softcap=None)
     return _problem("paged_attention", decode, q, keys, values, table, low, high)
 
 
@@ -140,6 +146,8 @@ def times(problem: Problem) -> dict[Blocks, float]:
 
     Those that the GPU cannot run, for want of shared memory or registers, are left out.
 
+    Args:
+        problem: what is timed.
     Raises:
         RuntimeError: it can run none of them.
     """
@@ -181,5 +189,6 @@ def milliseconds(compiled: Callable, arguments: tuple[Array, ...]) -> float:
         for _ in range(REPEATS):
             result = compiled(*arguments)
         jax.block_until_ready(result)
-        rounds.append((time.perf_counter() - began) / REPEATS * 1e3)
+        seconds = time.perf_counter() - began
+        rounds.append(seconds / REPEATS * 1e3)
     return min(rounds)

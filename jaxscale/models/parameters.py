@@ -101,12 +101,21 @@ class _Builder:
         sizes = self.sizes | sizes
         shape = tuple(sizes[letter] for letter in dims)
         width = self.config.width_multiplier if role in HIDDEN else 1.0
-        return Parameter(dims, shape, role, std / math.sqrt(width), mean, 1 / width, active)
+        return Parameter(
+            dims,
+            shape,
+            role,
+            std=std / math.sqrt(width),
+            mean=mean,
+            learning_rate_factor=1 / width,
+            active=active,
+        )
 
     def embedding(self) -> Table:
         config, std = self.config, self.config.init_std
         # An embedding that is also the unembedding is multiplied with.
-        out: Table = {"tokens": self("VD", Role.EMBEDDING, std, active=float(config.is_tied))}
+        active = 1.0 if config.is_tied else 0.0
+        out: Table = {"tokens": self("VD", Role.EMBEDDING, std, active=active)}
         if config.use_learned_positions:
             out["positions"] = self("UD", Role.POSITIONS, std, active=0.0)
         if num := config.num_token_types:
@@ -140,13 +149,16 @@ class _Builder:
 
     def pooler(self) -> Table:
         """Of a whole text, so that none of it counts as active for a token."""
-        std, sizes = self.config.init_std, {"H": self.config.model_dim, "Y": 2}
+        sizes = {"H": self.config.model_dim, "Y": 2}
+        matrix = functools.partial(
+            self, role=Role.MATRIX, std=self.config.init_std, active=0.0, **sizes
+        )
         out = {}
         if self.config.use_pooler:
-            out["dense"] = self("DH", Role.MATRIX, std, active=0.0, **sizes)
+            out["dense"] = matrix("DH")
             out["dense_bias"] = self("H", Role.BIAS, **sizes)
         if self.config.use_pair_head:
-            out["pair"] = self("HY", Role.MATRIX, std, active=0.0, **sizes)
+            out["pair"] = matrix("HY")
             out["pair_bias"] = self("Y", Role.BIAS, **sizes)
         return out
 
@@ -162,29 +174,31 @@ class _Builder:
 
     def layer(self, layer: LayerConfig, stack: str) -> Table:
         attention = self.attention(layer.attention, stack)
+        if layer.is_moe:
+            name, feed_forward = "moe", self.experts(layer.feed_forward, stack)
+        else:
+            name, feed_forward = "ffn", self.feed_forward(layer.feed_forward, stack)
         if layer.has_norm_before:
             attention = {"norm": self.norm(stack)} | attention
-        make = self.experts if layer.is_moe else self.feed_forward
-        feed_forward = make(layer.feed_forward, stack)
         if layer.has_norm_before and not layer.is_parallel:
             feed_forward = {"norm": self.norm(stack)} | feed_forward
         if layer.has_norm_after or layer.has_norm_of_sum:
             attention["norm_after"] = self.norm(stack)
             feed_forward["norm_after"] = self.norm(stack)
-        return {"attention": attention, "moe" if layer.is_moe else "ffn": feed_forward}
+        return {"attention": attention, name: feed_forward}
 
     def attention(self, config: AttentionConfig, stack: str) -> Table:
         sizes = {"N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim}
         std = self.config.init_std
         out = {}
-        for name, dims in (("q", "DNH"), ("k", "DKH"), ("v", "DKH")):
-            out[name] = self(stack + dims, Role.MATRIX, std, **sizes)
+        for name, outputs in (("q", "NH"), ("k", "KH"), ("v", "KH")):
+            out[name] = self(stack + "D" + outputs, Role.MATRIX, std, **sizes)
             if name in config.biases:
-                out[f"{name}_bias"] = self(stack + dims[1:], Role.BIAS, **sizes)
+                out[f"{name}_bias"] = self(stack + outputs, Role.BIAS, **sizes)
         if config.qk_norm is not None:
-            dims = ("H", "H") if config.qk_norm == "head" else ("NH", "KH")
-            out["q_norm"] = self.norm(stack, dims[0], **sizes)
-            out["k_norm"] = self.norm(stack, dims[1], **sizes)
+            q_dims, k_dims = ("H", "H") if config.qk_norm == "head" else ("NH", "KH")
+            out["q_norm"] = self.norm(stack, q_dims, **sizes)
+            out["k_norm"] = self.norm(stack, k_dims, **sizes)
         out["o"] = self(stack + "NHD", Role.MATRIX, self.output_std(), **sizes)
         if "o" in config.biases:
             out["o_bias"] = self(stack + "D", Role.BIAS)
@@ -193,7 +207,8 @@ class _Builder:
     def feed_forward(self, config: FeedForwardConfig, stack: str) -> Table:
         sizes = {"F": config.dim}
         out = {}
-        for name in ("gate", "up") if config.is_gated else ("up",):
+        names = ("gate", "up") if config.is_gated else ("up",)
+        for name in names:
             out[name] = self(stack + "DF", Role.MATRIX, self.config.init_std, **sizes)
             if config.use_bias:
                 out[f"{name}_bias"] = self(stack + "F", Role.BIAS, **sizes)
@@ -232,20 +247,35 @@ class _Builder:
         stack: str,
         sizes: dict[str, int],
     ) -> Table:
-        """The matrices with the adapters beside them; the sum begins with a product of 0."""
+        """The matrices with the adapters beside them."""
         lora = self.config.lora
-        targets = [] if lora is None else [name for name in lora.targets if name in matrices]
-        for name in targets:
+        if lora is None:
+            return matrices
+        sizes = sizes | {"R": lora.rank}
+        adapters = {}
+        for name in lora.targets:
+            if name not in matrices:
+                continue
             dims = matrices[name].dims.removeprefix(stack)
             # The inputs of "o" are the dims of the heads; every other matrix has one.
             num_inputs = len(dims) - 1 if name == "o" else 1
             inputs, outputs = dims[:num_inputs], dims[num_inputs:]
-            ranked = sizes | {"R": lora.rank}
-            a = self(stack + inputs + "R", Role.MATRIX, **ranked)
-            std = math.prod(a.shape[len(stack) : -1]) ** -0.5
-            b = self(stack + "R" + outputs, Role.MATRIX, **ranked)
-            matrices[f"{name}_lora"] = {"a": dataclasses.replace(a, std=std), "b": b}
-        return matrices
+            adapters[f"{name}_lora"] = self.adapter(inputs, outputs, stack, sizes)
+        return matrices | adapters
+
+    def adapter(
+        self,
+        inputs: str,
+        outputs: str,
+        stack: str,
+        sizes: dict[str, int],
+    ) -> Table:
+        """Two matrices whose product is 0 at first, because `b` is."""
+        a = self(stack + inputs + "R", Role.MATRIX, **sizes)
+        b = self(stack + "R" + outputs, Role.MATRIX, **sizes)
+        fan_in = math.prod(a.shape[len(stack) : -1])
+        # In place of the std that muP divides by the width, which the fan-in has in it already.
+        return {"a": dataclasses.replace(a, std=fan_in**-0.5), "b": b}
 
     def output_std(self) -> float:
         return self.config.init_std / math.sqrt(2 * self.config.num_layers)
@@ -296,7 +326,8 @@ def init_params(
             return jnp.full(parameter.shape, parameter.mean, stored)
         number = zlib.crc32(jax.tree_util.keystr(path).encode())
         leaf_key = jax.random.fold_in(key, number)
-        return (parameter.std * jax.random.normal(leaf_key, parameter.shape)).astype(stored)
+        normal = jax.random.normal(leaf_key, parameter.shape)
+        return (parameter.std * normal).astype(stored)
 
     return jax.tree_util.tree_map_with_path(draw, table)
 

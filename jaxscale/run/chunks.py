@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from jaxscale.launch.memory import GIB
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
@@ -27,6 +27,9 @@ STRATEGIES = {
     "chunks, all on the host": dict(inputs="host", attention="host", chunks="host"),
     "chunks, attention run twice": dict(inputs="host", attention="nowhere", chunks="host"),
 }
+
+# (tokens of a row) -> (bytes on a device, bytes on the host).
+Needs = Callable[[int], tuple[float, float]]
 
 
 def is_chunked(run: Run) -> bool:
@@ -53,47 +56,64 @@ def chunk_lines(run: Run, device_bytes: float, host_bytes: float) -> list[str]:
     state = StateCounter(job)(run.mesh)
     strategy = run.execution.strategy
     memory = chunked_memory(job, layout, state, strategy)
-    lines = [_parts("on a device", memory.device), _parts("on the host", memory.host)]
     chunk = suggested_chunk(job, layout, state, strategy, device_bytes=device_bytes)
-    lines.append(f"chunk_tokens  {chunk or 'none'} would fit, {strategy.chunk_tokens} is set")
-    limits = dict(device_bytes=device_bytes, host_bytes=host_bytes)
-    there = f"{device_bytes / GIB:.2f} GiB of a device"
-    if math.isinf(host_bytes):
-        there += " (no host is asked: host_gib)"
-    else:
-        there += f" and {host_bytes / GIB:.2f} of its host"
-    title = f"by strategy   GiB on a device and on the host; tokens that fit {there}"
-    lines.append(f"{title}, and GiB on the host that they take")
-    for name, needs in _strategies(job, layout, strategy).items():
-        longest = longest_length(needs, strategy.chunk_tokens, **limits)
-        device, host, taken = (size / GIB for size in (*needs(job.length), needs(longest)[1]))
-        lines.append(f"  {name:<34}{device:>9.2f}{host:>9.2f}{longest:>12,}{taken:>9.2f}")
+    lines = [
+        _parts("on a device", memory.device),
+        _parts("on the host", memory.host),
+        f"chunk_tokens  {chunk or 'none'} would fit, {strategy.chunk_tokens} is set",
+        _title(device_bytes, host_bytes),
+    ]
+    for name, needs in [*_whole_layers(job, layout), *_chunked_layers(job, layout, strategy)]:
+        longest = longest_length(
+            needs, strategy.chunk_tokens, device_bytes=device_bytes, host_bytes=host_bytes
+        )
+        on_device, on_host = needs(job.length)
+        _, on_host_of_longest = needs(longest)
+        in_gib = f"{on_device / GIB:>9.2f}{on_host / GIB:>9.2f}"
+        lines.append(f"  {name:<34}{in_gib}{longest:>12,}{on_host_of_longest / GIB:>9.2f}")
     return lines
 
 
-Needs = Callable[[int], tuple[float, float]]
+def _title(device_bytes: float, host_bytes: float) -> str:
+    """What stands above the rows by strategy."""
+    limits = f"{device_bytes / GIB:.2f} GiB of a device"
+    if math.isinf(host_bytes):
+        limits += " (no host is asked: host_gib)"
+    else:
+        limits += f" and {host_bytes / GIB:.2f} of its host"
+    return (
+        f"by strategy   GiB on a device and on the host; tokens that fit {limits}, "
+        "and GiB on the host that they take"
+    )
 
 
-def _strategies(job: Job, layout: Layout, strategy: FullyPipelined) -> dict[str, Needs]:
-    """Name -> (tokens of a row -> bytes on a device and on the host).
+def _whole_layers(job: Job, layout: Layout) -> Iterator[tuple[str, Needs]]:
+    """(name, what it needs) of layers with full remat, by level of ZeRO and with inputs offloaded.
 
-    Whole layers have full remat, Ulysses over the mesh's sequence axis, and ZeRO of each level.
+    The mesh's sequence axis has Ulysses.
     """
-    mesh, found, count = layout.mesh, {}, StateCounter(job)
-    is_sharded = mesh.data * mesh.sequence > 1
-    levels = (1, 2, 3) if is_sharded else (mesh.zero,)
-    whole = [dataclasses.replace(layout, mesh=dataclasses.replace(mesh, zero=z)) for z in levels]
-    for each in whole:
-        name = f"whole layers, ZeRO-{each.mesh.zero}"
-        found[name] = functools.partial(_whole, job, each, count(each.mesh), is_offloaded=False)
-    last = whole[-1]
-    of_last = functools.partial(_whole, job, last, count(last.mesh), is_offloaded=True)
-    found["the same, inputs on the host"] = of_last
-    chunked = {"as it is set": strategy}
-    chunked |= {name: dataclasses.replace(strategy, **each) for name, each in STRATEGIES.items()}
-    for name, other in chunked.items():
-        found[name] = functools.partial(_in_chunks, job, layout, count(mesh), other)
-    return found
+    count = StateCounter(job)
+    is_sharded = layout.mesh.data * layout.mesh.sequence > 1
+    levels = (1, 2, 3) if is_sharded else (layout.mesh.zero,)
+    for level in levels:
+        mesh = dataclasses.replace(layout.mesh, zero=level)
+        at_level = dataclasses.replace(layout, mesh=mesh, remat="full")
+        needs = functools.partial(_whole, job, at_level, count(mesh))
+        yield f"whole layers, ZeRO-{level}", functools.partial(needs, is_offloaded=False)
+    yield "the same, inputs on the host", functools.partial(needs, is_offloaded=True)
+
+
+def _chunked_layers(
+    job: Job,
+    layout: Layout,
+    strategy: FullyPipelined,
+) -> Iterator[tuple[str, Needs]]:
+    """(name, what it needs) of the run's strategy and of those that are shown beside it."""
+    state = StateCounter(job)(layout.mesh)
+    yield "as it is set", functools.partial(_in_chunks, job, layout, state, strategy)
+    for name, places in STRATEGIES.items():
+        other = dataclasses.replace(strategy, **places)
+        yield name, functools.partial(_in_chunks, job, layout, state, other)
 
 
 def _in_chunks(job, layout, state, strategy, length) -> tuple[float, float]:
@@ -105,10 +125,10 @@ def _in_chunks(job, layout, state, strategy, length) -> tuple[float, float]:
 def _whole(job, layout, state, length, *, is_offloaded: bool) -> tuple[float, float]:
     """Only the inputs of layers are kept, on the device or, but for two of them, on the host."""
     longer = dataclasses.replace(job, length=length)
-    memory = step_memory(longer, dataclasses.replace(layout, remat="full"), state)
-    here = min(1, 2 / job.model.num_periods) if is_offloaded else 1
-    away = (1 - here) * memory.stashed
-    return memory.total - away, memory.host + away
+    memory = step_memory(longer, layout, state)
+    share_here = min(1, 2 / job.model.num_periods) if is_offloaded else 1
+    offloaded = (1 - share_here) * memory.stashed
+    return memory.total - offloaded, memory.host + offloaded
 
 
 def _parts(title: str, parts: dict[str, float]) -> str:
