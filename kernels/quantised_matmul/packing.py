@@ -77,14 +77,14 @@ def look_up(words: Array, outputs: Array) -> Array:
         [M, K] int32.
     """
     _, chunks, num_planes, _ = words.shape
-    places = jnp.asarray(_in_order(np.arange(WORDS * 8)))[
-        outputs % OUTPUTS
-    ]  # [M, INPUTS] within a unit
+    places_of_unit = jnp.asarray(_in_order(np.arange(WORDS * 8)))
+    places = places_of_unit[outputs % OUTPUTS]  # [M, INPUTS]
     tiles = (outputs // OUTPUTS)[:, None, None]
     total = 0
     for plane, offset in enumerate(OFFSETS[4 * num_planes]):
         found = words[tiles, np.arange(chunks)[:, None], plane, (places // 8)[:, None]]
-        total = 16 * total + (found >> 4 * (places % 8)[:, None] & 15) - offset
+        integers = found >> 4 * (places % 8)[:, None] & 15
+        total = 16 * total + integers - offset
     return total.reshape(len(outputs), chunks * INPUTS)
 
 

@@ -30,6 +30,7 @@ from jaxscale.kernels.quantised_matmul.packing import INPUTS, OFFSETS, OUTPUTS, 
 
 UNIT = 8  # columns of a product: the most rows of `x`
 THREADS = 128  # of a warpgroup
+LANES = 32  # of a warp
 AHEAD = 4  # steps whose words are on their way
 MARGIN = 8  # elements behind a row of x, so that eight rows lie in different banks
 LAYOUT = plgpu.Layout.WG_STRIDED((WORDS,), vec_size=4)
@@ -51,25 +52,26 @@ def matmul(
 ) -> list[Array]:
     """As `api.matmul`; `scale` and `epsilon` are the norm's."""
     num_rows, depth = x.shape
-    tiles = [words.shape[0] for words, _ in matrices]
-    groups = [(0, 1)] if is_gated else [(i,) for i in range(len(tiles))]
-    widths = [tiles[group[0]] for group in groups]
-    num_parts = _num_parts(depth // INPUTS, sum(widths))
-    optional = {"scale": scale, "residual": residual}
-    optional = {name: array for name, array in optional.items() if array is not None}
+    # Of each result the numbers of its matrices, and the tiles of 64 outputs.
+    groups = [(0, 1)] if is_gated else [(number,) for number in range(len(matrices))]
+    tiles = [matrices[first][0].shape[0] for first, *_ in groups]
+    num_parts = _num_parts(depth // INPUTS, sum(tiles))
+    vectors = {"x": x, "scale": scale, "residual": residual}
+    vectors = {name: array for name, array in vectors.items() if array is not None}
 
     def body(*refs):
-        given = dict(zip(["x", *optional], refs, strict=False))
-        refs = refs[len(given) :]
-        operands, refs = refs[: 2 * len(tiles)], refs[2 * len(tiles) :]
-        results, scratch = refs[: len(widths)], refs[len(widths) :]
+        refs = iter(refs)
+        given = {name: next(refs) for name in vectors}
+        words_and_scales = [(next(refs), next(refs)) for _ in matrices]
+        results = [next(refs) for _ in groups]
+        scratch = tuple(refs)
         block = _Block(*scratch, **given, depth=depth, epsilon=epsilon, interpret=interpret)
 
         def run(number, tile):
-            mine = [operands[2 * i : 2 * i + 2] for i in groups[number]]
-            block.run(tile, mine, results[number])
+            operands = [words_and_scales[matrix] for matrix in groups[number]]
+            block.run(tile, operands, results[number])
 
-        at_its_tile(lax.axis_index("tile"), widths, run)
+        at_its_tile(lax.axis_index("tile"), tiles, run)
 
     compiler_params = plgpu.CompilerParams(
         lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -77,14 +79,14 @@ def matmul(
     )
     kernel = plgpu.kernel(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct((num_rows, num * OUTPUTS), dtype) for num in widths),
+        out_type=tuple(jax.ShapeDtypeStruct((num_rows, num * OUTPUTS), dtype) for num in tiles),
         scratch_types=(
             plgpu.SMEM((num_rows, depth + MARGIN), x.dtype),
             plgpu.SMEM((num_rows, num_parts * THREADS), jnp.float32),
             plgpu.SMEM((num_parts, len(groups[0]), OUTPUTS, UNIT), jnp.float32),
             plgpu.Barrier(num_arrivals=num_parts),
         ),
-        grid=(sum(widths),),
+        grid=(sum(tiles),),
         grid_names=("tile",),
         num_threads=num_parts,
         thread_name="part",
@@ -92,7 +94,7 @@ def matmul(
         interpret=interpret,
     )
     flat = [array for matrix in matrices for array in matrix]
-    return list(kernel(x, *optional.values(), *flat))
+    return list(kernel(*vectors.values(), *flat))
 
 
 def at_its_tile(tile, counts, run):
@@ -131,67 +133,74 @@ class _Block:
     def run(self, tile, matrices, result):
         """64 outputs, of two matrices where the first is the gate of the second."""
         part = lax.axis_index("part")
-        num_steps = self.depth // INPUTS // self.sums.shape[0]
+        num_parts = self.sums.shape[0]
+        num_steps = self.depth // INPUTS // num_parts
         first = part * num_steps
-        steps = [Steps(*(ref.at[tile] for ref in each), first, num_steps) for each in matrices]
+        steps = [
+            Steps(words.at[tile], scales.at[tile], first, num_steps) for words, scales in matrices
+        ]
         # The first words are on their way while the inputs are taken.
         loaded = [each.load_first() for each in steps]
         self._take_inputs(pl.ds(first * INPUTS, num_steps * INPUTS), part)
 
         def product(unit, offset, step):
-            x = self.x_smem.at[:, pl.ds((first + step) * INPUTS, INPUTS)]
-            return _product(unit, offset, x, self.interpret)
+            inputs = pl.ds((first + step) * INPUTS, INPUTS)
+            return _product(unit, offset, self.x_smem.at[:, inputs], self.interpret)
 
-        for number, each in enumerate(steps):
-            total = each.total(loaded[number], (OUTPUTS, UNIT), product)
-            self.sums.at[part, number][...] = total
+        for matrix, each in enumerate(steps):
+            total = each.total(loaded[matrix], (OUTPUTS, UNIT), product)
+            self.sums.at[part, matrix][...] = total
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.ready)
         pl.when(part == 0)(functools.partial(self._finish, tile, result))
 
-    def _take_inputs(self, mine, part):
+    def _take_inputs(self, inputs, part):
         """Puts a warpgroup's share of the inputs into shared memory, times the norm's scale."""
-        layout = _strided(mine.size)
+        layout = _strided(inputs.size)
         scale = None
         if self.scale is not None:
-            scale = plgpu.load(self.scale.at[mine], layout=layout).astype(jnp.float32)
+            scale = plgpu.load(self.scale.at[inputs], layout=layout).astype(jnp.float32)
         for row in range(self.x.shape[0]):
-            values = plgpu.load(self.x.at[row, mine], layout=layout)
+            values = plgpu.load(self.x.at[row, inputs], layout=layout)
             if scale is not None:
                 wide = values.astype(jnp.float32)
-                mine_of_squares = pl.ds(part * THREADS, THREADS)
-                squares = _by_thread(wide * wide, self.interpret)
-                self.squares.at[row, mine_of_squares][...] = squares
+                threads = pl.ds(part * THREADS, THREADS)
+                self.squares.at[row, threads][...] = _by_thread(wide * wide, self.interpret)
                 values = (wide * scale).astype(values.dtype)
-            self.x_smem.at[row, mine][...] = values
+            self.x_smem.at[row, inputs][...] = values
         plgpu.commit_smem()
 
     def _finish(self, tile, result):
         """Adds up the sums of all warpgroups and what stands behind the product."""
         plgpu.barrier_wait(self.ready)
-        num_parts, num_matrices = self.sums.shape[:2]
-        totals = []
-        for number in range(num_matrices):
-            parts = [
-                plgpu.load(self.sums.at[part, number], layout=MATRIX, optimized=False)
-                for part in range(num_parts)
-            ]
-            totals.append(sum(parts[1:], parts[0]))
-        column = plgpu.broadcasted_iota(jnp.int32, totals[0].shape, 1, layout=MATRIX)
-        mine = pl.ds(tile * OUTPUTS, OUTPUTS)
+        num_matrices = self.sums.shape[1]
+        products = [self._sum_of_parts(matrix) for matrix in range(num_matrices)]
+        column = plgpu.broadcasted_iota(jnp.int32, products[0].shape, 1, layout=MATRIX)
+        outputs = pl.ds(tile * OUTPUTS, OUTPUTS)
         for row in range(self.x.shape[0]):
-            outputs = [jnp.where(column == row, each, 0.0).sum(1) for each in totals]
+            of_row = [jnp.where(column == row, each, 0.0).sum(1) for each in products]
             if self.scale is not None:
-                total = _total(self.squares.at[row], self.interpret)
-                factor = lax.rsqrt(total / self.depth + self.epsilon)
-                outputs = [each * factor for each in outputs]
-            y = outputs[-1]
+                sum_of_squares = _total(self.squares.at[row], self.interpret)
+                factor = lax.rsqrt(sum_of_squares / self.depth + self.epsilon)
+                of_row = [each * factor for each in of_row]
             if num_matrices == 2:
-                y = y * outputs[0] / (1 + jnp.exp(-outputs[0]))
+                gate, up = of_row
+                y = up * gate / (1 + jnp.exp(-gate))
+            else:
+                (y,) = of_row
             if self.residual is not None:
-                before = plgpu.load(self.residual.at[row, mine], layout=ROW, optimized=False)
-                y = y + before.astype(jnp.float32)
-            result.at[row, mine][...] = y.astype(result.dtype)
+                residual = plgpu.load(self.residual.at[row, outputs], layout=ROW, optimized=False)
+                y = y + residual.astype(jnp.float32)
+            result.at[row, outputs][...] = y.astype(result.dtype)
+
+    def _sum_of_parts(self, matrix):
+        """The product with a matrix over all inputs, [64, 8]."""
+        num_parts = self.sums.shape[0]
+        parts = [
+            plgpu.load(self.sums.at[part, matrix], layout=MATRIX, optimized=False)
+            for part in range(num_parts)
+        ]
+        return sum(parts[1:], parts[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,11 +237,11 @@ class Steps:
             units, scale = loaded[step]
             if step + AHEAD < self.num:
                 loaded.append(self.load(step + AHEAD))
+            by_unit = (
+                product(unit, offset, step) for unit, offset in zip(units, offsets, strict=True)
+            )
             # The first unit has the highest bits.
-            value = None
-            for unit, offset in zip(units, offsets, strict=True):
-                each = product(unit, offset, step)
-                value = each if value is None else 16 * value + each
+            value = functools.reduce(lambda upper, lower: 16 * upper + lower, by_unit)
             total = total + spread(scale.astype(jnp.float32), shape, 0) * value
         return total
 
@@ -257,11 +266,12 @@ def _by_thread(values, interpret):
         return_type=plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=EACH_THREAD),
     )
     def add(_, values):
-        total = None
-        for register in values.registers.flat:
-            for place in range(_neighbours(values.shape[0])):
-                each = vector.extract(register, [], [place])
-                total = each if total is None else arith.addf(total, each)
+        elements = (
+            vector.extract(register, [], [place])
+            for register in values.registers.flat
+            for place in range(_neighbours(values.shape[0]))
+        )
+        total = functools.reduce(arith.addf, elements)
         one = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), total)
         layout = EACH_THREAD.to_mgpu()
         return of_registers(np.full(layout.registers_shape((THREADS,)), one, object), layout)
@@ -279,10 +289,12 @@ def _total(ref, interpret):
         return_type=plgpu.ShapeDtypeStruct((OUTPUTS,), jnp.float32, layout=ROW),
     )
     def add(_, ref):
-        lane, total = _lane(), None
-        for begin in range(0, ref.type.shape[0], 32):
-            each = memref.load(ref, [arith.addi(lane, _index(begin))])
-            total = each if total is None else arith.addf(total, each)
+        lane = _lane()
+        elements = (
+            memref.load(ref, [arith.addi(lane, _index(begin))])
+            for begin in range(0, ref.type.shape[0], LANES)
+        )
+        total = functools.reduce(arith.addf, elements)
         for distance in (16, 8, 4, 2, 1):
             total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
         layout = ROW.to_mgpu()
@@ -312,20 +324,22 @@ def _multiply(offset: int):
     def multiply(_, words, x):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         num_rows = x.type.shape[0]
+        # The tensor cores take of each thread two neighbouring inputs of one row, twice.
         lane = _lane()
         row = arith.divui(lane, _index(4))
-        pair = arith.muli(arith.remui(lane, _index(4)), _index(2))
+        neighbours = arith.muli(arith.remui(lane, _index(4)), _index(2))
         is_row = arith.cmpi(arith.CmpIPredicate.ult, row, _index(num_rows))
         row = arith.minui(row, _index(num_rows - 1))
         zero = arith.constant(i32, 0)
         totals = [arith.constant(f32, 0.0)] * 4
-        two = ir.VectorType.get((2,), ir.BF16Type.get())
+        two_inputs = ir.VectorType.get((2,), ir.BF16Type.get())
         for number, left in enumerate(operands_of(words, offset)):
             right = []
             for half in range(2):
-                column = arith.addi(pair, _index(16 * number + 8 * half))
-                both = mgpu.utils.bitcast(vector.load(two, x, [row, column]), i32)
-                right.append(arith.select(is_row, both, zero))
+                column = arith.addi(neighbours, _index(16 * number + 8 * half))
+                loaded = vector.load(two_inputs, x, [row, column])
+                in_a_word = mgpu.utils.bitcast(loaded, i32)
+                right.append(arith.select(is_row, in_a_word, zero))
             totals = _mma(left, right, totals)
         layout = MATRIX.to_mgpu()
         registers = np.empty(layout.registers_shape((OUTPUTS, UNIT)), object)
