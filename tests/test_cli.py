@@ -223,4 +223,6 @@ def test_no_backend_starts_before_the_verb_runs():
         "    jaxscale.cli.load(verb.function)\n"
         "assert not xla_bridge._backends, xla_bridge._backends\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr

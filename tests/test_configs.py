@@ -48,7 +48,7 @@ def test_the_header_says_what_the_file_is(path):
 
 @each_file
 def test_every_name_is_known_and_every_value_of_its_type(path):
-    bind(path)
+    assert_binds(path)
 
 
 @each_file
@@ -100,7 +100,7 @@ def test_the_commands_of_a_list_fit(path, monkeypatch):
                 check_fit(config.load(pretrain, [file], overrides).arguments["run"])
 
 
-def bind(path: Path) -> None:
+def assert_binds(path: Path) -> None:
     """Binds all that a file binds.
 
     Each value is built and checked, each complete configuration constructed.
@@ -164,4 +164,4 @@ def test_a_file_that_cannot_be_bound_fails(line, tmp_path):
         f"from __gin__ import dynamic_registration\nfrom jaxscale import types\n{line}\n"
     )
     with pytest.raises(InputError, match=r"a\.gin:3"):
-        bind(path)
+        assert_binds(path)

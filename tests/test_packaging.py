@@ -110,6 +110,8 @@ def test_editable_install(checkout, tmp_path):
 def test_transformers_imports_from_the_repository_root():
     """transformers looks for a public package `kernels`, for which it must not take ours."""
     names = "PreTrainedConfig, AutoTokenizer, LlamaConfig"
-    program = f"import transformers; from transformers import {names}; LlamaConfig()"
+    program = (
+        f"import transformers; from transformers import {names}; print(LlamaConfig().model_type)"
+    )
     command = [sys.executable, "-W", "ignore", "-c", program]
-    run(command, cwd=ROOT, HF_HUB_OFFLINE="1")
+    assert run(command, cwd=ROOT, HF_HUB_OFFLINE="1") == "llama"

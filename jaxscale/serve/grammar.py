@@ -82,7 +82,9 @@ class Grammars:
     def _compile_into(self, future: concurrent.futures.Future, config: GrammarConfig) -> None:
         try:
             future.set_result(self._compile(config))
-        except BaseException as error:  # whoever waits finds it in the future; a Rust panic too
+        # Whoever waits would else wait for ever. A panic of llguidance, which is written in Rust,
+        # is a BaseException. In this thread `begin` raises it again.
+        except BaseException as error:
             with self._lock:
                 self._compiled.pop(config, None)
             future.set_exception(error)

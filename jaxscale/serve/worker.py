@@ -70,6 +70,7 @@ class Worker:
                 self._run_commands()
                 if not self._is_stopping and self._engine.has_work:
                     self._deliver(self._engine.step())
+        # Whatever ends the thread is told: nobody else would answer what is asked of it.
         except BaseException as error:
             logger.error("the engine failed:\n%s", traceback.format_exc())
             self._failure = error
@@ -98,7 +99,9 @@ class Worker:
                 continue
             try:
                 future.set_result(function(self._engine))
-            except Exception as error:  # it is the caller's, who finds it in the future
+            # It is the caller's, who finds it in the future and would else wait for ever. A panic
+            # of a library in Rust, such as a grammar's, is a BaseException.
+            except BaseException as error:
                 future.set_exception(error)
 
 

@@ -37,7 +37,7 @@ def newest_name(directory):
     return max(committed(directory), default=0)
 
 
-def check_newest(directory):
+def assert_newest_is_sound(directory):
     """The newest committed step is sound and holds what it must hold; returns its number."""
     checkpoints = script["open_checkpoints"](directory)
     step = checkpoints.latest_step()
@@ -52,7 +52,7 @@ def check_newest(directory):
     return step
 
 
-def run_kills(directory, num_kills):
+def assert_newest_step_survives(directory, num_kills):
     newest = 0
     draw = random.Random(num_kills)
     with subprocess.Popen(
@@ -67,7 +67,7 @@ def run_kills(directory, num_kills):
         for _ in range(num_kills):
             delay_s = draw.uniform(0, 0.4)
             kill_while_saving(savers, directory, above=newest, delay_s=delay_s)
-            newest = check_newest(directory)
+            newest = assert_newest_is_sound(directory)
     steps = committed(directory)
     assert steps[-1] == newest
     kept_for_ever = [step for step in steps if step % 50 == 0]
@@ -76,9 +76,9 @@ def run_kills(directory, num_kills):
 
 
 def test_newest_step_survives_three_kills(tmp_path):
-    run_kills(tmp_path, 3)
+    assert_newest_step_survives(tmp_path, 3)
 
 
 @pytest.mark.long
 def test_newest_step_survives_twenty_kills(tmp_path):
-    run_kills(tmp_path, 20)
+    assert_newest_step_survives(tmp_path, 20)

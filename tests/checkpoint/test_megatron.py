@@ -220,7 +220,7 @@ def oracle_of(folder):
     return apart | {name.removeprefix("fp32_param/"): array for name, array in masters.items()}
 
 
-def check(folder):
+def assert_holds_what_its_ranks_held(folder):
     leaves = open_checkpoint(folder).source.leaves()
     wanted = oracle_of(folder)
     assert leaves.keys() == wanted.keys()
@@ -231,10 +231,10 @@ def check(folder):
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "buckets", "buckets_experts"])
 def test_weights_masters_and_moments_are_those_of_megatron_core(name):
-    check(FIXTURES / name)
+    assert_holds_what_its_ranks_held(FIXTURES / name)
 
 
-def check_buckets(folder):
+def assert_buckets_hold_what_its_ranks_held(folder):
     leaves = open_checkpoint(folder / "torch_dist").source.leaves()
     wanted = np.load(folder / "oracle.npz")
     assert leaves.keys() == set(wanted)
@@ -245,7 +245,7 @@ def check_buckets(folder):
 
 @pytest.mark.parametrize("name", ["bucketed", "bucketed_experts"])
 def test_buckets_of_its_distributed_format_become_states_of_weights(name):
-    check_buckets(FIXTURES / name)
+    assert_buckets_hold_what_its_ranks_held(FIXTURES / name)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +296,10 @@ def test_the_fixtures_are_what_megatron_core_writes_today(tmp_path):
     }.items():
         subprocess.run([sys.executable, scripts / script, tmp_path / "new"], check=True)
         for name in names:
-            is_bucketed = name.startswith("bucketed")
-            (check_buckets if is_bucketed else check)(tmp_path / "new" / name)
+            if name.startswith("bucketed"):
+                assert_buckets_hold_what_its_ranks_held(tmp_path / "new" / name)
+            else:
+                assert_holds_what_its_ranks_held(tmp_path / "new" / name)
 
 
 def test_buffers_of_other_weights_are_refused():

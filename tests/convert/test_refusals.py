@@ -24,7 +24,7 @@ def copy(name, target, **changes):
     return path
 
 
-def refused(path, message):
+def assert_refused(path, message):
     with pytest.raises(InputError, match=message):
         opened = open_folder(path)
         opened.params(placed(opened.config, "float32"))
@@ -137,7 +137,7 @@ FIELDS = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_field_that_does_not_fit_is_named(tmp_path, name):
     fixture, changes, message = FIELDS[name]
-    refused(copy(fixture, tmp_path, **changes), message)
+    assert_refused(copy(fixture, tmp_path, **changes), message)
 
 
 def test_both_names_of_a_norm_are_refused(tmp_path):
@@ -147,7 +147,7 @@ def test_both_names_of_a_norm_are_refused(tmp_path):
     name = "bert.embeddings.LayerNorm.weight"
     tensors[name.replace("weight", "gamma")] = tensors[name] + 1
     save_file(tensors, path / "model.safetensors")
-    refused(path, f"expected one tensor {name}")
+    assert_refused(path, f"expected one tensor {name}")
 
 
 def test_weights_that_are_no_floats_are_refused(tmp_path):
@@ -155,16 +155,16 @@ def test_weights_that_are_no_floats_are_refused(tmp_path):
     tensors = load_file(path / "model.safetensors")
     tensors["model.norm.weight"] = np.ones(32, np.int8)
     save_file(tensors, path / "model.safetensors")
-    refused(path, "model.norm.weight: given 'int8', expected floating-point")
+    assert_refused(path, "model.norm.weight: given 'int8', expected floating-point")
 
 
 def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
-    refused(tmp_path / "absent", "a folder of Hugging Face")
+    assert_refused(tmp_path / "absent", "a folder of Hugging Face")
     path = copy("llama", tmp_path)
     (path / "config.json").write_text("{")
-    refused(path, "config.json: given None, expected a JSON object")
+    assert_refused(path, "config.json: given None, expected a JSON object")
     (path / "config.json").unlink()
-    refused(path, "config.json: given None")
+    assert_refused(path, "config.json: given None")
 
 
 def test_rotary_fields_of_both_versions_may_stand_side_by_side(tmp_path):

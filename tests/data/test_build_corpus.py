@@ -178,12 +178,17 @@ def is_running(pid):
 
 
 def kill(process):
+    """Kills it and returns the pid of one that filters, which it may be itself."""
     pid = int(process.stdout.readline())
     process.kill()
     process.wait()
     process.stdout.close()
+    return pid
+
+
+def assert_ends(pid):
     deadline = time.monotonic() + 30
-    while is_running(pid):  # of a process that filters, which ends with the one that started it
+    while is_running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -198,7 +203,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_corpus(raw, tmp_path, stage):
     process = start(raw, tmp_path / "corpus", stage)
     write_corpus.build(raw, str(tmp_path / "clean"))
     num_chunks = len(list((tmp_path / "clean/texts").iterdir()))
-    kill(process)
+    assert_ends(kill(process))
     assert not (tmp_path / "corpus").exists()
     (work,) = tmp_path.glob(".corpus.*/texts")
     done = [path.name for path in work.glob("0*")]
@@ -227,7 +232,7 @@ def chunks_written():
 @pytest.mark.long
 @pytest.mark.processes
 def test_processes_that_filter_end_with_the_one_that_started_them(raw, tmp_path):
-    kill(start(raw, tmp_path / "corpus", "processes"))
+    assert_ends(kill(start(raw, tmp_path / "corpus", "processes")))
 
 
 def test_an_interrupted_run_goes_on_from_its_chunks(raw, tmp_path, monkeypatch):

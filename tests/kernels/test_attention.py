@@ -180,7 +180,7 @@ def test_phi3_smalls_layout_is_dense_attention_up_to_1024_tokens(run):
     indirect=["run"],
 )
 def test_results_and_gradients_are_those_of_float64(run, case):
-    check_results_and_gradients(run, case)
+    assert_results_and_gradients(run, case)
 
 
 @pytest.mark.long
@@ -192,12 +192,12 @@ def test_with_the_blocks_of_other_gpus(capability, case):
     backend = dict(implementation="triton", interpret=interpret_of("triton"))
     triton_call.use_blocks(triton_call._table()[capability])
     try:
-        check_results_and_gradients(functools.partial(attention, **backend), case)
+        assert_results_and_gradients(functools.partial(attention, **backend), case)
     finally:
         triton_call.use_blocks({})
 
 
-def check_results_and_gradients(run, case):
+def assert_results_and_gradients(run, case):
     """Compares with float64."""
     arrays, bounds, cotangents, settings = draw(case)
     o, lse, *gradients = results_and_gradients(run, arrays, bounds, cotangents, settings)

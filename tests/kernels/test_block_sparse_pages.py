@@ -113,8 +113,7 @@ def poisoned(pages, is_read):
     return [jnp.where(is_read[:, None, :, None], each, jnp.nan) for each in pages]
 
 
-@pytest.mark.parametrize(("implementation", "case"), pairs(BACKENDS, CASES, SHORT))
-def test_a_decoding_token_sees_the_blocks_of_each_head(implementation, case):
+def assert_sees_the_blocks_of_each_head(implementation, case):
     skip_unless_runnable(implementation)
     q = queries(case, len(LENGTHS))
     k_pages, v_pages, scales, table = draw(case, LENGTHS)
@@ -134,10 +133,15 @@ def test_a_decoding_token_sees_the_blocks_of_each_head(implementation, case):
     assert not np.asarray(o[-1], np.float32).any()
 
 
+@pytest.mark.parametrize(("implementation", "case"), pairs(BACKENDS, CASES, SHORT))
+def test_a_decoding_token_sees_the_blocks_of_each_head(implementation, case):
+    assert_sees_the_blocks_of_each_head(implementation, case)
+
+
 def test_one_stream_a_sequence(monkeypatch):
     """As when there are many sequences."""
     monkeypatch.setattr(pallas, "NUM_SMS", 1)
-    test_a_decoding_token_sees_the_blocks_of_each_head("mosaic", "window and soft-cap")
+    assert_sees_the_blocks_of_each_head("mosaic", "window and soft-cap")
 
 
 @pytest.mark.long

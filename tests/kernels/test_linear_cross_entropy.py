@@ -81,7 +81,7 @@ def results_and_gradients(operation, h, head, labels, dlabel, dnormaliser, *bias
     return *results, *pullback((dlabel, dnormaliser))
 
 
-def check(found, wanted, tolerance):
+def assert_results_and_gradients(found, wanted, tolerance):
     for got, want in zip(found[:2], wanted[:2], strict=True):
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=1e-5, atol=1e-5)
     for got, want in zip(found[2:], wanted[2:], strict=True):
@@ -91,12 +91,12 @@ def check(found, wanted, tolerance):
 @pytest.mark.parametrize(("run", "shape"), pairs(BACKENDS, SHAPES, "edges"), indirect=["run"])
 def test_results_and_gradients_are_those_of_float64(run, shape):
     arguments = draw(SHAPES[shape])
-    check(run(*arguments), naive(*arguments), TOLERANCE)
+    assert_results_and_gradients(run(*arguments), naive(*arguments), TOLERANCE)
 
 
 def test_float16(run):
     arguments = draw(SHAPES["one_tile"], "float16", 0.1)
-    check(run(*arguments), naive(*arguments), TOLERANCE / 8)
+    assert_results_and_gradients(run(*arguments), naive(*arguments), TOLERANCE / 8)
 
 
 def test_probabilities_of_large_logits_are_as_exact_as_bfloat16(run):
@@ -105,7 +105,7 @@ def test_probabilities_of_large_logits_are_as_exact_as_bfloat16(run):
     wanted = naive(*arguments)
     _, normaliser, _, _ = wanted
     assert normaliser.max() > 300
-    check(run(*arguments), wanted, TOLERANCE)
+    assert_results_and_gradients(run(*arguments), wanted, TOLERANCE)
 
 
 def test_twice_the_same_bits(run):
@@ -122,7 +122,7 @@ def test_a_bias_is_added_to_the_logits_and_has_its_gradient(run, shape):
     wide_h, wide_head = (np.asarray(x, np.float64) for x in wide)
     *wanted, dh, dhead = naive(wide_h, wide_head, labels, *cotangents)
     wanted += [dh[:, :-1], dhead[:, :-1], dhead[:, -1]]
-    check(run(h, head, labels, *cotangents, bias), wanted, TOLERANCE)
+    assert_results_and_gradients(run(h, head, labels, *cotangents, bias), wanted, TOLERANCE)
 
 
 # Rows of zeros that fill the last tile are multiplied too, and nobody reads what comes out.
@@ -181,7 +181,7 @@ def test_a_forbidden_word_is_as_if_it_were_not_there(run, dtype, lowest):
         labels = labels.at[8].set(0).at[9].set(520)
     wanted = without_forbidden_words(h, head, labels, *cotangents, bias, is_allowed)
     found = run(h, head, labels, *cotangents, bias)
-    check(found, wanted, TOLERANCE)
+    assert_results_and_gradients(found, wanted, TOLERANCE)
     *_, dhead, dbias = found
     assert not np.asarray(dhead)[~is_allowed].any()
     assert not np.asarray(dbias)[~is_allowed].any()
@@ -240,7 +240,9 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     run = functools.partial(results_and_gradients, through_a_scan)
     found = in_a_manual_region(run, drawn, implementation)
     if found is not None:
-        check(found, [np.concatenate([x, x]) for x in naive(*drawn)], TOLERANCE)
+        assert_results_and_gradients(
+            found, [np.concatenate([x, x]) for x in naive(*drawn)], TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (1024, 256, 16032)], ids=str)

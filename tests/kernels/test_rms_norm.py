@@ -80,7 +80,7 @@ def results_and_gradients(operation, x, scale, dx, dy):
     return *both, *pullback((dx, dy))
 
 
-def check(found, wanted, tolerance):
+def assert_results_and_gradients(found, wanted, tolerance):
     for got, want in zip(found, wanted, strict=True):
         assert_norm_close(got, want, tolerance)
 
@@ -90,12 +90,12 @@ def test_results_and_gradients_are_those_of_float64(run, shape):
     arguments = draw(SHAPES[shape])
     found = run(*arguments)
     assert [a.dtype for a in found] == ["bfloat16"] * 3 + ["float32"]
-    check(found, naive(*arguments), TOLERANCE)
+    assert_results_and_gradients(found, naive(*arguments), TOLERANCE)
 
 
 def test_float16(run):
     arguments = draw(SHAPES["odd_rows"], "float16")
-    check(run(*arguments), naive(*arguments), TOLERANCE / 8)
+    assert_results_and_gradients(run(*arguments), naive(*arguments), TOLERANCE / 8)
 
 
 def test_twice_the_same_bits(run):
@@ -143,7 +143,7 @@ def test_inside_a_manual_region_under_scan_and_remat():
     arguments = draw((6, 384))
     assert "mosaic_gpu" in lower_for_gpu(local, *arguments)
     if INTERPRET is False:
-        check(jax.jit(local)(*arguments), naive(*arguments)[:3], TOLERANCE)
+        assert_results_and_gradients(jax.jit(local)(*arguments), naive(*arguments)[:3], TOLERANCE)
 
 
 @pytest.mark.skipif(IS_OLD, reason=OLD_REASON)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxscale.launch import agreement
 from jaxscale.launch.agreement import check_agreement, first_difference
 
 FACTS = {"a": "1", "b": "2"}
@@ -21,5 +22,8 @@ def test_the_first_fact_that_differs_is_found(given, wanted):
     assert first_difference(given) == wanted
 
 
-def test_a_run_of_one_process_agrees():
+def test_a_run_of_one_process_asks_nobody(monkeypatch):
+    asked = []
+    monkeypatch.setattr(agreement, "process_index", lambda: asked.append("who am I"))
     check_agreement(FACTS)
+    assert not asked

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.launch import memory
-from jaxscale.launch.memory import GIB, bytes_on_one_device, check_fits
+from jaxscale.launch.memory import GIB, bytes_on_one_device, check_fits, host_bytes
 from jaxscale.parallel.mesh import DATA, MeshConfig, make_mesh
 from jaxscale.types import InputError
 
@@ -59,4 +59,5 @@ def test_the_devices_of_a_cpu_share_the_host_s_memory(files, there, monkeypatch,
 def test_nothing_is_refused_where_nobody_says_what_is_there(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "absent")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert host_bytes() is None
     check_fits("model", {"parameters": leaf(1 << 50)})

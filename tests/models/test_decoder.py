@@ -41,25 +41,25 @@ def default_and_long(name, *others):
     return [name, *(pytest.param(other, marks=pytest.mark.long) for other in others)]
 
 
-def check_logits(name, got, tolerance=2e-5):
+def assert_logits(name, got, tolerance=2e-5):
     atol = tolerance * np.abs(expected(name)).max()
     np.testing.assert_allclose(got, expected(name), atol=atol)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_the_naive_forward(name):
-    check_logits(name, logits_of(name)(make_params(MODELS[name]), make_batch()))
+    assert_logits(name, logits_of(name)(make_params(MODELS[name]), make_batch()))
 
 
 @pytest.mark.parametrize("name", default_and_long("mixture", "gemma"))
 def test_unrolled_equals_scanned(name):
-    check_logits(name, logits_of(name, UNROLLED)(make_params(MODELS[name]), make_batch()))
+    assert_logits(name, logits_of(name, UNROLLED)(make_params(MODELS[name]), make_batch()))
 
 
 @pytest.mark.parametrize("name", default_and_long("side_by_side", "post_norms", "bidirectional"))
 def test_layers_by_chunk_equal_whole_ones(name):
     """Attention's input is made twice by chunks: for the projections, and for what comes after."""
-    check_logits(name, logits_of(name, CHUNKED)(make_params(MODELS[name]), make_batch()))
+    assert_logits(name, logits_of(name, CHUNKED)(make_params(MODELS[name]), make_batch()))
 
 
 def test_queries_keys_and_values_are_one_matmul():
@@ -76,7 +76,7 @@ def test_logits_in_bfloat16_are_near():
     logits = run(make_params(MODELS["llama"]), make_batch())
     assert logits.dtype == jnp.float32
     assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.9  # not rounded on the way
-    check_logits("llama", logits, tolerance=0.05)
+    assert_logits("llama", logits, tolerance=0.05)
 
 
 @pytest.mark.parametrize("name", default_and_long("mixture", "gemma"))

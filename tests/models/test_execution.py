@@ -123,7 +123,7 @@ def fingerprint(**execution):
     return {"loss": float(value), "gradient_norms": norms}
 
 
-def check_same(got, wanted):
+def assert_same_loss_and_gradient(got, wanted):
     """Two losses are the same, and every gradient."""
     np.testing.assert_allclose(got[0], wanted[0], rtol=1e-6)
     pairs = zip(tree.flatten(got[1]).items(), jax.tree.leaves(wanted[1]), strict=True)
@@ -159,7 +159,7 @@ def test_one_step_fingerprint(execution):
     ids=["none", "dots", "offloaded", "offloaded_unrolled", "in groups"],
 )
 def test_remat_changes_no_gradient(execution):
-    check_same(value_and_gradient(DENSE, **execution), value_and_gradient(DENSE))
+    assert_same_loss_and_gradient(value_and_gradient(DENSE, **execution), value_and_gradient(DENSE))
 
 
 def layers_and_gradient(execution):
@@ -186,7 +186,7 @@ def test_layers_by_chunk_compute_and_differentiate_as_whole_ones():
     chunked = layers_and_gradient(ExecutionConfig(**unrolled, strategy=ByChunk(4)))
     for got, wanted in zip(jax.tree.leaves(chunked[1]), jax.tree.leaves(whole[1]), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
-    check_same(chunked[0], whole[0])
+    assert_same_loss_and_gradient(chunked[0], whole[0])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_layers_by_chunk_compute_and_differentiate_as_whole_ones():
 )
 def test_layers_by_chunk_have_the_loss_of_whole_ones(model, execution):
     chunked = value_and_gradient(model, strategy=ByChunk(4), **execution)
-    check_same(chunked, value_and_gradient(model, **execution))
+    assert_same_loss_and_gradient(chunked, value_and_gradient(model, **execution))
 
 
 def test_a_number_of_chunks_that_does_not_divide_is_refused():

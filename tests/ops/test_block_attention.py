@@ -64,7 +64,7 @@ def wanted(q, k, v, do, context):
     return o, pullback(do)
 
 
-def close(got, wanted):
+def assert_close(got, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, wanted)
 
 
@@ -72,7 +72,7 @@ def close(got, wanted):
 def test_one_block_of_all_keys_is_attention(case):
     (q, k, v), do, context = make(**CASES[case])
     o, lse = forward(q, k, v, context)
-    close((o, backward(q, k, v, context, o, lse, do)), wanted(q, k, v, do, context))
+    assert_close((o, backward(q, k, v, context, o, lse, do)), wanted(q, k, v, do, context))
 
 
 def test_blocks_add_up():
@@ -84,7 +84,7 @@ def test_blocks_add_up():
     gradients = [backward(q, k[:, b], v[:, b], between(context, b), o, lse, do) for b in blocks]
     dq, dk, dv = zip(*gradients, strict=True)
     gradients = sum(dq), jnp.concatenate(dk, axis=1), jnp.concatenate(dv, axis=1)
-    close((o, gradients), wanted(q, k, v, do, context))
+    assert_close((o, gradients), wanted(q, k, v, do, context))
 
 
 @pytest.mark.parametrize("case", ["window", "everything"])
@@ -97,7 +97,7 @@ def test_chunks_of_queries_see_the_keys_that_they_are_given(case, monkeypatch):
     got, reference = (attend(*given, implementation=name)[0] for name in ("chunked", "reference"))
     sees = np.asarray(given[-1].mask().any(-1))[:, 0]
     assert sees.any() and not sees.all()
-    close(got[sees], reference[sees])
+    assert_close(got[sees], reference[sees])
 
 
 def test_a_query_that_sees_nothing_has_no_part_in_the_sum():

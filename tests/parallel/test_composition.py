@@ -137,7 +137,7 @@ def all_errors(result, wanted):
     return {"loss": of_loss} | relative_errors(gradients, wanted_gradients)
 
 
-def check(name, sizes):
+def assert_as_on_one_device(name, sizes):
     """Runs one case and compares it with one device."""
     model, settings = make_model(name, sizes), settings_of(sizes)
     with jax.enable_x64(True):
@@ -160,7 +160,7 @@ def record(file, name, sizes, float64, float32):
 
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=str)
 def test_every_axis(name, sizes):
-    check(name, sizes)
+    assert_as_on_one_device(name, sizes)
 
 
 EVERY_ROW, EVERY_TOKEN, SECOND_ROWS = range(8), range(16), range(4, 8)
@@ -205,7 +205,7 @@ CHUNKED = [
 
 @pytest.mark.parametrize(("name", "sizes"), CHUNKED, ids=str)
 def test_layers_by_chunks_equal_whole_ones_on_one_device(name, sizes):
-    check(name, sizes | dict(strategy=ByChunk(2)))
+    assert_as_on_one_device(name, sizes | dict(strategy=ByChunk(2)))
 
 
 def run_of(mesh, **execution):
@@ -280,19 +280,21 @@ LONG = SINGLES + PAIRS + TRIPLES + VARIANTS
     ids=str,
 )
 def test_every_pair_and_triple(name, sizes):
-    check(name, sizes)
+    assert_as_on_one_device(name, sizes)
 
 
 @pytest.mark.long
 def test_what_tokens_draw_does_not_depend_on_the_mesh():
     """Where one device rematerialises and the mesh does not."""
-    check("grin", dict(data=2, expert=2, tensor=2, num_microbatches=1, remat="none"))
+    assert_as_on_one_device(
+        "grin", dict(data=2, expert=2, tensor=2, num_microbatches=1, remat="none")
+    )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "densemixer"])
 def test_every_router_chooses_and_learns_the_same_on_a_mesh(name):
-    check(name, dict(data=2, expert=2))
+    assert_as_on_one_device(name, dict(data=2, expert=2))
 
 
 @pytest.mark.long
@@ -333,4 +335,4 @@ DRAWING = SINGLES[: len(AXES)] + PAIRS + VARIANTS
     ids=str,
 )
 def test_what_tokens_draw_does_not_depend_on_any_mesh(sizes):
-    check("grin", sizes)
+    assert_as_on_one_device("grin", sizes)

@@ -10,7 +10,7 @@ from jaxscale.planner.trace import trace
 from tests.planner.functions import costs_of, mlp, random_loss, resnet
 
 
-def check(costs, blocks):
+def assert_covered_in_order(costs, blocks):
     num = len(costs.components.equations)
     members = [sorted(block.members) for block in blocks]
     covered = sorted(each for block in members for each in block)
@@ -28,14 +28,14 @@ def test_invariants_on_models(num_blocks):
         costs = costs_of(case)
         blocks = make_blocks(costs, 2e11, num_blocks)
         assert len(blocks) == num_blocks
-        check(costs, blocks)
+        assert_covered_in_order(costs, blocks)
 
 
 def test_invariants_on_random_graphs():
     for seed in range(40):
         costs = costs_of(random_loss(seed))
         for num_blocks in (2, 5):
-            check(costs, make_blocks(costs, 2e11, num_blocks))
+            assert_covered_in_order(costs, make_blocks(costs, 2e11, num_blocks))
 
 
 def test_blocks_of_a_deep_model_take_about_as_long():

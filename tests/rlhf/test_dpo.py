@@ -110,7 +110,7 @@ def wanted():
         return float(loss), np.asarray(rewards), tree.select(gradient, TRAINABLE)
 
 
-def check(sums, gradient):
+def assert_as_by_equation(sums, gradient):
     loss, rewards, wanted_gradient = wanted()
     found, weight, figures = sums
     np.testing.assert_allclose(found, loss, rtol=1e-12)
@@ -132,7 +132,7 @@ def test_pairs_in_rows_have_the_loss_and_gradient_of_the_equation():
             return sums[0], sums
 
         gradient, sums = jax.jit(jax.grad(total, has_aux=True))(make_params(MODEL))
-        check(sums, tree.select(gradient, TRAINABLE))
+        assert_as_by_equation(sums, tree.select(gradient, TRAINABLE))
 
 
 MESHES = [
@@ -157,7 +157,7 @@ def test_every_mesh_has_the_same_loss_and_gradient(sizes):
         region, run = gradient_on_mesh(MODEL, config, LOSS, trainable=TRAINABLE)
         stored = region.specs.layout.store(make_params(MODEL), region.specs.dims)
         sums, gradient = run(stored, make_batch(), KEY)
-        check(sums, gradient)
+        assert_as_by_equation(sums, gradient)
 
 
 IN_CHUNKS = [
@@ -181,7 +181,7 @@ def test_layers_in_chunks_have_the_same_loss_and_gradient(num_chunks, sizes, pla
         region, run = gradient_on_mesh(MODEL, MeshConfig(**sizes), loss, **settings)
         stored = region.specs.layout.store(make_params(MODEL), region.specs.dims)
         sums, gradient = run(stored, make_batch(), KEY)
-        check(sums, gradient)
+        assert_as_by_equation(sums, gradient)
 
 
 def test_before_the_first_update_the_loss_is_log_2():

@@ -74,7 +74,7 @@ def wanted():
         return float(loss), [float(each) for each in sums], tree.select(gradient, TRAINABLE)
 
 
-def check(sums, gradient):
+def assert_as_by_equation(sums, gradient):
     loss, (entropy, kl), wanted_gradient = wanted()
     found, weight, figures = sums
     np.testing.assert_allclose(found, loss, rtol=1e-10)
@@ -93,7 +93,7 @@ def test_loss_and_gradient_are_those_of_the_equation():
             return sums[0], sums
 
         gradient, sums = jax.jit(jax.grad(total, has_aux=True))(make_params(MODEL))
-        check(sums, tree.select(gradient, TRAINABLE))
+        assert_as_by_equation(sums, tree.select(gradient, TRAINABLE))
 
 
 MESHES = [
@@ -116,7 +116,7 @@ def test_every_mesh_has_the_same_loss_and_gradient(sizes):
         settings = dict(num_microbatches=2, trainable=TRAINABLE)
         region, run = gradient_on_mesh(MODEL, MeshConfig(**sizes), LOSS, **settings)
         stored = region.specs.layout.store(make_params(MODEL), region.specs.dims)
-        check(*run(stored, make_batch(), KEY))
+        assert_as_by_equation(*run(stored, make_batch(), KEY))
 
 
 def test_a_forbidden_word_that_has_no_weight_changes_nothing():

@@ -145,7 +145,7 @@ def wanted(loss):
         return float(total), np.asarray(scores), jax.tree.map(np.asarray, gradient)
 
 
-def check(loss, sums, gradient):
+def assert_as_by_hand(loss, sums, gradient):
     total, scores, wanted_gradient = wanted(loss)
     found, weight, figures = sums
     np.testing.assert_allclose(found, total, rtol=1e-12)
@@ -171,7 +171,7 @@ def test_pairs_in_rows_have_the_loss_and_gradient_of_answers_apart(loss):
             return sums[0], sums
 
         gradient, sums = jax.jit(jax.grad(total, has_aux=True))(make_params(MODEL))
-        check(loss, sums, gradient)
+        assert_as_by_hand(loss, sums, gradient)
 
 
 MESHES = [
@@ -201,7 +201,7 @@ def test_every_mesh_has_the_same_loss_and_gradient(loss, sizes):
         region, run = gradient_on_mesh(MODEL, MeshConfig(**sizes), loss)
         stored = region.specs.layout.store(make_params(MODEL), region.specs.dims)
         sums, gradient = run(stored, make_batch(), KEY)
-        check(loss, sums, canonical(region.specs, gradient))
+        assert_as_by_hand(loss, sums, canonical(region.specs, gradient))
 
 
 IN_CHUNKS = [
@@ -224,7 +224,7 @@ def test_layers_in_chunks_have_the_same_loss_and_gradient(num_chunks, sizes, pla
         region, run = gradient_on_mesh(MODEL, MeshConfig(**sizes), loss, **settings)
         stored = region.specs.layout.store(make_params(MODEL), region.specs.dims)
         sums, gradient = run(stored, make_batch(), KEY)
-        check(LOSS, sums, canonical(region.specs, gradient))
+        assert_as_by_hand(LOSS, sums, canonical(region.specs, gradient))
 
 
 def test_values_are_float32_sums_of_what_is_computed_in_bfloat16():

@@ -22,7 +22,7 @@ def run_of(file, *overrides):
     return load_run([CONFIGS / file], overrides)
 
 
-def refuse(monkeypatch, run, message, *, gib):
+def assert_refused_with_a_tenth_less(monkeypatch, run, message, *, gib):
     """Whether the run fits a machine with so much memory, and is refused where a tenth is gone."""
     monkeypatch.setattr("jaxscale.run.host.pinnable_bytes", lambda: gib * GIB)
     check_host(run)  # of one device, however many there are
@@ -33,7 +33,7 @@ def refuse(monkeypatch, run, message, *, gib):
 
 def test_what_layers_in_chunks_keep_there_counts(monkeypatch):
     message = r"^FullyPipelined.inputs: given .* 64\.00 of inputs .* at most \d+\.\d+ GiB"
-    refuse(monkeypatch, run_of("papers/fpdt_8b.gin"), message, gib=98)
+    assert_refused_with_a_tenth_less(monkeypatch, run_of("papers/fpdt_8b.gin"), message, gib=98)
 
 
 def test_moments_of_whole_layers_count(monkeypatch):
@@ -41,7 +41,7 @@ def test_moments_of_whole_layers_count(monkeypatch):
     total, _ = count_parameters(run.table())
     assert host_parts(run) == {"moments": 2 * 4 * total}
     message = r"^MeshConfig.is_optimizer_on_host: .*: 8\.48 of moments.* devices: use_8bit_moments"
-    refuse(monkeypatch, run, message, gib=8.5)
+    assert_refused_with_a_tenth_less(monkeypatch, run, message, gib=8.5)
 
 
 def test_inputs_of_groups_of_whole_layers_count(monkeypatch):
@@ -51,14 +51,16 @@ def test_inputs_of_groups_of_whole_layers_count(monkeypatch):
     message = (
         r"^ExecutionConfig.checkpoint_place: .* of groups' inputs.*: a shorter sequence_length"
     )
-    refuse(monkeypatch, run, message, gib=4 * of_input / GIB)
+    assert_refused_with_a_tenth_less(monkeypatch, run, message, gib=4 * of_input / GIB)
     both = host_parts(run_of("runs/llama_1b.gin", *INPUTS_AWAY, *MOMENTS_AWAY))
     assert set(both) == {"groups' inputs", "moments"}
 
 
 def test_nothing_counts_where_all_is_on_the_device(monkeypatch):
     monkeypatch.setattr("jaxscale.run.host.pinnable_bytes", lambda: 0)
-    check_host(run_of("runs/llama_1b.gin", *IN_GROUPS))
+    run = run_of("runs/llama_1b.gin", *IN_GROUPS)
+    assert host_parts(run) == {}
+    check_host(run)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def test_no_device_is_asked_for():
         "assert not xla_bridge._backends, xla_bridge._backends\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", program]
-    subprocess.run(command, check=True, timeout=120, cwd=ROOT, stdout=subprocess.DEVNULL)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_a_misfit_is_refused(capsys):

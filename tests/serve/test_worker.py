@@ -9,6 +9,31 @@ from jaxscale.serve.worker import Worker
 from jaxscale.types import RunError
 
 
+class Idle:
+    """An engine that waits for what it is asked."""
+
+    has_work = False
+
+    def wait_s(self):
+        return math.inf
+
+
+@pytest.mark.parametrize("error", [ValueError, BaseException])
+def test_an_error_of_what_is_asked_is_its_caller_s_and_the_engine_goes_on(error):
+    """A panic of a library in Rust is no Exception."""
+    failures = []
+    worker = Worker(Idle(), deliver=lambda deltas: None, fail=failures.append)
+
+    def fail(_):
+        raise error("planted")
+
+    with pytest.raises(error, match="planted"):
+        worker.call(fail).result(10)
+    assert worker.call(lambda _: "answer").result(10) == "answer"
+    worker.stop()
+    assert not failures
+
+
 class Failing:
     """An engine whose first step fails once it is told to."""
 

@@ -67,7 +67,7 @@ CASES = [
 def test_steps_give_the_same_bits_and_moments_rest_on_the_host(optimizer, mesh):
     batches = [make_rows(number) for number in range(3)]
     away, here = make_regression(on_host(mesh), optimizer), make_regression(mesh, optimizer)
-    check_steps(away, here, batches)
+    assert_same_steps(away, here, batches)
 
 
 @LONG
@@ -75,7 +75,7 @@ def test_steps_give_the_same_bits_and_moments_rest_on_the_host(optimizer, mesh):
 def test_steps_of_a_decoder_give_the_same_bits(optimizer, mesh):
     batches = [make_batch(number) for number in range(3)]
     away = make_training(mesh=on_host(mesh), optimizer=optimizer)
-    check_steps(away, make_training(mesh=mesh, optimizer=optimizer), batches)
+    assert_same_steps(away, make_training(mesh=mesh, optimizer=optimizer), batches)
 
 
 @LONG
@@ -84,10 +84,10 @@ def test_steps_of_a_pipeline_give_the_same_bits(optimizer):
     batches = [make_batch(number) for number in range(3)]
     mesh, settings = MeshConfig(pipeline=2), dict(optimizer=optimizer, num_microbatches=2)
     away = make_training(mesh=on_host(mesh), **settings)
-    check_steps(away, make_training(mesh=mesh, **settings), batches)
+    assert_same_steps(away, make_training(mesh=mesh, **settings), batches)
 
 
-def check_steps(away, here, batches):
+def assert_same_steps(away, here, batches):
     """Takes the same steps with moments on the host and on the device."""
     before = away.start()
     state, _ = away.run(*batches, state=before)

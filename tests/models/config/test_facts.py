@@ -281,6 +281,7 @@ def test_a_model_goes_on_from_its_own_checkpoint(path):
     for value in OPTIONAL[path]:
         facts = checkpoint_facts(replaced(SMALL, path, value))
         saved = json.loads(json.dumps(facts["fingerprint"]))
+        assert facts["upgrade"](saved) == saved, "nothing of today's is renamed"
         check_fingerprint(facts["upgrade"](saved), facts["fingerprint"], "here")
 
 

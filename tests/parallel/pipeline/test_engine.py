@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -78,7 +79,9 @@ def test_a_table_may_be_an_argument(name, num_chunks):
         return with_rows.gradient(loss)(params, make_batch(), KEY)
 
     params = abstract_params(parameter_table(MODEL), "float32")
-    jax.jit(gradient).trace(params, region.schedule.rows)
+    (loss_sum, _, _), gradients = jax.eval_shape(gradient, params, region.schedule.rows)
+    assert loss_sum.shape == ()
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, params)
 
 
 def test_many_slots_share_a_branch():

@@ -83,7 +83,7 @@ def in_region(config, local, arguments):
     return jax.tree.map(lambda x: np.asarray(x)[:, np.argsort(order)], result)
 
 
-def close(got, wanted):
+def assert_close(got, wanted):
     def one(a, b):
         assert np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
 
@@ -99,13 +99,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("ring, num_ulysses, mask, uses_permute", CASES)
-def test_every_member_sees_what_it_should(ring, num_ulysses, mask, uses_permute):
+def assert_as_on_one_device(ring, num_ulysses, mask, uses_permute):
     arguments, settings = inputs(**MASKS[mask])
     attend = connected(ring, num_ulysses, uses_permute)
     config = MeshConfig(sequence=ring * num_ulysses, ring=ring)
     got = in_region(config, functools.partial(run, attend, settings), arguments)
-    close(got, wanted(mask))
+    assert_close(got, wanted(mask))
+
+
+@pytest.mark.parametrize("ring, num_ulysses, mask, uses_permute", CASES)
+def test_every_member_sees_what_it_should(ring, num_ulysses, mask, uses_permute):
+    assert_as_on_one_device(ring, num_ulysses, mask, uses_permute)
 
 
 RINGS = [(1, 2), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2)]
@@ -120,7 +124,7 @@ EVERY = [
 @pytest.mark.long
 @pytest.mark.parametrize("ring, num_ulysses, mask, uses_permute", EVERY)
 def test_every_ring_with_every_mask(ring, num_ulysses, mask, uses_permute):
-    test_every_member_sees_what_it_should(ring, num_ulysses, mask, uses_permute)
+    assert_as_on_one_device(ring, num_ulysses, mask, uses_permute)
 
 
 @pytest.mark.parametrize("num_ulysses", [pytest.param(1, marks=pytest.mark.long), 2])
@@ -140,7 +144,7 @@ def test_what_is_gathered_is_right_where_only_one_stage_attends(num_ulysses):
         return jax.tree.map(lambda x: lax.psum(x, PIPELINE), result)
 
     got = in_region(MeshConfig(pipeline=2, sequence=2 * num_ulysses, ring=2), local, arguments)
-    close(got, wanted("everything"))
+    assert_close(got, wanted("everything"))
 
 
 def test_a_backend_that_cannot_is_refused():

@@ -113,17 +113,20 @@ def without_segments(attend):
     return changed
 
 
-@each_number_of_heads
-def test_rows_of_one_document_stand_as_heads(num_members, num_heads, num_kv_heads, settings=None):
-    settings = settings or {}
+def assert_rows_stand_as_heads(num_members, num_heads, num_kv_heads, **settings):
     *arrays, positions, _ = inputs(num_heads, num_kv_heads, ((T,), (T,)))
     wanted = on_one(settings, (*arrays, positions, None))
     got = on_members(num_members, settings, (*arrays, positions, positions), without_segments)
     assert_close(got, wanted)
 
 
+@each_number_of_heads
+def test_rows_of_one_document_stand_as_heads(num_members, num_heads, num_kv_heads):
+    assert_rows_stand_as_heads(num_members, num_heads, num_kv_heads)
+
+
 def test_rows_of_one_document_have_a_window():
-    test_rows_of_one_document_stand_as_heads(4, 8, 2, dict(window=7))
+    assert_rows_stand_as_heads(4, 8, 2, window=7)
 
 
 @pytest.mark.long
@@ -131,7 +134,7 @@ def test_rows_of_one_document_have_a_window():
 def test_rows_of_one_document_have_a_window_whatever_the_heads(
     num_members, num_heads, num_kv_heads
 ):
-    test_rows_of_one_document_stand_as_heads(num_members, num_heads, num_kv_heads, dict(window=7))
+    assert_rows_stand_as_heads(num_members, num_heads, num_kv_heads, window=7)
 
 
 @pytest.mark.parametrize(
