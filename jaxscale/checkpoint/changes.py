@@ -44,6 +44,9 @@ class Changes:
         Args:
             saved: paths of the checkpoint's leaves.
             wanted: paths of the run's leaves.
+        Returns:
+            (those of the checkpoint without what is left out or drawn, those of the run without
+            what is drawn).
         Raises:
             InputError: a pattern matches nothing.
         """

@@ -111,6 +111,7 @@ class Keys(Checked):
             raise InputError("Keys.pattern", self.pattern, expected) from error
 
     def objection(self, document: Document) -> str | None:
+        """That the pattern is not found in the key."""
         return None if re.search(self.pattern, document.key) else "the key does not match"
 
 
@@ -128,6 +129,7 @@ class Length(Checked):
     at_most: int | None = None
 
     def objection(self, document: Document) -> str | None:
+        """The number of characters where it is out of bounds."""
         length = len(document.text.strip())
         return beyond("characters", length, self.at_least, self.at_most)
 
@@ -145,6 +147,7 @@ class Japanese(Checked):
     first: int = 50
 
     def objection(self, document: Document) -> str | None:
+        """That there is no kana among the first characters."""
         if FIRST_KANA.search(document.text, 0, self.first):
             return None
         return f"no kana in the first {self.first} characters"
@@ -166,6 +169,7 @@ class ScriptShare(Checked):
     at_most: float = 1.0
 
     def objection(self, document: Document) -> str | None:
+        """The scripts' share of all characters where it is out of bounds."""
         codes = np.frombuffer(document.text.encode("utf-32-le"), np.uint32)
         blocks = [block for script in self.scripts for block in BLOCKS[script]]
         count = sum(np.count_nonzero(codes - first <= last - first) for first, last in blocks)
@@ -191,6 +195,11 @@ class Keywords(Checked):
     is_katakana_whole: bool = True
 
     def objection(self, document: Document) -> str | None:
+        """The number of occurrences where there are too many.
+
+        Raises:
+            InputError: the list cannot be read, or has no word.
+        """
         count = sum(1 for _ in self._pattern.finditer(document.text))
         return beyond("keywords", count, None, self.at_most)
 
@@ -239,6 +248,7 @@ class SentenceLength(Checked):
     at_most: int = 250
 
     def objection(self, document: Document) -> str | None:
+        """The numbers of full stops and of characters where the stops are too few."""
         count = document.text.count("。")
         if count * self.at_most >= len(document.text):
             return None
@@ -260,6 +270,7 @@ class Compression(Checked):
     at_most: float = 0.70
 
     def objection(self, document: Document) -> str | None:
+        """The ratio of compression where it is out of bounds."""
         content = document.text.encode()
         ratio = len(zlib.compress(content, 9)) / max(len(content), 1)
         return beyond("compressed to", ratio, self.at_least, self.at_most)
@@ -278,6 +289,7 @@ class LineLengths(Checked):
     mean_at_most: float = 100.0
 
     def objection(self, document: Document) -> str | None:
+        """The characters of the longest line, else of the mean one, where they are too many."""
         lengths = list(map(len, document.text.splitlines())) or [0]
         mean = sum(lengths) / len(lengths)
         longest = beyond("longest line", max(lengths), None, self.at_most)
@@ -295,6 +307,7 @@ class Alphanumeric(Checked):
     at_least: float = 0.25
 
     def objection(self, document: Document) -> str | None:
+        """The share of letters and digits where it is too small."""
         count = sum(map(str.isalnum, document.text))
         share = count / max(len(document.text), 1)
         return beyond("share of letters and digits", share, self.at_least, None)
@@ -309,6 +322,7 @@ class KanaLines(Checked):
     """
 
     def edited(self, text: str) -> str:
+        """The lines with kana, joined."""
         lines = (line for line in text.split("\n") if KANA.search(line))
         return "".join(LONG_ASCII.sub("", URL.sub("", line)) for line in lines)
 
@@ -318,6 +332,7 @@ class UntilReferences(Checked):
     """Cuts a text at the first heading of notes, references or links; v1's step on Wikipedia."""
 
     def edited(self, text: str) -> str:
+        """The text before the heading; all of it where there is none."""
         found = REFERENCES.search(text)
         return text[: found.start()] if found else text
 
@@ -327,6 +342,7 @@ class NoEmptyBrackets(Checked):
     """Takes separators from the edges of brackets, and empty brackets out; v1's on Wikipedia."""
 
     def edited(self, text: str) -> str:
+        """The text with brackets that begin and end with what they hold."""
         for pattern, replacement in BRACKETS:
             text = pattern.sub(replacement, text)
         return text
@@ -344,6 +360,7 @@ class MaskedAddresses(Checked):
     mail: str = "<MAIL>"
 
     def edited(self, text: str) -> str:
+        """The text with a mark for each address."""
         without_urls = URL.sub(lambda _: self.url, text)
         return MAIL.sub(lambda _: self.mail, without_urls)
 
@@ -353,6 +370,7 @@ class Normalised(Checked):
     """Unicode's NFKC form, as of HojiChar's DocumentNormalizer; LLM-jp normalises nothing."""
 
     def edited(self, text: str) -> str:
+        """The text in NFKC."""
         return unicodedata.normalize("NFKC", text)
 
 

@@ -48,6 +48,8 @@ class MinHash:
 
         Two texts agree in about as many of them as their Jaccard similarity says.
 
+        Args:
+            texts: n of them.
         Returns:
             uint64 [n, num_bands * rows_per_band], the same on every machine.
         Cost: num_bands * rows_per_band multiplications, additions and minima a character.
@@ -64,7 +66,7 @@ class MinHash:
         return found
 
     def band_keys(self, texts: Sequence[str]) -> np.ndarray:
-        """A hash of each band: uint64 [n, num_bands]."""
+        """A hash of each band of n texts' signatures: uint64 [n, num_bands]."""
         shape = (len(texts), self.num_bands, self.rows_per_band)
         rows = self.signatures(texts).reshape(shape)
         keys = np.zeros(shape[:2], np.uint64)

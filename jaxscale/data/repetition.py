@@ -37,7 +37,7 @@ class Repetition(Checked):
     repeated_ngrams: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)
 
     def objection(self, document: Document) -> str | None:
-        """As of a `Predicate`."""
+        """The first share of lines, paragraphs or n-grams that is out of bounds."""
         text = document.text.strip()
         of_pieces = self._of_pieces(
             text, "lines", self.lines, self.line_characters

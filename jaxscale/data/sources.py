@@ -100,6 +100,11 @@ class TextSource:
         check_types(self)
 
     def documents(self) -> Iterator[Document]:
+        """A document a file, in the order of their keys.
+
+        Raises:
+            InputError: a file cannot be read, or is no text in UTF-8.
+        """
         for key, path in self._files():
             try:
                 text = read_bytes(path).decode()
@@ -109,6 +114,7 @@ class TextSource:
             yield Document(key, text)
 
     def version(self) -> list[Any]:
+        """The files' stamps, see `data.files.stamps`."""
         return stamps(self._files())
 
     def _files(self) -> list[tuple[str, Path]]:
@@ -139,6 +145,7 @@ class StandardLibrary:
         check_types(self)
 
     def documents(self) -> Iterator[Document]:
+        """A document a file, but for those that are not in UTF-8."""
         for key, path in self._files():
             try:
                 text = read_bytes(path).decode()
@@ -147,6 +154,7 @@ class StandardLibrary:
             yield Document(key, text)
 
     def version(self) -> list[Any]:
+        """The files' stamps, see `data.files.stamps`."""
         return stamps(self._files())
 
     def _files(self) -> list[tuple[str, Path]]:
@@ -175,6 +183,11 @@ class JsonLinesSource:
         check_types(self)
 
     def documents(self) -> Iterator[Document]:
+        """A document a line, in the order of the files.
+
+        Raises:
+            InputError: a file cannot be read, or a line is no object with the fields; names it.
+        """
         for name, path in self._files():
             lines = read_lines("JsonLinesSource.paths", path)
             for number, line in enumerate(lines, 1):
@@ -190,6 +203,7 @@ class JsonLinesSource:
                 )
 
     def version(self) -> list[Any]:
+        """The files' stamps, see `data.files.stamps`."""
         return stamps(self._files())
 
     def _files(self) -> list[tuple[str, Path]]:
@@ -217,6 +231,11 @@ class ParquetSource:
         check_types(self)
 
     def documents(self) -> Iterator[Document]:
+        """A document a row, in the order of the files.
+
+        Raises:
+            InputError: pyarrow is missing, a file cannot be read, or it has no such columns.
+        """
         for name, path in self._files():
             for number, row in enumerate(self._rows(path)):
                 yield _document(
@@ -228,6 +247,7 @@ class ParquetSource:
                 )
 
     def version(self) -> list[Any]:
+        """The files' stamps, see `data.files.stamps`."""
         return stamps(self._files())
 
     def _files(self) -> list[tuple[str, Path]]:
@@ -277,6 +297,11 @@ class HuggingFaceSource:
             raise InputError("HuggingFaceSource", given, "exactly one of directory and name")
 
     def documents(self) -> Iterator[Document]:
+        """A document a row.
+
+        Raises:
+            InputError: the package is missing, or the dataset, or it has no such columns.
+        """
         for number, row in enumerate(self._rows()):
             yield _document(
                 row,
@@ -287,6 +312,7 @@ class HuggingFaceSource:
             )
 
     def version(self) -> list[Any]:
+        """The fingerprint that the package gives the dataset."""
         with self._errors():
             return [self._load()._fingerprint]
 

@@ -149,7 +149,17 @@ class Layer:
         positions: Array,
         lengths: Array | None,
     ) -> tuple[Array, Array, Array]:
-        """The projections with biases, norm of queries and keys, and rotary positions."""
+        """The projections with biases, norm of queries and keys, and rotary positions.
+
+        Args:
+            q: [B, T, N, H]; on a mesh the local heads.
+            k: [B, T, K, H], likewise.
+            v: [B, T, K, H], likewise.
+            positions: [B, T].
+            lengths: as in `AttentionContext`.
+        Returns:
+            q, k and v in their shapes.
+        """
         params, config, kv_heads = self.params["attention"], self.config.attention, self._kv_heads
         if "q" in config.biases:
             q = q + params["q_bias"]
@@ -183,7 +193,17 @@ class Layer:
         context: AttentionContext,
         cache: Any,
     ) -> tuple[Array, Any]:
-        """The only step in which tokens meet: ([B, T, N, H], cache)."""
+        """The only step in which tokens meet.
+
+        Args:
+            q: [B, T, N, H], as of `qkv`.
+            k: [B, T, K, H].
+            v: [B, T, K, H].
+            context: mask structure of the tokens [B, T].
+            cache: of this layer, owned by the attention backend; None without one.
+        Returns:
+            (output [B, T, N, H], cache).
+        """
         self._check_layout(q.shape[2])
         context = self.masked(context)
         o, cache = self.operations.backends.attention(q, k, v, context, cache)

@@ -129,7 +129,13 @@ class NextTokenLoss(DecoderLoss):
         *,
         operations: Operations,
     ) -> Array:
-        """Embedding and prefix: the residual [B, own T, D]; `layers` is not read."""
+        """Embedding and prefix: the residual [B, own T, D].
+
+        Args:
+            params: the parameter tree; its `layers` are not read, and may be missing.
+            batch: as in `sums`.
+            operations: what the mesh injects.
+        """
         decoder = self.decoder(operations)
         tokens = decoder.tokens(batch)
         x = decoder.embed(params, batch)
@@ -164,7 +170,7 @@ class NextTokenLoss(DecoderLoss):
         Args:
             layers: as `Decoder.run_stack`.
             x: residual [B, own T, D].
-            batch: as in `__call__`.
+            batch: as in `sums`.
             number: [periods] of each period in the model's stack; None for all of them in order.
             is_real: [periods] bool, false for periods to skip; None skips none.
             operations: what the mesh injects.
@@ -194,7 +200,16 @@ class NextTokenLoss(DecoderLoss):
         *,
         operations: Operations,
     ) -> tuple[Array, Array, dict[str, Array]]:
-        """Final norm, unembedding and cross-entropy, as sums; `layers` is not read."""
+        """Final norm, unembedding and cross-entropy.
+
+        Args:
+            params: the parameter tree; its `layers` are not read, and may be missing.
+            x: residual after the layers, [B, own T, D].
+            batch: as in `sums`.
+            operations: what the mesh injects.
+        Returns:
+            (sum_loss with z-loss, sum_weight, {"nll": its sum without z-loss}).
+        """
         decoder = self.decoder(operations)
         h = decoder.hidden(params, x)
         head = decoder.head(params)

@@ -54,7 +54,15 @@ def top_k(
     *,
     is_renormalised: bool = True,
 ) -> Routing:
-    """Top-k routing, see `models.config.TopKRouter`."""
+    """Top-k routing, see `models.config.TopKRouter`.
+
+    Args:
+        logits: [B, T, E] in at least float32.
+        num_active: k, experts a token.
+        is_renormalised: whether the gates of the chosen experts sum to 1.
+    Returns:
+        Index and gates [B, T, k], the most probable expert first.
+    """
     gates, index = lax.top_k(jax.nn.softmax(logits), num_active)
     return Routing(index, _renormalised(gates) if is_renormalised else gates)
 

@@ -29,7 +29,7 @@ class LinearScaling:
         check_positive("LinearScaling.factor", self.factor)
 
     def frequencies(self, plain: np.ndarray, theta: float) -> np.ndarray:
-        """The frequencies in place of the `plain` ones of base `theta`."""
+        """Radians a position of each pair, in place of the `plain` ones of `theta`; [pairs]."""
         return plain / self.factor
 
     @property
@@ -65,7 +65,7 @@ class Llama3Scaling:
             raise InputError(name, self.high_frequency_factor, expected)
 
     def frequencies(self, plain: np.ndarray, theta: float) -> np.ndarray:
-        """The frequencies in place of the `plain` ones of base `theta`."""
+        """Radians a position of each pair, in place of the `plain` ones of `theta`; [pairs]."""
         rotations = self.original_length * plain / (2 * math.pi)
         width = self.high_frequency_factor - self.low_frequency_factor
         share = np.clip((rotations - self.low_frequency_factor) / width, 0, 1)
@@ -107,7 +107,7 @@ class YarnScaling:
             raise InputError("YarnScaling.beta_fast", self.beta_fast, expected)
 
     def frequencies(self, plain: np.ndarray, theta: float) -> np.ndarray:
-        """The frequencies in place of the `plain` ones of base `theta`."""
+        """Radians a position of each pair, in place of the `plain` ones of `theta`; [pairs]."""
         half = len(plain)
         low = math.floor(self._pair(self.beta_fast, half, theta))
         high = math.ceil(self._pair(self.beta_slow, half, theta))
@@ -173,7 +173,7 @@ class LongRopeScaling:
             raise InputError("LongRopeScaling.long_factors", given, expected)
 
     def frequencies(self, plain: np.ndarray, theta: float) -> np.ndarray:
-        """The frequencies in place of the `plain` ones of base `theta`."""
+        """Radians a position of each pair, in place of the `plain` ones of `theta`; [pairs]."""
         return plain / np.array(self.factors)
 
     @property
@@ -231,7 +231,7 @@ class RotaryConfig:
             raise InputError("LongRopeScaling.factors", given, f"{num // 2}, one for each pair")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians a position of each pair, float64.
+        """Radians a position of each pair, [num_rotated / 2] float64.
 
         On the host in float64: at position 100,000 the device's power is off by hundredths of a
         radian.

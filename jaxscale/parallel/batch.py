@@ -43,7 +43,14 @@ def abstract_batch(
 
 
 def place(mesh: Mesh, batch: Batch) -> Batch:
-    """Puts this process's share of the global batch, numpy arrays, on its devices."""
+    """Puts this process's share of the global batch on its devices.
+
+    Args:
+        mesh: the device mesh.
+        batch: numpy arrays [rows of this process, T], as its loader gives them.
+    Returns:
+        The global batch, arrays [B, T] that are sharded over the mesh.
+    """
     sharding = NamedSharding(mesh, BATCH_SPEC)
     index, count = batch_share(mesh)
 

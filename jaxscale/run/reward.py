@@ -38,6 +38,9 @@ def reward_loss(
         run: whose model, which has a value head, learns from pairs of `PreferenceSource`.
         compared: "each_token" from the first in which the answers differ, or "last_token" of each.
         centering: weight of the square of the sum of both scores.
+    Raises:
+        InputError: the data are no pairs, the mesh has a pipeline, the model is not causal or has
+            no value head, or a setting is out of its bounds.
     """
     check_pairs(run, "reward_loss")
     return RewardLoss(

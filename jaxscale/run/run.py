@@ -46,6 +46,8 @@ def next_token_loss(run: "Run") -> LossFn:
 
     Args:
         run: whose model is trained.
+    Raises:
+        InputError: the data are pairs or prompts, or the model is not causal.
     """
     if run.data.is_paired:
         expected = (
@@ -74,6 +76,8 @@ def masked_token_loss(run: "Run", *, mask_id: int, fraction: float = 0.15) -> Lo
         run: whose model is trained.
         mask_id: the token that stands for a hidden one.
         fraction: of the tokens that are hidden in training.
+    Raises:
+        InputError: the model is causal, or a setting is out of its bounds.
     """
     return MaskedTokenLoss(
         model=run.model,
@@ -92,6 +96,9 @@ def dpo_loss(run: "Run", *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
         run: whose model, which has adapters, learns from pairs of `PreferenceSource`.
         beta: weight of the divergence from the reference.
         label_smoothing: probability that a pair is the wrong way round.
+    Raises:
+        InputError: the data are no pairs, the mesh has a pipeline, the model is not causal or has
+            no adapters, more than they is trained, or a setting is out of its bounds.
     """
     check_pairs(run, "dpo_loss")
     _check_reference(run, "dpo_loss")
@@ -110,6 +117,9 @@ def policy_loss(run: "Run", *, beta: float = 0.04) -> LossFn:
     Args:
         run: whose model learns from `rollouts`.
         beta: price of the divergence from the reference; 0 asks for no reference and no adapters.
+    Raises:
+        InputError: the run has no rollouts or no prompts, the mesh has a pipeline, the model is not
+            causal, or beta is above 0 and more than adapters is trained.
     """
     if run.rollouts is None:
         raise InputError("Run.rollouts", None, "RolloutConfig(...) for policy_loss")

@@ -135,6 +135,9 @@ class Engine:
     def add(self, prompt: str | Sequence[int], config: RequestConfig = RequestConfig()) -> int:
         """Takes a request in; returns its number.
 
+        Args:
+            prompt: a text, or its tokens.
+            config: how it is continued.
         Raises:
             InputError: the prompt is empty, holds unknown tokens, or is too long for the model or
                 the cache with its new tokens.
@@ -272,6 +275,9 @@ class Engine:
     ) -> list[list[Completion]]:
         """Continues each prompt, all of them together: [prompt][sequence].
 
+        Args:
+            prompts: texts, or their tokens.
+            config: how each of them is continued.
         Raises:
             InputError: as `add`, or the engine is paused; then none has been run.
         """

@@ -112,7 +112,11 @@ class Plan:
         count: int,
         drafts: tuple[int, ...] = (),
     ) -> None:
-        """Plans the next `count` tokens of a sequence, and drafts behind them."""
+        """Plans the next `count` tokens of a sequence, and drafts behind them.
+
+        Raises:
+            RunError: the budget has no room for them.
+        """
         num_missing = sequence.num_missing
         is_drawing = count == num_missing
         is_decode = num_missing == 1 and sequence.num_drawn > 0 and not drafts

@@ -110,6 +110,11 @@ def top_k(logits: Array, k: int) -> Array:
     """Keeps exactly k tokens, of equal ones the lowest.
 
     Source: Fan et al. 2018 (arXiv 1805.04833), section 5.4.
+    Args:
+        logits: [B, V].
+        k: of all rows.
+    Returns:
+        [B, V], -inf for the other tokens.
     """
     return jnp.where(_ranks(logits) < k, logits, NEVER)
 
@@ -128,6 +133,8 @@ def top_p(
         logits: [B, V].
         p: of all rows, or [B, 1].
         rest: 1 - p, where p is an array of float32, from which it could not be taken exactly.
+    Returns:
+        [B, V], -inf for the other tokens.
     """
     probabilities = jax.nn.softmax(logits)
     descending = -jnp.sort(-probabilities, -1)
@@ -145,6 +152,11 @@ def min_p(logits: Array, p: float) -> Array:
     """Keeps the tokens whose probability is at least p times the most probable one's.
 
     Source: Nguyen et al. 2024 (arXiv 2407.01082), section 3.
+    Args:
+        logits: [B, V].
+        p: of all rows, above 0.
+    Returns:
+        [B, V], -inf for the other tokens.
     """
     return jnp.where(logits >= logits.max(-1, keepdims=True) + jnp.log(p), logits, NEVER)
 

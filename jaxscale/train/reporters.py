@@ -40,6 +40,7 @@ class TensorBoard:
     """Scalars and texts for TensorBoard, in the folder `tensorboard` of the run's directory."""
 
     def __call__(self, directory: Path, step: int) -> "EventFile":
+        """The reporter of a run that goes on after `step` steps, see `Reporter`."""
         return EventFile(directory / "tensorboard", step)
 
 
@@ -110,6 +111,7 @@ class Wandb:
             raise InputError("Wandb", "no wandb", "the extra: pip install 'jaxscale[wandb]'")
 
     def __call__(self, directory: Path, step: int) -> "WandbRun":
+        """The reporter of a run, see `Reporter`; `step` is not read, for figures bring theirs."""
         return WandbRun(self, directory)
 
 

@@ -56,12 +56,12 @@ def matmul(
     groups = [(0, 1)] if is_gated else [(number,) for number in range(len(matrices))]
     tiles = [matrices[first][0].shape[0] for first, *_ in groups]
     num_parts = _num_parts(depth // INPUTS, sum(tiles))
-    vectors = {"x": x, "scale": scale, "residual": residual}
-    vectors = {name: array for name, array in vectors.items() if array is not None}
+    inputs = {"x": x, "scale": scale, "residual": residual}
+    inputs = {name: array for name, array in inputs.items() if array is not None}
 
     def body(*refs):
         refs = iter(refs)
-        given = {name: next(refs) for name in vectors}
+        given = {name: next(refs) for name in inputs}
         words_and_scales = [(next(refs), next(refs)) for _ in matrices]
         results = [next(refs) for _ in groups]
         scratch = tuple(refs)
@@ -94,7 +94,7 @@ def matmul(
         interpret=interpret,
     )
     flat = [array for matrix in matrices for array in matrix]
-    return list(kernel(*vectors.values(), *flat))
+    return list(kernel(*inputs.values(), *flat))
 
 
 def at_its_tile(tile, counts, run):

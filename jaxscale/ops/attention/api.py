@@ -71,7 +71,16 @@ def check_backend(
     q: Array,
     context: AttentionContext,
 ) -> None:
-    """Raises InputError unless the backend is known and can do what is asked; shapes suffice."""
+    """Refuses a backend that is not known or cannot do what is asked; shapes suffice.
+
+    Args:
+        parameter: that names it, for the error.
+        implementation: its name.
+        q: [B, T, N, H].
+        context: mask structure.
+    Raises:
+        InputError: with the reason.
+    """
     check_choice(parameter, implementation, BACKENDS)
     if implementation == "reference":
         return
