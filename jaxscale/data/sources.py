@@ -2,15 +2,14 @@
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxscale.data.files import find_files, read_bytes, read_lines, stamps
+from jaxscale.data.libraries import imported, library_errors
 from jaxscale.types import InputError, check_types
 
 
@@ -254,11 +253,11 @@ class ParquetSource:
         return find_files("ParquetSource.paths", self.paths, self.patterns)
 
     def _rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        parquet = _import("pyarrow.parquet", "ParquetSource")
+        parquet = imported("pyarrow.parquet", "ParquetSource")
         columns = _columns(self.text_column, self.key_column)
         expected = "a Parquet file that is whole"
         with (
-            _library_errors("ParquetSource.paths", str(path), expected),
+            library_errors("ParquetSource.paths", str(path), expected),
             parquet.ParquetFile(path) as file,
         ):
             _check_columns(f"ParquetSource: {path}", columns, file.schema_arrow.names)
@@ -325,10 +324,10 @@ class HuggingFaceSource:
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         given = self.directory if self.name is None else self.name
-        return _library_errors("HuggingFaceSource", given, "a dataset that can be read")
+        return library_errors("HuggingFaceSource", given, "a dataset that can be read")
 
     def _load(self) -> Any:
-        datasets = _import("datasets", "HuggingFaceSource")
+        datasets = imported("datasets", "HuggingFaceSource")
         if self.directory is None:
             return datasets.load_dataset(
                 self.name,
@@ -343,23 +342,6 @@ class HuggingFaceSource:
             expected = f"one of {', '.join(found)}"
             raise InputError("HuggingFaceSource.split", self.split, expected)
         return found[self.split]
-
-
-@contextlib.contextmanager
-def _library_errors(parameter: str, given: str, expected: str) -> Iterator[None]:
-    """Turns what a library raises while it reads a damaged file into InputError.
-
-    That may be anything: its own errors, OSError without a number, KeyError, UnicodeDecodeError.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = error.__cause__ or error  # datasets says why in the cause alone
-        raise InputError(
-            parameter, given, f"{expected} ({type(reason).__name__}: {reason})"
-        ) from error
 
 
 def _columns(text_column: str, key_column: str | None) -> list[str]:
@@ -409,11 +391,3 @@ def _document(
         raise InputError(f"{label}: {text_field}", text, "a string")
     key = default_key if key_field is None else str(row[key_field])
     return Document(key, text)
-
-
-def _import(module: str, needed_by: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        expected = "the extra: pip install 'jaxscale[data]'"
-        raise InputError(needed_by, f"no {module}", expected) from error

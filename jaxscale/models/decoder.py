@@ -101,13 +101,7 @@ class Decoder:
         return logits.astype(self.policy.output), caches
 
     def tokens(self, batch: Batch) -> Tokens:
-        """What is known of a batch's tokens.
-
-        Args:
-            batch: tokens and positions [B, T] int32; optionally segments, without which a row is
-                one document, weights, without which all count, `token_keys` [B, T, 2] and
-                `adapters` [B, T, sum of R].
-        """
+        """What is known of a batch's tokens; without `segments` a row is one document."""
         positions, segments, lengths = batch["positions"], batch.get("segments"), None
         if self.config.switch_lengths:
             lengths = document_lengths(positions, segments, self.operations.collectives.whole_rows)
@@ -131,12 +125,6 @@ class Decoder:
         Looked up in the parameter type, to which the gradient of a row, the sum over all
         occurrences of its token, is then rounded. Positions outside a learned table, as of padding,
         read its last row.
-
-        Args:
-            params: the whole tree; only `embedding` is read.
-            batch: tokens and positions [B, T] int32; optionally types [B, T].
-        Returns:
-            In `policy.compute`.
         """
         gather = self.operations.collectives.gather_parameters
         embedding = gather("embedding", params["embedding"])
@@ -155,10 +143,6 @@ class Decoder:
 
         Source: Jain et al. 2023, NEFTune (arXiv 2310.05914), algorithm 1; its width is
             alpha / sqrt(T D).
-        Args:
-            x: what `embed` returned.
-            draws: of all tokens [B, T].
-            width: half the width of the distribution.
         """
         own_keys = self.operations.collectives.own_tokens(draws.keys)
         uniform = dataclasses.replace(draws, keys=own_keys).numbers(EMBEDDING, x.shape[-1])
@@ -288,15 +272,7 @@ class Decoder:
         head: Array | Head,
         labels: Array,
     ) -> tuple[Array, Array]:
-        """The loss of each token, whose logits need not exist at once.
-
-        Args:
-            h: what `hidden` returned, [B, T, D].
-            head: what `head` returned.
-            labels: [B, T] int32; one outside the vocabulary has a loss of 0.
-        Returns:
-            (nll, log-normaliser) of the own tokens [B, own T], in at least float32.
-        """
+        """(nll, log-normaliser) [B, own T] of h [B, T, D] and labels [B, T], see `TokenLoss`."""
         softcap = self.config.logit_softcap
         if not self.execution.is_batch_invariant:
             return self.operations.backends.token_loss(h, head, labels, softcap)

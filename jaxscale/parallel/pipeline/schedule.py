@@ -127,9 +127,6 @@ def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
     the other schedules.
 
     Source: Huang et al. 2019 (arXiv 1811.06965), section 2.3: bubble (p - 1) / (m + p - 1).
-    Args:
-        num_stages: p.
-        num_microbatches: m.
     Cost: m residual slots.
     """
     stage, microbatch = _grid(num_stages, num_microbatches)
@@ -165,10 +162,6 @@ def interleaved(
     Each group of p micro-batches passes all chunks before the next group begins.
 
     Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.2: bubble (p - 1) / (v m + p - 1).
-    Args:
-        num_stages: p.
-        num_chunks: v.
-        num_microbatches: m.
     Raises:
         InputError: m % p != 0 with v > 1.
     Cost: at most v p + p - 1 residual slots of 1 / v of a stage; v times the exchanges of 1F1B.
@@ -205,9 +198,6 @@ def zero_bubble(num_stages: int, num_microbatches: int) -> Schedule:
     Source: Qi et al. 2023 (arXiv 2401.10241), section 2.1: idle time (p - 1)(T_F + T_B - T_W), here
         for T_W <= T_F, T_W <= T_B and m >= 2 (p - 1); more for fewer micro-batches, never more than
         1F1B's.
-    Args:
-        num_stages: p.
-        num_microbatches: m.
     Cost: min(m, 2 p - 1) residual slots, held from the forward to the weight gradient, as many as
         1F1B's stage 0 holds from forward to backward, each with room for what the backward leaves
         for the weight gradient.

@@ -1,0 +1,41 @@
+"""Libraries of the extra `data`, which a source imports when it is read."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+from jaxscale.types import InputError
+
+
+def imported(module: str, needed_by: str) -> ModuleType:
+    """A module of such a library.
+
+    Args:
+        module: its name.
+        needed_by: what the error names.
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        expected = "the extra: pip install 'jaxscale[data]'"
+        raise InputError(needed_by, f"no {module}", expected) from error
+
+
+@contextlib.contextmanager
+def library_errors(parameter: str, given: str, expected: str) -> Iterator[None]:
+    """Turns what a library raises while it reads a damaged file into InputError.
+
+    That may be anything: its own errors, OSError without a number, KeyError, UnicodeDecodeError.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = error.__cause__ or error  # datasets says why in the cause alone
+        raise InputError(
+            parameter, given, f"{expected} ({type(reason).__name__}: {reason})"
+        ) from error
