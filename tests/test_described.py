@@ -1,6 +1,7 @@
 """What is read from docstrings: every field and every parameter of a verb has a meaning."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,6 +17,16 @@ CLASSES = {name: getattr(run, name) for name in run.__all__}
 def test_everything_that_can_be_bound_is_described(target):
     assert described.summary(target)
     assert [field.name for field in described.fields(target) if not field.meaning] == []
+
+
+@pytest.mark.parametrize("name", [name for name, each in CLASSES.items() if inspect.isclass(each)])
+def test_public_methods_of_what_can_be_bound_say_what_they_do(name):
+    public = [
+        (method, member)
+        for method, member in vars(CLASSES[name]).items()
+        if inspect.isroutine(member) and (method == "__call__" or not method.startswith("_"))
+    ]
+    assert [method for method, member in public if not inspect.getdoc(member)] == []
 
 
 @dataclasses.dataclass(frozen=True)
