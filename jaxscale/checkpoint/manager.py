@@ -154,7 +154,6 @@ class Checkpoints:
 
     def fetch(self) -> None:
         """Brings the newest step of the mirror, where the directory has none as new.
-
         Raises:
             InputError: the mirror cannot be read, or the step is damaged.
         """
@@ -177,7 +176,6 @@ class Checkpoints:
                 returns.
             data_state: JSON-able position of the loader, the same on every process.
             force: save also when `step` is not due.
-
         Raises:
             InputError: this or the previous checkpoint cannot be written, or newer ones are in the
                 way.
@@ -200,7 +198,6 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns once the last save is committed and what need not be kept is deleted.
-
         Raises:
             InputError: the checkpoint could not be written; earlier ones are unharmed.
         """
@@ -225,7 +222,6 @@ class Checkpoints:
             abstract_state: the state's tree with jax.ShapeDtypeStruct leaves that carry shardings,
                 on any mesh.
             step: which one; the newest when None.
-
         Raises:
             InputError: there is none, it is damaged (and `use_previous` is off), or it is of
                 another model.
@@ -236,7 +232,12 @@ class Checkpoints:
         state = load(leaves, abstract_state, budget_bytes=BUDGET_BYTES)
         return state, self._data_state(path)
 
-    def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
+    def restore_params(
+        self,
+        abstract_params: Any,
+        step: int | None = None,
+        left_out: tuple[str, ...] = (),
+    ) -> Any:
         """Returns the parameters alone, placed as asked and cast where another dtype is asked.
 
         Reads nothing else.
@@ -244,12 +245,12 @@ class Checkpoints:
         Args:
             abstract_params: tree of jax.ShapeDtypeStruct with shardings, on any mesh.
             step: which one; the newest when None.
-
+            left_out: sections that the checkpoint has beside those that are asked for.
         Raises:
             InputError: as `restore`.
         """
         path = self._sound_path(step, manifest.is_for_params)
-        leaves = NativeCheckpoint(path).leaves(PARAMS)
+        leaves = NativeCheckpoint(path).leaves(PARAMS, left_out)
         matching.check_leaves(leaves, abstract_params, str(path), is_cast_allowed=True)
         return load(leaves, abstract_params, budget_bytes=BUDGET_BYTES)
 
@@ -266,7 +267,6 @@ class Checkpoints:
             budget_bytes: of host memory beyond the arrays.
         Returns:
             The state, with None for what is to be drawn.
-
         Raises:
             InputError: as `restore`, or something differs that `changes` does not name.
         """

@@ -125,17 +125,18 @@ class NativeCheckpoint:
             (empty.add if is_empty else self._paths.append)(SEPARATOR.join(names))
         return TreeForm(frozenset(items), self._keys(), frozenset(empty))
 
-    def leaves(self, within: str = "") -> Mapping[str, NativeArray]:
+    def leaves(self, within: str = "", left_out: tuple[str, ...] = ()) -> Mapping[str, NativeArray]:
         """Each leaf by its path; nothing of them is read.
 
         Args:
             within: what the paths in the state begin with, which is left out.
+            left_out: sections after that, of which no leaf is returned.
         """
         found = {}
         for path in self._paths:
-            if path.startswith(within):
-                folder = self._state / leaf_folder(path)
-                found[path.removeprefix(within)] = NativeArray(folder)
+            name = path.removeprefix(within)
+            if path.startswith(within) and name.partition("/")[0] not in left_out:
+                found[name] = NativeArray(self._state / leaf_folder(path))
         return found
 
     def record(self, item: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def restore_params(
     layout: StageLayout,
     step: int | None = None,
     check: Callable[[dict[str, Any]], None] | None = None,
+    left_out: tuple[str, ...] = (),
 ) -> Restored:
     """Reads the parameters alone, on any mesh.
 
@@ -43,6 +44,7 @@ def restore_params(
         layout: of the stages.
         step: which checkpoint; the newest when None.
         check: called with the loader's saved position before anything large is read.
+        left_out: sections that the checkpoint has beside those of `stored`.
     Raises:
         InputError: there is no such checkpoint, it is damaged, or it is of another model.
     """
@@ -50,7 +52,7 @@ def restore_params(
         if check is not None:
             check(checkpoints.data_state(step))
         wanted = canonical_shapes(stored, dims, layout)
-        params = checkpoints.restore_params(wanted, step)
+        params = checkpoints.restore_params(wanted, step, left_out)
         # Asked after the restore: a damaged checkpoint that was passed over no longer counts.
         found = checkpoints.latest_step() if step is None else step
     return Restored(found, from_canonical(params, stored, dims, layout))

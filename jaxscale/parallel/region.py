@@ -22,6 +22,8 @@ from jaxscale.parallel.expert import make_experts
 from jaxscale.parallel.mesh import (
     AXES,
     BATCH_SPEC,
+    DATA,
+    EXPERT,
     PIPELINE,
     SEQUENCE,
     TENSOR,
@@ -218,6 +220,29 @@ class Region:
             return lax.psum(sums, AXES)
 
         return self._manual(local, PartitionSpec())
+
+    def rows(self, f: Callable) -> Callable:
+        """Returns g(params, batch) -> a tree of [B, T], whole rows in the batch's order.
+
+        Without gradients, a micro-batch at a time.
+
+        Args:
+            f: (params, local batch, operations=) -> a tree of [B, T] that is the same on all
+                devices which have tokens of its rows.
+        """
+
+        def local(params: Any, batch: Batch):
+            params, batch = self._begin(params, batch)
+            microbatches = jax.tree.map(self._split, batch)
+            found = lax.map(lambda each: f(params, each, operations=self.operations), microbatches)
+            # [M, b / M, T] -> [b, T], the way back from `_split`.
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, x.shape[-1]), found)
+
+        in_specs = (self.specs.parameters, BATCH_SPEC)
+        out_specs = PartitionSpec((DATA, EXPERT))
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
     def forward(
         self,

@@ -1,1 +1,3 @@
-"""Learning from preferences: reward models and DPO, as in DeepSpeed-Chat (arXiv 2308.01320)."""
+"""Learning from preferences and rewards, as in DeepSpeed-Chat (arXiv 2308.01320): reward models,
+DPO, GRPO and PPO.
+"""

@@ -47,7 +47,7 @@ class RolloutConfig:
         rewards: name -> (prompts, the answer to each) -> numbers; their sum is an answer's reward.
             One that also has `check(tokenizer, prompts, max_new_tokens)` is asked before anything
             is written, and raises InputError if it could not reward answers to them.
-        num_answers: to each prompt; an answer is compared with the others.
+        num_answers: to each prompt; `policy_loss` compares an answer with the others.
         max_new_tokens: longest answer.
         end: text of the special token that ends an answer; None for the one that ends a document.
     """
@@ -60,9 +60,7 @@ class RolloutConfig:
     def __post_init__(self):
         check_types(self)
         check_positive("RolloutConfig.max_new_tokens", self.max_new_tokens)
-        if self.num_answers < 2:
-            expected = "2 or more: an answer is compared with the others to its prompt"
-            raise InputError("RolloutConfig.num_answers", self.num_answers, expected)
+        check_positive("RolloutConfig.num_answers", self.num_answers)
         if not self.rewards:
             raise InputError("RolloutConfig.rewards", self.rewards, "at least one reward")
 
@@ -114,7 +112,7 @@ class Rollouts:
         params: Params,
         prompts: Sequence[Prompt],
         draws: np.ndarray,
-    ) -> tuple[Batch, dict[str, float]]:
+    ) -> tuple[Batch, np.ndarray, dict[str, float]]:
         """Answers to each prompt, as rows to learn from.
 
         Args:
@@ -122,10 +120,10 @@ class Rollouts:
             prompts: P of them.
             draws: [P] a number for each, from which what is drawn derives.
         Returns:
-            ({tokens, labels, weights, segments, positions, advantages} [P * num_answers, T],
-            answers to one prompt next to each other; figures: means of each reward and of their
-            sum, "reward", with its deviation among the answers to a prompt, of an answer's tokens,
-            the share of answers that were cut off, and seconds).
+            ({tokens, labels, weights, segments, positions} [P * num_answers, T], answers to one
+            prompt next to each other; the reward of each answer, [P, num_answers]; figures: means
+            of each reward and of their sum, "reward", with its deviation among the answers to a
+            prompt, of an answer's tokens, the share of answers that were cut off, and seconds).
         """
         jax.block_until_ready(params)  # the step before may not be over, and is no part of this
         num, began = self.config.num_answers, time.perf_counter()
@@ -157,7 +155,7 @@ class Rollouts:
             "cut_off": float(np.mean([end not in tokens for tokens in written])),
             "rollout_s": time.perf_counter() - began,
         }
-        return self._rows(asked, written, advantages(total)), figures
+        return self._rows(asked, written), total, figures
 
     def _answer(self, tokens: list[int], end: int) -> Answer:
         text = self.tokenizer.decode([token for token in tokens if token != end])
@@ -167,7 +165,6 @@ class Rollouts:
         self,
         asked: Sequence[Prompt],
         answers: Sequence[Sequence[int]],
-        advantages: np.ndarray,
     ) -> Batch:
         shape = (len(asked), self.length)
         names = ("tokens", "labels", "segments")
@@ -182,8 +179,7 @@ class Rollouts:
             batch["weights"][row, first:size] = 1
             # Padding is no part of the text, whose length decides its positions in LongRoPE.
             batch["segments"][row, :size] = 1
-        of_rows = advantages.reshape(-1, 1).astype(np.float32)
-        return batch | {"advantages": np.broadcast_to(of_rows, shape).copy()}
+        return batch
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
@@ -266,7 +262,7 @@ class HeldOutRewards:
             seed=self.seed,
         )
         whole = context.whole(context.params)
-        _, figures = rollouts(whole, self._prompts, np.arange(len(self._prompts)))
+        *_, figures = rollouts(whole, self._prompts, np.arange(len(self._prompts)))
         return figures
 
     @functools.cached_property  # read once for all of a run's evaluations

@@ -63,10 +63,12 @@ from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.parallel.sequence.head_chunks import HeadChunks
 from jaxscale.rlhf.accuracy import PreferenceAccuracy
+from jaxscale.rlhf.critic import CriticConfig
 from jaxscale.rlhf.rewards import ExactMatch
 from jaxscale.rlhf.rollouts import HeldOutRewards, RolloutConfig
 from jaxscale.run.huggingface import huggingface_model
 from jaxscale.run.planned import PlannedMesh
+from jaxscale.run.ppo import ppo_loss
 from jaxscale.run.reward import RewardModel, reward_loss
 from jaxscale.run.run import Run, dpo_loss, masked_token_loss, next_token_loss, policy_loss
 from jaxscale.serve.config import EngineConfig
@@ -86,6 +88,7 @@ __all__ = [
     "CheckpointConfig",
     "Compression",
     "CorpusPart",
+    "CriticConfig",
     "DataConfig",
     "DenseMixerRouter",
     "EngineConfig",
@@ -153,5 +156,6 @@ __all__ = [
     "masked_token_loss",
     "next_token_loss",
     "policy_loss",
+    "ppo_loss",
     "reward_loss",
 ]

@@ -16,6 +16,7 @@ from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import check_multiple
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
+from jaxscale.rlhf.critic import without_critic
 from jaxscale.run.fit import check_attention
 from jaxscale.run.run import Run
 from jaxscale.types import InputError, Params
@@ -102,12 +103,15 @@ def _factors(run: Run) -> dict[str, tuple[str, int]]:
 
 
 def make_whole(region: Region) -> Callable[[Params], Params]:
-    """What gathers parameters, in the order of the layers, onto this process's first device."""
-    layout, dims = region.specs.layout, region.specs.dims
+    """What gathers the model's parameters, in the order of the layers, onto this process's first
+    device; a critic's stay where they are.
+    """
+    layout, dims = region.specs.layout, without_critic(region.specs.dims)
     everywhere = NamedSharding(region.mesh, PartitionSpec())
     gather = jax.jit(lambda params: layout.restore(params, dims), out_shardings=everywhere)
 
     def whole(params: Params) -> Params:
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), gather(params))
+        gathered = gather(without_critic(params))
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered)
 
     return whole

@@ -29,6 +29,7 @@ from jaxscale.models.quantised import QuantisedConfig, quantised
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_serving_operations
 from jaxscale.parallel.rules import make_specs
+from jaxscale.rlhf.critic import CRITIC
 from jaxscale.run.folder import folder_run, is_folder
 from jaxscale.run.run import Run, load_run
 from jaxscale.serve.decoding import check_prompts, generate_tokens
@@ -162,7 +163,7 @@ def load(
         check_prompts(ids, run.model, max_new_tokens)
     mesh = MeshConfig(tensor=tensor)
     devices = make_mesh(mesh, jax.devices()[:tensor])
-    specs = make_specs(run.table(), mesh)
+    specs = make_specs(parameter_table(run.model), mesh)
     check = functools.partial(check_tokenizer, tokenizer=tokenizer)
     if quantisation is not None and tensor > 1:
         raise InputError("tensor", tensor, "1 with quantised weights")
@@ -228,8 +229,9 @@ def restore_model(
     """
     mesh = MeshConfig(tensor=tensor)
     devices = make_mesh(mesh, jax.devices()[:tensor])
-    specs = make_specs(run.table(), mesh)
-    stored = stored_params(run.table(), devices, specs, run.policy.parameters)
+    table = parameter_table(run.model)
+    specs = make_specs(table, mesh)
+    stored = stored_params(table, devices, specs, run.policy.parameters)
     folder = open_folder(run.path) if is_folder(run.path) else None
     if folder is not None and folder.is_packed and is_packed:
         return Restored(0, folder.packed_params(stored))
@@ -244,4 +246,5 @@ def restore_model(
         layout=specs.layout,
         step=step,
         check=check,
+        left_out=() if run.critic is None else (CRITIC,),
     )

@@ -19,6 +19,7 @@ from jaxscale.models.config.model import training_flops_per_token
 from jaxscale.models.evaluation import check_evaluators
 from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.batch import abstract_batch, batch_share
+from jaxscale.rlhf.critic import CRITIC
 from jaxscale.run.evaluation import all_figures, evaluation_context
 from jaxscale.run.host import check_host
 from jaxscale.run.progress import say_figures, say_what_begins, say_what_came
@@ -29,7 +30,7 @@ from jaxscale.train.metrics import Speed
 from jaxscale.train.reporters import check_reporters
 from jaxscale.train.setup import Setup
 from jaxscale.train.surroundings import surroundings
-from jaxscale.train.training import train
+from jaxscale.train.training import Source, train
 from jaxscale.types import Params
 
 VERSIONED = ("jax", "jaxlib", "optax")
@@ -70,6 +71,7 @@ def pretrain(*, run: Run) -> Outcome:
             surroundings=around,
             speed=_make_speed(run),
             prepare=prepare,
+            sections=_sections(run),
             evaluate=evaluate,
             reporters=run.reporters,
             announce=functools.partial(say_what_begins, run, loader),
@@ -104,7 +106,14 @@ def run_batch(run: Run, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     if run.rollouts is None:
         return abstract_batch(setup.mesh, *shape, is_packed=data.is_packed)
     batch = abstract_batch(setup.mesh, *shape, is_packed=True)
-    return batch | {"advantages": batch["weights"]}
+    of_critic = () if run.critic is None else ("log_p", "values")
+    return batch | dict.fromkeys(("advantages", *of_critic), batch["weights"])
+
+
+def _sections(run: Run) -> dict[str, Source]:
+    if run.critic is None:
+        return {}
+    return {CRITIC: Source(run.critic.init_from, checkpoint_facts(run.critic.model))}
 
 
 def _make_data(setup: Setup, run: Run) -> tuple[Loader, Callable | None]:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxscale.data.prompt_loader import PromptLoader
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.parallel.batch import place
-from jaxscale.rlhf.rollouts import Rollouts
+from jaxscale.rlhf.experience import Experience, make_experience
+from jaxscale.rlhf.rollouts import Rollouts, advantages
 from jaxscale.run.evaluation import make_whole
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import check_prompts
@@ -52,10 +54,24 @@ def make_answering(
         seed=run.train.seed,
     )
     whole = make_whole(setup.region)
+    has_critic = run.critic is not None
+    judged = make_experience(setup.loss_fn, setup.region) if has_critic else _compared(setup)
 
     def answered(params: Params, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         prompts = [loader.prompts[number] for number in batch["prompts"]]
-        rows, figures = rollouts(whole(params), prompts, batch["draws"])
-        return place(setup.mesh, rows), figures
+        rows, rewards, figures = rollouts(whole(params), prompts, batch["draws"])
+        ready, of_learning = judged(params, rows, rewards)
+        return ready, figures | of_learning
 
     return answered
+
+
+def _compared(setup: Setup) -> Experience:
+    """What `PolicyLoss` learns from: each answer, compared with the others to its prompt."""
+
+    def compared(params: Params, rows: Batch, rewards: np.ndarray) -> tuple[Batch, dict[str, Any]]:
+        of_rows = advantages(rewards).reshape(-1, 1).astype(np.float32)
+        of_tokens = np.broadcast_to(of_rows, rows["weights"].shape).copy()
+        return place(setup.mesh, rows | {"advantages": of_tokens}), {}
+
+    return compared

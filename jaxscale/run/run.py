@@ -28,8 +28,10 @@ from jaxscale.parallel.mesh import MeshConfig
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
 from jaxscale.parallel.sequence.layout import Chunked, TokenLayout
+from jaxscale.rlhf.critic import CRITIC, CriticConfig
 from jaxscale.rlhf.dpo import DpoLoss
 from jaxscale.rlhf.policy import PolicyLoss
+from jaxscale.rlhf.ppo import PpoLoss
 from jaxscale.rlhf.rollouts import RolloutConfig
 from jaxscale.run.fit import check_fit
 from jaxscale.train.config import TrainConfig
@@ -101,7 +103,7 @@ def dpo_loss(run: "Run", *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
             no adapters, more than they is trained, or a setting is out of its bounds.
     """
     check_pairs(run, "dpo_loss")
-    _check_reference(run, "dpo_loss")
+    check_reference(run, "dpo_loss")
     return DpoLoss(
         model=run.model,
         policy=run.policy,
@@ -121,15 +123,23 @@ def policy_loss(run: "Run", *, beta: float = 0.04) -> LossFn:
         InputError: the run has no rollouts or no prompts, the mesh has a pipeline, the model is not
             causal, or beta is above 0 and more than adapters is trained.
     """
-    if run.rollouts is None:
-        raise InputError("Run.rollouts", None, "RolloutConfig(...) for policy_loss")
-    if not run.data.is_prompted:
-        raise InputError("DataConfig.sources", run.data.sources, "PromptSource for policy_loss")
-    _check_no_pipeline(run, "policy_loss")
+    check_rollouts(run, "policy_loss")
+    if run.rollouts.num_answers < 2:
+        expected = "2 or more for policy_loss: an answer is compared with the others to its prompt"
+        raise InputError("RolloutConfig.num_answers", run.rollouts.num_answers, expected)
     loss = PolicyLoss(model=run.model, policy=run.policy, execution=run.execution, beta=beta)
     if beta:
-        _check_reference(run, "policy_loss with beta above 0")
+        check_reference(run, "policy_loss with beta above 0")
     return loss
+
+
+def check_rollouts(run: "Run", loss: str) -> None:
+    """Raises InputError unless the run writes answers, and its devices have whole ones."""
+    if run.rollouts is None:
+        raise InputError("Run.rollouts", None, f"RolloutConfig(...) for {loss}")
+    if not run.data.is_prompted:
+        raise InputError("DataConfig.sources", run.data.sources, f"PromptSource for {loss}")
+    _check_no_pipeline(run, loss)
 
 
 def check_pairs(run: "Run", loss: str) -> None:
@@ -145,13 +155,18 @@ def _check_no_pipeline(run: "Run", loss: str) -> None:
         raise InputError("MeshConfig.pipeline", run.mesh.pipeline, expected)
 
 
-def _check_reference(run: "Run", loss: str) -> None:
+def check_reference(run: "Run", loss: str) -> None:
     """Refuses to train what lies beneath the adapters, which is the reference."""
-    trained = tree.flatten(tree.select(run.table(), run.train.trainable))
-    others = [path for path, leaf in trained.items() if leaf and not re.fullmatch(TRAINABLE, path)]
+    allowed = rf"{TRAINABLE}|{CRITIC}/.*"
+    others = [path for path in trained_paths(run) if not re.fullmatch(allowed, path)]
     if others:
         expected = f"adapters alone, {TRAINABLE!r}, for {loss}: the rest is the reference"
         raise InputError("TrainConfig.trainable", run.train.trainable, expected)
+
+
+def trained_paths(run: "Run") -> list[str]:
+    """Paths of the parameters that are trained."""
+    return list(tree.flatten(tree.select(run.table(), run.train.trainable)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +186,9 @@ class Run:
         execution: how the layers are executed.
         runtime: platform, flags, processes and watchdog.
         loss: run -> a loss under the contract of `models.losses`.
-        rollouts: what the model writes in each step to learn from, for `policy_loss`; None where it
-            reads what there is.
+        rollouts: what the model writes in each step to learn from, for `policy_loss` and
+            `ppo_loss`; None where it reads what there is.
+        critic: what expects rewards, for `ppo_loss`.
         evaluators: name -> evaluator(context) -> figures, see `models.evaluation`.
         reporters: what gets the figures beside `metrics.jsonl`, see `train.reporters.Reporter`.
     """
@@ -189,6 +205,7 @@ class Run:
     runtime: RuntimeConfig = RuntimeConfig()
     loss: Callable[["Run"], LossFn] = next_token_loss
     rollouts: RolloutConfig | None = None
+    critic: CriticConfig | None = None
     evaluators: dict[str, Callable] = dataclasses.field(default_factory=dict)
     reporters: tuple[Callable, ...] = (TensorBoard(),)
 
@@ -207,8 +224,9 @@ class Run:
         return Path(self.directory).expanduser()
 
     def table(self) -> Table:
-        """The model's parameter table."""
-        return parameter_table(self.model)
+        """The parameter table of all that is trained: the model's, and a critic's as a section."""
+        table = parameter_table(self.model)
+        return table if self.critic is None else table | {CRITIC: self.critic.table()}
 
     def region(self, devices: list[jax.Device] | None = None) -> Region:
         """The manual region alone, for evaluation; arguments and errors as `setup`."""
@@ -247,7 +265,21 @@ class Run:
             devices=devices,
         )
         check_fit(run)
+        if self.critic is not None:
+            run.check_critic(setup.loss_fn)
         return setup
+
+    def check_critic(self, loss_fn: LossFn) -> None:
+        """Raises InputError unless the loss teaches the critic, and it fits the run."""
+        if not isinstance(loss_fn, PpoLoss):
+            expected = f"None with {type(loss_fn).__name__}: ppo_loss alone teaches a critic"
+            raise InputError("Run.critic", "CriticConfig(...)", expected)
+        wanted = {"vocab_size": self.model.vocab_size, "max_length": self.data.sequence_length}
+        for name, least in wanted.items():
+            if (given := getattr(self.critic.model, name)) < least:
+                expected = f"at least {least}, for it reads what the policy writes"
+                raise InputError(f"CriticConfig.model.{name}", given, expected)
+        check_fit(dataclasses.replace(self, model=self.critic.model))
 
     def on(self, num_devices: int) -> "Run":
         """The run; if its mesh is elastic, on as many devices as there are.

@@ -130,6 +130,7 @@ def make_optimizer(
     config: OptimizerConfig,
     *,
     steps: int,
+    num_epochs: int = 1,
     table: Any,
 ) -> optax.GradientTransformation:
     """The optimizer over a parameter tree (None where a parameter is frozen).
@@ -137,6 +138,7 @@ def make_optimizer(
     Args:
         config: which.
         steps: of the whole run, for the schedule.
+        num_epochs: updates of one step, which have one learning rate.
         table: of the parameters; says which are decayed, which are matrices for Muon, and by what
             each one's learning rate is multiplied.
     Raises:
@@ -152,7 +154,12 @@ def make_optimizer(
     def decay_mask(params: Any) -> Any:
         return tree.map_with_path(lambda path, _: path in decayed, params)
 
-    optimizer = _make_direction(config, learning_rates(config, steps), decay_mask, entries)
+    of_steps = learning_rates(config, steps)
+
+    def schedule(num_updates: jax.Array) -> jax.Array:
+        return of_steps(num_updates // num_epochs)
+
+    optimizer = _make_direction(config, schedule, decay_mask, entries)
     if config.use_8bit_moments:
         optimizer = in_eight_bits(optimizer)
     factors = {path: entry.learning_rate_factor for path, entry in entries.items()}

@@ -222,7 +222,10 @@ def make_setup(
     # Devices that are only described have no memories.
     if mesh.is_optimizer_on_host and devices is None:
         check_host_memory(region.mesh.local_devices[0])
-    transformation = make_optimizer(optimizer, steps=train.steps, table=table)
+    num_epochs = epochs_of(loss_fn)
+    transformation = make_optimizer(
+        optimizer, steps=train.steps, num_epochs=num_epochs, table=table
+    )
     rates = learning_rates(optimizer, train.steps)
     state = abstract_state(
         table,
@@ -233,6 +236,11 @@ def make_setup(
         trainable=train.trainable,
     )
     return Setup(table, policy.parameters, loss_fn, region, transformation, rates, state)
+
+
+def epochs_of(loss_fn: LossFn) -> int:
+    """Updates by the batch of one step; one for a loss that does not say."""
+    return getattr(loss_fn, "num_epochs", 1)
 
 
 def _check_layout(loss_fn: LossFn, mesh: MeshConfig, layout: TokenLayout) -> None:

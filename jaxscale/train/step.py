@@ -1,5 +1,6 @@
 """One training step: gradient, clipping, update; a broken step is kept out of the state."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from jaxscale import tree
 from jaxscale.train.host import update_in_parts
-from jaxscale.train.setup import Setup
+from jaxscale.train.setup import Setup, epochs_of
 from jaxscale.train.state import TrainState
 from jaxscale.types import Batch
 
@@ -24,6 +26,9 @@ def make_step(setup: Setup) -> Step:
     and clears `is_finite`, so that no later step changes them either. Parameters that an update
     broke are found by the next step.
 
+    A loss that has `num_epochs` makes so many updates of one step, all by the same batch. Metrics
+    are then means over them, and of a broken step the updates before the broken one stay.
+
     Args:
         setup: model, loss, mesh and optimizer.
     Returns:
@@ -34,8 +39,18 @@ def make_step(setup: Setup) -> Step:
     """
     region = setup.region
     gradient = region.gradient(setup.loss_fn)
+    num_epochs = epochs_of(setup.loss_fn)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if num_epochs == 1:
+            new, metrics = update(state, batch)
+        else:
+            new, every = lax.scan(lambda now, _: update(now, batch), state, length=num_epochs)
+            metrics = {name: x.mean(0) for name, x in every.items()}
+        number = jnp.where(new.is_finite, state.step + 1, state.step)
+        return dataclasses.replace(new, step=number), metrics | {"is_finite": new.is_finite}
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
         (loss, weight, sums), gradients = gradient(state.params, batch, key)
         scale = jnp.where(weight > 0, 1 / weight, 0)
@@ -49,10 +64,10 @@ def make_step(setup: Setup) -> Step:
         is_finite = state.is_finite
         for figure in (loss, gradient_norm, parameter_norm):
             is_finite = is_finite & jnp.isfinite(figure)
-        update = functools.partial(_update, setup.optimizer, is_finite)
+        apply = functools.partial(_update, setup.optimizer, is_finite)
         if region.specs.is_optimizer_on_host:
-            update = functools.partial(update_in_parts, update, after=is_finite)
-        trained, opt_state = update(gradients, state.opt_state, trained)
+            apply = functools.partial(update_in_parts, apply, after=is_finite)
+        trained, opt_state = apply(gradients, state.opt_state, trained)
         means = {name: x * scale if x.ndim == 0 else x for name, x in sums.items()}
         metrics = {
             **means,
@@ -61,11 +76,9 @@ def make_step(setup: Setup) -> Step:
             "learning_rate": setup.learning_rates(state.step),
             "gradient_norm": gradient_norm,
             "parameter_norm": parameter_norm,
-            "is_finite": is_finite,
         }
-        number = jnp.where(is_finite, state.step + 1, state.step)
         params = tree.merge(trained, state.params)
-        return TrainState(number, params, opt_state, state.key, is_finite), metrics
+        return TrainState(state.step, params, opt_state, state.key, is_finite), metrics
 
     # The optimizer state's layout makes each device update its share of the parameters.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)

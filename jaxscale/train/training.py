@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -35,6 +36,19 @@ from jaxscale.types import Batch, InputError, Params
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What the parameters of a new run's model start from.
+
+    Args:
+        directory: of another run's checkpoints; None to draw them.
+        facts: which model a checkpoint is of, as `Checkpoints` takes them.
+    """
+
+    directory: str | None
+    facts: dict[str, Any]
+
+
 class ResumableLoader(Loader, Protocol):
     """A loader that can go on from a saved position."""
 
@@ -53,6 +67,7 @@ def train(
     surroundings: Surroundings,
     speed: Speed,
     prepare: Callable[[Params, Batch], tuple[Batch, dict[str, Any]]] | None = None,
+    sections: Mapping[str, Source] = MappingProxyType({}),
     evaluate: Callable[[Params, int], dict[str, Any]] = lambda params, step: {},
     reporters: Sequence[Callable[[Path, int], Reporter]] = (),
     announce: Callable[[], None] = lambda: None,
@@ -69,6 +84,8 @@ def train(
         surroundings: of the run.
         speed: throughput between steps.
         prepare: (params, host batch) -> (batch on the mesh, figures); None places the batch.
+        sections: of the parameters that are a model of their own, with what each starts from in a
+            new run; `config.init_from` has the rest.
         evaluate: (params, step) -> figures.
         reporters: what gets the figures beside `metrics.jsonl` and the terminal, see
             `train.reporters.Reporter`.
@@ -88,7 +105,8 @@ def train(
     changed = _changes_since_the_last_start(run, checkpoints, checkpoint.directory)
     history_lines(run / HISTORY)  # refuses what the history could not go on in
     check_fits("model", setup.resting())
-    state = _restore_or_start(setup, checkpoints, loader, config, facts)
+    sources = {"": Source(config.init_from, facts), **sections}
+    state = _restore_or_start(setup, checkpoints, loader, config, sources)
     for line in changed:
         logger.info("changed since the last start: %s", line)
     first_step = int(state.step)
@@ -211,9 +229,9 @@ def _restore_or_start(
     checkpoints: Checkpoints,
     loader: ResumableLoader,
     config: TrainConfig,
-    facts: dict[str, Any],
+    sources: Mapping[str, Source],
 ) -> TrainState:
-    """Resume, else the parameters of another run, else a fresh draw."""
+    """Resume, else the parameters of other runs, else a fresh draw."""
     if checkpoints.latest_step() is not None:
         saved, data_state = checkpoints.restore(setup.canonical_state)
         state = setup.from_canonical(saved)
@@ -223,11 +241,11 @@ def _restore_or_start(
         logger.info("resumed after step %d", int(state.step))
         return state
     if config.init_changes is not None:
-        return _other_state(setup, loader, config, facts)
-    if config.init_from is None:
+        return _other_state(setup, loader, config, sources[""].facts)
+    if all(source.directory is None for source in sources.values()):
         return setup.init(config.seed)
     nothing = jax.tree.map(lambda _: None, setup.canonical_state)
-    params = _other_params(setup, config.init_from, facts)
+    params = _other_params(setup, sources)
     saved = dataclasses.replace(nothing, params=params)
     # What is not drawn is never there beside what is read.
     return setup.from_canonical(setup.draw_missing(config.seed, saved))
@@ -265,14 +283,20 @@ def _check_seed(state: TrainState, config: TrainConfig) -> None:
         raise InputError("TrainConfig.seed", config.seed, expected)
 
 
-def _other_params(
-    setup: Setup,
-    directory: str,
-    facts: dict[str, Any],
-) -> Params:
-    """The parameters in another run's newest checkpoint, as they are on disk."""
-    with contextlib.closing(_open_other(directory, facts)) as checkpoints:
-        return checkpoints.restore_params(setup.canonical_state.params)
+def _other_params(setup: Setup, sources: Mapping[str, Source]) -> Params:
+    """Parameters from other runs' newest checkpoints, as on disk; None where they are drawn."""
+    wanted = setup.canonical_state.params
+    sections = {name: wanted[name] for name in sources if name}
+    rest = {name: part for name, part in wanted.items() if name not in sections}
+    found = {name: _other_section(part, sources[name]) for name, part in sections.items()}
+    return _other_section(rest, sources[""]) | found
+
+
+def _other_section(wanted: Params, source: Source) -> Params:
+    if source.directory is None:
+        return jax.tree.map(lambda _: None, wanted)
+    with contextlib.closing(_open_other(source.directory, source.facts)) as checkpoints:
+        return checkpoints.restore_params(wanted)
 
 
 def _open_other(directory: str, facts: dict[str, Any]) -> Checkpoints:

@@ -175,7 +175,7 @@ def test_rows_hold_each_prompt_with_its_answer_which_alone_has_weight():
         return [len(answer.text) for answer in answers]
 
     made, params = make_rollouts(num_answers=128, reward=read)
-    batch, figures = made(params, PROMPTS, np.array([6, 9]))
+    batch, _, figures = made(params, PROMPTS, np.array([6, 9]))
     assert {array.shape for array in batch.values()} == {(256, 24)}
     answers = []
     for row in range(256):
@@ -198,7 +198,7 @@ def test_rows_hold_each_prompt_with_its_answer_which_alone_has_weight():
     assert texts == [made.tokenizer.decode([t for t in answer if t != end]) for answer in answers]
     assert figures["answer_tokens"] == batch["weights"].sum() / 256
     assert figures["cut_off"] == 1 - len(ended) / 256
-    again, _ = made(params, PROMPTS[:1] * 2, np.array([7, 6]))
+    again, *_ = made(params, PROMPTS[:1] * 2, np.array([7, 6]))
     np.testing.assert_array_equal(again["labels"][128:], batch["labels"][:128])
     assert len(np.unique(again["labels"], axis=0)) > 250  # another number is another draw
 
@@ -206,7 +206,7 @@ def test_rows_hold_each_prompt_with_its_answer_which_alone_has_weight():
 def test_answers_are_drawn_with_the_probability_that_the_loss_takes():
     """The mean of -log p of what is drawn is the entropy, within four standard errors."""
     made, params = make_rollouts(num_answers=2048, max_new_tokens=1)
-    batch, _ = made(params, PROMPTS[:1], np.array([0]))
+    batch, *_ = made(params, PROMPTS[:1], np.array([0]))
     place = len(PROMPTS[0].tokens) - 1
     row = {name: batch[name][:1] for name in ("tokens", "positions")}
     logits, _ = Decoder(made.model, policy=made.policy).logits(params, row)
@@ -220,7 +220,8 @@ def test_answers_are_drawn_with_the_probability_that_the_loss_takes():
 def test_a_short_answer_in_a_long_row_is_learned_with_the_positions_it_was_written_with():
     """LongRoPE's, which the length of the text decides, and not that of its row."""
     made, params = make_rollouts(rotary=RotaryConfig(scaling=SCALING))
-    batch, _ = made(params, PROMPTS[:1], np.array([0]))
+    batch, *_ = made(params, PROMPTS[:1], np.array([0]))
+    batch["advantages"] = np.zeros_like(batch["weights"])
     _, weight, figures = PolicyLoss(made.model, made.policy, EXECUTION, beta=0.0)(
         params, batch, None
     )

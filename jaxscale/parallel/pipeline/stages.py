@@ -94,18 +94,18 @@ class StageLayout:
 
     def from_canonical(self, leaf: Array) -> Array:
         """[num_periods, ...] to the stored [p v num_slots, ...]; padding is zero."""
-        self._check_rows(leaf, self.num_periods)
         if self.is_identity:
             return leaf
+        self._check_rows(leaf, self.num_periods)
         # Padding asks for a row past the end, which `take` fills.
         rows = np.where(self.order == PADDING, self.num_periods, self.order)
         return jnp.take(leaf, rows, axis=0, mode="fill", fill_value=0)
 
     def to_canonical(self, leaf: Array) -> Array:
         """The stored [p v num_slots, ...] to [num_periods, ...]; padding is dropped."""
-        self._check_rows(leaf, len(self.order))
         if self.is_identity:
             return leaf
+        self._check_rows(leaf, len(self.order))
         rows = np.argsort(self.order, stable=True)
         rows = rows[-self.num_periods :]  # padding sorts first
         return jnp.take(leaf, rows, axis=0, unique_indices=True)
