@@ -150,6 +150,12 @@ def test_the_readme_and_the_examples_run_in_their_order(checkout, monkeypatch, c
         read_history(Path("runs") / name / "metrics.jsonl") for name in ("fine_tune", "main_job")
     )
     assert tuned[0]["loss"] < main[0]["loss"], "it starts from what was learned"
+    subprocess.run([sys.executable, "experiments/preferences/parity.py", "runs/parity"], check=True)
+    run("pretrain", f"{EXAMPLES}/parity_chats.gin", settings=SHORT)
+    run("pretrain", "experiments/configs/papers/reward_cpu.gin", settings=SHORT)
+    run("adapt", "runs/parity_chats", "runs/parity_adapted", settings=["lora.rank=8"])
+    run("pretrain", f"{EXAMPLES}/ppo.gin", settings=SHORT)
+    assert "value_loss" in read_history(Path("runs/ppo/metrics.jsonl"))[0]
     names = {
         "json_lines",
         "parquet",
@@ -158,5 +164,7 @@ def test_the_readme_and_the_examples_run_in_their_order(checkout, monkeypatch, c
         "sentencepiece",
         "profile",
         "fine_tune",
+        "parity_chats",
+        "ppo",
     }
     assert {path.stem for path in Path(EXAMPLES).glob("*.gin")} == names, "each example is run"

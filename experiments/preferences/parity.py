@@ -1,6 +1,7 @@
-"""Write pairs of answers about numbers, and a tokenizer for them: what reward_cpu.gin learns from.
+"""Write answers about numbers, and a tokenizer for them: what reward_cpu.gin and ppo.gin learn from.
 
-The better answer says rightly whether a number is even. Its form says nothing.
+The better answer of a pair says rightly whether a number is even. Its form says nothing. Chats have
+one answer each, of which half are wrong, and questions none.
 
 python experiments/preferences/parity.py runs/parity
 """
@@ -37,6 +38,11 @@ def pairs(size=1000):
         yield {"chosen": chat(number, chosen), "rejected": chat(number, rejected)}
 
 
+def write_lines(file, lines):
+    """One JSON object a line."""
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def write(folder):
     """The tokenizer has one token a character."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +53,11 @@ def write(folder):
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"eos_token": SPECIAL[0], "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs()))
+    write_lines(folder / "pairs.jsonl", pairs())
+    every = [{"messages": chat} for pair in pairs() for chat in pair.values()]
+    write_lines(folder / "chats.jsonl", every)
+    questions = [{"messages": line["messages"][:1]} for line in every[::2]]
+    write_lines(folder / "questions.jsonl", questions)
 
 
 if __name__ == "__main__":
