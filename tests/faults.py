@@ -295,6 +295,14 @@ FAULTS = (
         "tests/rlhf/test_reward.py::test_pairs_in_rows_have_the_loss_and_gradient_of_answers_apart",
     ),
     Fault(
+        "what comes later in an answer is not discounted by lambda",
+        "jaxscale/rlhf/experience.py",
+        "error + gamma * gae_lambda * advantage",
+        "error + gamma * advantage",
+        "tests/rlhf/test_ppo.py",
+        "their_sums",
+    ),
+    Fault(
         "answers are compared from their second difference on",
         "jaxscale/rlhf/reward.py",
         "is_compared = is_used & (position >= first[row, pair])",

@@ -1,4 +1,4 @@
-"""Write answers about numbers, and a tokenizer for them: what reward_cpu.gin and ppo.gin learn from.
+"""Write answers about numbers, and a tokenizer: what reward_cpu.gin and ppo.gin learn from.
 
 The better answer of a pair says rightly whether a number is even. Its form says nothing. Chats have
 one answer each, of which half are wrong, and questions none.

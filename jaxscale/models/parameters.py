@@ -44,6 +44,7 @@ class Parameter:
         learning_rate_factor: by which the optimizer's learning rate is multiplied.
         active: share of its elements that one token multiplies with: less than 1 for experts, 0 for
             a look-up.
+        model: which model of a run it is of, where a run trains several.
     """
 
     dims: str
@@ -53,6 +54,7 @@ class Parameter:
     mean: float = 0.0
     learning_rate_factor: float = 1.0
     active: float = 1.0
+    model: str = ""
 
     @property
     def is_stacked(self) -> bool:

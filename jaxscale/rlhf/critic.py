@@ -6,7 +6,7 @@ import jax
 
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
-from jaxscale.models.parameters import Table, parameter_table
+from jaxscale.models.parameters import Parameter, Table, parameter_table
 from jaxscale.models.values import token_values
 from jaxscale.rlhf.log_probabilities import residual
 from jaxscale.types import Array, Batch, InputError, Params, check_positive, check_types
@@ -47,11 +47,11 @@ class CriticConfig:
     def table(self) -> Table:
         """The parameter table of the section."""
 
-        def scaled(parameter):
+        def own(parameter: Parameter) -> Parameter:
             factor = parameter.learning_rate_factor * self.learning_rate_factor
-            return dataclasses.replace(parameter, learning_rate_factor=factor)
+            return dataclasses.replace(parameter, learning_rate_factor=factor, model=CRITIC)
 
-        return jax.tree.map(scaled, parameter_table(self.model))
+        return jax.tree.map(own, parameter_table(self.model))
 
 
 def without_critic(params: Params) -> Params:

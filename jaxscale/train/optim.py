@@ -44,7 +44,8 @@ class OptimizerConfig:
         epsilon: added to the root of the second moment.
         weight_decay: decoupled, on parameters whose role is in `decayed`.
         decayed: roles of parameters, see `types.Role`.
-        clip_norm: largest global gradient norm; None for no clipping.
+        clip_norm: largest global gradient norm; None for no clipping. Where a run trains a critic
+            too, each model's gradients have a norm of their own.
         use_8bit_moments: whether the moments rest in 8 bits, see `train.eight_bits`; otherwise they
             have the type of the stored parameters.
     """
@@ -167,7 +168,7 @@ def make_optimizer(
         optimizer = optax.chain(optimizer, _scale_by(factors))
     clip = optax.identity()
     if config.clip_norm is not None:
-        clip = optax.clip_by_global_norm(config.clip_norm)
+        clip = _clip({path: entry.model for path, entry in entries.items()}, config.clip_norm)
     # The state has the same form with clipping and without, so that a resume may change it.
     return optax.chain(clip, optimizer)
 
@@ -200,6 +201,29 @@ def _make_direction(
         optax.add_decayed_weights(config.weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _clip(models: dict[str, str], max_norm: float) -> optax.GradientTransformation:
+    """Clips by the global norm, of each model apart: a critic's errors do not slow a policy down.
+
+    Args:
+        models: by path, which model a parameter is of.
+        max_norm: of the gradients of one model.
+    """
+    if len(set(models.values())) == 1:
+        return optax.clip_by_global_norm(max_norm)
+
+    def clip(updates: Any, params: Any = None) -> Any:
+        by_model = {model: {} for model in models.values()}
+        for path, update in tree.flatten(updates).items():
+            by_model[models[path]][path] = update
+        clipped = {}
+        for own in by_model.values():
+            factor = max_norm / jnp.maximum(optax.tree.norm(own), max_norm)
+            clipped |= {path: update * factor.astype(update.dtype) for path, update in own.items()}
+        return tree.map_with_path(lambda path, _: clipped[path], updates)
+
+    return optax.stateless(clip)
 
 
 def _scale_by(factors: dict[str, float]) -> optax.GradientTransformation:

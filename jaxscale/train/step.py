@@ -43,14 +43,14 @@ def make_step(setup: Setup) -> Step:
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         if num_epochs == 1:
-            new, metrics = update(state, batch)
+            new, metrics = epoch(state, batch)
         else:
-            new, every = lax.scan(lambda now, _: update(now, batch), state, length=num_epochs)
+            new, every = lax.scan(lambda now, _: epoch(now, batch), state, length=num_epochs)
             metrics = {name: x.mean(0) for name, x in every.items()}
         number = jnp.where(new.is_finite, state.step + 1, state.step)
         return dataclasses.replace(new, step=number), metrics | {"is_finite": new.is_finite}
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def epoch(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
         (loss, weight, sums), gradients = gradient(state.params, batch, key)
         scale = jnp.where(weight > 0, 1 / weight, 0)
@@ -64,10 +64,10 @@ def make_step(setup: Setup) -> Step:
         is_finite = state.is_finite
         for figure in (loss, gradient_norm, parameter_norm):
             is_finite = is_finite & jnp.isfinite(figure)
-        apply = functools.partial(_update, setup.optimizer, is_finite)
+        update = functools.partial(_update, setup.optimizer, is_finite)
         if region.specs.is_optimizer_on_host:
-            apply = functools.partial(update_in_parts, apply, after=is_finite)
-        trained, opt_state = apply(gradients, state.opt_state, trained)
+            update = functools.partial(update_in_parts, update, after=is_finite)
+        trained, opt_state = update(gradients, state.opt_state, trained)
         means = {name: x * scale if x.ndim == 0 else x for name, x in sums.items()}
         metrics = {
             **means,

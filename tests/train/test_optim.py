@@ -366,6 +366,25 @@ def test_clipping_scales_all_gradients_by_the_global_norm():
     assert_close(step(2.0, small), unclipped, rtol=1e-6)
 
 
+def test_each_model_of_a_run_is_clipped_by_its_own_norm():
+    path = "layers/0/attention/o"
+    table = tree.map_with_path(
+        lambda each, entry: dataclasses.replace(entry, model="other") if each == path else entry,
+        TABLE,
+    )
+    # The other model's gradient is 1000 times as large, and so would the common norm be.
+    gradient = tree.map_with_path(lambda each, g: 1000 * g if each == path else g, draw(1))
+    others = tree.select(draw(1), f"(?!{path}).*")
+    own_norm = optax.tree.norm(tree.flatten(gradient)[path])
+    clipped = tree.map_with_path(
+        lambda each, g: g / (own_norm if each == path else optax.tree.norm(others)), gradient
+    )
+    settings = dict(weight_decay=0.0, epsilon=1.0)
+    found = train(make("adamw", table, **settings), draw(0), [gradient])
+    wanted = train(make("adamw", clip_norm=None, **settings), draw(0), [clipped])
+    assert_close(found, tree.flatten(wanted), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 def test_frozen_parameters_have_no_state(name):
     params = tree.select(draw(0), ".*attention/q")
