@@ -29,6 +29,14 @@ def interpret_of(implementation):
     return INTERPRET
 
 
+def in_one_program(function, implementation):
+    """The slow twin compiled at once: operation by operation it takes many times as long.
+
+    An interpreted kernel is run call by call.
+    """
+    return jax.jit(function) if implementation == "reference" else function
+
+
 def skip_unless_runnable(implementation):
     """Skips a test of a kernel backend that cannot run here."""
     if implementation == "mosaic" and not KNOWS_THE_END:

@@ -23,6 +23,7 @@ from tests.kernels.interpretation import (
     INTERPRET,
     assert_norm_close,
     but_triton,
+    in_one_program,
     interpret_of,
     long_but,
     skip_unless_runnable,
@@ -141,9 +142,12 @@ def run(request):
 
 
 def results_and_gradients(run, arrays, bounds, cotangents, settings):
-    (o, lse), pullback = jax.vjp(lambda q, k, v: run(q, k, v, *bounds, **settings), *arrays)
-    do, dlse = cotangents
-    return o, lse, *pullback((do, jnp.where(jnp.isfinite(lse), dlse, 0)))
+    def both(arrays, bounds, cotangents):
+        (o, lse), pullback = jax.vjp(lambda q, k, v: run(q, k, v, *bounds, **settings), *arrays)
+        do, dlse = cotangents
+        return o, lse, *pullback((do, jnp.where(jnp.isfinite(lse), dlse, 0)))
+
+    return in_one_program(both, run.keywords["implementation"])(arrays, bounds, cotangents)
 
 
 @pytest.mark.parametrize(
@@ -243,9 +247,8 @@ def test_two_ranges_of_keys_add_up_to_attention_over_all(run):
     """What lse is for, and its gradient; half of the queries see none of the second range."""
     case = "heads_of_96"
     arrays, bounds, cotangents, settings = draw(case)
-    found = results_and_gradients(
-        functools.partial(merged, run, split=36), arrays, bounds, cotangents, settings
-    )
+    in_two = functools.partial(merged, run, split=36, implementation=run.keywords["implementation"])
+    found = results_and_gradients(in_two, arrays, bounds, cotangents, settings)
     np.testing.assert_allclose(found[1], naive(case)[1], atol=1e-3)
     for name, got, want in zip(("o", "lse", "dq", "dk", "dv"), found, naive(case), strict=True):
         assert np.linalg.norm(
@@ -297,13 +300,12 @@ def test_inside_a_manual_region_under_scan_and_remat(implementation):
     arrays, bounds, cotangents, settings = draw("documents")
 
     def run(q, k, v, low, high, **settings):
-        one = jax.checkpoint(
-            lambda q: attention(q, k, v, low, high, implementation=implementation, **settings)
-        )
+        one = jax.checkpoint(lambda q: attention(q, k, v, low, high, **settings))
         return jax.tree.map(
             lambda x: x[0], jax.lax.scan(lambda _, q: (None, one(q)), None, q[None])[1]
         )
 
+    run = functools.partial(run, implementation=implementation)
     mesh, each = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
     local = jax.shard_map(
         lambda *a: results_and_gradients(run, *a, settings),

@@ -26,6 +26,7 @@ from jaxscale.kernels.paged_attention.seen_pages import SeenPages
 from jaxscale.launch.ahead_of_time import as_on, described_devices, has_plugin
 from tests.kernels.interpretation import (
     assert_norm_close,
+    in_one_program,
     interpret_of,
     long_but,
     pairs,
@@ -128,7 +129,8 @@ def assert_sees_the_blocks_of_each_head(implementation, case):
     integers = [jnp.asarray(each, jnp.int32) for each in (table, low, high)]
     settings = settings_of(case) | dict(implementation=implementation)
     interpret = interpret_of(implementation)
-    o = paged_attention(q, k_pages, v_pages, *integers, scales, **settings, interpret=interpret)
+    run = functools.partial(paged_attention, **settings, interpret=interpret)
+    o = in_one_program(run, implementation)(q, k_pages, v_pages, *integers, scales)
     assert_norm_close(o, wanted, TOLERANCE)
     assert not np.asarray(o[-1], np.float32).any()
 
@@ -173,7 +175,8 @@ def test_the_newest_key_is_written_and_seen(implementation):
     integers = [jnp.asarray(each, jnp.int32) for each in (table, 0 * high, high)]
     interpret = interpret_of(implementation)
     settings = settings_of(case) | dict(implementation=implementation, interpret=interpret)
-    o, found = write_and_attend(q, new, pages, *integers, **settings)
+    run = functools.partial(write_and_attend, **settings)
+    o, found = in_one_program(run, implementation)(q, new, pages, *integers)
     for before, x, after in zip(pages, new, found, strict=True):
         changed = np.array(before)
         for number, length in enumerate(LENGTHS[:-1]):
@@ -203,19 +206,15 @@ def test_chunks_of_prompts_beside_decoding_sequences(implementation, case):
         k_pages, v_pages = poisoned((k_pages, v_pages), is_read)
     fields = *zip(*SEQUENCES, strict=True), np.arange(len(table)) * table.shape[1]
     sequences = Sequences(*(jnp.asarray(each, jnp.int32) for each in fields))
-    o = ragged_attention(
-        q,
-        k_pages,
-        v_pages,
-        jnp.asarray(table.reshape(-1), jnp.int32),
-        sequences,
-        scales,
+    settings = settings_of(case) | dict(
         num_single=3,
         window=CASES[case][5],
-        **settings_of(case),
         implementation=implementation,
         interpret=interpret_of(implementation),
     )
+    run = in_one_program(functools.partial(ragged_attention, **settings), implementation)
+    table = jnp.asarray(table.reshape(-1), jnp.int32)
+    o = run(q, k_pages, v_pages, table, sequences, scales)
     assert_norm_close(o, wanted, TOLERANCE)
     assert not np.asarray(o[104:], np.float32).any()
 

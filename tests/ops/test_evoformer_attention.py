@@ -123,11 +123,10 @@ def test_the_size_of_chunks_does_not_matter(key_chunk):
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_a_query_without_keys_gives_zeros(implementation):
     """All of a row, by the mask bias, and one query of a row, by both; the others do not notice."""
-    operands, do = draw((1, 3, 4, 9, 2, 8))
-    q, k, v, mask_bias, pair_bias = operands
-    masked = mask_bias.at[:, 1].set(-jnp.inf).at[..., 5:].set(-jnp.inf)
-    hidden = pair_bias.at[:, :, :, 2].set(-jnp.inf)
-    o, dq, dk, dv, dmask, dpair = with_gradients((q, k, v, masked, hidden), do, implementation)
+    (q, k, v, masked, hidden), do = jax.tree.map(np.array, draw((1, 3, 4, 9, 2, 8)))
+    masked[:, 1] = masked[..., 5:] = hidden[:, :, :, 2] = -np.inf
+    found = with_gradients((q, k, v, masked, hidden), do, implementation)
+    o, dq, dk, dv, dmask, dpair = map(np.asarray, found)
     assert all(np.isfinite(x).all() for x in (o, dq, dk, dv, dmask, dpair))
     for gone in (o[:, 1], dq[:, 1], dk[:, 1], dv[:, 1], dmask[:, 1], o[:, :, 2], dq[:, :, 2]):
         assert not gone.any()

@@ -45,7 +45,8 @@ def test_forward_equals_the_formula(kind, dtype, tolerance):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_gradient_equals_finite_differences(kind):
     with jax.enable_x64(True):
-        check_grads(lambda *a: run(kind, *a), (X, SCALE, BIAS), order=1, modes=["rev"])
+        f = jax.jit(functools.partial(run, kind))
+        check_grads(f, (X, SCALE, BIAS), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -62,7 +63,7 @@ def test_gradient_is_that_of_the_formula(transform, kind):
         def total(*arguments):
             return jnp.sin(transform(f)(*arguments)).sum()
 
-        return jax.grad(total, (0, 1, 2))(X, SCALE, BIAS)
+        return jax.jit(jax.grad(total, (0, 1, 2)))(X, SCALE, BIAS)
 
     with jax.enable_x64(True):
         got, wanted = gradient(functools.partial(run, kind)), gradient(plain)
@@ -93,12 +94,13 @@ def test_on_a_hopper_gpu_the_kernel_is_taken_where_it_can_be(monkeypatch, shape,
     x = jax.random.normal(jax.random.key(0), shape).astype("bfloat16")
     scale = jax.random.normal(jax.random.key(1), shape[-1:])
 
-    def both(f):
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(f, x, scale):
         results, pullback = jax.vjp(f, x, scale)
         return *results, *pullback((jnp.cos(x), jnp.sin(x)))
 
-    got = both(lambda x, scale: residual_norm(x, scale, epsilon=1e-3))
-    wanted = both(lambda x, scale: (x, rms_norm(x, scale, epsilon=1e-3)))
+    got = both(lambda x, scale: residual_norm(x, scale, epsilon=1e-3), x, scale)
+    wanted = both(lambda x, scale: (x, rms_norm(x, scale, epsilon=1e-3)), x, scale)
     assert taken == ([(6, 128)] if is_taken else [])
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), rtol=1e-2, atol=1e-2)

@@ -124,10 +124,11 @@ def test_the_sequences_of_the_one_launch_are_those_of_the_rows():
     rows, positions, own = layout()
     old = {name: rng.normal(size=(NUM_PAGES, PAGE, K, H)) for name in "kv"}
     q = rng.normal(size=(T, N, H))
-    listed, sequences = paged_kernels.sequences_of(rows, jnp.asarray(positions))
+    listed, sequences = jax.jit(paged_kernels.sequences_of)(rows, jnp.asarray(positions))
     settings = dict(num_single=NUM_SINGLE, scale=H**-0.5, implementation="reference")
     arrays = [jnp.asarray(each, jnp.float32) for each in (q, old["k"], old["v"])]
-    o = np.asarray(ragged_attention(*arrays, listed, sequences, **settings))
+    run = jax.jit(functools.partial(ragged_attention, **settings))
+    o = np.asarray(run(*arrays, listed, sequences))
     for (before, new, pages), tokens in zip(SEQUENCES, own, strict=True):
         k, v = (old[name][pages].reshape(-1, K, H)[: before + new] for name in "kv")
         np.testing.assert_allclose(o[tokens], softmax_attention(q[tokens], k, v), atol=2e-6)

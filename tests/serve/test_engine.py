@@ -96,8 +96,8 @@ def test_a_sequence_that_outgrows_longropes_first_factors_is_computed_again_with
         sizes = EngineConfig(**SMALL | changes)
         return Engine(long_rope.DECODER, long_rope.params(), config=sizes)
 
-    run = functools.partial(generate_tokens, long_rope.DECODER, long_rope.params())
-    wanted = [run([each], sampling=GREEDY, max_new_tokens=NEW)[0] for each in prompts]
+    settings = dict(sampling=GREEDY, max_new_tokens=NEW)
+    wanted = generate_tokens(long_rope.DECODER, long_rope.params(), prompts, **settings)
     alone = make(use_prefix_cache=False)
     scores = [logprobs_of(alone.generate([each], config)) for each in prompts]
     engine = make(steps_a_launch=steps_a_launch)
