@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -49,7 +48,8 @@ LOGITS = jax.jit(DECODER.logits)
 def params():
     rng = np.random.default_rng(1)
     shapes = abstract_params(parameter_table(MODEL), "float32")
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3), shapes)
+    draws = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) * 0.3, shapes)
+    return jax.device_put(draws)
 
 
 def batch_of(*lengths_of_rows):

@@ -94,24 +94,22 @@ def test_what_is_rewarded_is_written_more_often_also_to_prompts_that_were_held_o
     assert figures["held_out/reward"] > 0.9
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(folder):
-    words = ["--set=evaluators={}", "--set=checkpoint.save_every=3", "--set=train.steps=6"]
-    whole = trained(folder, "whole", *words)
-    shutil.copytree(folder / "whole", folder / "stopped")
-    shutil.rmtree(folder / "stopped" / "checkpoints" / "6")
-    stopped = trained(folder, "stopped", *words)
-    for step in (4, 5, 6):
-        for figure in ("reward", "loss", "answer_tokens", "gradient_norm"):
-            assert stopped[step][figure] == whole[step][figure], (step, figure)
-
-
-SHORT = ["--set=evaluators={}", "--set=train.steps=2"]
+SHORT = ["--set=evaluators={}", "--set=checkpoint.save_every=3", "--set=train.steps=6"]
 
 
 @pytest.fixture(scope="module")
 def base(folder):
-    """The history of a run of two steps."""
+    """The history of a run of six steps."""
     return trained(folder, "base", *SHORT)
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(folder, base):
+    shutil.copytree(folder / "base", folder / "stopped")
+    shutil.rmtree(folder / "stopped" / "checkpoints" / "6")
+    stopped = trained(folder, "stopped", *SHORT)
+    for step in (4, 5, 6):
+        for figure in ("reward", "loss", "answer_tokens", "gradient_norm"):
+            assert stopped[step][figure] == base[step][figure], (step, figure)
 
 
 def test_on_a_mesh_the_same_answers_are_written_and_learned_from(folder, base):
@@ -209,7 +207,7 @@ def test_answers_are_drawn_with_the_probability_that_the_loss_takes():
     batch, *_ = made(params, PROMPTS[:1], np.array([0]))
     place = len(PROMPTS[0].tokens) - 1
     row = {name: batch[name][:1] for name in ("tokens", "positions")}
-    logits, _ = Decoder(made.model, policy=made.policy).logits(params, row)
+    logits, _ = jax.jit(Decoder(made.model, policy=made.policy).logits)(params, row)
     log_p = np.asarray(jax.nn.log_softmax(logits[0, place, : made.tokenizer.vocab_size]), float)
     drawn = -log_p[batch["labels"][:, place]]
     entropy = -(np.exp(log_p) * log_p).sum()
@@ -222,13 +220,12 @@ def test_a_short_answer_in_a_long_row_is_learned_with_the_positions_it_was_writt
     made, params = make_rollouts(rotary=RotaryConfig(scaling=SCALING))
     batch, *_ = made(params, PROMPTS[:1], np.array([0]))
     batch["advantages"] = np.zeros_like(batch["weights"])
-    _, weight, figures = PolicyLoss(made.model, made.policy, EXECUTION, beta=0.0)(
-        params, batch, None
-    )
+    loss = PolicyLoss(made.model, made.policy, EXECUTION, beta=0.0)
+    _, weight, figures = jax.jit(loss)(params, batch, None)
     size = len(PROMPTS[0].tokens) + 4
     assert size <= SCALING.original_length < made.length and weight == 20
     texts = {name: batch[name][:, :size] for name in ("tokens", "positions")}
-    logits, _ = Decoder(made.model, policy=made.policy).logits(params, texts)
+    logits, _ = jax.jit(Decoder(made.model, policy=made.policy).logits)(params, texts)
     log_p = np.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][:, :size, None], -1)
     wanted = -(log_p[..., 0] * batch["weights"][:, :size]).sum()
     np.testing.assert_allclose(figures["entropy"], wanted, rtol=1e-5)

@@ -80,7 +80,7 @@ run.ExecutionConfig.num_loss_chunks = 1
 def params():
     rng = np.random.default_rng(1)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype),
+        lambda leaf: jax.device_put((rng.normal(size=leaf.shape) * 0.3).astype(leaf.dtype)),
         abstract_params(parameter_table(MODEL), "float32"),
     )
 

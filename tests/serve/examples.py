@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxscale.data.tokenizer import ByteTokenizer
@@ -40,7 +39,7 @@ def byte_params():
     """Normal draws by numpy."""
     rng = np.random.default_rng(1)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype),
+        lambda leaf: jax.device_put((rng.normal(size=leaf.shape) * 0.3).astype(leaf.dtype)),
         abstract_params(parameter_table(BYTE_MODEL), "float32"),
     )
 

@@ -107,7 +107,7 @@ def params_of(config):
     """Normal draws by numpy: to compile `init_params` takes longer than all else here."""
     rng = np.random.default_rng(1)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype),
+        lambda leaf: jax.device_put((rng.normal(size=leaf.shape) * 0.3).astype(leaf.dtype)),
         abstract_params(parameter_table(config), "float32"),
     )
 

@@ -65,7 +65,7 @@ class Load:
 @pytest.mark.parametrize(
     ("num_requests", "changes"),
     [
-        pytest.param(200, dict(admission="growth", num_blocks=24), id="200, few blocks"),
+        pytest.param(100, dict(admission="growth", num_blocks=24), id="100, few blocks"),
         pytest.param(10_000, dict(), id="10,000", marks=pytest.mark.long),
     ],
 )
