@@ -92,7 +92,13 @@ def train(optimizer, *, is_scanned):
 
 @pytest.mark.parametrize(
     ("optimizer", "is_scanned"),
-    [("adamw", True), ("adamw", False), pytest.param("muon", True, marks=pytest.mark.long)],
+    [
+        ("adamw", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("adamw", False), ("muon", True))
+        ),
+    ],
     ids=["scanned", "unrolled", "muon"],
 )
 def test_twenty_steps_repeat_the_stored_ones(optimizer, is_scanned):

@@ -81,7 +81,7 @@ def test_the_plan_of_a_random_graph_is_that_of_trying_everything():
     """Its micro-batches, too, within a random limit of memory."""
     rng = np.random.default_rng(0)
     num_impossible = 0
-    for _ in range(200):
+    for _ in range(100):
         costs = costs_of(random_loss(int(rng.integers(1 << 30)), num_values=6))
         blocks = make_blocks(costs, 2e11, int(rng.integers(2, 6)))
         cluster = Cluster.parse(f"h200:1x{rng.integers(1, 5)}")
@@ -95,7 +95,7 @@ def test_the_plan_of_a_random_graph_is_that_of_trying_everything():
                 planner.search()
         else:
             assert planner.search().seconds == wanted
-    assert 0 < num_impossible < 100
+    assert 0 < num_impossible < 50
 
 
 def test_more_memory_or_devices_are_never_worse():

@@ -98,10 +98,14 @@ def make(name, table=TABLE, **fields):
 
 
 def train(optimizer, params, gradients):
-    state = optimizer.init(params)
-    for gradient in gradients:
+    @jax.jit
+    def step(params, state, gradient):
         updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(optimizer.init)(params)
+    for gradient in gradients:
+        params, state = step(params, state, gradient)
     return params
 
 
