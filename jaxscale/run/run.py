@@ -214,6 +214,9 @@ class Run:
         if not self.directory.strip():
             raise InputError("Run.directory", self.directory, "the name of a folder")
         if not isinstance(self.mesh, MeshConfig):
+            if self.critic is not None:
+                expected = "MeshConfig(...) with Run.critic, of which no planner knows"
+                raise InputError("Run.mesh", type(self.mesh).__name__, expected)
             planned = self.mesh(self)
             for name in ("mesh", "train", "execution"):
                 object.__setattr__(self, name, getattr(planned, name))
@@ -274,6 +277,9 @@ class Run:
         if not isinstance(loss_fn, PpoLoss):
             expected = f"None with {type(loss_fn).__name__}: ppo_loss alone teaches a critic"
             raise InputError("Run.critic", "CriticConfig(...)", expected)
+        if self.critic.init_from is not None and self.train.init_changes is not None:
+            expected = "None with TrainConfig.init_changes: the critic is of the other run, too"
+            raise InputError("CriticConfig.init_from", self.critic.init_from, expected)
         wanted = {"vocab_size": self.model.vocab_size, "max_length": self.data.sequence_length}
         for name, least in wanted.items():
             if (given := getattr(self.critic.model, name)) < least:

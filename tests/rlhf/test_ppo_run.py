@@ -151,6 +151,12 @@ BAD = {
         "critic/run.ModelConfig.vocab_size = 200",
         "CriticConfig.model.vocab_size: given 200, expected at least 300",
     ),
+    "a planner": ("run.Run.mesh = @run.PlannedMesh()\nrun.PlannedMesh.devices = 'h200:1x8'", "Run.mesh: given 'PlannedMesh'"),
+    "two beginnings": (
+        "run.CriticConfig.init_from = 'there'\nrun.TrainConfig.init_from = 'here'\n"
+        "run.TrainConfig.init_changes = @run.Changes()\nrun.Changes.drawn = 'step'",
+        "CriticConfig.init_from: given 'there', expected None with TrainConfig.init_changes",
+    ),
     "no such reward model": (
         "run.CriticConfig.init_from = '/nowhere'",
         "given '/nowhere', expected a folder with a checkpoint",
