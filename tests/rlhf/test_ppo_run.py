@@ -151,7 +151,10 @@ BAD = {
         "critic/run.ModelConfig.vocab_size = 200",
         "CriticConfig.model.vocab_size: given 200, expected at least 300",
     ),
-    "a planner": ("run.Run.mesh = @run.PlannedMesh()\nrun.PlannedMesh.devices = 'h200:1x8'", "Run.mesh: given 'PlannedMesh'"),
+    "a planner": (
+        "run.Run.mesh = @run.PlannedMesh()\nrun.PlannedMesh.devices = 'h200:1x8'",
+        "Run.mesh: given 'PlannedMesh'",
+    ),
     "two beginnings": (
         "run.CriticConfig.init_from = 'there'\nrun.TrainConfig.init_from = 'here'\n"
         "run.TrainConfig.init_changes = @run.Changes()\nrun.Changes.drawn = 'step'",
