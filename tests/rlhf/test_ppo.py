@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -165,12 +166,13 @@ def wanted_advantages(rewards):
 
 
 def region_of(sizes):
+    mesh = MeshConfig(**sizes)
     return make_region(
         table=parameter_table(MODEL) | {CRITIC: CriticConfig(CRITIC_MODEL).table()},
-        mesh=MeshConfig(**sizes),
+        mesh=mesh,
         train=TrainConfig(steps=1, num_microbatches=2, trainable=TRAINED),
         policy=POLICY,
-        devices=jax.devices()[: np.prod(list(sizes.values())[:2])],
+        devices=jax.devices()[: math.prod(mesh.sizes)],
     )
 
 
@@ -178,7 +180,7 @@ MESHES = [
     dict(data=2, sequence=2, zero=3),
     dict(tensor=2, sequence=2),
     dict(data=2, tensor=2),
-    dict(sequence=2, expert=1, ring=2),
+    dict(sequence=2, ring=2),
 ]
 
 
