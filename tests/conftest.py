@@ -29,8 +29,8 @@ os.environ["XLA_FLAGS"] = " ".join([*given, *ours])
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# Operations are lowered without the calls that led to them: no test reads these, and tracing them
-# takes a tenth of what lowering takes.
+# Operations are lowered without the lines that called them: no test reads these, and without them
+# the tests take a twentieth less.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402

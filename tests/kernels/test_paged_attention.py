@@ -1,5 +1,7 @@
 """Attention over pages: every backend against float64; the GPU kernel is interpreted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ from jaxscale.kernels.paged_attention.ragged import Sequences
 from tests.kernels.interpretation import (
     INTERPRET,
     assert_norm_close,
+    in_one_program,
     interpret_of,
     long_but,
     lower_for_gpu,
@@ -109,7 +112,9 @@ def test_attention_over_pages(case, implementation):
     if refusal(implementation, *arrays[:2]):
         pytest.skip("the kernel takes neither pages of 8 bits nor heads of 96")
     interpret = interpret_of(implementation)
-    o = paged_attention(*arrays, **settings, implementation=implementation, interpret=interpret)
+    chosen = dict(implementation=implementation, interpret=interpret)
+    run = functools.partial(paged_attention, **settings, **chosen)
+    o = in_one_program(run, implementation)(*arrays)
     assert o.dtype == arrays[0].dtype
     assert_norm_close(o, expected(arrays, **settings), TOLERANCE)
 
@@ -131,7 +136,8 @@ def test_any_set_of_keys_is_seen(implementation, num_rows, case):
         mask[0] = False
     interpret = interpret_of(implementation)
     chosen = dict(implementation=implementation, interpret=interpret)
-    o = paged_attention(*arrays, mask=jnp.asarray(mask), **settings, **chosen)
+    run = functools.partial(paged_attention, **settings, **chosen)
+    o = in_one_program(run, implementation)(*arrays, mask=jnp.asarray(mask))
     assert_norm_close(o, expected(arrays, **settings, mask=mask), TOLERANCE)
 
 
@@ -171,7 +177,8 @@ def test_the_newest_key_is_written_and_seen(implementation, kv_heads):
     arrays = [jnp.asarray(each, jnp.int32) for each in (table, 0 * high, high)]
     interpret = INTERPRET if implementation == "mosaic" else False
     settings = dict(implementation=implementation, interpret=interpret)
-    o, found = write_and_attend(q, new, pages, *arrays, scale=0.125, **settings)
+    run = functools.partial(write_and_attend, scale=0.125, **settings)
+    o, found = in_one_program(run, implementation)(q, new, pages, *arrays)
     for before, x, after in zip(pages, new, found, strict=True):
         wanted = np.array(before)
         wanted[2, 63], wanted[1, 0] = x[0], x[1]
@@ -232,7 +239,9 @@ def test_tokens_of_prompts_and_decoding_sequences_in_one_launch(implementation, 
         pytest.skip("the kernel needs jax 0.11")
     arrays, settings, wanted = draw_ragged(case)
     interpret = interpret_of(implementation)
-    o = ragged_attention(*arrays, **settings, implementation=implementation, interpret=interpret)
+    chosen = dict(implementation=implementation, interpret=interpret)
+    run = functools.partial(ragged_attention, **settings, **chosen)
+    o = in_one_program(run, implementation)(*arrays)
     assert o.dtype == arrays[0].dtype
     assert_norm_close(o, wanted, TOLERANCE)
     assert not np.asarray(o[86:], np.float32).any()
