@@ -239,6 +239,7 @@ def stream_of(finish, chunks):
 
     return Stream(
         project=project,
+        enter=lambda q, k, v: (q, k, v),
         leave=lambda o: o,
         finish=finish,
         attention=attention_over_intervals(q, context, implementation="reference"),

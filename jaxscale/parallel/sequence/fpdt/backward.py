@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxscale.ops.attention.intervals import row_sums
 from jaxscale.ops.precision import accumulator
 from jaxscale.parallel.sequence.fpdt.cuts import Cuts, fetch, kept, put, tied
 from jaxscale.parallel.sequence.fpdt.keys import Keys
@@ -75,15 +76,28 @@ class Backward:
         """Makes attention's outputs of all chunks; returns the keys and values."""
         place = self.places.chunks
         keys = Keys(self.stream.attention, self.cuts.num, place)
+        ahead = None
         for i in range(self.cuts.num):
-            x, self.dx = tied((self.input(i), self.dx))
-            q, *kv = self.project(i)(self.params, x)
+            if ahead is None:
+                ahead = self._enter_again(i)
+            (q, *kv), self.dx = tied((ahead, self.dx))
+            ahead = None
+            if self.stream.is_exchanged and i + 1 < self.cuts.num:
+                # The exchange of the next chunk's heads is beside the attention of this one.
+                ahead = self._enter_again(i + 1)
+                q, self.dx = tied((q, self.dx))
             part = keys.attend(i, q, kv, self.tokens.intervals)
             part, self.dx = tied((part, self.dx))
-            o = part.o.astype(q.dtype)
+            o = self.stream.leave(part.o.astype(q.dtype))
             o, lse = put(place, (o, part.lse))
             self.saved[i] = Saved(self.saved[i].x, o, lse)
         return keys
+
+    def _enter_again(self, number: int) -> tuple[Array, ...]:
+        """A chunk's q, k and v on their way; what follows on `dx` waits for their projection."""
+        x, self.dx = tied((self.input(number), self.dx))
+        local, self.dx = tied((self.project(number)(self.params, x), self.dx))
+        return self.stream.enter(*local)
 
     def input(self, number: int) -> Array:
         """A chunk's input, on its way."""
@@ -98,22 +112,39 @@ class Backward:
             o, lse = kept(self.places.attention, (o, lse))
         return Saved(self.input(number), o, lse), after
 
-    def before_attention(self, number: int, saved: Saved) -> tuple[Array, Array]:
+    def before_attention(self, number: int, saved: Saved) -> tuple[Array, Array, Array]:
         """The backward of what comes after attention in a chunk.
 
         Returns:
-            (x, the cotangent of attention's output), after all of it.
+            (x, do [B, c, N, H], delta [B, N, c]), the cotangent of attention's output and what the
+            kernel wants of both, of this device's tokens, after all of it.
         """
         stream = self.stream
-        o_own, pull = jax.vjp(stream.leave, saved.o)
         parts = []
         for piece, of_all in stream.pieces_of(number):
             x = stream.pieces.own(saved.x, piece)
-            o = stream.pieces.known(o_own, piece)
+            o = stream.pieces.known(saved.o, piece)
             parts.append(self._finish(x, o, of_all))
-        (do,) = pull(stream.pieces.join(parts))
-        x, do, self.dx, self.dparams = tied((saved.x, do, self.dx, self.dparams))
-        return x, do
+        do = stream.pieces.join(parts)
+        delta = row_sums(saved.o, do)
+        x, do, delta, self.dx, self.dparams = tied((saved.x, do, delta, self.dx, self.dparams))
+        return x, do, delta
+
+    def enter_cotangents(
+        self,
+        q: Array,
+        do: Array,
+        delta: Array,
+    ) -> tuple[Array, Array]:
+        """What `before_attention` returns, of the heads of q [B, C, N', H]: do alike, delta."""
+
+        def enter(like: Array, cotangent: Array) -> Array:
+            _, pull = jax.vjp(self.stream.leave, like)
+            return pull(cotangent)[0]
+
+        by_token = jnp.swapaxes(delta, 1, 2)[..., None]
+        delta = enter(q[..., :1].astype(delta.dtype), by_token)
+        return enter(q, do), jnp.swapaxes(delta[..., 0], 1, 2)
 
     def _finish(
         self,

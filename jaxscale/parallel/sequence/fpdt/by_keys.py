@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxscale.ops.attention.intervals import row_sums
 from jaxscale.parallel.sequence.fpdt.backward import Backward, zeros
 from jaxscale.parallel.sequence.fpdt.cuts import fetch, put, tied
 from jaxscale.parallel.sequence.fpdt.stream import Saved
-from jaxscale.types import Array
+from jaxscale.types import Array, Params
 
 
 class _Queries(NamedTuple):
@@ -141,7 +140,11 @@ class ByKeys(Backward):
 
     def _begin(self, i: int, x: Array) -> None:
         """Projects the keys and values of chunk i."""
-        (_, k, v), pull = jax.vjp(self.project(i), self.params, x)
+
+        def project(params: Params, x: Array) -> tuple[Array, ...]:
+            return self.stream.enter(*self.project(i)(params, x))
+
+        (_, k, v), pull = jax.vjp(project, self.params, x)
         k, v, dkv = tied((k, v, (zeros(k), zeros(v))))
         self.keys = _Keys(k, v, pull, dkv)
 
@@ -208,7 +211,8 @@ class ByKeys(Backward):
 
     def _enter(self, j: int, saved: Saved) -> _Queries:
         """The backward of what comes after attention, and the queries of chunk j."""
-        x, do = self.before_attention(j, saved)
-        q, _, _ = self.project(j)(self.params, x)
-        self.rows[j] = saved.lse, row_sums(saved.o, do)
+        x, do, delta = self.before_attention(j, saved)
+        q, _, _ = self.stream.enter(*self.project(j)(self.params, x))
+        do, delta = self.enter_cotangents(q, do, delta)
+        self.rows[j] = saved.lse, delta
         return _Queries(q, do, zeros(q))

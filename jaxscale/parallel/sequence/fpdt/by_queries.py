@@ -6,17 +6,31 @@ queries of the same chunk, so that the gradients of its queries, keys and values
 together, as they are in `by_keys`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxscale.ops.attention.intervals import row_sums
 from jaxscale.parallel.sequence.fpdt.backward import Backward, zeros
 from jaxscale.parallel.sequence.fpdt.cuts import tied
 from jaxscale.parallel.sequence.fpdt.keys import Keys
 from jaxscale.parallel.sequence.fpdt.stream import Saved
 from jaxscale.types import Array
+
+
+class _Returning(NamedTuple):
+    """The gradients of a chunk's queries, keys and values, on their way to their tokens' device.
+
+    Args:
+        number: of the chunk.
+        pull: cotangents of (q, k, v) -> those of (params, x).
+        cotangents: of (q [B, c, N, H], k and v [B, c, K, H]).
+    """
+
+    number: int
+    pull: Callable
+    cotangents: tuple[Array, ...]
 
 
 class ByQueries(Backward):
@@ -27,6 +41,7 @@ class ByQueries(Backward):
         # Keys and values of the sequence, and their gradients through the queries so far.
         self.kv: tuple[Array, Array] | None = None
         self.dkv: tuple[Array, Array] | None = None
+        self.returning: _Returning | None = None
 
     def over_chunks(self) -> None:
         """As `Backward`."""
@@ -36,9 +51,14 @@ class ByQueries(Backward):
         coming, self.dx = self.coming(last, self.dx)
         for number in range(last, -1, -1):
             coming = self._one_chunk(number, coming)
+        self._project_back()
 
     def _one_chunk(self, number: int, saved: Saved) -> Saved | None:
         """All of the backward of a chunk, while what was kept of the one before it comes.
+
+        Of the chunk after it, the gradients of queries, keys and values are on their way here. They
+        come beside this chunk's feed-forward, and are projected back beside the exchange of its
+        queries and cotangents.
 
         Args:
             number: of the chunk.
@@ -47,15 +67,15 @@ class ByQueries(Backward):
             What comes; None after the first chunk.
         """
         saved, self.dx = tied((saved, self.dx))
-        x, do = self.before_attention(number, saved)
+        x, do, delta = self.before_attention(number, saved)
         if self.kv is None:
             self._project_keys(x)
-        (q, _, _), pull = jax.vjp(
-            self.project(number),
-            self.params,
-            x,
-        )
-        delta = row_sums(saved.o, do)
+        (q, *kv), pull_projection = jax.vjp(self.project(number), self.params, x)
+        q, self.dx = tied((q, self.dx))
+        (q, _, _), pull_exchange = jax.vjp(self.stream.enter, q, *kv)
+        do, delta = self.enter_cotangents(q, do, delta)
+        self._project_back()
+        q, do, delta, self.dx = tied((q, do, delta, self.dx))
         coming = None
         if number:
             coming, q = self.coming(number - 1, q)
@@ -71,8 +91,20 @@ class ByQueries(Backward):
         complete = [dq]
         complete += [self.cuts.own(each, number) for each in self.dkv]
         cotangents = tuple(each.astype(q.dtype) for each in complete)
-        self.after_attention(number, pull(cotangents))
+        cotangents, self.dx = tied((cotangents, self.dx))
+        self.returning = _Returning(number, pull_projection, pull_exchange(cotangents))
+        if not self.stream.is_exchanged:
+            self._project_back()
         return coming
+
+    def _project_back(self) -> None:
+        """Puts what is on its way back through the projection of its chunk."""
+        if self.returning is None:
+            return
+        number, pull, cotangents = self.returning
+        cotangents, self.dx = tied((cotangents, self.dx))
+        self.after_attention(number, pull(cotangents))
+        self.returning = None
 
     def _project_keys(self, x_last: Array) -> None:
         """Makes the keys and values of all chunks again; of the last the input is there."""
@@ -80,9 +112,14 @@ class ByQueries(Backward):
         for i in range(self.cuts.num):
             is_last = i + 1 == self.cuts.num
             x, self.dx = tied((x_last if is_last else self.input(i), self.dx))
-            _, *kv = self.project(i)(self.params, x)
-            keys.add(i, kv)
+            q, *kv = self.project(i)(self.params, x)
+            kv, self.dx = tied((kv, self.dx))
+            if i:
+                # Those of the chunk before have come beside this one's projection.
+                keys.add(i - 1, arriving)
             keys.kept, self.dx = tied((keys.kept, self.dx))
+            _, *arriving = self.stream.enter(q, *kv)
+        keys.add(self.cuts.num - 1, arriving)
         self._set_keys(keys)
 
     def _set_keys(self, keys: Keys) -> None:

@@ -76,7 +76,7 @@ class FullyPipelined:
         """
         if cache is not None:
             raise InputError("ExecutionConfig.strategy", self, "Whole() where there is a cache")
-        cuts = self._cuts(layer, x, context)
+        cuts, sequence = self._cuts(layer, x, context)
         context = layer.masked(context)
         stream = Stream(
             **_functions(_unnamed(layer), cuts.num_members),
@@ -84,6 +84,7 @@ class FullyPipelined:
             chunks=cuts,
             pieces=dataclasses.replace(cuts, num=self.num_pieces),
             places=self._places(x, cuts.num),
+            is_exchanged=sequence > 1,
         )
         known = _Known(context.positions, context.lengths, draws)
         tokens = Tokens(known, _intervals(layer, context, cuts))
@@ -126,7 +127,8 @@ class FullyPipelined:
                 expected = f"{equation} = {rest}; nearest: {nearest}"
                 raise InputError("FullyPipelined.chunk_tokens", self.chunk_tokens, expected)
 
-    def _cuts(self, layer: Any, x: Array, context: AttentionContext) -> Cuts:
+    def _cuts(self, layer: Any, x: Array, context: AttentionContext) -> tuple[Cuts, int]:
+        """How tokens are cut into chunks, and over how many shares of the sequence they lie."""
         num_rows, num_own, _ = x.shape
         num_known = context.positions.shape[1]
         num_members = num_known // num_own
@@ -135,8 +137,9 @@ class FullyPipelined:
             raise InputError("FullyPipelined", f"{num_rows} rows", expected)
         whole = jax.eval_shape(layer.operations.collectives.whole_chunk, context.positions)
         length = whole.shape[1]
-        self.check(length=length, sequence=length // num_known, tensor=num_members)
-        return Cuts(length // self.chunk_tokens, num_members)
+        sequence = length // num_known
+        self.check(length=length, sequence=sequence, tensor=num_members)
+        return Cuts(length // self.chunk_tokens, num_members), sequence
 
     def _places(self, x: Array, num_chunks: int) -> Places:
         bytes_of_chunk = x.size // num_chunks * x.dtype.itemsize
@@ -170,8 +173,7 @@ def _functions(layer: Any, num_members: int) -> dict[str, Callable]:
     def project(params: Params, x: Array, known: _Known) -> tuple[Array, Array, Array]:
         here = dataclasses.replace(layer, params=params)
         _, h = here.enter_attention(x)
-        q, k, v = here.qkv(collectives.gather_tokens(h), known.positions, known.lengths)
-        return collectives.to_heads(q, k, v)
+        return here.qkv(collectives.gather_tokens(h), known.positions, known.lengths)
 
     def leave(o: Array) -> Array:
         return collectives.to_tokens(o, num_heads)
@@ -190,7 +192,7 @@ def _functions(layer: Any, num_members: int) -> dict[str, Callable]:
         y = collectives.reduce_scatter_tokens(here.output(o))
         return here.finish(x, h, y, known.draws)
 
-    return dict(project=project, leave=leave, finish=finish)
+    return dict(project=project, enter=collectives.to_heads, leave=leave, finish=finish)
 
 
 def _attention(layer: Any, x: Array, context: AttentionContext) -> IntervalAttention:

@@ -51,7 +51,7 @@ class Saved(NamedTuple):
 
     Args:
         x: [B, own c, D].
-        o: [B, C, N', H], as it left attention.
+        o: [B, c, N, H] of this device's tokens, so that the backward need not exchange it.
         lse: [B, N', C].
     """
 
@@ -81,8 +81,10 @@ class Stream:
     """A layer as functions of one chunk.
 
     Args:
-        project: (params, x [B, own c, D], known) -> q [B, C, N', H], k and v [B, C, K', H].
-        leave: o [B, C, N', H] -> o [B, c, N, H] of this device's tokens; linear.
+        project: (params, x [B, own c, D], known) -> q [B, c, N, H], k and v [B, c, K, H] of this
+            device's tokens.
+        enter: (q, k, v) -> q [B, C, N', H], k and v [B, C, K', H] of its heads; linear.
+        leave: o [B, C, N', H] -> o [B, c, N, H]; linear.
         finish: (params, x [B, own c, D], o [B, c, N, H], known, router's logits or None) ->
             (y [B, own c, D], what the router chose or None), of a piece of a chunk. The logits are
             those of the forward, given to the backward, which must not make them again.
@@ -90,15 +92,19 @@ class Stream:
         chunks: how tokens are cut into chunks.
         pieces: how a chunk is cut into what `finish` is given.
         places: where what is kept rests.
+        is_exchanged: whether `enter` and `leave` wait for other devices. Then each has matmuls of
+            the chunk before or behind it to wait beside, for which more of two chunks is at hand.
     """
 
     project: Callable
+    enter: Callable
     leave: Callable
     finish: Callable
     attention: IntervalAttention
     chunks: Cuts
     pieces: Cuts
     places: Places
+    is_exchanged: bool = False
 
     @property
     def all_pieces(self) -> Cuts:
@@ -125,27 +131,47 @@ class Stream:
             ((residual [B, own T, D], what the router chose, [B, T, ...], or None), Residuals).
         """
         keys = Keys(self.attention, self.chunks.num, self.places.chunks)
-        saved, choices = [], []
+        saved, choices, ahead = [], [], None
         for i in range(self.chunks.num):
+            if ahead is None:
+                ahead, x = self._enter(params, x, tokens, i)
             # Tied here and below. Else the compiler makes all chunks' widest arrays at once, and
             # reads a chunk where it lies in `x`, so that the result cannot take its place.
-            x, x_i = tied((x, self.chunks.own(x, i)))
+            (x_i, q, kv), x = tied((ahead, x))
+            ahead = None
             # What is kept leaves as soon as it is there, beside what is computed next.
             kept = put(self.places.inputs[i], x_i)
-            q, *kv = self.project(params, x_i, self.chunks.known(tokens.known, i))
             part = keys.attend(i, q, kv, tokens.intervals)
-            o = part.o.astype(q.dtype)
-            saved.append(Saved(_named(kept), *self._keep(o, part.lse)))
+            o, x = tied((part.o.astype(q.dtype), x))
             o_own = self.leave(o)
+            saved.append(Saved(_named(kept), *self._keep(o_own, part.lse)))
+            if self.is_exchanged and i + 1 < self.chunks.num:
+                # The projection is beside the exchange of `o`, the feed-forward beside the next.
+                ahead, x = self._enter(params, x, tokens, i + 1)
             for piece, number in self.pieces_of(i):
+                x, x_i, o_own = tied((x, x_i, o_own))
                 known = self.all_pieces.known(tokens.known, number)
                 arrays = self.pieces.own(x_i, piece), self.pieces.known(o_own, piece)
                 y, chosen = self.finish(params, *arrays, known, None)
-                x, x_i, o_own = tied((self.all_pieces.write(x, y, number), x_i, o_own))
+                x = self.all_pieces.write(x, y, number)
                 choices.append(chosen)
         choices = None if choices[0] is None else self.all_pieces.join(choices)
         logits = None if choices is None else choices.logits
         return (x, choices), Residuals(params, saved, logits, tokens)
+
+    def _enter(
+        self,
+        params: Params,
+        x: Array,
+        tokens: Tokens,
+        number: int,
+    ) -> tuple[tuple[Array, Array, list[Array]], Array]:
+        """A chunk's (input, q, [k, v]), the last two on their way, and `x` once it is projected."""
+        x, x_i = tied((x, self.chunks.own(x, number)))
+        q, *kv = self.project(params, x_i, self.chunks.known(tokens.known, number))
+        (q, kv), x = tied(((q, kv), x))
+        q, *kv = self.enter(q, *kv)
+        return (x_i, q, kv), x
 
     def _keep(self, o: Array, lse: Array) -> tuple[Array, ...]:
         """Attention's output and its lse at rest, unless they are made again."""
