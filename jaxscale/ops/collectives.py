@@ -97,8 +97,10 @@ class Collectives:
         sum_over_tokens: sums over the tokens of all devices a figure that is not differentiated.
         sum_over_rows: sums over the devices that have tokens of the same rows; differentiable. What
             is made of such a sum is known to all of them, so it counts on one: see `is_counted`.
-        to_heads: (q [B, c, N, H], k and v [B, c, K, H]) of this device's tokens of a chunk -> those
-            of all the chunk's tokens in their order, [B, C, ...], of a share of the heads.
+        heads_by_member: (q [B, c, N, H], k and v [B, c, K, H]) of this device's tokens of a chunk ->
+            each as `to_heads` sends it, with the heads of a device together.
+        to_heads: (q, k, v, by member) -> those of all the chunk's tokens in their order, [B, C,
+            ...], of a share of the heads; linear.
         to_tokens: (o [B, C, N', H] of a share of the heads, N) -> o [B, c, N, H], the way back.
         whole_chunk: [B, c] of this device's tokens of a chunk -> [B, C] of all of them in order.
         is_counted: () -> 1 on one of the devices that have tokens of the same rows, 0 on the
@@ -116,6 +118,7 @@ class Collectives:
     sum_over_heads: Callable[[Array], Array] = _identity
     sum_over_tokens: Callable[[Array], Array] = _identity
     sum_over_rows: Callable[[Array], Array] = _identity
+    heads_by_member: Callable[[Array, Array, Array], tuple[Array, Array, Array]] = _own_heads
     to_heads: Callable[[Array, Array, Array], tuple[Array, Array, Array]] = _own_heads
     to_tokens: Callable[[Array, int], Array] = _own_chunk
     whole_chunk: Callable[[Array], Array] = _identity

@@ -79,6 +79,7 @@ def make_operations(
         sum_over_heads=tensor.sum_over_heads,
         sum_over_tokens=tensor.sum_over_tokens,
         sum_over_rows=tensor.sum_over_rows,
+        heads_by_member=exchange.heads_by_member,
         to_heads=exchange.to_heads,
         to_tokens=exchange.to_tokens,
         whole_chunk=exchange.whole_chunk,

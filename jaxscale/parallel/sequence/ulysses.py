@@ -82,10 +82,16 @@ class ChunkExchange:
 
     num_members: int
 
-    def to_heads(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """q [B, C / U, N, H], k and v [B, C / U, K, H] to the chunk's [B, C, ...] of some heads."""
+    def heads_by_member(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """q [B, C / U, N, H], k and v [B, C / U, K, H] to [U, C / U, B, ...], as they are sent."""
         spread = spread_heads(q, k, v, self.num_members)
-        q, k, v = (jnp.swapaxes(_Group(self.num_members, 1).to_heads(x), 0, 1) for x in spread)
+        q, k, v = map(_Group(self.num_members, 1).by_member, spread)
+        return q, k, v
+
+    def to_heads(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """What `heads_by_member` returns to the chunk's [B, C, ...] of some heads."""
+        group = _Group(self.num_members, 1)
+        q, k, v = (jnp.swapaxes(group.exchange_heads(x), 0, 1) for x in (q, k, v))
         return q, k, v
 
     def to_tokens(self, o: Array, num_heads: int) -> Array:
@@ -167,12 +173,19 @@ class _Group:
     ring: int
 
     def to_heads(self, x: Array) -> Array:
-        """[B, T / U, N, H] to [T, B, N / U, H]; all that is sent to a member lies together."""
+        """[B, T / U, N, H] to [T, B, N / U, H]."""
+        return self.exchange_heads(self.by_member(x))
+
+    def by_member(self, x: Array) -> Array:
+        """[B, T / U, N, H] to [U, T / U, B, N / U, H]; all that is sent to a member is together."""
         num_rows, num_own, _, head_dim = x.shape
         by_member = x.reshape(num_rows, num_own, self.num_members, -1, head_dim)
-        by_member = by_member.transpose(2, 1, 0, 3, 4)
-        received = self._exchange(by_member)
-        return received.reshape(self.num_members * num_own, num_rows, -1, head_dim)
+        return by_member.transpose(2, 1, 0, 3, 4)
+
+    def exchange_heads(self, x: Array) -> Array:
+        """[U, T / U, B, N / U, H], by member, to [T, B, N / U, H]."""
+        received = self._exchange(x)
+        return received.reshape(-1, *x.shape[2:])
 
     def to_sequence(self, o: Array) -> Array:
         """[T, B, N / U, H] to [B, T / U, N, H]."""

@@ -83,9 +83,10 @@ class Backward:
             (q, *kv), self.dx = tied((ahead, self.dx))
             ahead = None
             if self.stream.is_exchanged and i + 1 < self.cuts.num:
-                # The exchange of the next chunk's heads is beside the attention of this one.
+                # The exchange of the next chunk's heads is beside the attention of this one. The
+                # keys are copied in between, else attention would take all multiprocessors first.
                 ahead = self._enter_again(i + 1)
-                q, self.dx = tied((q, self.dx))
+                (q, kv), self.dx = tied(((q, kv), self.dx))
             part = keys.attend(i, q, kv, self.tokens.intervals)
             part, self.dx = tied((part, self.dx))
             o = self.stream.leave(part.o.astype(q.dtype))

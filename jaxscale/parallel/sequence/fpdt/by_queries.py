@@ -25,7 +25,7 @@ class _Returning(NamedTuple):
     Args:
         number: of the chunk.
         pull: cotangents of (q, k, v) -> those of (params, x).
-        cotangents: of (q [B, c, N, H], k and v [B, c, K, H]).
+        cotangents: of what the projection returned.
     """
 
     number: int

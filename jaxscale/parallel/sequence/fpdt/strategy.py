@@ -173,7 +173,8 @@ def _functions(layer: Any, num_members: int) -> dict[str, Callable]:
     def project(params: Params, x: Array, known: _Known) -> tuple[Array, Array, Array]:
         here = dataclasses.replace(layer, params=params)
         _, h = here.enter_attention(x)
-        return here.qkv(collectives.gather_tokens(h), known.positions, known.lengths)
+        q, k, v = here.qkv(collectives.gather_tokens(h), known.positions, known.lengths)
+        return collectives.heads_by_member(q, k, v)
 
     def leave(o: Array) -> Array:
         return collectives.to_tokens(o, num_heads)

@@ -81,9 +81,10 @@ class Stream:
     """A layer as functions of one chunk.
 
     Args:
-        project: (params, x [B, own c, D], known) -> q [B, c, N, H], k and v [B, c, K, H] of this
-            device's tokens.
-        enter: (q, k, v) -> q [B, C, N', H], k and v [B, C, K', H] of its heads; linear.
+        project: (params, x [B, own c, D], known) -> (q, k, v) of this device's tokens and of all
+            heads, as `enter` sends them.
+        enter: (q, k, v) -> q [B, C, N', H], k and v [B, C, K', H], of all tokens and of this
+            device's heads; linear.
         leave: o [B, C, N', H] -> o [B, c, N, H]; linear.
         finish: (params, x [B, own c, D], o [B, c, N, H], known, router's logits or None) ->
             (y [B, own c, D], what the router chose or None), of a piece of a chunk. The logits are
@@ -131,7 +132,8 @@ class Stream:
             ((residual [B, own T, D], what the router chose, [B, T, ...], or None), Residuals).
         """
         keys = Keys(self.attention, self.chunks.num, self.places.chunks)
-        saved, choices, ahead = [], [], None
+        saved, choices = [], []
+        ahead = None  # of the next chunk, on its way
         for i in range(self.chunks.num):
             if ahead is None:
                 ahead, x = self._enter(params, x, tokens, i)
@@ -148,13 +150,8 @@ class Stream:
             if self.is_exchanged and i + 1 < self.chunks.num:
                 # The projection is beside the exchange of `o`, the feed-forward beside the next.
                 ahead, x = self._enter(params, x, tokens, i + 1)
-            for piece, number in self.pieces_of(i):
-                x, x_i, o_own = tied((x, x_i, o_own))
-                known = self.all_pieces.known(tokens.known, number)
-                arrays = self.pieces.own(x_i, piece), self.pieces.known(o_own, piece)
-                y, chosen = self.finish(params, *arrays, known, None)
-                x = self.all_pieces.write(x, y, number)
-                choices.append(chosen)
+            x, ahead, chosen = self._after_attention(params, x, (i, x_i, o_own), ahead, tokens)
+            choices += chosen
         choices = None if choices[0] is None else self.all_pieces.join(choices)
         logits = None if choices is None else choices.logits
         return (x, choices), Residuals(params, saved, logits, tokens)
@@ -172,6 +169,32 @@ class Stream:
         (q, kv), x = tied(((q, kv), x))
         q, *kv = self.enter(q, *kv)
         return (x_i, q, kv), x
+
+    def _after_attention(
+        self,
+        params: Params,
+        x: Array,
+        chunk: tuple[int, Array, Array],
+        ahead: Any,
+        tokens: Tokens,
+    ) -> tuple[Array, Any, list[Any]]:
+        """Finishes a chunk, (its number, input, attention's output), while `ahead` is on its way.
+
+        Returns:
+            (x with the chunk replaced, ahead, what the router chose of each piece).
+        """
+        i, x_i, o = chunk
+        choices = []
+        for piece, number in self.pieces_of(i):
+            x, x_i, o = tied((x, x_i, o))
+            known = self.all_pieces.known(tokens.known, number)
+            arrays = self.pieces.own(x_i, piece), self.pieces.known(o, piece)
+            y, chosen = self.finish(params, *arrays, known, None)
+            # Not with `x`: what writes into it is a copy, beside which XLA puts no exchange.
+            y, ahead = tied((y, ahead))
+            x = self.all_pieces.write(x, y, number)
+            choices.append(chosen)
+        return x, ahead, choices
 
     def _keep(self, o: Array, lse: Array) -> tuple[Array, ...]:
         """Attention's output and its lse at rest, unless they are made again."""
