@@ -3,7 +3,8 @@
 Where chunks rest on the device the order is that of `by_queries`, else that of `by_keys`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,20 @@ from jaxscale.parallel.sequence.fpdt.cuts import Cuts, fetch, kept, put, tied
 from jaxscale.parallel.sequence.fpdt.keys import Keys
 from jaxscale.parallel.sequence.fpdt.stream import Residuals, Saved, Stream
 from jaxscale.types import Array, Params
+
+
+class _Returning(NamedTuple):
+    """The gradients of a chunk's queries, keys and values, on their way to their tokens' device.
+
+    Args:
+        number: of the chunk.
+        cotangents: of what the projection returned.
+        pull: those -> of (params, x).
+    """
+
+    number: int
+    cotangents: tuple[Array, ...]
+    pull: Callable
 
 
 class Backward:
@@ -43,6 +58,7 @@ class Backward:
         # The output's cotangent, in which each chunk is replaced by the input's.
         self.dx = dx
         self.dparams = jax.tree.map(zeros, self.params)
+        self.returning: _Returning | None = None
 
     @property
     def is_attended_again(self) -> bool:
@@ -175,11 +191,39 @@ class Backward:
         self._write(cuts, dx, number)
         return do
 
-    def after_attention(self, number: int, from_projection: tuple[Params, Array]) -> None:
-        """Adds what came back through a chunk's projection, (dparams, dx)."""
-        dparams, dx = from_projection
+    def after_attention(
+        self,
+        number: int,
+        cotangents: tuple[Array, ...],
+        pull_exchange: Callable,
+        pull_projection: Callable,
+    ) -> None:
+        """Begins the way of a chunk's complete gradients back to its input; `project_back` ends it.
+
+        Args:
+            number: of the chunk.
+            cotangents: of its queries, keys and values, by heads.
+            pull_exchange: those -> of what the projection returned.
+            pull_projection: those -> of (params, x).
+        """
+        cotangents, self.dx = tied((cotangents, self.dx))
+        self.returning = _Returning(number, pull_exchange(cotangents), pull_projection)
+        if not self.stream.is_exchanged:
+            self.project_back()
+
+    def project_back(self) -> None:
+        """Projects back what is on its way, if anything is.
+
+        Between the two is what the exchange may be beside.
+        """
+        if self.returning is None:
+            return
+        number, cotangents, pull = self.returning
+        cotangents, self.dx = tied((cotangents, self.dx))
+        dparams, dx = pull(cotangents)
         self._add(dparams)
         self._write(self.cuts, self.cuts.own(self.dx, number) + dx, number)
+        self.returning = None
 
     def _add(self, dparams: Params) -> None:
         def add(sum: Array, part: Array) -> Array:

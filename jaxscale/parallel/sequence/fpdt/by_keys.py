@@ -18,7 +18,7 @@ from jax import lax
 from jaxscale.parallel.sequence.fpdt.backward import Backward, zeros
 from jaxscale.parallel.sequence.fpdt.cuts import fetch, put, tied
 from jaxscale.parallel.sequence.fpdt.stream import Saved
-from jaxscale.types import Array, Params
+from jaxscale.types import Array
 
 
 class _Queries(NamedTuple):
@@ -70,14 +70,14 @@ class _Keys(NamedTuple):
 
     Args:
         k, v: [B, C, K', H].
-        pull: cotangents of (q, k, v) -> those of (params, x).
+        pulls: back through the exchange and through the projection, as `after_attention` wants.
         dkv: as far as they are added up, in at least float32.
         dq: of the same chunk's queries, complete.
     """
 
     k: Array
     v: Array
-    pull: Callable
+    pulls: tuple[Callable, Callable]
     dkv: tuple[Array, Array]
     dq: Array | None = None
 
@@ -106,6 +106,7 @@ class ByKeys(Backward):
         coming, self.dx = self._coming((0, 0), self.dx)
         for pair, following in zip(pairs, [*pairs[1:], None], strict=True):
             coming = self._one_pair(pair, following, coming)
+        self.project_back()
 
     def _one_pair(
         self,
@@ -139,14 +140,13 @@ class ByKeys(Backward):
         return arriving
 
     def _begin(self, i: int, x: Array) -> None:
-        """Projects the keys and values of chunk i."""
-
-        def project(params: Params, x: Array) -> tuple[Array, ...]:
-            return self.stream.enter(*self.project(i)(params, x))
-
-        (_, k, v), pull = jax.vjp(project, self.params, x)
-        k, v, dkv = tied((k, v, (zeros(k), zeros(v))))
-        self.keys = _Keys(k, v, pull, dkv)
+        """Projects the keys and values of chunk i, and back what is on its way."""
+        (q, k, v), pull_projection = jax.vjp(self.project(i), self.params, x)
+        (k, v), self.dx = tied(((k, v), self.dx))
+        (_, k, v), pull_exchange = jax.vjp(self.stream.enter, q, k, v)
+        self.project_back()
+        (k, v, dkv), self.dx = tied(((k, v, (zeros(k), zeros(v))), self.dx))
+        self.keys = _Keys(k, v, (pull_exchange, pull_projection), dkv)
 
     def _through(
         self,
@@ -165,10 +165,10 @@ class ByKeys(Backward):
         return dq
 
     def _end(self, i: int) -> None:
-        """The way back to the input of chunk i, all of whose gradients are complete."""
+        """Begins the way back to the input of chunk i, all of whose gradients are complete."""
         keys = self.keys
-        cotangents = keys.dq, *keys.dkv
-        self.after_attention(i, keys.pull(tuple(each.astype(keys.k.dtype) for each in cotangents)))
+        cotangents = tuple(each.astype(keys.k.dtype) for each in (keys.dq, *keys.dkv))
+        self.after_attention(i, cotangents, *keys.pulls)
 
     def _wait(self, j: int, queries: _Queries) -> None:
         """Puts a chunk of queries to rest."""

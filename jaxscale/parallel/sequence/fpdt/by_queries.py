@@ -6,8 +6,7 @@ queries of the same chunk, so that the gradients of its queries, keys and values
 together, as they are in `by_keys`.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +18,6 @@ from jaxscale.parallel.sequence.fpdt.stream import Saved
 from jaxscale.types import Array
 
 
-class _Returning(NamedTuple):
-    """The gradients of a chunk's queries, keys and values, on their way to their tokens' device.
-
-    Args:
-        number: of the chunk.
-        pull: cotangents of (q, k, v) -> those of (params, x).
-        cotangents: of what the projection returned.
-    """
-
-    number: int
-    pull: Callable
-    cotangents: tuple[Array, ...]
-
-
 class ByQueries(Backward):
     """The backward of one layer while it is traced; arguments as `Backward`."""
 
@@ -41,7 +26,6 @@ class ByQueries(Backward):
         # Keys and values of the sequence, and their gradients through the queries so far.
         self.kv: tuple[Array, Array] | None = None
         self.dkv: tuple[Array, Array] | None = None
-        self.returning: _Returning | None = None
 
     def over_chunks(self) -> None:
         """As `Backward`."""
@@ -51,7 +35,7 @@ class ByQueries(Backward):
         coming, self.dx = self.coming(last, self.dx)
         for number in range(last, -1, -1):
             coming = self._one_chunk(number, coming)
-        self._project_back()
+        self.project_back()
 
     def _one_chunk(self, number: int, saved: Saved) -> Saved | None:
         """All of the backward of a chunk, while what was kept of the one before it comes.
@@ -74,7 +58,7 @@ class ByQueries(Backward):
         q, self.dx = tied((q, self.dx))
         (q, _, _), pull_exchange = jax.vjp(self.stream.enter, q, *kv)
         do, delta = self.enter_cotangents(q, do, delta)
-        self._project_back()
+        self.project_back()
         q, do, delta, self.dx = tied((q, do, delta, self.dx))
         coming = None
         if number:
@@ -91,20 +75,8 @@ class ByQueries(Backward):
         complete = [dq]
         complete += [self.cuts.own(each, number) for each in self.dkv]
         cotangents = tuple(each.astype(q.dtype) for each in complete)
-        cotangents, self.dx = tied((cotangents, self.dx))
-        self.returning = _Returning(number, pull_projection, pull_exchange(cotangents))
-        if not self.stream.is_exchanged:
-            self._project_back()
+        self.after_attention(number, cotangents, pull_exchange, pull_projection)
         return coming
-
-    def _project_back(self) -> None:
-        """Puts what is on its way back through the projection of its chunk."""
-        if self.returning is None:
-            return
-        number, pull, cotangents = self.returning
-        cotangents, self.dx = tied((cotangents, self.dx))
-        self.after_attention(number, pull(cotangents))
-        self.returning = None
 
     def _project_keys(self, x_last: Array) -> None:
         """Makes the keys and values of all chunks again; of the last the input is there."""
