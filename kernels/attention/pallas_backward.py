@@ -125,7 +125,9 @@ def backward(
     # Interpretation cannot add in memory: there each warpgroup has a sum of its own.
     num_sums = COMPUTE if interpret else 1
     dq_shape = num_sums, batch, padded, num_heads, head_dim
-    dq_ref = jax.new_ref(jnp.zeros(dq_shape, jnp.float32))
+    # The zeros wait for `q`: XLA would fill those of all calls of a program before the first.
+    q, zero = lax.optimization_barrier((q, jnp.zeros((), jnp.float32)))
+    dq_ref = jax.new_ref(jnp.broadcast_to(zero, dq_shape))
     work = longest_first(table, problem.num_patterns), table, entries, low, high
     dk, dv = kernel(*work, lse, delta, q, k, v, do, dq_ref)
     return (dq_ref[...].sum(0)[:, :length] * scale).astype(dq_dtype), dk, dv

@@ -22,13 +22,13 @@ class _Returning(NamedTuple):
 
     Args:
         number: of the chunk.
+        x: its input.
         cotangents: of what the projection returned.
-        pull: those -> of (params, x).
     """
 
     number: int
+    x: Array
     cotangents: tuple[Array, ...]
-    pull: Callable
 
 
 class Backward:
@@ -194,36 +194,37 @@ class Backward:
     def after_attention(
         self,
         number: int,
+        x: Array,
         cotangents: tuple[Array, ...],
         pull_exchange: Callable,
-        pull_projection: Callable,
     ) -> None:
         """Begins the way of a chunk's complete gradients back to its input; `project_back` ends it.
 
         Args:
             number: of the chunk.
+            x: its input.
             cotangents: of its queries, keys and values, by heads.
             pull_exchange: those -> of what the projection returned.
-            pull_projection: those -> of (params, x).
         """
         cotangents, self.dx = tied((cotangents, self.dx))
-        self.returning = _Returning(number, pull_exchange(cotangents), pull_projection)
+        self.returning = _Returning(number, x, pull_exchange(cotangents))
         if not self.stream.is_exchanged:
             self.project_back()
 
     def project_back(self) -> None:
         """Projects back what is on its way, if anything is.
 
-        Between the two is what the exchange may be beside.
+        What runs between the two has the exchange beside it.
         """
         if self.returning is None:
             return
-        number, cotangents, pull = self.returning
-        cotangents, self.dx = tied((cotangents, self.dx))
+        (number, x, cotangents), self.returning = self.returning, None
+        # Of the projection nothing is kept so long: what stands before its matmul is made again.
+        x, cotangents, self.dx = tied((x, cotangents, self.dx))
+        _, pull = jax.vjp(self.project(number), self.params, x)
         dparams, dx = pull(cotangents)
         self._add(dparams)
         self._write(self.cuts, self.cuts.own(self.dx, number) + dx, number)
-        self.returning = None
 
     def _add(self, dparams: Params) -> None:
         def add(sum: Array, part: Array) -> Array:

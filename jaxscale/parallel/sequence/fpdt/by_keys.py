@@ -69,15 +69,17 @@ class _Keys(NamedTuple):
     """The chunk of keys at work.
 
     Args:
+        x: its input.
         k, v: [B, C, K', H].
-        pulls: back through the exchange and through the projection, as `after_attention` wants.
+        pull: cotangents of (q, k, v) -> those of what the projection returned.
         dkv: as far as they are added up, in at least float32.
         dq: of the same chunk's queries, complete.
     """
 
+    x: Array
     k: Array
     v: Array
-    pulls: tuple[Callable, Callable]
+    pull: Callable
     dkv: tuple[Array, Array]
     dq: Array | None = None
 
@@ -141,12 +143,12 @@ class ByKeys(Backward):
 
     def _begin(self, i: int, x: Array) -> None:
         """Projects the keys and values of chunk i, and back what is on its way."""
-        (q, k, v), pull_projection = jax.vjp(self.project(i), self.params, x)
+        q, k, v = self.project(i)(self.params, x)
         (k, v), self.dx = tied(((k, v), self.dx))
         (_, k, v), pull_exchange = jax.vjp(self.stream.enter, q, k, v)
         self.project_back()
         (k, v, dkv), self.dx = tied(((k, v, (zeros(k), zeros(v))), self.dx))
-        self.keys = _Keys(k, v, (pull_exchange, pull_projection), dkv)
+        self.keys = _Keys(x, k, v, pull_exchange, dkv)
 
     def _through(
         self,
@@ -168,7 +170,7 @@ class ByKeys(Backward):
         """Begins the way back to the input of chunk i, all of whose gradients are complete."""
         keys = self.keys
         cotangents = tuple(each.astype(keys.k.dtype) for each in (keys.dq, *keys.dkv))
-        self.after_attention(i, cotangents, *keys.pulls)
+        self.after_attention(i, keys.x, cotangents, keys.pull)
 
     def _wait(self, j: int, queries: _Queries) -> None:
         """Puts a chunk of queries to rest."""

@@ -54,7 +54,7 @@ class ByQueries(Backward):
         x, do, delta = self.before_attention(number, saved)
         if self.kv is None:
             self._project_keys(x)
-        (q, *kv), pull_projection = jax.vjp(self.project(number), self.params, x)
+        q, *kv = self.project(number)(self.params, x)
         q, self.dx = tied((q, self.dx))
         (q, _, _), pull_exchange = jax.vjp(self.stream.enter, q, *kv)
         do, delta = self.enter_cotangents(q, do, delta)
@@ -71,11 +71,12 @@ class ByQueries(Backward):
             delta,
             *self.tokens.intervals.of(number, q.shape[1]),
         )
-        self.dkv = tuple(map(jnp.add, self.dkv, dkv))
+        # Tied, or else XLA keeps what the kernel gives for each chunk and adds it up at the end.
+        self.dkv, self.dx = tied((tuple(map(jnp.add, self.dkv, dkv)), self.dx))
         complete = [dq]
         complete += [self.cuts.own(each, number) for each in self.dkv]
         cotangents = tuple(each.astype(q.dtype) for each in complete)
-        self.after_attention(number, cotangents, pull_exchange, pull_projection)
+        self.after_attention(number, x, cotangents, pull_exchange)
         return coming
 
     def _project_keys(self, x_last: Array) -> None:
