@@ -20,10 +20,6 @@ from jaxscale.planner.state import StateBytes
 ACCUMULATED = 4  # bytes of an element that is added up
 # Arrays of a piece in a gated feed-forward's backward: gate, up, their product and their gradients.
 HIDDEN_ARRAYS = 6
-# Bytes of an element of the keys and values for each chunk of queries after the fourth. What the
-# kernel gives for a chunk is added up chunk by chunk of keys, and waits for that; fitted to
-# compiled steps.
-OF_LATER_CHUNK = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +96,17 @@ def _gathered(
     """Parameters of the layer at work under ZeRO-3, and what is in no layer with its gradients.
 
     The latter belongs to the loss, and counts where layers leave it room. Where keys lie on the
-    device, the fullest moment is in a layer's backward.
+    device, the fullest moment is in a layer's backward, while those gradients wait as they were
+    added up, in place of the shares that are counted with all gradients.
     """
     mesh = layout.mesh
     if mesh.zero < 3:
         return 0.0
     layer = state.largest * job.width
-    if are_keys_here or mesh.data * mesh.sequence == 1:
+    num_shares = mesh.data * mesh.sequence
+    if are_keys_here:
+        return layer + state.outside * (ACCUMULATED - job.width / num_shares)
+    if num_shares == 1:
         return layer
     return layer + state.outside * (2 * job.width + ACCUMULATED)
 
@@ -220,9 +220,7 @@ class _Counts:
         chunk = self.strategy.chunk_tokens / self.job.length
         keys = 2 * self.num_key_heads * self.attention.head_dim
         if self.are_keys_here:
-            later = max(round(1 / chunk) - 4, 0) * OF_LATER_CHUNK
-            of_key = 2 * self.job.width + ACCUMULATED + later
-            return _Placed(device=keys * of_key * self.tokens)
+            return _Placed(device=keys * (2 * self.job.width + ACCUMULATED) * self.tokens)
         queries = _width(self.attention) * (2 * self.job.width + ACCUMULATED)
         of_token = max(queries * max(1 - 2 * chunk, 0), keys * self.job.width * (1 - chunk))
         return _Placed(host=of_token * self.tokens)

@@ -104,9 +104,9 @@ class Backward:
                 ahead = self._enter_again(i + 1)
                 (q, kv), self.dx = tied(((q, kv), self.dx))
             part = keys.attend(i, q, kv, self.tokens.intervals)
-            part, self.dx = tied((part, self.dx))
-            o = self.stream.leave(part.o.astype(q.dtype))
-            o, lse = put(place, (o, part.lse))
+            # In the type of q before it is tied: XLA rounds what it keeps only where it is read.
+            o, lse, self.dx = tied((part.o.astype(q.dtype), part.lse, self.dx))
+            o, lse = put(place, (self.stream.leave(o), lse))
             self.saved[i] = Saved(self.saved[i].x, o, lse)
         return keys
 
