@@ -1,5 +1,7 @@
 """Draw what a GPU computed and copied in a profiled step: a line of time for each.
 
+Also printed is of every GPU what its exchanges with others had beside them.
+
 python experiments/bench/overlap_picture.py DIRECTORY OUT.png [FROM TO]  # shares of the step
 """
 
@@ -17,9 +19,53 @@ ROWS = {
 }
 
 
+def union(spans):
+    """Disjoint (start, end) in order that cover the same as `spans`."""
+    found = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1][1] = max(found[-1][1], end)
+        else:
+            found.append([start, end])
+    return found
+
+
+def time_beside(spans, others):
+    """Time of `spans` in which one of `others` runs too."""
+    spans, others = union(spans), union(others)
+    total = i = j = 0
+    while i < len(spans) and j < len(others):
+        (start, end), (other_start, other_end) = spans[i], others[j]
+        total += max(0, min(end, other_end) - max(start, other_start))
+        if end <= other_end:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+def print_exchanges(number, events):
+    """What a GPU's exchanges with others have beside them."""
+
+    def spans(row):
+        return [(start, end) for start, end, name in events if ROWS[row](name)]
+
+    exchanges, attention = spans("between GPUs"), spans("attention")
+    whole = sum(end - start for start, end in union(exchanges))
+    beside_attention = time_beside(exchanges, attention)
+    beside_any = time_beside(exchanges, attention + spans("other kernels"))
+    print(
+        f"GPU {number}: {whole / 1e6:.1f} ms between GPUs, beside attention "
+        f"{beside_attention / 1e6:.1f}, beside no kernel {(whole - beside_any) / 1e6:.1f}"
+    )
+
+
 def main(directory, output, first="0", last="1"):
     """One picture, of the first device."""
-    events = device_events(directory)[0]
+    devices = device_events(directory)
+    for number, events in enumerate(devices):
+        print_exchanges(number, events)
+    events = devices[0]
     # Before its first kernel a first step pins host memory.
     began = next(start for start, _, name in events if "Memcpy" not in name)
     ended = max(end for _, end, _ in events)
