@@ -82,12 +82,13 @@ class ByQueries(Backward):
     def _project_keys(self, x_last: Array) -> None:
         """Makes the keys and values of all chunks again; of the last the input is there."""
         keys = Keys(self.stream.attention, self.cuts.num, "device")
+        arriving = []
         for i in range(self.cuts.num):
             is_last = i + 1 == self.cuts.num
             x, self.dx = tied((x_last if is_last else self.input(i), self.dx))
             q, *kv = self.project(i)(self.params, x)
             kv, self.dx = tied((kv, self.dx))
-            if i:
+            if arriving:
                 # Those of the chunk before have come beside this one's projection.
                 keys.add(i - 1, arriving)
             keys.kept, self.dx = tied((keys.kept, self.dx))
