@@ -6,6 +6,7 @@ queries of the same chunk, so that the gradients of its queries, keys and values
 together, as they are in `by_keys`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,30 +55,54 @@ class ByQueries(Backward):
         x, do, delta = self.before_attention(number, saved)
         if self.kv is None:
             self._project_keys(x)
+        q, do, delta, pull_exchange = self._enter(number, x, do, delta)
+        coming = None
+        if number:
+            coming, q = self.coming(number - 1, q)
+        dq = self._through(number, q, do, (saved.lse, delta))
+        complete = [dq]
+        for each in self.dkv:
+            complete.append(self.cuts.own(each, number))
+        cotangents = tuple(each.astype(q.dtype) for each in complete)
+        self.after_attention(
+            number,
+            x,
+            cotangents,
+            pull_exchange,
+        )
+        return coming
+
+    def _enter(
+        self,
+        number: int,
+        x: Array,
+        do: Array,
+        delta: Array,
+    ) -> tuple[Array, Array, Array, Callable]:
+        """(q, do, delta, the way back through q's exchange), by heads, once the last are back."""
         q, *kv = self.project(number)(self.params, x)
         q, self.dx = tied((q, self.dx))
         (q, _, _), pull_exchange = jax.vjp(self.stream.enter, q, *kv)
         do, delta = self.enter_cotangents(q, do, delta)
         self.project_back()
         q, do, delta, self.dx = tied((q, do, delta, self.dx))
-        coming = None
-        if number:
-            coming, q = self.coming(number - 1, q)
-        dq, *dkv = self.stream.attention.backward(
-            q,
-            *self.kv,
-            do,
-            saved.lse,
-            delta,
-            *self.tokens.intervals.of(number, q.shape[1]),
-        )
+        return q, do, delta, pull_exchange
+
+    def _through(
+        self,
+        number: int,
+        q: Array,
+        do: Array,
+        rows: tuple[Array, Array],
+    ) -> Array:
+        """The gradient of a chunk's queries; those of the keys that they see are added up."""
+        seen = self.tokens.intervals.of(number, q.shape[1])
+        backward = self.stream.attention.backward
+        dq, *parts = backward(q, *self.kv, do, *rows, *seen)
+        dkv = tuple(map(jnp.add, self.dkv, parts))
         # Tied, or else XLA keeps what the kernel gives for each chunk and adds it up at the end.
-        self.dkv, self.dx = tied((tuple(map(jnp.add, self.dkv, dkv)), self.dx))
-        complete = [dq]
-        complete += [self.cuts.own(each, number) for each in self.dkv]
-        cotangents = tuple(each.astype(q.dtype) for each in complete)
-        self.after_attention(number, x, cotangents, pull_exchange)
-        return coming
+        self.dkv, self.dx = tied((dkv, self.dx))
+        return dq
 
     def _project_keys(self, x_last: Array) -> None:
         """Makes the keys and values of all chunks again; of the last the input is there."""
@@ -85,7 +110,8 @@ class ByQueries(Backward):
         arriving = []
         for i in range(self.cuts.num):
             is_last = i + 1 == self.cuts.num
-            x, self.dx = tied((x_last if is_last else self.input(i), self.dx))
+            x = x_last if is_last else self.input(i)
+            x, self.dx = tied((x, self.dx))
             q, *kv = self.project(i)(self.params, x)
             kv, self.dx = tied((kv, self.dx))
             if arriving:
