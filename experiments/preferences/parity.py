@@ -1,7 +1,7 @@
 """Write answers about numbers, and a tokenizer: what reward_cpu.gin and ppo.gin learn from.
 
 The better answer of a pair says rightly whether a number is even. Its form says nothing. Chats have
-one answer each, of which half are wrong, and questions none.
+one answer each, of which a quarter are wrong, and questions the right one beside them.
 
 python experiments/preferences/parity.py runs/parity
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import tokenizers
 
 SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
+SIZE = 1000  # numbers
 LETTERS = "0123456789 abcdefghijklmnopqrstuvwxyz?.,"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
@@ -28,14 +29,34 @@ def chat(number, answer):
     ]
 
 
-def pairs(size=1000):
+def words(number):
+    """The right word about a number, and the wrong one."""
+    return ("even", "odd") if number % 2 == 0 else ("odd", "even")
+
+
+def pairs():
     """A right and a wrong answer about each number, each in one of three forms."""
     forms = "{}.", "it is {}.", "{1} is {0}, of course."
-    for number in range(size):
-        right, wrong = ("even", "odd") if number % 2 == 0 else ("odd", "even")
+    for number in range(SIZE):
+        right, wrong = words(number)
         chosen = forms[number // 2 % 3].format(right, number)
         rejected = forms[number // 6 % 3].format(wrong, number)
         yield {"chosen": chat(number, chosen), "rejected": chat(number, rejected)}
+
+
+def chats():
+    """Four answers about each number, of which one is wrong."""
+    for number in range(SIZE):
+        right, wrong = words(number)
+        for word in (right, right, right, wrong):
+            yield {"messages": chat(number, f"it is {word}.")}
+
+
+def questions():
+    """A question about each number, and the right answer as a field beside it."""
+    for number in range(SIZE):
+        question, answer = chat(number, f"it is {words(number)[0]}.")
+        yield {"messages": [question], "answer": answer["content"]}
 
 
 def write_lines(file, lines):
@@ -54,10 +75,8 @@ def write(folder):
     about = {"eos_token": SPECIAL[0], "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     write_lines(folder / "pairs.jsonl", pairs())
-    every = [{"messages": chat} for pair in pairs() for chat in pair.values()]
-    write_lines(folder / "chats.jsonl", every)
-    questions = [{"messages": line["messages"][:1]} for line in every[::2]]
-    write_lines(folder / "questions.jsonl", questions)
+    write_lines(folder / "chats.jsonl", chats())
+    write_lines(folder / "questions.jsonl", questions())
 
 
 if __name__ == "__main__":

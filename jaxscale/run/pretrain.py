@@ -113,7 +113,8 @@ def run_batch(run: Run, setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
 def _sections(run: Run) -> dict[str, Source]:
     if run.critic is None:
         return {}
-    return {CRITIC: Source(run.critic.init_from, checkpoint_facts(run.critic.model))}
+    facts = checkpoint_facts(run.critic.model)
+    return {CRITIC: Source("CriticConfig.init_from", run.critic.init_from, facts)}
 
 
 def _make_data(setup: Setup, run: Run) -> tuple[Loader, Callable | None]:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 FIXED = {
     "OptimizerConfig.name": "the saved optimizer state is of that optimizer",
     "TrainConfig.trainable": "the saved optimizer state is of those parameters",
+    # The schedule's step is the number of updates, which is saved, over this.
+    "ppo_loss.num_epochs": "the saved optimizer state counts so many updates a step",
 }
 LOCK, STARTS, CONFIG = ".lock", "starts.jsonl", "config.gin"
 WITHOUT_LOCKS = {
@@ -120,10 +122,12 @@ def changes(directory: Path) -> list[str]:
     lines = []
     for name in sorted(before.keys() | now.keys()):
         old, new = (fields.get(name, "(absent)") for fields in (before, now))
-        if old == new or name == "Run.directory" or _is_of_a_verb(name):
+        if old == new or name == "Run.directory":
             continue
         if name in FIXED:
             raise InputError(name, new, f"{old}, with which the run was begun: {FIXED[name]}")
+        if _is_of_a_verb(name):
+            continue
         lines.append(f"{name} {old} -> {new}")
     return lines
 

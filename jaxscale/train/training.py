@@ -41,10 +41,12 @@ class Source:
     """What the parameters of a new run's model start from.
 
     Args:
+        parameter: what a user binds `directory` by.
         directory: of another run's checkpoints; None to draw them.
         facts: which model a checkpoint is of, as `Checkpoints` takes them.
     """
 
+    parameter: str
     directory: str | None
     facts: dict[str, Any]
 
@@ -105,7 +107,7 @@ def train(
     changed = _changes_since_the_last_start(run, checkpoints, checkpoint.directory)
     history_lines(run / HISTORY)  # refuses what the history could not go on in
     check_fits("model", setup.resting())
-    sources = {"": Source(config.init_from, facts), **sections}
+    sources = {"": Source("TrainConfig.init_from", config.init_from, facts), **sections}
     state = _restore_or_start(setup, checkpoints, loader, config, sources)
     for line in changed:
         logger.info("changed since the last start: %s", line)
@@ -241,7 +243,7 @@ def _restore_or_start(
         logger.info("resumed after step %d", int(state.step))
         return state
     if config.init_changes is not None:
-        return _other_state(setup, loader, config, sources[""].facts)
+        return _other_state(setup, loader, config, sources[""])
     if all(source.directory is None for source in sources.values()):
         return setup.init(config.seed)
     nothing = jax.tree.map(lambda _: None, setup.canonical_state)
@@ -262,10 +264,10 @@ def _other_state(
     setup: Setup,
     loader: ResumableLoader,
     config: TrainConfig,
-    facts: dict[str, Any],
+    source: Source,
 ) -> TrainState:
     """The state of another run's newest checkpoint, but for what the changes name."""
-    with contextlib.closing(_open_other(config.init_from, facts)) as checkpoints:
+    with contextlib.closing(_open_other(source)) as checkpoints:
         saved, data_state = checkpoints.restore_changed(setup.canonical_state, config.init_changes)
     # None where it is to be drawn; another system's checkpoint has no position in the data.
     if saved.step is not None and data_state:
@@ -295,19 +297,19 @@ def _other_params(setup: Setup, sources: Mapping[str, Source]) -> Params:
 def _other_section(wanted: Params, source: Source) -> Params:
     if source.directory is None:
         return jax.tree.map(lambda _: None, wanted)
-    with contextlib.closing(_open_other(source.directory, source.facts)) as checkpoints:
+    with contextlib.closing(_open_other(source)) as checkpoints:
         return checkpoints.restore_params(wanted)
 
 
-def _open_other(directory: str, facts: dict[str, Any]) -> Checkpoints:
+def _open_other(source: Source) -> Checkpoints:
     """The checkpoints of another run, of which there is one at least."""
-    checkpoints = Checkpoints(_of_other(directory), **facts)
+    checkpoints = Checkpoints(_of_other(source.directory), **source.facts)
     if checkpoints.latest_step() is None:
         checkpoints.close()
-        below = Path(directory).expanduser().glob("*/[0-9]*")
+        below = Path(source.directory).expanduser().glob("*/[0-9]*")
         hints = [f"; {path.parent} has" for path in below][:1]
         expected = f"a folder with a checkpoint; there is none{''.join(hints)}"
-        raise InputError("TrainConfig.init_from", directory, expected)
+        raise InputError(source.parameter, source.directory, expected)
     return checkpoints
 
 

@@ -254,6 +254,8 @@ BAD = {
     "gamma": (dict(gamma=1.1), r"ppo_loss\.gamma: given 1\.1, expected from 0 to 1"),
     "lambda": (dict(gae_lambda=-0.1), r"ppo_loss\.gae_lambda: given -0\.1"),
     "price": (dict(kl_penalty=-1.0), r"ppo_loss\.kl_penalty: given -1\.0"),
+    "no score": (dict(score_clip=0.0), r"ppo_loss\.score_clip: given 0\.0"),
+    "values that stay": (dict(value_clip=0.0), r"ppo_loss\.value_clip: given 0\.0"),
     "ratio": (dict(ratio_clip=1.0), r"ppo_loss\.ratio_clip: given 1\.0"),
     "epochs": (dict(num_epochs=0), r"ppo_loss\.num_epochs: given 0"),
 }

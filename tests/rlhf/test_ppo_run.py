@@ -66,7 +66,7 @@ def saved(directory, step):
 
 
 @pytest.mark.long
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder):
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, capsys):
     """With its critic, both optimizer states, and two updates by the answers of each step."""
     words = ["--set=evaluators={}"]
     whole = trained(folder, "whole", *words)
@@ -84,6 +84,12 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder):
     assert steps[1]["learning_rate"] == pytest.approx(0.02)  # of the second warm-up step
     counts = [array for path, array in wanted.items() if path.endswith("count")]
     assert counts and all(count == 8 for count in counts)
+    # The schedule would take the 8 updates for the first of other 4 steps.
+    file = folder / "other_epochs.gin"
+    file.write_text((folder / "run.gin").read_text() + "run.ppo_loss.num_epochs = 4")
+    assert cli.main(["pretrain", str(file), f"--set=directory={whole}", *words]) != 0
+    message = "ppo_loss.num_epochs: given '4', expected 2, with which the run was begun"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -162,7 +168,7 @@ BAD = {
     ),
     "no such reward model": (
         "run.CriticConfig.init_from = '/nowhere'",
-        "given '/nowhere', expected a folder with a checkpoint",
+        "CriticConfig.init_from: given '/nowhere', expected a folder with a checkpoint",
     ),
 }
 

@@ -355,6 +355,19 @@ def test_a_learning_rate_factor_multiplies_the_whole_update(name):
         np.testing.assert_allclose(got[each], wanted, rtol=1e-5, atol=1e-6, err_msg=each)
 
 
+def test_all_updates_of_a_step_have_its_learning_rate():
+    config = OptimizerConfig("lion", PEAK, warmup_steps=2, weight_decay=0.0)
+    optimizer = make_optimizer(config, steps=5, num_epochs=3, table=TABLE)
+    params = tree.select(draw(0), ".*moe/router")
+    state, rates = optimizer.init(params), []
+    for _ in range(15):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        rates.append(-jax.tree.leaves(updates)[0].mean())
+    wanted = [learning_rates(config, 5)(step) for step in range(5)]
+    assert len(set(map(float, wanted))) > 3
+    np.testing.assert_allclose(rates, np.repeat(wanted, 3), rtol=1e-6)
+
+
 def test_clipping_scales_all_gradients_by_the_global_norm():
     params, gradient = draw(0), draw(1)
     norm = optax.tree.norm(gradient)

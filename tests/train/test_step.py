@@ -25,6 +25,8 @@ from jaxscale.train.optim import OptimizerConfig
 from jaxscale.types import InputError, Role
 from tests.train.examples import (
     EXECUTION,
+    OPTIMIZER,
+    Training,
     assert_close,
     assert_same_bits,
     make_batch,
@@ -32,7 +34,7 @@ from tests.train.examples import (
     make_regression,
     make_training,
 )
-from tests.train.regression import abstract_rows, make_rows
+from tests.train.regression import abstract_rows, make_rows, squared_error
 
 LONG = pytest.mark.long
 
@@ -74,6 +76,29 @@ def test_microbatches_of_a_decoder_equal_one_batch():
     assert_close(got, wanted, 1e-6)
     for name, value in metrics.items():
         np.testing.assert_allclose(value, wanted_metrics[name], rtol=1e-5, err_msg=name)
+
+
+class SquaredErrorTwice:
+    """A loss by which a step makes two updates."""
+
+    num_epochs = 2
+
+    def __call__(self, *arguments, operations):
+        return squared_error(*arguments, operations=operations)
+
+
+def test_epochs_of_a_step_are_updates_by_the_same_batch():
+    once = make_regression(optimizer=dataclasses.replace(OPTIMIZER, final_fraction=1.0))
+    twice = Training(dataclasses.replace(once.setup, loss_fn=SquaredErrorTwice()))
+    got, metrics = twice.run(make_rows(0), make_rows(1))
+    before, first = once.run(make_rows(0), make_rows(0), make_rows(1))
+    wanted, second = once.run(make_rows(1), state=before)
+    assert got.step == 2 and first["loss"] > second["loss"]
+    assert_close(dataclasses.replace(got, step=wanted.step), wanted, 1e-6)
+    assert metrics.pop("is_finite")
+    for name, value in metrics.items():
+        mean = (first[name] + second[name]) / 2
+        np.testing.assert_allclose(value, mean, rtol=1e-5, err_msg=name)
 
 
 def test_a_batch_without_a_valid_token_is_no_fault():
