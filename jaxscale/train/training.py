@@ -291,14 +291,15 @@ def _other_params(setup: Setup, sources: Mapping[str, Source]) -> Params:
     sections = {name: wanted[name] for name in sources if name}
     rest = {name: part for name, part in wanted.items() if name not in sections}
     found = {name: _other_section(part, sources[name]) for name, part in sections.items()}
-    return _other_section(rest, sources[""]) | found
+    # The other run may have had the same sections.
+    return _other_section(rest, sources[""], left_out=tuple(sections)) | found
 
 
-def _other_section(wanted: Params, source: Source) -> Params:
+def _other_section(wanted: Params, source: Source, left_out: tuple[str, ...] = ()) -> Params:
     if source.directory is None:
         return jax.tree.map(lambda _: None, wanted)
     with contextlib.closing(_open_other(source)) as checkpoints:
-        return checkpoints.restore_params(wanted)
+        return checkpoints.restore_params(wanted, left_out=left_out)
 
 
 def _open_other(source: Source) -> Checkpoints:

@@ -132,6 +132,15 @@ def test_policy_and_critic_begin_as_other_runs_models_and_have_their_own_rates(f
         np.testing.assert_allclose(found[f"params/{CRITIC}/{path}"], array, atol=1e-9)
     moved = [np.abs(found[f"params/{path}"] - array).max() for path, array in policy.items()]
     assert min(moved) > 1e-3 and max(moved) < 0.05
+    # So does another run by PPO, whose critic is a new one.
+    words[3:] = ["--set=optimizer.learning_rate=1e-9"]
+    again = saved(
+        trained(folder, "again", *words, f"--set=train.init_from={folder}/begun/checkpoints"), 1
+    )
+    for path in policy:
+        np.testing.assert_allclose(again[f"params/{path}"], found[f"params/{path}"], atol=1e-8)
+    head = f"params/{CRITIC}/value_head/weights"
+    assert np.abs(again[head] - found[head]).max() > 0.01
 
 
 BAD = {
