@@ -1,15 +1,16 @@
 """Time budgets: what each room, a folder of tests, may take in a full run of the default tests.
 
-budgets.json holds seconds of test time, summed over the workers, on two idle cores. A machine
-that is slower or busy must not fail a room, so the workers time a small fixed workload again
-and again while they run. Its mean time over `sample_s` of budgets.json is the slowdown by which
-the measured seconds are divided. Beyond MAX_SLOWDOWN nothing is judged, nor is a run of only
-some tests or one with failures.
+budgets.json holds the processors' seconds of the tests and of what they start, on two cores. What
+else a machine does must not fail a room, and a slower machine must not either: the workers time a
+small fixed workload again and again while they run. Its mean time over `sample_s` of budgets.json
+is the slowdown by which the measured seconds are divided; a faster machine is judged as it is.
+Beyond MAX_SLOWDOWN nothing is judged, nor is a run of only some tests or one with failures.
 """
 
 import collections
 import dataclasses
 import json
+import os
 import random
 import statistics
 import time
@@ -27,7 +28,7 @@ SHUFFLED = random.Random(0).sample(range(20_000), 20_000)
 
 @dataclasses.dataclass(frozen=True)
 class Budgets:
-    """Seconds that each room may take, where the workload of `time_workload` takes `sample_s`."""
+    """Processor seconds of each room, where the workload of `time_workload` takes `sample_s`."""
 
     sample_s: float
     rooms: dict[str, float]
@@ -46,10 +47,15 @@ class Comparison:
 
 
 def time_workload() -> float:
-    """Seconds that the fixed workload takes now."""
-    began = time.perf_counter()
+    """Processor seconds that the fixed workload takes now."""
+    began = time.thread_time()
     sorted(SHUFFLED)
-    return time.perf_counter() - began
+    return time.thread_time() - began
+
+
+def processor_seconds() -> float:
+    """What this process and those that it has waited for have had."""
+    return sum(os.times()[:4])
 
 
 def room_of(test_id: str) -> str:
@@ -61,7 +67,7 @@ def room_of(test_id: str) -> str:
 def judge(seconds: dict[str, float], samples: list[float], budgets: Budgets) -> Comparison:
     """Compares a full run's seconds by room with the budgets, at the machine's own speed."""
     sample_s = statistics.fmean(samples)
-    slowdown = sample_s / budgets.sample_s
+    slowdown = max(sample_s / budgets.sample_s, 1.0)
     lines = [f"{'room':<12} {'seconds':>8} {'at budget speed':>16} {'budget':>7}"]
     over = []
     for room, spent in sorted(seconds.items(), key=lambda item: -item[1]):
@@ -94,9 +100,14 @@ class RoomClock:
         self.sampled_at = 0.0
         self.comparison = None
 
-    def pytest_runtest_logreport(self, report):
-        """Adds up setup, call and teardown, here or in any worker."""
-        self.seconds[room_of(report.nodeid)] += report.duration
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        """Adds up setup, call and teardown."""
+        began = processor_seconds()
+        try:
+            return (yield)
+        finally:
+            self.seconds[room_of(item.nodeid)] += processor_seconds() - began
 
     def pytest_runtest_logfinish(self, nodeid):
         """Takes a sample between two tests, so that no test's own time holds it."""
@@ -107,13 +118,16 @@ class RoomClock:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node):
-        """Takes over the samples of a worker that is done."""
-        self.samples += getattr(node, "workeroutput", {}).get("samples", [])
+        """Takes over what a worker has measured that is done."""
+        output = getattr(node, "workeroutput", {})
+        self.samples += output.get("samples", [])
+        self.seconds.update(output.get("seconds", {}))
 
     def pytest_sessionfinish(self, session):
         config = session.config
         if hasattr(config, "workeroutput"):
             config.workeroutput["samples"] = self.samples
+            config.workeroutput["seconds"] = dict(self.seconds)
         elif is_full_run(session) and self.samples:
             self.comparison = judge(self.seconds, self.samples, Budgets.read())
             if self.comparison.over:

@@ -43,7 +43,7 @@ def test_a_room_is_the_first_folder(test_id, room):
         ({"ops": 99, "data": 9}, 0.01, []),
         ({"ops": 101, "data": 9}, 0.01, ["ops"]),
         ({"ops": 199, "data": 21}, 0.02, ["data"]),
-        ({"ops": 51, "data": 4}, 0.005, ["ops"]),
+        ({"ops": 99, "data": 11}, 0.005, ["data"]),
         ({"ops": 1000, "data": 1000}, 0.01 * MAX_SLOWDOWN + 0.001, []),
         ({"serve": 1}, 0.01, ["serve"]),
     ],

@@ -98,7 +98,7 @@ class Collectives:
         sum_over_rows: sums over the devices that have tokens of the same rows; differentiable. What
             is made of such a sum is known to all of them, so it counts on one: see `is_counted`.
         heads_by_member: (q [B, c, N, H], k and v [B, c, K, H]) of this device's tokens of a chunk
-            -> each as `to_heads` sends it, with the heads of a device together.
+            -> each as `to_heads` sends it, [U, c, B, heads / U, H] for U devices, else as it was.
         to_heads: (q, k, v, by member) -> those of all the chunk's tokens in their order, [B, C,
             ...], of a share of the heads; linear.
         to_tokens: (o [B, C, N', H] of a share of the heads, N) -> o [B, c, N, H], the way back.

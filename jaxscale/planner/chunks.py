@@ -246,9 +246,9 @@ class _Counts:
         hidden = max(layer.feed_forward.dim for layer in self.model.layers)
         piece = HIDDEN_ARRAYS * hidden * width / self.strategy.num_pieces
         if self.are_keys_here and self.layout.mesh.sequence > 1:
-            # The input of the chunk after it and the gradients on their way to its tokens.
+            # Of the chunk after it the input, as it is and normed, and the gradients on their way.
             keys = 2 * self.num_key_heads * self.attention.head_dim
-            piece += (self.model.model_dim + heads + keys) * width
+            piece += (2 * self.model.model_dim + heads + keys) * width
         # x, o, dy and their gradients, and o of the next chunk.
         num_around = 2 if self.are_keys_here else 4
         around = num_around * (self.model.model_dim + heads) * width

@@ -11,10 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxscale.ops.attention import AttentionContext
 from jaxscale.ops.attention.intervals import IntervalAttention, attention_over_intervals
+from jaxscale.parallel.mesh import MeshConfig
+from jaxscale.parallel.sequence.fpdt import strategy
 from jaxscale.parallel.sequence.fpdt.cuts import Cuts
 from jaxscale.parallel.sequence.fpdt.gradient import stream_layer
 from jaxscale.parallel.sequence.fpdt.keys import Intervals
 from jaxscale.parallel.sequence.fpdt.stream import Places, Stream, Tokens
+from tests.parallel.comparison import KEY, dense, make_batch, make_loss, make_params, make_region
 
 NUM = 3  # chunks, of one token
 
@@ -124,9 +127,26 @@ def test_gradients_return_beside_the_feed_forward_s_backward_of_the_chunk_before
 def test_beside_keys_on_the_host_gradients_return_beside_the_next_projection(is_exchanged):
     steps = steps_of(is_exchanged, chunks="host")
     for i in range(NUM - 1):
-        # Before it there are those of the forward, of all queries, and two of each chunk of keys
-        # but one, if that which its gradients go back through comes later.
-        next_keys = "project", 2 * NUM + 2 * (i + 1) - is_exchanged
+        # Before them the forward projects all chunks, and the backward all queries.
+        next_keys = "project", 2 * NUM + i + 1
         assert (("enter back", i) in steps[next_keys]) != is_exchanged
         assert (next_keys in steps["project back", i]) == is_exchanged
         assert ("project back", i) in steps["enter back", i + 1]
+
+
+@pytest.mark.parametrize(("sequence", "is_exchanged"), [(1, False), (2, True)])
+def test_a_sequence_that_is_shared_out_exchanges_heads(monkeypatch, sequence, is_exchanged):
+    built = []
+
+    def spy(stream, *arguments):
+        built.append(stream.is_exchanged)
+        return stream_layer(stream, *arguments)
+
+    monkeypatch.setattr(strategy, "stream_layer", spy)
+    model, chunks = dense(num_layers=1), strategy.FullyPipelined(chunk_tokens=8)
+    mesh = MeshConfig(sequence=sequence, zero=0)
+    region = make_region(model, mesh, dtype="float32", strategy=chunks)
+    gradient = region.gradient(make_loss(model, "float32", remat="none", strategy=chunks))
+    params = jax.tree.map(lambda leaf: leaf.astype("float32"), make_params(model))
+    jax.eval_shape(gradient, params, make_batch(), KEY)
+    assert built and set(built) == {is_exchanged}

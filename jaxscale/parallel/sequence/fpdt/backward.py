@@ -22,13 +22,13 @@ class _Returning(NamedTuple):
 
     Args:
         number: of the chunk.
-        x: its input.
         cotangents: of what the projection returned.
+        pull: those -> of (params, x).
     """
 
     number: int
-    x: Array
     cotangents: tuple[Array, ...]
+    pull: Callable
 
 
 class Backward:
@@ -99,8 +99,9 @@ class Backward:
             (q, *kv), self.dx = tied((ahead, self.dx))
             ahead = None
             if self.stream.is_exchanged and i + 1 < self.cuts.num:
-                # The exchange of the next chunk's heads is beside the attention of this one. The
-                # keys are copied in between, else attention would take all multiprocessors first.
+                # The exchange of the next chunk's heads is beside the attention of this one. On the
+                # device this chunk's keys are copied after the exchange has begun and before the
+                # attention, which else would have all multiprocessors first.
                 ahead = self._enter_again(i + 1)
                 (q, kv), self.dx = tied(((q, kv), self.dx))
             part = keys.attend(i, q, kv, self.tokens.intervals)
@@ -153,7 +154,7 @@ class Backward:
         do: Array,
         delta: Array,
     ) -> tuple[Array, Array]:
-        """What `before_attention` returns, of the heads of q [B, C, N', H]: do alike, delta."""
+        """What `before_attention` returns, exchanged: do as q [B, C, N', H], delta [B, N', C]."""
 
         def enter(like: Array, cotangent: Array) -> Array:
             _, pull = jax.vjp(self.stream.leave, like)
@@ -191,23 +192,23 @@ class Backward:
         self._write(cuts, dx, number)
         return do
 
-    def after_attention(
+    def send_back(
         self,
         number: int,
-        x: Array,
         cotangents: tuple[Array, ...],
         pull_exchange: Callable,
+        pull_projection: Callable,
     ) -> None:
         """Begins the way of a chunk's complete gradients back to its input; `project_back` ends it.
 
         Args:
             number: of the chunk.
-            x: its input.
             cotangents: of its queries, keys and values, by heads.
             pull_exchange: those -> of what the projection returned.
+            pull_projection: those -> of (params, x).
         """
         cotangents, self.dx = tied((cotangents, self.dx))
-        self.returning = _Returning(number, x, pull_exchange(cotangents))
+        self.returning = _Returning(number, pull_exchange(cotangents), pull_projection)
         if not self.stream.is_exchanged:
             self.project_back()
 
@@ -218,10 +219,8 @@ class Backward:
         """
         if self.returning is None:
             return
-        (number, x, cotangents), self.returning = self.returning, None
-        # Of the projection nothing is kept so long: what stands before its matmul is made again.
-        x, cotangents, self.dx = tied((x, cotangents, self.dx))
-        _, pull = jax.vjp(self.project(number), self.params, x)
+        (number, cotangents, pull), self.returning = self.returning, None
+        cotangents, self.dx = tied((cotangents, self.dx))
         dparams, dx = pull(cotangents)
         self._add(dparams)
         self._write(self.cuts, self.cuts.own(self.dx, number) + dx, number)

@@ -2,8 +2,8 @@
 
 An outer loop goes over chunks of keys, an inner one over chunks of queries. By causality the
 gradients of chunk i's queries, keys and values are complete when every chunk of queries from i on
-has seen the keys of chunk i. So they are projected back at once, and the weights' gradients are
-added up chunk by chunk.
+has seen the keys of chunk i. So they are projected back at once or, where heads are exchanged, with
+the next chunk's keys, and the weights' gradients are added up chunk by chunk.
 
 Source: Yao et al. 2024 (arXiv 2408.16978), section 5.3.
 """
@@ -69,17 +69,15 @@ class _Keys(NamedTuple):
     """The chunk of keys at work.
 
     Args:
-        x: its input.
         k, v: [B, C, K', H].
-        pull: cotangents of (q, k, v) -> those of what the projection returned.
+        pulls: back through the exchange and back through the projection, as `send_back` has them.
         dkv: as far as they are added up, in at least float32.
         dq: of the same chunk's queries, complete.
     """
 
-    x: Array
     k: Array
     v: Array
-    pull: Callable
+    pulls: tuple[Callable, Callable]
     dkv: tuple[Array, Array]
     dq: Array | None = None
 
@@ -143,12 +141,23 @@ class ByKeys(Backward):
 
     def _begin(self, i: int, x: Array) -> None:
         """Projects the keys and values of chunk i, and back what is on its way."""
-        q, k, v = self.project(i)(self.params, x)
-        (k, v), self.dx = tied(((k, v), self.dx))
-        (_, k, v), pull_exchange = jax.vjp(self.stream.enter, q, k, v)
+        (q, k, v), pull_projection = jax.vjp(
+            self.project(i),
+            self.params,
+            x,
+        )
+        k, v, self.dx = tied((k, v, self.dx))
+        (_, k, v), pull_exchange = jax.vjp(
+            self.stream.enter,
+            q,
+            k,
+            v,
+        )
         self.project_back()
-        (k, v, dkv), self.dx = tied(((k, v, (zeros(k), zeros(v))), self.dx))
-        self.keys = _Keys(x, k, v, pull_exchange, dkv)
+        dkv = zeros(k), zeros(v)
+        k, v, dkv, self.dx = tied((k, v, dkv, self.dx))
+        pulls = pull_exchange, pull_projection
+        self.keys = _Keys(k, v, pulls, dkv)
 
     def _through(
         self,
@@ -169,8 +178,9 @@ class ByKeys(Backward):
     def _end(self, i: int) -> None:
         """Begins the way back to the input of chunk i, all of whose gradients are complete."""
         keys = self.keys
-        cotangents = tuple(each.astype(keys.k.dtype) for each in (keys.dq, *keys.dkv))
-        self.after_attention(i, keys.x, cotangents, keys.pull)
+        complete = keys.dq, *keys.dkv
+        cotangents = tuple(each.astype(keys.k.dtype) for each in complete)
+        self.send_back(i, cotangents, *keys.pulls)
 
     def _wait(self, j: int, queries: _Queries) -> None:
         """Puts a chunk of queries to rest."""

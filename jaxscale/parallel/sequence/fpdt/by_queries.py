@@ -55,7 +55,7 @@ class ByQueries(Backward):
         x, do, delta = self.before_attention(number, saved)
         if self.kv is None:
             self._project_keys(x)
-        q, do, delta, pull_exchange = self._enter(number, x, do, delta)
+        q, do, delta, pulls = self._enter(number, x, do, delta)
         coming = None
         if number:
             coming, q = self.coming(number - 1, q)
@@ -64,12 +64,7 @@ class ByQueries(Backward):
         for each in self.dkv:
             complete.append(self.cuts.own(each, number))
         cotangents = tuple(each.astype(q.dtype) for each in complete)
-        self.after_attention(
-            number,
-            x,
-            cotangents,
-            pull_exchange,
-        )
+        self.send_back(number, cotangents, *pulls)
         return coming
 
     def _enter(
@@ -78,15 +73,22 @@ class ByQueries(Backward):
         x: Array,
         do: Array,
         delta: Array,
-    ) -> tuple[Array, Array, Array, Callable]:
-        """(q, do, delta, the way back through q's exchange), by heads, once the last are back."""
-        q, *kv = self.project(number)(self.params, x)
+    ) -> tuple[Array, Array, Array, tuple[Callable, Callable]]:
+        """(q, do, delta) by heads and q's way back, as `send_back` wants it.
+
+        Beside their exchange the gradients of the chunk after it are projected back.
+        """
+        (q, *kv), pull_projection = jax.vjp(
+            self.project(number),
+            self.params,
+            x,
+        )
         q, self.dx = tied((q, self.dx))
         (q, _, _), pull_exchange = jax.vjp(self.stream.enter, q, *kv)
         do, delta = self.enter_cotangents(q, do, delta)
         self.project_back()
         q, do, delta, self.dx = tied((q, do, delta, self.dx))
-        return q, do, delta, pull_exchange
+        return q, do, delta, (pull_exchange, pull_projection)
 
     def _through(
         self,

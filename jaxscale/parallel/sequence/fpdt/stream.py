@@ -93,8 +93,8 @@ class Stream:
         chunks: how tokens are cut into chunks.
         pieces: how a chunk is cut into what `finish` is given.
         places: where what is kept rests.
-        is_exchanged: whether `enter` and `leave` wait for other devices. Then each has matmuls of
-            the chunk before or behind it to wait beside, for which more of two chunks is at hand.
+        is_exchanged: whether `enter` and `leave` wait for other devices. Then they run beside the
+            matmuls of a neighbouring chunk, and some arrays of both are on the device at once.
     """
 
     project: Callable
@@ -141,14 +141,15 @@ class Stream:
             # reads a chunk where it lies in `x`, so that the result cannot take its place.
             (x_i, q, kv), x = tied((ahead, x))
             ahead = None
-            # What is kept leaves as soon as it is there, beside what is computed next.
+            # What is kept leaves beside attention.
             kept = put(self.places.inputs[i], x_i)
             part = keys.attend(i, q, kv, tokens.intervals)
             o, x = tied((part.o.astype(q.dtype), x))
             o_own = self.leave(o)
             saved.append(Saved(_named(kept), *self._keep(o_own, part.lse)))
             if self.is_exchanged and i + 1 < self.chunks.num:
-                # The projection is beside the exchange of `o`, the feed-forward beside the next.
+                # The projection runs beside the exchange of `o`, and the feed-forward below beside
+                # that of the heads which it makes.
                 ahead, x = self._enter(params, x, tokens, i + 1)
             x, ahead, chosen = self._after_attention(params, x, (i, x_i, o_own), ahead, tokens)
             choices += chosen
