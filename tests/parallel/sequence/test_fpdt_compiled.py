@@ -21,7 +21,7 @@ COMMON = (
 )
 CASES = {
     # Of what is exchanged 64 % are hidden, and 16 % were.
-    "attention twice": (2, ["chunk_tokens=131072"], 0.55, 24),
+    "attention twice": (2, ["chunk_tokens=131072"], 0.55, 23.5),
     "outputs on the host": (2, ["chunk_tokens=65536", "attention='host'"], 0.6, 18),
     "many chunks": (1, ["chunk_tokens=32768"], 0, 30),
 }
