@@ -24,6 +24,15 @@ NUM_SMS = 132  # multiprocessors of an H100 or H200
 LOG2E = math.log2(math.e)
 
 
+def zeros_after(x: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """(x, float32 zeros that wait for it), for sums that a kernel adds to in memory.
+
+    XLA would fill the zeros of all calls in a program before the first one.
+    """
+    x, zero = lax.optimization_barrier((x, jnp.zeros((), jnp.float32)))
+    return x, jnp.broadcast_to(zero, shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
     """How a kernel cuts the output.

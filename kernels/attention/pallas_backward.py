@@ -49,6 +49,7 @@ from jaxscale.kernels.persistent import (
     make_kernel,
     part,
     wait_if,
+    zeros_after,
 )
 
 
@@ -120,14 +121,11 @@ def backward(
 
     types = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (k, v))
     scratch = scratch_types(problem, q.dtype, interpret)
-    num_blocks = 1 if interpret else NUM_SMS
-    kernel = make_kernel(body, types, scratch, num_blocks, interpret)
+    kernel = make_kernel(body, types, scratch, 1 if interpret else NUM_SMS, interpret)
     # Interpretation cannot add in memory: there each warpgroup has a sum of its own.
     num_sums = COMPUTE if interpret else 1
-    dq_shape = num_sums, batch, padded, num_heads, head_dim
-    # The zeros wait for `q`: XLA would fill those of all calls of a program before the first.
-    q, zero = lax.optimization_barrier((q, jnp.zeros((), jnp.float32)))
-    dq_ref = jax.new_ref(jnp.broadcast_to(zero, dq_shape))
+    q, nothing = zeros_after(q, (num_sums, batch, padded, num_heads, head_dim))
+    dq_ref = jax.new_ref(nothing)
     work = longest_first(table, problem.num_patterns), table, entries, low, high
     dk, dv = kernel(*work, lse, delta, q, k, v, do, dq_ref)
     return (dq_ref[...].sum(0)[:, :length] * scale).astype(dq_dtype), dk, dv

@@ -20,11 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxscale.kernels.attention.products import MATRIX
 from jaxscale.kernels.persistent import NUM_SMS, swizzled
 from jaxscale.kernels.quantised_matmul.packing import INPUTS, OUTPUTS, unpack_unit
-from jaxscale.kernels.quantised_matmul.pallas import (
+from jaxscale.kernels.quantised_matmul.pallas import Steps, at_its_tile
+from jaxscale.kernels.quantised_matmul.tensor_cores import (
     LAYOUT,
     UNIT,
-    Steps,
-    at_its_tile,
     of_registers,
     operands_of,
 )

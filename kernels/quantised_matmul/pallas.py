@@ -19,21 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, memref, nvvm, vector
+from jax._src.lib.mlir.dialects import arith, memref, vector
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxscale.kernels.attention.products import MATRIX, ROW, spread
 from jaxscale.kernels.persistent import NUM_SMS
-from jaxscale.kernels.quantised_matmul.packing import INPUTS, OFFSETS, OUTPUTS, WORDS, unpack_unit
+from jaxscale.kernels.quantised_matmul.packing import INPUTS, OFFSETS, OUTPUTS, unpack_unit
+from jaxscale.kernels.quantised_matmul.tensor_cores import (
+    LAYOUT,
+    THREADS,
+    UNIT,
+    index,
+    lane,
+    multiply,
+    of_registers,
+)
 
-UNIT = 8  # columns of a product: the most rows of `x`
-THREADS = 128  # of a warpgroup
 LANES = 32  # of a warp
 AHEAD = 4  # steps whose words are on their way
 MARGIN = 8  # elements behind a row of x, so that eight rows lie in different banks
-LAYOUT = plgpu.Layout.WG_STRIDED((WORDS,), vec_size=4)
 EACH_THREAD = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 
 
@@ -289,9 +295,9 @@ def _total(ref, interpret):
         return_type=plgpu.ShapeDtypeStruct((OUTPUTS,), jnp.float32, layout=ROW),
     )
     def add(_, ref):
-        lane = _lane()
+        own_lane = lane()
         elements = (
-            memref.load(ref, [arith.addi(lane, _index(begin))])
+            memref.load(ref, [arith.addi(own_lane, index(begin))])
             for begin in range(0, ref.type.shape[0], LANES)
         )
         total = functools.reduce(arith.addf, elements)
@@ -310,99 +316,4 @@ def _product(words, offset, x, interpret):
         left = (unpack_unit(words) - offset).astype(jnp.float32)
         right = x[...].astype(jnp.float32)
         return jnp.pad(left @ right.T, ((0, 0), (0, UNIT - len(right))))
-    return _multiply(offset)(words, x)
-
-
-@functools.cache
-def _multiply(offset: int):
-    """A function of words and inputs in shared memory that gives their product [64, 8]."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(LAYOUT, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((OUTPUTS, UNIT), jnp.float32, layout=MATRIX),
-    )
-    def multiply(_, words, x):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        num_rows = x.type.shape[0]
-        # The tensor cores take of each thread two neighbouring inputs of one row, twice.
-        lane = _lane()
-        row = arith.divui(lane, _index(4))
-        neighbours = arith.muli(arith.remui(lane, _index(4)), _index(2))
-        is_row = arith.cmpi(arith.CmpIPredicate.ult, row, _index(num_rows))
-        row = arith.minui(row, _index(num_rows - 1))
-        zero = arith.constant(i32, 0)
-        totals = [arith.constant(f32, 0.0)] * 4
-        two_inputs = ir.VectorType.get((2,), ir.BF16Type.get())
-        for number, left in enumerate(operands_of(words, offset)):
-            right = []
-            for half in range(2):
-                column = arith.addi(neighbours, _index(16 * number + 8 * half))
-                loaded = vector.load(two_inputs, x, [row, column])
-                in_a_word = mgpu.utils.bitcast(loaded, i32)
-                right.append(arith.select(is_row, in_a_word, zero))
-            totals = _mma(left, right, totals)
-        layout = MATRIX.to_mgpu()
-        registers = np.empty(layout.registers_shape((OUTPUTS, UNIT)), object)
-        registers.reshape(2)[:] = [_vector(totals[:2]), _vector(totals[2:])]
-        return of_registers(registers, layout)
-
-    return multiply
-
-
-def of_registers(registers, layout):
-    """The array of floats that a warpgroup has in registers laid out so."""
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def operands_of(words, offset):
-    """The left operands of a thread's words less `offset`: of 16 inputs each, 4 pairs of bfloat16.
-
-    Within a word as within an operand come first the halves of the rows, then of the inputs.
-    """
-    i32 = ir.IntegerType.get_signless(32)
-    for number in range(WORDS // THREADS):
-        word = vector.extract(words.registers.flat[number // 4], [], [number % 4])
-        pairs = []
-        for place in range(4):
-            shifted = arith.shrui(word, arith.constant(i32, 4 * place))
-            pairs.append(_pair(shifted, 0x4300 + offset))
-        yield pairs
-
-
-def _mma(left, right, totals):
-    """One product of a warp, 16 outputs, 16 inputs, 8 tokens, added to the totals."""
-    f32 = ir.F32Type.get()
-    return mgpu.utils.inline_ptx(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        *left,
-        *right,
-        *totals,
-        result_types=[f32] * 4,
-    )
-
-
-def _vector(values):
-    pair = ir.VectorType.get((len(values),), values[0].type)
-    return vector.from_elements(pair, values)
-
-
-def _index(value):
-    return arith.constant(ir.IndexType.get(), value)
-
-
-def _lane():
-    """A thread's number in its warp."""
-    return arith.index_cast(ir.IndexType.get(), nvvm.read_ptx_sreg_laneid())
-
-
-def _pair(word, zero):
-    """The lowest 4 bits of both halves of a word as two bfloat16, less `zero`, which is one too."""
-    return mgpu.utils.inline_ptx(
-        f"""{{ .reg .b32 sum, zero;
-        lop3.b32 sum, $1, 0x000F000F, 0x43004300, (0xf0 & 0xcc) | 0xaa;
-        mov.b32 zero, 0x{zero:04x}{zero:04x};
-        sub.bf16x2 $0, sum, zero; }}""",
-        word,
-        result_types=word.type,
-    )
+    return multiply(offset)(words, x)
