@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxscale.ops.attention import AttentionContext
-from jaxscale.ops.attention.intervals import Part, attention_over_intervals
+from jaxscale.kernels.attention import reference
+from jaxscale.ops.attention import AttentionContext, intervals_chunked
+from jaxscale.ops.attention.intervals import attention_over_intervals
+from jaxscale.ops.attention.parts import Part
 from jaxscale.types import InputError
 
 
@@ -51,8 +53,62 @@ def test_what_a_chunk_s_attention_cannot_do_is_refused(fields, backend, message)
         attention_over_intervals(q, context, implementation=backend)
 
 
-def test_chunks_of_queries_are_the_reference_s_chunks():
-    q = jax.ShapeDtypeStruct((1, 8, 2, 64), "float32")
-    context = AttentionContext(jnp.zeros((1, 8), jnp.int32), softcap=2.0)
-    found = attention_over_intervals(q, context, implementation="chunked")
-    assert (found.scale, found.softcap, found.implementation) == (1 / 8, 2.0, "reference")
+LENGTHS = [(13, 22), (8, 16), (3, 5)]  # queries, and keys
+
+
+def intervals(num_queries, num_keys, rng):
+    """Of two rows: some queries see nothing, some one key, some all."""
+    low = rng.integers(0, num_keys, (2, num_queries))
+    high = np.minimum(low + rng.integers(-1, 9, low.shape).clip(0), num_keys)
+    low[:, -1], high[:, -1] = 0, num_keys
+    return jnp.int32(low), jnp.int32(high)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_attention_by_blocks_is_the_reference_s(lengths, softcap, monkeypatch):
+    """Forward and gradients, as the sum over all keys has them, in blocks of 4."""
+    monkeypatch.setattr(intervals_chunked, "BLOCK", 4)
+    factors = dict(scale=0.6, softcap=softcap)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        num_queries, num_keys = lengths
+        q, do = (jnp.asarray(rng.normal(size=(2, num_queries, 4, 8))) for _ in range(2))
+        k, v = (jnp.asarray(rng.normal(size=(2, num_keys, 2, 8))) for _ in range(2))
+        seen = intervals(num_queries, num_keys, rng)
+        o, lse = reference.attention(q, k, v, *seen, **factors)
+        part = jax.jit(lambda *x: intervals_chunked.forward(*x, **factors))(q, k, v, *seen)
+        np.testing.assert_allclose(part.o, o, atol=1e-13)
+        np.testing.assert_allclose(part.lse, lse, atol=1e-13)
+        delta = jnp.asarray(rng.normal(size=lse.shape))
+        operands = q, k, v, do, lse, delta, *seen
+        found = jax.jit(lambda *x: intervals_chunked.backward(*x, **factors))(*operands)
+        for one, other in zip(found, reference.gradients(*operands, **factors), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+def test_blocks_of_keys_in_bfloat16_are_added_up_in_float32(monkeypatch):
+    """257 keys, each of which gives the gradient 1; in bfloat16 it would stay at 256."""
+    monkeypatch.setattr(intervals_chunked, "BLOCK", 1)
+    num = 257
+    one = jnp.ones((1, num, 1, 1), jnp.bfloat16)
+    low, high = jnp.zeros((1, num), jnp.int32), jnp.full((1, num), num, jnp.int32)
+    lse, delta = jnp.ones((2, 1, 1, num))
+    operands = one, one, one, one, lse, 0 * delta, low, high
+    dq, dk, dv = intervals_chunked.backward(*operands, scale=1.0, softcap=None)
+    for gradient in (dq, dk, dv):
+        np.testing.assert_array_equal(gradient, num)
+
+
+def test_a_long_chunk_s_logits_are_never_there_as_a_whole():
+    q = jax.ShapeDtypeStruct((1, 2048, 2, 64), "float32")
+    seen = (jax.ShapeDtypeStruct((1, 2048), "int32"),) * 2
+    by_head = (jax.ShapeDtypeStruct((1, 2, 2048), "float32"),) * 2
+    chosen = attention_over_intervals(q, AttentionContext(jnp.zeros((1, 8), jnp.int32)))
+    assert chosen.implementation == "chunked"
+    for program in (
+        jax.make_jaxpr(chosen.forward)(q, q, q, *seen),
+        jax.make_jaxpr(chosen.backward)(q, q, q, q, *by_head, *seen),
+    ):
+        assert "512,512]" in str(program)
+        assert "2048,2048]" not in str(program)

@@ -9,47 +9,18 @@ import functools
 import logging
 
 import jax
-import jax.numpy as jnp
 
 from jaxscale.kernels.attention import api as kernel
+from jaxscale.ops.attention import intervals_chunked
 from jaxscale.ops.attention.context import AttentionContext
+from jaxscale.ops.attention.parts import Part
 from jaxscale.ops.device import device_refusal, kernel_for
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array, InputError, check_choice
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = kernel.BACKENDS
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["o", "lse"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What some queries made of the keys that they have seen so far.
-
-    Args:
-        o: [B, T, N, H], the softmax over these keys alone, in at least float32.
-        lse: [B, N, T] log sum exp of their logits; -inf for a query that saw none.
-    """
-
-    o: Array
-    lse: Array
-
-    def __add__(self, other: "Part") -> "Part":
-        """Over the keys of both.
-
-        Source: Dao 2023 (arXiv 2307.08691), section 3.1.1; the larger lse is taken out of both
-            exponentials, so that none overflows.
-        """
-        lse = jnp.logaddexp(self.lse, other.lse)
-        o = _share(self.lse, lse) * self.o + _share(other.lse, lse) * other.o
-        return Part(o, lse)
-
-
-def _share(lse: Array, total: Array) -> Array:
-    """[B, T, N, 1] what part of the whole softmax lies in one part's keys; 0 where all saw none."""
-    share = jnp.exp(lse - jnp.where(total == -jnp.inf, 0, total))  # -inf - -inf would be NaN
-    return jnp.moveaxis(share, 1, 2)[..., None]
+BACKENDS = (*kernel.BACKENDS, "chunked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +48,10 @@ class IntervalAttention:
         high: Array,
     ) -> Part:
         """Queries [B, T, N, H] over keys and values [B, S, K, H]; low and high [B or 1, T]."""
-        o, lse = kernel.attention(q, k, v, low, high, **dataclasses.asdict(self))
+        if self.implementation == "chunked":
+            return intervals_chunked.forward(q, k, v, low, high, **self._factors())
+        settings = self._factors() | dict(implementation=self.implementation)
+        o, lse = kernel.attention(q, k, v, low, high, **settings)
         return Part(accumulator(o), lse)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -100,10 +74,15 @@ class IntervalAttention:
             lse: [B, N, T], over all keys.
             delta: [B, N, T], `row_sums` of the output over all keys and `do`.
         """
-        settings = dataclasses.asdict(self)
-        found = kernel.gradients(q, k, v, do, lse, delta, low, high, **settings)
-        dq, dk, dv = map(accumulator, found)
+        operands = q, k, v, do, lse, delta, low, high
+        if self.implementation == "chunked":
+            return intervals_chunked.backward(*operands, **self._factors())
+        settings = self._factors() | dict(implementation=self.implementation)
+        dq, dk, dv = map(accumulator, kernel.gradients(*operands, **settings))
         return dq, dk, dv
+
+    def _factors(self) -> dict[str, float | None]:
+        return dict(scale=self.scale, softcap=self.softcap)
 
 
 row_sums = kernel.row_sums
@@ -120,8 +99,8 @@ def attention_over_intervals(
     Args:
         q: some of the queries, whose shape and type are asked for.
         context: the mask structure.
-        implementation: as of `attention`; "chunked" is "reference" here, which sees a chunk anyway.
-            None picks one and logs it.
+        implementation: one of BACKENDS; None picks one and logs it. "reference" holds the logits
+            of all queries and keys that it is given, "chunked" those of a block.
     Raises:
         InputError: the backend is unknown or cannot do what is asked.
     """
@@ -129,11 +108,16 @@ def attention_over_intervals(
         given = "is_causal = False or a layout of blocks"
         raise InputError("AttentionContext", given, "a causal mask without layout of blocks")
     if implementation is None:
-        implementation = kernel_for(kernel, q, q) or "reference"
+        plain = "chunked" if q.shape[1] > intervals_chunked.BLOCK else "reference"
+        implementation = kernel_for(kernel, q, q) or plain
         logger.info("chunks' attention: backend %s for q%s %s", implementation, q.shape, q.dtype)
-    elif implementation == "chunked":
-        implementation = "reference"
     check_choice("ExecutionConfig.attention", implementation, BACKENDS)
-    if reason := kernel.refusal(implementation, q, q) or device_refusal(implementation):
+    if reason := _refusal(implementation, q):
         raise InputError("ExecutionConfig.attention", implementation, reason)
     return IntervalAttention(context.logits_scale(q.shape[3]), context.softcap, implementation)
+
+
+def _refusal(implementation: str, q: Array) -> str | None:
+    if implementation == "chunked":
+        return None
+    return kernel.refusal(implementation, q, q) or device_refusal(implementation)

@@ -13,7 +13,7 @@ from jaxscale.data.loader import DataConfig
 from jaxscale.data.sources import TextSource
 from jaxscale.models.config.lora import LoraConfig
 from jaxscale.models.execution import ExecutionConfig, Whole
-from jaxscale.ops.attention import AttentionContext
+from jaxscale.ops.attention import AttentionContext, intervals_chunked
 from jaxscale.ops.attention.intervals import IntervalAttention, attention_over_intervals
 from jaxscale.ops.rotary import LongRopeScaling
 from jaxscale.parallel.mesh import MeshConfig
@@ -148,6 +148,21 @@ def test_loss_and_every_gradient_equal_those_of_whole_layers(name, num_chunks, s
     with jax.enable_x64(True):
         wanted = single_device(model, num_microbatches, length=T)
         result = on_mesh(model, strategy=strategy, remat="none", length=T, **settings)
+        assert_equal_to_single_device(result, wanted, length=T)
+
+
+@pytest.mark.parametrize(
+    "settings", [KEYS_ON_DEVICE, pytest.param(ON_HOST, marks=pytest.mark.long)], ids=str
+)
+def test_attention_by_blocks_makes_the_same_gradients(settings, monkeypatch):
+    """Chunks of 8 tokens in blocks of 3, as long chunks are attended where no kernel runs."""
+    monkeypatch.setattr(intervals_chunked, "BLOCK", 3)
+    strategy = FullyPipelined(chunk_tokens=8, num_pieces=1, **settings)
+    with jax.enable_x64(True):
+        wanted = single_device(RICH_LAYER, 2, length=T)
+        result = on_mesh(
+            RICH_LAYER, strategy=strategy, remat="none", length=T, zero=0, num_microbatches=2
+        )
         assert_equal_to_single_device(result, wanted, length=T)
 
 

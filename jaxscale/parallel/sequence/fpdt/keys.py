@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from jaxscale.ops.attention.intervals import IntervalAttention, Part
+from jaxscale.ops.attention.intervals import IntervalAttention
+from jaxscale.ops.attention.parts import Part
 from jaxscale.parallel.sequence.fpdt.cuts import fetch, put, tied
 from jaxscale.types import Array
 

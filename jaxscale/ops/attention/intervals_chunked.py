@@ -1,0 +1,145 @@
+"""The reference of attention over intervals, some queries and some keys at a time, on any device.
+
+Blocks of keys that no query of a block sees are passed over.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxscale.kernels.attention import reference
+from jaxscale.ops.attention.parts import Part
+from jaxscale.ops.precision import accumulator
+from jaxscale.types import Array
+
+BLOCK = 512  # queries, and keys, whose logits exist at a time
+
+
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    low: Array,
+    high: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Part:
+    """As `IntervalAttention.forward`, with logits of [B, N, BLOCK, BLOCK]; it has no derivative.
+
+    Source: Dao et al. 2022, FlashAttention (arXiv 2205.14135), algorithm 2, in whose place of
+        running sums parts are added.
+    """
+    keys = _Keys(k, v)
+
+    def of_queries(block: tuple[Array, Array, Array]) -> Part:
+        q, low, high = block
+        q = accumulator(q)
+
+        def add(number: Array, part: Part) -> Part:
+            here = keys.block(number, low, high)
+            return part + Part(*reference.attention(q, *here, scale=scale, softcap=softcap))
+
+        by_head = jnp.moveaxis(q[..., 0], 1, 2)
+        nothing = Part(jnp.zeros_like(q), jnp.full_like(by_head, -jnp.inf))
+        return lax.fori_loop(*keys.span(low, high), add, nothing)
+
+    parts = lax.map(of_queries, tuple(_split(x, 1) for x in (q, low, high)))
+    length = q.shape[1]
+    return Part(_joined(parts.o, 1, length), _joined(parts.lse, 2, length))
+
+
+def backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    do: Array,
+    lse: Array,
+    delta: Array,
+    low: Array,
+    high: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, Array, Array]:
+    """As `IntervalAttention.backward`, with logits of [B, N, BLOCK, BLOCK].
+
+    Source: Dao et al. 2022, FlashAttention (arXiv 2205.14135), algorithm 4.
+    """
+    keys = _Keys(k, v)
+
+    def of_queries(sums: tuple[Array, Array], block: tuple) -> tuple[tuple[Array, Array], Array]:
+        q, do, lse, delta, low, high = block
+
+        def add(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            k, v, *seen = keys.block(number, low, high)
+            found = reference.gradients(
+                q, k, v, do, lse, delta, *seen, scale=scale, softcap=softcap
+            )
+            dq, dk, dv = sums
+            return dq + found[0], keys.add(number, dk, found[1]), keys.add(number, dv, found[2])
+
+        dq = jnp.zeros_like(accumulator(q))
+        dq, *sums = lax.fori_loop(*keys.span(low, high), add, (dq, *sums))
+        return tuple(sums), dq
+
+    of_tokens = tuple(_split(x, 1) for x in (q, do))
+    of_heads = tuple(_split(x, 2) for x in (lse, delta))
+    seen = tuple(_split(x, 1) for x in (low, high))
+    sums, dq = lax.scan(of_queries, keys.zeros(), (*of_tokens, *of_heads, *seen))
+    dk, dv = (x[:, : k.shape[1]] for x in sums)
+    return _joined(dq, 1, q.shape[1]), dk, dv
+
+
+class _Keys:
+    """Keys and values [B, S, K, H], of which a block is taken at a time."""
+
+    def __init__(self, k: Array, v: Array):
+        self.size = min(BLOCK, k.shape[1])
+        self.k, self.v = _padded(k, 1, self.size), _padded(v, 1, self.size)
+
+    def span(self, low: Array, high: Array) -> tuple[Array, Array]:
+        """The first block that any of the queries sees, and the one after the last."""
+        from_low = jnp.where(low < high, low, self.k.shape[1])
+        first = jnp.min(from_low) // self.size
+        return first, -(-jnp.max(high) // self.size)
+
+    def block(self, number: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
+        """(k, v, low, high) of a block in at least float32; intervals count from its first key."""
+        start = number * self.size
+        k, v = (
+            accumulator(lax.dynamic_slice_in_dim(x, start, self.size, axis=1))
+            for x in (self.k, self.v)
+        )
+        return k, v, low - start, high - start
+
+    def zeros(self) -> tuple[Array, Array]:
+        """Sums for the gradients of all keys and values."""
+        return jnp.zeros_like(accumulator(self.k)), jnp.zeros_like(accumulator(self.v))
+
+    def add(self, number: Array, whole: Array, block: Array) -> Array:
+        """The sum of all blocks, to which that of one block is added."""
+        start = number * self.size
+        before = lax.dynamic_slice_in_dim(whole, start, self.size, axis=1)
+        return lax.dynamic_update_slice_in_dim(whole, before + block, start, axis=1)
+
+
+def _padded(x: Array, axis: int, size: int) -> Array:
+    """With zeros up to a multiple of a size. Queries of zeros see nothing, keys are not seen."""
+    margins = [(0, 0)] * x.ndim
+    margins[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, margins)
+
+
+def _split(x: Array, axis: int) -> Array:
+    """[blocks, ..., BLOCK or fewer, ...] of an axis of tokens."""
+    size = min(BLOCK, x.shape[axis])
+    padded = _padded(x, axis, size)
+    by_block = padded.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(by_block, axis, 0)
+
+
+def _joined(x: Array, axis: int, length: int) -> Array:
+    """What `_split` split, or was made of it, of so many tokens."""
+    x = jnp.moveaxis(x, 0, axis)
+    whole = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return lax.slice_in_dim(whole, 0, length, axis=axis)
