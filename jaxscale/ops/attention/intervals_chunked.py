@@ -37,15 +37,23 @@ def forward(
 
         def add(number: Array, part: Part) -> Part:
             here = keys.block(number, low, high)
-            return part + Part(*reference.attention(q, *here, scale=scale, softcap=softcap))
+            o, lse = reference.attention(q, *here, scale=scale, softcap=softcap)
+            return part + Part(o, lse)
 
         by_head = jnp.moveaxis(q[..., 0], 1, 2)
-        nothing = Part(jnp.zeros_like(q), jnp.full_like(by_head, -jnp.inf))
-        return lax.fori_loop(*keys.span(low, high), add, nothing)
+        nothing = Part(
+            o=jnp.zeros_like(q),
+            lse=jnp.full_like(by_head, -jnp.inf),
+        )
+        first, end = keys.span(low, high)
+        return lax.fori_loop(first, end, add, nothing)
 
-    parts = lax.map(of_queries, tuple(_split(x, 1) for x in (q, low, high)))
+    blocks = tuple(_split(x, 1) for x in (q, low, high))
+    parts = lax.map(of_queries, blocks)
     length = q.shape[1]
-    return Part(_joined(parts.o, 1, length), _joined(parts.lse, 2, length))
+    o = _joined(parts.o, 1, length)
+    lse = _joined(parts.lse, 2, length)
+    return Part(o, lse)
 
 
 def backward(
@@ -67,27 +75,37 @@ def backward(
     """
     keys = _Keys(k, v)
 
-    def of_queries(sums: tuple[Array, Array], block: tuple) -> tuple[tuple[Array, Array], Array]:
-        q, do, lse, delta, low, high = block
+    def of_queries(
+        sums: tuple[Array, Array],
+        block: tuple[Array, ...],
+    ) -> tuple[tuple[Array, Array], Array]:
+        q, do, low, high, lse, delta = block
 
-        def add(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def add(
+            number: Array,
+            sums: tuple[Array, Array, Array],
+        ) -> tuple[Array, Array, Array]:
             k, v, *seen = keys.block(number, low, high)
-            found = reference.gradients(
-                q, k, v, do, lse, delta, *seen, scale=scale, softcap=softcap
-            )
+            operands = q, k, v, do, lse, delta, *seen
+            more = reference.gradients(*operands, scale=scale, softcap=softcap)
             dq, dk, dv = sums
-            return dq + found[0], keys.add(number, dk, found[1]), keys.add(number, dv, found[2])
+            dq += more[0]
+            dk = keys.add(number, dk, more[1])
+            dv = keys.add(number, dv, more[2])
+            return dq, dk, dv
 
+        dk, dv = sums
         dq = jnp.zeros_like(accumulator(q))
-        dq, *sums = lax.fori_loop(*keys.span(low, high), add, (dq, *sums))
-        return tuple(sums), dq
+        first, end = keys.span(low, high)
+        dq, dk, dv = lax.fori_loop(first, end, add, (dq, dk, dv))
+        return (dk, dv), dq
 
-    of_tokens = tuple(_split(x, 1) for x in (q, do))
-    of_heads = tuple(_split(x, 2) for x in (lse, delta))
-    seen = tuple(_split(x, 1) for x in (low, high))
-    sums, dq = lax.scan(of_queries, keys.zeros(), (*of_tokens, *of_heads, *seen))
-    dk, dv = (x[:, : k.shape[1]] for x in sums)
-    return _joined(dq, 1, q.shape[1]), dk, dv
+    by_token = [_split(x, 1) for x in (q, do, low, high)]
+    by_head = [_split(x, 2) for x in (lse, delta)]
+    blocks = (*by_token, *by_head)
+    (dk, dv), dq = lax.scan(of_queries, keys.zeros(), blocks)
+    length, num_keys = q.shape[1], k.shape[1]
+    return _joined(dq, 1, length), dk[:, :num_keys], dv[:, :num_keys]
 
 
 class _Keys:
@@ -95,29 +113,40 @@ class _Keys:
 
     def __init__(self, k: Array, v: Array):
         self.size = min(BLOCK, k.shape[1])
-        self.k, self.v = _padded(k, 1, self.size), _padded(v, 1, self.size)
+        self.k = _padded(k, 1, self.size)
+        self.v = _padded(v, 1, self.size)
 
     def span(self, low: Array, high: Array) -> tuple[Array, Array]:
         """The first block that any of the queries sees, and the one after the last."""
         from_low = jnp.where(low < high, low, self.k.shape[1])
         first = jnp.min(from_low) // self.size
-        return first, -(-jnp.max(high) // self.size)
+        end = -(-jnp.max(high) // self.size)
+        return first, end
 
-    def block(self, number: Array, low: Array, high: Array) -> tuple[Array, Array, Array, Array]:
+    def block(
+        self,
+        number: Array,
+        low: Array,
+        high: Array,
+    ) -> tuple[Array, Array, Array, Array]:
         """(k, v, low, high) of a block in at least float32; intervals count from its first key."""
         start = number * self.size
-        k, v = (
-            accumulator(lax.dynamic_slice_in_dim(x, start, self.size, axis=1))
-            for x in (self.k, self.v)
-        )
-        return k, v, low - start, high - start
+        k = lax.dynamic_slice_in_dim(self.k, start, self.size, axis=1)
+        v = lax.dynamic_slice_in_dim(self.v, start, self.size, axis=1)
+        return accumulator(k), accumulator(v), low - start, high - start
 
     def zeros(self) -> tuple[Array, Array]:
         """Sums for the gradients of all keys and values."""
-        return jnp.zeros_like(accumulator(self.k)), jnp.zeros_like(accumulator(self.v))
+        zeros = jnp.zeros_like(accumulator(self.k))
+        return zeros, zeros
 
-    def add(self, number: Array, whole: Array, block: Array) -> Array:
-        """The sum of all blocks, to which that of one block is added."""
+    def add(
+        self,
+        number: Array,
+        whole: Array,
+        block: Array,
+    ) -> Array:
+        """The gradient of all keys or values, to which that of a block is added."""
         start = number * self.size
         before = lax.dynamic_slice_in_dim(whole, start, self.size, axis=1)
         return lax.dynamic_update_slice_in_dim(whole, before + block, start, axis=1)
