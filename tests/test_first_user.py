@@ -152,6 +152,7 @@ def test_the_readme_and_the_examples_run_in_their_order(checkout, monkeypatch, c
     assert tuned[0]["loss"] < main[0]["loss"], "it starts from what was learned"
     subprocess.run([sys.executable, "experiments/preferences/parity.py", "runs/parity"], check=True)
     run("pretrain", f"{EXAMPLES}/parity_chats.gin", settings=SHORT)
+    assert "tasks/parity/char_f1" in run("evaluate", f"{EXAMPLES}/tasks.gin")
     run("pretrain", "experiments/configs/papers/reward_cpu.gin", settings=SHORT)
     run("adapt", "runs/parity_chats", "runs/parity_adapted", settings=["lora.rank=8"])
     run("pretrain", f"{EXAMPLES}/ppo.gin", settings=SHORT)
@@ -166,5 +167,6 @@ def test_the_readme_and_the_examples_run_in_their_order(checkout, monkeypatch, c
         "fine_tune",
         "parity_chats",
         "ppo",
+        "tasks",
     }
     assert {path.stem for path in Path(EXAMPLES).glob("*.gin")} == names, "each example is run"

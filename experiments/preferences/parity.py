@@ -1,7 +1,8 @@
 """Write answers about numbers, and a tokenizer: what reward_cpu.gin and ppo.gin learn from.
 
 The better answer of a pair says rightly whether a number is even. Its form says nothing. Chats have
-one answer each, of which a quarter are wrong, and questions the right one beside them.
+one answer each, of which a quarter are wrong, and questions the right one beside them. A task in
+the format of llm-jp-eval asks about other numbers, for tasks.gin.
 
 python experiments/preferences/parity.py runs/parity
 """
@@ -59,6 +60,18 @@ def questions():
         yield {"messages": [question], "answer": answer["content"]}
 
 
+def task():
+    """Questions about the numbers that come next, with the right answers."""
+    samples = [chat(number, f"it is {words(number)[0]}.") for number in range(SIZE, SIZE + 100)]
+    return {
+        "instruction": "Say whether a number is even.",
+        "output_length": 32,
+        "metrics": ["exact_match", "char_f1"],
+        "few_shots": [],
+        "samples": [{"input": ask["content"], "output": say["content"]} for ask, say in samples],
+    }
+
+
 def write_lines(file, lines):
     """One JSON object a line."""
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -77,6 +90,8 @@ def write(folder):
     write_lines(folder / "pairs.jsonl", pairs())
     write_lines(folder / "chats.jsonl", chats())
     write_lines(folder / "questions.jsonl", questions())
+    (folder / "tasks").mkdir(exist_ok=True)
+    (folder / "tasks" / "parity.json").write_text(json.dumps(task()))
 
 
 if __name__ == "__main__":

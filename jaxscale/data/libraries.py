@@ -1,4 +1,4 @@
-"""Libraries of the extra `data`, which a source imports when it is read."""
+"""Libraries of extras, which are imported when they are needed."""
 
 import contextlib
 import importlib
@@ -8,19 +8,20 @@ from types import ModuleType
 from jaxscale.types import InputError
 
 
-def imported(module: str, needed_by: str) -> ModuleType:
+def imported(module: str, needed_by: str, extra: str = "data") -> ModuleType:
     """A module of such a library.
 
     Args:
         module: its name.
         needed_by: what the error names.
+        extra: which of the package's extras has it.
     Raises:
         InputError: it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        expected = "the extra: pip install 'jaxscale[data]'"
+        expected = f"the extra: pip install 'jaxscale[{extra}]'"
         raise InputError(needed_by, f"no {module}", expected) from error
 
 

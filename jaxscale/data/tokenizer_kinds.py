@@ -63,6 +63,24 @@ class Tokenizer(Protocol):
         ...
 
 
+def ending_token(tokenizer: Tokenizer, text: str | None, parameter: str) -> int:
+    """The special token that ends an answer.
+
+    Args:
+        tokenizer: that has it.
+        text: of the token; None for the one that ends a document.
+        parameter: that gives the text, for errors.
+    Raises:
+        InputError: the tokenizer has no such special token.
+    """
+    if text is None:
+        return tokenizer.eos_id
+    special = getattr(tokenizer, "special_tokens", {})
+    if text not in special:
+        raise InputError(parameter, text, f"one of {sorted(special)}")
+    return special[text]
+
+
 class ByteTokenizer:
     """The bytes of UTF-8, and 256 for the end of a document."""
 

@@ -2,15 +2,9 @@
 
 import dataclasses
 
-import jax
-from jax.sharding import SingleDeviceSharding
-
 from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_tokenizer
-from jaxscale.launch.memory import check_fits
-from jaxscale.models.decoder import Decoder
+from jaxscale.evaluate.whole_model import check_room, whole_decoder
 from jaxscale.models.evaluation import EvaluationContext
-from jaxscale.models.execution import ExecutionConfig
-from jaxscale.models.parameters import abstract_params, parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.serve.decoding import check_prompts, generate_tokens
 from jaxscale.serve.sampling import SamplingConfig
@@ -49,19 +43,13 @@ class Samples:
         """
         check_vocabulary(load_tokenizer(self.tokenizer), context.model.vocab_size)
         check_prompts(self._encoded(), context.model, self.max_new_tokens)
-        here = SingleDeviceSharding(jax.local_devices()[0])
-        params = abstract_params(parameter_table(context.model), self.policy.parameters)
-        placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), params
-        )
-        check_fits("Samples", {"whole parameters": placed})
+        check_room("Samples", context.model, self.policy)
 
     def __call__(self, context: EvaluationContext) -> dict[str, str]:
         """Each prompt with its continuation, by its number."""
         tokenizer = load_tokenizer(self.tokenizer)
-        execution = ExecutionConfig(is_scanned=False, remat="none")
         continued = generate_tokens(
-            Decoder(context.model, policy=self.policy, execution=execution),
+            whole_decoder(context.model, self.policy),
             context.whole(context.params),
             self._encoded(),
             sampling=self.sampling,

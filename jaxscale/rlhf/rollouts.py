@@ -13,7 +13,7 @@ from jaxscale.data.loader import DataConfig
 from jaxscale.data.prompt_loader import PromptLoader
 from jaxscale.data.prompts import Prompt
 from jaxscale.data.tokenizer import load_tokenizer
-from jaxscale.data.tokenizer_kinds import Tokenizer
+from jaxscale.data.tokenizer_kinds import Tokenizer, ending_token
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.evaluation import EvaluationContext
@@ -74,12 +74,7 @@ class RolloutConfig:
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The token that ends an answer; raises InputError if the tokenizer has none such."""
-        if self.end is None:
-            return tokenizer.eos_id
-        special = getattr(tokenizer, "special_tokens", {})
-        if self.end not in special:
-            raise InputError("RolloutConfig.end", self.end, f"one of {sorted(special)}")
-        return special[self.end]
+        return ending_token(tokenizer, self.end, "RolloutConfig.end")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,8 +34,10 @@ from jaxscale.data.sources import (
     TextSource,
 )
 from jaxscale.data.tokenizer import TokenizerConfig
+from jaxscale.evaluate.few_shot import FewShotTasks
 from jaxscale.evaluate.perplexity import BitsPerByte
 from jaxscale.evaluate.samples import Samples
+from jaxscale.evaluate.tasks import TaskPrompt
 from jaxscale.launch.processes import ProcessesConfig
 from jaxscale.launch.runtime import RuntimeConfig
 from jaxscale.models.config import (
@@ -96,6 +98,7 @@ __all__ = [
     "ExecutionConfig",
     "ExpertsConfig",
     "FeedForwardConfig",
+    "FewShotTasks",
     "FullyPipelined",
     "HeadChunks",
     "HeldOutRewards",
@@ -142,6 +145,7 @@ __all__ = [
     "SentenceLength",
     "SparseMixerRouter",
     "StandardLibrary",
+    "TaskPrompt",
     "TensorBoard",
     "TextSource",
     "TokenizerConfig",

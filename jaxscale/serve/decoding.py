@@ -290,15 +290,16 @@ def check_prompts(
     prompts: Sequence[Sequence[int]],
     config: ModelConfig,
     max_new_tokens: int,
+    parameter: str = "prompts",
 ) -> None:
     """Raises InputError for a model without order, an unknown token, an empty or long prompt."""
     check_positive("max_new_tokens", max_new_tokens)
     if not config.is_causal:
         raise InputError("ModelConfig.is_causal", False, "True for a model that continues prompts")
     if not prompts:
-        raise InputError("prompts", prompts, "at least one prompt")
+        raise InputError(parameter, prompts, "at least one prompt")
     for i, prompt in enumerate(prompts):
-        name, length = f"prompts[{i}]", len(prompt)
+        name, length = f"{parameter}[{i}]", len(prompt)
         if not length:
             raise InputError(name, list(prompt), "at least one token")
         if unknown := [token for token in prompt if not 0 <= token < config.vocab_size]:

@@ -1,0 +1,182 @@
+"""An evaluator that answers tasks and scores the answers, as llm-jp-eval does."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_tokenizer
+from jaxscale.data.tokenizer_kinds import Tokenizer, ending_token
+from jaxscale.evaluate.scores import SCORES, normalised
+from jaxscale.evaluate.tasks import Sample, Task, TaskPrompt, read_tasks
+from jaxscale.evaluate.whole_model import check_room, whole_decoder
+from jaxscale.models.evaluation import EvaluationContext
+from jaxscale.ops.precision import Policy
+from jaxscale.serve.decoding import check_prompts, generate_tokens
+from jaxscale.serve.sampling import SamplingConfig
+from jaxscale.types import InputError, Params, check_not_negative, check_positive, check_types
+
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShotTasks:
+    """Evaluator that answers questions behind worked examples, and scores the answers.
+
+    A file is a task in the format of llm-jp-eval: an object with `instruction`, `output_length` (of
+    an answer, in tokens), `metrics`, and `few_shots` and `samples`, lists of `input` and `output`.
+    The most likely token is taken at each place. An answer ends at the first empty line. Answers
+    and right answers are compared in Unicode's form NFKC.
+
+    Source: LLM-jp 2024 (arXiv 2407.03963), section 5.1.
+    Args:
+        paths: files, and folders of files that end in .json.
+        tokenizer: as the run's.
+        num_shots: worked examples before each question.
+        max_samples: questions of each task, the first ones.
+        prompt: how a task becomes a text.
+        chat: folder of Hugging Face with a chat template, by which that text is a user's message;
+            None continues the text.
+        end: text of the special token that ends an answer; None for the one that ends a document.
+        answers: folder for the answers to each task, TASK_STEP.jsonl; None writes none.
+        batch_size: questions at a time; more are faster and take more memory.
+        policy: dtypes, as the run's.
+    Cost: a whole copy of the parameters on each device while answers are written.
+    """
+
+    paths: tuple[str, ...]
+    tokenizer: TokenizerConfig
+    num_shots: int = 4
+    max_samples: int = 100
+    prompt: TaskPrompt = TaskPrompt()
+    chat: str | None = None
+    end: str | None = None
+    answers: str | None = None
+    batch_size: int = 16
+    policy: Policy = Policy()
+
+    def __post_init__(self):
+        check_types(self)
+        check_not_negative("FewShotTasks.num_shots", self.num_shots)
+        check_positive("FewShotTasks.max_samples", self.max_samples)
+        check_positive("FewShotTasks.batch_size", self.batch_size)
+
+    def check(self, context: EvaluationContext) -> None:
+        """Reads the tasks.
+
+        Raises:
+            InputError: a file is no such task, a score's library is missing, a prompt is too long
+                for the model, one device cannot hold the model, or answers cannot be written.
+        """
+        tokenizer = load_tokenizer(self.tokenizer)
+        check_vocabulary(tokenizer, context.model.vocab_size)
+        ending_token(tokenizer, self.end, "FewShotTasks.end")
+        for task in self._tasks:
+            prompts = self._prompts(task, tokenizer)
+            check_prompts(prompts, context.model, task.output_length, f"{task.label}: samples")
+        check_room("FewShotTasks", context.model, self.policy)
+        if self.answers is not None:
+            with _writing(self.answers):
+                Path(self.answers).expanduser().mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, context: EvaluationContext) -> dict[str, float]:
+        """The scores of each task, "task/metric", and "average", the mean of their first ones."""
+        params = context.whole(context.params)
+        figures, first = {}, []
+        for task in self._tasks:
+            answers = self._answered(task, context, params)
+            if self.answers is not None and jax.process_index() == 0:
+                self._write(task, context.step, answers)
+            scores = scored(task, answers)
+            first.append(next(iter(scores.values())))
+            figures |= {f"{task.name}/{metric}": value for metric, value in scores.items()}
+        return {**figures, "average": sum(first) / len(first)}
+
+    @functools.cached_property  # read once for all of a run's evaluations
+    def _tasks(self) -> list[Task]:
+        return read_tasks("FewShotTasks.paths", self.paths, self.num_shots)
+
+    def _asked(self, task: Task) -> Sequence[Sample]:
+        return task.samples[: self.max_samples]
+
+    def _prompts(self, task: Task, tokenizer: Tokenizer) -> list[list[int]]:
+        texts = [
+            self.prompt.text(task, self.num_shots, sample.input) for sample in self._asked(task)
+        ]
+        if self.chat is None:
+            return [tokenizer.encode(text) for text in texts]
+        # It needs jinja, which texts that are continued do without.
+        from jaxscale.data.chat_template import read_chat_template
+
+        template = read_chat_template(Path(self.chat).expanduser())
+        return [template.encode([{"role": "user", "content": text}], tokenizer) for text in texts]
+
+    def _answered(
+        self,
+        task: Task,
+        context: EvaluationContext,
+        params: Params,
+    ) -> list[str]:
+        """What the model writes to each question."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        end = ending_token(tokenizer, self.end, "FewShotTasks.end")
+        prompts = self._prompts(task, tokenizer)
+        # Prompts of about the same length share a batch, for all are padded to the longest.
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        answers = [""] * len(prompts)
+        for start in range(0, len(order), self.batch_size):
+            numbers = order[start : start + self.batch_size]
+            # The last batch is filled up, so that it needs no compilation of its own.
+            rows = [*numbers, *numbers[-1:] * (self.batch_size - len(numbers))]
+            written = generate_tokens(
+                whole_decoder(context.model, self.policy),
+                params,
+                [prompts[number] for number in rows],
+                sampling=GREEDY,
+                max_new_tokens=task.output_length,
+                eos_id=end,
+                num_tokens=tokenizer.vocab_size,
+            )
+            for number, tokens in zip(numbers, written):
+                answers[number] = tokenizer.decode([token for token in tokens if token != end])
+        return answers
+
+    def _write(
+        self,
+        task: Task,
+        step: int,
+        answers: Sequence[str],
+    ) -> None:
+        lines = [
+            json.dumps(
+                {"input": sample.input, "output": sample.output, "answer": answer},
+                ensure_ascii=False,
+            )
+            for sample, answer in zip(self._asked(task), answers, strict=True)
+        ]
+        file = Path(self.answers).expanduser() / f"{task.name}_{step}.jsonl"
+        with _writing(str(file)):
+            file.write_text("\n".join([*lines, ""]))
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        expected = f"a place that can be written ({error.strerror})"
+        raise InputError("FewShotTasks.answers", path, expected) from error
+
+
+def scored(
+    task: Task,
+    answers: Sequence[str],
+) -> dict[str, float]:
+    """The scores of answers to a task's first questions, by the names of its metrics."""
+    right = [normalised(sample.output) for sample in task.samples[: len(answers)]]
+    compared = [normalised(answer) for answer in answers]
+    return {metric: SCORES[metric].of(compared, right) for metric in task.metrics}
