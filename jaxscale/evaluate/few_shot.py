@@ -13,10 +13,8 @@ from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_toke
 from jaxscale.data.tokenizer_kinds import Tokenizer, ending_token
 from jaxscale.evaluate.scores import SCORES, normalised
 from jaxscale.evaluate.tasks import Sample, Task, TaskPrompt, read_tasks
-from jaxscale.evaluate.whole_model import check_room, whole_decoder
 from jaxscale.models.evaluation import EvaluationContext
-from jaxscale.ops.precision import Policy
-from jaxscale.serve.decoding import check_prompts, generate_tokens
+from jaxscale.serve.decoding import check_prompts
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError, Params, check_not_negative, check_positive, check_types
 
@@ -44,8 +42,8 @@ class FewShotTasks:
         end: text of the special token that ends an answer; None for the one that ends a document.
         answers: folder for the answers to each task, TASK_STEP.jsonl; None writes none.
         batch_size: questions at a time; more are faster and take more memory.
-        policy: dtypes, as the run's.
-    Cost: a whole copy of the parameters on each device while answers are written.
+        tensor: devices over which each copy of the model is spread while it writes.
+    Cost: a copy of the parameters on each `tensor` devices while answers are written.
     """
 
     paths: tuple[str, ...]
@@ -57,7 +55,7 @@ class FewShotTasks:
     end: str | None = None
     answers: str | None = None
     batch_size: int = 16
-    policy: Policy = Policy()
+    tensor: int = 1
 
     def __post_init__(self):
         check_types(self)
@@ -70,7 +68,7 @@ class FewShotTasks:
 
         Raises:
             InputError: a file is no such task, a score's library is missing, a prompt is too long
-                for the model, one device cannot hold the model, or answers cannot be written.
+                for the model, the devices cannot hold the model, or answers cannot be written.
         """
         tokenizer = load_tokenizer(self.tokenizer)
         check_vocabulary(tokenizer, context.model.vocab_size)
@@ -78,14 +76,14 @@ class FewShotTasks:
         for task in self._tasks:
             prompts = self._prompts(task, tokenizer)
             check_prompts(prompts, context.model, task.output_length, f"{task.label}: samples")
-        check_room("FewShotTasks", context.model, self.policy)
+        context.engine(self.tensor).check_room("FewShotTasks")
         if self.answers is not None:
             with _writing(self.answers):
                 Path(self.answers).expanduser().mkdir(parents=True, exist_ok=True)
 
     def __call__(self, context: EvaluationContext) -> dict[str, float]:
         """The scores of each task, "task/metric", and "average", the mean of their first ones."""
-        params = context.whole(context.params)
+        params = context.engine(self.tensor).spread(context.params)
         figures, first = {}, []
         for task in self._tasks:
             answers = self._answered(task, context, params)
@@ -132,8 +130,7 @@ class FewShotTasks:
             numbers = order[start : start + self.batch_size]
             # The last batch is filled up, so that it needs no compilation of its own.
             rows = [*numbers, *numbers[-1:] * (self.batch_size - len(numbers))]
-            written = generate_tokens(
-                whole_decoder(context.model, self.policy),
+            written = context.engine(self.tensor).write(
                 params,
                 [prompts[number] for number in rows],
                 sampling=GREEDY,

@@ -3,10 +3,8 @@
 import dataclasses
 
 from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_tokenizer
-from jaxscale.evaluate.whole_model import check_room, whole_decoder
 from jaxscale.models.evaluation import EvaluationContext
-from jaxscale.ops.precision import Policy
-from jaxscale.serve.decoding import check_prompts, generate_tokens
+from jaxscale.serve.decoding import check_prompts
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import check_positive, check_types
 
@@ -20,15 +18,15 @@ class Samples:
         prompts: the beginnings of the texts.
         max_new_tokens: longest continuation, in tokens.
         sampling: how tokens are drawn; the same draws at each evaluation.
-        policy: dtypes, as the run's.
-    Cost: a whole copy of the parameters on each device while texts are written.
+        tensor: devices over which each copy of the model is spread while it writes.
+    Cost: a copy of the parameters on each `tensor` devices while texts are written.
     """
 
     tokenizer: TokenizerConfig
     prompts: tuple[str, ...]
     max_new_tokens: int = 50
     sampling: SamplingConfig = SamplingConfig()
-    policy: Policy = Policy()
+    tensor: int = 1
 
     def __post_init__(self):
         check_types(self)
@@ -39,18 +37,18 @@ class Samples:
 
         Raises:
             InputError: a prompt is empty or too long, the tokenizer knows more tokens than the
-                model, or one device cannot hold the model.
+                model, or the devices cannot hold the model.
         """
         check_vocabulary(load_tokenizer(self.tokenizer), context.model.vocab_size)
         check_prompts(self._encoded(), context.model, self.max_new_tokens)
-        check_room("Samples", context.model, self.policy)
+        context.engine(self.tensor).check_room("Samples")
 
     def __call__(self, context: EvaluationContext) -> dict[str, str]:
         """Each prompt with its continuation, by its number."""
         tokenizer = load_tokenizer(self.tokenizer)
-        continued = generate_tokens(
-            whole_decoder(context.model, self.policy),
-            context.whole(context.params),
+        engine = context.engine(self.tensor)
+        continued = engine.write(
+            engine.spread(context.params),
             self._encoded(),
             sampling=self.sampling,
             max_new_tokens=self.max_new_tokens,

@@ -104,8 +104,8 @@ def make_serving_operations(
 ) -> Operations:
     """The operations that a mesh injects for decoding, where nothing is differentiated.
 
-    A step has few tokens, so that the residual is replicated over the tensor group. Rows are
-    replicated too: every device has all of them.
+    A step has few tokens, so that the residual is replicated over the tensor group, as its rows
+    are. Each group may have rows of its own.
 
     Args:
         config: the mesh.

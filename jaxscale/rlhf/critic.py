@@ -54,11 +54,6 @@ class CriticConfig:
         return jax.tree.map(own, parameter_table(self.model))
 
 
-def without_critic(params: Params) -> Params:
-    """The parameters of the policy alone, or what stands for them."""
-    return {name: part for name, part in params.items() if name != CRITIC}
-
-
 def critic_values(
     decoder: Decoder,
     config: ModelConfig,

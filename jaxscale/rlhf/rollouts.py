@@ -14,12 +14,9 @@ from jaxscale.data.prompt_loader import PromptLoader
 from jaxscale.data.prompts import Prompt
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.data.tokenizer_kinds import Tokenizer, ending_token
-from jaxscale.models.config import ModelConfig
-from jaxscale.models.decoder import Decoder
 from jaxscale.models.evaluation import EvaluationContext
-from jaxscale.models.execution import ExecutionConfig
-from jaxscale.ops.precision import Policy
-from jaxscale.serve.decoding import check_prompts, generate_tokens
+from jaxscale.serve.decoding import check_prompts
+from jaxscale.serve.hybrid_engine import HybridEngine
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import Batch, InputError, Params, check_built, check_positive, check_types
 
@@ -50,17 +47,21 @@ class RolloutConfig:
         num_answers: to each prompt; `policy_loss` compares an answer with the others.
         max_new_tokens: longest answer.
         end: text of the special token that ends an answer; None for the one that ends a document.
+        tensor: devices over which each copy of the model is spread while it writes. All devices of
+            the mesh write, each group of so many its share of the answers.
     """
 
     rewards: dict[str, Reward]
     num_answers: int = 8
     max_new_tokens: int = 128
     end: str | None = None
+    tensor: int = 1
 
     def __post_init__(self):
         check_types(self)
         check_positive("RolloutConfig.max_new_tokens", self.max_new_tokens)
         check_positive("RolloutConfig.num_answers", self.num_answers)
+        check_positive("RolloutConfig.tensor", self.tensor)
         if not self.rewards:
             raise InputError("RolloutConfig.rewards", self.rewards, "at least one reward")
 
@@ -79,7 +80,7 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """Writes and rewards answers on one device.
+    """Writes answers on all devices, and rewards them.
 
     They are drawn at temperature 1 from all tokens that the tokenizer knows, so that their
     probability is the one that the loss takes, but for what a model with more rows gives to those
@@ -88,16 +89,14 @@ class Rollouts:
 
     Args:
         config: how many and how long.
-        model: the model.
-        policy: dtypes, as the run's.
+        engine: of the model.
         tokenizer: as the run's.
         length: T, tokens of a row.
         seed: of the draws.
     """
 
     config: RolloutConfig
-    model: ModelConfig
-    policy: Policy
+    engine: HybridEngine
     tokenizer: Tokenizer
     length: int
     seed: int
@@ -111,23 +110,24 @@ class Rollouts:
         """Answers to each prompt, as rows to learn from.
 
         Args:
-            params: whole, on one device.
+            params: of the training.
             prompts: P of them.
             draws: [P] a number for each, from which what is drawn derives.
         Returns:
             ({tokens, labels, weights, segments, positions} [P * num_answers, T], answers to one
             prompt next to each other; the reward of each answer, [P, num_answers]; figures: means
             of each reward and of their sum, "reward", with its deviation among the answers to a
-            prompt, of an answer's tokens, the share of answers that were cut off, and seconds).
+            prompt, of an answer's tokens, the share of answers that were cut off, and the seconds
+            in which parameters were spread and answers written and rewarded).
         """
         jax.block_until_ready(params)  # the step before may not be over, and is no part of this
-        num, began = self.config.num_answers, time.perf_counter()
+        began = time.perf_counter()
+        params = jax.block_until_ready(self.engine.spread(params))
+        num, spread = self.config.num_answers, time.perf_counter()
         asked = [prompt for prompt in prompts for _ in range(num)]
         sequences = (draws[:, None] * num + np.arange(num)).reshape(-1)
         end = self.config.end_id(self.tokenizer)
-        execution = ExecutionConfig(is_scanned=False, remat="none")
-        written = generate_tokens(
-            Decoder(self.model, policy=self.policy, execution=execution),
+        written = self.engine.write(
             params,
             [prompt.tokens for prompt in asked],
             sampling=SamplingConfig(seed=self.seed),
@@ -148,7 +148,8 @@ class Rollouts:
             "reward_deviation": float(total.std(1).mean()),
             "answer_tokens": float(np.mean([len(tokens) for tokens in written])),
             "cut_off": float(np.mean([end not in tokens for tokens in written])),
-            "rollout_s": time.perf_counter() - began,
+            "spread_s": spread - began,
+            "rollout_s": time.perf_counter() - spread,
         }
         return self._rows(asked, written), total, figures
 
@@ -221,15 +222,13 @@ class HeldOutRewards:
     Args:
         data: as the run's.
         rollouts: as the run's, or with other rewards.
-        policy: dtypes, as the run's.
         num_prompts: at most.
         seed: of the draws, the same at each evaluation.
-    Cost: a whole copy of the parameters on each device while answers are written.
+    Cost: a copy of the parameters on each `RolloutConfig.tensor` devices while answers are written.
     """
 
     data: DataConfig
     rollouts: RolloutConfig
-    policy: Policy = Policy()
     num_prompts: int = 32
     seed: int = 0
 
@@ -245,19 +244,19 @@ class HeldOutRewards:
         self.rollouts.check(load_tokenizer(self.data.tokenizer), self._prompts)
         tokens = [prompt.tokens for prompt in self._prompts]
         check_prompts(tokens, context.model, self.rollouts.max_new_tokens)
+        context.engine(self.rollouts.tensor).check_room("HeldOutRewards")
 
     def __call__(self, context: EvaluationContext) -> dict[str, float]:
         """The figures of `Rollouts`."""
         rollouts = Rollouts(
             self.rollouts,
-            model=context.model,
-            policy=self.policy,
+            engine=context.engine(self.rollouts.tensor),
             tokenizer=load_tokenizer(self.data.tokenizer),
             length=self.data.sequence_length,
             seed=self.seed,
         )
-        whole = context.whole(context.params)
-        *_, figures = rollouts(whole, self._prompts, np.arange(len(self._prompts)))
+        draws = np.arange(len(self._prompts))
+        *_, figures = rollouts(context.params, self._prompts, draws)
         return figures
 
     @functools.cached_property  # read once for all of a run's evaluations

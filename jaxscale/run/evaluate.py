@@ -89,7 +89,7 @@ def evaluate(
 
 def _measure(run: Run) -> Callable[[EvaluationContext], dict[str, Any]]:
     if run.rollouts is not None:
-        return HeldOutRewards(run.data, run.rollouts, run.policy)
+        return HeldOutRewards(run.data, run.rollouts)
     return PreferenceAccuracy(run.data) if run.data.is_paired else BitsPerByte(run.data)
 
 

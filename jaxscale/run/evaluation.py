@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.data.loader import DataConfig
 from jaxscale.models.evaluation import EvaluationContext
@@ -16,10 +15,10 @@ from jaxscale.parallel.batch import place
 from jaxscale.parallel.mesh import check_multiple
 from jaxscale.parallel.region import LossFn, Region
 from jaxscale.parallel.sequence.fpdt.strategy import FullyPipelined
-from jaxscale.rlhf.critic import without_critic
 from jaxscale.run.fit import check_attention
 from jaxscale.run.run import Run
-from jaxscale.types import InputError, Params
+from jaxscale.serve.hybrid_engine import HybridEngine
+from jaxscale.types import InputError
 
 
 def evaluation_context(run: Run, region: Region, loss_fn: LossFn) -> EvaluationContext:
@@ -31,7 +30,7 @@ def evaluation_context(run: Run, region: Region, loss_fn: LossFn) -> EvaluationC
         mesh=region.mesh,
         sums=jax.jit(region.evaluate(loss_fn)),
         place=functools.partial(place, region.mesh),
-        whole=make_whole(region),
+        engine=make_engines(run, region),
         check_data=functools.partial(check_data, run),
     )
 
@@ -102,16 +101,6 @@ def _factors(run: Run) -> dict[str, tuple[str, int]]:
     return found
 
 
-def make_whole(region: Region) -> Callable[[Params], Params]:
-    """What gathers the model's parameters, in the order of the layers, onto this process's first
-    device; a critic's stay where they are.
-    """
-    layout, dims = region.specs.layout, without_critic(region.specs.dims)
-    everywhere = NamedSharding(region.mesh, PartitionSpec())
-    gather = jax.jit(lambda params: layout.restore(params, dims), out_shardings=everywhere)
-
-    def whole(params: Params) -> Params:
-        gathered = gather(without_critic(params))
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered)
-
-    return whole
+def make_engines(run: Run, region: Region) -> Callable[[int], HybridEngine]:
+    """What makes a run's hybrid engine of a number of devices for each copy, once for each."""
+    return functools.cache(functools.partial(HybridEngine, run.model, run.policy, region))

@@ -61,6 +61,8 @@ def inspect(*, run: Run, host_gib: float | None = None) -> None:
     print(f"mesh          {dataclasses.asdict(run.mesh)}, {math.prod(run.mesh.sizes)} devices")
     for name, size in bytes_per_device(run, table, specs).items():
         print(f"{name:<13} {_bytes_text(size)} per device")
+    if run.rollouts is not None:
+        print(_writing_line(run, table))
     print("\n".join(_step_lines(run, math.inf if host_gib is None else host_gib * GIB)))
 
 
@@ -106,6 +108,15 @@ def bytes_per_device(
     )
     sizes["optimizer"] -= host
     return sizes | {"sum": sum(sizes.values()), "on the host": host}
+
+
+def _writing_line(run: Run, table: Table) -> str:
+    """What each device holds beside the state while answers are written."""
+    mesh = MeshConfig(tensor=run.rollouts.tensor)
+    specs = make_specs(table, mesh)
+    params = abstract_stored(table, specs, run.policy.parameters)
+    size = _tree_bytes(params, specs.parameters, mesh)
+    return f"{'writing':<13} {_bytes_text(size)} per device, a copy while answers are written"
 
 
 def _step_lines(run: Run, host_limit: float) -> list[str]:

@@ -8,10 +8,11 @@ import numpy as np
 
 from jaxscale.data.prompt_loader import PromptLoader
 from jaxscale.data.tokenizer import load_tokenizer
+from jaxscale.launch.memory import check_fits
 from jaxscale.parallel.batch import place
 from jaxscale.rlhf.experience import Experience, make_experience
 from jaxscale.rlhf.rollouts import Rollouts, advantages
-from jaxscale.run.evaluation import make_whole
+from jaxscale.run.evaluation import make_engines
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import check_prompts
 from jaxscale.train.setup import Setup
@@ -45,21 +46,21 @@ def make_answering(
     """(parameters, what the loader gave) -> (rows of answers on the mesh, figures of them)."""
     tokenizer = load_tokenizer(run.data.tokenizer)
     run.rollouts.check(tokenizer, loader.prompts)
+    engine = make_engines(run, setup.region)(run.rollouts.tensor)
+    check_fits("RolloutConfig.tensor", setup.resting() | {"a copy that writes": engine.abstract})
     rollouts = Rollouts(
         run.rollouts,
-        model=run.model,
-        policy=run.policy,
+        engine=engine,
         tokenizer=tokenizer,
         length=run.data.sequence_length,
         seed=run.train.seed,
     )
-    whole = make_whole(setup.region)
     has_critic = run.critic is not None
     judged = make_experience(setup.loss_fn, setup.region) if has_critic else _compared(setup)
 
     def answered(params: Params, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         prompts = [loader.prompts[number] for number in batch["prompts"]]
-        rows, rewards, figures = rollouts(whole(params), prompts, batch["draws"])
+        rows, rewards, figures = rollouts(params, prompts, batch["draws"])
         ready, of_learning = judged(params, rows, rewards)
         return ready, figures | of_learning
 

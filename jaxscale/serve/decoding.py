@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
 from jaxscale.ops.attention import cache as kv_cache
 from jaxscale.ops.backends import Operations
+from jaxscale.parallel.mesh import DATA, TENSOR
 from jaxscale.parallel.region import Region
 from jaxscale.serve.caches import empty_caches
 from jaxscale.serve.sampling import SamplingConfig, sample, token_keys
@@ -49,8 +50,8 @@ def generate_tokens(
             default its index.
         num_tokens: only tokens below are drawn, where the tokenizer knows fewer than the model;
             None for all.
-        region: of a mesh over which the model is spread, see
-            `parallel.region.make_serving_operations`; None for one device.
+        region: of a mesh whose tensor groups each have the model and take a share of the prompts,
+            see `parallel.region.make_serving_operations`; None for one device.
     Returns:
         The new tokens of each prompt, up to and including the end token.
     Raises:
@@ -114,6 +115,11 @@ def _generate(
     region: Region | None,
 ) -> list[list[int]]:
     """One prefill and one loop; `numbers` are the sequences, the rest is as `generate_tokens`."""
+    # Each tensor group has as many rows; those that fill up are the last prompt once more.
+    num_more = 0 if region is None else -len(prompts) % region.mesh.shape[DATA]
+    num_prompts = len(prompts)
+    prompts = [*prompts, *[prompts[-1]] * num_more]
+    numbers = [*numbers, *[numbers[-1]] * num_more]
     tokens, positions = _pad_left(prompts)
     loop = Loop(
         decoder,
@@ -125,7 +131,7 @@ def _generate(
     compiled = _compiled(loop, region)
     sequences = np.asarray(numbers, np.int32)
     output = compiled(params, tokens, positions, sequences, jax.random.key(sampling.seed))
-    return [_until(row, eos_id) for row in np.asarray(output).tolist()]
+    return [_until(row, eos_id) for row in np.asarray(output)[:num_prompts].tolist()]
 
 
 def advance(
@@ -280,10 +286,10 @@ class Loop:
 def _compiled(loop: Loop, region: Region | None) -> Any:
     if region is None:
         return jax.jit(loop)
-    tensor = region.mesh.shape["tensor"]
-    everywhere = PartitionSpec()
-    local = functools.partial(loop, tensor=tensor)
-    return jax.jit(region.forward(local, in_specs=(everywhere,) * 4, out_specs=everywhere))
+    local = functools.partial(loop, tensor=region.mesh.shape[TENSOR])
+    rows, everywhere = PartitionSpec(DATA), PartitionSpec()
+    spread = region.forward(local, in_specs=(rows, rows, rows, everywhere), out_specs=rows)
+    return jax.jit(spread, out_shardings=NamedSharding(region.mesh, everywhere))
 
 
 def check_prompts(

@@ -9,19 +9,16 @@ import pytest
 
 from jaxscale.data.tokenizer import TokenizerConfig, load_tokenizer
 from jaxscale.data.tokenizer_kinds import ByteTokenizer
-from jaxscale.evaluate import few_shot
 from jaxscale.evaluate.few_shot import FewShotTasks
 from jaxscale.evaluate.tasks import TaskPrompt
-from jaxscale.evaluate.whole_model import whole_decoder
 from jaxscale.models.parameters import init_params, parameter_table
-from jaxscale.ops.precision import Policy
-from jaxscale.serve.decoding import generate_tokens
+from jaxscale.serve.hybrid_engine import HybridEngine
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
 from tests.data.chat_tokenizer import write_chat_tokenizer
 from tests.parallel.comparison import dense
+from tests.serve.engines import one_device
 
-FLOAT32 = Policy(compute="float32")
 MODEL = dense(num_layers=1, vocab_size=300, max_length=64)
 PROMPT = TaskPrompt(head="{instruction}", example="\n{input}={output}")
 QUESTIONS = ["1", "12", "123", "4", "45"]
@@ -30,13 +27,13 @@ QUESTIONS = ["1", "12", "123", "4", "45"]
 @pytest.fixture(scope="module")
 def context():
     params = init_params(parameter_table(MODEL), jax.random.key(0), "float32")
-    return SimpleNamespace(params=params, step=3, model=MODEL, whole=lambda params: params)
+    engine = one_device(MODEL)
+    return SimpleNamespace(params=params, step=3, model=MODEL, engine=lambda tensor: engine)
 
 
 def answer(context, tokens, num_tokens, end):
     """What the model continues one prompt with, alone."""
-    (written,) = generate_tokens(
-        whole_decoder(MODEL, FLOAT32),
+    (written,) = context.engine(1).write(
         context.params,
         [tokens],
         sampling=SamplingConfig(temperature=0.0),
@@ -68,7 +65,6 @@ def make(folder, **changes):
         num_shots=1,
         prompt=PROMPT,
         batch_size=2,
-        policy=FLOAT32,
     )
     return FewShotTasks(**fields | changes)
 
@@ -106,12 +102,12 @@ def test_a_chat_model_is_asked_as_its_template_has_it(tmp_path, context, monkeyp
     special = tokenizer.special_tokens
     asked = []
 
-    def write(decoder, params, prompts, **settings):
+    def write(self, params, prompts, **settings):
         assert settings["eos_id"] == special["<|end|>"]
         asked.extend(prompts)
         return [[*tokenizer.encode("Four."), special["<|end|>"]] for _ in prompts]
 
-    monkeypatch.setattr(few_shot, "generate_tokens", write)
+    monkeypatch.setattr(HybridEngine, "write", write)
     (tmp_path / "tasks").mkdir()
     write_task(tmp_path / "tasks", ["Four.", *"bcde"])
     tasks = make(

@@ -230,7 +230,7 @@ def counting_context(labels):
         mesh=mesh,
         sums=sums,
         place=lambda batch: batch,
-        whole=lambda params: params,
+        engine=lambda tensor: None,
         check_data=lambda name, data: None,
     )
 

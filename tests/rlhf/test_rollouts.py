@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,6 @@ from jaxscale.models.config import LongRopeScaling, RotaryConfig
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
 from jaxscale.models.parameters import init_params, parameter_table
-from jaxscale.ops.precision import Policy
 from jaxscale.rlhf import rollouts
 from jaxscale.rlhf.policy import PolicyLoss
 from jaxscale.rlhf.rewards import ExactMatch
@@ -31,6 +31,7 @@ from tests.data.chat_tokenizer import as_messages, write_chat_tokenizer
 from tests.parallel.comparison import dense, make_params
 from tests.rlhf.counting import digits
 from tests.run.runs import ROOT
+from tests.serve.engines import FLOAT32, one_device
 
 RUN = """
 from __gin__ import dynamic_registration
@@ -112,8 +113,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(folder, base):
             assert stopped[step][figure] == base[step][figure], (step, figure)
 
 
-def test_on_a_mesh_the_same_answers_are_written_and_learned_from(folder, base):
-    meshed = trained(folder, "meshed", *SHORT, "--set=mesh.data=4", "--set=mesh.tensor=2")
+@pytest.mark.parametrize("tensor", [1, pytest.param(4, marks=pytest.mark.long)])
+def test_on_a_mesh_the_same_answers_are_written_and_learned_from(folder, base, tensor):
+    words = ["--set=mesh.data=4", "--set=mesh.tensor=2", f"--set=rollouts.tensor={tensor}"]
+    meshed = trained(folder, f"meshed_{tensor}", *SHORT, *words)
     for step in (1, 2):
         assert meshed[step]["reward"] == base[step]["reward"]
         assert meshed[step]["gradient_norm"] == pytest.approx(base[step]["gradient_norm"], rel=1e-4)
@@ -146,6 +149,16 @@ def test_a_price_keeps_adapters_near_the_reference(folder, base):
     assert 0 < means[3.0] < means[0.01] / 2
 
 
+def test_inspect_says_what_a_copy_that_writes_takes(folder, capsys):
+    sizes = []
+    for tensor in (1, 2):
+        words = [str(folder / "run.gin"), f"--set=rollouts.tensor={tensor}"]
+        assert cli.main(["inspect", *words]) == 0
+        shown = capsys.readouterr().out
+        sizes.append(float(re.search(r"^writing +([\d.]+) KiB per device", shown, re.M)[1]))
+    assert 0.5 <= sizes[1] / sizes[0] < 0.7  # norms are not spread
+
+
 PROMPTS = [Prompt(name, list(name.encode()), {}) for name in ("one", "a longer one")]
 
 
@@ -160,8 +173,7 @@ def make_rollouts(num_answers=4, max_new_tokens=5, reward=digits, rotary=RotaryC
     attention = dataclasses.replace(layer.attention, rotary=rotary)
     layer = dataclasses.replace(layer, attention=attention)
     model = dataclasses.replace(model, pattern=(layer,))
-    policy = Policy(compute="float32")
-    made = Rollouts(config, model, policy, ByteTokenizer(), length=24, seed=3)
+    made = Rollouts(config, one_device(model), ByteTokenizer(), length=24, seed=3)
     return made, jax.tree.map(np.float32, make_params(model))
 
 
@@ -207,7 +219,7 @@ def test_answers_are_drawn_with_the_probability_that_the_loss_takes():
     batch, *_ = made(params, PROMPTS[:1], np.array([0]))
     place = len(PROMPTS[0].tokens) - 1
     row = {name: batch[name][:1] for name in ("tokens", "positions")}
-    logits, _ = jax.jit(Decoder(made.model, policy=made.policy).logits)(params, row)
+    logits, _ = jax.jit(Decoder(made.engine.decoder.config, policy=FLOAT32).logits)(params, row)
     log_p = np.asarray(jax.nn.log_softmax(logits[0, place, : made.tokenizer.vocab_size]), float)
     drawn = -log_p[batch["labels"][:, place]]
     entropy = -(np.exp(log_p) * log_p).sum()
@@ -220,12 +232,12 @@ def test_a_short_answer_in_a_long_row_is_learned_with_the_positions_it_was_writt
     made, params = make_rollouts(rotary=RotaryConfig(scaling=SCALING))
     batch, *_ = made(params, PROMPTS[:1], np.array([0]))
     batch["advantages"] = np.zeros_like(batch["weights"])
-    loss = PolicyLoss(made.model, made.policy, EXECUTION, beta=0.0)
+    loss = PolicyLoss(made.engine.decoder.config, FLOAT32, EXECUTION, beta=0.0)
     _, weight, figures = jax.jit(loss)(params, batch, None)
     size = len(PROMPTS[0].tokens) + 4
     assert size <= SCALING.original_length < made.length and weight == 20
     texts = {name: batch[name][:, :size] for name in ("tokens", "positions")}
-    logits, _ = jax.jit(Decoder(made.model, policy=made.policy).logits)(params, texts)
+    logits, _ = jax.jit(Decoder(made.engine.decoder.config, policy=FLOAT32).logits)(params, texts)
     log_p = np.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][:, :size, None], -1)
     wanted = -(log_p[..., 0] * batch["weights"][:, :size]).sum()
     np.testing.assert_allclose(figures["entropy"], wanted, rtol=1e-5)
@@ -331,10 +343,11 @@ def test_every_evaluation_answers_the_prompts_that_were_there_when_the_run_began
     config = RolloutConfig({"length": read}, num_answers=2, max_new_tokens=1)
     evaluator = HeldOutRewards(data, config)
     trained_on = {tuple(prompt.tokens) for prompt in PromptLoader(data, 2, 1).prompts}
-    context = SimpleNamespace(model=run.model, params=None, whole=lambda params: whole)
+    engine = one_device(run.model)
+    context = SimpleNamespace(model=run.model, params=None, engine=lambda tensor: engine)
     evaluator.check(context)
     Path(file).write_text("")
-    whole = init_params(parameter_table(run.model), jax.random.key(0), "float32")
+    context.params = init_params(parameter_table(run.model), jax.random.key(0), "float32")
     assert evaluator(context)["reward"] == 1
     assert len(set(asked)) == len(asked) / 2 == 40 - len(trained_on) and not trained_on & set(asked)
 
@@ -356,6 +369,10 @@ BAD = {
     ),
     "a pipeline": ("run.MeshConfig.pipeline = 2", "MeshConfig.pipeline: given 2, expected 1"),
     "no adapters": ("run.policy_loss.beta = 0.1", "ModelConfig.lora: given None"),
+    "devices that write": (
+        "run.RolloutConfig.tensor = 3",
+        "tensor of what writes: given 3, expected devices % tensor == 0, here 8 devices",
+    ),
     "rows": (
         "run.RolloutConfig.num_answers = 7",
         "DataConfig.batch_size: given 64, expected batch_size % num_answers == 0, here 64 % 7 = 1",

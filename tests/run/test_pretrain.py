@@ -138,7 +138,7 @@ def test_a_run_says_what_begins_what_is_measured_and_what_came(
     directory = tmp_path / "run"
     short = ("train.steps=2", "train.evaluate_every=1", "checkpoint.save_every=1", *changes)
     run = runs.load_run(gin_file, directory, *short)
-    samples = Samples(run.data.tokenizer, ("3 times", "5"), 8, policy=run.policy)
+    samples = Samples(run.data.tokenizer, ("3 times", "5"), 8)
     run = dataclasses.replace(run, evaluators=run.evaluators | {"samples": samples})
     with caplog.at_level("INFO"):
         pretrain(run=run)

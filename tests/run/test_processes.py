@@ -80,8 +80,8 @@ def start(gin_file):
     """Starts a run; whatever is left of it at the test's end is killed."""
     with contextlib.ExitStack() as stack:
 
-        def start_run(directory, *overrides, number=2, **settings):
-            run = Processes(gin_file, directory, *overrides, number=number, **settings)
+        def start_run(directory, *overrides, number=2, file=gin_file, **settings):
+            run = Processes(file, directory, *overrides, number=number, **settings)
             stack.callback(run.end)
             return run
 
@@ -115,6 +115,35 @@ def test_two_processes_train_as_one_does_and_one_goes_on(gin_file, whole, start,
     assert "resumed after step 25" in one.log(0)
     assert_same_figures(one.directory, whole)
     runs.assert_close_run(gin_file, one.directory, whole)
+
+
+SAMPLES = """
+from __gin__ import dynamic_registration
+from jaxscale import run
+include '{file}'
+run.Run.evaluators = {{'samples': @run.Samples()}}
+run.Samples.tokenizer = @run.TokenizerConfig()
+run.Samples.prompts = ('3 times', '5', '11 t')
+run.Samples.max_new_tokens = 8
+run.Samples.tensor = 2
+run.TrainConfig.steps = 7
+run.TrainConfig.evaluate_every = 7
+"""
+
+
+@LONG
+@pytest.mark.parametrize("sizes", [("mesh.zero=3",), CROSSING["pipeline"]], ids=str)
+def test_two_processes_write_the_samples_that_one_does(gin_file, start, tmp_path, sizes):
+    """Four groups of two devices, of which two groups are the other process's, have three texts."""
+    file = tmp_path / "samples.gin"
+    file.write_text(SAMPLES.format(file=gin_file))
+    texts = []
+    for number in (1, 2):
+        run = start(tmp_path / str(number), *sizes, number=number, file=file)
+        assert run.statuses() == [0] * number, run.all_logs()
+        *_, last = runs.read_history(run.directory / "metrics.jsonl")
+        texts.append([last[f"samples/{n}"] for n in "012"])
+    assert texts[0] == texts[1]
 
 
 @LONG
