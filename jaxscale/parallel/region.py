@@ -130,7 +130,6 @@ def make_serving_operations(
         first_column=_first_column(config),
         kv_heads=tensor.kv_heads,
         sum_over_heads=tensor.sum_over_heads,
-        sum_over_tokens=tensor.sum_over_tokens,
     )
     backends = Backends(
         attention=attention,

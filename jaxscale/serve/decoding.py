@@ -128,9 +128,9 @@ def _generate(
         eos_id,
         num_tokens,
     )
-    compiled = _compiled(loop, region)
     sequences = np.asarray(numbers, np.int32)
-    output = compiled(params, tokens, positions, sequences, jax.random.key(sampling.seed))
+    key = jax.random.key(sampling.seed)
+    output = compiled(loop, region)(params, tokens, positions, sequences, key)
     return [_until(row, eos_id) for row in np.asarray(output)[:num_prompts].tolist()]
 
 
@@ -283,7 +283,8 @@ class Loop:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(loop: Loop, region: Region | None) -> Any:
+def compiled(loop: Loop, region: Region | None) -> Callable:
+    """The loop as a program of its own; arguments as of `Loop`, `region` as `generate_tokens`."""
     if region is None:
         return jax.jit(loop)
     local = functools.partial(loop, tensor=region.mesh.shape[TENSOR])

@@ -8,6 +8,7 @@ import pytest
 from jaxscale import tree
 from jaxscale.models.parameters import init_params, parameter_table
 from jaxscale.ops.rotary import LongRopeScaling, RotaryConfig
+from jaxscale.serve.decoding import Loop, compiled
 from jaxscale.serve.hybrid_engine import HybridEngine
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError
@@ -91,6 +92,34 @@ def test_each_group_stops_when_its_own_texts_have_ended():
     found = written(engine, params, eos_id=end)
     assert found[0] == whole[0][: whole[0].index(end) + 1]
     assert found[1:] == whole[1:]
+
+
+def crossed(jaxpr):
+    """The axes over which a traced program sums or gathers."""
+    found = set()
+    for equation in jaxpr.eqns:
+        for name in ("axes", "axis_name"):
+            axes = equation.params.get(name, ())
+            axes = axes if isinstance(axes, tuple) else (axes,)
+            found |= {axis for axis in axes if isinstance(axis, str)}
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            found |= crossed(inner) if hasattr(inner, "eqns") else set()
+    return found
+
+
+@pytest.mark.parametrize("name", ["dense", "mixture"])
+def test_no_group_waits_for_another_while_it_writes(name):
+    """So that one whose texts are short is done, and loops of other lengths do not lock."""
+    engine = HybridEngine(MODELS[name], FLOAT32, training(MODELS[name], data=4), tensor=2)
+    params = jax.tree.map(jax.numpy.zeros_like, engine.abstract)
+
+    def write(params):
+        loop = Loop(engine.decoder, GREEDY, max_new_tokens=4, eos_id=None, num_tokens=None)
+        rows = jax.numpy.zeros((4, 8), "int32")
+        return compiled(loop, engine.region)(params, rows, rows, rows[:, 0], jax.random.key(0))
+
+    assert crossed(jax.make_jaxpr(write)(params).jaxpr) == {"tensor"}
 
 
 def test_the_copy_that_writes_is_spread_and_the_critic_stays_behind():
