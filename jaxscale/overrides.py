@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from inspect import isfunction
 from typing import Any, NamedTuple
 
 from jaxscale import renamed
@@ -127,7 +128,7 @@ def _configuration(item: Any, place: _Place, step: _Step, label: str) -> Referen
     is_built = isinstance(item, Reference) or dataclasses.is_dataclass(item)
     if len(kinds) == 1 and not is_built:
         return Reference(kinds[0], own, is_called=True)
-    if not isinstance(item, Reference) or not item.is_called:
+    if not isinstance(item, Reference) or not (item.is_called or isfunction(item.target)):
         expected = "a configuration that has fields"
         if len(kinds) > 1:
             choices = " or ".join(f"@{full_name(kind)}()" for kind in kinds)

@@ -209,6 +209,13 @@ def test_override_of_an_unbound_configuration_starts_from_its_default(run, house
     assert given["room"] == house.Room(width=2, roof=house.Roof(slope=0.5))
 
 
+def test_override_of_what_a_function_is_called_with(run):
+    text = SMALLEST + "house.build.paint = @house.paint\n"
+    assert run(text, "paint.coats=5")["paint"]("red") == ("red", 5)
+    with pytest.raises(InputError, match=r"--set paint.coat=5: paint.coat: .*closest is 'coats'"):
+        run(text, "paint.coat=5")
+
+
 def test_override_of_a_macro_reaches_all_that_mention_it(run):
     text = SMALLEST + "WIDTH = 3\nhouse.Room.width = %WIDTH\nhouse.build.name = %NAME\nNAME = 'a'\n"
     given = run(text, "WIDTH=9", "NAME=b")

@@ -19,6 +19,7 @@ from jaxscale.checkpoint.steps import committed_steps
 from jaxscale.config import operative_config
 from jaxscale.train.metrics import writing
 from jaxscale.types import InputError
+from jaxscale.verbs import VERBS
 from jaxscale.written import fields_of
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ def changes(directory: Path) -> list[str]:
 
 
 def _is_of_a_verb(name: str) -> bool:
-    return name.split("/")[-1][0].islower()
+    owner, _ = name.split("/")[-1].split(".")
+    return owner in {verb.function.split(":")[1] for verb in VERBS.values()}
 
 
 def write_start(

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from jaxscale.train import run_directory
 from jaxscale.train.run_directory import held
 from jaxscale.types import InputError
 
@@ -49,6 +50,16 @@ def test_a_start_that_is_refused_leaves_nothing(tmp_path):
     with pytest.raises(InputError), held(tmp_path / "a" / "run"):
         raise InputError("x", 1, "2")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_loss_is_given_anew_is_said_and_what_a_verb_is_given_is_not(tmp_path, monkeypatch):
+    text = (
+        "jaxscale.run.ppo.ppo_loss.kl_penalty = {0}\n"
+        "x/jaxscale.run.generate.generate.max_new_tokens = {0}\n"
+    )
+    (tmp_path / "config.gin").write_text(text.format(1))
+    monkeypatch.setattr(run_directory, "operative_config", lambda: text.format(2))
+    assert run_directory.changes(tmp_path) == ["ppo_loss.kl_penalty 1 -> 2"]
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
