@@ -40,6 +40,8 @@ _ROUTER = "ExpertsConfig.router, such as @TopKRouter() or @SparseMixerRouter(), 
 
 # Fields of our classes and parameters of our functions, whichever module these are in.
 FIELDS = {
+    "HeldOutRewards.policy": "Run.policy",
+    "Samples.policy": "Run.policy",
     "ModelConfig.activation": "FeedForwardConfig.activation",
     "ModelConfig.attention_softcap": "AttentionConfig.softcap",
     "ModelConfig.balance_loss": "ExpertsConfig.balance_loss",

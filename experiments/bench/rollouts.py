@@ -74,7 +74,7 @@ def main():
             policy=run.policy,
             devices=jax.devices()[:num_writing],
         )
-        engine = HybridEngine(run.model, run.policy, region, tensor)
+        engine = HybridEngine(run.model, run.policy, region, tensor, "tensor")
         found = measure(engine, drawn(run, region), options, run.model.vocab_size)
         print(json.dumps(dict(num_writing=num_writing, tensor=tensor, **found) | devices()))
 

@@ -1,20 +1,20 @@
 """An evaluator that answers tasks and scores the answers, as llm-jp-eval does."""
 
-import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from jaxscale.data.tokenizer import TokenizerConfig, check_vocabulary, load_tokenizer
 from jaxscale.data.tokenizer_kinds import Tokenizer, ending_token
-from jaxscale.evaluate.scores import SCORES, normalised
+from jaxscale.evaluate.scores import SCORES, first_part, normalised
 from jaxscale.evaluate.tasks import Sample, Task, TaskPrompt, read_tasks
 from jaxscale.models.evaluation import EvaluationContext
 from jaxscale.serve.decoding import check_prompts
+from jaxscale.serve.hybrid_engine import HybridEngine
 from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import InputError, Params, check_not_negative, check_positive, check_types
 
@@ -27,8 +27,9 @@ class FewShotTasks:
 
     A file is a task in the format of llm-jp-eval: an object with `instruction`, `output_length` (of
     an answer, in tokens), `metrics`, and `few_shots` and `samples`, lists of `input` and `output`.
-    The most likely token is taken at each place. An answer ends at the first empty line. Answers
-    and right answers are compared in Unicode's form NFKC.
+    Metrics that are not known are left out, where another one is known. The most likely token is
+    taken at each place. An answer ends at the first empty line. Answers and right answers are
+    compared in Unicode's form NFKC.
 
     Source: LLM-jp 2024 (arXiv 2407.03963), section 5.1.
     Args:
@@ -40,10 +41,11 @@ class FewShotTasks:
         chat: folder of Hugging Face with a chat template, by which that text is a user's message;
             None continues the text.
         end: text of the special token that ends an answer; None for the one that ends a document.
-        answers: folder for the answers to each task, TASK_STEP.jsonl; None writes none.
+        answers: folder for the answers to each task, TASK_STEP.jsonl, another one for each
+            evaluator; None writes none.
         batch_size: questions at a time; more are faster and take more memory.
         tensor: devices over which each copy of the model is spread while it writes.
-    Cost: a copy of the parameters on each `tensor` devices while answers are written.
+    Cost: one copy of the parameters for every `tensor` devices while answers are written.
     """
 
     paths: tuple[str, ...]
@@ -62,6 +64,7 @@ class FewShotTasks:
         check_not_negative("FewShotTasks.num_shots", self.num_shots)
         check_positive("FewShotTasks.max_samples", self.max_samples)
         check_positive("FewShotTasks.batch_size", self.batch_size)
+        check_positive("FewShotTasks.tensor", self.tensor)
 
     def check(self, context: EvaluationContext) -> None:
         """Reads the tasks.
@@ -73,30 +76,33 @@ class FewShotTasks:
         tokenizer = load_tokenizer(self.tokenizer)
         check_vocabulary(tokenizer, context.model.vocab_size)
         ending_token(tokenizer, self.end, "FewShotTasks.end")
-        for task in self._tasks:
-            prompts = self._prompts(task, tokenizer)
+        for task, prompts in self._tasks:
             check_prompts(prompts, context.model, task.output_length, f"{task.label}: samples")
-        context.engine(self.tensor).check_room("FewShotTasks")
-        if self.answers is not None:
-            with _writing(self.answers):
-                Path(self.answers).expanduser().mkdir(parents=True, exist_ok=True)
+        context.engine("FewShotTasks.tensor", self.tensor).check_room("FewShotTasks")
+        if self.answers is not None and jax.process_index() == 0:
+            _write(self.answers, ".probe", "").unlink()
 
     def __call__(self, context: EvaluationContext) -> dict[str, float]:
         """The scores of each task, "task/metric", and "average", the mean of their first ones."""
-        params = context.engine(self.tensor).spread(context.params)
+        engine = context.engine("FewShotTasks.tensor", self.tensor)
+        params = engine.spread(context.params)
         figures, first = {}, []
-        for task in self._tasks:
-            answers = self._answered(task, context, params)
+        for task, prompts in self._tasks:
+            answers = self._answered(task, prompts, engine, params)
             if self.answers is not None and jax.process_index() == 0:
-                self._write(task, context.step, answers)
+                name = f"{task.name}_{context.step}.jsonl"
+                _write(self.answers, name, self._records(task, answers))
             scores = scored(task, answers)
             first.append(next(iter(scores.values())))
             figures |= {f"{task.name}/{metric}": value for metric, value in scores.items()}
         return {**figures, "average": sum(first) / len(first)}
 
     @functools.cached_property  # read once for all of a run's evaluations
-    def _tasks(self) -> list[Task]:
-        return read_tasks("FewShotTasks.paths", self.paths, self.num_shots)
+    def _tasks(self) -> list[tuple[Task, list[list[int]]]]:
+        """Each task with the tokens of its prompts."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        tasks = read_tasks("FewShotTasks.paths", self.paths, self.num_shots)
+        return [(task, self._prompts(task, tokenizer)) for task in tasks]
 
     def _asked(self, task: Task) -> Sequence[Sample]:
         return task.samples[: self.max_samples]
@@ -116,13 +122,13 @@ class FewShotTasks:
     def _answered(
         self,
         task: Task,
-        context: EvaluationContext,
+        prompts: Sequence[list[int]],
+        engine: HybridEngine,
         params: Params,
     ) -> list[str]:
         """What the model writes to each question."""
         tokenizer = load_tokenizer(self.tokenizer)
         end = ending_token(tokenizer, self.end, "FewShotTasks.end")
-        prompts = self._prompts(task, tokenizer)
         # Prompts of about the same length share a batch, for all are padded to the longest.
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         answers = [""] * len(prompts)
@@ -130,7 +136,7 @@ class FewShotTasks:
             numbers = order[start : start + self.batch_size]
             # The last batch is filled up, so that it needs no compilation of its own.
             rows = [*numbers, *numbers[-1:] * (self.batch_size - len(numbers))]
-            written = context.engine(self.tensor).write(
+            written = engine.write(
                 params,
                 [prompts[number] for number in rows],
                 sampling=GREEDY,
@@ -139,34 +145,28 @@ class FewShotTasks:
                 num_tokens=tokenizer.vocab_size,
             )
             for number, tokens in zip(numbers, written):
-                answers[number] = tokenizer.decode([token for token in tokens if token != end])
+                text = tokenizer.decode([token for token in tokens if token != end])
+                answers[number] = text
         return answers
 
-    def _write(
-        self,
-        task: Task,
-        step: int,
-        answers: Sequence[str],
-    ) -> None:
-        lines = [
-            json.dumps(
-                {"input": sample.input, "output": sample.output, "answer": answer},
-                ensure_ascii=False,
-            )
-            for sample, answer in zip(self._asked(task), answers, strict=True)
-        ]
-        file = Path(self.answers).expanduser() / f"{task.name}_{step}.jsonl"
-        with _writing(str(file)):
-            file.write_text("\n".join([*lines, ""]))
+    def _records(self, task: Task, answers: Sequence[str]) -> str:
+        """A line of JSON for each question."""
+        pairs = zip(self._asked(task), answers, strict=True)
+        records = [{**sample._asdict(), "answer": answer} for sample, answer in pairs]
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        return "\n".join([*lines, ""])
 
 
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
+def _write(folder: str, name: str, text: str) -> Path:
+    """Writes a file to a folder, which is made if need be; returns its path."""
     try:
-        yield
-    except OSError as error:
-        expected = f"a place that can be written ({error.strerror})"
-        raise InputError("FewShotTasks.answers", path, expected) from error
+        path = Path(folder).expanduser() / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in it; no such user's home
+        expected = f"a folder that can be written ({error})"
+        raise InputError("FewShotTasks.answers", folder, expected) from error
+    return path
 
 
 def scored(
@@ -175,5 +175,5 @@ def scored(
 ) -> dict[str, float]:
     """The scores of answers to a task's first questions, by the names of its metrics."""
     right = [normalised(sample.output) for sample in task.samples[: len(answers)]]
-    compared = [normalised(answer) for answer in answers]
+    compared = [normalised(first_part(answer)) for answer in answers]
     return {metric: SCORES[metric].of(compared, right) for metric in task.metrics}

@@ -19,7 +19,7 @@ class Samples:
         max_new_tokens: longest continuation, in tokens.
         sampling: how tokens are drawn; the same draws at each evaluation.
         tensor: devices over which each copy of the model is spread while it writes.
-    Cost: a copy of the parameters on each `tensor` devices while texts are written.
+    Cost: one copy of the parameters for every `tensor` devices while texts are written.
     """
 
     tokenizer: TokenizerConfig
@@ -31,6 +31,7 @@ class Samples:
     def __post_init__(self):
         check_types(self)
         check_positive("Samples.max_new_tokens", self.max_new_tokens)
+        check_positive("Samples.tensor", self.tensor)
 
     def check(self, context: EvaluationContext) -> None:
         """Encodes the prompts for the first time.
@@ -41,12 +42,12 @@ class Samples:
         """
         check_vocabulary(load_tokenizer(self.tokenizer), context.model.vocab_size)
         check_prompts(self._encoded(), context.model, self.max_new_tokens)
-        context.engine(self.tensor).check_room("Samples")
+        context.engine("Samples.tensor", self.tensor).check_room("Samples")
 
     def __call__(self, context: EvaluationContext) -> dict[str, str]:
         """Each prompt with its continuation, by its number."""
         tokenizer = load_tokenizer(self.tokenizer)
-        engine = context.engine(self.tensor)
+        engine = context.engine("Samples.tensor", self.tensor)
         continued = engine.write(
             engine.spread(context.params),
             self._encoded(),

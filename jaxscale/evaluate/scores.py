@@ -3,12 +3,11 @@
 Source: LLM-jp 2024 (arXiv 2407.03963), section 5.1, and the format of llm-jp-eval's datasets.
 """
 
+import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
-
-from scipy import stats
 
 from jaxscale.data.libraries import imported
 from jaxscale.types import InputError
@@ -22,24 +21,29 @@ class Score(NamedTuple):
 
     Args:
         of: (answers, right answers) -> the score.
-        library: module that it needs; None for none.
+        libraries: modules that it needs.
         is_numeric: whether right answers are numbers.
     """
 
     of: Callable[[Sequence[str], Sequence[str]], float]
-    library: str | None = None
+    libraries: tuple[str, ...] = ()
     is_numeric: bool = False
 
     def check(self, parameter: str) -> None:
-        """Raises InputError, which names the parameter, where the library is missing."""
-        if self.library is not None:
-            imported(self.library, parameter, EXTRA)
+        """Raises InputError, which names the parameter, where a library is missing."""
+        for library in self.libraries:
+            imported(library, parameter, EXTRA)
+
+
+def first_part(answer: str) -> str:
+    """An answer up to its first empty line, where the next worked example would begin."""
+    first, *_ = answer.strip().split("\n\n")
+    return first
 
 
 def normalised(text: str) -> str:
-    """An answer as it is compared: up to its first empty line, in Unicode's form NFKC."""
-    first, *_ = text.strip().split("\n\n")
-    return unicodedata.normalize("NFKC", first).strip()
+    """A text as it is compared, in Unicode's form NFKC."""
+    return unicodedata.normalize("NFKC", text).strip()
 
 
 def exact_match(answers: Sequence[str], right: Sequence[str]) -> float:
@@ -50,7 +54,8 @@ def exact_match(answers: Sequence[str], right: Sequence[str]) -> float:
 def char_f1(answers: Sequence[str], right: Sequence[str]) -> float:
     """The mean share of characters in common: 2 * (longest common subsequence) / (all characters).
 
-    Words are lower case and in alphabetical order; whatever is no letter and no digit is a blank.
+    Words are lower case and in alphabetical order; whatever is no letter and no digit is a blank,
+    so that texts of signs alone are all the same.
     """
     fuzz = imported("rapidfuzz.fuzz", "char_f1", EXTRA)
     utils = imported("rapidfuzz.utils", "char_f1", EXTRA)
@@ -63,7 +68,7 @@ def char_f1(answers: Sequence[str], right: Sequence[str]) -> float:
 
 
 def set_f1(answers: Sequence[str], right: Sequence[str]) -> float:
-    """The mean F1 of an answer's lines among those of the right answer, in any order."""
+    """The mean F1 of an answer's lines among those of the right answer, as sets."""
 
     def of_lines(answer: str, wanted: str) -> float:
         found, lines = _lines(answer), _lines(wanted)
@@ -74,12 +79,12 @@ def set_f1(answers: Sequence[str], right: Sequence[str]) -> float:
 
 def pearson(answers: Sequence[str], right: Sequence[str]) -> float:
     """The linear correlation of numbers; 0 where all answers are the same."""
-    return _correlation(stats.pearsonr, answers, right)
+    return _correlation("pearsonr", answers, right)
 
 
 def spearman(answers: Sequence[str], right: Sequence[str]) -> float:
     """The correlation of the numbers' ranks; 0 where all answers are the same."""
-    return _correlation(stats.spearmanr, answers, right)
+    return _correlation("spearmanr", answers, right)
 
 
 def bleu_en(answers: Sequence[str], right: Sequence[str]) -> float:
@@ -94,51 +99,58 @@ def bleu_ja(answers: Sequence[str], right: Sequence[str]) -> float:
 
 SCORES = {
     "exact_match": Score(exact_match),
-    "char_f1": Score(char_f1, library="rapidfuzz"),
+    "char_f1": Score(char_f1, libraries=("rapidfuzz",)),
     "set_f1": Score(set_f1),
     "pearson": Score(pearson, is_numeric=True),
     "spearman": Score(spearman, is_numeric=True),
-    "bleu_en": Score(bleu_en, library="sacrebleu"),
-    "bleu_ja": Score(bleu_ja, library="MeCab"),
+    "bleu_en": Score(bleu_en, libraries=("sacrebleu",)),
+    "bleu_ja": Score(bleu_ja, libraries=("sacrebleu", "MeCab", "ipadic")),
 }
 
 
 def check_number(parameter: str, text: str) -> None:
-    """Raises InputError unless a right answer is a number."""
+    """Raises InputError unless a right answer is a number that an answer can say."""
     try:
-        float(text)
-    except ValueError as error:
-        raise InputError(parameter, text, "a number, as pearson and spearman need") from error
+        is_sayable = _number(normalised(text)) == float(text)
+    except ValueError:
+        is_sayable = False
+    if not is_sayable:
+        expected = "a number of digits, as pearson and spearman read no sign and no exponent"
+        raise InputError(parameter, text, expected)
 
 
 def _lines(text: str) -> set[str]:
     return {line.strip() for line in text.split("\n")}
 
 
-def _mean(values: object) -> float:
+def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return float(sum(found) / len(found))
 
 
 def _number(answer: str) -> float:
-    """The digits and dots of an answer as a number."""
+    """The digits and dots of an answer as a number, as llm-jp-eval reads them."""
     digits = re.sub(r"[^0-9.]", "", answer)
     try:
-        return float(digits)
+        value = float(digits)
     except ValueError:
         return NO_NUMBER
+    return value if math.isfinite(value) else NO_NUMBER
 
 
 def _correlation(
-    of: Callable,
+    name: str,
     answers: Sequence[str],
     right: Sequence[str],
 ) -> float:
+    # It takes most of a second, which runs without tasks do without.
+    from scipy import stats
+
     found = list(map(_number, answers))
     wanted = list(map(float, right))
     if len(set(found)) == 1 or len(set(wanted)) == 1:
         return 0.0
-    return float(of(wanted, found)[0])
+    return float(getattr(stats, name)(wanted, found)[0])
 
 
 def _bleu(

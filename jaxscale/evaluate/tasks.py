@@ -3,13 +3,19 @@
 import dataclasses
 import itertools
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxscale.data.files import find_files, read_bytes
+from jaxscale.data.sources import check_characters
 from jaxscale.evaluate.scores import SCORES, check_number
-from jaxscale.types import InputError, check_choice, check_types
+from jaxscale.types import InputError, check_types
+
+logger = logging.getLogger(__name__)
+
+PLACE = r"\{(\w+)\}"  # in a template
 
 
 class Sample(NamedTuple):
@@ -28,7 +34,7 @@ class Task:
         label: of the file, for errors.
         instruction: what is to be done.
         output_length: most tokens of an answer.
-        metrics: names among `SCORES`.
+        metrics: names among `SCORES`, of which the first one counts in averages.
         few_shots: worked examples.
         samples: what is asked.
     """
@@ -60,9 +66,11 @@ class TaskPrompt:
 
     def __post_init__(self):
         check_types(self)
-        for place in ("{input}", "{output}"):
-            if self.example.count(place) != 1:
-                raise InputError("TaskPrompt.example", self.example, f"{place} once")
+        if re.findall(PLACE, self.example) != ["input", "output"]:
+            expected = "{input}, and {output} after it, each once"
+            raise InputError("TaskPrompt.example", self.example, expected)
+        if set(re.findall(PLACE, self.head)) - {"instruction"}:
+            raise InputError("TaskPrompt.head", self.head, "no place but {instruction}")
 
     def text(self, task: Task, num_shots: int, question: str) -> str:
         """A question behind the instruction and the first worked examples."""
@@ -76,7 +84,7 @@ class TaskPrompt:
 
 def _filled(template: str, **values: str) -> str:
     """The template with values in their places; braces in a value are text."""
-    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
+    return re.sub(PLACE, lambda found: values[found[1]], template)
 
 
 def read_tasks(parameter: str, paths: tuple[str, ...], num_shots: int) -> list[Task]:
@@ -114,7 +122,7 @@ def _read_task(path: Path) -> Task:
         label=label,
         instruction=_field(label, values, "instruction", str),
         output_length=_field(label, values, "output_length", int),
-        metrics=tuple(_field(label, values, "metrics", list)),
+        metrics=_metrics(label, values),
         few_shots=_samples(label, values, "few_shots"),
         samples=_samples(label, values, "samples"),
     )
@@ -125,15 +133,25 @@ def _read_task(path: Path) -> Task:
 def _check(task: Task) -> None:
     if task.output_length < 1:
         raise InputError(f"{task.label}: output_length", task.output_length, "at least 1 token")
-    for name in ("metrics", "samples"):
-        if not getattr(task, name):
-            raise InputError(f"{task.label}: {name}", [], "at least one")
+    if not task.samples:
+        raise InputError(f"{task.label}: samples", [], "at least one")
     for name in task.metrics:
-        check_choice(f"{task.label}: metrics", name, SCORES)
         SCORES[name].check(f"{task.label}: metrics {name!r}")
     if any(SCORES[name].is_numeric for name in task.metrics):
         for number, sample in enumerate(task.samples):
             check_number(f"{task.label}: samples[{number}].output", sample.output)
+
+
+def _metrics(label: str, values: dict[str, Any]) -> tuple[str, ...]:
+    """Those that are known, at least one; the others are left out with a warning."""
+    given = _field(label, values, "metrics", list)
+    known = [name for name in given if isinstance(name, str) and name in SCORES]
+    if not known:
+        raise InputError(f"{label}: metrics", given, f"at least one of {tuple(SCORES)}")
+    if len(known) < len(given):
+        others = [name for name in given if name not in known]
+        logger.warning("%s: metrics %s are not known and left out", label, others)
+    return tuple(known)
 
 
 def _field(
@@ -145,6 +163,8 @@ def _field(
     found = values.get(name)
     if not isinstance(found, kind) or isinstance(found, bool):
         raise InputError(f"{label}: {name}", found, f"a value of type {kind.__name__}")
+    if kind is str:
+        check_characters(f"{label}: {name}", found, found)
     return found
 
 

@@ -32,8 +32,9 @@ class EvaluationContext:
             gradients:
             `jax.jit(region.evaluate(loss_fn))`, made once so that it is compiled once.
         place: puts a host's numpy batch on the mesh.
-        engine: tensor -> `serve.hybrid_engine.HybridEngine` that writes on the run's devices, each
-            copy of the model on so many; made once for each number.
+        engine: (name of the parameter that gives it, tensor) -> `serve.hybrid_engine.HybridEngine`
+            that writes on the run's devices, each copy of the model on so many; made once for each
+            number.
         check_data: (name of an evaluator, the data that it goes over) -> None; raises InputError
             unless `sums` takes batches of that data's size and length.
     """
@@ -44,7 +45,7 @@ class EvaluationContext:
     mesh: Mesh
     sums: Callable[..., tuple[Array, Array, dict[str, Any]]]
     place: Callable[[Batch], Batch]
-    engine: Callable[[int], Any]
+    engine: Callable[[str, int], Any]
     check_data: Callable[[str, DataConfig], None]
 
 

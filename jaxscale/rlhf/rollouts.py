@@ -21,6 +21,7 @@ from jaxscale.serve.sampling import SamplingConfig
 from jaxscale.types import Batch, InputError, Params, check_built, check_positive, check_types
 
 Reward = Callable[[Sequence[Prompt], Sequence["Answer"]], Sequence[float]]
+TENSOR = "RolloutConfig.tensor"  # for errors
 SMALLEST_DEVIATION = 1e-6  # of rewards; what is less is rounding
 
 
@@ -224,7 +225,8 @@ class HeldOutRewards:
         rollouts: as the run's, or with other rewards.
         num_prompts: at most.
         seed: of the draws, the same at each evaluation.
-    Cost: a copy of the parameters on each `RolloutConfig.tensor` devices while answers are written.
+    Cost: one copy of the parameters for every `RolloutConfig.tensor` devices while answers are
+        written.
     """
 
     data: DataConfig
@@ -240,17 +242,20 @@ class HeldOutRewards:
             raise InputError("DataConfig.held_out_fraction", 0, expected)
 
     def check(self, context: EvaluationContext) -> None:
-        """Raises InputError if no prompt is held out, one is too long, or a reward refuses."""
+        """Raises InputError if no prompt is held out, one is too long, or a reward refuses.
+
+        So it does if the devices cannot hold the model once for every `RolloutConfig.tensor`.
+        """
         self.rollouts.check(load_tokenizer(self.data.tokenizer), self._prompts)
         tokens = [prompt.tokens for prompt in self._prompts]
         check_prompts(tokens, context.model, self.rollouts.max_new_tokens)
-        context.engine(self.rollouts.tensor).check_room("HeldOutRewards")
+        context.engine(TENSOR, self.rollouts.tensor).check_room("HeldOutRewards")
 
     def __call__(self, context: EvaluationContext) -> dict[str, float]:
         """The figures of `Rollouts`."""
         rollouts = Rollouts(
             self.rollouts,
-            engine=context.engine(self.rollouts.tensor),
+            engine=context.engine(TENSOR, self.rollouts.tensor),
             tokenizer=load_tokenizer(self.data.tokenizer),
             length=self.data.sequence_length,
             seed=self.seed,

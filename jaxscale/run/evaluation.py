@@ -30,7 +30,7 @@ def evaluation_context(run: Run, region: Region, loss_fn: LossFn) -> EvaluationC
         mesh=region.mesh,
         sums=jax.jit(region.evaluate(loss_fn)),
         place=functools.partial(place, region.mesh),
-        engine=make_engines(run, region),
+        engine=_make_engines(run, region),
         check_data=functools.partial(check_data, run),
     )
 
@@ -101,6 +101,12 @@ def _factors(run: Run) -> dict[str, tuple[str, int]]:
     return found
 
 
-def make_engines(run: Run, region: Region) -> Callable[[int], HybridEngine]:
-    """What makes a run's hybrid engine of a number of devices for each copy, once for each."""
-    return functools.cache(functools.partial(HybridEngine, run.model, run.policy, region))
+def _make_engines(run: Run, region: Region) -> Callable[[str, int], HybridEngine]:
+    made = {}
+
+    def engine(parameter: str, tensor: int) -> HybridEngine:
+        if tensor not in made:
+            made[tensor] = HybridEngine(run.model, run.policy, region, tensor, parameter)
+        return made[tensor]
+
+    return engine

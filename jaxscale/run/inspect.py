@@ -18,12 +18,14 @@ from jaxscale.parallel.rules import Specs, all_axes_of, make_specs, mirror
 from jaxscale.planner.cluster import DEVICES
 from jaxscale.planner.memory import step_memory
 from jaxscale.planner.state import StateCounter
+from jaxscale.rlhf.rollouts import TENSOR
 from jaxscale.run.chunks import chunk_lines, is_chunked, memory_of_chunks
 from jaxscale.run.compile import memory_share
 from jaxscale.run.fit import check_fit
 from jaxscale.run.host import host_parts
 from jaxscale.run.job import job_of, layout_of
 from jaxscale.run.run import Run
+from jaxscale.serve.hybrid_engine import specs_of_writing
 from jaxscale.train.host import is_on_host
 from jaxscale.train.optim import make_optimizer
 from jaxscale.train.setup import check_training
@@ -59,11 +61,16 @@ def inspect(*, run: Run, host_gib: float | None = None) -> None:
     print(f"\nparameters    {total:,} total, {active:,} active per token (look-up tables left out)")
     print(f"FLOPs         {flops:.4g} per token, forward and backward, at sequence length {length}")
     print(f"mesh          {dataclasses.asdict(run.mesh)}, {math.prod(run.mesh.sizes)} devices")
-    for name, size in bytes_per_device(run, table, specs).items():
+    sizes = bytes_per_device(run, table, specs)
+    for name, size in sizes.items():
         print(f"{name:<13} {_bytes_text(size)} per device")
+    between = 0
     if run.rollouts is not None:
-        print(_writing_line(run, table))
-    print("\n".join(_step_lines(run, math.inf if host_gib is None else host_gib * GIB)))
+        copy = _bytes_of_writing(run, table)
+        between = sizes["parameters"] + sizes["optimizer"] + copy
+        print(f"{'writing':<13} {_bytes_text(copy)} per device, a copy while answers are written")
+    host_limit = math.inf if host_gib is None else host_gib * GIB
+    print("\n".join(_step_lines(run, between, host_limit)))
 
 
 def bytes_per_device(
@@ -110,17 +117,22 @@ def bytes_per_device(
     return sizes | {"sum": sum(sizes.values()), "on the host": host}
 
 
-def _writing_line(run: Run, table: Table) -> str:
+def _bytes_of_writing(run: Run, table: Table) -> int:
     """What each device holds beside the state while answers are written."""
-    mesh = MeshConfig(tensor=run.rollouts.tensor)
-    specs = make_specs(table, mesh)
+    num_devices = math.prod(run.mesh.sizes)
+    mesh, specs = specs_of_writing(table, num_devices, run.rollouts.tensor, TENSOR)
     params = abstract_stored(table, specs, run.policy.parameters)
-    size = _tree_bytes(params, specs.parameters, mesh)
-    return f"{'writing':<13} {_bytes_text(size)} per device, a copy while answers are written"
+    return _tree_bytes(params, specs.parameters, mesh)
 
 
-def _step_lines(run: Run, host_limit: float) -> list[str]:
-    """What a step needs at its fullest moment, and which devices and hosts have that much."""
+def _step_lines(run: Run, between: int, host_limit: float) -> list[str]:
+    """What a step needs at its fullest moment, and which devices and hosts have that much.
+
+    Args:
+        run: the run.
+        between: bytes that a device holds before a step.
+        host_limit: bytes of the host for each device.
+    """
     on_host = sum(host_parts(run).values())
     if is_chunked(run):
         largest = max(DEVICES.values(), key=lambda device: device.memory_bytes)
@@ -136,7 +148,7 @@ def _step_lines(run: Run, host_limit: float) -> list[str]:
             f"{'activations':<13} {at_most}",
             f"{'a step':<13} {_bytes_text(on_device)} per device, estimated",
         ]
-    return [*lines, *_fitting(run, on_device, on_host, host_limit)]
+    return [*lines, *_fitting(run, max(on_device, between), on_host, host_limit)]
 
 
 def _fitting(run: Run, on_device: float, on_host: float, host_limit: float) -> list[str]:

@@ -16,10 +16,11 @@ from jaxscale.data.tokenizer import check_vocabulary, load_tokenizer
 from jaxscale.launch.agreement import check_agreement
 from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.config.model import training_flops_per_token
-from jaxscale.models.evaluation import check_evaluators
+from jaxscale.models.evaluation import EvaluationContext, check_evaluators
 from jaxscale.models.parameters import count_parameters
 from jaxscale.parallel.batch import abstract_batch, batch_share
 from jaxscale.rlhf.critic import CRITIC
+from jaxscale.rlhf.rollouts import TENSOR
 from jaxscale.run.evaluation import all_figures, evaluation_context
 from jaxscale.run.host import check_host
 from jaxscale.run.progress import say_figures, say_what_begins, say_what_came
@@ -57,8 +58,9 @@ def pretrain(*, run: Run) -> Outcome:
         check_host(run)
         check_vocabulary(load_tokenizer(run.data.tokenizer), run.model.vocab_size)
         check_reporters(run.reporters)
-        evaluate = _make_evaluate(setup, run)
-        loader, prepare = _make_data(setup, run)
+        context = evaluation_context(run, setup.region, setup.loss_fn)
+        evaluate = _make_evaluate(context, run)
+        loader, prepare = _make_data(setup, run, context)
         check_agreement(shared_facts(run, loader.state()["depends_on"]))
         began = time.monotonic()
         outcome = train(
@@ -117,11 +119,16 @@ def _sections(run: Run) -> dict[str, Source]:
     return {CRITIC: Source("CriticConfig.init_from", run.critic.init_from, facts)}
 
 
-def _make_data(setup: Setup, run: Run) -> tuple[Loader, Callable | None]:
+def _make_data(
+    setup: Setup,
+    run: Run,
+    context: EvaluationContext,
+) -> tuple[Loader, Callable | None]:
     """What a run reads, and what makes a batch of it beside placing it on the mesh."""
     if run.rollouts is not None:
         loader = prompt_loader(run)
-        return loader, make_answering(run, setup, loader)
+        engine = context.engine(TENSOR, run.rollouts.tensor)
+        return loader, make_answering(run, setup, loader, engine)
     index, count = batch_share(setup.mesh)
     return make_loader(run.data, split="train", process_index=index, process_count=count), None
 
@@ -133,8 +140,10 @@ def _make_speed(run: Run) -> Speed:
     return Speed(run.data.batch_size * length, flops)
 
 
-def _make_evaluate(setup: Setup, run: Run) -> Callable[[Params, int], dict[str, Any]]:
-    context = evaluation_context(run, setup.region, setup.loss_fn)
+def _make_evaluate(
+    context: EvaluationContext,
+    run: Run,
+) -> Callable[[Params, int], dict[str, Any]]:
     check_evaluators(run.evaluators, context)
 
     def evaluate(params: Params, step: int) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.launch.memory import check_fits
 from jaxscale.parallel.batch import place
 from jaxscale.rlhf.experience import Experience, make_experience
-from jaxscale.rlhf.rollouts import Rollouts, advantages
-from jaxscale.run.evaluation import make_engines
+from jaxscale.rlhf.rollouts import TENSOR, Rollouts, advantages
 from jaxscale.run.run import Run
 from jaxscale.serve.decoding import check_prompts
+from jaxscale.serve.hybrid_engine import HybridEngine
 from jaxscale.train.setup import Setup
 from jaxscale.types import Batch, InputError, Params
 
@@ -42,12 +42,22 @@ def make_answering(
     run: Run,
     setup: Setup,
     loader: PromptLoader,
+    engine: HybridEngine,
 ) -> Callable[[Params, Batch], tuple[Batch, dict[str, Any]]]:
-    """(parameters, what the loader gave) -> (rows of answers on the mesh, figures of them)."""
+    """(parameters, what the loader gave) -> (rows of answers on the mesh, figures of them).
+
+    Args:
+        run: the run.
+        setup: of its training.
+        loader: of its prompts.
+        engine: that writes the answers.
+    Raises:
+        InputError: a reward refuses the prompts, or devices cannot hold what writes beside the
+            state.
+    """
+    _check_room(setup, engine)
     tokenizer = load_tokenizer(run.data.tokenizer)
     run.rollouts.check(tokenizer, loader.prompts)
-    engine = make_engines(run, setup.region)(run.rollouts.tensor)
-    check_fits("RolloutConfig.tensor", setup.resting() | {"a copy that writes": engine.abstract})
     rollouts = Rollouts(
         run.rollouts,
         engine=engine,
@@ -65,6 +75,17 @@ def make_answering(
         return ready, figures | of_learning
 
     return answered
+
+
+def _check_room(setup: Setup, engine: HybridEngine) -> None:
+    """Refuses a copy that writes beside the state; while answers are written no gradient is left.
+
+    A model that is too large to be trained is refused as such.
+    """
+    resting = setup.resting()
+    check_fits("model", resting)
+    state = {name: part for name, part in resting.items() if name != "gradients"}
+    check_fits(TENSOR, state | {"a copy that writes": engine.abstract})
 
 
 def _compared(setup: Setup) -> Experience:

@@ -282,7 +282,7 @@ class Loop:
         return end_state.output, end_state.caches
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def compiled(loop: Loop, region: Region | None) -> Callable:
     """The loop as a program of its own; arguments as of `Loop`, `region` as `generate_tokens`."""
     if region is None:
@@ -299,10 +299,13 @@ def check_prompts(
     max_new_tokens: int,
     parameter: str = "prompts",
 ) -> None:
-    """Raises InputError for a model without order, an unknown token, an empty or long prompt."""
+    """Raises InputError for a model that writes nothing, and a prompt that it cannot continue."""
     check_positive("max_new_tokens", max_new_tokens)
     if not config.is_causal:
         raise InputError("ModelConfig.is_causal", False, "True for a model that continues prompts")
+    if config.use_value_head:
+        expected = "False for a model that continues prompts"
+        raise InputError("ModelConfig.use_value_head", True, expected)
     if not prompts:
         raise InputError(parameter, prompts, "at least one prompt")
     for i, prompt in enumerate(prompts):

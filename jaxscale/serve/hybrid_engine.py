@@ -14,13 +14,40 @@ from jaxscale.launch.memory import check_fits
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
-from jaxscale.models.parameters import abstract_params, parameter_table
+from jaxscale.models.parameters import Table, abstract_params, parameter_table
 from jaxscale.ops.precision import Policy
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.region import Region, make_serving_operations
-from jaxscale.parallel.rules import make_specs
+from jaxscale.parallel.rules import Specs, make_specs
 from jaxscale.serve.decoding import generate_tokens
 from jaxscale.types import InputError, Params
+
+
+def specs_of_writing(
+    table: Table,
+    num_devices: int,
+    tensor: int,
+    parameter: str,
+) -> tuple[MeshConfig, Specs]:
+    """The mesh of devices that write, and where on it the parameters are.
+
+    Args:
+        table: of the parameters.
+        num_devices: of the training.
+        tensor: devices over which each copy of the model is spread.
+        parameter: that gives this number, for errors.
+    Raises:
+        InputError: it does not divide the devices or the model, with the equation.
+    """
+    if num_devices % tensor:
+        expected = f"devices % tensor == 0, here {num_devices} devices"
+        raise InputError(parameter, tensor, expected)
+    config = MeshConfig(data=num_devices // tensor, tensor=tensor)
+    try:
+        return config, make_specs(table, config)
+    except InputError as error:
+        expected = f"a number by which the model can be divided ({error})"
+        raise InputError(parameter, tensor, expected) from error
 
 
 class HybridEngine:
@@ -35,8 +62,9 @@ class HybridEngine:
         policy: dtypes, as the run's.
         training: the region in which the parameters are trained.
         tensor: devices over which each copy of the model is spread.
+        parameter: that gives this number, for errors.
     Raises:
-        InputError: that does not divide the devices or the model, with the equation.
+        InputError: as `specs_of_writing`.
     """
 
     def __init__(
@@ -44,16 +72,13 @@ class HybridEngine:
         model: ModelConfig,
         policy: Policy,
         training: Region,
-        tensor: int = 1,
+        tensor: int,
+        parameter: str,
     ):
         devices = training.mesh.devices.reshape(-1).tolist()
-        if tensor < 1 or len(devices) % tensor:
-            expected = f"devices % tensor == 0, here {len(devices)} devices"
-            raise InputError("tensor of what writes", tensor, expected)
-        config = MeshConfig(data=len(devices) // tensor, tensor=tensor)
-        mesh = make_mesh(config, devices)
         table = parameter_table(model)
-        specs = make_specs(table, config)
+        config, specs = specs_of_writing(table, len(devices), tensor, parameter)
+        mesh = make_mesh(config, devices)
         execution = ExecutionConfig(is_scanned=False, remat="none")
         self.decoder, self.region = Decoder(model, policy=policy, execution=execution), None
         if len(devices) > 1:
@@ -75,7 +100,7 @@ class HybridEngine:
         )
 
     def check_room(self, owner: str) -> None:
-        """Raises InputError, which names the owner, unless the devices can hold the copies."""
+        """Raises InputError, which names the owner, if devices cannot hold the copies alone."""
         check_fits(owner, {"parameters that write": self.abstract})
 
     def spread(self, params: Params) -> Params:

@@ -1,5 +1,6 @@
 """Answers to tasks: a question's answer is the model's own, whatever is asked beside it."""
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -9,8 +10,8 @@ import pytest
 
 from jaxscale.data.tokenizer import TokenizerConfig, load_tokenizer
 from jaxscale.data.tokenizer_kinds import ByteTokenizer
-from jaxscale.evaluate.few_shot import FewShotTasks
-from jaxscale.evaluate.tasks import TaskPrompt
+from jaxscale.evaluate.few_shot import FewShotTasks, scored
+from jaxscale.evaluate.tasks import TaskPrompt, read_tasks
 from jaxscale.models.parameters import init_params, parameter_table
 from jaxscale.serve.hybrid_engine import HybridEngine
 from jaxscale.serve.sampling import SamplingConfig
@@ -28,12 +29,12 @@ QUESTIONS = ["1", "12", "123", "4", "45"]
 def context():
     params = init_params(parameter_table(MODEL), jax.random.key(0), "float32")
     engine = one_device(MODEL)
-    return SimpleNamespace(params=params, step=3, model=MODEL, engine=lambda tensor: engine)
+    return SimpleNamespace(params=params, step=3, model=MODEL, engine=lambda *_: engine)
 
 
 def answer(context, tokens, num_tokens, end):
     """What the model continues one prompt with, alone."""
-    (written,) = context.engine(1).write(
+    (written,) = context.engine().write(
         context.params,
         [tokens],
         sampling=SamplingConfig(temperature=0.0),
@@ -124,12 +125,20 @@ def test_a_chat_model_is_asked_as_its_template_has_it(tmp_path, context, monkeyp
     assert asked[0][len(first) :].count(special["<|assistant|>"]) == 1
 
 
+def test_a_right_answer_may_have_empty_lines_and_an_answer_ends_at_its_first(tmp_path):
+    write_task(tmp_path, ["a\n\nb", "a", "ＡＢ", "", "x"])
+    (task,) = read_tasks("paths", (str(tmp_path),), 0)
+    answers = ["a", "a\n\n### next", "AB", "\n\n", "y"]
+    assert scored(task, answers)["exact_match"] == pytest.approx(3 / 5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(num_shots=-1), "FewShotTasks.num_shots: given -1"),
         (dict(max_samples=0), "FewShotTasks.max_samples: given 0"),
         (dict(batch_size=0), "FewShotTasks.batch_size: given 0"),
+        (dict(tensor=0), "FewShotTasks.tensor: given 0"),
         (dict(end="<|end|>"), "FewShotTasks.end: given '<|end|>'"),
         (dict(paths=("nowhere",)), "FewShotTasks.paths: given 'nowhere'"),
         (dict(num_shots=2), "sums.json: few_shots: given 1, expected at least num_shots = 2"),
@@ -146,8 +155,17 @@ def test_what_cannot_be_asked_is_refused_before_a_run_begins(tmp_path, context, 
         make(tmp_path, **changes).check(context)
 
 
-def test_answers_that_cannot_be_written_are_refused_before_a_run_begins(tmp_path, context):
+@pytest.mark.parametrize("answers", ["{}/file/answers", "/proc", "a\0b", "~nosuchuser/x"])
+def test_answers_that_cannot_be_written_are_refused_before_a_run_begins(tmp_path, context, answers):
     write_task(tmp_path, "abcde")
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"FewShotTasks.answers: given .*file"):
-        make(tmp_path, answers=str(tmp_path / "file/answers")).check(context)
+    with pytest.raises(InputError, match=r"FewShotTasks.answers: given .*a folder that can be"):
+        make(tmp_path, answers=answers.format(tmp_path)).check(context)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "sums.json"}
+
+
+def test_a_model_without_words_is_refused_before_a_run_begins(tmp_path, context):
+    write_task(tmp_path, "abcde")
+    model = dataclasses.replace(MODEL, use_value_head=True)
+    with pytest.raises(InputError, match=r"ModelConfig\.use_value_head: given True"):
+        make(tmp_path).check(SimpleNamespace(model=model, engine=context.engine))

@@ -2,11 +2,12 @@
 
 import functools
 import math
+import sys
 
 import pytest
 
 from jaxscale.data import libraries
-from jaxscale.evaluate.scores import SCORES, check_number, normalised
+from jaxscale.evaluate.scores import SCORES, check_number, first_part, normalised
 from jaxscale.types import InputError
 
 
@@ -30,9 +31,10 @@ def common_subsequence(one, other):
 
 
 def test_an_answer_ends_at_its_first_empty_line_and_is_compared_in_one_form():
-    assert normalised("\n ＹＥＳ　１２ \n\n### 入力:\nNO") == "YES 12"
-    assert normalised("a\nb") == "a\nb"
-    assert normalised(" \n\n ") == ""
+    assert normalised(first_part("\n ＹＥＳ　１２ \n\n### 入力:\nNO")) == "YES 12"
+    assert normalised(first_part("a\nb")) == "a\nb"
+    assert normalised(first_part(" \n\n ")) == ""
+    assert normalised("a\n\nb") == "a\n\nb"
 
 
 def test_exact_match_is_the_share_of_equal_answers():
@@ -108,7 +110,19 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch):
         SCORES["char_f1"].check("task.json: metrics")
 
 
-def test_a_right_answer_that_is_no_number_is_refused():
-    check_number("samples[0]", "-1.5")
-    with pytest.raises(InputError, match="a number, as pearson and spearman need"):
-        check_number("samples[0]", "three")
+def test_an_answer_of_very_many_digits_is_no_number():
+    assert score("pearson", ("9" * 400, "1"), ("2", "2"), ("3", "3")) > 0
+
+
+@pytest.mark.parametrize("text", ["three", "-1.5", "1e3", "nan", "inf", "", "1.5.2"])
+def test_a_right_answer_that_no_answer_can_say_is_refused(text):
+    check_number("samples[0]", "１.5")
+    with pytest.raises(InputError, match="a number of digits, as pearson and spearman read"):
+        check_number("samples[0]", text)
+
+
+@pytest.mark.parametrize("missing", ["sacrebleu", "MeCab", "ipadic"])
+def test_what_bleu_of_japanese_needs_is_asked_for(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(InputError, match=f"no {missing}"):
+        SCORES["bleu_ja"].check("task.json: metrics")

@@ -23,7 +23,7 @@ TASK = {
 
 
 def write(path, **changes):
-    path.write_text(json.dumps(TASK | changes, ensure_ascii=False))
+    path.write_text(json.dumps(TASK | changes))
     return path
 
 
@@ -59,10 +59,28 @@ def test_a_prompt_of_your_own_without_examples(tmp_path):
     assert prompt.text(task, 0, "how {many}?") == TASK["instruction"] + " Q: how {many}? A: "
 
 
-@pytest.mark.parametrize("example", ["{input}", "{output}", "{input} {output} {output}"])
-def test_a_prompt_without_a_place_for_each_text_is_refused(example):
-    with pytest.raises(InputError, match=r"TaskPrompt.example: .* once"):
-        TaskPrompt(example=example)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(example="{input}"),
+        dict(example="{output}"),
+        dict(example="{input} {output} {output}"),
+        dict(example="A: {output} Q: {input}"),
+        dict(example="{input} {output} {other}"),
+        dict(head="{instrucion}"),
+    ],
+    ids=str,
+)
+def test_a_prompt_in_which_a_text_has_no_place_is_refused(fields):
+    (name,) = fields
+    with pytest.raises(InputError, match=f"TaskPrompt.{name}: "):
+        TaskPrompt(**fields)
+
+
+def test_metrics_that_are_not_known_are_left_out_beside_one_that_is(tmp_path, caplog):
+    (task,) = read(write(tmp_path / "a.json", metrics=["comet_wmt22", "bleu_ja", ["x"]]))
+    assert task.metrics == ("bleu_ja",)
+    assert "metrics ['comet_wmt22', ['x']] are not known and left out" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -71,9 +89,10 @@ def test_a_prompt_without_a_place_for_each_text_is_refused(example):
         (dict(instruction=None), "instruction: given None, expected a value of type str"),
         (dict(output_length=0), "output_length: given 0, expected at least 1 token"),
         (dict(output_length=True), "output_length: given True, expected a value of type int"),
-        (dict(metrics=[]), "metrics: given \\[\\], expected at least one"),
-        (dict(metrics=["comet"]), "metrics: given 'comet', expected one of 'exact_match', "),
-        (dict(metrics=[["comet"]]), "metrics: given \\['comet'\\], expected one of"),
+        (dict(metrics=[]), "metrics: given \\[\\], expected at least one of"),
+        (dict(metrics=["comet"]), "metrics: given \\['comet'\\], expected at least one of"),
+        (dict(metrics=[["comet"]]), "metrics: given \\[\\['comet'\\]\\], expected at least one"),
+        (dict(samples=[{"input": "a", "output": "\ud800"}]), "samples\\[0\\]: output: given"),
         (dict(samples=[]), "samples: given \\[\\], expected at least one"),
         (dict(samples=["a"]), "samples\\[0\\]: given 'a', expected an object"),
         (dict(samples=[{"input": "a"}]), "samples\\[0\\]: output: given None, expected"),

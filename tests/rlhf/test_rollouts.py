@@ -16,6 +16,8 @@ from jaxscale import cli
 from jaxscale.data.prompt_loader import PromptLoader
 from jaxscale.data.prompts import Prompt
 from jaxscale.data.tokenizer_kinds import ByteTokenizer
+from jaxscale.launch import memory
+from jaxscale.launch.memory import bytes_on_one_device
 from jaxscale.models.config import LongRopeScaling, RotaryConfig
 from jaxscale.models.decoder import Decoder
 from jaxscale.models.execution import ExecutionConfig
@@ -24,7 +26,9 @@ from jaxscale.rlhf import rollouts
 from jaxscale.rlhf.policy import PolicyLoss
 from jaxscale.rlhf.rewards import ExactMatch
 from jaxscale.rlhf.rollouts import Answer, HeldOutRewards, RolloutConfig, Rollouts, advantages
+from jaxscale.run.rollouts import make_answering, prompt_loader
 from jaxscale.run.run import load_run
+from jaxscale.serve.hybrid_engine import HybridEngine
 from jaxscale.train.metrics import read_history
 from jaxscale.types import InputError
 from tests.data.chat_tokenizer import as_messages, write_chat_tokenizer
@@ -157,6 +161,29 @@ def test_inspect_says_what_a_copy_that_writes_takes(folder, capsys):
         shown = capsys.readouterr().out
         sizes.append(float(re.search(r"^writing +([\d.]+) KiB per device", shown, re.M)[1]))
     assert 0.5 <= sizes[1] / sizes[0] < 0.7  # norms are not spread
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_a_copy_that_does_not_fit_beside_the_state_is_refused(folder, monkeypatch, zero):
+    """While answers are written no gradient is left: without ZeRO the copy is as large as they."""
+    run = load_run([folder / "run.gin"], [f"mesh.zero={zero}"])
+    setup, loader = run.setup(), prompt_loader(run)
+    engine = HybridEngine(run.model, run.policy, setup.region, 1, "RolloutConfig.tensor")
+    sizes = {name: bytes_on_one_device(part) for name, part in setup.resting().items()}
+    step = sum(sizes.values())
+    writing = step - sizes["gradients"] + bytes_on_one_device(engine.abstract)
+    assert (writing > step) == (zero == 2)
+
+    def answer(limit):
+        monkeypatch.setattr(memory, "_bytes_of", lambda device: limit)
+        make_answering(run, setup, loader, engine)
+
+    answer(max(step, writing))
+    with pytest.raises(InputError, match="model: given"):
+        answer(step - 1)
+    if zero:
+        with pytest.raises(InputError, match=r"RolloutConfig\.tensor: given .* a copy that writes"):
+            answer(writing - 1)
 
 
 PROMPTS = [Prompt(name, list(name.encode()), {}) for name in ("one", "a longer one")]
@@ -344,7 +371,7 @@ def test_every_evaluation_answers_the_prompts_that_were_there_when_the_run_began
     evaluator = HeldOutRewards(data, config)
     trained_on = {tuple(prompt.tokens) for prompt in PromptLoader(data, 2, 1).prompts}
     engine = one_device(run.model)
-    context = SimpleNamespace(model=run.model, params=None, engine=lambda tensor: engine)
+    context = SimpleNamespace(model=run.model, params=None, engine=lambda *_: engine)
     evaluator.check(context)
     Path(file).write_text("")
     context.params = init_params(parameter_table(run.model), jax.random.key(0), "float32")
@@ -371,7 +398,11 @@ BAD = {
     "no adapters": ("run.policy_loss.beta = 0.1", "ModelConfig.lora: given None"),
     "devices that write": (
         "run.RolloutConfig.tensor = 3",
-        "tensor of what writes: given 3, expected devices % tensor == 0, here 8 devices",
+        "RolloutConfig.tensor: given 3, expected devices % tensor == 0, here 8 devices",
+    ),
+    "more devices than heads": (
+        "run.RolloutConfig.tensor = 8",
+        "RolloutConfig.tensor: given 8, expected a number by which the model can be divided",
     ),
     "rows": (
         "run.RolloutConfig.num_answers = 7",

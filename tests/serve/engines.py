@@ -27,4 +27,4 @@ def training(model, **sizes):
 
 
 def one_device(model):
-    return HybridEngine(model, FLOAT32, training(model))
+    return HybridEngine(model, FLOAT32, training(model), 1, "tensor")

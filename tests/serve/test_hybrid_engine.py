@@ -33,6 +33,10 @@ def with_two_lengths():
 MODELS = {"dense": dense(), "mixture": mixture(), "longrope": with_two_lengths()}
 
 
+def spread_over(tensor, model, region):
+    return HybridEngine(model, FLOAT32, region, tensor, "Samples.tensor")
+
+
 def trained(model, region):
     """Parameters as a training on the region's mesh has them."""
     params = init_params(parameter_table(model), jax.random.key(2), "float32")
@@ -71,7 +75,7 @@ def written(engine, params, prompts=PROMPTS, **settings):
 def test_texts_are_those_of_one_device(name, sizes, tensor, sampling):
     model = MODELS[name]
     region, alone = training(model, **sizes), one_device(model)
-    engine = HybridEngine(model, FLOAT32, region, tensor)
+    engine = spread_over(tensor, model, region)
     found = written(engine, trained(model, region), sampling=sampling)
     wanted = written(alone, trained(model, training(model)), sampling=sampling)
     assert found == wanted
@@ -79,19 +83,19 @@ def test_texts_are_those_of_one_device(name, sizes, tensor, sampling):
     assert len(set(map(tuple, found))) == 5
 
 
-def test_each_group_stops_when_its_own_texts_have_ended():
-    """The end token is the third of one text, and comes nowhere in the others."""
-    model = MODELS["dense"]
+@pytest.mark.parametrize("name", ["dense", "longrope"])
+def test_a_text_that_ends_does_not_end_others(name):
+    """The end token is the third of one text; of the others fewer may be left than groups."""
+    model = MODELS[name]
     region = training(model, data=4)
     params = trained(model, region)
-    engine = HybridEngine(model, FLOAT32, region)
+    engine = spread_over(1, model, region)
     whole = written(engine, params)
-    other = {token for tokens in whole[1:] for token in tokens}
-    ends = [n for n, token in enumerate(whole[0]) if token not in other]
-    end = whole[0][ends[0]]
+    end = whole[1][2]
     found = written(engine, params, eos_id=end)
-    assert found[0] == whole[0][: whole[0].index(end) + 1]
-    assert found[1:] == whole[1:]
+    ends = [tokens.index(end) + 1 if end in tokens else len(tokens) for tokens in whole]
+    assert found == [tokens[:size] for tokens, size in zip(whole, ends, strict=True)]
+    assert ends[1] <= 3 and max(ends) == 6
 
 
 def crossed(jaxpr):
@@ -111,7 +115,7 @@ def crossed(jaxpr):
 @pytest.mark.parametrize("name", ["dense", "mixture"])
 def test_no_group_waits_for_another_while_it_writes(name):
     """So that one whose texts are short is done, and loops of other lengths do not lock."""
-    engine = HybridEngine(MODELS[name], FLOAT32, training(MODELS[name], data=4), tensor=2)
+    engine = spread_over(2, MODELS[name], training(MODELS[name], data=4))
     params = jax.tree.map(jax.numpy.zeros_like, engine.abstract)
 
     def write(params):
@@ -126,13 +130,20 @@ def test_the_copy_that_writes_is_spread_and_the_critic_stays_behind():
     model = MODELS["dense"]
     region = training(model, data=4)
     params = trained(model, region) | {"critic": {"embedding": jax.numpy.ones(4)}}
-    spread = HybridEngine(model, FLOAT32, region, tensor=2).spread(params)
+    spread = spread_over(2, model, region).spread(params)
     assert "critic" not in spread
     up = tree.flatten(spread)["layers/0/ffn/up"]
     assert up.sharding.shard_shape(up.shape)[-1] == up.shape[-1] // 2
 
 
-def test_a_number_of_devices_that_does_not_divide_is_refused():
-    region = training(MODELS["dense"], data=4)
-    with pytest.raises(InputError, match="given 3, expected devices % tensor == 0, here 4"):
-        HybridEngine(MODELS["dense"], FLOAT32, region, tensor=3)
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (3, "given 3, expected devices % tensor == 0, here 8 devices"),
+        (8, r"given 8, expected a number by which the model can be divided \(MeshConfig.tensor: "),
+    ],
+)
+def test_a_number_of_devices_that_does_not_divide_is_refused_by_its_name(tensor, message):
+    region = training(MODELS["dense"], data=8)
+    with pytest.raises(InputError, match=f"Samples.tensor: {message}"):
+        spread_over(tensor, MODELS["dense"], region)

@@ -153,7 +153,7 @@ class _Keys:
 
 
 def _padded(x: Array, axis: int, size: int) -> Array:
-    """With zeros up to a multiple of a size. Queries of zeros see nothing, keys are not seen."""
+    """With zeros up to a multiple of a size, whose intervals are empty and in no interval."""
     margins = [(0, 0)] * x.ndim
     margins[axis] = (0, -x.shape[axis] % size)
     return jnp.pad(x, margins)
