@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscale.models.config import ModelConfig
 from jaxscale.models.decoder import Decoder
+from jaxscale.models.ends import check_has_logits
 from jaxscale.ops.attention import cache as kv_cache
 from jaxscale.ops.backends import Operations
 from jaxscale.parallel.mesh import DATA, TENSOR
@@ -303,9 +304,7 @@ def check_prompts(
     check_positive("max_new_tokens", max_new_tokens)
     if not config.is_causal:
         raise InputError("ModelConfig.is_causal", False, "True for a model that continues prompts")
-    if config.use_value_head:
-        expected = "False for a model that continues prompts"
-        raise InputError("ModelConfig.use_value_head", True, expected)
+    check_has_logits(config)
     if not prompts:
         raise InputError(parameter, prompts, "at least one prompt")
     for i, prompt in enumerate(prompts):

@@ -24,6 +24,7 @@ from tests.parallel.comparison import (
     make_params,
     relative_errors,
 )
+from tests.rlhf.rewarded import MESHES
 
 MODEL = dataclasses.replace(dense(max_length=32), lora=LoraConfig(rank=2, alpha=4.0))
 with jax.enable_x64(True):
@@ -96,21 +97,7 @@ def test_loss_and_gradient_are_those_of_the_equation():
         assert_as_by_equation(sums, tree.select(gradient, TRAINABLE))
 
 
-MESHES = [
-    dict(data=2, sequence=2, zero=3),
-    dict(tensor=2, sequence=2),
-    dict(data=2, tensor=2),
-    dict(sequence=2, ring=2),
-]
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param(sizes, marks=[] if number < 1 else pytest.mark.long, id=str(sizes))
-        for number, sizes in enumerate(MESHES)
-    ],
-)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_mesh_has_the_same_loss_and_gradient(sizes):
     with jax.enable_x64(True):
         settings = dict(num_microbatches=2, trainable=TRAINABLE)

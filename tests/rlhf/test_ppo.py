@@ -25,6 +25,7 @@ from jaxscale.train.config import TrainConfig
 from jaxscale.train.setup import make_region
 from jaxscale.types import InputError
 from tests.parallel.comparison import KEY, dense, make_params, relative_errors
+from tests.rlhf.rewarded import MESHES
 from tests.rlhf.test_policy import LENGTH, MODEL, POLICY, SIZES, log_p
 from tests.rlhf.test_policy import make_batch as make_answers
 
@@ -176,21 +177,7 @@ def region_of(sizes):
     )
 
 
-MESHES = [
-    dict(data=2, sequence=2, zero=3),
-    dict(tensor=2, sequence=2),
-    dict(data=2, tensor=2),
-    dict(sequence=2, ring=2),
-]
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param(sizes, marks=[] if number < 1 else pytest.mark.long, id=str(sizes))
-        for number, sizes in enumerate(MESHES)
-    ],
-)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_mesh_has_the_same_experience_loss_and_gradient(sizes):
     with jax.enable_x64(True):
         region = region_of(sizes)

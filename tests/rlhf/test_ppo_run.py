@@ -17,9 +17,7 @@ from jaxscale.rlhf.critic import CRITIC
 from jaxscale.run.model import load
 from jaxscale.run.run import load_run
 from jaxscale.train.metrics import read_history
-from tests.data.chat_tokenizer import as_messages, write_chat_tokenizer
-from tests.rlhf.test_rollouts import RUN
-from tests.run.runs import ROOT
+from tests.rlhf.rewarded import write_run
 
 PPO = """
 run.Run.loss = @run.ppo_loss
@@ -40,11 +38,7 @@ run.DataConfig.batch_size = 32
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("ppo")
-    write_chat_tokenizer(path)
-    asked = [[("user", f"{number * 7 % 40} and two?")] for number in range(40)]
-    lines = [{"messages": as_messages(chat)} for chat in asked]
-    (path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (path / "run.gin").write_text(RUN.format(root=ROOT, folder=path) + PPO)
+    write_run(path, PPO)
     return path
 
 

@@ -31,53 +31,17 @@ from jaxscale.run.run import load_run
 from jaxscale.serve.hybrid_engine import HybridEngine
 from jaxscale.train.metrics import read_history
 from jaxscale.types import InputError
-from tests.data.chat_tokenizer import as_messages, write_chat_tokenizer
+from tests.data.chat_tokenizer import as_messages
 from tests.parallel.comparison import dense, make_params
 from tests.rlhf.counting import digits
-from tests.run.runs import ROOT
+from tests.rlhf.rewarded import write_run
 from tests.serve.engines import FLOAT32, one_device
-
-RUN = """
-from __gin__ import dynamic_registration
-from jaxscale import run
-from tests.rlhf import counting
-include '{root}/tests/tiny.gin'
-CORPUS = ()
-CACHE = '{folder}/cache'
-DIRECTORY = '{folder}/run'
-run.ModelConfig.vocab_size = 300
-run.DataConfig.batch_size = 64
-run.DataConfig.sources = (@run.PromptSource(),)
-run.PromptSource.paths = ('{folder}/prompts.jsonl',)
-run.PromptSource.tokenizer = '{folder}'
-run.TokenizerConfig.kind = 'huggingface'
-run.TokenizerConfig.path = '{folder}'
-run.Run.loss = @run.policy_loss
-run.policy_loss.beta = 0.0
-run.Run.rollouts = @run.RolloutConfig()
-run.RolloutConfig.rewards = {{'digits': @counting.digits}}
-run.RolloutConfig.num_answers = 8
-run.RolloutConfig.max_new_tokens = 8
-run.RolloutConfig.end = '<|end|>'
-run.MeshConfig.data = 8
-run.MeshConfig.tensor = 1
-run.TrainConfig.steps = 40
-run.TrainConfig.evaluate_every = 40
-run.Run.evaluators = {{'held_out': @run.HeldOutRewards()}}
-run.HeldOutRewards.num_prompts = 4
-run.CheckpointConfig.save_every = 40
-run.OptimizerConfig.learning_rate = 0.02
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("rewarded")
-    write_chat_tokenizer(path)
-    asked = [[("user", f"{number * 7 % 40} and two?")] for number in range(40)]
-    lines = [{"messages": as_messages(chat), "answer": "Four."} for chat in asked]
-    (path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (path / "run.gin").write_text(RUN.format(root=ROOT, folder=path))
+    write_run(path)
     return path
 
 
@@ -428,7 +392,7 @@ BAD = {
 def test_what_does_not_go_with_rewards_is_refused_before_anything_is_written(folder, capsys, name):
     binding, message = BAD[name]
     file, directory = folder / "bad.gin", folder / name
-    lines = [RUN.format(root=ROOT, folder=folder), f"run.Run.directory = '{directory}'", binding]
+    lines = [(folder / "run.gin").read_text(), f"run.Run.directory = '{directory}'", binding]
     file.write_text("\n".join(lines))
     assert cli.main(["pretrain", str(file)]) != 0
     assert message in capsys.readouterr().err
