@@ -39,7 +39,7 @@ class _Step(NamedTuple):
     """One parameter on a path, and the item of it that the path goes on from: `pattern.0`."""
 
     name: str
-    indices: tuple[int, ...]
+    indices: tuple[int | str, ...]
 
 
 class _Place(NamedTuple):
@@ -57,8 +57,9 @@ def override(bindings: Bindings, function: Callable, text: str) -> None:
         function: the verb, whose parameters or whose run's fields are the first names.
         text: `FIELD=VALUE` for a parameter of the verb or a field of its run; `NAME.FIELD=VALUE`
             for a field of the configuration NAME, and so on inwards, where a number selects an item
-            of a tuple; `SCOPE/NAME.FIELD=VALUE` to bind in that scope; `MACRO=VALUE` for a macro
-            that the files define. VALUE is a Python literal, or else a plain string.
+            of a tuple and a key one of a dict; `SCOPE/NAME.FIELD=VALUE` to bind in that scope;
+            `MACRO=VALUE` for a macro that the files define. VALUE is a Python literal, or else a
+            plain string.
     Raises:
         InputError: no such name, or a value on the path has no fields or no such item.
     """
@@ -70,7 +71,8 @@ def override(bindings: Bindings, function: Callable, text: str) -> None:
     *scopes, path = key.split("/")
     *steps, last = _steps(bindings, function, path, location)
     place = _Place(function, tuple(scopes))
-    for step in steps:
+    while steps:
+        step = _with_key(bindings, place, steps)
         place = _enter(bindings, place, step, location)
     if place.scopes[: len(scopes)] != tuple(scopes):
         place = _Place(place.target, tuple(scopes))
@@ -104,6 +106,18 @@ def _steps(bindings: Bindings, function: Callable, path: str, location: str) -> 
         known += parameters(run)
     expected = renamed.new_path(first) or one_of(first, known)
     raise InputError(f"{location}: {first}", first, expected)
+
+
+def _with_key(bindings: Bindings, place: _Place, steps: list[_Step]) -> _Step:
+    """Takes the first step, with the next one where the first leads to a dict, as its key."""
+    step = steps.pop(0)
+    if not steps or step.indices or not has_parameter(place.target, step.name):
+        return step
+    value, _ = _current(bindings, place, step.name)
+    if not isinstance(value, dict):
+        return step
+    key = steps.pop(0)
+    return _Step(step.name, (key.name, *key.indices))
 
 
 def _enter(bindings: Bindings, place: _Place, step: _Step, location: str) -> _Place:
@@ -192,10 +206,13 @@ def _current(bindings: Bindings, place: _Place, name: str) -> tuple[Any, Fields]
 def _item(value: Any, indices: tuple[int, ...], label: str) -> Any:
     """The item that the indices lead to; without any, the value itself."""
     for index in indices:
-        if not isinstance(value, (list, tuple)):
+        if isinstance(value, dict):
+            if index not in value:
+                raise InputError(label, index, one_of(str(index), map(str, value)))
+        elif not isinstance(value, (list, tuple)):
             expected = "a tuple, from which a number selects an item"
             raise InputError(label, text_of(value), expected)
-        if index >= len(value):
+        elif index >= len(value):
             raise InputError(label, index, f"a number below {len(value)}, the number of items")
         value = value[index]
     return value
@@ -206,7 +223,7 @@ def _with_item(value: Any, indices: tuple[int, ...], item: Any) -> Any:
     if not indices:
         return item
     index, *inner = indices
-    items = list(value)
+    items = dict(value) if isinstance(value, dict) else list(value)
     items[index] = _with_item(items[index], tuple(inner), item)
     return type(value)(items)
 

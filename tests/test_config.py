@@ -209,6 +209,16 @@ def test_override_of_an_unbound_configuration_starts_from_its_default(run, house
     assert given["room"] == house.Room(width=2, roof=house.Roof(slope=0.5))
 
 
+def test_override_in_an_item_of_a_dict(run, house):
+    text = SMALLEST + "house.build.rooms = {'x': @house.Room(), 'y': @other/house.Room()}\n"
+    text += "other/house.Room.height = 9\n"
+    rooms = run(text, "rooms.y.width=7", "rooms.y.roof.slope=0.125")["rooms"]
+    assert rooms["x"] == house.Room(width=2)
+    assert rooms["y"] == house.Room(width=7, height=9, roof=house.Roof(slope=0.125))
+    with pytest.raises(InputError, match=r"rooms.z: given 'z', expected one of x, y"):
+        run(text, "rooms.z.width=7")
+
+
 def test_override_of_what_a_function_is_called_with(run):
     text = SMALLEST + "house.build.paint = @house.paint\n"
     assert run(text, "paint.coats=5")["paint"]("red") == ("red", 5)
@@ -375,10 +385,7 @@ def test_missing_values_are_named(run, load, house):
             "--set room.width=wide: Room.width: given 'wide', expected a value of type int",
         ),
         ("room.width.x=3", "width: given '2', expected a configuration that has fields"),
-        (
-            "rooms.x.width=3",
-            r"rooms: given \"{'x': @house\.Room\(\)}\", expected a configuration that has fields",
-        ),
+        ("rooms.w.width=3", r"rooms.w: given 'w', expected one of x"),
         ("room.width", "--set: given 'room.width', expected NAME.FIELD=VALUE or FIELD=VALUE"),
         ("=3", "expected NAME.FIELD=VALUE"),
         ("room=@house.Room()", "expected a Python literal or plain text"),

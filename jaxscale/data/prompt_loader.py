@@ -51,6 +51,9 @@ class PromptLoader:
         own = [prompt for prompt, other in zip(every, is_other, strict=True) if not other]
         # The last token of a row is a label alone.
         longest = config.sequence_length + 1 - max_new_tokens
+        if longest < 1:
+            expected = f"at most DataConfig.sequence_length = {config.sequence_length}"
+            raise InputError("RolloutConfig.max_new_tokens", max_new_tokens, expected)
         self.prompts = [prompt for prompt in own if len(prompt.tokens) <= longest]
         self.num_others = int(is_other.sum())
         if left_out := len(own) - len(self.prompts):

@@ -150,7 +150,8 @@ def _metrics(label: str, values: dict[str, Any]) -> tuple[str, ...]:
         raise InputError(f"{label}: metrics", given, f"at least one of {tuple(SCORES)}")
     if len(known) < len(given):
         others = [name for name in given if name not in known]
-        logger.warning("%s: metrics %s are not known and left out", label, others)
+        names = ", ".join(SCORES)
+        logger.warning("%s: metrics %s left out; those known are %s", label, others, names)
     return tuple(known)
 
 
@@ -160,7 +161,10 @@ def _field(
     name: str,
     kind: type,
 ) -> Any:
-    found = values.get(name)
+    if name not in values:
+        expected = f"one, beside {sorted(values)}"
+        raise InputError(f"{label}: {name}", "no such field", expected)
+    found = values[name]
     if not isinstance(found, kind) or isinstance(found, bool):
         raise InputError(f"{label}: {name}", found, f"a value of type {kind.__name__}")
     if kind is str:

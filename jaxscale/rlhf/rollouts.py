@@ -117,7 +117,7 @@ class Rollouts:
         Returns:
             ({tokens, labels, weights, segments, positions} [P * num_answers, T], answers to one
             prompt next to each other; the reward of each answer, [P, num_answers]; figures: means
-            of each reward and of their sum, "reward", with its deviation among the answers to a
+            of each reward and of their sum, "reward", with its deviation among several answers to a
             prompt, of an answer's tokens, the share of answers that were cut off, and the seconds
             in which parameters were spread and answers written and rewarded).
         """
@@ -146,12 +146,13 @@ class Rollouts:
         figures = {f"reward/{name}": float(of_each.mean()) for name, of_each in rewards.items()}
         figures |= {
             "reward": float(total.mean()),
-            "reward_deviation": float(total.std(1).mean()),
             "answer_tokens": float(np.mean([len(tokens) for tokens in written])),
             "cut_off": float(np.mean([end not in tokens for tokens in written])),
             "spread_s": spread - began,
             "rollout_s": time.perf_counter() - spread,
         }
+        if num > 1:
+            figures["reward_deviation"] = float(total.std(1).mean())
         return self._rows(asked, written), total, figures
 
     def _answer(self, tokens: list[int], end: int) -> Answer:

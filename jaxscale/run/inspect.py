@@ -48,7 +48,7 @@ def inspect(*, run: Run, host_gib: float | None = None) -> None:
     """
     if host_gib is not None:
         check_positive("host_gib", host_gib)
-    table = parameter_table(run.model)
+    table = run.table()
     check_fit(run)
     check_training(table, run.loss(run), run.mesh, run.train)
     specs = make_specs(table, run.mesh)
@@ -56,6 +56,7 @@ def inspect(*, run: Run, host_gib: float | None = None) -> None:
     total, active = count_parameters(table)
     length = run.data.sequence_length
     flops = training_flops_per_token(run.model, active, length)
+    copy = 0 if run.rollouts is None else _bytes_of_writing(run)
     print(operative_config())
     print(_sharding_table(params, specs))
     print(f"\nparameters    {total:,} total, {active:,} active per token (look-up tables left out)")
@@ -64,13 +65,12 @@ def inspect(*, run: Run, host_gib: float | None = None) -> None:
     sizes = bytes_per_device(run, table, specs)
     for name, size in sizes.items():
         print(f"{name:<13} {_bytes_text(size)} per device")
-    between = 0
-    if run.rollouts is not None:
-        copy = _bytes_of_writing(run, table)
-        between = sizes["parameters"] + sizes["optimizer"] + copy
+    between = sizes["parameters"] + sizes["optimizer"] + copy
+    if copy:
         print(f"{'writing':<13} {_bytes_text(copy)} per device, a copy while answers are written")
     host_limit = math.inf if host_gib is None else host_gib * GIB
-    print("\n".join(_step_lines(run, between, host_limit)))
+    critic = sizes["sum"] - _sum_without_critic(run)
+    print("\n".join(_step_lines(run, between, critic, host_limit)))
 
 
 def bytes_per_device(
@@ -117,20 +117,32 @@ def bytes_per_device(
     return sizes | {"sum": sum(sizes.values()), "on the host": host}
 
 
-def _bytes_of_writing(run: Run, table: Table) -> int:
+def _sum_without_critic(run: Run) -> int:
+    """Bytes of the state of the model alone, on each device."""
+    table = parameter_table(run.model)
+    return bytes_per_device(run, table, make_specs(table, run.mesh))["sum"]
+
+
+def _bytes_of_writing(run: Run) -> int:
     """What each device holds beside the state while answers are written."""
-    num_devices = math.prod(run.mesh.sizes)
+    table, num_devices = parameter_table(run.model), math.prod(run.mesh.sizes)
     mesh, specs = specs_of_writing(table, num_devices, run.rollouts.tensor, TENSOR)
     params = abstract_stored(table, specs, run.policy.parameters)
     return _tree_bytes(params, specs.parameters, mesh)
 
 
-def _step_lines(run: Run, between: int, host_limit: float) -> list[str]:
+def _step_lines(
+    run: Run,
+    between: int,
+    critic: int,
+    host_limit: float,
+) -> list[str]:
     """What a step needs at its fullest moment, and which devices and hosts have that much.
 
     Args:
         run: the run.
         between: bytes that a device holds before a step.
+        critic: bytes of a critic's state; what its forward keeps is not estimated.
         host_limit: bytes of the host for each device.
     """
     on_host = sum(host_parts(run).values())
@@ -148,7 +160,12 @@ def _step_lines(run: Run, between: int, host_limit: float) -> list[str]:
             f"{'activations':<13} {at_most}",
             f"{'a step':<13} {_bytes_text(on_device)} per device, estimated",
         ]
-    return [*lines, *_fitting(run, max(on_device, between), on_host, host_limit)]
+    if critic:
+        lines.append(
+            f"{'the critic':<13} {_bytes_text(critic)} per device beside a step, its state"
+        )
+    needed = max(on_device + critic, between)
+    return [*lines, *_fitting(run, needed, on_host, host_limit)]
 
 
 def _fitting(run: Run, on_device: float, on_host: float, host_limit: float) -> list[str]:

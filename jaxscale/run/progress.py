@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +33,11 @@ def say_what_begins(run: Run, loader: TrainLoader | PromptLoader) -> None:
     _say(f"mesh: {', '.join(axes) or 'one device'}")
     if run.rollouts is not None:
         _say(f"data: {len(loader.prompts):,} prompts, {loader.num_others:,} more are held out")
-        num = run.rollouts.num_answers
-        _say(f"a step: {num} answers to each of {run.data.batch_size // num} prompts")
+        num, tensor = run.rollouts.num_answers, run.rollouts.tensor
+        answers = "1 answer" if num == 1 else f"{num} answers"
+        _say(f"a step: {answers} to each of {run.data.batch_size // num} prompts")
+        groups = math.prod(run.mesh.sizes) // tensor
+        _say(f"answers: written by {groups} x {tensor} devices, each group with a whole model")
         return
     rows, length = sum(loader.rows_per_epoch), run.data.sequence_length
     documents = f"{loader.num_documents:,} documents of {loader.num_tokens:,} tokens"

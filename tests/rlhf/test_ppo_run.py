@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ from jaxscale import cli
 from jaxscale.checkpoint.manager import CheckpointConfig, Checkpoints
 from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.models.config.facts import checkpoint_facts
-from jaxscale.models.parameters import init_params, parameter_table
+from jaxscale.models.parameters import count_parameters, init_params, parameter_table
 from jaxscale.rlhf.critic import CRITIC
 from jaxscale.run.model import load
 from jaxscale.run.run import load_run
@@ -110,6 +111,18 @@ def write_checkpoint(model, directory, seed):
     checkpoints.save(0, {"params": params}, {"depends_on": {}}, force=True)
     checkpoints.close()
     return arrays(NativeCheckpoint(directory / "0").leaves("params/"))
+
+
+def test_inspect_counts_the_critic(folder, capsys):
+    run = load_run([folder / "run.gin"])
+    critic, _ = count_parameters(run.critic.table())
+    total, _ = count_parameters(run.table())
+    assert cli.main(["inspect", str(folder / "run.gin")]) == 0
+    shown = capsys.readouterr().out
+    assert f"parameters    {total:,} total" in shown and f"{CRITIC}/layers/" in shown
+    state = critic * 4 * (2 + 2 / 8)  # parameters, gradients; ZeRO-1 shares out two moments
+    (found,) = re.findall(r"^the critic +([\d.]+) KiB", shown, re.MULTILINE)
+    assert float(found) * 1024 == pytest.approx(state, rel=0.01)
 
 
 @pytest.mark.long
