@@ -243,7 +243,8 @@ def _statements(path: Path, names: _Names, label: str) -> Iterator[Any]:
         raise InputError(label, str(path), f"a gin file; this is a {kind}")
     if not path.is_file():
         siblings = [other.name for other in path.parent.glob("*.gin")]
-        expected = f"an existing gin file{closest(path.name, siblings)}"
+        kind = "an existing gin file" if path.suffix else "an existing gin file or run's directory"
+        expected = f"{kind}{closest(path.name, siblings)}"
         raise InputError(label, str(path), expected)
 
     def resolve(selector: str) -> Callable:

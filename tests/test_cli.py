@@ -147,6 +147,8 @@ def test_bad_input_exits_2_with_one_line(gin_file, capsys, override, message):
 def test_a_missing_file_exits_2(gin_file, capsys):
     assert cli.main(["pretrain", gin_file + "x"]) == 2
     assert "a.ginx', expected an existing gin file; closest is 'a.gin'" in capsys.readouterr().err
+    assert cli.main(["pretrain", "runs/none"]) == 2
+    assert "expected an existing gin file or run's directory" in capsys.readouterr().err
 
 
 def test_a_full_disk_and_an_unwritable_directory_are_one_line(gin_file, capsys, tmp_path):
