@@ -203,7 +203,7 @@ def _current(bindings: Bindings, place: _Place, name: str) -> tuple[Any, Fields]
         return default, {}
 
 
-def _item(value: Any, indices: tuple[int, ...], label: str) -> Any:
+def _item(value: Any, indices: tuple[int | str, ...], label: str) -> Any:
     """The item that the indices lead to; without any, the value itself."""
     for index in indices:
         if isinstance(value, dict):
@@ -218,7 +218,7 @@ def _item(value: Any, indices: tuple[int, ...], label: str) -> Any:
     return value
 
 
-def _with_item(value: Any, indices: tuple[int, ...], item: Any) -> Any:
+def _with_item(value: Any, indices: tuple[int | str, ...], item: Any) -> Any:
     """A value with another item where the indices lead."""
     if not indices:
         return item
