@@ -71,7 +71,9 @@ def written(engine, params, prompts=PROMPTS, **settings):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "sampling", [DRAWN, pytest.param(GREEDY, marks=pytest.mark.long)], ids=["drawn", "greedy"]
+)
 def test_texts_are_those_of_one_device(name, sizes, tensor, sampling):
     model = MODELS[name]
     region, alone = training(model, **sizes), one_device(model)
