@@ -12,7 +12,7 @@ from profile_table import device_events
 
 ROWS = {
     "attention": lambda name: "mosaic" in name,
-    "between GPUs": lambda name: "nccl" in name,
+    "between GPUs": lambda name: "nccl" in name or "MemcpyP2P" in name,
     "other kernels": lambda name: not any(kind in name for kind in ("mosaic", "nccl", "Memcpy")),
     "from the host": lambda name: "MemcpyH2D" in name,
     "to the host": lambda name: "MemcpyD2H" in name,
