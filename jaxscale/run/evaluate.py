@@ -42,9 +42,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a checkpoint, on any mesh; prints the figures and writes them to the run's folder.
 
-    They go to evaluation_STEP.json; where the run is read-only, a warning says so. A run without
-    evaluators has `BitsPerByte` as "held_out", of pairs `PreferenceAccuracy`, and of prompts
-    `HeldOutRewards`.
+    They go to evaluation_STEP.json, in place of those of an earlier call; of rounded weights to a
+    file of their own, such as evaluation_STEP_bits_4.json. Where the run is read-only, a warning
+    says so. A run without evaluators has `BitsPerByte` as "held_out", of pairs
+    `PreferenceAccuracy`, and of prompts `HeldOutRewards`.
 
     Args:
         run: the run; its mesh may be another one than that of the training.
@@ -82,7 +83,7 @@ def evaluate(
     if jax.process_index() == 0:
         lines = [f"{name:<30} {_figure_text(value)}" for name, value in figures.items()]
         print("\n".join([f"step {restored.step}", *lines]))
-        path = run.path / f"evaluation_{restored.step}.json"
+        path = run.path / f"evaluation_{restored.step}{_suffix(quantisation)}.json"
         _write_figures(path, {"step": restored.step, **figures})
     return figures
 
@@ -102,6 +103,14 @@ def _rounded(params: Params, run: Run, quantisation: QuantisedConfig) -> Params:
         return dequantised(small, run.policy.parameters)
 
     return of(params)
+
+
+def _suffix(quantisation: QuantisedConfig | None) -> str:
+    """What the name of a file of figures says of rounded weights."""
+    if quantisation is None:
+        return ""
+    given = vars(quantisation).items()
+    return "".join(f"_{name}_{value}" for name, value in given if value is not None)
 
 
 def _figure_text(value: Any) -> str:

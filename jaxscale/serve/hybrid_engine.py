@@ -87,9 +87,7 @@ class HybridEngine:
             self.decoder = dataclasses.replace(self.decoder, operations=operations)
             self.region = Region(mesh, specs, operations)
         self.abstract = jax.tree.map(
-            lambda leaf, spec: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
-            ),
+            lambda leaf, spec: leaf.update(sharding=NamedSharding(mesh, spec)),
             abstract_params(table, policy.parameters),
             specs.parameters,
         )

@@ -63,8 +63,7 @@ def abstract_state(
         is_on_host: bool = False,
     ) -> jax.ShapeDtypeStruct:
         kind = HOST if is_on_host and specs.is_optimizer_on_host else None
-        sharding = NamedSharding(mesh, spec, memory_kind=kind)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return leaf.update(sharding=NamedSharding(mesh, spec, memory_kind=kind))
 
     scalar = PartitionSpec()
     is_host = is_on_host(opt_state, trained)
@@ -88,12 +87,11 @@ def stored_params(
     Returns:
         Shapes with shardings.
     """
-
-    def place(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, abstract_stored(table, specs, dtype), specs.parameters)
+    return jax.tree.map(
+        lambda leaf, spec: leaf.update(sharding=NamedSharding(mesh, spec)),
+        abstract_stored(table, specs, dtype),
+        specs.parameters,
+    )
 
 
 def abstract_stored(

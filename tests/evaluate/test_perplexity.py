@@ -193,7 +193,7 @@ def test_evaluators_are_named_by_the_caller_and_see_the_wanted_step(run):
 
 
 @pytest.mark.long
-def test_the_model_that_is_measured_may_have_rounded_weights(run):
+def test_the_model_that_is_measured_may_have_rounded_weights(run, tmp_path):
     few = QuantisedConfig(4, embedding_bits=8)
 
     def seen(context):
@@ -205,6 +205,8 @@ def test_the_model_that_is_measured_may_have_rounded_weights(run):
 
     run = dataclasses.replace(run, evaluators={"seen": seen})
     assert evaluate(run=run, quantisation=few) == {"seen/same": True}
+    (path,) = tmp_path.glob("evaluation_*")
+    assert path.name == "evaluation_2_bits_4_embedding_bits_8.json"
 
 
 def counted(evaluator):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.ops.attention.blocks import joined, split
 from jaxscale.ops.attention.chunked import QUERY_CHUNK
 from jaxscale.ops.attention.context import NEVER, AttentionContext
 from jaxscale.ops.attention.cudnn import head_refusal
@@ -197,21 +198,7 @@ def _over_queries(
         (last carry, results [B, T, ...]).
     """
     length = context.positions.shape[1]
-    chunk = min(length, QUERY_CHUNK)
-    num_chunks = -(-length // chunk)
-    padded = num_chunks * chunk
-
-    def split(x: Array, fill: int = 0) -> Array:
-        batch, _, *rest = x.shape
-        margins = ((0, 0), (0, padded - length), *((0, 0) for _ in rest))
-        x = jnp.pad(x, margins, constant_values=fill)
-        return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *rest), 1, 0)
-
-    def join(x: Array) -> Array:
-        _, batch, _, *rest = x.shape
-        x = jnp.moveaxis(x, 0, 1).reshape(batch, padded, *rest)
-        return x[:, :length]
-
+    size = min(length, QUERY_CHUNK)
     keyed = context
     if context.is_aligned:
         keyed = dataclasses.replace(
@@ -225,12 +212,12 @@ def _over_queries(
         part = dataclasses.replace(keyed, positions=positions, segments=segments)
         return f(carry, *arrays, part)
 
-    segments = None if context.segments is None else split(context.segments)
-    arrays = tuple(map(split, arrays))
+    segments = None if context.segments is None else split(context.segments, 1, size)
+    arrays = tuple(split(x, 1, size) for x in arrays)
     # No key comes before position -1, so what fills the last chunk sees none.
-    positions = split(context.positions, -1)
+    positions = split(context.positions, 1, size, fill=-1)
     carry, results = lax.scan(of_chunk, carry, (*arrays, positions, segments))
-    return carry, jax.tree.map(join, results)
+    return carry, jax.tree.map(lambda x: joined(x, 1, length), results)
 
 
 def _grouped(q: Array, k: Array) -> Array:

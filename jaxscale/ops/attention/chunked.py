@@ -4,10 +4,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.ops.attention import reference
+from jaxscale.ops.attention.blocks import joined, split
 from jaxscale.ops.attention.context import AttentionContext
 from jaxscale.types import Array
 
@@ -24,7 +24,6 @@ def attend(
 
     Each chunk is recomputed in the backward, so that only [chunk, S] logits ever exist.
     """
-    num_chunks = q.shape[1] // QUERY_CHUNK
     is_aligned = context.is_aligned
     keyed = dataclasses.replace(
         context,
@@ -32,20 +31,15 @@ def attend(
         key_segments=context.segments if is_aligned else context.key_segments,
     )
 
-    def split(x: Array | None) -> Array | None:
-        if x is None:
-            return None
-        by_chunk = x.reshape(x.shape[0], num_chunks, QUERY_CHUNK, *x.shape[2:])
-        return jnp.moveaxis(by_chunk, 1, 0)
-
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(chunk: tuple[Array, Array, Array | None]) -> Array:
         q_chunk, positions, segments = chunk
         part = dataclasses.replace(keyed, positions=positions, segments=segments)
         return reference.attend(q_chunk, k, v, part)
 
-    out = lax.map(one, (split(q), split(context.positions), split(context.segments)))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    by_query = q, context.positions, context.segments
+    chunks = jax.tree.map(lambda x: split(x, 1, QUERY_CHUNK), by_query)
+    return joined(lax.map(one, chunks), 1, q.shape[1])
 
 
 def refusal(q: Array, context: AttentionContext) -> str | None:

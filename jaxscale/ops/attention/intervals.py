@@ -48,10 +48,9 @@ class IntervalAttention:
         high: Array,
     ) -> Part:
         """Queries [B, T, N, H] over keys and values [B, S, K, H]; low and high [B or 1, T]."""
-        implementation = self._implementation(q, k)
-        if implementation == "chunked":
+        if self.implementation == "chunked":
             return intervals_chunked.forward(q, k, v, low, high, **self._factors())
-        settings = self._factors() | dict(implementation=implementation)
+        settings = self._factors() | dict(implementation=self.implementation)
         o, lse = kernel.attention(q, k, v, low, high, **settings)
         return Part(accumulator(o), lse)
 
@@ -76,18 +75,11 @@ class IntervalAttention:
             delta: [B, N, T], `row_sums` of the output over all keys and `do`.
         """
         operands = q, k, v, do, lse, delta, low, high
-        implementation = self._implementation(q, k)
-        if implementation == "chunked":
+        if self.implementation == "chunked":
             return intervals_chunked.backward(*operands, **self._factors())
-        settings = self._factors() | dict(implementation=implementation)
+        settings = self._factors() | dict(implementation=self.implementation)
         dq, dk, dv = map(accumulator, kernel.gradients(*operands, **settings))
         return dq, dk, dv
-
-    def _implementation(self, q: Array, k: Array) -> str:
-        """The one named; of one block "chunked" is the reference, without a loop around it."""
-        is_one_block = max(q.shape[1], k.shape[1]) <= intervals_chunked.BLOCK
-        is_chunked = self.implementation == "chunked"
-        return "reference" if is_chunked and is_one_block else self.implementation
 
     def _factors(self) -> dict[str, float | None]:
         return dict(scale=self.scale, softcap=self.softcap)

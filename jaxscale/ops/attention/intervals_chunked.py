@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxscale.kernels.attention import reference
+from jaxscale.ops.attention.blocks import joined, padded, split
 from jaxscale.ops.attention.parts import Part
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
@@ -29,6 +30,10 @@ def forward(
     Source: Dao et al. 2022, FlashAttention (arXiv 2205.14135), algorithm 2, in whose place of
         running sums parts are added.
     """
+    if _is_one_block(q, k):
+        wide = map(accumulator, (q, k, v))
+        o, lse = reference.attention(*wide, low, high, scale=scale, softcap=softcap)
+        return Part(o, lse)
     keys = _Keys(k, v)
 
     def of_queries(block: tuple[Array, Array, Array]) -> Part:
@@ -48,11 +53,12 @@ def forward(
         first, end = keys.span(low, high)
         return lax.fori_loop(first, end, add, nothing)
 
-    blocks = tuple(_split(x, 1) for x in (q, low, high))
-    parts = lax.map(of_queries, blocks)
     length = q.shape[1]
-    o = _joined(parts.o, 1, length)
-    lse = _joined(parts.lse, 2, length)
+    size = min(BLOCK, length)
+    blocks = tuple(split(x, 1, size) for x in (q, low, high))
+    parts = lax.map(of_queries, blocks)
+    o = joined(parts.o, 1, length)
+    lse = joined(parts.lse, 2, length)
     return Part(o, lse)
 
 
@@ -73,6 +79,9 @@ def backward(
 
     Source: Dao et al. 2022, FlashAttention (arXiv 2205.14135), algorithm 4.
     """
+    if _is_one_block(q, k):
+        operands = accumulator(q), accumulator(k), accumulator(v), do, lse, delta, low, high
+        return reference.gradients(*operands, scale=scale, softcap=softcap)
     keys = _Keys(k, v)
 
     def of_queries(
@@ -100,12 +109,18 @@ def backward(
         dq, dk, dv = lax.fori_loop(first, end, add, (dq, dk, dv))
         return (dk, dv), dq
 
-    by_token = [_split(x, 1) for x in (q, do, low, high)]
-    by_head = [_split(x, 2) for x in (lse, delta)]
+    length, num_keys = q.shape[1], k.shape[1]
+    size = min(BLOCK, length)
+    by_token = [split(x, 1, size) for x in (q, do, low, high)]
+    by_head = [split(x, 2, size) for x in (lse, delta)]
     blocks = (*by_token, *by_head)
     (dk, dv), dq = lax.scan(of_queries, keys.zeros(), blocks)
-    length, num_keys = q.shape[1], k.shape[1]
-    return _joined(dq, 1, length), dk[:, :num_keys], dv[:, :num_keys]
+    return joined(dq, 1, length), dk[:, :num_keys], dv[:, :num_keys]
+
+
+def _is_one_block(q: Array, k: Array) -> bool:
+    """Whether the reference needs no loop around it."""
+    return max(q.shape[1], k.shape[1]) <= BLOCK
 
 
 class _Keys:
@@ -113,8 +128,9 @@ class _Keys:
 
     def __init__(self, k: Array, v: Array):
         self.size = min(BLOCK, k.shape[1])
-        self.k = _padded(k, 1, self.size)
-        self.v = _padded(v, 1, self.size)
+        # The intervals of the queries that fill a block are empty, and the keys in no interval.
+        self.k = padded(k, 1, self.size)
+        self.v = padded(v, 1, self.size)
 
     def span(self, low: Array, high: Array) -> tuple[Array, Array]:
         """The first block that any of the queries sees, and the one after the last."""
@@ -150,25 +166,3 @@ class _Keys:
         start = number * self.size
         before = lax.dynamic_slice_in_dim(whole, start, self.size, axis=1)
         return lax.dynamic_update_slice_in_dim(whole, before + block, start, axis=1)
-
-
-def _padded(x: Array, axis: int, size: int) -> Array:
-    """With zeros up to a multiple of a size, whose intervals are empty and in no interval."""
-    margins = [(0, 0)] * x.ndim
-    margins[axis] = (0, -x.shape[axis] % size)
-    return jnp.pad(x, margins)
-
-
-def _split(x: Array, axis: int) -> Array:
-    """[blocks, ..., BLOCK or fewer, ...] of an axis of tokens."""
-    size = min(BLOCK, x.shape[axis])
-    padded = _padded(x, axis, size)
-    by_block = padded.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-    return jnp.moveaxis(by_block, axis, 0)
-
-
-def _joined(x: Array, axis: int, length: int) -> Array:
-    """What `_split` split, or was made of it, of so many tokens."""
-    x = jnp.moveaxis(x, 0, axis)
-    whole = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    return lax.slice_in_dim(whole, 0, length, axis=axis)
