@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,12 +14,15 @@ import tokenizers
 from jaxscale.data.sources import check_characters
 from jaxscale.types import InputError
 
+logger = logging.getLogger(__name__)
+
 END_OF_TEXT = "<|endoftext|>"
 HUGGING_FACE_FILE = "tokenizer.json"
 SENTENCE_PIECE_FILE = "tokenizer.model"
 NEW = "a new tokenizer"
 NEVER = -1e4  # as log-probability of a piece: any other way to spell a text is better
 NUM_SHOWN = 80  # characters of a text that an error quotes
+RARE = "\U000103a0"  # a letter of Old Persian
 
 
 class Tokenizer(Protocol):
@@ -147,6 +151,8 @@ class HuggingFaceTokenizer:
         if self.eos_id in self.encode_part(eos_token):
             expected = "a token that no text encodes to; this one is a word of the vocabulary"
             raise InputError("TokenizerConfig.eos_token", eos_token, expected)
+        if self._leaves_out_characters():
+            logger.warning("%s leaves characters that it does not know out of texts", path)
         # Ids may have gaps, and a model needs a row for the largest.
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         identity = f"{eos_token}\n{serialized}"
@@ -154,6 +160,13 @@ class HuggingFaceTokenizer:
             identity = f"{bos_token}\n{identity}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._serialized = serialized
+
+    def _leaves_out_characters(self) -> bool:
+        """Whether characters without a token vanish; others have one for them, or their bytes."""
+        model = self._tokenizer.model
+        # A unigram model has no such attribute, and always a token for unknown characters.
+        lacks_unknown = getattr(model, "unk_token", "") is None
+        return lacks_unknown and self.encode_part(f"a{RARE}b") == self.encode_part("ab")
 
     @property
     def serialized(self) -> str:

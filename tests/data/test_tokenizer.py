@@ -188,6 +188,24 @@ def test_a_file_that_truncates_and_pads_loses_no_text(tmp_path):
     assert [ids.tolist() for ids in loaded.encode_batch(["a" * 7, "a"])] == [[0] * 7, [0]]
 
 
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_a_file_that_loses_unknown_characters_is_warned_of(tmp_path, caplog, unknown):
+    vocabulary = {"a": 0, "b": 1, "<|endoftext|>": 2, "<unk>": 3}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token=unknown)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(tokenizers.Tokenizer(model).to_str())
+    tokenizer = load_tokenizer(TokenizerConfig("huggingface", str(file)))
+    is_lost = tokenizer.encode("aéb") == [0, 1]
+    assert is_lost == (unknown is None)
+    warning = f"{file} leaves characters that it does not know out of texts"
+    assert (warning in caplog.text) == is_lost
+
+
+def test_tokenizers_that_spell_unknown_characters_are_not_warned_of(config, caplog):
+    load_tokenizer(config)
+    assert "leaves characters" not in caplog.text
+
+
 def test_a_full_disk_is_named_and_costs_no_earlier_tokenizer(tmp_path, monkeypatch):
     def write_bytes(path, content):
         raise OSError(28, "No space left on device")
