@@ -90,6 +90,11 @@ VERBS = {
         "make a run's directory in which low-rank adapters of a model are trained",
         words=(Word("directory", "of the new run"),),
     ),
+    "average": Verb(
+        "jaxscale.run.average:average",
+        "make a run's directory of the running average of a run's parameters",
+        words=(Word("directory", "of the new run"),),
+    ),
     "describe": Verb(
         "jaxscale.run.describe:describe",
         "print the fields of a part of a run, with their meanings and defaults",

@@ -21,7 +21,7 @@ from jaxscale.checkpoint import handlers, manifest, matching, steps
 from jaxscale.checkpoint.changes import Changes, load_changed
 from jaxscale.checkpoint.loading import load
 from jaxscale.checkpoint.mirror import Mirror, MirrorConfig
-from jaxscale.checkpoint.native import PARAMS, NativeCheckpoint
+from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.checkpoint.writer import Writer
 from jaxscale.types import InputError, check_positive, check_types
 
@@ -237,20 +237,21 @@ class Checkpoints:
         abstract_params: Any,
         step: int | None = None,
         left_out: tuple[str, ...] = (),
+        is_averaged: bool = False,
     ) -> Any:
         """Returns the parameters alone, placed as asked and cast where another dtype is asked.
-
-        Reads nothing else.
 
         Args:
             abstract_params: tree of jax.ShapeDtypeStruct with shardings, on any mesh.
             step: which one; the newest when None.
             left_out: sections that the checkpoint has beside those that are asked for.
+            is_averaged: as `NativeCheckpoint.params`.
         Raises:
             InputError: as `restore`.
         """
-        path = self._sound_path(step, manifest.is_for_params)
-        leaves = NativeCheckpoint(path).leaves(PARAMS, left_out)
+        is_wanted = manifest.is_for_averages if is_averaged else manifest.is_for_params
+        path = self._sound_path(step, is_wanted)
+        leaves = NativeCheckpoint(path).params(left_out, is_averaged=is_averaged)
         matching.check_leaves(leaves, abstract_params, str(path), is_cast_allowed=True)
         return load(leaves, abstract_params, budget_bytes=BUDGET_BYTES)
 

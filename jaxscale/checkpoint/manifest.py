@@ -19,6 +19,7 @@ VERSION = "2"  # 1 had none
 BLOCK_BYTES = 1 << 22
 MAX_THREADS = 8
 PARAMS_FILES = ("state/_", "state/array_metadatas/", "state/params.")
+AVERAGES_FILES = "state/opt_state.2.average."
 
 Folder = Any  # a pathlib.Path or a `remote.RemotePath`
 FileFacts = tuple[int, str]  # size in bytes, or -1 for no file; CRC-32 in hexadecimal
@@ -68,6 +69,11 @@ def is_for_params(name: str) -> bool:
     if name.endswith("/.zarray"):  # the shapes of all leaves are read
         return True
     return name.startswith(PARAMS_FILES)
+
+
+def is_for_averages(name: str) -> bool:
+    """Whether one of the parameters, with averages in the place of some, does."""
+    return is_for_params(name) or name.startswith(AVERAGES_FILES)
 
 
 def _read_manifest(folder: Folder) -> dict[str, list]:

@@ -20,6 +20,7 @@ from jaxscale.types import InputError
 
 STATE = "state"
 PARAMS = "params/"  # what the paths of parameters begin with
+AVERAGES = "opt_state/2/average/"  # and those of their averages, see `train.average`
 SEPARATOR = "/"
 FILE_SEPARATOR = "."
 EMPTY = {"value_type": "None", "skip_deserialize": True}
@@ -138,6 +139,27 @@ class NativeCheckpoint:
             if path.startswith(within) and name.partition("/")[0] not in left_out:
                 found[name] = NativeArray(self._state / leaf_folder(path))
         return found
+
+    def params(
+        self,
+        left_out: tuple[str, ...] = (),
+        *,
+        is_averaged: bool = False,
+    ) -> Mapping[str, NativeArray]:
+        """The parameters by their paths; nothing of them is read.
+
+        Args:
+            left_out: sections of which none is returned.
+            is_averaged: whether the average stands in the place of each that was trained.
+        Raises:
+            InputError: the checkpoint has no averages.
+        """
+        found = self.leaves(PARAMS, left_out)
+        averages = self.leaves(AVERAGES, left_out) if is_averaged else {}
+        if is_averaged and not averages:
+            expected = "a checkpoint of a run with OptimizerConfig.average_decay"
+            raise InputError("checkpoint", str(self._folder), expected)
+        return found | averages
 
     def record(self, item: str) -> dict[str, Any]:
         """What a step has beside its state: "data", the loader's position, or "meta", facts."""

@@ -33,6 +33,7 @@ def restore_params(
     step: int | None = None,
     check: Callable[[dict[str, Any]], None] | None = None,
     left_out: tuple[str, ...] = (),
+    is_averaged: bool = False,
 ) -> Restored:
     """Reads the parameters alone, on any mesh.
 
@@ -45,6 +46,7 @@ def restore_params(
         step: which checkpoint; the newest when None.
         check: called with the loader's saved position before anything large is read.
         left_out: sections that the checkpoint has beside those of `stored`.
+        is_averaged: whether the average stands in the place of each that was trained.
     Raises:
         InputError: there is no such checkpoint, it is damaged, or it is of another model.
     """
@@ -52,7 +54,7 @@ def restore_params(
         if check is not None:
             check(checkpoints.data_state(step))
         wanted = canonical_shapes(stored, dims, layout)
-        params = checkpoints.restore_params(wanted, step, left_out)
+        params = checkpoints.restore_params(wanted, step, left_out, is_averaged)
         # Asked after the restore: a damaged checkpoint that was passed over no longer counts.
         found = checkpoints.latest_step() if step is None else step
     return Restored(found, from_canonical(params, stored, dims, layout))

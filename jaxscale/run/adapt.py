@@ -1,24 +1,20 @@
 """`adapt`: a run of a trained model with new low-rank adapters, which alone are trained."""
 
-import contextlib
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from jaxscale.checkpoint.manager import Checkpoints
 from jaxscale.convert.folder import family_of
 from jaxscale.convert.peft import read_adapters
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.models.config import LoraConfig
-from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.lora import TRAINABLE, new_adapters, with_adapters
 from jaxscale.ops.precision import cast
-from jaxscale.run.huggingface import files_beside, gin_text
+from jaxscale.run.directory import moved, new_path, write_directory
+from jaxscale.run.huggingface import files_beside
 from jaxscale.run.model import restore_model
 from jaxscale.run.run import Run
-from jaxscale.train.run_directory import CONFIG
 from jaxscale.types import InputError
 
 PARAMETERS = "float32"  # an update of an adapter is too small for bfloat16
@@ -49,9 +45,7 @@ def adapt(
             those of the folder do not fit it, there is no such checkpoint, or `directory`
             exists.
     """
-    path = Path(directory).expanduser()
-    if path.exists():
-        raise InputError("directory", str(path), "a folder that does not exist yet")
+    path = new_path(directory)
     if run.model.lora is not None:
         raise InputError("ModelConfig.lora", run.model.lora, "None: `export` merges adapters")
     if (lora is None) == (adapters is None):
@@ -66,25 +60,16 @@ def adapt(
         adapted = adapted_run(run, directory, found.lora)
         leaves = jax.tree.map(jnp.asarray, found.leaves)
     params = with_adapters(params, adapted.model, leaves)
-    position = {"depends_on": {"tokenizer": load_tokenizer(run.data.tokenizer).fingerprint}}
-    facts = checkpoint_facts(adapted.model)
-    checkpoints = Checkpoints(adapted.checkpoint.within(path), **facts)
-    with contextlib.closing(checkpoints):
-        checkpoints.save(0, {"params": params}, position, force=True)
-    # Last, so that a directory with it is whole.
-    (path / CONFIG).write_text(gin_text(adapted))
+    write_directory(adapted, path, params, load_tokenizer(run.data.tokenizer))
     return adapted
 
 
 def adapted_run(run: Run, directory: str, lora: LoraConfig) -> Run:
     """The run of `adapt`, whose training starts from its own checkpoint."""
-    checkpoint = dataclasses.replace(run.checkpoint, directory="checkpoints")
-    source = str(Path(directory) / checkpoint.directory)
+    run = moved(run, directory)
     return dataclasses.replace(
         run,
-        directory=directory,
         model=dataclasses.replace(run.model, lora=lora),
-        train=dataclasses.replace(run.train, trainable=TRAINABLE, init_from=source),
-        checkpoint=checkpoint,
+        train=dataclasses.replace(run.train, trainable=TRAINABLE),
         policy=dataclasses.replace(run.policy, parameters=PARAMETERS),
     )

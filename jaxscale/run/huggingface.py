@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import shutil
@@ -14,7 +13,6 @@ import jax
 import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by it
 import numpy as np
 
-from jaxscale.checkpoint.manager import Checkpoints
 from jaxscale.convert.folder import (
     CONFIG,
     MAX_SHARD_BYTES,
@@ -24,7 +22,6 @@ from jaxscale.convert.folder import (
 )
 from jaxscale.convert.peft import write_adapters
 from jaxscale.convert.tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG, tokenizer_config
-from jaxscale.data.loader import DataConfig
 from jaxscale.data.tokenizer import (
     HUGGING_FACE_FILE,
     SENTENCE_PIECE_FILE,
@@ -32,19 +29,18 @@ from jaxscale.data.tokenizer import (
     load_tokenizer,
 )
 from jaxscale.models.config import ModelConfig
-from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.models.lora import merged, without_adapters
 from jaxscale.models.parameters import parameter_table
 from jaxscale.models.quantised import QuantisedConfig, quantised
 from jaxscale.parallel.mesh import MeshConfig, make_mesh
 from jaxscale.parallel.rules import make_specs
+from jaxscale.run.directory import gin_text, new_path, write_directory
 from jaxscale.run.folder import KEPT, folder_run, is_folder, run_of
 from jaxscale.run.model import restore_model
 from jaxscale.run.run import Run
 from jaxscale.train.run_directory import CONFIG as RUN_CONFIG
 from jaxscale.train.state import stored_params
 from jaxscale.types import InputError
-from jaxscale.written import as_written, render
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +82,7 @@ def import_model(
         raise InputError("mesh.pipeline", mesh.pipeline, "1 for an import")
     folder = open_folder(source)
     directory = directory or f"runs/{folder.path.resolve().name}"
-    path = Path(directory).expanduser()
-    if path.exists():
-        raise InputError("directory", str(path), "a folder that does not exist yet")
+    path = new_path(directory)
     tokenizer = tokenizer_config(folder.path)
     tokenizer_there = dataclasses.replace(tokenizer, path=str(Path(directory) / KEPT))
     run = run_of(folder, directory, tokenizer_there)
@@ -98,13 +92,8 @@ def import_model(
     specs = make_specs(run.table(), mesh)
     stored = stored_params(run.table(), devices, specs, run.policy.parameters)
     params = folder.params(stored)
-    position = {"depends_on": {"tokenizer": loaded.fingerprint}}
-    facts = checkpoint_facts(run.model)
-    with contextlib.closing(Checkpoints(run.checkpoint.within(path), **facts)) as checkpoints:
-        checkpoints.save(0, {"params": params}, position, force=True)
     _keep_files(folder.path, path / KEPT)
-    # Last, so that a directory with it is whole.
-    (path / RUN_CONFIG).write_text(gin_text(run))
+    write_directory(run, path, params, loaded)
     logger.info("imported %s (%s) to %s", folder.path, folder.values["model_type"], path)
     return run
 
@@ -191,24 +180,6 @@ def configuration_of(directory: Path) -> Iterator[Path]:
         file = Path(there) / RUN_CONFIG
         file.write_text(gin_text(folder_run(directory)))
         yield file
-
-
-def gin_text(run: Run) -> str:
-    """The gin file that binds a run; its parts are in no scope, so that another file binds more."""
-    values, fields = {}, {}
-    for field in dataclasses.fields(run):
-        value = getattr(run, field.name)
-        is_part = dataclasses.is_dataclass(value) or isinstance(value, functools.partial)
-        scopes = () if is_part else (field.name,)
-        values[field.name], more = as_written(value, scopes)
-        fields |= more
-    for index, source in enumerate(run.data.sources):
-        fields.pop(((f"sources_{index}",), type(source)), None)
-    sources = [as_written(source, ()) for source in run.data.sources]
-    fields[(), DataConfig]["sources"] = tuple(reference for reference, _ in sources)
-    for _, more in sources:
-        fields |= more
-    return render({((), Run): values} | fields)
 
 
 def _keep_files(source: Path, target: Path) -> None:

@@ -215,6 +215,7 @@ def restore_model(
     tensor: int = 1,
     check: Callable[[dict[str, Any]], None] | None = None,
     is_packed: bool = False,
+    is_averaged: bool = False,
 ) -> Restored:
     """The parameters of a run's checkpoint, spread over the first `tensor` devices.
 
@@ -224,6 +225,7 @@ def restore_model(
         tensor: devices over which each matrix is spread.
         check: as `checkpoint.restore.restore_params`.
         is_packed: keeps the integers of a folder in few bits; else its matrices are made whole.
+        is_averaged: as `checkpoint.restore.restore_params`.
     Raises:
         InputError: there is no such checkpoint, it is damaged, or it is of another model.
     """
@@ -247,4 +249,5 @@ def restore_model(
         step=step,
         check=check,
         left_out=() if run.critic is None else (CRITIC,),
+        is_averaged=is_averaged,
     )

@@ -10,6 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxscale import tree
+from jaxscale.train.average import averaging
 from jaxscale.train.eight_bits import in_eight_bits
 from jaxscale.types import (
     InputError,
@@ -48,6 +49,8 @@ class OptimizerConfig:
             too, each model's gradients have a norm of their own.
         use_8bit_moments: whether the moments rest in 8 bits, see `train.eight_bits`; otherwise they
             have the type of the stored parameters.
+        average_decay: of a running average of the trained parameters, which is kept beside them;
+            `jaxscale average` makes a run of it. None for none.
     """
 
     name: str = "adamw"
@@ -63,6 +66,7 @@ class OptimizerConfig:
     decayed: tuple[str, ...] = DECAYED
     clip_norm: float | None = 1.0
     use_8bit_moments: bool = False
+    average_decay: float | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -82,6 +86,9 @@ class OptimizerConfig:
             )
         if self.clip_norm is not None:
             check_positive("OptimizerConfig.clip_norm", self.clip_norm)
+        if self.average_decay is not None and not 0 < self.average_decay < 1:
+            expected = "0 < decay < 1, or None"
+            raise InputError("OptimizerConfig.average_decay", self.average_decay, expected)
         for role in self.decayed:
             check_choice("OptimizerConfig.decayed", role, tuple(map(str, Role)))
 
@@ -90,19 +97,19 @@ def check_moments(config: OptimizerConfig, dtype: str) -> None:
     """Raises InputError if a moment stored in `dtype` would be too coarse to follow its gradients.
 
     A step moves a moment by 1 - beta of itself at most when the gradients vanish. If that is less
-    than the distance of two numbers of the type, it stands still; in 8 bits chance moves it.
+    than the distance of two numbers of the type, it stands still; in 8 bits chance moves it. The
+    same holds for the average of the parameters, which is never in 8 bits.
     """
-    if config.use_8bit_moments:
-        return
     step = float(jnp.finfo(dtype).eps)
-    for name in ("beta1", "beta2"):
-        beta = getattr(config, name)
-        if 1 - beta < step:
+    names = () if config.use_8bit_moments else ("beta1", "beta2")
+    for name in (*names, "average_decay"):
+        decay = getattr(config, name)
+        if decay is not None and 1 - decay < step:
             expected = (
                 f"1 - {name} >= {step:.3g} with Policy.parameters = {dtype!r}, whose numbers are "
-                f"so far apart; here it is {1 - beta:.3g}, and the moment would stand still"
+                f"so far apart; here it is {1 - decay:.3g}, and what it is of would stand still"
             )
-            raise InputError(f"OptimizerConfig.{name}", beta, expected)
+            raise InputError(f"OptimizerConfig.{name}", decay, expected)
 
 
 def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -170,7 +177,10 @@ def make_optimizer(
     if config.clip_norm is not None:
         clip = _clip({path: entry.model for path, entry in entries.items()}, config.clip_norm)
     # The state has the same form with clipping and without, so that a resume may change it.
-    return optax.chain(clip, optimizer)
+    parts = clip, optimizer
+    if config.average_decay is not None:
+        parts = *parts, averaging(config.average_decay)
+    return optax.chain(*parts)
 
 
 def _make_direction(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxscale.checkpoint.native import NativeCheckpoint
 from jaxscale.types import InputError
 from tests.run import runs
 
@@ -42,6 +43,21 @@ def test_a_head_is_added_and_all_else_goes_on(gin_file, whole, tmp_path):
             # Two steps of momentum 0.9 are far from a moment that began anew.
             old, new = (each[path].ravel() for each in (before, state))
             assert np.corrcoef(old, new)[0, 1] > 0.5, path
+
+
+@pytest.mark.long
+def test_an_average_is_added_and_begins_with_the_next_update(gin_file, whole, tmp_path):
+    averages = "opt_state/2/.*"
+    fields = {"OptimizerConfig.average_decay": 0.5, "Changes.drawn": averages}
+    file = write(tmp_path, gin_file, whole, fields | {"CheckpointConfig.save_every": 1})
+    runs.train(file, tmp_path / "new")
+    state, _ = runs.restored(runs.load_run(file, tmp_path / "new"), tmp_path / "new")
+    assert state["opt_state/2/count"] == ENDS - runs.STEPS == 2
+    path = "params/embedding/tokens"
+    steps = (tmp_path / "new" / "checkpoints" / str(step) for step in (ENDS - 1, ENDS))
+    first, last = (NativeCheckpoint(step).leaves()[path][...] for step in steps)
+    found = state[path.replace("params", "opt_state/2/average")]
+    np.testing.assert_allclose(found, (first + last) / 2, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.long

@@ -1,0 +1,29 @@
+"""`average`: a run of the running average of a trained model's parameters."""
+
+from jaxscale.data.tokenizer import load_tokenizer
+from jaxscale.run.directory import moved, new_path, write_directory
+from jaxscale.run.model import restore_model
+from jaxscale.run.run import Run
+from jaxscale.types import InputError
+
+
+def average(*, run: Run, directory: str, step: int | None = None) -> Run:
+    """Writes a run directory whose model is the average that `train.average` kept.
+
+    Args:
+        run: of a training with `OptimizerConfig.average_decay`.
+        directory: of the new run. What was frozen is as it was; a critic is left out.
+        step: which checkpoint of `run`; the newest when None.
+    Returns:
+        The new run; `pretrain` with another directory starts from its parameters.
+    Raises:
+        InputError: there is no such checkpoint, it has no averages or is of step 0, or `directory`
+            exists.
+    """
+    path = new_path(directory)
+    restored = restore_model(run, step=step, is_averaged=True)
+    if restored.step == 0:
+        raise InputError("step", 0, "a step after the first update, which the average begins with")
+    averaged = moved(run, directory)
+    write_directory(averaged, path, restored.params, load_tokenizer(run.data.tokenizer))
+    return averaged
