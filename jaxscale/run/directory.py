@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 
 from jaxscale.checkpoint.manager import Checkpoints
@@ -13,6 +14,8 @@ from jaxscale.run.run import Run
 from jaxscale.train.run_directory import CONFIG
 from jaxscale.types import InputError, Params
 from jaxscale.written import as_written, render
+
+logger = logging.getLogger(__name__)
 
 
 def new_path(directory: str) -> Path:
@@ -44,6 +47,7 @@ def write_directory(
         checkpoints.save(0, {"params": params}, position, force=True)
     # Last, so that a directory with it is whole.
     (path / CONFIG).write_text(gin_text(run))
+    logger.info("wrote a run's directory: %s", path)
 
 
 def gin_text(run: Run) -> str:
