@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import jaxscale
 from jaxscale import config
+from jaxscale.launch.plugins import shorten_errors
 from jaxscale.launch.preemption import Preemption
 from jaxscale.types import InputError, RunError
 from jaxscale.verbs import ACTIONS, CHECKPOINT, CONVERT_OPTIONS, EXAMPLES, VERBS, Verb
@@ -136,6 +137,7 @@ class _Printer(logging.Handler):
 @contextlib.contextmanager
 def _log_on_stderr() -> Iterator[None]:
     """Shows what the library logs: chosen backends, the peak behind MFU, resumes."""
+    shorten_errors()
     logger = logging.getLogger("jaxscale")
     printer = _Printer()
     level = logger.level

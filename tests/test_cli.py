@@ -1,5 +1,6 @@
 """The command: what reaches the verb's function, and what a shell script can use comes out."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import jaxscale
 from jaxscale import cli, verbs
+from jaxscale.launch.plugins import XLA_BRIDGE
 
 ROOT = Path(__file__).resolve().parents[1]
 VERB = """
@@ -228,3 +230,14 @@ def test_no_backend_starts_before_the_verb_runs():
     command = [sys.executable, "-W", "ignore", "-c", program]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_a_plugin_that_cannot_start_is_told_in_one_line(monkeypatch, caplog):
+    logger = logging.getLogger(XLA_BRIDGE)
+    monkeypatch.setattr(logger, "filters", [])
+    assert cli.main(["describe", "OptimizerConfig"]) == 0
+    error = RuntimeError("Unable to load cuDNN.\nMore of it.")
+    logger.error("Jax plugin configuration error: of cuda", exc_info=error)
+    (record,) = caplog.records
+    assert caplog.messages == ["Jax plugin configuration error: of cuda Unable to load cuDNN."]
+    assert record.exc_info is None

@@ -1,7 +1,6 @@
 """What must be set before JAX first touches a device: platform, devices, flags, processes."""
 
 import dataclasses
-import logging
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax
 
 from jaxscale.launch.memory import GIB, pinnable_bytes
+from jaxscale.launch.plugins import shorten_errors
 from jaxscale.launch.processes import (
     ProcessesConfig,
     first_process_says,
@@ -20,7 +20,6 @@ from jaxscale.ops.device import FAMILIES, kernel_family, name_kernels
 from jaxscale.ops.tuned import log_tuned, use_tuned
 from jaxscale.types import InputError, check_choice, check_positive, check_types
 
-XLA_BRIDGE = "jax._src.xla_bridge"  # the name of JAX's logger of platforms and plugins
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # what a GPU may pin, in GiB; 64 by default
 MAX_CPU_DEVICES = 1024
 DEFAULT_WATCHDOG_S = 300  # where several processes wait for one another
@@ -89,7 +88,7 @@ def apply_runtime(config: RuntimeConfig, directory: str) -> None:
             those of the block sizes, or a launcher's variable is missing.
         RunError: this process could not join the others.
     """
-    logging.getLogger(XLA_BRIDGE).addFilter(_without_traceback)
+    shorten_errors()
     _set_flags("RuntimeConfig.xla_flags", config.xla_flags, by_user=True)
     if there := pinnable_bytes():
         os.environ.setdefault(PINNED_LIMIT, str(max(there // GIB, 1)))
@@ -127,15 +126,6 @@ def _autotune_flags(directory: str) -> tuple[str, ...]:
     if first_process_says("autotune", action) == "load":
         return (f"--xla_gpu_load_autotune_results_from={saved}",)
     return (f"--xla_gpu_dump_autotune_results_to={saved}",) if process_index() == 0 else ()
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """One line in place of the traceback that JAX logs of a GPU plugin that cannot start."""
-    if record.exc_info and "plugin configuration error" in record.getMessage():
-        reason = str(record.exc_info[1]).partition("\n")[0]
-        record.msg, record.args = f"{record.getMessage()} {reason}", ()
-        record.exc_info = None
-    return True
 
 
 def _check_flags(flags: list[str]) -> None:
