@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import jax_triton.triton_lib as triton_lib
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxscale.kernels import device
 from jaxscale.kernels.attention import triton_backward, triton_forward
@@ -79,6 +80,12 @@ def evoformer_programs():
 
         yield f"evoformer {width}", attend, (q, q, q, *biases)
         yield f"evoformer gradients {width}", gradients, (q, q, q, *biases)
+    # Each shard's kernels are checked for the axes over which their results vary.
+    own, pair = PartitionSpec(None, "row"), PartitionSpec()
+    settings = dict(in_specs=(own, own, own, own, pair), out_specs=(own, own, own, own, pair))
+    mesh = jax.make_mesh((1,), ("row",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(gradients, mesh=mesh, **settings)
+    yield "evoformer gradients in shards", sharded, (q, q, q, *biases)
 
 
 def attention_programs(head_dim, layout):

@@ -181,6 +181,12 @@ def test_a_finite_mask_on_every_key_sees_them_all_alike(attend, value):
     assert np.isfinite(dq).all() and np.isfinite(dk).all()
 
 
+def test_biases_whose_exponential_overflows(attend):
+    """Also that of what is beyond the last query, which has no logits of its own to subtract."""
+    (q, k, v, mask_bias, pair_bias), do = draw(TINY)
+    assert_gradients(attend, (q, k, v, mask_bias + 200, pair_bias), do)
+
+
 def test_two_masks_whose_sum_is_infinite_hide_a_key(attend):
     (q, k, v, *biases), do = draw(TINY)
     biases = [jnp.full_like(bias, jnp.finfo(jnp.float32).min) for bias in biases]
@@ -209,7 +215,8 @@ def test_shards_of_batch_and_rows(triton, check_vma):
     (q, k, v, mask_bias, pair_bias), do = draw("odd")
     q, k, v, mask_bias, do = (x[:, :2] for x in (q, k, v, mask_bias, do))
     operands = q, k, v, mask_bias, pair_bias
-    mesh = jax.make_mesh((2, 2), ("batch", "row"), axis_types=(AxisType.Auto,) * 2)
+    sizes = (2, 2) if jax.device_count() > 3 else (1, 1)
+    mesh = jax.make_mesh(sizes, ("batch", "row"), axis_types=(AxisType.Auto,) * 2)
     own, pair = P("batch", "row"), P("batch")
     specs = (own, own, own, own, pair)
 
