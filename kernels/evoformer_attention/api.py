@@ -48,8 +48,9 @@ def evoformer_attention(
         [B, M, T, N, H] in the type of `q`; logits, softmax and sums are in float32.
     Raises:
         ValueError: shapes do not fit one another, or the backend cannot do what is asked.
-    Cost: 4 B M N T S H FLOPs. The backward takes 18 B M N T S H, without a pair bias 14, and holds
-        the gradient of the pair bias a few times in float32, that of the mask bias N times.
+    Cost: 4 B M N T S H FLOPs. The backward takes 18 B M N T S H, without a pair bias 14. It holds
+        the mask bias's gradient N times in float32, and the pair bias's once, or as often as there
+        are parts of the rows: then these take 32 MiB or less.
     """
     _check_shapes(q, k, v, mask_bias, pair_bias)
     check_backend("evoformer_attention", implementation, BACKENDS, refusal(implementation, q))

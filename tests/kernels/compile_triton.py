@@ -68,24 +68,27 @@ def programs():
 
 def evoformer_programs():
     """At lengths that are whole tiles and at others, for heads of each kind."""
-    for width, length in ((8, 256), (32, 255), (64, 256), (128, 255)):
+
+    def attend(*operands):
+        return evoformer_attention(*operands, implementation="triton")
+
+    def gradients(*operands):
+        return jax.vjp(attend, *operands)[1](operands[0])
+
+    def operands(width, length):
         q = array(1, 128, length, 4, width)
-        biases = array(1, 128, 1, 1, length), array(1, 1, 4, length, length, dtype="float32")
+        pair_bias = array(1, 1, 4, length, length, dtype="float32")
+        return q, q, q, array(1, 128, 1, 1, length), pair_bias
 
-        def attend(*operands):
-            return evoformer_attention(*operands, implementation="triton")
-
-        def gradients(*operands):
-            return jax.vjp(attend, *operands)[1](operands[0])
-
-        yield f"evoformer {width}", attend, (q, q, q, *biases)
-        yield f"evoformer gradients {width}", gradients, (q, q, q, *biases)
-    # Each shard's kernels are checked for the axes over which their results vary.
-    own, pair = PartitionSpec(None, "row"), PartitionSpec()
-    settings = dict(in_specs=(own, own, own, own, pair), out_specs=(own, own, own, own, pair))
+    for width, length in ((8, 256), (32, 255), (64, 256), (128, 255)):
+        yield f"evoformer {width}", attend, operands(width, length)
+        yield f"evoformer gradients {width}", gradients, operands(width, length)
+    # Here JAX checks over which axes what the kernels gave varies.
+    rows = PartitionSpec(None, "row")
+    specs = rows, rows, rows, rows, PartitionSpec()
     mesh = jax.make_mesh((1,), ("row",), axis_types=(AxisType.Auto,))
-    sharded = jax.shard_map(gradients, mesh=mesh, **settings)
-    yield "evoformer gradients in shards", sharded, (q, q, q, *biases)
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs)
+    yield "evoformer gradients in shards", sharded, operands(16, 100)
 
 
 def attention_programs(head_dim, layout):

@@ -64,8 +64,8 @@ def evoformer_attention(
         InputError: shapes or types do not fit one another, or the backend is unknown or cannot do
             what is asked.
     Cost: "chunked" holds [B, M, N, T, key_chunk] of each of a few float32 arrays, and in the
-        backward computes the logits again. "triton" holds no logits; its backward computes them
-        three times and keeps the pair bias's gradient a few times in float32.
+        backward computes the logits again. "triton" holds none, and its backward computes them
+        three times.
     """
     _check(q, k, v, mask_bias, pair_bias)
     check_positive("key_chunk", key_chunk)
