@@ -46,8 +46,8 @@ def _forward(
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAIR: tl.constexpr,
-    WHOLE_QUERIES: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,
+    HAS_WHOLE_QUERIES: tl.constexpr,
+    HAS_WHOLE_KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -56,7 +56,7 @@ def _forward(
     query = tile * QUERIES + tl.arange(0, QUERIES)
     key, h = tl.arange(0, KEYS), tl.arange(0, PADDED)
     is_query, is_width = query < NUM_QUERIES, h < WIDTH
-    whole_keys: tl.constexpr = WHOLE_KEYS and WIDTH == PADDED
+    is_k_whole: tl.constexpr = HAS_WHOLE_KEYS and WIDTH == PADDED
     stride: tl.constexpr = KEYS * NUM_HEADS * WIDTH
     of_queries = tokens(row, head, query, NUM_QUERIES, NUM_HEADS, WIDTH)[:, None] + h[None, :]
     is_q = is_query[:, None] & is_width[None, :]
@@ -73,11 +73,11 @@ def _forward(
     top = tl.full((QUERIES,), -float("inf"), tl.float32)
     for first in range(0, NUM_KEYS, KEYS):
         is_key = first + key < NUM_KEYS
-        k_tile = load(k, is_key[None, :] & is_width[:, None], whole_keys)
+        k_tile = load(k, is_key[None, :] & is_width[:, None], is_k_whole)
         logits = logits_of(
             tl.dot(q_tile, k_tile), mask, pair,
             is_key[None, :], is_query[:, None] & is_key[None, :],
-            SCALE, HAS_MASK, HAS_PAIR, WHOLE_QUERIES, WHOLE_KEYS,
+            SCALE, HAS_MASK, HAS_PAIR, HAS_WHOLE_QUERIES, HAS_WHOLE_KEYS,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(logits, 1))
         # Of a query that has seen no key yet the largest logit is -inf; -inf - -inf would be NaN.
@@ -85,7 +85,7 @@ def _forward(
         weights = tl.exp(logits - finite[:, None])
         shrink = tl.exp(top - finite)
         total = total * shrink + tl.sum(weights, 1)
-        v_tile = load(v, is_key[:, None] & is_width[None, :], whole_keys)
+        v_tile = load(v, is_key[:, None] & is_width[None, :], is_k_whole)
         o_tile = tl.dot(weights.to(v_tile.dtype), v_tile, o_tile * shrink[:, None])
         top = new_top
         k += stride

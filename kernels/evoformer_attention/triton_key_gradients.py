@@ -50,8 +50,8 @@ def _key_gradients(
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAIR: tl.constexpr,
-    WHOLE_QUERIES: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,
+    HAS_WHOLE_QUERIES: tl.constexpr,
+    HAS_WHOLE_KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -60,7 +60,7 @@ def _key_gradients(
     key = tile * KEYS + tl.arange(0, KEYS)
     query, h = tl.arange(0, QUERIES), tl.arange(0, PADDED)
     is_key, is_width = key < NUM_KEYS, h < WIDTH
-    whole_queries: tl.constexpr = WHOLE_QUERIES and WIDTH == PADDED
+    is_q_whole: tl.constexpr = HAS_WHOLE_QUERIES and WIDTH == PADDED
     stride: tl.constexpr = QUERIES * NUM_HEADS * WIDTH
     of_keys = tokens(row, head, key, NUM_KEYS, NUM_HEADS, WIDTH)[:, None] + h[None, :]
     is_k = is_key[:, None] & is_width[None, :]
@@ -83,17 +83,17 @@ def _key_gradients(
     for first in range(0, NUM_QUERIES, QUERIES):
         is_query = first + query < NUM_QUERIES
         is_q = is_query[:, None] & is_width[None, :]
-        q_tile = load(q, is_q, whole_queries)
+        q_tile = load(q, is_q, is_q_whole)
         logits = logits_of(
             tl.dot(k_tile, tl.trans(q_tile)), mask, pair,
             is_key[:, None], is_key[:, None] & is_query[None, :],
-            SCALE, HAS_MASK, HAS_PAIR, WHOLE_QUERIES, WHOLE_KEYS,
+            SCALE, HAS_MASK, HAS_PAIR, HAS_WHOLE_QUERIES, HAS_WHOLE_KEYS,
         )  # fmt: skip
         # Beyond the last query all weights are 0.
         top = tl.load(tops, mask=is_query, other=float("inf"))
         inverse = 1 / tl.load(totals, mask=is_query, other=1.0)
         weights = tl.exp(logits - top[None, :]) * inverse[None, :]
-        do_tile = load(do, is_q, whole_queries)
+        do_tile = load(do, is_q, is_q_whole)
         dv_tile = tl.dot(weights.to(do_tile.dtype), do_tile, dv_tile)
         dweights = tl.dot(v_tile, tl.trans(do_tile))
         delta = tl.load(deltas, mask=is_query, other=0.0)

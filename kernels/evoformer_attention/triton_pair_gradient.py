@@ -51,8 +51,8 @@ def _pair_gradient(
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAIR: tl.constexpr,
-    WHOLE_QUERIES: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,
+    HAS_WHOLE_QUERIES: tl.constexpr,
+    HAS_WHOLE_KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PART: tl.constexpr,
@@ -74,8 +74,8 @@ def _pair_gradient(
     is_q = is_query[:, None] & is_width[None, :]
     is_k = is_width[:, None] & is_key[None, :]
     is_pair = is_query[:, None] & is_key[None, :]
-    whole_queries: tl.constexpr = WHOLE_QUERIES and WIDTH == PADDED
-    whole_keys: tl.constexpr = WHOLE_KEYS and WIDTH == PADDED
+    is_q_whole: tl.constexpr = HAS_WHOLE_QUERIES and WIDTH == PADDED
+    is_k_whole: tl.constexpr = HAS_WHOLE_KEYS and WIDTH == PADDED
     begin = part * PART
     end = tl.minimum(begin + PART, NUM_ROWS)
     row = batch * NUM_ROWS + begin
@@ -94,17 +94,17 @@ def _pair_gradient(
     bias = tl.load(pair + of_pairs, mask=is_pair, other=-float("inf")).to(tl.float32)
     dpair_tile = tl.zeros((QUERIES, KEYS), tl.float32)
     for _ in range(begin, end):
-        q_tile = load(q, is_q, whole_queries)
-        k_tile = load(k, is_k, whole_keys)
+        q_tile = load(q, is_q, is_q_whole)
+        k_tile = load(k, is_k, is_k_whole)
         logits = tl.dot(q_tile, k_tile) * SCALE
         if HAS_MASK:
-            logits += load(mask, is_key, WHOLE_KEYS).to(tl.float32)[None, :]
+            logits += load(mask, is_key, HAS_WHOLE_KEYS).to(tl.float32)[None, :]
         logits += bias
         top = tl.load(tops, mask=is_query, other=0.0)
         inverse = 1 / tl.load(totals, mask=is_query, other=1.0)
         weights = tl.exp(logits - top[:, None]) * inverse[:, None]
-        do_tile = load(do, is_q, whole_queries)
-        v_tile = load(v, is_k, whole_keys)
+        do_tile = load(do, is_q, is_q_whole)
+        v_tile = load(v, is_k, is_k_whole)
         delta = tl.load(deltas, mask=is_query, other=0.0)
         dpair_tile += weights * (tl.dot(do_tile, v_tile) - delta[:, None])
         q += NUM_QUERIES * NUM_HEADS * WIDTH

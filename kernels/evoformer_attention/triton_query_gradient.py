@@ -47,8 +47,8 @@ def _query_gradient(
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAIR: tl.constexpr,
-    WHOLE_QUERIES: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,
+    HAS_WHOLE_QUERIES: tl.constexpr,
+    HAS_WHOLE_KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -57,7 +57,7 @@ def _query_gradient(
     query = tile * QUERIES + tl.arange(0, QUERIES)
     key, h = tl.arange(0, KEYS), tl.arange(0, PADDED)
     is_query, is_width = query < NUM_QUERIES, h < WIDTH
-    whole_keys: tl.constexpr = WHOLE_KEYS and WIDTH == PADDED
+    is_k_whole: tl.constexpr = HAS_WHOLE_KEYS and WIDTH == PADDED
     stride: tl.constexpr = KEYS * NUM_HEADS * WIDTH
     of_queries = tokens(row, head, query, NUM_QUERIES, NUM_HEADS, WIDTH)[:, None] + h[None, :]
     is_q = is_query[:, None] & is_width[None, :]
@@ -79,14 +79,14 @@ def _query_gradient(
     for first in range(0, NUM_KEYS, KEYS):
         is_key = first + key < NUM_KEYS
         is_k = is_key[None, :] & is_width[:, None]
-        k_tile = load(k, is_k, whole_keys)
+        k_tile = load(k, is_k, is_k_whole)
         logits = logits_of(
             tl.dot(q_tile, k_tile), mask, pair,
             is_key[None, :], is_query[:, None] & is_key[None, :],
-            SCALE, HAS_MASK, HAS_PAIR, WHOLE_QUERIES, WHOLE_KEYS,
+            SCALE, HAS_MASK, HAS_PAIR, HAS_WHOLE_QUERIES, HAS_WHOLE_KEYS,
         )  # fmt: skip
         weights = tl.exp(logits - top[:, None]) * inverse[:, None]
-        v_tile = load(v, is_k, whole_keys)
+        v_tile = load(v, is_k, is_k_whole)
         dlogits = weights * (tl.dot(do_tile, v_tile) - delta[:, None])
         dq_tile = tl.dot(dlogits.to(k_tile.dtype), tl.trans(k_tile), dq_tile)
         k += stride

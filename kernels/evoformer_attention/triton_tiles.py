@@ -79,8 +79,8 @@ def logits_of(
     SCALE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAIR: tl.constexpr,
-    WHOLE_QUERIES: tl.constexpr,
-    WHOLE_KEYS: tl.constexpr,
+    HAS_WHOLE_QUERIES: tl.constexpr,
+    HAS_WHOLE_KEYS: tl.constexpr,
 ):
     """Logits of a tile, -inf beyond the last key.
 
@@ -93,10 +93,10 @@ def logits_of(
     """
     logits = product * SCALE
     if HAS_MASK:
-        logits += load(mask, is_key, WHOLE_KEYS).to(tl.float32)
+        logits += load(mask, is_key, HAS_WHOLE_KEYS).to(tl.float32)
     if HAS_PAIR:
-        logits += load(pair, is_pair, WHOLE_QUERIES and WHOLE_KEYS).to(tl.float32)
-    if not WHOLE_KEYS:
+        logits += load(pair, is_pair, HAS_WHOLE_QUERIES and HAS_WHOLE_KEYS).to(tl.float32)
+    if not HAS_WHOLE_KEYS:
         logits = tl.where(is_key, logits, -float("inf"))
     return logits
 
@@ -135,8 +135,8 @@ def sizes_of(
         SCALE=width**-0.5,
         HAS_MASK=mask_bias is not None,
         HAS_PAIR=pair_bias is not None,
-        WHOLE_QUERIES=num_queries % queries == 0,
-        WHOLE_KEYS=num_keys % keys == 0,
+        HAS_WHOLE_QUERIES=num_queries % queries == 0,
+        HAS_WHOLE_KEYS=num_keys % keys == 0,
         QUERIES=queries,
         KEYS=keys,
     )
