@@ -90,7 +90,8 @@ def package_blocks(operation: str) -> Blocks:
 def _table() -> dict[str, dict[str, Blocks]]:
     """The package's blocks by compute capability and operation.
 
-    Those of 9.0 were measured; the others are what fits the shared memory.
+    Those of 9.0 were measured, but for the Evoformer's attention; the others are what fits the
+    shared memory.
     """
     text = (importlib.resources.files("jaxscale.kernels") / "triton_blocks.json").read_text()
     return {

@@ -9,6 +9,7 @@ import string
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import Array
 
 from jaxscale.kernels.attention.api import HEAD_DIMS
 from jaxscale.kernels.attention.tiles import BlockLayout
+from jaxscale.kernels.evoformer_attention.api import WIDTHS
 from jaxscale.kernels.triton_call import Blocks, on_trial, package_blocks
 
 REPEATS, ROUNDS = 10, 3
@@ -28,13 +30,13 @@ class Problem:
     Args:
         operation: as `triton_call.operations` has it.
         run: the function that is timed.
-        arguments: its arrays.
+        arguments: its arrays, or trees of them.
         candidates: the block sizes that are tried.
     """
 
     operation: str
     run: Callable
-    arguments: tuple[Array, ...]
+    arguments: tuple[Any, ...]
     candidates: tuple[Blocks, ...]
 
 
@@ -44,10 +46,12 @@ def problems() -> Iterator[Problem]:
     yield _norm()
     for head_dim in HEAD_DIMS["triton"]:
         yield from _attention(head_dim)
+    for width in WIDTHS:
+        yield from _evoformer_attention(width)
     yield _paged_attention()
 
 
-def _problem(operation: str, run: Callable, *arguments: Array) -> Problem:
+def _problem(operation: str, run: Callable, *arguments: Any) -> Problem:
     """With all combinations of the sizes that are to be tried for the operation."""
     without_head_dim = operation.rstrip(string.digits + ".")
     sizes = _candidates()[without_head_dim]
@@ -120,6 +124,31 @@ def _attention(head_dim: int) -> Iterator[Problem]:
             yield _problem(f"attention.{prefix}{gradient_name}.{head_dim}", run, *saved)
 
 
+def _evoformer_attention(width: int) -> Iterator[Problem]:
+    """An alignment of 512 sequences of 256 residues, and its gradients."""
+    from jaxscale.kernels.evoformer_attention.triton_forward import forward
+    from jaxscale.kernels.evoformer_attention.triton_key_gradients import key_gradients
+    from jaxscale.kernels.evoformer_attention.triton_pair_gradient import pair_gradient
+    from jaxscale.kernels.evoformer_attention.triton_query_gradient import query_gradient
+
+    rows, length, num_heads = 512, 256, 8
+    q = _draw(1, rows, length, num_heads, width)
+    mask_bias = jnp.zeros((1, rows, 1, 1, length))
+    pair_bias = jnp.zeros((1, 1, num_heads, length, length))
+    operands = q, q, q, mask_bias, pair_bias
+    # Times do not depend on values, so that do is q, and one array stands for all sums.
+    of_query = jnp.ones((1, rows, num_heads, length))
+    gradients = {
+        "query_gradient": query_gradient,
+        "key_gradients": key_gradients,
+        "pair_gradient": pair_gradient,
+    }
+    yield _problem(f"evoformer_attention.forward.{width}", forward, *operands)
+    for name, gradient in gradients.items():
+        saved = operands, q, of_query, of_query, of_query
+        yield _problem(f"evoformer_attention.{name}.{width}", gradient, *saved)
+
+
 def _paged_attention() -> Problem:
     """Decoding of 64 sequences of 2,048 tokens."""
     from jaxscale.kernels.paged_attention import triton as paged_attention
@@ -180,7 +209,7 @@ def _traced(problem: Problem, blocks: Blocks) -> Callable[[], jax.stages.Compile
     return lambda: traced.lower().compile()
 
 
-def milliseconds(compiled: Callable, arguments: tuple[Array, ...]) -> float:
+def milliseconds(compiled: Callable, arguments: tuple[Any, ...]) -> float:
     """Of the fastest of ROUNDS rounds of REPEATS calls."""
     jax.block_until_ready(compiled(*arguments))
     rounds = []

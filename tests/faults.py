@@ -69,6 +69,21 @@ FAULTS = (
         "tests/ops/test_evoformer_attention.py::test_a_query_without_keys_gives_zeros",
     ),
     Fault(
+        "the kernel's gradient of the pair bias is the first row's",
+        "kernels/evoformer_attention/triton_pair_gradient.py",
+        "range(begin, end)",
+        "range(begin, begin + 1)",
+        "tests/kernels/test_evoformer_attention.py::test_rows_divided_among_programs_add_up",
+    ),
+    Fault(
+        "the kernel's query without keys is NaN",
+        "kernels/evoformer_attention/triton_forward.py",
+        'tl.where(new_top == -float("inf"), 0.0, new_top)',
+        "new_top",
+        "tests/kernels/test_evoformer_attention.py::test_a_query_without_keys_gives_zeros",
+        "triton",
+    ),
+    Fault(
         "the incoming edges of a triangle are its outgoing ones",
         "jaxscale/models/evoformer/block.py",
         '"bktf,bksf->btsf" if is_incoming',

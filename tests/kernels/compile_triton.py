@@ -8,10 +8,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import jax_triton.triton_lib as triton_lib
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxscale.kernels import device
 from jaxscale.kernels.attention import triton_backward, triton_forward
 from jaxscale.kernels.attention.tiles import BlockLayout
+from jaxscale.kernels.evoformer_attention.api import evoformer_attention
 from jaxscale.kernels.grouped_matmul import triton as grouped_matmul
 from jaxscale.kernels.linear_cross_entropy import triton as linear_cross_entropy
 from jaxscale.kernels.paged_attention import triton as paged_attention
@@ -54,6 +56,7 @@ def programs():
                 (array(64, 32, head_dim), pages, pages, *table),
             )
         yield from attention_programs(head_dim, BlockLayout())
+    yield from evoformer_programs()
     settings = dict(scale=0.1, softcap=None)
     yield (
         "pages, mask",
@@ -61,6 +64,31 @@ def programs():
         (array(64, 32, 128), array(999, 128, 8, 128), array(999, 128, 8, 128))
         + (integers(64, 20), integers(64), integers(64), array(8, 2560, dtype="bool")),
     )
+
+
+def evoformer_programs():
+    """At lengths that are whole tiles and at others, for heads of each kind."""
+
+    def attend(*operands):
+        return evoformer_attention(*operands, implementation="triton")
+
+    def gradients(*operands):
+        return jax.vjp(attend, *operands)[1](operands[0])
+
+    def operands(width, length):
+        q = array(1, 128, length, 4, width)
+        pair_bias = array(1, 1, 4, length, length, dtype="float32")
+        return q, q, q, array(1, 128, 1, 1, length), pair_bias
+
+    for width, length in ((8, 256), (32, 255), (64, 256), (128, 255)):
+        yield f"evoformer {width}", attend, operands(width, length)
+        yield f"evoformer gradients {width}", gradients, operands(width, length)
+    # Here JAX checks over which axes what the kernels gave varies.
+    rows = PartitionSpec(None, "row")
+    specs = rows, rows, rows, rows, PartitionSpec()
+    mesh = jax.make_mesh((1,), ("row",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs)
+    yield "evoformer gradients in shards", sharded, operands(16, 100)
 
 
 def attention_programs(head_dim, layout):

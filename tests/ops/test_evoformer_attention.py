@@ -10,10 +10,12 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxscale.ops.attention.evoformer import BACKENDS, evoformer_attention
+from jaxscale.ops.attention.evoformer import evoformer_attention
 from jaxscale.types import InputError
 
 NAMES = ("q", "k", "v", "mask_bias", "pair_bias")
+# The kernel has a suite of its own, tests/kernels/test_evoformer_attention.py.
+ON_ANY_DEVICE = ("reference", "chunked")
 BIASES = list(itertools.product((False, True), repeat=2))
 # B, M, T, S, N, H
 SHAPES = {
@@ -65,7 +67,7 @@ def assert_close(got, want, tolerance=2e-6):
             assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1), name
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ON_ANY_DEVICE)
 def test_it_is_the_equation(implementation):
     """Beside loops in float64."""
     (q, k, v, mask_bias, pair_bias), do = draw((2, 2, 3, 5, 2, 8))
@@ -120,7 +122,7 @@ def test_the_size_of_chunks_does_not_matter(key_chunk):
     assert_close(got, with_gradients(operands, do, "reference"))
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ON_ANY_DEVICE)
 def test_a_query_without_keys_gives_zeros(implementation):
     """All of a row, by the mask bias, and one query of a row, by both; the others do not notice."""
     (q, k, v, masked, hidden), do = jax.tree.map(np.array, draw((1, 3, 4, 9, 2, 8)))
@@ -152,7 +154,7 @@ def test_a_query_without_keys_gives_zeros(implementation):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ON_ANY_DEVICE)
 def test_two_masks_whose_sum_is_infinite_hide_a_key(implementation):
     (q, k, v, *_), do = draw((1, 2, 3, 9, 2, 8))
     smallest = jnp.finfo(jnp.float32).min
@@ -303,7 +305,8 @@ def test_shapes_that_do_not_fit_are_refused(name, shape):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"implementation": "mosaic"}, "one of 'reference', 'chunked'"),
+        ({"implementation": "mosaic"}, "one of 'reference', 'chunked', 'triton'"),
+        ({"implementation": "triton"}, "'triton', expected q, k and v all bfloat16 or all float16"),
         ({"key_chunk": 0}, "key_chunk"),
     ],
 )
@@ -311,6 +314,13 @@ def test_options_that_do_not_exist_are_refused(options, message):
     operands, _ = draw((1, 2, 3, 5, 2, 8))
     with pytest.raises(InputError, match=message):
         evoformer_attention(*operands, **options)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="here the kernel runs")
+def test_the_kernel_is_refused_without_a_gpu():
+    halves = [x.astype(jnp.bfloat16) for x in draw((1, 2, 3, 5, 2, 8))[0]]
+    with pytest.raises(InputError, match=r"Triton|jax-triton|a GPU of compute capability 8\.0"):
+        evoformer_attention(*halves, implementation="triton")
 
 
 def test_types_that_differ_are_refused():

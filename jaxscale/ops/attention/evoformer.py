@@ -3,12 +3,15 @@
 import logging
 from typing import Protocol
 
-from jaxscale.ops.attention import evoformer_chunked, evoformer_reference
+from jaxscale.kernels.evoformer_attention import api as kernel
+from jaxscale.kernels.evoformer_attention import reference
+from jaxscale.ops.attention import evoformer_chunked
+from jaxscale.ops.device import device_refusal
 from jaxscale.types import Array, InputError, check_choice, check_positive
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "triton")
 KEY_CHUNK = 32
 
 
@@ -51,15 +54,18 @@ def evoformer_attention(
         mask_bias: [B, M, 1, 1, S], of any floating type; None is 0.
         pair_bias: [B, 1, N, T, S], of any floating type; None is 0.
         implementation: one of BACKENDS; None takes "chunked" and logs it. "reference" holds all
-            logits [B, M, N, T, S].
+            logits [B, M, N, T, S]. "triton" is a kernel for NVIDIA GPUs since Ampere, which no GPU
+            has timed yet.
         key_chunk: keys that "chunked" takes at a time; more are faster and take more memory.
     Returns:
         [B, M, T, N, H] in the type of `q`; logits, softmax and sums are in at least float32.
-        It has no forward-mode derivative, and with "chunked" is differentiable once.
+        It has no forward-mode derivative, and but for "reference" is differentiable once.
     Raises:
-        InputError: shapes or types do not fit one another, or the backend is unknown.
+        InputError: shapes or types do not fit one another, or the backend is unknown or cannot do
+            what is asked.
     Cost: "chunked" holds [B, M, N, T, key_chunk] of each of a few float32 arrays, and in the
-        backward computes the logits again.
+        backward computes the logits again. "triton" holds none, and its backward computes them
+        three times.
     """
     _check(q, k, v, mask_bias, pair_bias)
     check_positive("key_chunk", key_chunk)
@@ -67,9 +73,14 @@ def evoformer_attention(
         implementation = "chunked"
         logger.info("evoformer attention: backend chunked for q%s k%s", q.shape, k.shape)
     check_choice("evoformer_attention", implementation, BACKENDS)
+    operands = q, k, v, mask_bias, pair_bias
     if implementation == "reference":
-        return evoformer_reference.attend(q, k, v, mask_bias, pair_bias)
-    return evoformer_chunked.attend(q, k, v, mask_bias, pair_bias, key_chunk=key_chunk)
+        return reference.attend(*operands)
+    if implementation == "chunked":
+        return evoformer_chunked.attend(*operands, key_chunk=key_chunk)
+    if reason := kernel.refusal(implementation, q) or device_refusal(implementation):
+        raise InputError("evoformer_attention", implementation, reason)
+    return kernel.evoformer_attention(*operands, implementation=implementation)
 
 
 def _check(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxscale.kernels.evoformer_attention.varying import alike
 from jaxscale.ops.precision import accumulator
 from jaxscale.types import Array
 
@@ -27,26 +28,7 @@ def attend(*operands: Array | None, key_chunk: int) -> Array:
         operands: q, k, v, mask_bias and pair_bias.
         key_chunk: keys that are taken at a time.
     """
-    return _attend(_alike(operands), key_chunk)
-
-
-def _alike(arrays: Any) -> Any:
-    """The arrays, each varying over all axes of a `shard_map` over which one of them does.
-
-    So the gradient of what several devices share, as all shards of rows share the pair bias, is
-    summed over them. Without `check_vma` no axis is known here, and the caller sums.
-    """
-
-    def varying(x: Array) -> frozenset[str]:
-        return jax.typeof(x).manual_axis_type.varying
-
-    def vary(x: Array) -> Array:
-        missing = tuple(sorted(axes - varying(x)))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
-
-    return jax.tree.map(vary, arrays)
+    return _attend(alike(operands), key_chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -144,7 +126,7 @@ def _over_keys(
     num_keys = operands[1].shape[2]
     num_chunks, rest = divmod(num_keys, key_chunk)
     # What is summed varies over the axes of a `shard_map` over which the operands do.
-    sums, _ = _alike((sums, operands))
+    sums, _ = alike((sums, operands))
 
     def of_number(number: Array, sums: Any) -> Any:
         return add(sums, number * key_chunk, key_chunk)
