@@ -19,7 +19,7 @@ VERSION = "2"  # 1 had none
 BLOCK_BYTES = 1 << 22
 MAX_THREADS = 8
 PARAMS_FILES = ("state/_", "state/array_metadatas/", "state/params.")
-AVERAGES_FILES = "state/opt_state.2.average."
+AVERAGES_FILES = ("state/opt_state.2.average.", "state/opt_state.2.count/")
 
 Folder = Any  # a pathlib.Path or a `remote.RemotePath`
 FileFacts = tuple[int, str]  # size in bytes, or -1 for no file; CRC-32 in hexadecimal

@@ -21,6 +21,7 @@ from jaxscale.types import InputError
 STATE = "state"
 PARAMS = "params/"  # what the paths of parameters begin with
 AVERAGES = "opt_state/2/average/"  # and those of their averages, see `train.average`
+NUM_AVERAGED = "opt_state/2/count"  # the updates that these are of
 SEPARATOR = "/"
 FILE_SEPARATOR = "."
 EMPTY = {"value_type": "None", "skip_deserialize": True}
@@ -152,14 +153,18 @@ class NativeCheckpoint:
             left_out: sections of which none is returned.
             is_averaged: whether the average stands in the place of each that was trained.
         Raises:
-            InputError: the checkpoint has no averages.
+            InputError: the checkpoint has no averages, or no update has been made since they began.
         """
         found = self.leaves(PARAMS, left_out)
-        averages = self.leaves(AVERAGES, left_out) if is_averaged else {}
-        if is_averaged and not averages:
+        if not is_averaged:
+            return found
+        if NUM_AVERAGED not in self._paths:
             expected = "a checkpoint of a run with OptimizerConfig.average_decay"
             raise InputError("checkpoint", str(self._folder), expected)
-        return found | averages
+        if not self.leaves(NUM_AVERAGED)[""][()]:
+            expected = "a checkpoint after the first update, which an average begins with"
+            raise InputError("checkpoint", str(self._folder), expected)
+        return found | self.leaves(AVERAGES, left_out)
 
     def record(self, item: str) -> dict[str, Any]:
         """What a step has beside its state: "data", the loader's position, or "meta", facts."""

@@ -148,7 +148,12 @@ class HuggingFaceTokenizer:
         self._begin = [] if bos_token is None else [self._tokenizer.token_to_id(bos_token)]
         if None in self._begin:
             raise InputError("TokenizerConfig.bos_token", bos_token, "a token of the vocabulary")
-        if self.eos_id in self.encode_part(eos_token):
+        try:
+            spelt = self.encode_part(eos_token)
+        except Exception as error:  # the library raises bare Exception
+            expected = f"a tokenizer.json that encodes every text ({error})"
+            raise InputError("TokenizerConfig.path", path, expected) from error
+        if self.eos_id in spelt:
             expected = "a token that no text encodes to; this one is a word of the vocabulary"
             raise InputError("TokenizerConfig.eos_token", eos_token, expected)
         if self._leaves_out_characters():
@@ -163,10 +168,11 @@ class HuggingFaceTokenizer:
 
     def _leaves_out_characters(self) -> bool:
         """Whether characters without a token vanish; others have one for them, or their bytes."""
-        model = self._tokenizer.model
-        # A unigram model has no such attribute, and always a token for unknown characters.
-        lacks_unknown = getattr(model, "unk_token", "") is None
-        return lacks_unknown and self.encode_part(f"a{RARE}b") == self.encode_part("ab")
+        if getattr(self._tokenizer.model, "unk_token", "") is not None:
+            return False
+        ids = self.encode_part(f"a{RARE}")
+        # It vanishes whole, or some of its bytes do.
+        return ids == self.encode_part("a") or "\ufffd" in self.decode(ids)
 
     @property
     def serialized(self) -> str:

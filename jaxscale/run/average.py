@@ -2,6 +2,7 @@
 
 from jaxscale.data.tokenizer import load_tokenizer
 from jaxscale.run.directory import moved, new_path, write_directory
+from jaxscale.run.folder import is_folder
 from jaxscale.run.model import restore_model
 from jaxscale.run.run import Run
 from jaxscale.types import InputError
@@ -17,13 +18,13 @@ def average(*, run: Run, directory: str, step: int | None = None) -> Run:
     Returns:
         The new run; `pretrain` with another directory starts from its parameters.
     Raises:
-        InputError: there is no such checkpoint, it has no averages or is of step 0, or `directory`
-            exists.
+        InputError: there is no such checkpoint, it has no averages, no update has been made since
+            they began, or `directory` exists.
     """
     path = new_path(directory)
-    restored = restore_model(run, step=step, is_averaged=True)
-    if restored.step == 0:
-        raise InputError("step", 0, "a step after the first update, which the average begins with")
+    if is_folder(run.path):
+        raise InputError("run", str(run.path), "a run that was trained, not a folder of weights")
+    params = restore_model(run, step=step, is_averaged=True).params
     averaged = moved(run, directory)
-    write_directory(averaged, path, restored.params, load_tokenizer(run.data.tokenizer))
+    write_directory(averaged, path, params, load_tokenizer(run.data.tokenizer))
     return averaged

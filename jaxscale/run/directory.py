@@ -27,8 +27,11 @@ def new_path(directory: str) -> Path:
 
 
 def moved(run: Run, directory: str) -> Run:
-    """The run in another directory, whose training starts from the checkpoint there."""
-    checkpoint = dataclasses.replace(run.checkpoint, directory="checkpoints")
+    """The run in another directory, whose training starts from the checkpoint there.
+
+    It has no mirror: that of the run would bring back the run's own steps, and lose them.
+    """
+    checkpoint = dataclasses.replace(run.checkpoint, directory="checkpoints", mirror=None)
     source = str(Path(directory) / checkpoint.directory)
     train = dataclasses.replace(run.train, init_from=source, init_changes=None)
     return dataclasses.replace(run, directory=directory, checkpoint=checkpoint, train=train)

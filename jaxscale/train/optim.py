@@ -49,8 +49,8 @@ class OptimizerConfig:
             too, each model's gradients have a norm of their own.
         use_8bit_moments: whether the moments rest in 8 bits, see `train.eight_bits`; otherwise they
             have the type of the stored parameters.
-        average_decay: of a running average of the trained parameters, which is kept beside them;
-            `jaxscale average` makes a run of it. None for none.
+        average_decay: of a running average of the trained parameters, which is kept beside them in
+            float32; `jaxscale average` makes a run of it. A critic has none. None for none.
     """
 
     name: str = "adamw"
@@ -97,19 +97,19 @@ def check_moments(config: OptimizerConfig, dtype: str) -> None:
     """Raises InputError if a moment stored in `dtype` would be too coarse to follow its gradients.
 
     A step moves a moment by 1 - beta of itself at most when the gradients vanish. If that is less
-    than the distance of two numbers of the type, it stands still; in 8 bits chance moves it. The
-    same holds for the average of the parameters, which is never in 8 bits.
+    than the distance of two numbers of the type, it stands still; in 8 bits chance moves it.
     """
+    if config.use_8bit_moments:
+        return
     step = float(jnp.finfo(dtype).eps)
-    names = () if config.use_8bit_moments else ("beta1", "beta2")
-    for name in (*names, "average_decay"):
-        decay = getattr(config, name)
-        if decay is not None and 1 - decay < step:
+    for name in ("beta1", "beta2"):
+        beta = getattr(config, name)
+        if 1 - beta < step:
             expected = (
                 f"1 - {name} >= {step:.3g} with Policy.parameters = {dtype!r}, whose numbers are "
-                f"so far apart; here it is {1 - decay:.3g}, and what it is of would stand still"
+                f"so far apart; here it is {1 - beta:.3g}, and the moment would stand still"
             )
-            raise InputError(f"OptimizerConfig.{name}", decay, expected)
+            raise InputError(f"OptimizerConfig.{name}", beta, expected)
 
 
 def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -179,7 +179,8 @@ def make_optimizer(
     # The state has the same form with clipping and without, so that a resume may change it.
     parts = clip, optimizer
     if config.average_decay is not None:
-        parts = *parts, averaging(config.average_decay)
+        of_policy = {path for path, entry in entries.items() if not entry.model}
+        parts = *parts, averaging(config.average_decay, of_policy)
     return optax.chain(*parts)
 
 

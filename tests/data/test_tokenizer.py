@@ -188,17 +188,52 @@ def test_a_file_that_truncates_and_pads_loses_no_text(tmp_path):
     assert [ids.tolist() for ids in loaded.encode_batch(["a" * 7, "a"])] == [[0] * 7, [0]]
 
 
-@pytest.mark.parametrize("unknown", [None, "<unk>"])
-def test_a_file_that_loses_unknown_characters_is_warned_of(tmp_path, caplog, unknown):
+def letters(**fields):
+    """A model of two letters."""
     vocabulary = {"a": 0, "b": 1, "<|endoftext|>": 2, "<unk>": 3}
-    model = tokenizers.models.BPE(vocabulary, [], unk_token=unknown)
+    return tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], **fields))
+
+
+def written_apart():
+    """One whose letters of other scripts are other words, so that "a" stands alone."""
+    tokenizer = letters()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.UnicodeScripts()
+    return tokenizer
+
+
+def some_bytes():
+    """One of bytes that were in its text, of which no other alphabet was asked for."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.train_from_iterator(["a b \u00e9 \U0001f600"], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [letters, written_apart, some_bytes])
+def test_a_file_that_loses_unknown_characters_is_warned_of(tmp_path, caplog, make):
     file = tmp_path / "tokenizer.json"
-    file.write_text(tokenizers.Tokenizer(model).to_str())
+    file.write_text(make().to_str())
     tokenizer = load_tokenizer(TokenizerConfig("huggingface", str(file)))
-    is_lost = tokenizer.encode("aéb") == [0, 1]
-    assert is_lost == (unknown is None)
-    warning = f"{file} leaves characters that it does not know out of texts"
-    assert (warning in caplog.text) == is_lost
+    assert tokenizer.decode(tokenizer.encode("a\u6f22")) == "a"
+    assert f"{file} leaves characters that it does not know out of texts" in caplog.text
+
+
+def test_a_file_with_a_token_for_unknown_characters_is_not_warned_of(tmp_path, caplog):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(letters(unk_token="<unk>").to_str())
+    tokenizer = load_tokenizer(TokenizerConfig("huggingface", str(file)))
+    assert tokenizer.encode("a\u6f22") == [0, 3]
+    assert "leaves characters" not in caplog.text
+
+
+def test_a_unigram_model_without_a_token_for_unknown_characters_is_refused(tmp_path):
+    vocabulary = [("a", -1.0), ("<|endoftext|>", -2.0)]
+    file = tmp_path / "tokenizer.json"
+    file.write_text(tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary)).to_str())
+    with pytest.raises(InputError, match=r"expected a tokenizer\.json that encodes every text"):
+        load_tokenizer(TokenizerConfig("huggingface", str(file)))
 
 
 def test_tokenizers_that_spell_unknown_characters_are_not_warned_of(config, caplog):

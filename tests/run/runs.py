@@ -21,6 +21,7 @@ from jaxscale.models.config.facts import checkpoint_facts
 from jaxscale.run.pretrain import pretrain
 from jaxscale.run.run import Run
 from jaxscale.train.metrics import read_history
+from jaxscale.train.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, STOP = 30, 7
@@ -102,11 +103,16 @@ def stop_at(step: int) -> Iterator[None]:
         yield
 
 
+def restored_state(run: Run, directory: Path) -> tuple[TrainState, dict]:
+    """The newest checkpoint: its state, and the loader's position."""
+    checkpoints = Checkpoints(run.checkpoint.within(directory), **checkpoint_facts(run.model))
+    with contextlib.closing(checkpoints):
+        return checkpoints.restore(run.setup().canonical_state)
+
+
 def restored(run: Run, directory: Path) -> tuple[dict[str, np.ndarray], dict]:
     """The newest checkpoint: every leaf by path, and the loader's position."""
-    checkpoints = Checkpoints(run.checkpoint.within(directory), **checkpoint_facts(run.model))
-    state, position = checkpoints.restore(run.setup().canonical_state)
-    checkpoints.close()
+    state, position = restored_state(run, directory)
     state = dataclasses.replace(state, key=jax.random.key_data(state.key))
     return {path: np.asarray(leaf) for path, leaf in tree.flatten(state).items()}, position
 

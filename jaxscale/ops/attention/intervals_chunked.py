@@ -128,7 +128,7 @@ class _Keys:
 
     def __init__(self, k: Array, v: Array):
         self.size = min(BLOCK, k.shape[1])
-        # The intervals of the queries that fill a block are empty, and the keys in no interval.
+        # Keys that fill a block are in no interval. Queries that do have empty ones.
         self.k = padded(k, 1, self.size)
         self.v = padded(v, 1, self.size)
 
