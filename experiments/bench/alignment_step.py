@@ -32,6 +32,7 @@ from jaxscale.rlhf.rollouts import Rollouts
 from jaxscale.run.rollouts import experience_of
 from jaxscale.serve.hybrid_engine import HybridEngine
 from jaxscale.train.metrics import peak_flops
+from jaxscale.train.setup import epochs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +74,16 @@ def adapted_flops(model, length):
     return of_base if model.lora is None else of_base - 2 * frozen + 6 * (active - frozen)
 
 
-def update_flops(run):
-    """FLOPs of the update by one batch, with the forward of the reference where that is in it."""
+def update_flops(run, loss_fn):
+    """FLOPs of learning from one batch, with the reference's forward where the loss has it."""
     length, critic = run.data.sequence_length, run.critic
     longest = length if run.rollouts else length // 2
     flops = adapted_flops(run.model, longest)
     if critic is not None:
         flops += 3 * forward_flops(critic.model, longest)
-    elif run.model.lora is not None:
+    if getattr(loss_fn, "beta", 0):
         flops += forward_flops(run.model, longest)
-    return flops * run.data.batch_size * length
+    return flops * run.data.batch_size * length * epochs_of(loss_fn)
 
 
 def pairs_batch(run, mesh):
@@ -189,7 +190,7 @@ def main():
     figures = (time_answers if run.rollouts else time_pairs)(run, setup, options)
     num_tokens = run.data.batch_size * run.data.sequence_length
     peak = (peak_flops() or np.inf) * jax.device_count()
-    flops = update_flops(run)
+    flops = update_flops(run, setup.loss_fn)
     figures["trained_per_second"] = num_tokens / figures["update_ms"] * 1e3
     figures["update_tflops"] = flops / figures["update_ms"] / 1e9
     figures["update_mfu"] = flops / figures["update_ms"] * 1e3 / peak

@@ -9,7 +9,8 @@ an answer ends early, as the end is one of all tokens. The first steps warm up a
 python experiments/bench/trl_step.py grpo --cache static
 """
 
-# Beside torch, transformers, accelerate, peft, pandas and pyarrow it needs these, all pure Python:
+# Beside torch, transformers, accelerate, peft, pandas, pyarrow and xxhash it needs these, all pure
+# Python, installed without what they depend on, and not from within their wheels:
 # trl==1.16.0
 # datasets==5.2.0
 # multiprocess==0.70.19
