@@ -65,8 +65,7 @@ def make_answering(
         length=run.data.sequence_length,
         seed=run.train.seed,
     )
-    has_critic = run.critic is not None
-    judged = make_experience(setup.loss_fn, setup.region) if has_critic else _compared(setup)
+    judged = experience_of(run, setup)
 
     def answered(params: Params, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         prompts = [loader.prompts[number] for number in batch["prompts"]]
@@ -75,6 +74,12 @@ def make_answering(
         return ready, figures | of_learning
 
     return answered
+
+
+def experience_of(run: Run, setup: Setup) -> Experience:
+    """(parameters, rows of answers, their rewards) -> (what the run's loss takes, figures)."""
+    has_critic = run.critic is not None
+    return make_experience(setup.loss_fn, setup.region) if has_critic else _compared(setup)
 
 
 def _check_room(setup: Setup, engine: HybridEngine) -> None:
